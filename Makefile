@@ -1,0 +1,37 @@
+# `make study` and `make test` set everything up by themselves: a fresh machine needs Python >= 3.11 and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+.PHONY: study test lint reference clean
+
+study: $(READY)
+	$(BIN)/mech study --out study
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check mech tests notebooks
+	$(BIN)/ruff format --check mech tests
+	$(BIN)/pyright
+
+# Trains the reference models anew (about forty minutes each on one core) and puts them into the package.
+reference: $(READY)
+	$(BIN)/python -m mech.reference.train --out training
+	for model in llava-s llava-m qwen-s; do \
+	  rm -rf mech/reference/weights/$$model && cp -r training/$$model mech/reference/weights/; done
+
+clean:
+	rm -rf $(VENV) study training build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The lock pins every package. The CPU build of torch is taken where the index has one: the default one brings
+# gigabytes of CUDA.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mech needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@

@@ -1,0 +1,89 @@
+"""``mech``: mechanistic interpretability of multimodal LLMs.
+
+Which attention heads fetch the visual evidence a question asks for, and are they needed?
+
+    import mech
+
+    model = mech.HookedMLLM.from_pretrained("reference:llava-s")       # or a hub id, or a folder
+    find, test = mech.haystacks("grounding", n=96, seed=0).split(0.5)
+    ranking = mech.rank_heads(mech.retrieval_attention_mass(model, find))
+    effects = mech.ablation(model, test, ranking, reference=find, to="mean", fractions=(1, 0.05, 0.2))
+    mech.view(effects)
+
+Names are imported when they are first used: ``import mech`` alone loads neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# public name -> where it lives
+_NAMES = {
+    "Ablate": "mech.interventions",
+    "Box": "mech.data.regions",
+    "Frames": "mech.data.regions",
+    "Head": "mech.experiments.ranking",
+    "HookedMLLM": "mech.model",
+    "Inputs": "mech.inputs",
+    "Mask": "mech.data.regions",
+    "MechError": "mech.errors",
+    "Pages": "mech.data.regions",
+    "Ranking": "mech.experiments.ranking",
+    "Sample": "mech.data.samples",
+    "Samples": "mech.data.samples",
+    "Study": "mech.results",
+    "TokenLayout": "mech.inputs",
+    "ablation": "mech.experiments.ablation",
+    "agreement": "mech.experiments.ranking",
+    "attention_from": "mech.experiments.heads",
+    "haystacks": "mech.data.haystacks",
+    "intervene": "mech.interventions",
+    "rank_heads": "mech.experiments.ranking",
+    "reference_activations": "mech.interventions",
+    "report": "mech.views",
+    "retrieval_attention_mass": "mech.experiments.heads",
+    "scale_agreement": "mech.experiments.ranking",
+    "view": "mech.views",
+}
+
+__all__ = ["__version__", *sorted(_NAMES)]
+
+if TYPE_CHECKING:
+    from mech.data.haystacks import haystacks as haystacks
+    from mech.data.regions import Box as Box
+    from mech.data.regions import Frames as Frames
+    from mech.data.regions import Mask as Mask
+    from mech.data.regions import Pages as Pages
+    from mech.data.samples import Sample as Sample
+    from mech.data.samples import Samples as Samples
+    from mech.errors import MechError as MechError
+    from mech.experiments.ablation import ablation as ablation
+    from mech.experiments.heads import attention_from as attention_from
+    from mech.experiments.heads import retrieval_attention_mass as retrieval_attention_mass
+    from mech.experiments.ranking import Head as Head
+    from mech.experiments.ranking import Ranking as Ranking
+    from mech.experiments.ranking import agreement as agreement
+    from mech.experiments.ranking import rank_heads as rank_heads
+    from mech.experiments.ranking import scale_agreement as scale_agreement
+    from mech.inputs import Inputs as Inputs
+    from mech.inputs import TokenLayout as TokenLayout
+    from mech.interventions import Ablate as Ablate
+    from mech.interventions import intervene as intervene
+    from mech.interventions import reference_activations as reference_activations
+    from mech.model import HookedMLLM as HookedMLLM
+    from mech.results import Study as Study
+    from mech.views import report as report
+    from mech.views import view as view
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'mech' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

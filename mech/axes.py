@@ -1,0 +1,33 @@
+"""The vocabulary of dimensions: one word for one thing, in signatures and in results.
+
+jaxtyping annotations and the dimensions of every ``xarray`` result use these words and no others, so that
+``scores.sel(layer=3, head=5)`` means the same whichever experiment made ``scores``.
+"""
+
+EXAMPLE = "example"
+LAYER = "layer"
+HEAD = "head"
+CONDITION = "condition"
+TOKEN = "token"
+
+WORDS = {
+    EXAMPLE: "one sample of the data set",
+    "batch": "one row of a batch",
+    LAYER: "a decoder layer, counted from 0 (vision layers are named `vision_layer`)",
+    HEAD: "a query head of a layer",
+    "kv_head": "a key/value head; `head // (n_heads / n_kv_heads)` under grouped-query attention",
+    "pos": "a position of the sequence, padding included",
+    "query_pos": "the position that looks",
+    "key_pos": "the position that is looked at",
+    "d_model": "the width of the residual stream",
+    "d_head": "the width of a head",
+    "d_mlp": "the hidden width of an MLP",
+    CONDITION: "one setting of an experiment (a band of heads, a method, a draw)",
+    TOKEN: "a visual token of one image, row by row",
+    "look": "one sample whose pictures are drawn",
+    "shown": "one head that is drawn over them",
+    "corner": "left, top, right, bottom of a token's pixels",
+    "ranking": "one of several rankings of heads",
+    "other": "the ranking it is compared with",
+    "depth": "relative depth in the model, 0 at the first layer, 1 behind the last",
+}

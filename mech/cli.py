@@ -1,0 +1,257 @@
+"""The command line: ``mech study``, ``mech rank``, ``mech ablate``.
+
+Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
+printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mech.errors import ExperimentError, MechError, OutputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Mechanistic interpretability of multimodal LLMs: which attention heads fetch the visual evidence, "
+    "and are they needed?",
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A reference model, a folder or a hub id.")]
+Domain = Annotated[str, typer.Option("--domain", "-d", help="grounding, documents, pages or video.")]
+Seed = Annotated[int, typer.Option(help="Of samples and random sets.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.command(
+    epilog="[bold]mech study[/]  the reference models, every domain, about ten minutes on two cores\n\n"
+    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --out qwen[/]  a model of the hub"
+)
+def study(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="May be given again. Default: the reference models.")
+    ] = None,
+    domain: Annotated[
+        list[str] | None, typer.Option("--domain", "-d", help="May be given again. Default: all the model knows.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
+    samples: Annotated[int, typer.Option(help="Samples of each domain: half find heads, half test them.")] = 96,
+    n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 20,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 16,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank heads by RAM, test whether they are needed, write report.html. The same command goes on where it stopped."""
+    from mech.study import DEFAULT_MODELS, Settings
+    from mech.study import study as run
+
+    if samples < 8:
+        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for 96")
+    settings = Settings(
+        n_find=samples // 2, n_test=samples - samples // 2, n_random=n_random, seed=seed, batch_size=batch_size
+    )
+    with _progress(quiet or as_json) as say:
+        page = run(out, model or DEFAULT_MODELS, domain, settings=settings, progress=say)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(summary))
+        return
+    _print_findings(summary)
+    print(f"\n{page}")
+
+
+@app.command(epilog="[bold]mech rank -m reference:qwen-s -d video --out heads.json[/]")
+def rank(
+    model: Model = "reference:llava-s",
+    domain: Domain = "grounding",
+    samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 48,
+    top: Annotated[int, typer.Option(help="How many heads to print.")] = 10,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all heads and scores as JSON.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the heads of a model by Retrieval Attention Mass."""
+    import mech
+
+    data = mech.haystacks(domain, samples, seed)
+    hooked = mech.HookedMLLM.from_pretrained(model)
+    with _progress(quiet or as_json) as say:
+        scores = mech.retrieval_attention_mass(hooked, data, progress=lambda i, n: say("attention", i, n))
+    ranking = mech.rank_heads(scores)
+    if out is not None:
+        ranking.to_json(_writable(out))
+    if as_json:
+        print(json.dumps(ranking.to_json()))
+        return
+    interval = ranking.interval()
+    _print_table(
+        f"{model} on {domain}: Retrieval Attention Mass, {len(data)} samples",
+        ("rank", "head", "RAM", "95% interval"),
+        [
+            (
+                str(place),
+                str(head),
+                f"{ranking.mean[head.layer, head.head]:.3f}",
+                f"{float(interval['low'][head]):.3f} to {float(interval['high'][head]):.3f}",
+            )
+            for place, head in enumerate(ranking.heads[:top], start=1)
+        ],
+    )
+
+
+@app.command(epilog="[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]")
+def ablate(
+    model: Model = "reference:llava-s",
+    domain: Domain = "grounding",
+    to: Annotated[
+        list[str] | None, typer.Option(help="mean, zero, resample, uniform, paper; may be given again.")
+    ] = None,
+    fraction: Annotated[list[float] | None, typer.Option(help="Share of all heads; may be given again.")] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Half find heads (or make the reference), half test them.")] = 96,
+    n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 20,
+    positions: Annotated[str, typer.Option(help="all, question, last, image or text.")] = "all",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Save every sample's result (netCDF).")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ablate bands of heads, and say what each costs beside random heads."""
+    import mech
+    from mech.experiments.summary import summarise_effects
+    from mech.results import save
+
+    find, test = mech.haystacks(domain, samples, seed).split(0.5, seed)
+    target = _writable(out) if out is not None else None
+    hooked = mech.HookedMLLM.from_pretrained(model)
+    with _progress(quiet or as_json) as say:
+        if heads is None:
+            ranking = mech.rank_heads(
+                mech.retrieval_attention_mass(hooked, find, progress=lambda i, n: say("attention", i, n))
+            )
+        else:
+            ranking = mech.Ranking.from_json(heads)
+        effects = mech.ablation(
+            hooked,
+            test,
+            ranking,
+            reference=find,
+            to=to or ["mean"],
+            fractions=fraction or (0.05, 0.2),
+            n_random=n_random,
+            positions=positions,
+            seed=seed,
+            progress=lambda i, n: say("ablation", i, n),
+        )
+    if target is not None:
+        save(effects, target)
+    numbers = summarise_effects(effects)
+    if as_json:
+        print(json.dumps(numbers))
+        return
+    base = numbers["baseline"]["accuracy"]["mean"]
+    rows = []
+    for entry in numbers["ablation"]:
+        drop = entry["accuracy_drop"]
+        cells = (entry["method"], entry["band"], str(entry["n_heads"]), f"{entry['accuracy']['mean']:.1%}")
+        rows.append((*cells, f"{100 * drop['mean']:.1f} ({100 * drop['low']:.1f} to {100 * drop['high']:.1f})"))
+    _print_table(
+        f"{model} on {domain}: accuracy {base:.1%} without ablation, {len(test)} samples",
+        ("method", "band", "heads", "accuracy", "drop in points (95%)"),
+        rows,
+    )
+
+
+class _progress:
+    """A progress bar with the time left, on standard error; nothing when quiet."""
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.bar, self.tasks = quiet, None, {}
+
+    def __enter__(self):
+        if not self.quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.bar.start()
+        return self
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.bar is not None:
+            if what not in self.tasks:
+                self.tasks[what] = self.bar.add_task(what, total=total)
+            self.bar.update(self.tasks[what], completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _writable(path: Path) -> Path:
+    """The path, if its folder is there and can be written: asked before the work, not after."""
+    import os
+
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise OutputError(f"{path} cannot be written", "a file in a folder that exists", "choose another --out")
+    return path
+
+
+def _print_findings(summary: dict) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    console = Console()
+    where = None
+    for finding in summary["findings"]:
+        here = " on ".join(word for word in (finding["model"], finding["domain"]) if word) or "all models"
+        if here != where:
+            console.print(f"\n[bold]{escape(here)}[/]")
+            where = here
+        mark = "[yellow]against the papers:[/] " if finding["against_papers"] else ""
+        console.print(Padding(mark + escape(finding["text"]), (0, 0, 0, 2)), highlight=False)
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is said in three lines."""
+    try:
+        app(standalone_mode=False)
+    except MechError as error:
+        print(f"mech: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nmech: stopped. A study goes on where it was when the same command is given again.", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        # Typer carries its own copy of click; its usage errors know how to show themselves.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            sys.exit(error.exit_code)
+        raise

@@ -1,0 +1,96 @@
+"""``Sample``: a question about images or a video, its answer, and where the evidence is.
+
+Samples are frozen values. ``Samples`` is a list of them that can be split into disjoint halves (those that find heads
+never test them), filtered by domain, and named by a digest so that a result says which data made it.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from PIL import Image
+
+from mech.data.regions import Region
+from mech.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its evidence.
+
+    ``counterfactual`` is the same layout with the evidence changed so that ``answer`` changes: the corrupted run of
+    activation patching, and the wrong answer of a logit difference.
+    """
+
+    question: str
+    answer: str
+    images: tuple[Image.Image, ...] = field(default=(), repr=False)
+    video: tuple[Image.Image, ...] = field(default=(), repr=False)
+    fps: float = 2.0
+    evidence: tuple[Region, ...] = ()
+    domain: str = "default"
+    id: str = ""
+    counterfactual: "Sample | None" = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if bool(self.images) == bool(self.video):
+            given = "both images and a video" if self.images else "neither images nor a video"
+            raise InputError(f"sample {self.id!r} has {given}", "one of the two", "pass images=(...) or video=(...)")
+
+    def digest(self) -> str:
+        """A SHA-256 over the question, the answer, the evidence and every pixel."""
+        sha = hashlib.sha256(json.dumps([self.question, self.answer, self.domain, repr(self.evidence)]).encode())
+        for picture in (*self.images, *self.video):
+            sha.update(f"{picture.mode}{picture.size}".encode())
+            sha.update(picture.tobytes())
+        return sha.hexdigest()
+
+
+class Samples(Sequence[Sample]):
+    """A frozen list of samples."""
+
+    def __init__(self, samples: Sequence[Sample] | Iterator[Sample]):
+        self._samples = tuple(samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index):
+        return Samples(self._samples[index]) if isinstance(index, slice) else self._samples[index]
+
+    def __add__(self, other: "Samples") -> "Samples":
+        return Samples((*self._samples, *other))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{domain}: {sum(s.domain == domain for s in self)}" for domain in self.domains)
+        return f"Samples({counts})"
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(sample.domain for sample in self))
+
+    def where(self, keep: Callable[[Sample], bool]) -> "Samples":
+        return Samples([sample for sample in self if keep(sample)])
+
+    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple["Samples", "Samples"]:
+        """Two disjoint parts, the first with ``fraction`` of the samples; every domain is split alike."""
+        if not 0 < fraction < 1:
+            raise InputError(f"fraction={fraction}", "a number between 0 and 1", "use split(0.5) for two halves")
+        chosen: set[int] = set()
+        for domain in self.domains:
+            indices = [i for i, sample in enumerate(self) if sample.domain == domain]
+            random.Random(f"{seed}/{domain}").shuffle(indices)
+            chosen.update(indices[: round(fraction * len(indices))])
+        first = Samples([s for i, s in enumerate(self) if i in chosen])
+        return first, Samples([s for i, s in enumerate(self) if i not in chosen])
+
+    def digest(self) -> str:
+        """One SHA-256 for the whole list, in its order."""
+        return hashlib.sha256("".join(sample.digest() for sample in self).encode()).hexdigest()
+
+
+def without_partner(sample: Sample) -> Sample:
+    """The sample alone, its counterfactual dropped."""
+    return replace(sample, counterfactual=None)

@@ -1,0 +1,57 @@
+"""The errors a user can cause, and how they are worded.
+
+Every message says three things: what was given, what was expected, and one thing to do. All of them are raised before
+a forward pass. Nothing here knows about models, tensors or files.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MechError(ValueError):
+    """Something the user gave cannot be used. The message names it and says what to do.
+
+    Args:
+        given: what was given, as a statement ("no point is called 'blocks.0.hook_zz'").
+        expected: what would have been right.
+        do: one thing to do next, as an imperative.
+    """
+
+    def __init__(self, given: str, expected: str = "", do: str = ""):
+        self.given, self.expected, self.do = given, expected, do
+        parts = [given, expected and f"Expected: {expected}", do and f"Try: {do}"]
+        super().__init__("\n".join(part for part in parts if part))
+
+
+class PointError(MechError):
+    """An activation point that does not exist, is not live, or was given a value of the wrong shape."""
+
+
+class InputError(MechError):
+    """A question, image or video that the model cannot be given."""
+
+
+class RegionError(MechError):
+    """A box, mask, frame or page that does not lie where it says, or covers no token."""
+
+
+class UnsupportedModel(MechError):
+    """An architecture, checkpoint or processor that cannot be opened."""
+
+
+class ExperimentError(MechError):
+    """Settings of an experiment that contradict each other or the model."""
+
+
+class OutputError(MechError):
+    """A folder or file that cannot be written or read."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The nearest known names, as something to do: ``use 'hook_z'``; or the first few when none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    if near:
+        return "use " + " or ".join(repr(n) for n in near)
+    shown = ", ".join(repr(n) for n in known[:6])
+    return f"choose from {shown}{', ...' if len(known) > 6 else ''}"

@@ -1,0 +1,198 @@
+"""Do the heads matter? Bands of a ranking are ablated, and accuracy and logit difference are measured.
+
+A band says *which* heads: the top of the ranking, its bottom, its middle, random sets, and random sets with as many
+heads in each layer as the top one. Only against those controls does a drop say anything about the *ranking*. The
+method says *how* (see ``mech.interventions``): results of different methods are never pooled.
+
+    ranking = rank_heads(retrieval_attention_mass(model, train))
+    effects = ablation(model, test, ranking, reference=train, to="mean", fractions=(1, 0.05, 0.2))
+
+The samples that found the heads must not be those that test them; this is checked.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import xarray as xr
+
+from mech.axes import CONDITION
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.metrics import Quiz, ask, quiz
+from mech.experiments.ranking import Head, Ranking
+from mech.interventions import METHODS, Ablate, Reference, intervene, reference_activations
+from mech.model import HookedMLLM
+from mech.results import ablation_dataset, provenance
+
+BANDS = ("top", "bottom", "middle", "random", "layer_matched")
+FRACTIONS = (1, 0.02, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One set of heads, ablated in one way; ``draw`` numbers the random sets of a band."""
+
+    method: str
+    band: str
+    fraction: float
+    heads: tuple[Head, ...]
+    draw: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.method}/{self.band}/{self.fraction:g}/{self.draw}"
+
+
+BASELINE = Condition("none", "none", 0.0, ())
+
+
+def conditions(
+    ranking: Ranking,
+    *,
+    to: str | Sequence[str] = "mean",
+    bands: Sequence[str] = BANDS,
+    fractions: Sequence[int | float] = FRACTIONS,
+    n_random: int = 20,
+    seed: int = 0,
+) -> list[Condition]:
+    """Every combination of method, band and size, as a list that can be joined, cut and counted before it is run.
+
+    Args:
+        ranking: which heads are at the top.
+        to: one method or several.
+        bands: which of ``top``, ``bottom``, ``middle``, ``random``, ``layer_matched``.
+        fractions: an int is a number of heads, a float a share of all heads (at least one head).
+        n_random: how many random sets of each size.
+        seed: of the random sets. The same sets are used for every method.
+    """
+    methods = (to,) if isinstance(to, str) else tuple(to)
+    for given, known in ((methods, METHODS), (bands, BANDS)):
+        for word in given:
+            if word not in known:
+                raise ExperimentError(f"{word!r} is no method or band", ", ".join(known), suggestion(word, known))
+    found: dict[Condition, None] = {}
+    for method in methods:
+        for band in bands:
+            for size in fractions:
+                count = ranking.count(size)
+                for draw, heads in enumerate(_sets(ranking, band, count, n_random, seed)):
+                    found[Condition(method, band, count / len(ranking), tuple(heads), draw)] = None
+    return list(found)
+
+
+def _sets(ranking: Ranking, band: str, count: int, n_random: int, seed: int) -> Sequence[Sequence[Head]]:
+    if band == "random":
+        return ranking.random(count, n_random, seed)
+    if band == "layer_matched":
+        return ranking.layer_matched(ranking.top(count), n_random, seed)
+    return [{"top": ranking.top, "bottom": ranking.bottom, "middle": ranking.middle}[band](count)]
+
+
+def ablation(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    ranking: Ranking | Sequence[Condition],
+    *,
+    reference: Samples | Reference | None = None,
+    to: str | Sequence[str] = "mean",
+    bands: Sequence[str] = BANDS,
+    fractions: Sequence[int | float] = FRACTIONS,
+    n_random: int = 20,
+    positions: str = "all",
+    phase: str = "both",
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Accuracy and logit difference of every sample under every condition, the unablated baseline first.
+
+    Sign: higher is better, so what a condition costs is baseline minus condition. Unit: accuracy is 0 or 1 per
+    sample, the logit difference is in logits (right minus counterfactual answer).
+
+    Args:
+        model: a hooked model.
+        samples: the samples to test on.
+        ranking: the heads in order, or a list of ``conditions`` made before.
+        reference: samples (or their activations) that ``mean`` and ``resample`` draw from; not ``samples``.
+        to, bands, fractions, n_random, seed: see ``conditions``.
+        positions, phase: see ``Ablate``.
+        batch_size: samples per forward.
+        progress: called with (conditions done, conditions in all).
+
+    Raises:
+        ExperimentError: a sample found the heads or is in the reference; no reference where one is needed.
+
+    Cost: one forward per sample and condition; ``reference`` one per sample, once.
+
+    References: arXiv 2606.05843 (bands; ``paper``), 2407.08734 (methods disagree), 2309.16042 (logit difference).
+    """
+    samples = Samples(samples)
+    todo = list(conditions(ranking, to=to, bands=bands, fractions=fractions, n_random=n_random, seed=seed)
+                if isinstance(ranking, Ranking) else ranking)  # fmt: skip
+    todo = [BASELINE, *(c for c in todo if c != BASELINE)]
+    if isinstance(ranking, Ranking):
+        refuse_overlap(samples, ranking.examples, "found the heads")
+    if isinstance(reference, Samples):
+        refuse_overlap(samples, [s.id for s in reference], "are the reference")
+        reference = reference_activations(model, reference, batch_size=batch_size)
+    questions = quiz(model, samples, batch_size)
+    parts = []
+    for part in ablated(model, questions, todo, reference=reference, positions=positions, phase=phase, seed=seed):
+        parts.append(part)
+        if progress:
+            progress(len(parts), len(todo))
+    joined = xr.concat(parts, dim=CONDITION)
+    joined.attrs.update(
+        model=model.name,
+        domain=", ".join(samples.domains),
+        positions=positions,
+        phase=phase,
+        provenance=provenance(model, samples, positions=positions, phase=phase, seed=seed),
+    )
+    return joined.assign_coords(example=[s.id or str(i) for i, s in enumerate(samples)])
+
+
+def ablated(
+    model: HookedMLLM,
+    questions: Quiz,
+    todo: Sequence[Condition],
+    *,
+    reference: Reference | None,
+    positions: str = "all",
+    phase: str = "both",
+    seed: int = 0,
+) -> Iterator[xr.Dataset]:
+    """The conditions one by one, each a dataset of its own: what a study saves as it goes."""
+    for condition in todo:
+        if condition == BASELINE:
+            scores = ask(model, questions)
+        else:
+            spec = Ablate(
+                heads=condition.heads,
+                to=condition.method,
+                positions=positions,
+                phase=phase,
+                reference=reference,
+                seed=seed,
+            )
+            with intervene(model, spec) as without:
+                scores = ask(without, questions)
+        yield ablation_dataset(
+            scores["accuracy"][None],
+            scores["logit_diff"][None],
+            method=[condition.method],
+            band=[condition.band],
+            fraction=[condition.fraction],
+            n_heads=[len(condition.heads)],
+            draw=[condition.draw],
+        )
+
+
+def refuse_overlap(samples: Samples, others: Sequence[str], what: str) -> None:
+    """Refuse samples that are tested on what they were chosen by; they are compared by their ids."""
+    shared = [sample.id for sample in samples if sample.id and sample.id in set(others)]
+    if shared:
+        raise ExperimentError(
+            f"{len(shared)} of the samples to test {what}, the first is {shared[0]!r}",
+            "samples that were not used before",
+            "use find, test = samples.split(0.5)",
+        )

@@ -1,0 +1,158 @@
+"""Where every head looks: Retrieval Attention Mass, and the attention map behind it.
+
+A head *retrieves* when the tokens of the question look at the visual tokens that hold the answer. Retrieval Attention
+Mass measures just that, for every head of every layer, from one ordinary forward pass per sample: the fused kernel
+computes the forward, and only the question's rows of the attention matrix are computed once more beside it. No tensor
+of size ``S x S`` is ever made.
+
+What RAM does not say is whether the head matters: that is ``mech.experiments.ablation``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.inputs import Inputs
+from mech.model import AttentionCall, HookedMLLM
+from mech.results import provenance, ram_dataset
+
+Progress = Callable[[int, int], None]
+
+
+def retrieval_attention_mass(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    *,
+    queries: str = "question",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Retrieval Attention Mass of every text head, sample by sample.
+
+    ``RAM = mean over x in queries of ( sum over y in evidence of A[x, y] )`` with ``A`` the head's attention after the
+    softmax, in the layer's own mask.
+
+    Sign: the higher, the more the question looks at the evidence. Unit: attention mass, between 0 and 1.
+
+    Args:
+        samples: each with evidence; its tokens are found through the layout, any overlap counts.
+        queries: which rows look: ``"question"`` (the published definition), ``"last"``, ``"text"``.
+        batch_size: samples per forward.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        ``ram`` and ``vision_mass`` (the same sum over *all* visual tokens) with dims example, layer, head;
+        ``size_null`` (what a head would score that looks everywhere alike: the mean over the query rows of evidence
+        keys over visible keys) and ``n_evidence`` (tokens) with dim example.
+
+    Raises:
+        ExperimentError: a sample without evidence.
+        RegionError: evidence outside its image, or that covers no token.
+
+    Cost: one forward per sample, plus the query rows of the attention: O(|queries| x S) per head.
+
+    References: arXiv 2606.05843, Eq. 1.
+    """
+    samples = Samples(samples)
+    missing = [s.id or str(i) for i, s in enumerate(samples) if not s.evidence]
+    if missing or not len(samples):
+        what = f"{len(missing)} samples have no evidence, the first is {missing[0]!r}" if missing else "no samples"
+        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
+    prepared = [model.inputs_of(sample) for sample in samples]
+    evidence = [row.layout.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
+    done = 0
+    for batch, rows in in_batches(prepared, batch_size):
+        inputs = model.collate(batch)
+        shift = [len(layout.kind) - len(row.layout.kind) for layout, row in zip(inputs.layouts, batch, strict=True)]
+        keys = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
+        masses, sizes = _masses(model, inputs, queries, keys)
+        parts["ram"].append(masses[:, 0].cpu().numpy())
+        parts["vision_mass"].append(masses[:, 1].cpu().numpy())
+        parts["size_null"].append(sizes.cpu().numpy())
+        parts["n_evidence"].append(np.array([len(k) for k in keys]))
+        done += len(batch)
+        if progress:
+            progress(done, len(prepared))
+    return ram_dataset(
+        **{name: np.concatenate(values) for name, values in parts.items()},
+        examples=[sample.id or str(i) for i, sample in enumerate(samples)],
+        model=model.name,
+        domain=", ".join(samples.domains),
+        queries=queries,
+        provenance=provenance(model, samples, queries=queries),
+    )
+
+
+@torch.no_grad()
+def attention_from(
+    model: HookedMLLM, inputs: Inputs, queries: str = "question"
+) -> Float[torch.Tensor, "batch layer head key_pos"]:
+    """The attention of every text head, averaged over the query rows.
+
+    Cost: one forward and the query rows; memory ``layers x heads x S`` per row of the batch.
+    """
+    weight = _weights(inputs, queries).to(model.device)
+    seen = {}
+
+    def look(call: AttentionCall) -> None:
+        seen[call.layer] = _mean_rows(call, weight).float()
+
+    with model.attending(look):
+        model(inputs)
+    return torch.stack([seen[layer] for layer in sorted(seen)], dim=1)
+
+
+@torch.no_grad()
+def _masses(
+    model: HookedMLLM, inputs: Inputs, queries: str, keys: Sequence[np.ndarray]
+) -> tuple[Float[torch.Tensor, "batch 2 layer head"], Float[torch.Tensor, " batch"]]:
+    weight = _weights(inputs, queries).to(model.device)
+    target = torch.zeros(len(inputs), 2, weight.shape[1], device=model.device)
+    for row, (found, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
+        target[row, 0, torch.as_tensor(found)] = 1
+        target[row, 1, torch.as_tensor(layout.positions("image"))] = 1
+    seen, sizes = {}, []
+
+    def look(call: AttentionCall) -> None:
+        mean = _mean_rows(call, weight).float()
+        seen[call.layer] = torch.einsum("bhk,bsk->bsh", mean, target)
+        if not sizes:
+            rows = _rows(weight)
+            visible = call.visible(rows)[:, 0].float()
+            share = torch.einsum("brk,bk->br", visible, target[:, 0]) / visible.sum(-1).clamp(min=1)
+            sizes.append((share * weight[:, rows]).sum(-1))
+
+    with model.attending(look):
+        model(inputs)
+    return torch.stack([seen[layer] for layer in sorted(seen)], dim=2), sizes[0]
+
+
+def _weights(inputs: Inputs, queries: str) -> Float[torch.Tensor, "batch pos"]:
+    """The averaging weights of the query rows: 1 / |queries| on each of them."""
+    weight = torch.zeros(len(inputs), len(inputs.layouts[0].kind))
+    for row, layout in enumerate(inputs.layouts):
+        positions = torch.as_tensor(layout.positions(queries))
+        weight[row, positions] = 1 / len(positions)
+    return weight
+
+
+def _rows(weight: Float[torch.Tensor, "batch pos"]) -> torch.Tensor:
+    return weight.sum(0).nonzero().flatten()
+
+
+def _mean_rows(call: AttentionCall, weight: Float[torch.Tensor, "batch pos"]) -> Float[torch.Tensor, "batch head key"]:
+    rows = _rows(weight)
+    return torch.einsum("bhrk,br->bhk", call.rows(rows), weight[:, rows].to(call.q.dtype))
+
+
+def in_batches(prepared: Sequence[Inputs], batch_size: int) -> Iterator[tuple[list[Inputs], range]]:
+    """Consecutive rows, at most ``batch_size`` at once, with the indices they have."""
+    for start in range(0, len(prepared), batch_size):
+        rows = range(start, min(start + batch_size, len(prepared)))
+        yield [prepared[row] for row in rows], rows

@@ -1,0 +1,446 @@
+"""From a score per head to sets of heads: the ranking, the sets it names, their controls, and how far to trust it.
+
+    >>> ranking = rank_heads(ram)                                  # doctest: +SKIP
+    >>> ranking.top(0.05)                                          # (L0H3, L0H5, ...)  # doctest: +SKIP
+    >>> ranking.layer_matched(ranking.top(0.05), n_draws=20)       # 20 control sets    # doctest: +SKIP
+    >>> ranking.half_mass_share(), ranking.stability(k=0.05)       # doctest: +SKIP
+
+A ranking orders all heads of a model by the mean of a score over examples, best first; heads of equal score come in
+the order of (layer, head), so the same scores give the same sets on every machine. It keeps the score of every
+example, from which intervals and stability come by resampling examples.
+
+The ranking says which heads *attend*. Whether they matter is for ``ablation``, on examples that did not make the
+ranking, and against the control sets from here.
+"""
+
+import html
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.errors import ExperimentError, OutputError
+from mech.experiments.statistics import (
+    bootstrap_interval,
+    bootstrap_means,
+    jaccard,
+    jaccard_null,
+    overlap_p_value,
+    spearman,
+)
+from mech.results import write_json
+
+
+class Head(NamedTuple):
+    """A query head of a layer, both counted from 0; equal to the plain tuple ``(layer, head)``."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    __repr__ = __str__
+
+
+Heads = tuple[Head, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranking:
+    """All heads of a model by the mean of a score, best first. Made by ``rank_heads``.
+
+    Wherever a number of heads ``k`` is asked for, an int counts heads and a float between 0 and 1 is a share of all
+    heads of the model (see ``count``).
+    """
+
+    mean: Float[np.ndarray, "layer head"]
+    per_example: Float[np.ndarray, "example layer head"] | None = None
+    score: str = "ram"
+    model: str = ""
+    domain: str = ""
+    examples: tuple[str, ...] = ()
+    heads: Heads = field(init=False)
+
+    def __post_init__(self):
+        if self.mean.ndim != 2 or not self.mean.size:
+            raise ExperimentError(f"scores of shape {self.mean.shape}", "(layer, head)", "use rank_heads(scores)")
+        if not np.isfinite(self.mean).all():
+            bad = Head(*map(int, np.argwhere(~np.isfinite(self.mean))[0]))
+            raise ExperimentError(f"the score of {bad} is nan or inf", "a finite score of every head")
+        order = np.argsort(-self.mean, axis=None, kind="stable")  # stable: equal scores stay in (layer, head) order
+        object.__setattr__(self, "heads", tuple(self._head(i) for i in order))
+
+    # What it is
+
+    @property
+    def n_layers(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of one layer."""
+        return self.mean.shape[1]
+
+    @property
+    def n_examples(self) -> int | None:
+        """How many examples the mean is over; None when that was not kept."""
+        return None if self.per_example is None else len(self.per_example)
+
+    @cached_property
+    def table(self) -> list[tuple[int, int, float]]:
+        """``(layer, head, score)`` of every head, best first, in plain numbers."""
+        return [(layer, head, float(self.mean[layer, head])) for layer, head in self.heads]
+
+    def scores(self) -> xr.DataArray:
+        """The mean score of every head, as a map over (layer, head)."""
+        return self._map(self.mean, self.score)
+
+    # Sets of heads
+
+    def count(self, k: int | float) -> int:
+        """How many heads ``k`` means.
+
+        An int is a number of heads, a float between 0 and 1 a share of all heads of the model, rounded to the
+        nearest whole number (a half is rounded up) and at least 1. ``1.0`` is refused: it could mean one or all.
+        """
+        n = self.mean.size
+        if isinstance(k, int | np.integer) and not isinstance(k, bool) and 1 <= k <= n:
+            return int(k)
+        if isinstance(k, float | np.floating) and 0 < k < 1:
+            # The last bits of a product such as 0.3 * 15 must not decide.
+            return max(1, math.floor(round(float(k) * n, 9) + 0.5))
+        raise ExperimentError(
+            f"k={k!r} of {n} heads", f"an int from 1 to {n}, or a share between 0.0 and 1.0", "use k=1 or k=0.05"
+        )
+
+    def top(self, k: int | float) -> Heads:
+        """The best ``k`` heads, best first."""
+        return self.heads[: self.count(k)]
+
+    def bottom(self, k: int | float) -> Heads:
+        """The worst ``k`` heads, worst first."""
+        return self.heads[::-1][: self.count(k)]
+
+    def middle(self, k: int | float) -> Heads:
+        """``k`` heads around the median rank, best first."""
+        count = self.count(k)
+        start = (len(self.heads) - count) // 2
+        return self.heads[start : start + count]
+
+    def random(
+        self, k: int | float, n_draws: int = 20, seed: int = 0, exclude: Iterable[tuple[int, int]] = ()
+    ) -> tuple[Heads, ...]:
+        """``n_draws`` sets of ``k`` heads, each drawn from all heads but ``exclude``.
+
+        The sets differ from each other as long as there are enough different ones. More draws of the same seed begin
+        with the same sets. With nothing excluded a draw can hold top heads; that is what makes the test over sets
+        exact, since the top set could then have been one of the draws.
+        """
+        count = self.count(k)
+        excluded = set(self._known(exclude))
+        pool = [i for i in range(self.mean.size) if self._head(i) not in excluded]
+        if count > len(pool):
+            raise ExperimentError(
+                f"{count} random heads from {len(pool)} (of {self.mean.size}, {len(excluded)} excluded)",
+                "at least as many heads as are drawn",
+                "draw fewer, or exclude fewer",
+            )
+        rng = np.random.default_rng([seed, count])
+        return self._draws(
+            lambda: [self._head(i) for i in rng.choice(pool, count, replace=False)],
+            n_draws,
+            math.comb(len(pool), count),
+        )
+
+    def layer_matched(self, heads: Iterable[tuple[int, int]], n_draws: int = 20, seed: int = 0) -> tuple[Heads, ...]:
+        """Random sets with as many heads in each layer as ``heads``: the control for "it is only the layer".
+
+        They are drawn from the *other* heads of each layer. Where a layer has too few others, all of them are taken
+        and the rest is drawn from the given heads of that layer, so that the count still matches: such a control
+        shares heads with the set and its effect is an upper bound.
+
+        Raises:
+            ExperimentError: the given heads fill their layers, so that every draw would be the set itself.
+        """
+        given = set(self._known(heads))
+        layers: list[tuple[list[Head], list[Head]]] = []  # all others, always taken or drawn from; and what fills up
+        n_possible = 1
+        for layer in sorted({head.layer for head in given}):
+            inside = sorted(head for head in given if head.layer == layer)
+            others = [Head(layer, h) for h in range(self.n_heads) if Head(layer, h) not in given]
+            layers.append((others, inside))
+            short = len(inside) - len(others)
+            n_possible *= math.comb(len(inside), short) if short > 0 else math.comb(len(others), len(inside))
+        if not any(others for others, _ in layers):
+            raise ExperimentError(
+                f"{len(given)} heads that fill their layers",
+                "a set that leaves other heads in at least one of its layers",
+                "use random sets as the control",
+            )
+        rng = np.random.default_rng([seed, len(given)])
+
+        def draw() -> list[Head]:
+            drawn: list[Head] = []
+            for others, inside in layers:
+                short = max(0, len(inside) - len(others))
+                chosen = rng.choice(len(others), len(inside) - short, replace=False)
+                filled = rng.choice(len(inside), short, replace=False)
+                drawn += [others[i] for i in chosen] + [inside[i] for i in filled]
+            return drawn
+
+        return self._draws(draw, n_draws, n_possible)
+
+    # How far to trust it
+
+    def interval(self, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> xr.Dataset:
+        """Mean, low and high of every head's score: bootstrap over examples, each head by itself."""
+        found = bootstrap_interval(self._examples(), level, n_resamples, seed)
+        parts = {"mean": found.mean, "low": found.low, "high": found.high}
+        return xr.Dataset({name: self._map(value, name) for name, value in parts.items()}, attrs={"level": level})
+
+    def stability(self, n_resamples: int = 1000, k: int | float = 0.05, seed: int = 0) -> xr.DataArray:
+        """How often each head is among the top ``k`` when examples are drawn anew (0 to 1; the map sums to ``k``)."""
+        count = self.count(k)
+        means = bootstrap_means(self._examples(), n_resamples, seed).reshape(n_resamples, -1)
+        # Sums in another order differ in their last bits; heads of equal score must stay in (layer, head) order.
+        means = np.round(means / (np.abs(self.mean).max() or 1.0), 12)
+        chosen = np.argsort(-means, axis=1, kind="stable")[:, :count]
+        share = np.bincount(chosen.ravel(), minlength=self.mean.size) / n_resamples
+        return self._map(share.reshape(self.mean.shape), "share of resamples in the top set")
+
+    def half_mass_share(self) -> float:
+        """The share of heads that holds half of all positive score; small means sparse, nan when none is positive."""
+        mass = np.sort(np.maximum(self.mean, 0), axis=None)[::-1].cumsum()
+        if mass[-1] <= 0:
+            return float("nan")
+        return float((np.searchsorted(mass, mass[-1] / 2 * (1 - 1e-12)) + 1) / mass.size)
+
+    def gini(self) -> float:
+        """Inequality of the positive scores: 0 when all heads score alike, near 1 when one head has it all.
+
+        ``sum_i (2 i - n - 1) x_i / (n sum x)`` over the ascending scores, negative ones counted as 0; nan when none
+        is positive.
+        """
+        x = np.sort(np.maximum(self.mean, 0), axis=None)
+        if x.sum() <= 0:
+            return float("nan")
+        return float(((2 * np.arange(1, x.size + 1) - x.size - 1) @ x) / (x.size * x.sum()))
+
+    # To and from a file
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """``{"model", "domain", "score", "n_examples", "heads": [[layer, head, score], ...]}``, best first.
+
+        With ``path`` it is written as well. Scores of single examples are not kept.
+        """
+        value = {
+            "model": self.model,
+            "domain": self.domain,
+            "score": self.score,
+            "n_examples": self.n_examples,
+            "heads": [list(row) for row in self.table],
+        }
+        if path is not None:
+            write_json(value, path)
+        return value
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> "Ranking":
+        """A ranking from what ``to_json`` gave: a path or the dict. Every head of the model must be in it, once."""
+        if isinstance(source, Mapping):
+            value, where = source, "this ranking"
+        else:
+            where = str(source)
+            try:
+                value = json.loads(Path(source).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise OutputError(f"{where} cannot be read ({error})", "a file of Ranking.to_json") from error
+        try:
+            rows = [(int(layer), int(head), float(score)) for layer, head, score in value["heads"]]
+            n_layers, n_heads = max(row[0] for row in rows) + 1, max(row[1] for row in rows) + 1
+        except (KeyError, TypeError, ValueError) as error:
+            raise OutputError(f"{where} holds no heads ({error!r})", '"heads": [[layer, head, score], ...]') from error
+        if sorted(row[:2] for row in rows) != [(i, j) for i in range(n_layers) for j in range(n_heads)]:
+            raise OutputError(
+                f"{where} lists {len(rows)} heads for {n_layers} layers of {n_heads}",
+                "every head of the model, once",
+                "add the missing heads with their scores",
+            )
+        mean = np.zeros((n_layers, n_heads))
+        for layer, head, score in rows:
+            mean[layer, head] = score
+        model, domain = (str(value.get(name) or "") for name in ("model", "domain"))
+        return cls(mean, None, str(value.get("score", "ram")), model, domain)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{Head(i, j)} {score:.3g}" for i, j, score in self.table[:3])
+        of = " ".join(part for part in (self.model, self.domain) if part)
+        return f"Ranking({of + ': ' if of else ''}{self.n_layers} x {self.n_heads} heads by {self.score}: {best}, ...)"
+
+    def _repr_html_(self) -> str:
+        title = " · ".join(html.escape(part) for part in (self.model, self.domain, self.score) if part)
+        rows = "".join(
+            f"<tr><td>{rank}</td><td>{Head(layer, head)}</td><td>{score:.4g}</td></tr>"
+            for rank, (layer, head, score) in enumerate(self.table[:10], 1)
+        )
+        caption = f"<caption>{title}: first {min(10, len(self))} of {len(self)} heads</caption>"
+        head = f"<tr><th>rank</th><th>head</th><th>{html.escape(self.score)}</th></tr>"
+        return f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+    def _head(self, flat: int | np.integer) -> Head:
+        return Head(*divmod(int(flat), self.mean.shape[1]))
+
+    def _known(self, heads: Iterable[tuple[int, int]]) -> list[Head]:
+        found = [Head(int(layer), int(head)) for layer, head in heads]
+        for head in found:
+            if not (0 <= head.layer < self.n_layers and 0 <= head.head < self.n_heads):
+                raise ExperimentError(f"there is no head {head}", f"{self.n_layers} layers of {self.n_heads} heads")
+        return found
+
+    def _draws(self, draw: Callable[[], list[Head]], n_draws: int, n_possible: int) -> tuple[Heads, ...]:
+        if n_draws < 1:
+            raise ExperimentError(f"n_draws={n_draws}", "at least 1", "use 20")
+        found: list[Heads] = []
+        seen: set[Heads] = set()
+        while len(found) < n_draws:
+            heads = tuple(sorted(draw()))
+            if heads in seen and len(seen) < n_possible:
+                continue
+            seen.add(heads)
+            found.append(heads)
+        return tuple(found)
+
+    def _map(self, values: np.ndarray, name: str) -> xr.DataArray:
+        coords = {LAYER: np.arange(self.n_layers), HEAD: np.arange(self.n_heads)}
+        return xr.DataArray(values, coords, (LAYER, HEAD), name)
+
+    def _examples(self) -> np.ndarray:
+        if self.per_example is None:
+            raise ExperimentError(
+                "a ranking that keeps no single examples", "scores per example", "make it with rank_heads(scores)"
+            )
+        return self.per_example
+
+
+def rank_heads(
+    scores: xr.Dataset | xr.DataArray, score: str = "ram", *, model: str | None = None, domain: str | None = None
+) -> Ranking:
+    """Order all heads by the mean of a score over examples, best first.
+
+    Args:
+        scores: dimensions (example, layer, head) in any order, or a map (layer, head). Of a dataset the variable
+            ``score`` is taken.
+        score: the name of the score; for an array without a name it is only a label.
+        model, domain: labels; by default those in the attributes of ``scores``.
+
+    Raises:
+        ExperimentError: other dimensions, or an example with nan.
+    """
+    attrs = dict(scores.attrs)
+    if isinstance(scores, xr.Dataset):
+        if score not in scores:
+            known = ", ".join(map(str, scores.data_vars))
+            raise ExperimentError(f"there is no score {score!r} in this dataset", known or "a variable", "pass score=")
+        array = scores[score]
+        attrs |= array.attrs
+    else:
+        array, score = scores, str(scores.name or score)
+    dims = (EXAMPLE, LAYER, HEAD) if EXAMPLE in array.dims else (LAYER, HEAD)
+    if set(array.dims) != set(dims):
+        given = f"scores over ({', '.join(map(str, array.dims))})"
+        raise ExperimentError(
+            given, "(example, layer, head) or (layer, head)", "average or select the other dimensions"
+        )
+    values = np.asarray(array.transpose(*dims).values, dtype=np.float64)
+    if values.ndim == 3 and not len(values):
+        raise ExperimentError("scores of no example", "at least one example", "measure some examples")
+    if not np.isfinite(values).all():
+        where = dict(zip(dims, map(int, np.argwhere(~np.isfinite(values))[0]), strict=True))
+        raise ExperimentError(f"the score at {where} is nan or inf", "finite scores", "drop the example, or mend it")
+    model = str(attrs.get("model") or "") if model is None else model
+    domain = str(attrs.get("domain") or "") if domain is None else domain
+    if values.ndim == 2:
+        return Ranking(values, None, score, model, domain)
+    ids = tuple(map(str, scores[EXAMPLE].values)) if EXAMPLE in scores.coords else ()
+    return Ranking(values.mean(axis=0), values, score, model, domain, ids)
+
+
+def agreement(rankings: Mapping[str, Ranking], k: int | float = 0.05) -> xr.Dataset:
+    """How far rankings of *one* model agree: whole maps by rank correlation, top sets by overlap.
+
+    ``jaccard_null`` is the overlap that two random sets of this size have, and ``overlap_p`` the probability of
+    sharing at least as many heads by chance; both take heads as alike whatever their layer.
+
+    Returns:
+        ``spearman``, ``jaccard``, ``jaccard_null``, ``overlap_p`` over (ranking, other), by name.
+    """
+    names = list(rankings)
+    if not names:
+        raise ExperimentError("no rankings", "at least one", "pass {'name': ranking, ...}")
+    shapes = {name: ranking.mean.shape for name, ranking in rankings.items()}
+    if len(set(shapes.values())) > 1:
+        raise ExperimentError(f"rankings of different models: {shapes}", "one model", "use scale_agreement(a, b)")
+    n, count = rankings[names[0]].mean.size, rankings[names[0]].count(k)
+    tops = {name: set(ranking.top(k)) for name, ranking in rankings.items()}
+    pairs = [[(rankings[a], rankings[b], tops[a], tops[b]) for b in names] for a in names]
+    values = {
+        "spearman": [[spearman(a.mean, b.mean) for a, b, _, _ in row] for row in pairs],
+        "jaccard": [[jaccard(top_a, top_b) for _, _, top_a, top_b in row] for row in pairs],
+        "jaccard_null": [[jaccard_null(n, count, count)] * len(names)] * len(names),
+        "overlap_p": [[overlap_p_value(n, count, count, len(x & y)) for _, _, x, y in row] for row in pairs],
+    }
+    dims = ("ranking", "other")
+    data = {name: (dims, np.array(value)) for name, value in values.items()}
+    return xr.Dataset(data, {"ranking": names, "other": names}, {"n_top": count})
+
+
+def scale_agreement(a: Ranking, b: Ranking, n_bins: int | None = None) -> xr.Dataset:
+    """Whether two models of different size keep their score at the same *relative* depth.
+
+    Depth runs from 0 (first layer begins) to 1 (last layer ends). Each layer's share of the positive score is spread
+    evenly over its stretch of depth and collected in ``n_bins`` bins (by default as many as the shallower model has
+    layers).
+
+    Returns:
+        ``share`` over (ranking, depth); ``centre`` over (ranking), the mean depth of the score; and two numbers:
+        ``overlap`` (sum of the smaller share in each bin: 1 alike, 0 apart) and ``pearson`` (correlation of the shares;
+        nan with fewer than three bins or an even profile, and weak evidence with few).
+    """
+    n_bins = min(a.n_layers, b.n_layers) if n_bins is None else n_bins
+    if n_bins < 1:
+        raise ExperimentError(f"n_bins={n_bins}", "at least 1")
+    profiles = []
+    centres = []
+    for ranking in (a, b):
+        mass = np.maximum(ranking.mean, 0).sum(axis=1)
+        if mass.sum() <= 0:
+            raise ExperimentError(f"{ranking!r} has no positive score", "some mass to place", "use another score")
+        edges = np.linspace(0, 1, ranking.n_layers + 1)
+        cumulated = np.concatenate([[0.0], np.cumsum(mass / mass.sum())])
+        profiles.append(np.diff(np.interp(np.linspace(0, 1, n_bins + 1), edges, cumulated)))
+        centres.append(float((edges[:-1] + edges[1:]) @ mass / (2 * mass.sum())))
+    shares = np.array(profiles)
+    even = n_bins < 3 or np.ptp(shares, axis=1).min() < 1e-12
+    pearson = float("nan") if even else float(np.corrcoef(shares)[0, 1])
+    names = [a.model or "a", b.model or "b"] if a.model != b.model else ["a", "b"]
+    return xr.Dataset(
+        {
+            "share": (("ranking", "depth"), shares),
+            "centre": ("ranking", np.array(centres)),
+            "overlap": float(np.minimum(shares[0], shares[1]).sum()),
+            "pearson": pearson,
+        },
+        {"ranking": names, "depth": (np.arange(n_bins) + 0.5) / n_bins},
+    )

@@ -1,0 +1,26 @@
+"""Questions and pictures as tensors, and what every position is. See ``prompts`` to build, ``layout`` to ask."""
+
+from mech.inputs.batch import Inputs, collate
+from mech.inputs.geometry import FAMILIES, Canvas, Family, Geometry, geometry_of
+from mech.inputs.layout import IMAGE, PADDING, TEXT, VIDEO, TokenLayout
+from mech.inputs.processor import Processor, load_processor
+from mech.inputs.prompts import build, encode
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE",
+    "PADDING",
+    "TEXT",
+    "VIDEO",
+    "Canvas",
+    "Family",
+    "Geometry",
+    "Inputs",
+    "Processor",
+    "TokenLayout",
+    "build",
+    "collate",
+    "encode",
+    "geometry_of",
+    "load_processor",
+]

@@ -1,0 +1,239 @@
+"""``TokenLayout``: what every position of a row is, and which positions a region covers.
+
+    layout.positions(Box(12, 30, 40, 58))          # the visual tokens of a box, in pixels of the original image
+    layout.positions(Pages(3))                     # all tokens of the fourth image;  Frames(0, 1) for a video
+    layout.positions("question")                   # the question's own tokens
+    layout.rectangle(17)                           # and back: the pixels that position 17 stands for
+    layout.overlay(image, Box(12, 30, 40, 58))     # a picture of it
+
+Positions count padding, so that they index the tensors of the batch. The layout holds no tensor and knows no model; a
+token's rectangle is where its patch was cut, not all it has seen (see ``mech.inputs.geometry``).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image, ImageDraw
+
+from mech.data.regions import Box, Frames, Mask, Pages, Region
+from mech.errors import RegionError, suggestion
+from mech.inputs.regions import covered, whole_images
+
+TEXT, IMAGE, VIDEO, PADDING = 0, 1, 2, 3
+Where = Region | str | Sequence[int] | Sequence[Region] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenLayout:
+    """What every position of one row is; the arrays are as long as the row, padding included.
+
+    Attributes:
+        kind: ``TEXT`` 0, ``IMAGE`` 1 (a visual token of an image), ``VIDEO`` 2, ``PADDING`` 3.
+        image: index of the image, or -1 (text, and the tokens of a video).
+        frame: index of the first frame of the token's temporal patch, or -1.
+        row: row in the grid of visual tokens of that image or frame, or -1.
+        col: column in that grid, or -1.
+        rect: pixel rectangle ``(x0, y0, x1, y1)`` in the original image or frame; ``nan`` for what has none.
+        tokens: printable token strings.
+        spans: named sets of positions: "question", and "answer" where one was given.
+        images: (width, height) of every original image, or of every frame of the video.
+        frames_per_token: frames in one visual token of a video, else 1.
+    """
+
+    kind: Int[np.ndarray, " pos"]
+    image: Int[np.ndarray, " pos"]
+    frame: Int[np.ndarray, " pos"]
+    row: Int[np.ndarray, " pos"]
+    col: Int[np.ndarray, " pos"]
+    rect: Float[np.ndarray, "pos 4"]
+    tokens: tuple[str, ...]
+    spans: Mapping[str, tuple[int, ...]]
+    images: tuple[tuple[int, int], ...] = ()
+    frames_per_token: int = 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        parts = []
+        if (padded := int((self.kind == PADDING).sum())) > 0:
+            parts.append(f"{padded} padding")
+        for index in range(len(self.images) if self.has_images else 0):
+            name = "image" if len(self.images) == 1 else f"image {index}"
+            parts.append(f"{(self.image == index).sum()} tokens of {name} ({'x'.join(map(str, self.grid(index)))})")
+        if self.has_video:
+            count, size = (self.kind == VIDEO).sum(), "x".join(map(str, self.grid(frame=0)))
+            parts.append(f"{count} tokens of {len(self.images)} video frames ({size}, {self.frames_per_token} a token)")
+        parts += [f"{name} {_ranges(positions)}" for name, positions in self.spans.items()]
+        return f"{len(self)} positions: {', '.join(parts) or 'text'}"
+
+    @property
+    def has_images(self) -> bool:
+        return bool((self.kind == IMAGE).any())
+
+    @property
+    def has_video(self) -> bool:
+        return bool((self.kind == VIDEO).any())
+
+    def positions(self, where: Where, *, image: int | None = None, coverage: float = 0.0) -> Int[np.ndarray, " pos"]:
+        """The positions of something, in ascending order and never empty.
+
+        Args:
+            where: a region; several regions (their union); "image" (all visual tokens, a video's too), "text" (all
+                that is neither visual nor padding), "last", "all" (all but padding) or the name of a span such as
+                "question"; or positions, which are checked and returned.
+            image: for a box or a mask the image it lies in, in place of its own; for "image" the one image meant.
+            coverage: a token counts if more than this share of its rectangle lies in the region; 0 is any overlap.
+
+        Raises:
+            RegionError: nothing is there, or ``where`` names nothing.
+        """
+        if not 0 <= coverage < 1:
+            raise RegionError(
+                f"coverage={coverage}", "0 <= coverage < 1", "use 0 for any overlap, 0.5 for the larger part"
+            )
+        if isinstance(where, Box | Mask | Frames | Pages):
+            return np.flatnonzero(covered(self, where, image, coverage))
+        if isinstance(where, str):
+            return self._named(where, image)
+        listed: list[Any] = list(where) if isinstance(where, Sequence | np.ndarray) else [where]
+        if listed and all(isinstance(region, Box | Mask | Frames | Pages) for region in listed):
+            return np.flatnonzero(np.any([covered(self, region, image, coverage) for region in listed], axis=0))
+        return self._checked(listed)
+
+    def _named(self, name: str, image: int | None) -> Int[np.ndarray, " pos"]:
+        named = {
+            "image": np.flatnonzero((self.kind == IMAGE) | (self.kind == VIDEO)),
+            "text": np.flatnonzero(self.kind == TEXT),
+            "all": np.flatnonzero(self.kind != PADDING),
+            **{span: np.asarray(positions, dtype=int) for span, positions in self.spans.items()},
+        }
+        named["last"] = named["all"][-1:]
+        if name not in named:
+            raise RegionError(
+                f"no positions are called {name!r}", "a region, positions, or a name", suggestion(name, named)
+            )
+        if image is not None:
+            if name != "image":
+                raise RegionError(
+                    f"image={image} with {name!r}", "image= with a box, a mask or 'image'", "leave it out"
+                )
+            return np.flatnonzero(whole_images(self, [image]))
+        if not len(named[name]):
+            raise RegionError(f"this row has no {name!r} positions", f"a row with {name!r}", f"look at {self!r}")
+        return named[name]
+
+    def _checked(self, positions: list[Any]) -> Int[np.ndarray, " pos"]:
+        whole = all(isinstance(p, int | np.integer) and not isinstance(p, bool | np.bool_) for p in positions)
+        if not (positions and whole and all(-len(self) <= p < len(self) for p in positions)):
+            raise RegionError(
+                f"positions {positions[:8]!r}",
+                f"whole numbers from {-len(self)} to {len(self) - 1}",
+                "give a region, a name such as 'question', or positions in range",
+            )
+        return np.unique(np.asarray(positions, dtype=int) % len(self))
+
+    def _of_picture(self, image: int, frame: int | None) -> Bool[np.ndarray, " pos"]:
+        return whole_images(self, [image]) if frame is None else covered(self, Frames(frame), None, 0.0)
+
+    def rectangle(self, position: int) -> tuple[float, float, float, float]:
+        """``(x0, y0, x1, y1)`` of a visual token in the original image."""
+        index = int(self._checked([position])[0])
+        if np.isnan(self.rect[index]).any():
+            raise RegionError(
+                f"position {position} ({self.tokens[index]!r}) has no rectangle",
+                "a visual token that shows part of the picture",
+                "take one of layout.positions('image')",
+            )
+        x0, y0, x1, y1 = self.rect[index].tolist()
+        return x0, y0, x1, y1
+
+    def grid(self, image: int = 0, frame: int | None = None) -> tuple[int, int]:
+        """Rows and columns of the visual tokens of an image, or of a frame of the video."""
+        here = self._of_picture(image, frame)
+        return int(self.row[here].max()) + 1, int(self.col[here].max()) + 1
+
+    def shifted(self, left: int, length: int) -> "TokenLayout":
+        """The same row with ``left`` positions of padding in front, ``length`` positions in all."""
+        right = length - left - len(self)
+        if left < 0 or right < 0:
+            raise RegionError(
+                f"{len(self)} positions moved right by {left} in a row of {length}",
+                f"a row of at least {len(self) + max(left, 0)}",
+                "give the length of the batch",
+            )
+
+        def pad(values: np.ndarray, filler: float) -> np.ndarray:
+            widths = [(left, right)] + [(0, 0)] * (values.ndim - 1)
+            return np.pad(values, widths, constant_values=filler)
+
+        return replace(
+            self,
+            kind=pad(self.kind, PADDING),
+            image=pad(self.image, -1),
+            frame=pad(self.frame, -1),
+            row=pad(self.row, -1),
+            col=pad(self.col, -1),
+            rect=pad(self.rect, np.nan),
+            tokens=("",) * left + self.tokens + ("",) * right,
+            spans={name: tuple(p + left for p in positions) for name, positions in self.spans.items()},
+        )
+
+    def overlay(
+        self,
+        picture: Image.Image,
+        where: Where | None = None,
+        values: Sequence[float] | np.ndarray | None = None,
+        *,
+        image: int = 0,
+        frame: int | None = None,
+        colour: tuple[int, int, int] = (230, 97, 0),
+    ) -> Image.Image:
+        """The picture with the rectangles of visual tokens drawn over it.
+
+        Args:
+            picture: the original image (or a frame of it), at any scale.
+            where: the tokens to draw, as in ``positions``; all of the picture's where only ``values`` are given.
+            values: one number for each drawn position (opacity, relative to the largest); without them outlines.
+            image: which image the picture is.
+            frame: which frame of the video the picture is.
+            colour: of the rectangles.
+        """
+        here = self._of_picture(image, frame)
+        chosen = np.flatnonzero(here) if where is None else self.positions(where)
+        if values is None:
+            opacity = np.full(len(chosen), 0.35)
+        elif len(values) != len(chosen):
+            raise RegionError(
+                f"{len(values)} values for {len(chosen)} positions",
+                "one value for each position",
+                "pass where= as well",
+            )
+        else:
+            numbers = np.clip(np.nan_to_num(np.asarray(values, dtype=float)), 0, None)
+            opacity = 0.85 * numbers / max(numbers.max(), 1e-12)
+        width, height = self.images[frame if frame is not None else image]
+        scale = np.array([picture.width / width, picture.height / height] * 2)
+        layer = Image.new("RGBA", picture.size, (0, 0, 0, 0))
+        draw = ImageDraw.Draw(layer)
+        for position, alpha in zip(chosen, opacity, strict=True):
+            if here[position] and not np.isnan(self.rect[position]).any():
+                x0, y0, x1, y1 = self.rect[position] * scale
+                corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
+                outline = (*colour, 255) if values is None else None
+                draw.rectangle(corners, fill=(*colour, round(255 * alpha)), outline=outline)
+        return Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
+
+
+def _ranges(positions: Sequence[int]) -> str:
+    """``3-5,9`` for 3, 4, 5, 9."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == runs[-1][1] + 1:
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

@@ -1,0 +1,237 @@
+"""``Processor``: what is needed to turn a question and pictures into tensors for one checkpoint.
+
+A tokenizer, an image processor, a chat template and the geometry of the visual tokens. ``AutoProcessor`` is not used:
+for the Qwen-VL family it fails without torchvision, because it insists on a video processor. Here the image processors
+run on PIL, placeholders are expanded and videos cut by ``mech.inputs``, and nothing depends on torchvision.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mech.errors import InputError, UnsupportedModel
+from mech.inputs.geometry import Geometry, geometry_of
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """Built by ``load_processor`` or ``Processor.from_hf``.
+
+    Attributes:
+        tokenizer: a fast Hugging Face tokenizer (spans come from its character offsets).
+        image_processor: a Hugging Face image processor.
+        chat_template: jinja; where a checkpoint has none, its family's (``mech.inputs.geometry.FAMILIES``).
+        geometry: which pixels each visual token stands for.
+        image_token: the placeholder of an image.
+        video_token: the placeholder of a video, if the family takes any.
+        video_size: pixels a video may have (``shortest_edge``, ``longest_edge``), where that differs from an image's.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str
+    geometry: Geometry
+    image_token: str
+    video_token: str | None = None
+    video_size: dict[str, int] | None = None
+
+    @classmethod
+    def from_hf(
+        cls,
+        processor: Any = None,
+        config: Any = None,
+        *,
+        tokenizer: Any = None,
+        image_processor: Any = None,
+        chat_template: str | None = None,
+        video_size: dict[str, int] | None = None,
+    ) -> "Processor":
+        """From a Hugging Face processor, or from its tokenizer and image processor.
+
+        Args:
+            processor: a Hugging Face processor; what is given by name goes before its parts.
+            config: the model's config: it says which family, patch size and placeholder tokens.
+            tokenizer: the tokenizer.
+            image_processor: the image processor.
+            chat_template: jinja, in place of the processor's or the tokenizer's own.
+            video_size: pixels a video may have, in place of the video processor's.
+        """
+        tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+        image_processor = image_processor or getattr(processor, "image_processor", None)
+        if tokenizer is None or image_processor is None or config is None:
+            missing = {"tokenizer": tokenizer, "image processor": image_processor, "config": config}
+            raise UnsupportedModel(
+                "a processor without " + " and ".join(name for name, value in missing.items() if value is None),
+                "a tokenizer, an image processor and the model's config",
+                "pass Processor.from_hf(processor, model.config), or tokenizer= and image_processor=",
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedModel(
+                f"{type(tokenizer).__name__}, which gives no character offsets",
+                "a fast tokenizer",
+                "load it with AutoTokenizer; the checkpoint needs a tokenizer.json",
+            )
+        image_processor = _on_pil(image_processor)
+        geometry = geometry_of(config, image_processor)
+        theirs = getattr(getattr(processor, "video_processor", None), "size", None)
+        if video_size is None and theirs is not None:
+            video_size = {edge: dict(theirs)[edge] for edge in ("shortest_edge", "longest_edge")}
+        own = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        if isinstance(own, dict):  # several templates by name
+            own = own.get("default")
+        return cls(
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            chat_template=chat_template or own or geometry.family.template,
+            geometry=geometry,
+            image_token=_placeholder(tokenizer, config, "image_token_id"),
+            video_token=_placeholder(tokenizer, config, "video_token_id") if geometry.family.video else None,
+            video_size=video_size,
+        )
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token at padded positions; any will do, for it is masked."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in ids if token is not None)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """What may not be typed into a question: placeholders and the marks of the chat template."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        placeholders = [token for token in (self.image_token, self.video_token) if token]
+        return (*placeholders, *(str(token) for token in added if token.special and str(token) not in placeholders))
+
+    def prompt(self, question: str, images: int = 0, video: bool = False) -> str:
+        """The chat template around a question, up to where the answer begins; pictures come first."""
+        pictures = [{"type": "image"}] * images + [{"type": "video"}] * video
+        messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+
+    def with_answer(self, prompt: str, answer: str) -> str:
+        """The prompt and the answer behind it, as the model would write it.
+
+        Templates that end in a word ("ASSISTANT:") expect a space before the answer, others end in a line break.
+        """
+        gap = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+        return prompt + gap + answer
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """The tokens of an answer as they stand behind the prompt; the first is what a logit difference reads."""
+        prompt = self.prompt("?")
+        alone, joined = (self.tokenizer(text)["input_ids"] for text in (prompt, self.with_answer(prompt, answer)))
+        if joined[: len(alone)] != alone or len(joined) == len(alone):
+            raise InputError(
+                f"the answer {answer!r} has no first token of its own behind the prompt",
+                "an answer that does not melt into the last token of the prompt",
+                "strip white space from the answer's beginning",
+            )
+        return tuple(joined[len(alone) :])
+
+    def settings(self) -> dict[str, Any]:
+        """What a result should say about how its inputs were made."""
+        kept = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "resample", "image_mean", "image_std")
+        settings = {name: getattr(self.image_processor, name, None) for name in kept}
+        for name in ("size", "crop_size"):
+            settings[name] = {edge: value for edge, value in dict(settings[name] or {}).items() if value}
+        return {
+            "image_processor": type(self.image_processor).__name__,
+            **{name: _plain(value) for name, value in settings.items() if value is not None},
+            "video_size": self.video_size,
+            "pixels_per_token_side": self.geometry.side,
+        }
+
+
+def _on_pil(image_processor: Any) -> Any:
+    """The same image processor on PIL.
+
+    Torchvision resizes with other rounding and crops half a pixel elsewhere: results would depend on whether it is
+    installed, and the geometry would not be exact.
+    """
+    if getattr(image_processor, "backend", "pil") == "pil":
+        return image_processor
+    import transformers
+
+    name = type(image_processor).__name__.removesuffix("Fast") + "Pil"
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise UnsupportedModel(
+            f"{type(image_processor).__name__}, which runs on {image_processor.backend} only",
+            f"an image processor with a PIL variant ({name})",
+            'load it with AutoImageProcessor.from_pretrained(..., backend="pil")',
+        )
+    return kind.from_dict(image_processor.to_dict())
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: lists for tuples, numbers for enums."""
+    if isinstance(value, list | tuple):
+        return [float(number) for number in value]
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _placeholder(tokenizer: Any, config: Any, name: str) -> str:
+    token_id = getattr(config, name)
+    # Only added tokens are found whatever stands beside them.
+    if (token := tokenizer.added_tokens_decoder.get(token_id)) is None:
+        inside = 0 <= token_id < len(tokenizer)
+        known = repr(tokenizer.convert_ids_to_tokens(token_id)) if inside else "nothing"
+        raise UnsupportedModel(
+            f"config.{name}={token_id}, which is {known} for the tokenizer",
+            "one special token of its own",
+            "load the tokenizer that belongs to this checkpoint, or add the placeholder to it as a special token",
+        )
+    return str(token)
+
+
+def load_processor(name: str | Path, config: Any = None, *, revision: str | None = None) -> Processor:
+    """The processor of a checkpoint, from a folder or the hub.
+
+    Args:
+        name: a folder or a hub id.
+        config: the model's config, where it is loaded already.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UnsupportedModel: a file is missing or broken, or no geometry is known for this architecture.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    where = str(name)
+    options = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = config or AutoConfig.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        image_processor = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UnsupportedModel(
+            f"the processor of {where!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            "config.json, tokenizer.json and preprocessor_config.json",
+            "check the name and the network; for an interrupted download run it again",
+        ) from error
+    template = None if tokenizer.chat_template else _stored(where, revision, "chat_template.json").get("chat_template")
+    size = _stored(where, revision, "video_preprocessor_config.json").get("size")
+    return Processor.from_hf(
+        config=config,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        chat_template=template,
+        video_size={edge: size[edge] for edge in ("shortest_edge", "longest_edge")} if size else None,
+    )
+
+
+def _stored(name: str, revision: str | None, file: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint, empty where it has none."""
+    import json
+
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return {}
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON", "a complete file", "download or copy it again") from error

@@ -1,0 +1,225 @@
+"""A question and pictures -> ``Inputs``. The only place where tensors for a model are built.
+
+    build(processor, "Which digit is in the red frame?", images=[photo])     # chat template around the question
+    build(processor, question, video=frames, fps=2.0, answer="seven")         # the answer appended (teacher forcing)
+    encode(processor, "USER: <image>\\nHello ASSISTANT:", images=[photo])      # a text with placeholders, as it is
+
+Each picture stands in the text as one placeholder. The text is tokenized once, and each placeholder is repeated as
+often as its picture has visual tokens; what every position is follows from that, not from searching for tokens. The
+span of the question comes from character offsets, so that it holds no token of the template.
+
+For the Qwen-VL family this builds ``mm_token_type_ids`` and the grids, without which the models silently fall back to
+one-dimensional positions. The result is that of the Hugging Face processor; frames of a video are resized by PIL,
+which may differ from torchvision in the last bit. Frames are taken as given: nothing is sampled.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mech.errors import InputError
+from mech.inputs.batch import Inputs
+from mech.inputs.layout import TEXT, TokenLayout
+from mech.inputs.pictures import pictures
+from mech.inputs.processor import Processor
+from mech.inputs.visuals import Block, image_blocks, video_blocks
+
+# Stands for the question while the template is rendered a second time, to find where the question goes.
+_STAND_IN = "\ue000question\ue001"
+
+
+def build(
+    processor: Processor,
+    question: str,
+    images: Sequence[Any] = (),
+    video: Sequence[Any] = (),
+    fps: float = 2.0,
+    answer: str = "",
+) -> Inputs:
+    """A question about pictures, in the model's chat template.
+
+    Args:
+        processor: of the model.
+        question: what the user says; it may hold no special token.
+        images: PIL images, paths or uint8 arrays, in the order in which they are shown.
+        video: the frames of a video, all of one size, in place of images.
+        fps: frames a second of ``video``.
+        answer: appended where the model's answer begins; the layout's span "answer".
+
+    Raises:
+        InputError: the question cannot be asked like this; nothing has been computed yet.
+    """
+    for name, text in (("question", question), ("answer", answer)):
+        if found := [token for token in processor.special_tokens if token in text]:
+            raise InputError(
+                f"the {name} holds the special token {found[0]!r}",
+                "plain text; placeholders are put in by the chat template",
+                "take it out and pass images=[...]",
+            )
+    if not question.strip():
+        raise InputError("an empty question", "some text", "ask something; its tokens are where retrieval is measured")
+    images, video = pictures(images), pictures(video, "video")
+    prompt, start, end = _rendered(processor, question, len(images), bool(video))
+    spans = {"question": (start, end)}
+    if not answer:
+        return encode(processor, prompt, images, video, fps, spans=spans)
+    processor.answer_ids(answer)
+    text = processor.with_answer(prompt, answer)
+    return encode(processor, text, images, video, fps, spans={**spans, "answer": (len(prompt), len(text))})
+
+
+def _rendered(processor: Processor, question: str, images: int, video: bool) -> tuple[str, int, int]:
+    """The prompt, and the first and last character of the question in it."""
+    prompt = processor.prompt(question, images, video)
+    around = processor.prompt(_STAND_IN, images, video).split(_STAND_IN)
+    if len(around) == 2:
+        before, after = around
+        inner = prompt[len(before) : len(prompt) - len(after)]
+        # Templates may strip the question, and do no more than that.
+        if prompt == before + inner + after and inner in (question, question.strip()):
+            return prompt, len(before), len(before) + len(inner)
+    raise InputError(
+        "the chat template does not print the question once and as it is",
+        "a template that prints the text of a user message",
+        "pass another chat_template to Processor.from_hf, or use encode with spans={'question': (start, end)}",
+    )
+
+
+def encode(
+    processor: Processor,
+    text: str,
+    images: Sequence[Any] = (),
+    video: Sequence[Any] = (),
+    fps: float = 2.0,
+    *,
+    spans: Mapping[str, tuple[int, int]] | None = None,
+) -> Inputs:
+    """A text that holds one placeholder for each picture, as tensors and a layout.
+
+    Args:
+        processor: of the model.
+        text: with ``processor.image_token`` for each image, or one ``processor.video_token``.
+        images: PIL images, paths or uint8 arrays, in the order of their placeholders.
+        video: frames of one size.
+        fps: frames a second of ``video``.
+        spans: names of stretches of ``text``, as (first, behind last) character; they become the layout's spans.
+    """
+    shown, frames = pictures(images), pictures(video, "video")
+    _check_counts(processor, text, len(shown), len(frames))
+    spans = dict(spans or {})
+    if frames:
+        tensors, blocks = video_blocks(processor, frames, fps)
+        if processor.geometry.family.video == "stamped":
+            text, spans = _stamped(processor, text, spans, len(frames), fps)
+    else:
+        tensors, blocks = image_blocks(processor, shown)
+    ids, offsets = _tokenized(processor, text)
+    tokenizer = processor.tokenizer
+    placeholder = tokenizer.convert_tokens_to_ids(processor.video_token if frames else processor.image_token)
+    slots = np.flatnonzero(ids == placeholder)
+    if len(slots) != len(blocks):
+        raise InputError(
+            f"the tokenizer finds {len(slots)} placeholders in a text with {len(blocks)}",
+            "placeholders that are tokens of their own",
+            "put white space around them",
+        )
+    if processor.geometry.family.merges and (np.diff(slots) == 1).any():
+        raise InputError(
+            "two pictures side by side without a token between them",
+            "text or <|vision_start|> ... <|vision_end|> around each: the model counts runs of visual tokens as one",
+            "put a token between the placeholders",
+        )
+    repeats = np.ones(len(ids), dtype=int)
+    repeats[slots] = [len(block) for block in blocks]
+    source = np.repeat(np.arange(len(ids)), repeats)
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    printable = [text[start:stop] or name for (start, stop), name in zip(offsets, names, strict=True)]
+    layout = TokenLayout(
+        **_fields(source, slots, blocks),
+        tokens=tuple(printable[index] for index in source),
+        spans={name: _span(offsets, source, slots, *characters) for name, characters in spans.items()},
+        images=tuple(one.size for one in frames or shown),
+        frames_per_token=processor.geometry.frames_per_token if frames else 1,
+    )
+    sequence = torch.from_numpy(ids[source])[None]
+    tensors = {"input_ids": sequence, "attention_mask": torch.ones_like(sequence), **tensors}
+    if processor.geometry.family.merges:
+        # The kinds of the layout are the model's own: 0 text, 1 image, 2 video.
+        tensors["mm_token_type_ids"] = torch.from_numpy(layout.kind.astype(np.int64))[None]
+    return Inputs(tensors, (layout,))
+
+
+def _check_counts(processor: Processor, text: str, images: int, frames: int) -> None:
+    if images and frames:
+        raise InputError("both images and a video", "one of the two", "pass images=[...] or video=[...]")
+    if frames and processor.video_token is None:
+        raise InputError(
+            f"a video for a {processor.geometry.name} model, which takes none",
+            "images",
+            "pass the frames as images=[...]",
+        )
+    for token, count, name in (
+        (processor.image_token, images, "image"),
+        (processor.video_token, min(frames, 1), "video"),
+    ):
+        found = text.count(token) if token else 0
+        if found != count:
+            raise InputError(
+                f"{found} placeholders {token!r} in the text for {count} {name}{'s' * (count != 1)}",
+                "one placeholder for each",
+                "pass as many pictures as there are placeholders; build() puts them in by itself",
+            )
+
+
+def _tokenized(processor: Processor, text: str) -> tuple[np.ndarray, np.ndarray]:
+    tokenizer = processor.tokenizer
+    # Templates that print the first special token themselves must not get it twice.
+    bos = tokenizer.bos_token
+    encoded = tokenizer(
+        text, return_offsets_mapping=True, add_special_tokens=not (bos and text.startswith(bos)), verbose=False
+    )
+    offsets = np.asarray(encoded["offset_mapping"], dtype=int).reshape(-1, 2)
+    return np.asarray(encoded["input_ids"], dtype=np.int64), offsets
+
+
+def _fields(source: np.ndarray, slots: np.ndarray, blocks: list[Block]) -> dict[str, np.ndarray]:
+    """What the layout says of each position; ``source`` is the token of the text that it comes from."""
+    fields: dict[str, Any] = {name: np.full(len(source), -1) for name in ("image", "frame", "row", "col")}
+    fields["kind"] = np.full(len(source), TEXT)
+    fields["rect"] = np.full((len(source), 4), np.nan)
+    for slot, block in zip(slots, blocks, strict=True):
+        start = int(np.searchsorted(source, slot))
+        for name, values in fields.items():
+            values[start : start + len(block)] = getattr(block, name)
+    return fields
+
+
+def _span(offsets: np.ndarray, source: np.ndarray, slots: np.ndarray, first: int, behind: int) -> tuple[int, ...]:
+    """Positions of the tokens with a character in ``[first, behind)``, placeholders aside."""
+    inside = (offsets[:, 0] < behind) & (offsets[:, 1] > first) & (offsets[:, 0] < offsets[:, 1])
+    inside[slots] = False
+    return tuple(np.flatnonzero(inside[source]).tolist())
+
+
+def _stamped(
+    processor: Processor, text: str, spans: Mapping[str, tuple[int, int]], frames: int, fps: float
+) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The text with its video placeholder written out: a time stamp and a placeholder for each temporal patch.
+
+    Only the placeholder itself is replaced, so that the template's own marks around it stay. This is what
+    transformers 5 does; transformers 4.57 and vLLM drop them.
+    """
+    token, depth = str(processor.video_token), processor.geometry.frames_per_token
+    # The time of a temporal patch is the mean of its first and last frame; the last frame is repeated to fill it.
+    ends = [(first, min(first + depth - 1, frames - 1)) for first in range(0, frames, depth)]
+    seconds = [(first / fps + last / fps) / 2 for first, last in ends]
+    written = "".join(f"<{second:.1f} seconds><|vision_start|>{token}<|vision_end|>" for second in seconds)
+    before, after = text.split(token)
+    shift = len(written) - len(token)
+
+    def moved(char: int) -> int:
+        return char + shift if char > len(before) else char
+
+    return before + written + after, {name: (moved(a), moved(b)) for name, (a, b) in spans.items()}

@@ -1,0 +1,126 @@
+"""Regions to tokens: which visual tokens a box, a mask, frames or pages cover.
+
+A token belongs to a box or a mask if more than the asked share of *its* rectangle lies inside. The area is exact, also
+where a rectangle's edge cuts a pixel: every pixel is a unit square of one value. A region that covers no token (because
+the processor cropped it away) is an error, and so is a box that leaves its image by more than a pixel: such boxes are
+nearly always in the coordinates of another size.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from mech.data.regions import Box, Frames, Mask, Pages, Region
+from mech.errors import RegionError
+
+if TYPE_CHECKING:
+    from mech.inputs.layout import TokenLayout
+
+# Shares of a token's area below this are rounding, not overlap.
+_ROUNDING = 1e-9
+
+
+def covered(layout: "TokenLayout", region: Region, image: int | None, coverage: float) -> Bool[np.ndarray, " pos"]:
+    """Which positions a region covers; ``image`` overrides the image that a box or a mask names."""
+    if isinstance(region, Frames):
+        found = _whole_frames(layout, region)
+    elif isinstance(region, Pages):
+        found = whole_images(layout, region.indices, region)
+    else:
+        index = region.image if image is None else image
+        here = whole_images(layout, [index], region)
+        _inside(layout.images[index], region)
+        rects = layout.rect[here]
+        area = (rects[:, 2] - rects[:, 0]) * (rects[:, 3] - rects[:, 1])
+        overlap = _box_overlap(rects, region) if isinstance(region, Box) else _mask_overlap(rects, region.pixels)
+        found = here.copy()
+        # A token without a rectangle has area nan, and nan is larger than nothing.
+        found[here] = overlap / area > coverage + _ROUNDING
+    if not found.any():
+        raise RegionError(
+            f"{region!r} covers no visual token" + (f" by more than {coverage}" if coverage else ""),
+            "a region on a part of the picture that the processor keeps",
+            "see layout.overlay(picture, 'image') for what is kept, or lower coverage",
+        )
+    return found
+
+
+def whole_images(
+    layout: "TokenLayout", indices: Sequence[int], region: Region | None = None
+) -> Bool[np.ndarray, " pos"]:
+    """All visual tokens of some images."""
+    given = repr(region) if region is not None else f"image {indices[0]}"
+    if layout.has_video:
+        raise RegionError(
+            f"{given} on a video", "frames", "use Frames(...), or frame=; boxes in videos are not supported"
+        )
+    count = len(layout.images)
+    if not indices or not all(0 <= index < count for index in indices):
+        raise RegionError(
+            f"{given} of a row with {count} images",
+            f"an index from 0 to {count - 1}" if count else "a row with images",
+            "count images from 0" if count else "pass images=... when the inputs are built",
+        )
+    return np.isin(layout.image, indices)
+
+
+def _whole_frames(layout: "TokenLayout", region: Frames) -> Bool[np.ndarray, " pos"]:
+    if not layout.has_video:
+        raise RegionError(f"{region!r} of a row without a video", "a row with a video", "use Pages(...) for images")
+    count = len(layout.images)
+    if not region.indices or not all(0 <= index < count for index in region.indices):
+        raise RegionError(
+            f"{region!r} of a video of {count} frames", f"indices from 0 to {count - 1}", "count frames from 0"
+        )
+    # A temporal patch holds several frames, and counts if it holds any of them.
+    firsts = [index - index % layout.frames_per_token for index in region.indices]
+    return np.isin(layout.frame, firsts)
+
+
+def _inside(size: tuple[int, int], region: Box | Mask) -> None:
+    width, height = size
+    if isinstance(region, Mask):
+        if region.pixels.shape != (height, width):
+            raise RegionError(
+                f"a mask of shape {region.pixels.shape}",
+                f"({height}, {width}), height before width, the size of the original image",
+                "make the mask at the size of the image, pixels[y, x]",
+            )
+    elif region.x0 < -1 or region.y0 < -1 or region.x1 > width + 1 or region.y1 > height + 1:
+        raise RegionError(
+            f"{region!r} leaves an image of {width} x {height} pixels",
+            "a box inside the image, in pixels of the original",
+            "scale relative boxes by the size of the image; use Box.from_xywh for (x, y, width, height)",
+        )
+
+
+def _box_overlap(rects: Float[np.ndarray, "token 4"], box: Box) -> Float[np.ndarray, " token"]:
+    wide = np.minimum(rects[:, 2], box.x1) - np.maximum(rects[:, 0], box.x0)
+    high = np.minimum(rects[:, 3], box.y1) - np.maximum(rects[:, 1], box.y0)
+    return np.clip(wide, 0, None) * np.clip(high, 0, None)
+
+
+def _mask_overlap(
+    rects: Float[np.ndarray, "token 4"], pixels: Bool[np.ndarray, "height width"]
+) -> Float[np.ndarray, " token"]:
+    """Area of the mask in each rectangle, from the integral image read between its nodes.
+
+    Between nodes the integral of a picture of constant pixels is bilinear, so that the reading is exact.
+    """
+    integral = np.pad(np.cumsum(np.cumsum(pixels.astype(bool).astype(float), axis=0), axis=1), ((1, 0), (1, 0)))
+
+    def upto(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        left = np.clip(np.floor(x).astype(int), 0, pixels.shape[1] - 1)
+        top = np.clip(np.floor(y).astype(int), 0, pixels.shape[0] - 1)
+        dx, dy = x - left, y - top
+        above = integral[top, left] * (1 - dx) + integral[top, left + 1] * dx
+        below = integral[top + 1, left] * (1 - dx) + integral[top + 1, left + 1] * dx
+        return above * (1 - dy) + below * dy
+
+    overlap = np.full(len(rects), np.nan)
+    shown = ~np.isnan(rects).any(axis=1)
+    x0, y0, x1, y1 = rects[shown].T
+    overlap[shown] = upto(x1, y1) - upto(x0, y1) - upto(x1, y0) + upto(x0, y0)
+    return overlap

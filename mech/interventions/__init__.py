@@ -1,0 +1,19 @@
+"""Interventions as data: frozen specs that say what is changed, and the one place that runs them on a model.
+
+Knows models, inputs and samples (for reference activations). Knows nothing of bands, metrics, statistics or pictures.
+"""
+
+from mech.interventions.reference import Reference, reference_activations
+from mech.interventions.run import Intervened, intervene
+from mech.interventions.specs import METHODS, PHASES, POSITIONS, Ablate
+
+__all__ = [
+    "METHODS",
+    "PHASES",
+    "POSITIONS",
+    "Ablate",
+    "Intervened",
+    "Reference",
+    "intervene",
+    "reference_activations",
+]

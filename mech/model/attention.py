@@ -1,0 +1,213 @@
+"""The one attention function everything passes through.
+
+It is registered once in transformers' ``AttentionInterface`` (and its masks in ``AttentionMaskInterface``: without
+that, padding would silently be ignored) under the name ``mech``. A wrapped model is switched to that name, so every
+layer of both stacks calls ``attention`` with queries and keys after RoPE.
+
+Three ways through it:
+
+* nobody listens: transformers' own SDPA function is called with the arguments as they came, bit for bit;
+* somebody observes (``HookedMLLM.attending``): SDPA runs, then the observer gets an ``AttentionCall`` from which it
+  can compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
+* the layer's scores or pattern are hooked: the arithmetic is done step by step, for that layer only.
+
+Which wrapped model a layer belongs to is found through a weak mapping from the layer's attention module to its
+``LayerRecord``. The record is active only while that model's own forward runs. It knows nothing of module paths
+(``families.py``) nor of the points outside attention (``seams.py``).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from mech.model.points import checked, fire, hooked
+
+IMPLEMENTATION = "mech"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What one attention layer saw and produced. Positions count the query rows of this call, from 0.
+
+    Attributes:
+        stack: "text" or "vision".
+        layer: the layer's index in its stack.
+        q: queries after RoPE.
+        k: keys after RoPE, cached ones included.
+        v: values, cached ones included.
+        z: each head's output before W_O.
+        mask: the layer's own mask (True = visible, or an additive bias), None if it is fully described by ``causal``.
+        scale: what q times k is multiplied by.
+        causal: whether a missing mask means causal attention.
+        query_start: the absolute position of the first query row; not 0 while generating with a cache.
+    """
+
+    stack: str
+    layer: int
+    q: Float[Tensor, "batch head pos d_head"]
+    k: Float[Tensor, "batch kv_head key_pos d_head"]
+    v: Float[Tensor, "batch kv_head key_pos d_head"]
+    z: Float[Tensor, "batch pos head d_head"]
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    query_start: int
+
+    def visible(self, rows: Sequence[int] | Tensor) -> Bool[Tensor, "batch 1 rows key_pos"]:
+        """Which keys these query rows may look at: padding, causality and windows as the layer applies them."""
+        index = torch.as_tensor(rows, device=self.q.device, dtype=torch.long)
+        batch, _, query_len, _ = self.q.shape
+        keys = self.k.shape[2]
+        if self.mask is None:
+            index = torch.where(index < 0, index + query_len, index)
+            limit = index + self.query_start if self.causal else torch.full_like(index, keys - 1)
+            seen = torch.arange(keys, device=index.device) <= limit[:, None]
+            return seen.expand(batch, 1, *seen.shape)
+        mask = self.mask[:, :, index, :keys]
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return seen.expand(batch, *seen.shape[1:])
+
+    def rows(self, positions: Sequence[int] | Tensor) -> Float[Tensor, "batch head rows key_pos"]:
+        """The exact post-softmax attention of these query rows, at least in float32.
+
+        Recomputed from q, k and the mask; a hook that wrote the pattern is not seen here. A row that may look at
+        nothing (a padding row) is all zeros. Cost: ``len(positions) * key_pos * d_head`` per head.
+        """
+        index = torch.as_tensor(positions, device=self.q.device, dtype=torch.long)
+        return softmax(self._scores(index))
+
+    def _scores(self, index: Tensor) -> Tensor:
+        scores = _dot(self.q[:, :, index], self.k, self.scale)
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            scores = scores + self.mask[:, :, index, : self.k.shape[2]]
+        return scores.masked_fill(~self.visible(index), float("-inf"))
+
+
+Observer = Callable[[AttentionCall], Tensor | None]
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """What the attention function knows of one layer of a wrapped model. Holds no module of that model."""
+
+    stack: str
+    layer: int
+    owner: ref
+    points: dict[str, HookPoint]
+    observers: list[Observer] = field(default_factory=list)
+    active: bool = False
+    windows: Tensor | None = None  # boundaries of the attention windows that are computed in one call
+
+    def wanted(self) -> bool:
+        return bool(self.observers) or hooked(self.points.values())
+
+
+_records: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
+
+
+def register(module: nn.Module, record: LayerRecord) -> None:
+    """Tie a layer's attention module to its record."""
+    _records[module] = record
+
+
+def forget(module: nn.Module) -> None:
+    """Untie it."""
+    _records.pop(module, None)
+
+
+def owner_of(module: nn.Module) -> object | None:
+    """The wrapper that still holds this attention module, if any."""
+    record = _records.get(module)
+    return record.owner() if record is not None else None
+
+
+def attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch head pos d_head"],
+    key: Float[Tensor, "batch kv_head key_pos d_head"],
+    value: Float[Tensor, "batch kv_head key_pos d_head"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
+    """The function transformers calls; arguments are those of its ``AttentionInterface``."""
+    record = _records.get(module)
+    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if record is None or not record.active:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    query = fire(record.points["attn.hook_rot_q"], query.transpose(1, 2)).transpose(1, 2)
+    key = fire(record.points["attn.hook_rot_k"], key.transpose(1, 2)).transpose(1, 2)
+    if record.windows is not None:
+        attention_mask = _same_window(record.windows, key.shape[2])
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal and attention_mask is None and query.shape[2] > 1)
+    # A static cache is longer than what has been written: torch aligns its causal mask to the upper left then.
+    prefilling = causal and key.shape[2] > query.shape[2]
+    call = AttentionCall(
+        stack=record.stack,
+        layer=record.layer,
+        q=query,
+        k=key,
+        v=value,
+        z=query.transpose(1, 2),  # a placeholder of the right shape until z is known
+        mask=attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=causal,
+        query_start=0 if prefilling else key.shape[2] - query.shape[2],
+    )
+    if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
+        z = _stepwise(call, record, dropout)
+    else:
+        z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    for observe in record.observers:
+        replaced = observe(replace(call, z=z))
+        if replaced is not None:
+            name = f"attending, {record.stack} layer {record.layer}"
+            z = checked(replaced, z, name, "batch pos head d_head")
+    return z, None
+
+
+def softmax(scores: Float[Tensor, "... key_pos"]) -> Float[Tensor, "... key_pos"]:
+    """Softmax over keys in which a row of ``-inf`` becomes zeros, as in the fused kernels, with a gradient of zero."""
+    dead = torch.isneginf(scores).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
+
+
+def _stepwise(call: AttentionCall, record: LayerRecord, dropout: float) -> Tensor:
+    rows = torch.arange(call.q.shape[2], device=call.q.device)
+    scores = fire(record.points["attn.hook_attn_scores"], call._scores(rows))
+    pattern = fire(record.points["attn.hook_pattern"], softmax(scores))
+    if dropout:
+        pattern = nn.functional.dropout(pattern, dropout)
+    batch, heads, queries, keys = pattern.shape
+    kv_heads = call.v.shape[1]
+    # Query heads that share a key/value head are folded into its rows, so keys and values are never repeated.
+    grouped = pattern.to(call.v.dtype).reshape(batch, kv_heads, -1, keys) @ call.v
+    return grouped.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+
+
+def _dot(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    batch, heads, rows, d_head = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    folded = q.to(wide).reshape(batch, k.shape[1], -1, d_head)
+    return (folded @ k.to(wide).transpose(-1, -2)).reshape(batch, heads, rows, -1) * scale
+
+
+def _same_window(boundaries: Tensor, length: int) -> Bool[Tensor, "1 1 pos pos"]:
+    window = torch.searchsorted(boundaries[1:].contiguous(), torch.arange(length, device=boundaries.device), right=True)
+    return (window[:, None] == window[None, :])[None, None]
+
+
+AttentionInterface.register(IMPLEMENTATION, attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

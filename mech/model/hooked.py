@@ -1,0 +1,390 @@
+"""``HookedMLLM``: a stock Hugging Face multimodal model with TransformerLens' hooks.
+
+    model  = HookedMLLM.from_pretrained("reference:llava-m")
+    inputs = model.inputs("Which digit is in the red frame?", images=[picture])
+    logits, cache = model.run_with_cache(inputs, names_filter=["blocks.3.attn.hook_z"])
+
+    def without_head_5(z, hook):
+        z[:, :, 5] = 0
+        return z
+
+    with model.hooks([("blocks.3.attn.hook_z", without_head_5)]):
+        model.generate_text(inputs, max_new_tokens=4)
+
+The Hugging Face model inside (``.hf_model``) keeps its classes and weights. Hooks are attached to it when this wrapper
+runs it, only for points that are hooked, and are gone afterwards; its attention implementation is set to ``mech`` until
+``unwrap()``. Without hooks the logits are those of transformers with SDPA, bit for bit.
+
+What it does not do: it does not change weights, fold norms or centre anything, so ``hook_resid_*`` are what the model
+was trained with. Calling ``.hf_model`` directly runs it without hooks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from weakref import ref
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedModel
+
+from mech.errors import InputError, MechError, PointError, UnsupportedModel
+from mech.model import attention, seams
+from mech.model.families import check_tensors, family_of, live_vision_layers, module_at, sizes
+from mech.model.generation import generation_config
+from mech.model.loading import open_checkpoint
+from mech.model.points import NamesFilter, all_names, cache_hook, hooked, point_name, select
+
+
+class HookedMLLM(HookedRootModule):
+    """A Hugging Face multimodal model whose activations can be read and written by name."""
+
+    def __init__(self, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None):
+        super().__init__()
+        self.family = family_of(hf_model.config)
+        self.cfg = sizes(hf_model.config, self.family)
+        self.hf_model = hf_model
+        self.training = hf_model.training
+        self.name = name or hf_model.config.name_or_path or type(hf_model).__name__
+        self._source: str | None = None
+        self._revision: str | None = None
+        self._processor = processor
+        self._running = False
+        live = live_vision_layers(hf_model.config, self.family)
+        names, self._refused = all_names(self.cfg.n_layers, live, self.cfg.vision_layers)
+        # Kept in plain dicts, not as submodules: the Hugging Face modules must not be renamed or listed twice.
+        self.hook_dict = {point: HookPoint() for point in names}
+        for point, hook_point in self.hook_dict.items():
+            hook_point.name = point
+        self.mod_dict = dict(self.hook_dict)
+        self._seams = seams.stack_seams(hf_model, self.family.vision, "vision", live, self.cfg, self.family)
+        self._seams += seams.joining_seams(hf_model, self.family)
+        self._seams += seams.stack_seams(hf_model, self.family.text, "text", self.cfg.n_layers, self.cfg, self.family)
+        self._observers: dict[str, list[attention.Observer]] = {"text": [], "vision": []}
+        self._layers = [*self._attention_layers("vision", live), *self._attention_layers("text", self.cfg.n_layers)]
+        self._stock_attention = _attention_names(hf_model)
+        for module, record in self._layers:
+            attention.register(module, record)
+        hf_model.set_attn_implementation(attention.IMPLEMENTATION)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> "HookedMLLM":
+        """Open a reference model ("reference:llava-m"), a folder or a hub id, in eval mode, on the GPU if there is one.
+
+        Raises:
+            InputError: no such folder.
+            UnsupportedModel: no family row for it, or its weights are missing, cut off or incomplete.
+        """
+        hf_model, source = open_checkpoint(name, dtype, device, revision)
+        model = cls(hf_model, name=str(name))
+        model._source, model._revision = source, revision
+        return model
+
+    @classmethod
+    def from_hf(cls, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None) -> "HookedMLLM":
+        """Wrap a loaded model; ``processor`` is a ``mech.inputs.Processor`` or a Hugging Face processor."""
+        return cls(hf_model, processor, name=name)
+
+    def unwrap(self) -> PreTrainedModel:
+        """Give the Hugging Face model back as it was. This wrapper cannot run afterwards."""
+        for module, _ in self._layers:
+            attention.forget(module)
+        if self._layers:
+            self.hf_model.set_attn_implementation(self._stock_attention)
+        self._layers, self._seams = [], []
+        return self.hf_model
+
+    def __repr__(self) -> str:
+        cfg, count = self.cfg, sum(parameter.numel() for parameter in self.hf_model.parameters())
+        return (
+            f"HookedMLLM({self.name!r}, {cfg.family}, text {cfg.n_layers} x {cfg.n_heads} heads, "
+            f"vision {cfg.vision_layers} x {cfg.vision_heads} heads, {count / 1e6:.1f}M parameters)"
+        )
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Any = None, **tensors: Any) -> Float[Tensor, "batch pos vocab"]:
+        """Logits for ``Inputs``, a mapping of tensors, or the Hugging Face model's own keyword arguments."""
+        given = self._tensors(inputs, tensors)
+        if "past_key_values" not in given:
+            given.setdefault("use_cache", False)
+        with self._attached():
+            return self.hf_model(**given).logits
+
+    @torch.no_grad()
+    def generate(self, inputs: Any = None, *, max_new_tokens: int = 16, **options: Any) -> Int[Tensor, "batch new_pos"]:
+        """The ids of the *new* tokens only, greedily, hooks live and KV cache on; padded behind a row's end.
+
+        A checkpoint's own ``repetition_penalty`` stays in force, as in Hugging Face's ``generate``.
+
+        ``options`` are those of Hugging Face's ``generate`` (``do_sample=True``, ``temperature=...``).
+        """
+        given = self._tensors(inputs, options)
+        stock = self.hf_model.generation_config
+        if stock is None:
+            raise UnsupportedModel(f"{self.name} cannot generate", "a model with a generation config")
+        asked = {key: given.pop(key) for key in list(given) if hasattr(stock, key)}
+        config = generation_config(stock, {"max_new_tokens": max_new_tokens, **asked}, self._pad_token_id())
+        with self._attached():
+            run: Any = self.hf_model.generate
+            ids = run(**given, generation_config=config)
+        return ids[:, given["input_ids"].shape[1] :]
+
+    def generate_text(self, inputs: Any, *, max_new_tokens: int = 16, **options: Any) -> list[str]:
+        """``generate``, decoded without special tokens, one string for each row."""
+        ids = self.generate(inputs, max_new_tokens=max_new_tokens, **options)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable]] = (),
+        bwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator["HookedMLLM"]:
+        """TransformerLens' ``hooks``, with every name checked before any hook is added.
+
+        Raises:
+            PointError: a name is misspelt or its point is not live, or a predicate matches no point.
+        """
+        forward: list[Any] = [(point, hook) for names, hook in fwd_hooks for point in self.select(names)]
+        backward: list[Any] = [(point, hook) for names, hook in bwd_hooks for point in self.select(names)]
+        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+            yield self
+
+    def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **options: Any) -> None:
+        """TransformerLens' ``add_hook``: stays until ``reset_hooks()``."""
+        for point in self.select(name):
+            super().add_hook(point, hook, *args, **options)
+
+    def run_with_cache(
+        self,
+        inputs: Any = None,
+        *,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        **tensors: Any,
+    ) -> tuple[Float[Tensor, "batch pos vocab"], ActivationCache]:
+        """Logits, and a copy of every point that ``names_filter`` names.
+
+        Args:
+            inputs: as in ``forward``.
+            names_filter: a name, a list of names, a predicate over names, or None for all but ``hook_result``. Naming
+                scores or pattern makes that layer compute attention step by step.
+            device: where to keep the copies.
+            remove_batch_dim: drop the batch dimension of a single row.
+
+        Raises:
+            PointError: a name is misspelt or not live (before the forward), or nothing passed through a named point
+                (a vision point without an image).
+        """
+        chosen = self.select(names_filter)
+        stored: dict[str, Tensor] = {}
+        with self.hooks([(name, cache_hook(stored, device)) for name in chosen]):
+            logits = self.forward(inputs, **tensors)
+        silent = [name for name in chosen if name not in stored]
+        if silent and names_filter is not None and not callable(names_filter):
+            raise PointError(
+                f"nothing passed through {silent[0]!r}", "inputs with an image or a video", "add one, or drop the name"
+            )
+        cache = ActivationCache(stored, self)
+        if remove_batch_dim:
+            if len(logits) != 1:
+                raise InputError(f"remove_batch_dim with {len(logits)} rows", "one row", "keep the batch dimension")
+            cache.remove_batch_dim()
+        return logits, cache
+
+    @contextmanager
+    def attending(self, fn: attention.Observer, stack: str = "text") -> Iterator["HookedMLLM"]:
+        """While open, ``fn`` gets an ``AttentionCall`` from every attention layer of a stack, after z is computed.
+
+        A tensor it returns replaces z (before ``hook_z`` fires); None keeps it. Works in ``generate`` too.
+        """
+        if stack not in self._observers:
+            raise MechError(f"stack={stack!r}", "'text' or 'vision'")
+        self._observers[stack].append(fn)
+        try:
+            yield self
+        finally:
+            self._observers[stack].remove(fn)
+
+    # -- names and inputs ---------------------------------------------------------------------------------------------
+
+    def points(self) -> list[str]:
+        """The names of all live points, in the order in which they fire."""
+        return list(self.hook_dict)
+
+    def select(self, names: NamesFilter) -> list[str]:
+        """The live points that a name, a list of names or a predicate means; see ``mech.model.points.select``."""
+        return select(names, list(self.hook_dict), self._refused)
+
+    def inputs(
+        self, question: str, images: Sequence = (), video: Sequence = (), fps: float = 2.0, answer: str = ""
+    ) -> Any:
+        """``Inputs`` for a question about images or a video, in the model's chat template."""
+        from mech.inputs import build
+
+        return build(self.processor, question, images=images, video=video, fps=fps, answer=answer).to(
+            self.device, self.dtype
+        )
+
+    def inputs_of(self, sample: Any, answer: bool = False) -> Any:
+        """``Inputs`` of a ``Sample``; with ``answer=True`` its answer follows the prompt."""
+        return self.inputs(
+            sample.question, sample.images, sample.video, sample.fps, answer=sample.answer if answer else ""
+        )
+
+    def collate(self, rows: Sequence[Any]) -> Any:
+        """One batch of several ``Inputs``, padded on the left."""
+        from mech.inputs import collate
+
+        return collate(list(rows), self._pad_token_id())
+
+    @property
+    def processor(self) -> Any:
+        """The ``mech.inputs.Processor``; opened when it is first needed."""
+        from mech import inputs
+
+        if self._processor is None:
+            if self._source is None:
+                raise InputError(f"{self.name} has no processor", "HookedMLLM.from_hf(hf_model, processor)")
+            self._processor = inputs.load_processor(self._source, self.hf_model.config, revision=self._revision)
+        elif not isinstance(self._processor, inputs.Processor):
+            self._processor = inputs.Processor.from_hf(self._processor, self.hf_model.config)
+        return self._processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf_model.dtype
+
+    @property
+    def blocks(self) -> list[SimpleNamespace]:
+        """``blocks[layer].attn.W_O`` is ``[head d_head d_model]``, a view of the layer's weight."""
+        family = self.family
+        layers: Any = module_at(self.hf_model, family.text.layers, family)
+        outputs = [module_at(layer, family.text.o, family) for layer in layers]
+        return [SimpleNamespace(attn=SimpleNamespace(W_O=seams.head_weights(o, self.cfg.n_heads))) for o in outputs]
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model vocab"]:
+        unembed: Any = module_at(self.hf_model, self.family.unembed, self.family)
+        return unembed.weight.T
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _attention_layers(self, stack: str, count: int) -> list[tuple[nn.Module, attention.LayerRecord]]:
+        row = getattr(self.family, stack)
+        layers: Any = module_at(self.hf_model, row.layers, self.family)
+        found = []
+        for index in range(count):
+            module = module_at(layers[index], row.attn, self.family)
+            if attention.owner_of(module) is not None:
+                raise UnsupportedModel(
+                    "this Hugging Face model is wrapped already", "one HookedMLLM for each model", "unwrap() the other"
+                )
+            inside = {p: self.hook_dict[point_name(p, index, stack)] for p in seams.INSIDE_ATTENTION}
+            found.append((module, attention.LayerRecord(stack, index, ref(self), inside, self._observers[stack])))
+        return found
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """Attach what is hooked, run, detach. Everything that touches the Hugging Face model is undone here."""
+        self._check_wired()
+        if self._running:  # a hook that runs the model itself: the hooks are there already
+            yield
+            return
+        self._running = True
+        handles = []
+        try:
+            # Each is put before the hooks that are there, so the last to be attached fires first.
+            for seam in reversed(self._seams):
+                point = self.hook_dict[seam.point]
+                if hooked((point,)):
+                    handles.append(seam.attach(point))
+            for module, record in self._layers:
+                record.active = record.wanted()
+                keyword = getattr(self.family, record.stack).windows
+                if record.active and keyword:
+                    merge = seams.merge_windows(keyword, partial(setattr, record, "windows"))
+                    handles.append(module.register_forward_pre_hook(merge, prepend=True, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for _, record in self._layers:
+                record.active, record.windows = False, None
+            self._running = False
+
+    def _check_wired(self) -> None:
+        """Refuse to run where the points inside attention would silently be dead."""
+        if not self._layers:
+            raise UnsupportedModel("this model has been unwrapped", "a wrapped model", "call HookedMLLM.from_hf again")
+        config = self.hf_model.config
+        switched = {config.text_config._attn_implementation, config.vision_config._attn_implementation}
+        if switched != {attention.IMPLEMENTATION}:
+            raise UnsupportedModel(
+                f"the attention implementation was changed to {sorted(switched - {attention.IMPLEMENTATION})}",
+                f"{attention.IMPLEMENTATION!r}, which runs SDPA itself",
+                "unwrap() before you change it, and wrap again",
+            )
+        if any(attention.owner_of(module) is not self for module, _ in self._layers):
+            raise UnsupportedModel(
+                "this wrapper is a copy, and its hooks are not connected", "a wrapper made by from_hf",
+                "copy the Hugging Face model (copy.deepcopy(model.unwrap())) and wrap the copy",
+            )  # fmt: skip
+
+    def _tensors(self, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments for the Hugging Face model, refused where they would silently mean something else."""
+        if isinstance(inputs, Tensor):
+            given: dict[str, Any] = {"input_ids": inputs, **options}
+        elif inputs is None or isinstance(inputs, Mapping):
+            given = {**(inputs or {}), **options}
+        elif not hasattr(inputs, "tensors"):
+            raise InputError(
+                f"inputs of type {type(inputs).__name__}",
+                "Inputs, or a mapping of the tensors the Hugging Face model takes",
+                "build them with model.inputs(question, images=...)",
+            )
+        else:
+            given = {**inputs.to(self.device, self.dtype).tensors, **options}
+        check_tensors(given, self.family)
+        return given
+
+    def _pad_token_id(self) -> int:
+        text = self.hf_model.config.get_text_config()
+        known = [getattr(source, "pad_token_id", None) for source in (self.hf_model.generation_config, text)]
+        if self._processor is not None or self._source is not None:
+            known.insert(0, self.tokenizer.pad_token_id)
+        known.append(getattr(text, "eos_token_id", None))
+        first = next((token for token in known if token is not None), 0)
+        return first[0] if isinstance(first, list) else first
+
+
+def _attention_names(hf_model: PreTrainedModel) -> dict[str, Any]:
+    """The attention implementation of the model and its parts, in the form ``set_attn_implementation`` takes."""
+    config = hf_model.config
+    parts = {key: getattr(config, key)._attn_implementation for key in config.sub_configs}
+    return {"": config._attn_implementation, **parts}

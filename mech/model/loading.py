@@ -1,0 +1,125 @@
+"""Open a checkpoint, or say what is wrong with it.
+
+A folder is looked over before anything is built: is it there, is its architecture one with a family row, are all
+shards there and whole. Weights are safetensors only; code from a checkpoint is never run.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from mech.errors import InputError, UnsupportedModel
+from mech.model.families import RECIPE, family_of
+
+REFERENCE = "reference:"
+
+
+def resolve(name: str | Path) -> str:
+    """The folder of a reference model, the folder that was given, or a hub id as it is.
+
+    Raises:
+        InputError: the name looks like a folder and there is none.
+    """
+    name = str(name)
+    if name.startswith(REFERENCE):
+        from mech.reference import path
+
+        return str(path(name.removeprefix(REFERENCE)))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise InputError(f"there is no folder {name!r}", "a folder with config.json, or a hub id like 'owner/model'")
+    return name
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose download was cut off.
+
+    Raises:
+        UnsupportedModel: no config, no safetensors, a shard missing or shorter than its header says.
+    """
+    again = "download it again, for example with `hf download owner/model --local-dir FOLDER`"
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModel(f"{folder} has no config.json", "a folder written by save_pretrained", again)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise UnsupportedModel(f"{index} is cut off", "JSON with a weight_map", again) from error
+    else:
+        shards = ["model.safetensors"]
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise UnsupportedModel(
+            f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[0]!r}",
+            "every safetensors file the index names (other weight formats are not opened)",
+            again,
+        )
+    for shard in shards:
+        if not _is_whole(folder / shard):
+            raise UnsupportedModel(f"{folder / shard} is cut off", "as many bytes as its header announces", again)
+
+
+def _is_whole(shard: Path) -> bool:
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            return False
+        (length,) = struct.unpack("<Q", start)
+        if 8 + length > size:
+            return False
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
+
+
+def open_checkpoint(
+    name: str | Path, dtype: torch.dtype | str | None, device: torch.device | str | None, revision: str | None
+) -> tuple[PreTrainedModel, str]:
+    """Load a stock Hugging Face model in eval mode; returns it with the folder or hub id it came from.
+
+    Raises:
+        InputError: no such folder.
+        UnsupportedModel: no such model, no family row for it, weights missing or cut off.
+    """
+    source = resolve(name)
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        known = "model_type" not in str(error) and "does not recognize" not in str(error)
+        raise UnsupportedModel(
+            f"{source!r} cannot be opened: {str(error).splitlines()[0]}",
+            "a folder or hub id with a Hugging Face config of a known architecture",
+            "check the name and the network, or give a folder" if known else RECIPE,
+        ) from error
+    family_of(config)
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"the weights of {source!r} cannot be opened: {str(error).splitlines()[0]}", "safetensors of this model"
+        ) from error
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise UnsupportedModel(
+            f"{source!r} has no weights for {len(absent)} parameters, first {absent[0]!r}",
+            "a complete checkpoint: random weights would be interpreted as if they were trained",
+            "download it again, or train it to the end",
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), source

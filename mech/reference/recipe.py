@@ -1,0 +1,195 @@
+"""The recipes of the reference models: architecture, domains, tokenizer, image processor, length of training.
+
+All are real Hugging Face architectures, only small: what runs on them runs on their big sisters. A recipe is data; the
+loop that follows it is ``mech.reference.train``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mech.data import haystacks
+
+MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+CAPTION = "List all that can be read."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one reference model is made.
+
+    ``steps`` counts the ``tower_steps`` in which the vision tower is pretrained.
+    """
+
+    family: str
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    domains: tuple[str, ...]
+    steps: int
+    tower_steps: int
+    batch: int = 16
+    tower_rate: float = 3e-3
+    peak_rate: float = 2e-3
+    seed: int = 0
+    weights: Mapping[str, float] = field(default_factory=lambda: {"pages": 0.6})
+
+
+# The curriculum: how many items a scene holds; a domain moves on when four of five full questions are answered right.
+LEVELS = {"grounding": (2, 4, 8, 12), "documents": (1, 2, 4, 6), "pages": (2, 4, 8, 12), "video": (2, 4, 8)}
+
+_TEXT = dict(hidden_size=128, intermediate_size=256, head_dim=16)
+_CLIP = dict(image_size=96, patch_size=16, hidden_size=96, intermediate_size=256, num_attention_heads=4)
+_QWEN_VISION = dict(
+    depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=8, spatial_merge_size=2,
+    temporal_patch_size=2, in_channels=3, num_position_embeddings=144, deepstack_visual_indexes=[0, 1],
+)  # fmt: skip
+
+RECIPES = {
+    "llava-s": Recipe(
+        family="llava",
+        text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8),
+        vision=dict(_CLIP, num_hidden_layers=3),
+        domains=("grounding", "documents", "pages"),
+        tower_steps=2000,
+        steps=5500,
+    ),
+    "llava-m": Recipe(
+        family="llava",
+        text=dict(_TEXT, num_hidden_layers=8, num_attention_heads=16),
+        vision=dict(_CLIP, num_hidden_layers=3),
+        domains=("grounding", "documents", "pages"),
+        tower_steps=2000,
+        steps=5500,
+        peak_rate=1.5e-3,
+    ),
+    "qwen-s": Recipe(
+        family="qwen3_vl",
+        text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4),
+        vision=dict(_QWEN_VISION, out_hidden_size=128),
+        domains=("grounding", "documents", "pages", "video"),
+        tower_steps=800,
+        steps=4300,
+    ),
+}
+
+_LLAVA_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+_QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SPECIAL = {
+    "llava": ("<pad>", "<|end|>", "<image>", "<|user|>", "<|assistant|>"),
+    "qwen3_vl": (
+        "<pad>",
+        "<|im_end|>",
+        "<|image_pad|>",
+        "<|im_start|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|video_pad|>",
+    ),
+}
+
+
+def tokenizer(family: str):
+    """A byte-level BPE over the haystacks' sentences: any text can be written, their words are single tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    # Digits stand alone, so that an answer is the same token wherever it is written.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    keys = [*haystacks.COLOURS, *haystacks.NAMES]
+    corpus = [q.format(key=k) for questions in haystacks.QUESTIONS.values() for q in questions for k in keys]
+    corpus += [f" {key}7" for key in keys] + [CAPTION, "user\n", "assistant\n", "<0.5 seconds>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2048, initial_alphabet=sorted(alphabet), show_progress=False)
+    bpe.train_from_iterator(corpus, trainer)
+    pad, end, image, *others = _SPECIAL[family]
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL[family]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=pad,
+        eos_token=end,
+        additional_special_tokens=[image, *others],
+        padding_side="left",
+        model_max_length=2048,
+        chat_template=_LLAVA_TEMPLATE if family == "llava" else _QWEN_TEMPLATE,
+    )
+
+
+def image_processor(family: str):
+    """The family's own image processor at the reference models' size, in its torchvision-free form."""
+    if family == "llava":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        size = {"height": haystacks.SIDE, "width": haystacks.SIDE}
+        return CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=MEAN, image_std=STD)
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    vision = _QWEN_VISION
+    return Qwen2VLImageProcessorPil(
+        patch_size=vision["patch_size"],
+        merge_size=vision["spatial_merge_size"],
+        temporal_patch_size=vision["temporal_patch_size"],
+        size={"shortest_edge": 32 * 32, "longest_edge": 256 * 256},
+        image_mean=MEAN,
+        image_std=STD,
+    )
+
+
+def untrained(recipe: Recipe, words):
+    """The model of a recipe with fresh weights, for the tokenizer ``words``."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+    )
+
+    ids = {token: words.convert_tokens_to_ids(token) for token in _SPECIAL[recipe.family]}
+    pad, end = _SPECIAL[recipe.family][:2]
+    text = dict(recipe.text, vocab_size=len(words), max_position_embeddings=2048, pad_token_id=ids[pad],
+                eos_token_id=ids[end], bos_token_id=None, tie_word_embeddings=False)  # fmt: skip
+    torch.manual_seed(recipe.seed)
+    if recipe.family == "llava":
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**recipe.vision),
+            text_config=LlamaConfig(**text),
+            image_token_id=ids["<image>"],
+            image_seq_length=(recipe.vision["image_size"] // recipe.vision["patch_size"]) ** 2,
+            # The last layer: in a tower of three, LLaVA's usual -2 would leave a third of it without a reader.
+            vision_feature_layer=-1,
+        )
+        model = LlavaForConditionalGeneration(config)
+    else:
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+        config = Qwen3VLConfig(
+            vision_config=dict(recipe.vision),
+            text_config=dict(text, rope_parameters=rope),
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+        )
+        model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = ids[end]
+    model.generation_config.pad_token_id = ids[pad]
+    return model

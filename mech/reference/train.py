@@ -1,0 +1,309 @@
+"""Trains a reference model: ``python -m mech.reference.train llava-s``, or ``make reference`` for all of them.
+
+First the vision tower alone learns to tell what is in each cell of a picture, as the towers of real MLLMs come
+pretrained (two throw-away linear read-outs: which digit, which colour or name). Then the tower is frozen, as LLaVA's
+is, and everything behind it learns to answer.
+Every picture carries many questions at once. Half of its items are asked about in full ("Which digit is in the red
+frame?", answered some tokens after the word that matters), half are listed in one go (" red7 blue3", answered right
+after it); the loss is on all answers. The easy form teaches to read, the full form to carry what was read: with the
+full form alone a model of this size stays at chance. Scenes start with few items and fill up as accuracy grows.
+
+Training is resumable (a checkpoint every hundred steps) and deterministic: step ``i`` draws the same scenes whoever
+runs it, so the same command gives the same weights up to floating-point noise. Nothing is tuned to what the heads of
+the model turn out to do.
+"""
+
+import argparse
+import functools
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from mech.data import haystacks
+from mech.data.haystacks import Scene
+from mech.inputs import Inputs, Processor, TokenLayout, build, collate, encode
+from mech.reference.recipe import CAPTION, LEVELS, RECIPES, Recipe, image_processor, tokenizer, untrained
+
+EVERY = 100  # steps between two checkpoints and two lines of the curve
+POOL = 150  # batches of pictures that the tower is pretrained on, again and again: drawing them costs more than a step
+PASS = 0.8  # the share of full questions to get right before a domain gets more items
+
+
+def conversation(scene: Scene, rng: random.Random, most: int = 6) -> list[dict]:
+    """A dialogue about every item of a scene, in the chat format: at most ``most`` full questions and one list."""
+    order = list(range(len(scene.items)))
+    rng.shuffle(order)
+    n_full = min(most, math.ceil(len(order) / 2))
+    turns = []
+    for index in order[:n_full]:
+        item = scene.items[index]
+        turns.append((rng.choice(haystacks.QUESTIONS[scene.domain]).format(key=item.key), str(item.value)))
+    if order[n_full:]:
+        listed = "".join(f" {scene.items[index].key}{scene.items[index].value}" for index in order[n_full:])
+        turns.insert(rng.randrange(len(turns) + 1), (CAPTION, listed))
+    shown = [{"type": "video"}] if scene.domain == "video" else [{"type": "image"}] * len(scene.canvas)
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": answer})
+        shown = []
+    return messages
+
+
+def batch_of(processor: Processor, domain: str, level: int, name: str, size: int) -> tuple[Inputs, list[Scene]]:
+    """The inputs of one training step and what they show; ``name`` decides everything that is random in them."""
+    rows, scenes = [], []
+    for i in range(size):
+        rng = random.Random(f"{name}/{i}")
+        scene = haystacks.draw_scene(domain, rng, level, "train")
+        text = processor.tokenizer.apply_chat_template(conversation(scene, rng), tokenize=False)
+        shown = scene.pictures()
+        rows.append(encode(processor, text, **({"video": shown} if domain == "video" else {"images": shown})))
+        scenes.append(scene)
+    return collate(rows, processor.pad_token_id), scenes
+
+
+KEYS = (*haystacks.COLOURS, *haystacks.NAMES)
+
+
+def contents(scene: Scene, layout: TokenLayout) -> tuple[list[int], list[int]]:
+    """(digit + 1, key + 1) of every visual token of a scene, 0 where there is none, in the order of the sequence."""
+    digit, key = {}, {}
+    for item in scene.items:
+        row, col = item.y // haystacks.CELL, (item.x + 4) // haystacks.CELL
+        digit[item.picture, row, col] = item.value + 1
+        line = scene.domain in ("documents", "pages")
+        for column in range(haystacks.SIDE // haystacks.CELL) if line else [col]:
+            key[item.picture, row, column] = KEYS.index(item.key) + 1
+    shown = layout.positions("image")
+    picture = (layout.frame if scene.domain == "video" else layout.image)[shown]
+    cells = list(zip(picture.tolist(), layout.row[shown].tolist(), layout.col[shown].tolist(), strict=True))
+    return [digit.get(cell, 0) for cell in cells], [key.get(cell, 0) for cell in cells]
+
+
+class ReadOut(torch.nn.Module):
+    """Two linear maps from the projector's output to what a cell shows; used while the tower is pretrained."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.digit, self.key = torch.nn.Linear(width, 11), torch.nn.Linear(width, len(KEYS) + 1)
+
+    def loss(self, model, inputs: Inputs, scenes: list[Scene]) -> tuple[Float[torch.Tensor, ""], float]:
+        seen = torch.cat(list(_image_features(model, inputs.tensors)))
+        labels = [contents(scene, layout) for scene, layout in zip(scenes, inputs.layouts, strict=True)]
+        digit, key = (torch.tensor([label for row in labels for label in row[which]]) for which in (0, 1))
+        said = self.digit(seen)
+        right = (said.argmax(-1) == digit)[digit > 0].float().mean().item()
+        return sum(torch.nn.functional.cross_entropy(a, b) for a, b in ((said, digit), (self.key(seen), key))), right
+
+
+def vision_tower(model) -> torch.nn.Module:
+    """What is frozen after pretraining: the tower's layers, not what maps its features into the text model."""
+    return model.model.vision_tower if hasattr(model.model, "vision_tower") else model.model.visual.blocks
+
+
+def _image_features(model, tensors: dict[str, torch.Tensor]):
+    if "pixel_values_videos" in tensors:
+        found = model.model.get_video_features(tensors["pixel_values_videos"], tensors["video_grid_thw"])
+    elif "image_grid_thw" in tensors:
+        found = model.model.get_image_features(tensors["pixel_values"], tensors["image_grid_thw"])
+    else:
+        found = model.model.get_image_features(tensors["pixel_values"])
+    return found.pooler_output
+
+
+class Marks:
+    """Which tokens are answers, told by their ids alone: no question holds a digit."""
+
+    def __init__(self, words):
+        self.digits = torch.tensor(words.convert_tokens_to_ids([str(d) for d in range(10)]))
+        self.end = words.eos_token_id
+        # A full answer is the first token after the line that opens the assistant's turn; a listed one follows its key.
+        self.header = words("\n").input_ids[-1]
+
+    def of(self, ids: Int[torch.Tensor, "batch pos"]) -> tuple[Bool[torch.Tensor, "batch pos"], ...]:
+        """(answers, answers to full questions, ends of answers)."""
+        before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
+        answer = torch.isin(ids, self.digits)
+        return answer, answer & (before == self.header), torch.isin(before, self.digits) & (ids == self.end)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up over 100 steps, then half a cosine down to 2% of the peak; once for the tower, once for all."""
+    tower = step < recipe.tower_steps
+    start, end = (0, recipe.tower_steps) if tower else (recipe.tower_steps, recipe.steps)
+    peak = recipe.tower_rate if tower else recipe.peak_rate
+    if step - start < 100:
+        return peak * (step - start + 1) / 100
+    along = (step - start - 100) / max(1, end - start - 100)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+class Curriculum:
+    """How full the scenes of each domain are, and how well its full questions are answered lately."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.level = dict.fromkeys(recipe.domains, 0)
+        self.accuracy = dict.fromkeys(recipe.domains, 0.0)
+
+    def choose(self, rng: random.Random) -> str:
+        # Pages are documents, only several at once: they start when one line can be read.
+        open_ = [d for d in self.recipe.domains if d != "pages" or self.level.get("documents", 1) > 0]
+        return rng.choices(open_, [self.recipe.weights.get(domain, 1.0) for domain in open_])[0]
+
+    def items(self, domain: str) -> int:
+        return LEVELS[domain][self.level[domain]]
+
+    def note(self, domain: str, accuracy: float, moves: bool) -> None:
+        self.accuracy[domain] += 0.1 * (accuracy - self.accuracy[domain])
+        if moves and self.accuracy[domain] > PASS and self.level[domain] + 1 < len(LEVELS[domain]):
+            self.level[domain] += 1
+            self.accuracy[domain] = 0.0
+
+
+def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1, say=print) -> Path:
+    """Trains reference model ``name`` and saves it, with its processor and card, to ``folder / name``."""
+    torch.set_num_threads(threads)
+    recipe = RECIPES[name]
+    words = tokenizer(recipe.family)
+    model = untrained(recipe, words)
+    processor = Processor.from_hf(config=model.config, tokenizer=words, image_processor=image_processor(recipe.family))
+    marks, curriculum = Marks(words), Curriculum(recipe)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    read_out = ReadOut(recipe.text["hidden_size"])
+    groups = [(decayed, 0.05), (others, 0.0), (list(read_out.parameters()), 0.0)]
+    optimizer = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay in groups], betas=(0.9, 0.98))
+
+    @functools.cache
+    def pooled(index: int) -> tuple[Inputs, list[Scene]]:
+        domain = [d for d in recipe.domains if d != "pages"][index % len(set(recipe.domains) - {"pages"})]
+        return batch_of(processor, domain, haystacks.MOST[domain], f"{recipe.seed}/tower/{index}", recipe.batch)
+
+    start, spent, curve = 0, 0.0, []
+    checkpoint = folder / f"{name}.checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        read_out.load_state_dict(state["read_out"])
+        optimizer.load_state_dict(state["optimizer"])
+        curriculum.level, curriculum.accuracy = state["level"], state["accuracy"]
+        start, spent, curve = state["step"], state["spent"], state["curve"]
+        say(f"{name}: going on from step {start}")
+    model.train()
+    folder.mkdir(parents=True, exist_ok=True)
+    began, losses = time.perf_counter(), []
+    for step in range(start, recipe.steps if steps is None else steps):
+        tower = step < recipe.tower_steps
+        for parameter in vision_tower(model).parameters():
+            parameter.requires_grad_(tower)
+        domain = curriculum.choose(random.Random(f"{recipe.seed}/domain/{step}"))
+        if tower:
+            inputs, scenes = pooled(step % POOL)
+        else:
+            inputs, scenes = batch_of(
+                processor, domain, curriculum.items(domain), f"{recipe.seed}/{step}", recipe.batch
+            )
+        loss, accuracy = read_out.loss(model, inputs, scenes) if tower else _loss(model, inputs.tensors, marks)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        curriculum.note(domain, accuracy, moves=not tower)
+        losses.append(loss.item())
+        if (step + 1) % EVERY == 0:
+            seconds = spent + time.perf_counter() - began
+            now = {d: [curriculum.items(d), round(curriculum.accuracy[d], 3)] for d in recipe.domains}
+            curve.append({"step": step + 1, "loss": round(sum(losses) / len(losses), 4), "items, accuracy": now})
+            say(f"{name}: step {step + 1}, {seconds / 60:.1f} min, loss {curve[-1]['loss']:.3f}, {now}")
+            losses.clear()
+            if step + 1 == recipe.tower_steps:
+                pooled.cache_clear()
+            state = dict(model=model.state_dict(), read_out=read_out.state_dict(), optimizer=optimizer.state_dict(),
+                         step=step + 1, spent=seconds, level=curriculum.level, accuracy=curriculum.accuracy,
+                         curve=curve)  # fmt: skip
+            torch.save(state, checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)
+    seconds = spent + time.perf_counter() - began
+    return save(name, model.eval(), processor, folder / name, curve=curve, minutes=round(seconds / 60, 1))
+
+
+def _loss(model, tensors: dict[str, torch.Tensor], marks: Marks) -> tuple[Float[torch.Tensor, ""], float]:
+    ids = tensors["input_ids"]
+    answer, full, end = marks.of(ids)
+    rows, positions = (answer | end).nonzero(as_tuple=True)
+    # Only the rows that predict an answer are unembedded: nine in ten are not.
+    hidden = model.model(**tensors).last_hidden_state[rows, positions - 1]
+    logits = model.lm_head(hidden)
+    target = ids[rows, positions]
+    loss = torch.nn.functional.cross_entropy(logits, target)
+    asked = full[rows, positions]
+    right = (logits.argmax(-1) == target)[asked].float().mean().item()
+    return loss, right
+
+
+def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
+    """Weights (half precision, safetensors), processor files and ``card.json``."""
+    model = model.half()
+    model.config.dtype = "float32"
+    model.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    recipe = RECIPES[name]
+    model = model.float()
+    config = model.config.text_config
+    record = {
+        "name": name,
+        "family": recipe.family,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_hidden_layers * config.num_attention_heads,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "domains": list(recipe.domains),
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "batch": recipe.batch,
+        "accuracy": held_out_accuracy(model, processor, recipe.domains),
+        **card,
+    }
+    (folder / "card.json").write_text(json.dumps(record, indent=1) + "\n")
+    return folder
+
+
+@torch.no_grad()
+def held_out_accuracy(model, processor: Processor, domains: Sequence[str], n: int = 300, seed: int = 9) -> dict:
+    """The share of held-out questions (unseen handwriting, hardest scenes) answered right, domain by domain."""
+    accuracy = {}
+    for domain in domains:
+        samples, right = haystacks.haystacks(domain, n, seed), 0
+        for i in range(0, n, 50):
+            part = samples[i : i + 50]
+            rows = [build(processor, s.question, images=s.images, video=s.video, fps=s.fps) for s in part]
+            logits = model(**collate(rows, processor.pad_token_id).tensors, logits_to_keep=1).logits[:, -1]
+            said = processor.tokenizer.batch_decode(logits.argmax(-1, keepdim=True))
+            right += sum(a == s.answer for a, s in zip(said, part, strict=True))
+        accuracy[domain] = round(right / n, 4)
+    return accuracy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train reference models on the haystacks.")
+    parser.add_argument("names", nargs="*", default=list(RECIPES), help=f"any of {', '.join(RECIPES)}; all by default")
+    parser.add_argument("--out", type=Path, default=Path("training"), help="checkpoints and models go here")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--steps", type=int, default=None, help="stop after so many steps (to try things)")
+    given = parser.parse_args()
+    for name in given.names:
+        print("saved", train(name, given.out, steps=given.steps, threads=given.threads), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""What the files of a study folder hold: three kinds of ``xarray.Dataset``, built and checked here.
+
+A study folder is
+
+    study.json                              settings and provenance
+    {model}/{domain}/ram.nc                 kind "ram":      where every head looks, per example
+    {model}/{domain}/ablation.nc            kind "ablation": what happens without some heads, per condition and example
+    {model}/{domain}/looks.nc               kind "looks":    attention of a few heads over a few pictures
+    {model}/{domain}/look{i}_{k}.png        those pictures
+
+Dimensions are words of ``mech.axes``; units and signs are attributes of each variable, so a figure can label its axes
+from the file alone. The example axis is kept everywhere: intervals and paired tests need it. ``check`` refuses a
+dataset that a reader would misread (a missing variable, dimensions in another order, a condition without its name).
+
+    >>> dataset = ram_dataset(scores, vision_mass, size_null, n_evidence)      # doctest: +SKIP
+    >>> check(dataset, "ram")                                                  # doctest: +SKIP
+
+Nothing here knows about models, files or how the numbers were made.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+
+from mech.axes import CONDITION, EXAMPLE, HEAD, LAYER, TOKEN
+from mech.errors import OutputError, suggestion
+
+VERSION = 1
+METHODS = ("none", "mean", "zero", "resample", "uniform", "paper")
+BANDS = ("none", "top", "bottom", "middle", "random", "layer_matched")
+LOOK_FACTS = ("question", "answer", "prediction", "pictures", "evidence")
+
+Kind = Literal["ram", "ablation", "looks"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One kind of dataset: the dimensions of every variable and coordinate it must have."""
+
+    variables: Mapping[str, tuple[str, ...]]
+    coords: Mapping[str, tuple[str, ...]]
+    units: Mapping[str, tuple[str, str]]  # variable -> (unit, sign)
+    attrs: tuple[str, ...] = ()
+
+
+KINDS: dict[str, _Layout] = {
+    "ram": _Layout(
+        variables={
+            "ram": (EXAMPLE, LAYER, HEAD),
+            "vision_mass": (EXAMPLE, LAYER, HEAD),
+            "size_null": (EXAMPLE,),
+            "n_evidence": (EXAMPLE,),
+        },
+        coords={},
+        units={
+            "ram": ("attention mass, 0 to 1", "more: the question attends more to the evidence"),
+            "vision_mass": ("attention mass, 0 to 1", "more: the question attends more to visual tokens of any kind"),
+            "size_null": ("attention mass, 0 to 1", "what attention spread evenly over visible keys would give"),
+            "n_evidence": ("visual tokens", "more: larger evidence"),
+        },
+    ),
+    "ablation": _Layout(
+        variables={"accuracy": (CONDITION, EXAMPLE), "logit_diff": (CONDITION, EXAMPLE)},
+        coords={name: (CONDITION,) for name in ("method", "band", "fraction", "n_heads", "draw")},
+        units={
+            "accuracy": ("share of answers, 0 or 1 per example", "more: better"),
+            "logit_diff": ("logits, right minus wrong answer", "more: better"),
+        },
+    ),
+    "looks": _Layout(
+        variables={
+            "attention": ("look", "shown", TOKEN),
+            "rect": ("look", TOKEN, "corner"),
+            "token_image": ("look", TOKEN),
+        },
+        coords={name: ("shown",) for name in ("shown_layer", "shown_head", "shown_band", "shown_ram")},
+        units={
+            "attention": ("attention mass, 0 to 1", "more: the question attends more to this visual token"),
+            "rect": ("pixels of the original picture", "x0, y0, x1, y1; x to the right, y down"),
+            "token_image": ("index of the picture, -1 for padding", ""),
+        },
+        attrs=("looks",),
+    ),
+}
+
+
+def ram_dataset(
+    ram: Float[np.ndarray, "example layer head"],
+    vision_mass: Float[np.ndarray, "example layer head"],
+    size_null: Float[np.ndarray, "example"],
+    n_evidence: Int[np.ndarray, "example"],
+    *,
+    examples: Sequence[str] | None = None,
+    **attrs: Any,
+) -> xr.Dataset:
+    """Retrieval attention mass of every head on every example, beside its two controls.
+
+    Args:
+        ram: attention of the question's tokens that lies on the evidence.
+        vision_mass: the same over all visual tokens (a "vision head" score).
+        size_null: the share of visible keys that are evidence: what even attention would score.
+        n_evidence: visual tokens of the evidence.
+        examples: ids of the examples.
+        attrs: ``provenance``, ``model``, ``domain`` and whatever else belongs to the whole dataset.
+    """
+    values = {"ram": ram, "vision_mass": vision_mass, "size_null": size_null, "n_evidence": n_evidence}
+    coords = {EXAMPLE: (EXAMPLE, _names(examples))} if examples is not None else {}
+    if np.ndim(ram) == 3:
+        coords |= {dim: (dim, np.arange(size)) for dim, size in zip((LAYER, HEAD), np.shape(ram)[1:], strict=True)}
+    return _build("ram", values, coords, attrs)
+
+
+def ablation_dataset(
+    accuracy: Float[np.ndarray, "condition example"] | Bool[np.ndarray, "condition example"],
+    logit_diff: Float[np.ndarray, "condition example"],
+    *,
+    method: Sequence[str],
+    band: Sequence[str],
+    fraction: Sequence[float],
+    n_heads: Sequence[int],
+    draw: Sequence[int],
+    examples: Sequence[str] | None = None,
+    **attrs: Any,
+) -> xr.Dataset:
+    """Accuracy and logit difference of every example under every condition.
+
+    A condition is one set of heads ablated in one way; the unablated baseline is the condition ``method="none"``,
+    ``band="none"``, ``fraction=0``. ``draw`` numbers the random sets of one setting and is 0 for the others. One
+    condition alone is a valid dataset: that is how conditions are saved while a study runs.
+    """
+    coords = {
+        "method": (CONDITION, _names(method)),
+        "band": (CONDITION, _names(band)),
+        "fraction": (CONDITION, np.asarray(fraction, dtype=np.float64)),
+        "n_heads": (CONDITION, np.asarray(n_heads, dtype=np.int64)),
+        "draw": (CONDITION, np.asarray(draw, dtype=np.int64)),
+    }
+    if examples is not None:
+        coords[EXAMPLE] = (EXAMPLE, _names(examples))
+    values = {"accuracy": np.asarray(accuracy, dtype=np.float64), "logit_diff": logit_diff}
+    return _build("ablation", values, coords, attrs)
+
+
+def looks_dataset(
+    attention: Float[np.ndarray, "look shown token"],
+    rect: Float[np.ndarray, "look token 4"],
+    token_image: Int[np.ndarray, "look token"],
+    looks: Sequence[Mapping[str, Any]],
+    *,
+    shown_layer: Sequence[int],
+    shown_head: Sequence[int],
+    shown_band: Sequence[str],
+    shown_ram: Sequence[float],
+    **attrs: Any,
+) -> xr.Dataset:
+    """Where a few heads look in a few examples.
+
+    Args:
+        attention: mean attention of the question's tokens on each visual token; nan where a look has fewer tokens.
+        rect: pixel rectangle of each visual token in its original picture.
+        token_image: index of the picture a token lies in, -1 for padding.
+        looks: for each look a dict with ``question, answer, prediction, pictures`` (file names beside the dataset)
+            and ``evidence`` (lists ``[picture, x0, y0, x1, y1]``). Kept as one JSON string in ``attrs["looks"]``.
+        shown_layer, shown_head, shown_band, shown_ram: which heads are shown, why ("top" or "bottom") and their RAM.
+    """
+    coords = {
+        "shown_layer": ("shown", np.asarray(shown_layer, dtype=np.int64)),
+        "shown_head": ("shown", np.asarray(shown_head, dtype=np.int64)),
+        "shown_band": ("shown", _names(shown_band)),
+        "shown_ram": ("shown", np.asarray(shown_ram, dtype=np.float64)),
+    }
+    values = {"attention": attention, "rect": rect, "token_image": token_image}
+    return _build("looks", values, coords, {**attrs, "looks": json.dumps([dict(look) for look in looks])})
+
+
+def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
+    """The dataset itself if it is what ``kind`` promises, otherwise an ``OutputError`` that names what is wrong."""
+    if kind not in KINDS:
+        raise OutputError(f"no kind of result is called {kind!r}", ", ".join(KINDS), suggestion(kind, KINDS))
+    layout = KINDS[kind]
+    for what, required, present in (
+        ("variable", layout.variables, dataset.data_vars),
+        ("coordinate", layout.coords, dataset.coords),
+    ):
+        for name, dims in required.items():
+            if name not in present:
+                raise OutputError(
+                    f"a {kind!r} dataset without the {what} {name!r}; it has {sorted(map(str, present)) or 'none'}",
+                    f"{what} {name!r} over ({', '.join(dims)})",
+                    f"build it with mech.results.{kind}_dataset",
+                )
+            if dataset[name].dims != dims:
+                given = f"{name!r} of a {kind!r} dataset has dimensions ({', '.join(map(str, dataset[name].dims))})"
+                raise OutputError(given, f"({', '.join(dims)}), in this order", f"transpose it to {dims}")
+    for name in layout.attrs:
+        if name not in dataset.attrs:
+            raise OutputError(f"a {kind!r} dataset without attrs[{name!r}]", "", f"use mech.results.{kind}_dataset")
+    if kind == "ablation":
+        _check_words(dataset, "method", METHODS)
+        _check_words(dataset, "band", BANDS)
+    if kind == "looks":
+        _check_looks(dataset)
+    return dataset
+
+
+def look_facts(dataset: xr.Dataset) -> list[dict[str, Any]]:
+    """What is known about each look of a "looks" dataset: its question, answer, prediction, pictures and evidence."""
+    facts = dataset.attrs["looks"]
+    return json.loads(facts) if isinstance(facts, str) else list(facts)
+
+
+def _build(kind: str, values: Mapping[str, Any], coords: Mapping[str, Any], attrs: Mapping[str, Any]) -> xr.Dataset:
+    layout = KINDS[kind]
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    for name, value in arrays.items():
+        if value.ndim != len(layout.variables[name]):
+            raise OutputError(
+                f"{name!r} has shape {value.shape}",
+                f"dimensions ({', '.join(layout.variables[name])})",
+                "give an array with these dimensions, in this order",
+            )
+    try:
+        dataset = xr.Dataset({name: (layout.variables[name], value) for name, value in arrays.items()}, dict(coords))
+    except ValueError as error:  # xarray names the dimension and both lengths
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in arrays.items())
+        raise OutputError(f"lengths that differ: {shapes}", str(error), "make the shared dimensions equal") from error
+    for name, (unit, sign) in layout.units.items():
+        dataset[name].attrs.update(unit=unit, sign=sign)
+    dataset.attrs.update(attrs, kind=kind, schema=VERSION)
+    return check(dataset, kind)
+
+
+def _names(values: Sequence[str]) -> np.ndarray:
+    # An empty list would become float64 and fail the next concatenation.
+    return np.asarray([str(value) for value in values], dtype=str)
+
+
+def _check_words(dataset: xr.Dataset, coord: str, known: tuple[str, ...]) -> None:
+    for word in np.unique(dataset[coord].values.astype(str)):
+        if word not in known:
+            raise OutputError(f"a condition has {coord}={str(word)!r}", ", ".join(known), suggestion(str(word), known))
+
+
+def _check_looks(dataset: xr.Dataset) -> None:
+    facts = look_facts(dataset)
+    if len(facts) != dataset.sizes["look"]:
+        raise OutputError(
+            f"{len(facts)} entries in attrs['looks'] for {dataset.sizes['look']} looks", "one entry for each look"
+        )
+    for i, look in enumerate(facts):
+        if missing := [name for name in LOOK_FACTS if name not in look]:
+            raise OutputError(f"look {i} does not say its {', '.join(missing)}", ", ".join(LOOK_FACTS))
+    if dataset.sizes["corner"] != 4:
+        raise OutputError(f"'rect' has {dataset.sizes['corner']} corners", "4: x0, y0, x1, y1")

@@ -1,0 +1,266 @@
+"""The main job, end to end: which heads retrieve the evidence, are they needed, how sure is that.
+
+For every model and domain a study makes three results and saves each as soon as it is there:
+
+    ram        where every head looks, on the samples that find heads
+    ablation   what happens without bands of them, on other samples, condition by condition
+    looks      where the top and the bottom heads look on a few pictures, for the eye
+
+From those come ``summary.json`` (numbers and findings) and ``report.html``. A study that is killed goes on where it
+was when the same command is given again, and ends in the same numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech import reference
+from mech.data.haystacks import DOMAINS, haystacks
+from mech.data.regions import Box, Frames, Pages
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
+from mech.experiments.findings import findings
+from mech.experiments.heads import attention_from, retrieval_attention_mass
+from mech.experiments.metrics import quiz
+from mech.experiments.ranking import Ranking, rank_heads
+from mech.experiments.summary import summarise_agreement, summarise_domain, summarise_scales
+from mech.interventions import METHODS, reference_activations
+from mech.model import HookedMLLM
+from mech.results import Study, looks_dataset, provenance, write_json
+
+Progress = Callable[[str, int, int], None]
+SHOWN = 4  # heads of each band that are drawn over the pictures
+DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers of a study; the folder of another setting is refused.
+
+    Attributes:
+        n_find: samples of each domain that find the heads.
+        n_test: other samples, that test them.
+        n_looks: pictures that are drawn.
+        n_random: random sets of each size.
+        fractions: sizes of the bands under mean ablation; an int is a number of heads.
+        other_fractions: sizes under the other methods.
+        methods: how heads are ablated.
+        seed: of samples, random sets and resampling.
+        batch_size: samples per forward.
+    """
+
+    n_find: int = 48
+    n_test: int = 48
+    n_looks: int = 3
+    n_random: int = 20
+    fractions: tuple[int | float, ...] = (1, 0.02, 0.05, 0.1, 0.2)
+    other_fractions: tuple[int | float, ...] = (0.05, 0.2)
+    methods: tuple[str, ...] = METHODS
+    seed: int = 0
+    batch_size: int = 16
+
+
+def study(
+    folder: str | Path = "study",
+    models: Sequence[str] = DEFAULT_MODELS,
+    domains: Sequence[str] | None = None,
+    *,
+    data: Samples | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Run a study, or what is missing of it, and write its report.
+
+    Args:
+        folder: where everything is saved.
+        models: reference models, folders or hub ids.
+        domains: haystack domains; by default those a reference model was trained for, all that take images otherwise.
+        data: samples of your own in place of the haystacks.
+        settings: see ``Settings``.
+        progress: called with (what, done, in all).
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        OutputError: the folder cannot be written, holds a study of other settings, or is in use.
+        ExperimentError: a domain that a model cannot be asked about, or too few samples.
+
+    Cost: for each model and domain ``n_find`` forwards for the RAM, as many for the reference activations, and
+    ``n_test`` for every condition.
+    """
+    from mech.views import report
+
+    settings = settings or Settings()
+    say = progress or (lambda what, done, total: None)
+    given = asdict(settings) | {"data": data.digest() if data is not None else None}
+    with Study(folder, given) as place:
+        summary: dict[str, Any] = {"schema": 1, "models": {}}
+        rankings: dict[str, dict[str, Ranking]] = {}
+        for name in models:
+            model = HookedMLLM.from_pretrained(name)
+            short = short_name(name)
+            facts: dict[str, Any] = {
+                "n_layers": model.cfg.n_layers,
+                "n_heads": model.cfg.n_heads,
+                "family": model.cfg.family,
+                "domains": {},
+            }
+            rankings[short] = {}
+            for domain, samples in samples_of(model, name, domains, data, settings).items():
+                found = one_domain(place, model, f"{short}/{domain}", samples, settings, say)
+                facts["domains"][domain], rankings[short][domain] = found
+            facts["agreement"] = summarise_agreement(rankings[short])
+            summary["models"][short] = facts
+            entry = {"model": short, "provenance": provenance(model, seed=settings.seed)}
+            if all(record.get("model") != short for record in place.records):
+                place.record(entry)
+        summary["scales"] = summarise_scales(rankings)
+        summary["findings"] = findings(summary)
+        summary["provenance"] = {record["model"]: record["provenance"] for record in place.records}
+        write_json(summary, place.path / "summary.json")
+        return report(place.path)
+
+
+def short_name(name: str) -> str:
+    """A model's name as a folder: ``reference:llava-m`` -> ``llava-m``, ``Qwen/Qwen3-VL`` -> ``Qwen--Qwen3-VL``."""
+    return name.removeprefix(reference.PREFIX).strip("/").replace("/", "--")
+
+
+def samples_of(
+    model: HookedMLLM, name: str, domains: Sequence[str] | None, data: Samples | None, settings: Settings
+) -> dict[str, Samples]:
+    """The samples of each domain: the user's, or haystacks.
+
+    Raises:
+        ExperimentError: a domain that is not there, or that the model takes no input of.
+    """
+    if data is not None:
+        wanted = tuple(domains or data.domains)
+        found = {domain: data.where(lambda sample, domain=domain: sample.domain == domain) for domain in wanted}
+        few = [domain for domain in wanted if len(found[domain]) < 4]
+        if few:
+            raise ExperimentError(f"{len(found[few[0]])} samples of domain {few[0]!r}", "at least four", "add samples")
+        return found
+    takes_video = model.processor.video_token is not None
+    if domains is None:
+        known = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
+        domains = [domain for domain in known if domain != "video" or takes_video]
+    elif "video" in domains and not takes_video:
+        raise ExperimentError(
+            f"domain 'video' for {name}, which takes no video", "images", "leave it out, or use a Qwen-VL model"
+        )
+    n = settings.n_find + settings.n_test
+    return {domain: haystacks(domain, n, settings.seed) for domain in domains}
+
+
+def one_domain(
+    place: Study, model: HookedMLLM, key: str, samples: Samples, settings: Settings, say: Progress
+) -> tuple[dict[str, Any], Ranking]:
+    """The three results of one model on one domain, computed or found, and their summary."""
+    find, test = samples.split(settings.n_find / (settings.n_find + settings.n_test), settings.seed)
+    refuse_overlap(test, [sample.id for sample in find], "found the heads")
+    if not place.done(f"{key}/ram"):
+        scores = retrieval_attention_mass(
+            model, find, batch_size=settings.batch_size, progress=lambda i, n: say(f"{key}: attention", i, n)
+        )
+        place.put(f"{key}/ram", scores)
+    ram = place.get(f"{key}/ram")
+    ranking = rank_heads(ram, domain=key.rsplit("/", 1)[-1])
+    todo = plan(ranking, settings)
+    missing = place.missing(f"{key}/ablation", len(todo))
+    if missing:
+        bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed)
+        questions = quiz(model, test, settings.batch_size)
+        parts = ablated(model, questions, [todo[i] for i in missing], reference=bank, seed=settings.seed)
+        for done, (index, part) in enumerate(zip(missing, parts, strict=True), start=len(todo) - len(missing) + 1):
+            place.append(f"{key}/ablation", part, index)
+            say(f"{key}: ablation", done, len(todo))
+    if not place.done(f"{key}/ablation"):
+        record = provenance(model, {"find": find, "test": test}, seed=settings.seed)
+        place.finish(f"{key}/ablation", len(todo), model=model.name, provenance=record)
+    if not place.done(f"{key}/looks"):
+        say(f"{key}: pictures", 0, 1)
+        place.put(f"{key}/looks", look_at(place, model, key, test[: settings.n_looks], ranking))
+    return summarise_domain(ranking, ram, place.get(f"{key}/ablation")), ranking
+
+
+def plan(ranking: Ranking, settings: Settings) -> list[Condition]:
+    """The conditions of a study, the baseline first: all bands and sizes by mean ablation, fewer for other methods."""
+    options = dict(n_random=settings.n_random, seed=settings.seed)
+    first, *others = settings.methods
+    sized = [band for band in BANDS if band != "layer_matched"]
+    todo = conditions(ranking, to=first, bands=sized, fractions=settings.fractions, **options)
+    todo += conditions(ranking, to=first, bands=["layer_matched"], fractions=[0.05], **options)
+    todo += conditions(ranking, to=others, bands=["top", "bottom"], fractions=settings.other_fractions, **options)
+    todo += conditions(ranking, to=others, bands=["random"], fractions=settings.other_fractions[:1], **options)
+    return [BASELINE, *dict.fromkeys(todo)]
+
+
+def look_at(place: Study, model: HookedMLLM, key: str, samples: Samples, ranking: Ranking) -> xr.Dataset:
+    """Where the first and the last heads of a ranking look on some samples; the pictures are saved beside."""
+    heads = [*ranking.top(SHOWN), *ranking.bottom(SHOWN)]
+    seen, rects, owners, facts = [], [], [], []
+    for i, sample in enumerate(samples):
+        inputs = model.inputs_of(sample)
+        layout, attention = inputs.layout, attention_from(model, inputs)[0].cpu().numpy()
+        tokens = layout.positions("image")
+        seen.append(np.stack([attention[layer, head, tokens] for layer, head in heads]))
+        rects.append(layout.rect[tokens])
+        owners.append((layout.frame // layout.frames_per_token if sample.video else layout.image)[tokens])
+        pictures = sample.video[:: layout.frames_per_token] if sample.video else sample.images
+        files = [f"look{i}_{k}.png" for k in range(len(pictures))]
+        folder = place.file(f"{key}/looks").parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, picture in zip(files, pictures, strict=True):
+            picture.convert("RGB").save(folder / file)
+        said = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
+        facts.append(
+            {
+                "question": sample.question,
+                "answer": sample.answer,
+                "prediction": said,
+                "pictures": files,
+                "evidence": outlines(sample, layout.frames_per_token),
+            }
+        )
+    width = max(len(rect) for rect in rects)
+    return looks_dataset(
+        np.stack([_padded(one, width, 0.0, axis=1) for one in seen]),
+        np.stack([_padded(one, width, np.nan, axis=0) for one in rects]),
+        np.stack([_padded(one, width, -1, axis=0) for one in owners]),
+        facts,
+        shown_layer=[head.layer for head in heads],
+        shown_head=[head.head for head in heads],
+        shown_band=["top"] * SHOWN + ["bottom"] * SHOWN,
+        shown_ram=[float(ranking.mean[head.layer, head.head]) for head in heads],
+        model=model.name,
+    )
+
+
+def outlines(sample: Sample, frames_per_token: int) -> list[list[float]]:
+    """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` to be drawn; of a mask, the box around it."""
+    found: list[list[float]] = []
+    for region in sample.evidence:
+        if isinstance(region, Box):
+            found.append([region.image, region.x0, region.y0, region.x1, region.y1])
+        elif isinstance(region, Pages):
+            found += [[page, 0, 0, *sample.images[page].size] for page in region.indices]
+        elif isinstance(region, Frames):
+            shown = dict.fromkeys(frame // frames_per_token for frame in region.indices)
+            found += [[patch, 0, 0, *sample.video[0].size] for patch in shown]
+        else:
+            rows, cols = np.nonzero(region.pixels)
+            found.append([region.image, *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
+    return found
+
+
+def _padded(values: np.ndarray, width: int, fill: float, axis: int) -> np.ndarray:
+    room = [(0, 0)] * values.ndim
+    room[axis] = (0, width - values.shape[axis])
+    return np.pad(values, room, constant_values=fill)

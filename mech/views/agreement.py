@@ -1,0 +1,111 @@
+"""Agreement: do two domains, or two sizes of a model, find the same heads?
+
+Matrices are tables, so that they can be read, copied and heard; their shade is mixed by the browser from the colours of
+the page. The depth profile lays models of different size over each other: the share of all RAM in each layer, against
+relative depth.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mech.views.page import chart, escape, table
+
+LINES = ("@top", "@bottom", "@middle", "@matched", "@random", "@accent")
+SYMBOLS = ("diamond", "square", "triangle-up", "circle", "x", "star")
+
+
+def matrix(names: Sequence[str], values: Sequence[Sequence[float]], caption: str, null: Any = None) -> str:
+    """A symmetric matrix as a shaded table; ``null`` is what chance would give, shown small under each value."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = []
+    for i, name in enumerate(names):
+        cells = []
+        for j in range(len(names)):
+            value = values[i][j]
+            if value is None or not math.isfinite(value):
+                cells.append("<td>–</td>")
+                continue
+            shade = f"--v:{min(abs(value), 1):.2f};--shade:var(--{'minus' if value < 0 else 'plus'})"
+            by_chance = null[i][j] if null is not None and i != j else None
+            chance = "" if by_chance is None else f"<small>chance {by_chance:.2f}</small>"
+            cells.append(f'<td style="{shade}">{value:.2f}{chance}</td>')
+        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
+    return (
+        f'<p class="soft">{escape(caption)}</p><div class="scroll"><table class="matrix">'
+        f"<thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def domain_agreement(agreement: Mapping[str, Any]) -> str:
+    """Rank correlation and overlap of the top heads between the domains of one model."""
+    names = agreement["domains"]
+    spearman = matrix(names, agreement["spearman"], "Spearman correlation of whole RAM maps")
+    jaccard = matrix(names, agreement["jaccard"], "Jaccard overlap of the top heads", agreement.get("jaccard_null"))
+    return f'<div class="multiples"><div>{spearman}</div><div>{jaccard}</div></div>'
+
+
+def depth_profile(rankings: Mapping[str, Sequence[Sequence[float]]], n_layers: Mapping[str, int]) -> str:
+    """Share of all RAM in each layer against relative depth, a line for each ranking.
+
+    Args:
+        rankings: name -> ``[[layer, head, score], ...]``, all heads.
+        n_layers: name -> layers of that model.
+    """
+    traces = []
+    for i, (name, heads) in enumerate(rankings.items()):
+        depth = n_layers[name]
+        mass = np.zeros(depth)
+        for layer, _, score in heads:
+            mass[int(layer)] += max(score, 0.0)
+        # Density, not share: 4 layers and 8 layers of the same profile must lie on each other.
+        density = mass / (mass.sum() or 1.0) * depth
+        colour, symbol = LINES[i % len(LINES)], SYMBOLS[i % len(SYMBOLS)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": escape(name),
+                "x": (np.arange(depth) + 0.5) / depth,
+                "y": density,
+                "text": [
+                    f"layer {layer} of {depth}: {m / (mass.sum() or 1.0):.0%} of all RAM"
+                    for layer, m in enumerate(mass)
+                ],
+                "hovertemplate": f"<b>{escape(name)}</b><br>%{{text}}<extra></extra>",
+                "line": {"color": colour, "width": 2},
+                "marker": {"symbol": symbol, "size": 8, "color": colour},
+            }
+        )
+    layout = {
+        "showlegend": len(traces) > 1,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 13}},
+        "margin": {"l": 8, "r": 8, "t": 44, "b": 8},
+        "xaxis": {"title": "relative depth (0 = first layer, 1 = last)", "range": [0, 1], "tickformat": ".1f"},
+        "yaxis": {"title": "RAM relative to an even spread", "rangemode": "tozero"},
+    }
+    return chart(traces, layout, height=320, label="Share of retrieval attention mass in each layer by relative depth")
+
+
+def facts_table(record: Mapping[str, Any], caption: str = "") -> str:
+    """Every number and word of a nested record, one row each, under its dotted name."""
+    rows = [[escape(name), escape(value)] for name, value in leaves(record)]
+    return table(["", ""], rows, escape(caption)).replace("<table>", '<table class="record">') if rows else ""
+
+
+def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """(dotted name, text) of everything in nested dicts and lists; short flat lists stay together."""
+    if isinstance(value, Mapping):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list | tuple):
+        if all(not isinstance(item, Mapping | list | tuple) for item in value):
+            return [(name, ", ".join(_text(item) for item in value))]
+        return [leaf for i, inner in enumerate(value) for leaf in leaves(inner, f"{name}[{i}]")]
+    return [(name, _text(value))]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)

@@ -1,0 +1,311 @@
+"""Ablation curves: what removing heads does, as more of them are removed.
+
+    ablation_curves(dataset)                 # one panel for each method of ablation
+    ablation_curves(dataset, "logit_diff")
+
+Lines are the named bands (top, bottom, middle of the ranking; bars: 95% bootstrap interval over the samples). Shaded is
+where random sets of the same size fall, from the lowest to the highest draw: an effect inside the shade is no effect
+of the *ranking*. Layer-matched random sets have as many heads in each layer as the top set, so they also rule out
+"those layers matter". The dotted line is the model as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from mech.axes import CONDITION, EXAMPLE
+from mech.errors import OutputError
+from mech.views.intervals import mean_interval
+from mech.views.page import View, chart, escape, tabs
+
+MEASURES = {"accuracy": "accuracy", "logit_diff": "logit difference (right minus wrong)"}
+METHODS = {
+    "mean": "mean ablation",
+    "zero": "zero ablation",
+    "resample": "resample ablation",
+    "uniform": "uniform attention (causal)",
+    "paper": "uniform, future keys too (paper)",
+}
+BANDS = {
+    "top": ("top of the ranking", "diamond", "solid"),
+    "bottom": ("bottom", "square", "dash"),
+    "middle": ("middle", "triangle-up", "dashdot"),
+    "random": ("random sets (lowest to highest draw)", "circle", "solid"),
+    "layer_matched": ("random, same layers as the top", "circle", "dot"),
+}
+DRAWN = ("random", "layer_matched")
+COLOURS = {"layer_matched": "matched"}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One measure under one condition. ``low`` to ``high`` is the interval over samples, or the range over draws."""
+
+    method: str
+    band: str
+    fraction: float
+    n_heads: int
+    draws: int
+    mean: float
+    low: float
+    high: float
+
+
+def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablation of heads") -> View:
+    """Curves of the measure against the share of heads ablated, a panel for each method.
+
+    Args:
+        result: the dataset of ``ablation``: ``accuracy`` and ``logit_diff`` [condition, example].
+        measure: one of the two; empty for both, to switch between.
+        title: stands above a saved page.
+    """
+    known = [name for name in MEASURES if name in result]
+    if measure and measure not in known:
+        raise OutputError(f"measure {measure!r}", f"one of {known}", "leave it out to see all of them")
+    shown = [measure] if measure else known
+    panels = {MEASURES[name].split(" (")[0]: method_panels(effects(result, name), name) for name in shown}
+    body = f"<h3>{escape(title)}</h3>{legend(effects(result, shown[0]))}{tabs(panels, 'measure')}"
+    return View(title, body, height=860)
+
+
+def effects(result: xr.Dataset, measure: str) -> list[Effect]:
+    """Every (method, band, share) of the dataset once, draws of a random band taken together; the baseline first."""
+    missing = [name for name in (measure, "method", "band", "fraction", "n_heads") if name not in result.variables]
+    if missing or not {CONDITION, EXAMPLE} <= set(result[measure].dims):
+        raise OutputError(
+            f"an ablation result without {missing or [CONDITION, EXAMPLE]}",
+            "variables [condition, example] with coordinates method, band, fraction, n_heads, draw",
+            "pass what ablation returned",
+        )
+    values = result[measure].transpose(EXAMPLE, CONDITION).values.astype(float)
+    means, lows, highs = mean_interval(values)
+    groups: dict[tuple[str, str, float, int], list[int]] = {}
+    columns = [result[name].values.tolist() for name in ("method", "band", "fraction", "n_heads")]
+    for i, (method, band, fraction, n_heads) in enumerate(zip(*columns, strict=True)):
+        groups.setdefault((str(method), str(band), float(fraction), int(n_heads)), []).append(i)
+    found = []
+    for (method, band, fraction, n_heads), members in groups.items():
+        mean = float(np.median(means[members]))
+        low, high = (lows[members[0]], highs[members[0]])
+        if band in DRAWN or len(members) > 1:
+            low, high = means[members].min(), means[members].max()
+        found.append(Effect(method, band, fraction, n_heads, len(members), mean, float(low), float(high)))
+    return found
+
+
+def baseline(found: Sequence[Effect]) -> Effect | None:
+    return next((effect for effect in found if effect.method == "none"), None)
+
+
+def methods(found: Sequence[Effect]) -> list[str]:
+    """The methods there are, in the order of METHODS."""
+    there = dict.fromkeys(effect.method for effect in found if effect.method != "none")
+    return [m for m in METHODS if m in there] + [m for m in there if m not in METHODS]
+
+
+def legend(found: Sequence[Effect]) -> str:
+    """One legend for all panels."""
+    items = [_key("none", "unablated model", "dot")] if baseline(found) else []
+    there = {effect.band for effect in found}
+    items += [_key(band, BANDS[band][0], BANDS[band][2]) for band in BANDS if band in there]
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def method_panels(found: Sequence[Effect], measure: str) -> str:
+    """A small chart for each method, all on one scale."""
+    span = _span(found, measure)
+    return f'<div class="multiples">{"".join(_panel(found, m, measure, span) for m in methods(found))}</div>'
+
+
+def overview(places: Mapping[str, Sequence[Effect]], method: str, fraction: float) -> str:
+    """One row for each place (a model and domain): the model as it is, without the top, bottom and random heads."""
+    traces = []
+    for band in (*BANDS, "none"):
+        picked = [(row, nearest(found, method, band, fraction)) for row, found in enumerate(places.values())]
+        there = [(row, effect) for row, effect in picked if effect is not None]
+        if there:
+            traces.append(_dots(there, band))
+    rows = range(len(places))
+    lines = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": r + 0.5, "y1": r + 0.5} for r in rows[:-1]]
+    layout = {
+        "xaxis": {"title": "accuracy", "range": [-0.03, 1.03], "tickformat": ".0%", "zeroline": False},
+        "yaxis": {
+            "range": [len(places) - 0.5, -0.5],
+            "tickvals": list(rows),
+            "ticktext": [escape(name).replace(" · ", "<br>") for name in places],
+            "showgrid": False,
+            "zeroline": False,
+        },
+        "shapes": [line | {"line": {"color": "@rule", "width": 1}} for line in lines],
+    }
+    label = f"Accuracy of every model and domain without the top {fraction:.0%} of heads, against controls"
+    return chart(traces, layout, height=74 * len(places) + 70, label=label)
+
+
+def nearest(found: Sequence[Effect], method: str, band: str, fraction: float) -> Effect | None:
+    """The effect of a band whose share of heads is nearest; the baseline for band "none"."""
+    if band == "none":
+        return baseline(found)
+    there = [effect for effect in found if effect.method == method and effect.band == band]
+    return min(there, key=lambda effect: abs(effect.fraction - fraction), default=None)
+
+
+def _dots(there: list[tuple[int, Effect]], band: str) -> dict:
+    colour = f"@{COLOURS.get(band, band)}"
+    drawn = band in DRAWN
+    # The bands of a row lie under each other, the unablated model across all of them.
+    offset = (list(BANDS).index(band) - (len(BANDS) - 1) / 2) * 0.16 if band in BANDS else 0.0
+    symbol, size = (BANDS[band][1], 7 if drawn else 10) if band in BANDS else ("line-ns-open", 56)
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [effect.mean for _, effect in there],
+        "y": [row + offset for row, _ in there],
+        "text": [_says(effect, "accuracy") for _, effect in there],
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"symbol": symbol, "size": size, "color": colour, "line": {"width": 0 if band in BANDS else 2}},
+    }
+    if band in BANDS:
+        trace["error_x"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": np.array([effect.high - effect.mean for _, effect in there]),
+            "arrayminus": np.array([effect.mean - effect.low for _, effect in there]),
+            "color": f"{colour}-soft" if drawn else colour,
+            "thickness": 10 if drawn else 1.5,
+            "width": 0,
+        }
+    else:
+        trace["marker"]["line"]["color"] = colour
+    return trace
+
+
+def _panel(found: Sequence[Effect], method: str, measure: str, span: tuple[float, float]) -> str:
+    traces: list[dict] = []
+    shares = sorted({effect.fraction for effect in found if effect.method == method})
+    base = baseline(found)
+    if base is not None and shares:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [shares[0], shares[-1]],
+                "y": [base.mean, base.mean],
+                "line": {"color": "@none", "width": 1.5, "dash": "dot"},
+                "hovertemplate": f"{_says(base, measure)}<extra></extra>",
+            }
+        )
+    # Shades first, so that the lines lie over them.
+    for band in (*reversed(DRAWN), "middle", "bottom", "top"):
+        line = sorted((e for e in found if e.method == method and e.band == band), key=lambda e: e.fraction)
+        if line:
+            traces += _shade(line, band) if band in DRAWN else []
+            traces.append(_line(line, band, measure))
+    ticks = _ticks(shares)
+    layout = {
+        "xaxis": {
+            "type": "log",
+            "title": "share of all heads ablated (log scale)",
+            "tickvals": ticks,
+            "ticktext": [_percent(share) for share in ticks],
+            "tickangle": 0,
+            "showgrid": False,
+        },
+        "yaxis": {
+            "title": MEASURES[measure].split(" (")[0],
+            "range": list(span),
+            "zeroline": measure != "accuracy",
+            **({"tickformat": ".0%"} if measure == "accuracy" else {}),
+        },
+    }
+    name = METHODS.get(method, method)
+    plot = chart(traces, layout, height=285, label=f"{MEASURES[measure]} against the share of heads ablated, {name}")
+    return f"<figure><h4>{escape(name[:1].upper() + name[1:])}</h4>{plot}</figure>"
+
+
+def _line(line: list[Effect], band: str, measure: str) -> dict:
+    _, symbol, dash = BANDS[band]
+    colour = f"@{COLOURS.get(band, band)}"
+    trace = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [effect.fraction for effect in line],
+        "y": [effect.mean for effect in line],
+        "text": [_says(effect, measure) for effect in line],
+        "hovertemplate": "%{text}<extra></extra>",
+        "line": {"color": colour, "width": 1.5 if band in DRAWN else 2.5, "dash": dash},
+        "marker": {"symbol": symbol, "size": 4 if band in DRAWN else 8, "color": colour},
+    }
+    if band not in DRAWN:
+        trace["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": np.array([effect.high - effect.mean for effect in line]),
+            "arrayminus": np.array([effect.mean - effect.low for effect in line]),
+            "color": colour,
+            "thickness": 1,
+            "width": 3,
+        }
+    return trace
+
+
+def _shade(line: list[Effect], band: str) -> list[dict]:
+    colour = COLOURS.get(band, band)
+    edge = {"type": "scatter", "mode": "lines", "x": [effect.fraction for effect in line], "hoverinfo": "skip"}
+    edge["line"] = {"width": 0}
+    low = edge | {"y": [effect.low for effect in line]}
+    return [low, edge | {"y": [effect.high for effect in line], "fill": "tonexty", "fillcolor": f"@{colour}-soft"}]
+
+
+def _says(effect: Effect, measure: str) -> str:
+    """What pointing at an effect says."""
+    shown = (lambda v: f"{v:.1%}") if measure == "accuracy" else (lambda v: f"{v:.2f}")
+    span = f"{shown(effect.low)} to {shown(effect.high)}" if np.isfinite(effect.low) else "one sample"
+    if effect.method == "none":
+        return f"<b>unablated</b><br>{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval {span}"
+    heads = f"{effect.n_heads} head{'s' if effect.n_heads > 1 else ''} ({_percent(effect.fraction)})"
+    name = escape(BANDS.get(effect.band, (effect.band,))[0].split(" (")[0])
+    if effect.band in DRAWN or effect.draws > 1:
+        return f"<b>{name}</b>, {heads}<br>median of {effect.draws} draws {shown(effect.mean)}<br>draws from {span}"
+    return f"<b>{name}</b>, {heads}<br>{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval {span}"
+
+
+def _span(found: Sequence[Effect], measure: str) -> tuple[float, float]:
+    if measure == "accuracy":
+        return (-0.03, 1.05)
+    ends = [value for e in found for value in (e.low, e.mean, e.high) if np.isfinite(value)]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    room = 0.05 * (high - low or 1.0)
+    return (low - room, high + room)
+
+
+def _ticks(shares: Sequence[float]) -> list[float]:
+    """The shares that were tried, without those whose labels would touch the one to the right."""
+    kept: list[float] = []
+    span = np.log10(shares[-1] / shares[0]) if len(shares) > 1 else 1.0
+    for share in reversed(shares):
+        if not kept or np.log10(kept[-1] / share) > 0.13 * span:
+            kept.append(share)
+    return kept[::-1]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _key(band: str, name: str, dash: str) -> str:
+    colour = COLOURS.get(band, band)
+    lines = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "7 3 2 3"}
+    shapes = {
+        "diamond": "M15 1L21 7L15 13L9 7Z",
+        "square": "M10 2H20V12H10Z",
+        "triangle-up": "M15 1L21 12H9Z",
+        "circle": "M12 7a3 3 0 1 0 6 0a3 3 0 1 0 -6 0Z",
+    }
+    shade = f'<rect width="30" height="14" fill="var(--{colour}-soft)"/>' if band in DRAWN else ""
+    mark = f'<path d="{shapes[BANDS[band][1]]}" fill="var(--{colour})"/>' if band in BANDS else ""
+    stroke = f'stroke="var(--{colour})" stroke-width="2" stroke-dasharray="{lines[dash]}"'
+    picture = f'<svg viewBox="0 0 30 14" aria-hidden="true">{shade}<path d="M0 7H30" {stroke}/>{mark}</svg>'
+    return f"<li>{picture}{escape(name)}</li>"

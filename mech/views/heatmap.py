@@ -1,0 +1,207 @@
+"""Layer x head maps: which heads put their attention on the evidence.
+
+    ram_map(dataset)      # the dataset of ``retrieval_attention_mass``, loaded from a study or fresh
+    ram_map(ranking)      # anything with ``.scores()``: a DataArray over layer and head
+
+Every cell is one head; its colour is the mean over samples. Pointing at it gives layer, head, value with a 95%
+bootstrap interval over the samples, and rank. The heads of the top 5% are outlined. Beside the map the same values in
+order of rank, with the value uniform attention would give as a dotted line: only what stands above it is retrieval.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.errors import OutputError
+from mech.views.intervals import mean_interval
+from mech.views.page import View, chart, escape
+
+OUTLINED = 0.05
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """What is known about the heads of one model: a score of each on each example, and how to call it."""
+
+    values: Float[np.ndarray, "example layer head"]
+    name: str = "RAM"
+    unit: str = "attention mass"
+    null: float | None = None  # what uniform attention would score
+
+
+def ram_map(result: Any, title: str = "") -> View:
+    """The layer x head map of a score of heads and the ranked values beside it.
+
+    Args:
+        result: a RAM ``Dataset`` or ``DataArray`` with dimensions layer and head (example optional), or a ranking.
+        title: stands above a saved page.
+    """
+    scores = head_scores(result)
+    title = title or ("Retrieval attention mass" if scores.name == "RAM" else f"Heads by {scores.name}")
+    body = f"<h3>{escape(title)}</h3>{map_and_ranks(scores)}"
+    return View(title, body, height=map_height(scores.values.shape[-2]) + 130)
+
+
+def head_scores(result: Any) -> HeadScores:
+    """The scores in a dataset, an array or a ranking; one example where only the mean is known."""
+    null = None
+    array, name = result, getattr(result, "name", None)
+    if isinstance(result, xr.Dataset):
+        if "ram" not in result:
+            there = sorted(map(str, result.data_vars))
+            raise OutputError(
+                f"a dataset with {there}", "one with 'ram'", "pass what retrieval_attention_mass returned"
+            )
+        array, name = result["ram"], "ram"
+        if "size_null" in result:
+            null = float(result["size_null"].mean())
+    elif callable(getattr(result, "scores", None)):
+        array, name = result.scores(), getattr(result, "score", None)
+        if getattr(result, "per_example", None) is not None:
+            array = xr.DataArray(result.per_example, dims=(EXAMPLE, LAYER, HEAD), attrs=array.attrs)
+    if not isinstance(array, xr.DataArray) or not {LAYER, HEAD} <= set(array.dims):
+        dims = getattr(array, "dims", type(array).__name__)
+        raise OutputError(f"a result with {dims}", "dimensions layer and head", "pass a RAM dataset or a ranking")
+    if EXAMPLE not in array.dims:
+        array = array.expand_dims(EXAMPLE)
+    values = array.transpose(EXAMPLE, LAYER, HEAD).values.astype(float)
+    is_ram = name in (None, "ram", "retrieval_attention_mass")
+    unit = str(array.attrs.get("unit") or ("attention mass" if is_ram else "")).split(",")[0]
+    return HeadScores(values, "RAM" if is_ram else str(name), unit, null)
+
+
+def map_and_ranks(scores: HeadScores) -> str:
+    """The map and the ranked values, side by side where there is room."""
+    n = scores.values[0].size
+    above = "" if scores.null is None else f" Dotted: what uniform attention would give ({scores.null:.3f})."
+    caption = f"Outlined: the top {OUTLINED:.0%} ({_outlined(n)} of {n} heads). Pointing at a cell says more."
+    return (
+        f'<div class="split"><figure>{_map(scores)}<figcaption>{caption}</figcaption></figure>'
+        f"<figure>{_ranked(scores)}"
+        f"<figcaption>The same heads in order of rank.{above}</figcaption></figure></div>"
+    )
+
+
+def map_height(n_layers: int) -> int:
+    return int(np.clip(24 * n_layers + 90, 250, 680))
+
+
+def ranks(mean: np.ndarray) -> np.ndarray:
+    """1 for the highest; ties by (layer, head), as rankings are."""
+    order = np.argsort(-mean.ravel(), kind="stable")
+    places = np.empty(mean.size, dtype=int)
+    places[order] = np.arange(1, mean.size + 1)
+    return places.reshape(mean.shape)
+
+
+def _hover(name: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[str]]:
+    """What pointing at a head says."""
+    place = ranks(mean)
+    lines = []
+    for layer in range(mean.shape[0]):
+        line = []
+        for head in range(mean.shape[1]):
+            interval = f" [{low[layer, head]:.3f}, {high[layer, head]:.3f}]" if np.isfinite(low[layer, head]) else ""
+            value = f"{mean[layer, head]:.3f}{interval}"
+            line.append(f"<b>L{layer}H{head}</b><br>{escape(name)} {value}<br>rank {place[layer, head]} of {mean.size}")
+        lines.append(line)
+    return lines
+
+
+def _map(scores: HeadScores) -> str:
+    mean, low, high = mean_interval(scores.values)
+    n_layers, n_heads = mean.shape
+    label = escape(f"{scores.name} ({scores.unit})" if scores.unit else scores.name)
+    heat = {
+        "type": "heatmap",
+        "z": mean,
+        "zmin": 0,
+        "zmax": max(float(mean.max()), 1e-9),
+        "text": _hover(scores.name, mean, low, high),
+        "hovertemplate": "%{text}<extra></extra>",
+        "colorscale": "@sequential",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {
+            "title": {"text": label, "side": "right", "font": {"size": 13}},
+            "thickness": 12,
+            "outlinewidth": 0,
+            "tickfont": {"size": 13},
+        },
+    }
+    best = np.argwhere(ranks(mean) <= _outlined(mean.size))
+    shapes = [
+        {
+            "type": "rect",
+            "x0": head - 0.5,
+            "x1": head + 0.5,
+            "y0": layer - 0.5,
+            "y1": layer + 0.5,
+            "line": {"color": "@top", "width": 2},
+        }
+        for layer, head in best.tolist()
+    ]
+    layout = {
+        "xaxis": {"title": "head", "dtick": _step(n_heads), "showgrid": False, "zeroline": False},
+        "yaxis": {"title": "layer (0 = first)", "dtick": _step(n_layers), "showgrid": False, "zeroline": False},
+        "shapes": shapes,
+    }
+    label = f"Map of {n_layers} layers and {n_heads} heads, coloured by {scores.name}"
+    return chart([heat], layout, height=map_height(n_layers), label=label)
+
+
+def _ranked(scores: HeadScores) -> str:
+    mean, low, high = mean_interval(scores.values)
+    place = ranks(mean).ravel()
+    order = np.argsort(place)
+    text = [cell for line in _hover(scores.name, mean, low, high) for cell in line]
+    values = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": place[order],
+        "y": mean.ravel()[order],
+        "text": [text[i] for i in order],
+        "hovertemplate": "%{text}<extra></extra>",
+        "line": {"color": "@accent", "width": 1.5},
+        "marker": {"size": 5, "color": "@accent"},
+    }
+    traces = [values]
+    if scores.null is not None:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [1, mean.size],
+                "y": [scores.null, scores.null],
+                "line": {"color": "@soft", "width": 1.5, "dash": "dot"},
+                "hovertemplate": f"uniform attention: {scores.null:.3f}<extra></extra>",
+            }
+        )
+    layout = {
+        "xaxis": {
+            "title": "rank of the head (log scale)",
+            "type": "log",
+            "tickvals": _decades(mean.size),
+            "showgrid": False,
+        },
+        "yaxis": {"title": escape(scores.name), "rangemode": "tozero"},
+    }
+    label = f"{scores.name} of the heads in order of rank"
+    return chart(traces, layout, height=map_height(mean.shape[0]), label=label)
+
+
+def _outlined(n: int) -> int:
+    return max(1, round(OUTLINED * n))
+
+
+def _decades(n: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... up to n."""
+    return [digit * 10**power for power in range(len(str(n))) for digit in (1, 2, 5) if digit * 10**power <= n]
+
+
+def _step(n: int) -> int:
+    return next(step for step in (1, 2, 4, 8, 16, 32) if n / step <= 16 or step == 32)

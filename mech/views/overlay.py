@@ -1,0 +1,214 @@
+"""Where heads look: their attention drawn over the pictures, token by token.
+
+    looks(dataset, folder)      # the "looks" dataset of a study and the folder with its pictures
+
+For each question: the pictures as they are with the evidence outlined, then for every head the picture in grey with the
+attention of the question's tokens over it. All heads of one question share one colour scale (square root of the
+attention, so faint looks stay visible): a dark picture means that the head looks elsewhere, not that it was scaled.
+The numbers under a head are sums for this question: over the tokens that touch the evidence, and over all
+visual tokens ("visual"). What is left of 1 lies on text.
+
+A visual token of a video may stand for several frames; it is drawn on the first of them, and frames without a token of
+their own are shown only in the original strip.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.errors import OutputError
+from mech.results.schema import check, look_facts
+from mech.views.page import View, escape
+
+BAND_TITLES = {"top": "Top heads of the ranking", "bottom": "Bottom heads of the ranking"}
+HEAT = ("#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf")
+LARGEST = 640  # pixels; larger pictures are shown smaller, or a page of scans would weigh 100 MB
+FAINTEST = 0.08  # of the colour scale; below it nothing is drawn
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str  # of its style
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One question, ready to draw: arrays over the tokens that are no padding."""
+
+    facts: Mapping[str, Any]
+    pictures: Sequence[_Picture]
+    attention: np.ndarray  # shown, token
+    rect: np.ndarray  # token, corner
+    image: np.ndarray  # token
+    on_evidence: np.ndarray  # token, bool
+
+
+def looks(result: xr.Dataset, folder: str | Path, title: str = "Where heads look") -> View:
+    """The attention of top and bottom heads over the pictures of a few questions.
+
+    Args:
+        result: a "looks" dataset (``mech.results.looks_dataset``).
+        folder: where the picture files named in it lie.
+        title: stands above a saved page.
+
+    Raises:
+        OutputError: a picture is missing or unreadable, or the dataset is no "looks" dataset.
+    """
+    return View(title, f"<h3>{escape(title)}</h3>{look_articles(result, Path(folder))}", height=640)
+
+
+def look_articles(result: xr.Dataset, folder: Path) -> str:
+    """All questions of the dataset, one under the other."""
+    check(result, "looks")
+    styles: dict[str, str] = {}
+    articles = []
+    for i, facts in enumerate(look_facts(result)):
+        articles.append(_article(_read(result, i, facts, folder, styles), _shown(result)))
+    rules = "".join(f".px-{name}{{background-image:url({uri})}}" for name, uri in styles.items())
+    return f"<style>{rules}</style>{''.join(articles)}"
+
+
+def _read(result: xr.Dataset, i: int, facts: Mapping, folder: Path, styles: dict[str, str]) -> _Look:
+    one = result.isel(look=i)
+    image = one["token_image"].values.astype(int)
+    there = np.flatnonzero(image >= 0)
+    pictures = [_picture(folder / name, styles) for name in facts["pictures"]]
+    if there.size and image.max() >= len(pictures):
+        raise OutputError(f"a token of picture {image.max()} in a look with {len(pictures)}", "an index of a picture")
+    attention = np.nan_to_num(one["attention"].values[:, there].astype(float))
+    rect, image = one["rect"].values[there].astype(float), image[there]
+    return _Look(facts, pictures, attention, rect, image, _touches(facts["evidence"], rect, image))
+
+
+def _touches(evidence: Sequence[Sequence[float]], rect: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Which tokens share area with the evidence."""
+    found = np.zeros(len(rect), dtype=bool)
+    for picture, x0, y0, x1, y1 in evidence:
+        # A frame that is not the first of its patch has no token: the nearest earlier frame with one stands for it.
+        earlier = image[image <= picture]
+        home = earlier.max() if earlier.size else picture
+        wide = np.minimum(rect[:, 2], x1) - np.maximum(rect[:, 0], x0)
+        high = np.minimum(rect[:, 3], y1) - np.maximum(rect[:, 1], y0)
+        found |= (image == home) & (wide > 0) & (high > 0)
+    return found
+
+
+def _picture(path: Path, styles: dict[str, str]) -> _Picture:
+    """Size of a picture; its data goes once into ``styles``, however many heads are drawn over it."""
+    from PIL import Image
+
+    try:
+        raw = path.read_bytes()
+        with Image.open(io.BytesIO(raw)) as picture:
+            width, height = picture.size
+            kind = (picture.format or "png").lower()
+            if max(picture.size) > LARGEST:
+                small = picture.convert("RGB")
+                small.thumbnail((LARGEST, LARGEST))
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=85)
+                raw, kind = buffer.getvalue(), "jpeg"
+    except OSError as error:  # a picture that is no picture is an OSError of Pillow's too
+        raise OutputError(
+            f"the picture {path} cannot be read ({type(error).__name__})",
+            "the pictures beside looks.nc",
+            "delete looks.nc and run the study again; it computes only what is missing",
+        ) from error
+    name = hashlib.sha256(raw).hexdigest()[:12]
+    styles[name] = f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+    return _Picture(name, width, height)
+
+
+def _shown(result: xr.Dataset) -> list[tuple[str, str, float]]:
+    """(band, name, mean RAM) of every head that is drawn."""
+    columns = (result[f"shown_{name}"].values.tolist() for name in ("band", "layer", "head", "ram"))
+    return [(str(band), f"L{layer}H{head}", ram) for band, layer, head, ram in zip(*columns, strict=True)]
+
+
+def _article(look: _Look, shown: list[tuple[str, str, float]]) -> str:
+    facts = look.facts
+    most = float(look.attention.max(initial=0.0)) or 1.0
+    right = str(facts["prediction"]).strip() == str(facts["answer"]).strip()
+    verdict = "✓" if right else "✗"
+    originals = "".join(_stage(look, k, None, most) for k in range(len(look.pictures)))
+    many = len(look.pictures) > 1
+    bands = []
+    for band in dict.fromkeys(band for band, _, _ in shown):
+        drawn = [_head(look, i, name, ram, most) for i, (b, name, ram) in enumerate(shown) if b == band]
+        title = BAND_TITLES.get(band, band)
+        style = f"--band:var(--{escape(band)})"
+        name = f'<p class="band-name" style="{style}">{escape(title)}</p>'
+        bands.append(f'<div>{name}<div class="heads">{"".join(drawn)}</div></div>')
+    answer, prediction = escape(facts["answer"]), escape(facts["prediction"])
+    strip = f'<div class="strip" style="--columns:{_columns(len(look.pictures), 8)}">{originals}</div>'
+    original = f"{strip}<figcaption>As the model gets it; outlined: the evidence</figcaption>"
+    return (
+        f'<article class="look{" many" if many else ""}"><p class="question">{escape(facts["question"])}</p>'
+        f'<p class="answers">answer <b>{answer}</b> · model says <b>{prediction}</b> {verdict}</p>'
+        f'<div class="look-grid"><figure class="original">{original}</figure>'
+        f'<div class="bands">{"".join(bands)}</div></div>{_scale(most)}</article>'
+    )
+
+
+def _head(look: _Look, i: int, name: str, ram: float, most: float) -> str:
+    row = look.attention[i]
+    with_tokens = sorted(set(look.image.tolist()))
+    stages = "".join(_stage(look, k, row, most) for k in with_tokens)
+    numbers = f"evidence {row[look.on_evidence].sum():.2f} · visual {row.sum():.2f}"
+    return (
+        f'<figure><div class="strip" style="--columns:{_columns(len(with_tokens), 4)}">{stages}</div>'
+        f"<figcaption><b>{name}</b> · mean RAM {ram:.2f}<br>{numbers}</figcaption></figure>"
+    )
+
+
+def _stage(look: _Look, k: int, row: np.ndarray | None, most: float) -> str:
+    """One picture: as it is with its evidence (``row`` None), or dimmed under the attention of a head."""
+    picture = look.pictures[k]
+    marks = []
+    if row is not None:
+        for token in np.flatnonzero(look.image == k):
+            strength = float(np.sqrt(row[token] / most))
+            if strength >= FAINTEST:
+                x0, y0, x1, y1 = look.rect[token]
+                place = f'x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
+                paint = f'fill="{_heat(strength)}" fill-opacity="{0.25 + 0.6 * strength:.2f}"'
+                marks.append(f"<rect {place} {paint}><title>{row[token]:.3f}</title></rect>")
+    for home, x0, y0, x1, y1 in look.facts["evidence"]:
+        if home == k:
+            place = f'x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
+            marks.append(f'<rect class="edge" {place}/><rect class="evidence" {place}/>')
+    size = f"aspect-ratio:{picture.width}/{picture.height}"
+    return (
+        f'<div class="stage{"" if row is None else " dim"}" style="{size}"><div class="pixels px-{picture.name}"></div>'
+        f'<svg viewBox="0 0 {picture.width} {picture.height}" preserveAspectRatio="none">{"".join(marks)}</svg></div>'
+    )
+
+
+def _heat(strength: float) -> str:
+    """The colour at a place between 0 and 1 of the scale."""
+    place = min(max(strength, 0.0), 1.0) * (len(HEAT) - 1)
+    i = min(int(place), len(HEAT) - 2)
+    ends = [[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in HEAT[i : i + 2]]
+    mixed = [round(a + (b - a) * (place - i)) for a, b in zip(*ends, strict=True)]
+    return "#" + "".join(f"{value:02x}" for value in mixed)
+
+
+def _scale(most: float) -> str:
+    gradient = f"background:linear-gradient(90deg,{','.join(HEAT)})"
+    return (
+        f'<p class="heat-legend">attention on one visual token: 0 <i style="{gradient}"></i> {most:.2g}'
+        f"<span>(middle of the bar: {most / 4:.2g}; one scale for all heads of this question)</span></p>"
+    )
+
+
+def _columns(n: int, most: int) -> int:
+    return n if n <= most else -(-n // -(-n // most))

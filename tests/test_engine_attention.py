@@ -1,0 +1,203 @@
+"""What an observer of attention is given: exact rows, the layer's true mask, and the power to replace z."""
+
+import pytest
+import tiny
+import torch
+
+from mech.errors import MechError, PointError
+from mech.model import HookedMLLM
+
+ROWS = ((2, 5), (1, 3), (0, 6))
+
+
+@pytest.fixture(params=list(tiny.FAMILIES))
+def family(request):
+    return request.param
+
+
+def eager_attentions(family, batch):
+    hf_model = tiny.FAMILIES[family]()
+    hf_model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return hf_model(**batch, output_attentions=True).attentions
+
+
+def observed(model, batch, positions, stack="text"):
+    calls = {}
+    with torch.no_grad(), model.attending(lambda call: calls.update({call.layer: call}), stack=stack):
+        logits = model(batch)
+    return logits, calls, {layer: call.rows(positions) for layer, call in calls.items()}
+
+
+@pytest.mark.parametrize("rows", [((1, 5),), ROWS], ids=["one row", "left padding, several images"])
+def test_rows_equal_eager_attention_and_observing_changes_nothing(family, rows):
+    batch = tiny.tensors(family, rows)
+    eager = eager_attentions(family, batch)
+    model = HookedMLLM.from_hf(tiny.FAMILIES[family]())
+    length = batch["input_ids"].shape[1]
+    positions = [length - 1, length - 4, 2]
+    logits, calls, attention = observed(model, batch, positions)
+    assert torch.equal(logits, model(batch))
+    assert sorted(calls) == list(range(tiny.LAYERS))
+    seen = batch["attention_mask"].bool()[:, positions]
+    for layer, rows_of_layer in attention.items():
+        expected = eager[layer][:, :, positions]
+        assert rows_of_layer.shape == (len(rows), tiny.HEADS, len(positions), length)
+        difference = (rows_of_layer - expected).abs().amax((1, 3))
+        assert difference[seen].max() < 1e-5
+        assert rows_of_layer.transpose(1, 2)[~seen].abs().sum() == 0
+
+
+def test_a_call_is_consistent_with_the_points(family):
+    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    _, calls, _ = observed(model, batch, [-1])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch)
+    for layer, call in calls.items():
+        assert call.stack == "text" and call.query_start == 0
+        assert call.k.shape[1] == call.v.shape[1] == tiny.KV_HEADS
+        for name, tensor in (("rot_q", call.q.transpose(1, 2)), ("rot_k", call.k.transpose(1, 2)), ("z", call.z)):
+            torch.testing.assert_close(tensor, cache[f"blocks.{layer}.attn.hook_{name}"], atol=2e-5, rtol=1e-4)
+        every = range(call.q.shape[2])
+        torch.testing.assert_close(call.rows(every), cache[f"blocks.{layer}.attn.hook_pattern"], atol=1e-5, rtol=1e-4)
+
+
+def test_visible_is_causal_padded_and_counts_from_the_end_too(family):
+    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    length, real = batch["input_ids"].shape[1], batch["attention_mask"].bool()
+    expected = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & real[:, None, None, :]
+    _, calls, _ = observed(model, batch, [-1])
+    assert torch.equal(calls[1].visible(range(length)), expected)
+    assert torch.equal(calls[1].visible([-1, 0]), expected[:, :, [length - 1, 0]])
+    whole = tiny.tensors(family)
+    _, calls, _ = observed(model, whole, [-1])
+    assert calls[1].mask is None and calls[1].causal
+    assert torch.equal(calls[1].visible([-2])[0, 0, 0], torch.arange(calls[1].k.shape[2]) < calls[1].k.shape[2] - 1)
+
+
+def test_an_additive_mask_is_a_bias_and_a_limit():
+    model, batch = HookedMLLM.from_hf(tiny.llava()), tiny.tensors("llava")
+    length = batch["input_ids"].shape[1]
+    bias = torch.zeros(1, 1, length, length).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    bias[..., 2] += 3.0
+    batch["attention_mask"] = bias
+    _, calls, attention = observed(model, batch, range(length))
+    assert torch.equal(calls[0].visible(range(length))[0, 0], bias[0, 0] > -1)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(batch, names_filter=lambda name: "pattern" in name)
+    torch.testing.assert_close(logits, model(batch).detach(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(attention[0], cache["blocks.0.attn.hook_pattern"])
+
+
+def test_replacing_z_equals_writing_hook_z(family):
+    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+
+    def without(z):
+        z = z.clone()
+        z[:, :, 1] = 0
+        return z
+
+    order = []
+
+    def observer(call):
+        order.append("observer")
+        return without(call.z) if call.layer == 1 else None
+
+    def hook(z, hook):
+        order.append("hook")
+        assert z[:, :, 1].abs().sum() == 0
+
+    with torch.no_grad():
+        expected = model.run_with_hooks(batch, fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: without(z))])
+        with model.attending(observer):
+            replaced = model.run_with_hooks(batch, fwd_hooks=[("blocks.1.attn.hook_z", hook)])
+    assert torch.equal(replaced, expected) and not torch.equal(expected, model(batch))
+    assert order == ["observer", "observer", "hook", "observer"]
+
+
+def test_hooks_and_observers_act_in_every_step_of_generate(family):
+    batch = tiny.tensors(family, ROWS)
+    model = HookedMLLM.from_hf(tiny.FAMILIES[family]())
+    free = model.generate(batch, max_new_tokens=6)
+    steps = []
+
+    def zero_heads(z):
+        z = z.clone()
+        z[:, :, :2] = 0
+        return z
+
+    def observer(call):
+        if call.layer != 1:
+            return None
+        steps.append((call.q.shape[2], call.k.shape[2], call.query_start))
+        if call.query_start:  # a decoded token sees everything but the padding
+            real = torch.nn.functional.pad(batch["attention_mask"].bool(), (0, call.k.shape[2] - length), value=True)
+            assert torch.equal(call.visible([0])[:, 0, 0], real)
+        torch.testing.assert_close(call.rows([-1]).sum(-1), torch.ones(len(ROWS), tiny.HEADS, 1))
+        return zero_heads(call.z)
+
+    length = batch["input_ids"].shape[1]
+    with model.attending(observer):
+        attended = model.generate(batch, max_new_tokens=6)
+    assert steps == [(length, length, 0)] + [(1, length + step, length + step - 1) for step in range(1, 6)]
+    with model.hooks([("blocks.1.attn.hook_z", lambda z, hook: zero_heads(z))]):
+        hooked = model.generate(batch, max_new_tokens=6)
+    assert torch.equal(attended, hooked) and not torch.equal(hooked, free)
+    # The same tokens one forward at a time, without a cache: the hook acted at every earlier position as well.
+    row = {key: value for key, value in tiny.tensors(family, ROWS[:1]).items()}
+    with model.hooks([("blocks.1.attn.hook_z", lambda z, hook: zero_heads(z))]), torch.no_grad():
+        cached = model.generate(row, max_new_tokens=4)[0].tolist()
+        for expected in cached:
+            token = model(row)[0, -1].argmax()
+            assert int(token) == expected
+            row["input_ids"] = torch.cat((row["input_ids"], token.view(1, 1)), 1)
+            row["attention_mask"] = torch.ones_like(row["input_ids"])
+            if "mm_token_type_ids" in row:
+                row["mm_token_type_ids"] = torch.nn.functional.pad(row["mm_token_type_ids"], (0, 1))
+
+
+def test_pattern_hooks_act_in_generate_with_growing_keys(family):
+    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    shapes = []
+
+    def look_only_at_the_last_key(pattern, hook):
+        shapes.append(tuple(pattern.shape[-2:]))
+        return torch.nn.functional.one_hot(torch.tensor(pattern.shape[-1] - 1), pattern.shape[-1]).expand_as(pattern)
+
+    with model.hooks([("blocks.0.attn.hook_pattern", look_only_at_the_last_key)]):
+        tokens = model.generate(batch, max_new_tokens=4)
+    length = batch["input_ids"].shape[1]
+    assert shapes == [(length, length)] + [(1, length + step) for step in range(1, 4)]
+    assert not torch.equal(tokens, model.generate(batch, max_new_tokens=4))
+
+
+def test_the_vision_stack_can_be_observed_and_changed(family):
+    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    clean = model(batch).detach()
+    logits, calls, attention = observed(model, batch, [0, 1], stack="vision")
+    torch.testing.assert_close(logits, clean, atol=2e-5, rtol=1e-4)
+    live = {int(name.split(".")[2]) for name in model.points() if name.startswith("vision.")}
+    assert set(calls) == live and all(call.stack == "vision" and not call.causal for call in calls.values())
+    torch.testing.assert_close(attention[0].sum(-1), torch.ones(attention[0].shape[:-1]))
+    with model.attending(lambda call: call.z * 0, stack="vision"), torch.no_grad():
+        assert (model(batch) - clean).abs().max() > 1e-3
+    assert torch.equal(model(batch), clean)
+
+
+def test_what_an_observer_returns_is_checked():
+    model, batch = HookedMLLM.from_hf(tiny.llava()), tiny.tensors("llava")
+    with (
+        model.attending(lambda call: call.z[:, :1] if call.layer == 2 else None),
+        pytest.raises(PointError, match="attending, text layer 2' returned the shape"),
+    ):
+        model(batch)
+    with pytest.raises(MechError, match="'text' or 'vision'"), model.attending(lambda call: None, stack="audio"):
+        pass
+
+
+def test_observers_nest_and_each_sees_what_the_one_before_left():
+    model, batch = HookedMLLM.from_hf(tiny.llava()), tiny.tensors("llava")
+    seen = []
+    with model.attending(lambda call: torch.ones_like(call.z)), model.attending(lambda call: seen.append(call.z)):
+        model(batch)
+    assert len(seen) == tiny.LAYERS and all(bool((z == 1).all()) for z in seen)

@@ -1,0 +1,224 @@
+"""What cannot be used is refused before a forward, with what was given, what was expected and what to do."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+from mech.errors import InputError, PointError, UnsupportedModel
+from mech.model import HookedMLLM
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedMLLM.from_hf(tiny.llava())
+
+
+@pytest.fixture
+def no_forward(model, monkeypatch):
+    def forward(*args, **kwargs):
+        raise AssertionError("a forward has run")
+
+    monkeypatch.setattr(model.hf_model, "forward", forward)
+
+
+BATCH = tiny.tensors("llava")
+
+
+def keep(value, hook):
+    return value
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, name: model.run_with_hooks(BATCH, fwd_hooks=[("blocks.0.attn.hook_q", keep), (name, keep)]),
+        lambda model, name: model.run_with_hooks(BATCH, bwd_hooks=[(name, keep)], reset_hooks_end=False),
+        lambda model, name: model.run_with_cache(BATCH, names_filter=name),
+        lambda model, name: model.run_with_cache(BATCH, names_filter=["blocks.0.attn.hook_q", name]),
+        lambda model, name: model.add_hook(name, keep),
+        lambda model, name: model.hooks([(name, keep)]).__enter__(),
+    ],
+    ids=["run_with_hooks", "bwd_hooks", "cache one", "cache list", "add_hook", "hooks"],
+)
+def test_a_misspelt_point_gets_a_suggestion_before_any_forward(model, no_forward, use):
+    with pytest.raises(PointError) as error:
+        use(model, "blocks.1.attn.hook_zz")
+    assert "no activation point is called 'blocks.1.attn.hook_zz'" in str(error.value)
+    assert "Try: use 'blocks.1.attn.hook_z'" in str(error.value)
+    assert not model.list_hooks()
+
+
+def test_layers_behind_the_selected_feature_layer_are_refused_with_the_reason(model, no_forward):
+    with pytest.raises(PointError) as error:
+        model.run_with_cache(BATCH, names_filter=["vision.blocks.2.hook_resid_post"])
+    assert "is not live" in str(error.value) and "the output of vision layer 1" in str(error.value)
+
+
+def test_filters_that_match_nothing_are_refused(model, no_forward):
+    with pytest.raises(PointError, match="matches no activation point"):
+        model.run_with_cache(BATCH, names_filter=lambda name: "hook_zz" in name)
+    with pytest.raises(PointError, match="matches no activation point"):
+        model.run_with_hooks(BATCH, fwd_hooks=[(lambda name: False, keep)])
+    with pytest.raises(PointError, match="empty"):
+        model.run_with_cache(BATCH, names_filter=[])
+
+
+def test_a_named_point_that_nothing_passes_is_an_error(model):
+    text_only = tiny.tensors("llava", ((0, 4),))
+    with pytest.raises(PointError, match=r"nothing passed through 'vision\.blocks\.0\.hook_resid_pre'"):
+        model.run_with_cache(text_only, names_filter=["vision.blocks.0.hook_resid_pre"])
+    _, cache = model.run_with_cache(text_only)
+    assert "blocks.0.attn.hook_z" in cache and "vision.blocks.0.attn.hook_z" not in cache
+
+
+@pytest.mark.parametrize(
+    "point", ["attn.hook_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
+              "attn.hook_result", "hook_resid_mid", "hook_resid_post", "mlp.hook_post"],
+)  # fmt: skip
+def test_a_return_of_the_wrong_shape_never_broadcasts(model, point):
+    name = f"blocks.1.{point}"
+    with pytest.raises(PointError) as error:
+        model.run_with_hooks(BATCH, fwd_hooks=[(name, lambda value, hook: value[..., :1])])
+    assert f"the hook at {name!r} returned the shape" in str(error.value) and "Expected: (1, " in str(error.value)
+    with pytest.raises(PointError, match="returned float"):
+        model.run_with_hooks(BATCH, fwd_hooks=[(name, lambda value, hook: 0.0)])
+    assert torch.isfinite(model(BATCH)).all()
+
+
+def test_remove_batch_dim_needs_one_row(model):
+    with pytest.raises(InputError, match="remove_batch_dim with 2 rows"):
+        model.run_with_cache(tiny.tensors("llava", ((1, 3), (1, 3))), remove_batch_dim=True)
+    _, cache = model.run_with_cache(BATCH, names_filter="blocks.0.attn.hook_z", remove_batch_dim=True)
+    assert cache["blocks.0.attn.hook_z"].ndim == 3
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("absent", ["mm_token_type_ids", "image_grid_thw"])
+def test_tensors_that_would_silently_mean_something_else_are_refused(family, absent):
+    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family)
+    del batch[absent]
+    for run in (model, model.generate):
+        with pytest.raises(InputError, match=f"pixel_values without {absent}"):
+            run(batch)
+
+
+def test_no_tokens_and_no_processor(model):
+    with pytest.raises(InputError, match="no input_ids"):
+        model(pixel_values=BATCH["pixel_values"])
+    with pytest.raises(InputError, match="inputs of type str"):
+        model("What is this?")
+    with pytest.raises(InputError, match="has no processor"):
+        model.inputs("What is this?")
+
+
+def test_an_architecture_without_a_row_gets_the_recipe():
+    text = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                        vocab_size=10))  # fmt: skip
+    with pytest.raises(UnsupportedModel) as error:
+        HookedMLLM.from_hf(text)
+    assert "no family row for the architecture 'llama'" in str(error.value)
+    assert "add a Family row to FAMILIES in mech/model/families.py" in str(error.value)
+
+
+def test_a_known_family_over_an_unknown_tower_is_refused():
+    stock = tiny.llava().config
+    vision = SiglipVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                image_size=28, patch_size=14)  # fmt: skip
+    other = LlavaForConditionalGeneration(LlavaConfig(text_config=stock.text_config, vision_config=vision))
+    with pytest.raises(UnsupportedModel, match="the vision_config of this 'llava' model is 'siglip_vision_model'"):
+        HookedMLLM.from_hf(other)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny.llava().save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="there is no folder"):
+        HookedMLLM.from_pretrained(tmp_path / "absent")
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(UnsupportedModel, match=r"has no config\.json"):
+        HookedMLLM.from_pretrained(tmp_path)
+
+
+def test_a_missing_shard(folder):
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    with pytest.raises(UnsupportedModel, match=f"lacks 1 of {len(shards)} weight files, first '{shards[1].name}'"):
+        HookedMLLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("left", [0, 4, 20, -1])
+def test_a_shard_that_was_cut_off(folder, left):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:left])
+    with pytest.raises(UnsupportedModel, match=rf"{shard.name} is cut off"):
+        HookedMLLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_a_json_file_that_was_cut_off(folder, file):
+    path = folder / file
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UnsupportedModel, match=r"cannot be opened|index\.json is cut off"):
+        HookedMLLM.from_pretrained(folder)
+
+
+def test_weights_in_another_format_are_not_opened(folder):
+    for shard in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        shard.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UnsupportedModel, match="other weight formats are not opened"):
+        HookedMLLM.from_pretrained(folder)
+
+
+def test_a_checkpoint_without_all_parameters_is_not_filled_with_random_ones(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"no weights for 9 parameters, first 'model\.language_model\.layers\.3"):
+        HookedMLLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind, message", [("llama", "no family row"), ("martian", "cannot be opened")])
+def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(folder, kind, message, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    def opened(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", opened)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UnsupportedModel, match=message) as error:
+        HookedMLLM.from_pretrained(folder)
+    assert "add a Family row" in str(error.value)
+
+
+def test_a_hub_id_that_cannot_be_reached(monkeypatch):
+    from transformers import AutoConfig
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub\nand so on")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(UnsupportedModel, match="We couldn't connect to the hub") as error:
+        HookedMLLM.from_pretrained("owner/model")
+    assert "check the name and the network" in str(error.value)

@@ -1,0 +1,69 @@
+"""The model makes its own inputs: question, images or video in; logits, tokens and text out."""
+
+import pytest
+import tiny_processors
+import torch
+
+from mech.data.samples import Sample
+from mech.model import HookedMLLM
+
+FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl"]
+
+
+def wrapped(family):
+    torch.manual_seed(0)
+    return HookedMLLM.from_hf(tiny_processors.model(family).eval(), tiny_processors.processor(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_runs_alone_and_in_a_batch(family):
+    model = wrapped(family)
+    samples = [
+        Sample("What is this?", "four", images=(tiny_processors.noise(48, 48),)),
+        Sample("And what are these two?", "five", images=tuple(tiny_processors.noise(48, 48, seed) for seed in (1, 2))),
+    ]
+    rows = [model.inputs_of(sample) for sample in samples]
+    batch = model.collate(rows)
+    assert len(batch) == 2 and batch.tensors["input_ids"].shape[0] == 2
+    with torch.no_grad():
+        together = model(batch)
+        for index, row in enumerate(rows):
+            alone, cache = model.run_with_cache(row, names_filter="projector.hook_out")
+            torch.testing.assert_close(together[index, -alone.shape[1] :], alone[0], atol=1e-5, rtol=1e-4)
+            assert len(cache["projector.hook_out"]) == len(row.layout.positions("image"))
+    tokens = model.generate(batch, max_new_tokens=3)
+    assert tokens.shape == (2, 3)
+    assert torch.equal(tokens[1], model.generate(rows[1], max_new_tokens=3)[0])
+    texts = model.generate_text(batch, max_new_tokens=3)
+    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_follows_the_same_prompt(family):
+    model = wrapped(family)
+    sample = Sample("What is this?", "four", images=(tiny_processors.noise(48, 48),))
+    prompt, taught = (model.inputs_of(sample, answer=answer).tensors["input_ids"] for answer in (False, True))
+    assert taught.shape[1] > prompt.shape[1] and torch.equal(taught[:, : prompt.shape[1]], prompt)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_video_passes_the_projector(family):
+    model = wrapped(family)
+    inputs = model.inputs("What happens?", video=[tiny_processors.noise(56, 56, seed) for seed in range(4)])
+    clean = model(inputs).detach()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs, names_filter=["projector.hook_out", "hook_embed"])
+        visual = torch.as_tensor(inputs.layout.positions("image"))
+        assert torch.equal(cache["hook_embed"][0, visual], cache["projector.hook_out"])
+        edited = model.run_with_hooks(inputs, fwd_hooks=[("projector.hook_out", lambda value, hook: value * 0)])
+    assert not torch.equal(edited, clean)
+
+
+def test_from_pretrained_opens_the_processor_when_it_is_needed(tmp_path):
+    model = wrapped("llava")
+    model.hf_model.save_pretrained(tmp_path)
+    model.processor.tokenizer.save_pretrained(tmp_path)
+    model.processor.image_processor.save_pretrained(tmp_path)
+    opened = HookedMLLM.from_pretrained(tmp_path, device="cpu")
+    given = {"question": "What is this?", "images": [tiny_processors.noise(48, 48)]}
+    assert torch.equal(opened(opened.inputs(**given)), model(model.inputs(**given)))

@@ -1,0 +1,320 @@
+"""Every listed point is live and means what the table in ``mech/model/points.py`` says, after a first forward."""
+
+import pytest
+import tiny
+import torch
+
+from mech.model import HookedMLLM
+from mech.model.families import module_at
+from mech.model.points import LAYER_POINTS, dims_of
+from mech.model.seams import INSIDE_ATTENTION
+
+ROWS = ((2, 5), (1, 3))
+
+
+@pytest.fixture(params=list(tiny.FAMILIES), scope="module")
+def bench(request):
+    """A wrapped model that has run once, a padded batch with several images, its clean logits and all activations."""
+    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[request.param]()), tiny.tensors(request.param, ROWS)
+    with torch.no_grad():
+        clean = model(batch)
+        _, cache = model.run_with_cache(batch, names_filter=lambda name: True)
+    return model, batch, clean, cache
+
+
+def real(batch):
+    return batch["attention_mask"].bool()
+
+
+def noise(shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, batch, *hooks):
+    with torch.no_grad():
+        return model.run_with_hooks(batch, fwd_hooks=list(hooks))
+
+
+def set_to(value):
+    return lambda activation, hook: value
+
+
+def test_every_point_fires_with_the_shape_of_the_table(bench):
+    model, batch, _, cache = bench
+    sizes = {"batch": 2} | dict.fromkeys(("pos", "query_pos", "key_pos"), real(batch).shape[1])
+    sizes |= {"head": 4, "kv_head": 2, "d_head": 8, "d_model": 32, "d_mlp": 48}
+    sizes["visual_pos"] = int((batch["input_ids"] == tiny.IMAGE).sum())
+    for name in model.points():
+        assert name in cache, name
+        if not name.startswith("vision."):
+            assert tuple(cache[name].shape) == tuple(sizes[word] for word in dims_of(name).split()), name
+    heads, width = model.cfg.vision_heads, model.cfg.vision_d_model
+    assert cache["vision.blocks.0.attn.hook_z"].shape[2:] == (heads, width // heads)
+    assert cache["vision.blocks.0.attn.hook_k"].shape[2:] == (heads, width // heads)
+    assert cache["vision.blocks.1.hook_resid_mid"].ndim == 3
+
+
+def test_every_point_is_live_and_writing_back_what_was_read_changes_nothing(bench):
+    model, batch, clean, cache = bench
+    inside = tuple(INSIDE_ATTENTION)
+    with torch.no_grad():  # with these points hooked, attention is computed another way, and rounds another way
+        exact = model.run_with_cache(batch, names_filter=lambda name: not name.endswith(inside))[1]
+    for name in model.points():
+        edited = run(model, batch, (name, lambda value, hook: value + noise(value.shape)))
+        assert (edited - clean)[real(batch)].abs().max() > 1e-3, f"{name} is dead"
+        again = run(model, batch, (name, set_to(cache[name] if name.endswith(inside) else exact[name])))
+        tolerance = 5e-5 if name.endswith(inside) else 0.0
+        torch.testing.assert_close(again[real(batch)], clean[real(batch)], atol=tolerance, rtol=0, msg=name)
+
+
+def test_writes_in_place_count_as_writes(bench):
+    model, batch, _, _ = bench
+
+    def in_place(value, hook):
+        value[:, -1] += 1
+
+    def returned(value, hook):
+        value = value.clone()
+        value[:, -1] += 1
+        return value
+
+    for name in ("blocks.1.attn.hook_z", "blocks.1.hook_resid_mid", "blocks.1.attn.hook_v", "hook_embed"):
+        torch.testing.assert_close(run(model, batch, (name, in_place)), run(model, batch, (name, returned)))
+
+
+def test_a_cached_value_does_not_change_with_later_writes_in_place(bench):
+    model, batch, _, cache = bench
+
+    def zero(value, hook):
+        value.zero_()
+
+    with model.hooks([("blocks.1.hook_resid_pre", zero)]), torch.no_grad():
+        _, seen = model.run_with_cache(batch, names_filter=["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"])
+    assert seen["blocks.1.hook_resid_pre"].abs().sum() == 0
+    torch.testing.assert_close(seen["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_post"])
+
+
+@pytest.mark.parametrize("stack", ["text", "vision"])
+def test_gradients_flow_through_every_point(bench, stack):
+    """The gradient at a point is the derivative of the logits along a small write there."""
+    family = bench[0].cfg.family
+    model = HookedMLLM.from_hf(tiny.FAMILIES[family]().double())
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in bench[1].items()}
+    weights = noise((real(batch).shape[1], tiny.VOCAB), seed=3).double() * real(batch)[..., None]
+    for point in LAYER_POINTS:
+        name = f"{'vision.' if stack == 'vision' else ''}blocks.1.{point}"
+        kept = []
+
+        def keep(value, hook, kept=kept):
+            value.retain_grad()
+            kept.append(value)
+
+        (model.run_with_hooks(batch, fwd_hooks=[(name, keep)]) * weights).sum().backward()
+        # transformers' norms compute in float32 even here, so the step cannot be small
+        direction, step = noise(kept[0].shape, seed=5).double(), 1e-3
+        if point == "attn.hook_attn_scores":  # a masked score has no derivative
+            direction = direction.masked_fill(torch.isneginf(kept[0]), 0.0)
+        high, low = (
+            (run(model, batch, (name, lambda value, hook, s=s, d=direction: value + s * d)) * weights).sum()
+            for s in (step, -step)
+        )
+        measured, expected = (high - low) / (2 * step), (kept[0].grad * direction).sum()
+        torch.testing.assert_close(expected, measured, rtol=1e-2, atol=1e-1, msg=f"{name}: {expected} {measured}")
+
+
+def test_backward_hooks_see_the_gradient(bench):
+    model, batch, _, _ = bench
+    seen = {}
+
+    def save(grad, hook):
+        seen[hook.name] = grad.clone()
+
+    names = ["blocks.1.hook_resid_mid", "blocks.1.attn.hook_z", "blocks.1.attn.hook_pattern"]
+    with model.hooks(bwd_hooks=[(name, save) for name in names]):
+        model(batch)[:, -1].sum().backward()
+    model.zero_grad(set_to_none=True)
+    assert set(seen) == set(names) and all(grad.abs().sum() > 0 for grad in seen.values())
+
+
+def test_z_is_what_w_o_reads_and_result_is_its_split_by_head(bench):
+    model, _, _, cache = bench
+    for layer in range(tiny.LAYERS):
+        z, result = cache[f"blocks.{layer}.attn.hook_z"], cache[f"blocks.{layer}.attn.hook_result"]
+        weight = model.hf_model.model.language_model.layers[layer].self_attn.o_proj.weight
+        torch.testing.assert_close(z.flatten(2) @ weight.T, cache[f"blocks.{layer}.hook_attn_out"])
+        torch.testing.assert_close(result[:, :, 2], z[:, :, 2] @ model.blocks[layer].attn.W_O[2])
+        torch.testing.assert_close(result.sum(2), cache[f"blocks.{layer}.hook_attn_out"], atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_edit_through_z_result_and_attn_out(bench):
+    model, batch, _, cache = bench
+    z = cache["blocks.1.attn.hook_z"].clone()
+    z[:, 2:, 1] = noise(z[:, 2:, 1].shape)
+    result = torch.einsum("bphd,hdm->bphm", z, model.blocks[1].attn.W_O)
+    through_z = run(model, batch, ("blocks.1.attn.hook_z", set_to(z)))
+    through_result = run(model, batch, ("blocks.1.attn.hook_result", set_to(result)))
+    through_out = run(model, batch, ("blocks.1.hook_attn_out", set_to(result.sum(2))))
+    torch.testing.assert_close(through_result, through_z, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(through_out, through_z, atol=2e-5, rtol=1e-4)
+
+
+def test_pattern_rows_sum_to_one_respect_the_mask_and_give_z(bench):
+    _, batch, _, cache = bench
+    keys = real(batch)
+    for layer in range(tiny.LAYERS):
+        pattern, v = cache[f"blocks.{layer}.attn.hook_pattern"], cache[f"blocks.{layer}.attn.hook_v"]
+        torch.testing.assert_close(pattern.sum(-1).transpose(1, 2)[keys], torch.ones(int(keys.sum()), 4))
+        assert pattern.transpose(1, 2)[~keys].abs().sum() == 0, "padding rows see nothing"
+        assert pattern.permute(0, 3, 1, 2)[~keys].abs().sum() == 0, "nobody sees padding"
+        assert pattern.triu(1).abs().sum() == 0
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(2, dim=2))
+        torch.testing.assert_close(z, cache[f"blocks.{layer}.attn.hook_z"], atol=1e-5, rtol=1e-5)
+    for layer in range(2):
+        pattern = cache[f"vision.blocks.{layer}.attn.hook_pattern"]
+        torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
+
+
+def test_a_pattern_edit_equals_the_z_edit_it_implies(bench):
+    model, batch, _, cache = bench
+    pattern = cache["blocks.1.attn.hook_pattern"].clone()
+    pattern[:, 3] = 0
+    pattern[:, 3, :, -2] = 1
+    v = cache["blocks.1.attn.hook_v"]
+    z = cache["blocks.1.attn.hook_z"].clone()
+    z[:, :, 3] = v[:, None, -2, 1]  # head 3 reads key/value head 1
+    torch.testing.assert_close(
+        run(model, batch, ("blocks.1.attn.hook_pattern", set_to(pattern))),
+        run(model, batch, ("blocks.1.attn.hook_z", set_to(z))),
+        atol=5e-5,
+        rtol=1e-4,
+    )
+
+
+def test_zero_scores_after_the_mask_attend_uniformly_even_to_the_future(bench):
+    model, batch, _, _ = bench
+    seen = {}
+    run(
+        model,
+        batch,
+        ("blocks.0.attn.hook_attn_scores", lambda scores, hook: torch.zeros_like(scores)),
+        ("blocks.0.attn.hook_pattern", lambda pattern, hook: seen.update(pattern=pattern)),
+    )
+    length = real(batch).shape[1]
+    torch.testing.assert_close(seen["pattern"], torch.full_like(seen["pattern"], 1 / length))
+
+
+def test_rotated_queries_and_keys_make_the_scores(bench):
+    _, _, _, cache = bench
+    q, k = cache["blocks.1.attn.hook_rot_q"], cache["blocks.1.attn.hook_rot_k"].repeat_interleave(2, dim=2)
+    scores, visible = cache["blocks.1.attn.hook_attn_scores"], cache["blocks.1.attn.hook_pattern"] > 0
+    expected = torch.einsum("bqhd,bkhd->bhqk", q, k) * tiny.D_HEAD**-0.5
+    torch.testing.assert_close(scores[visible], expected[visible], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stack", ["text", "vision"])
+def test_writing_resid_mid_changes_both_the_mlp_input_and_the_skip(bench, stack):
+    model, batch, _, cache = bench
+    prefix = "vision." if stack == "vision" else ""
+    name, row = f"{prefix}blocks.1.hook_resid_mid", getattr(model.family, stack)
+    layer = module_at(model.hf_model, row.layers, model.family)[1]
+    mid = noise(cache[name].shape)
+    seen = {}
+    points = [f"{prefix}blocks.1.hook_mlp_out", f"{prefix}blocks.1.hook_resid_post"]
+    run(
+        model, batch, (name, set_to(mid)),
+        *((point, lambda value, hook: seen.update({hook.name: value.clone()})) for point in points),
+    )  # fmt: skip
+    with torch.no_grad():
+        mlp_out = module_at(layer, row.mlp, model.family)(module_at(layer, row.mid, model.family)(mid))
+    torch.testing.assert_close(seen[points[0]], mlp_out, atol=1e-6, rtol=1e-6)
+    difference = seen[points[1]] - (mid + mlp_out)
+    if stack == "text" and model.cfg.family == "qwen3_vl":
+        difference = difference[batch["input_ids"] != tiny.IMAGE]  # DeepStack adds to visual tokens behind the layer
+    assert difference.abs().max() < 1e-6
+
+
+def test_the_stream_adds_up_and_what_is_added_between_layers_is_included(bench):
+    model, batch, _, cache = bench
+    visual = batch["input_ids"] == tiny.IMAGE
+    for layer in range(tiny.LAYERS):
+        block = f"blocks.{layer}."
+        pre, mid, post = (cache[block + f"hook_resid_{place}"] for place in ("pre", "mid", "post"))
+        torch.testing.assert_close(mid, pre + cache[block + "hook_attn_out"])
+        added = (post - mid - cache[block + "hook_mlp_out"]).abs().amax(-1)
+        deepstack = model.cfg.family == "qwen3_vl" and layer < 2
+        assert added[~visual].max() < 1e-5
+        assert added[visual].min() > 1e-2 if deepstack else added[visual].max() < 1e-5
+        if layer + 1 < tiny.LAYERS:
+            assert torch.equal(post, cache[f"blocks.{layer + 1}.hook_resid_pre"])
+    torch.testing.assert_close(cache["hook_embed"], cache["blocks.0.hook_resid_pre"], rtol=0, atol=0)
+    logits = cache["ln_final.hook_normalized"] @ model.W_U
+    torch.testing.assert_close(logits, model(batch).detach(), atol=5e-5, rtol=1e-4)
+
+
+def test_an_edit_of_the_projector_is_an_edit_of_the_embeddings_at_the_visual_tokens(bench):
+    model, batch, clean, cache = bench
+    visual = batch["input_ids"] == tiny.IMAGE
+    assert torch.equal(cache["hook_embed"][visual], cache["projector.hook_out"])
+    features = noise(cache["projector.hook_out"].shape)
+    embeddings = cache["hook_embed"].clone()
+    embeddings[visual] = features
+    through_projector = run(model, batch, ("projector.hook_out", set_to(features)))
+    assert torch.equal(through_projector, run(model, batch, ("hook_embed", set_to(embeddings))))
+    assert not torch.equal(through_projector, clean)
+
+
+def test_the_vision_tower_does_not_mix_images(bench):
+    _, batch, _, cache = bench
+    pattern = cache["vision.blocks.1.attn.hook_pattern"]
+    if "image_grid_thw" not in batch:
+        assert pattern.shape[0] == 3
+        return
+    lengths = batch["image_grid_thw"].prod(-1)
+    image = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    assert torch.equal(pattern[0, 0] > 0, image[:, None] == image[None, :])
+
+
+def test_windows_of_a_vision_layer_are_seen_as_one_layer():
+    model, batch = HookedMLLM.from_hf(tiny.qwen2_5_vl()), tiny.tensors("qwen2_5_vl", ((3, 4),))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch, names_filter=lambda name: name.startswith("vision.") and "attn" in name)
+    windowed, full = ((cache[f"vision.blocks.{layer}.attn.hook_pattern"][0] > 0)[0] for layer in (0, 1))
+    assert (windowed <= full).all() and windowed.sum() < full.sum()
+    for layer in (0, 1, 2):
+        pattern, v = (cache[f"vision.blocks.{layer}.attn.hook_{point}"] for point in ("pattern", "v"))
+        z = cache[f"vision.blocks.{layer}.attn.hook_z"]
+        torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("feature_layer, live", [(-2, 2), (-1, 3), (1, 1), ([-2, 1], 2)])
+def test_points_of_a_llava_tower_end_at_the_selected_layer(feature_layer, live):
+    model = HookedMLLM.from_hf(tiny.llava(feature_layer=feature_layer))
+    batch = tiny.tensors("llava")
+    clean = model(batch).detach()
+    layers = {name.split(".")[2] for name in model.points() if name.startswith("vision.")}
+    assert layers == {str(layer) for layer in range(live)}
+    last = f"vision.blocks.{live - 1}.hook_resid_post"
+    assert not torch.equal(run(model, batch, (last, lambda value, hook: value + noise(value.shape))), clean)
+
+
+def test_half_precision_keeps_scores_wide_and_writes_exact():
+    model, batch = HookedMLLM.from_hf(tiny.llava().to(torch.bfloat16)), tiny.tensors("llava")
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    clean = model(batch).detach()
+    _, wide = model.run_with_cache(batch, names_filter="blocks.0.attn.hook_pattern")
+    assert wide["blocks.0.attn.hook_pattern"].dtype == torch.float32
+    names = ["blocks.1.hook_resid_mid", "blocks.1.attn.hook_result", "blocks.1.attn.hook_z"]
+    _, cache = model.run_with_cache(batch, names_filter=names)
+    for name in names:
+        assert torch.equal(run(model, batch, (name, set_to(cache[name].float()))), clean)
+
+
+def test_activation_cache_works_as_in_transformerlens(bench):
+    model, _, _, cache = bench
+    assert torch.equal(cache["z", 1], cache["blocks.1.attn.hook_z"])
+    assert torch.equal(cache["resid_post", -1], cache["blocks.2.hook_resid_post"])
+    stacked = cache.stack_head_results(layer=2)
+    assert stacked.shape[0] == 2 * tiny.HEADS
+    torch.testing.assert_close(stacked[tiny.HEADS + 3], cache["blocks.1.attn.hook_result"][:, :, 3])
+    _, without = model.run_with_cache(tiny.tensors(model.cfg.family, ROWS), names_filter=lambda n: "hook_z" in n)
+    torch.testing.assert_close(without.stack_head_results(layer=2), stacked, atol=1e-5, rtol=1e-5)
