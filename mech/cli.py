@@ -251,7 +251,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except Exception as error:
         # Typer carries its own copy of click; its usage errors know how to show themselves.
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))

@@ -245,7 +245,7 @@ def look_at(place: Study, model: HookedMLLM, key: str, samples: Samples, ranking
 
 def outlines(sample: Sample, frames_per_token: int) -> list[list[float]]:
     """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` to be drawn; of a mask, the box around it."""
-    found: list[list[float]] = []
+    found: list[list[Any]] = []
     for region in sample.evidence:
         if isinstance(region, Box):
             found.append([region.image, region.x0, region.y0, region.x1, region.y1])

@@ -424,3 +424,12 @@ def test_torchvision_processors_are_exchanged_for_their_pil_variant():
     alien = type("AlienImageProcessor", (type(made),), fast)()
     with pytest.raises(UnsupportedModel, match="AlienImageProcessorPil"):
         Processor.from_hf(config=config, tokenizer=tokens, image_processor=alien)
+
+
+@pytest.mark.parametrize(("family", "before"), [("llava", "ASSISTANT: "), ("qwen3_vl", "assistant\n")])
+def test_an_answer_stands_where_the_model_would_write_it(family, before):
+    """A space after a word, nothing after a line break, and never two."""
+    processor = tiny.processor(family)
+    for answer in ("seven", " seven"):
+        text = "".join(build(processor, "What?", answer=answer).layout.tokens)
+        assert text.endswith(before + (answer.strip() if family == "llava" else answer))

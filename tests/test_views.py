@@ -85,8 +85,13 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(study):
-    return Page(report(study).read_text())
+def text(study):
+    return report(study).read_text()
+
+
+@pytest.fixture(scope="module")
+def written(text):
+    return Page(text)
 
 
 def domain_folder(study: Path) -> Path:
@@ -101,16 +106,14 @@ def test_the_page_asks_for_nothing_from_outside(written):
     assert all(address.startswith("data:image/") for address in re.findall(r"url\(([^)]*)\)", styles))
 
 
-def test_the_page_forbids_requests_itself(study):
-    head = report(study).read_text()[:2000]
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', head).group(1)
+def test_the_page_forbids_requests_itself(text):
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text[:2000]).group(1)
     assert "default-src 'none'" in policy and "http" not in policy and "*" not in policy
 
 
-def test_plotly_is_there_once_and_whole(study):
+def test_plotly_is_there_once_and_whole(text):
     from plotly.offline import get_plotlyjs
 
-    text = report(study).read_text()
     assert text.count(get_plotlyjs()) == 1
     assert len(text) < 12e6
 

@@ -251,9 +251,9 @@ def _jittered(rng: random.Random, cell: tuple[int, int]) -> tuple[int, int]:
 def _handwriting() -> tuple[UInt8[np.ndarray, "glyph 8 8"], np.ndarray]:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    ink = 255 - np.minimum(digits.images * 16, 255).astype(np.uint8)
-    return ink, digits.target
+    pixels, target = load_digits(return_X_y=True)
+    ink = 255 - np.minimum(np.asarray(pixels).reshape(-1, 8, 8) * 16, 255).astype(np.uint8)
+    return ink, np.asarray(target)
 
 
 @functools.cache

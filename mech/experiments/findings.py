@@ -39,8 +39,8 @@ def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
     layer, head, best = numbers["ranking"][0]
     share, null = numbers["half_mass_share"], numbers["size_null"]
     text = (
-        f"{round(share * n_heads)} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; "
-        f"the first is L{layer}H{head} with RAM {best:.2f}, where a head that looks everywhere alike would have {null:.2f}."
+        f"{round(share * n_heads)} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; the "
+        f"first is L{layer}H{head} with RAM {best:.2f}, where a head that looks everywhere alike would have {null:.2f}."
     )
     # The papers find 4-10% of the heads with half of the mass.
     yield text, share > 0.25

@@ -40,18 +40,16 @@ def intervene(model: HookedMLLM, *specs: Ablate) -> Iterator["Intervened"]:
         raise ExperimentError("no intervention", "at least one", "pass mech.Ablate(heads=..., to='mean', ...)")
     for spec in specs:
         spec.check(model)
-    ready = []
-    for spec in specs:
-        needed = spec.to in ("mean", "resample") and not isinstance(spec.reference, Reference)
-        ready.append(replace_reference(spec, reference_activations(model, spec.reference)) if needed else spec)
-    intervened = Intervened(model, tuple(ready))
+    intervened = Intervened(model, tuple(_with_activations(spec, model) for spec in specs))
     with model.attending(intervened._edit):
         yield intervened
 
 
-def replace_reference(spec: Ablate, reference: Reference) -> Ablate:
-    """The same spec with the activations of its reference samples in place of the samples."""
-    return replace(spec, reference=reference)
+def _with_activations(spec: Ablate, model: HookedMLLM) -> Ablate:
+    """The spec with the activations of its reference samples in place of the samples."""
+    if spec.to not in ("mean", "resample") or spec.reference is None or isinstance(spec.reference, Reference):
+        return spec
+    return replace(spec, reference=reference_activations(model, spec.reference))
 
 
 class Intervened:

@@ -1,12 +1,14 @@
 """Trains a reference model: ``python -m mech.reference.train llava-s``, or ``make reference`` for all of them.
 
-First the vision tower alone learns to tell what is in each cell of a picture, as the towers of real MLLMs come
-pretrained (two throw-away linear read-outs: which digit, which colour or name). Then the tower is frozen, as LLaVA's
-is, and everything behind it learns to answer.
-Every picture carries many questions at once. Half of its items are asked about in full ("Which digit is in the red
-frame?", answered some tokens after the word that matters), half are listed in one go (" red7 blue3", answered right
-after it); the loss is on all answers. The easy form teaches to read, the full form to carry what was read: with the
-full form alone a model of this size stays at chance. Scenes start with few items and fill up as accuracy grows.
+Two stages, as LLaVA's. First the vision tower alone: its tokens are drawn to the text model's embeddings of the words
+they show, as the towers of real MLLMs come pretrained against text. Then the tower is frozen and everything behind it
+learns to answer.
+
+Every picture carries questions about all of its items: two are asked about in full ("Which digit is in the red
+frame?", answered some tokens after the word that matters), the others are listed in one go (" red7 blue3", answered
+right after it). The dense list is what makes a small model learn to retrieve, within some hundred steps, on full
+scenes from the start; growing the scenes item by item, or asking in full only, took many times as long. The full form
+teaches to carry what was read to where it is said.
 
 Training is resumable (a checkpoint every hundred steps) and deterministic: step ``i`` draws the same scenes whoever
 runs it, so the same command gives the same weights up to floating-point noise. Nothing is tuned to what the heads of
@@ -28,18 +30,19 @@ from jaxtyping import Bool, Float, Int
 from mech.data import haystacks
 from mech.data.haystacks import Scene
 from mech.inputs import Inputs, Processor, TokenLayout, build, collate, encode
-from mech.reference.recipe import CAPTION, LEVELS, RECIPES, Recipe, image_processor, tokenizer, untrained
+from mech.reference.recipe import CAPTION, RECIPES, Recipe, image_processor, tokenizer, untrained
 
 EVERY = 100  # steps between two checkpoints and two lines of the curve
-POOL = 150  # batches of pictures that the tower is pretrained on, again and again: drawing them costs more than a step
-PASS = 0.8  # the share of full questions to get right before a domain gets more items
+POOL = 400  # batches of pictures that the tower is pretrained on, again and again: drawing them costs more than a step
+FULL = 2  # items of a scene that are asked about in full
+FULLEST = 0.8  # the share of batches whose scenes hold as many items as there is room for
 
 
-def conversation(scene: Scene, rng: random.Random, most: int = 6) -> list[dict]:
-    """A dialogue about every item of a scene, in the chat format: at most ``most`` full questions and one list."""
+def conversation(scene: Scene, rng: random.Random) -> list[dict]:
+    """A dialogue about every item of a scene, in the chat format: ``FULL`` full questions and one list."""
     order = list(range(len(scene.items)))
     rng.shuffle(order)
-    n_full = min(most, math.ceil(len(order) / 2))
+    n_full = min(FULL, math.ceil(len(order) / 2))
     turns = []
     for index in order[:n_full]:
         item = scene.items[index]
@@ -56,15 +59,16 @@ def conversation(scene: Scene, rng: random.Random, most: int = 6) -> list[dict]:
     return messages
 
 
-def batch_of(processor: Processor, domain: str, level: int, name: str, size: int) -> tuple[Inputs, list[Scene]]:
+def batch_of(processor: Processor, domain: str, n_items: int, name: str, size: int) -> tuple[Inputs, list[Scene]]:
     """The inputs of one training step and what they show; ``name`` decides everything that is random in them."""
     rows, scenes = [], []
     for i in range(size):
         rng = random.Random(f"{name}/{i}")
-        scene = haystacks.draw_scene(domain, rng, level, "train")
+        scene = haystacks.draw_scene(domain, rng, n_items, "train")
         text = processor.tokenizer.apply_chat_template(conversation(scene, rng), tokenize=False)
         shown = scene.pictures()
-        rows.append(encode(processor, text, **({"video": shown} if domain == "video" else {"images": shown})))
+        images, video = ((), shown) if domain == "video" else (shown, ())
+        rows.append(encode(processor, text, images, video))
         scenes.append(scene)
     return collate(rows, processor.pad_token_id), scenes
 
@@ -87,20 +91,34 @@ def contents(scene: Scene, layout: TokenLayout) -> tuple[list[int], list[int]]:
     return [digit.get(cell, 0) for cell in cells], [key.get(cell, 0) for cell in cells]
 
 
-class ReadOut(torch.nn.Module):
-    """Two linear maps from the projector's output to what a cell shows; used while the tower is pretrained."""
+class Alignment(torch.nn.Module):
+    """Which words a visual token shows, read off with the text model's own embeddings of those words.
 
-    def __init__(self, width: int):
+    ``logits = sharpness * rms_norm(visual token) . embedding(word)``, against a learned logit for "nothing": once over
+    the digits, once over the colours and names.
+    """
+
+    sharpness = 4.0
+
+    def __init__(self, words):
         super().__init__()
-        self.digit, self.key = torch.nn.Linear(width, 11), torch.nn.Linear(width, len(KEYS) + 1)
+        self.nothing = torch.nn.Parameter(torch.zeros(2))
+        self.words = [[str(digit) for digit in range(10)], [f" {key}" for key in KEYS]]
+        self.ids = [torch.tensor([words(word).input_ids for word in group]).flatten() for group in self.words]
 
     def loss(self, model, inputs: Inputs, scenes: list[Scene]) -> tuple[Float[torch.Tensor, ""], float]:
         seen = torch.cat(list(_image_features(model, inputs.tensors)))
-        labels = [contents(scene, layout) for scene, layout in zip(scenes, inputs.layouts, strict=True)]
-        digit, key = (torch.tensor([label for row in labels for label in row[which]]) for which in (0, 1))
-        said = self.digit(seen)
-        right = (said.argmax(-1) == digit)[digit > 0].float().mean().item()
-        return sum(torch.nn.functional.cross_entropy(a, b) for a, b in ((said, digit), (self.key(seen), key))), right
+        seen = self.sharpness * torch.nn.functional.rms_norm(seen, seen.shape[-1:])
+        shown = [contents(scene, layout) for scene, layout in zip(scenes, inputs.layouts, strict=True)]
+        total, right = seen.new_zeros(()), 0.0
+        for group, ids in enumerate(self.ids):
+            label = torch.tensor([one for row in shown for one in row[group]])
+            logits = seen @ model.get_input_embeddings().weight[ids].T
+            logits = torch.cat([self.nothing[group].expand(len(seen), 1), logits], dim=1)
+            total = total + torch.nn.functional.cross_entropy(logits, label)
+            if group == 0:
+                right = (logits.argmax(-1) == label)[label > 0].float().mean().item()
+        return total, right
 
 
 def vision_tower(model) -> torch.nn.Module:
@@ -145,29 +163,6 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * along)))
 
 
-class Curriculum:
-    """How full the scenes of each domain are, and how well its full questions are answered lately."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self.level = dict.fromkeys(recipe.domains, 0)
-        self.accuracy = dict.fromkeys(recipe.domains, 0.0)
-
-    def choose(self, rng: random.Random) -> str:
-        # Pages are documents, only several at once: they start when one line can be read.
-        open_ = [d for d in self.recipe.domains if d != "pages" or self.level.get("documents", 1) > 0]
-        return rng.choices(open_, [self.recipe.weights.get(domain, 1.0) for domain in open_])[0]
-
-    def items(self, domain: str) -> int:
-        return LEVELS[domain][self.level[domain]]
-
-    def note(self, domain: str, accuracy: float, moves: bool) -> None:
-        self.accuracy[domain] += 0.1 * (accuracy - self.accuracy[domain])
-        if moves and self.accuracy[domain] > PASS and self.level[domain] + 1 < len(LEVELS[domain]):
-            self.level[domain] += 1
-            self.accuracy[domain] = 0.0
-
-
 def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1, say=print) -> Path:
     """Trains reference model ``name`` and saves it, with its processor and card, to ``folder / name``."""
     torch.set_num_threads(threads)
@@ -175,26 +170,28 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
     words = tokenizer(recipe.family)
     model = untrained(recipe, words)
     processor = Processor.from_hf(config=model.config, tokenizer=words, image_processor=image_processor(recipe.family))
-    marks, curriculum = Marks(words), Curriculum(recipe)
+    marks, accuracy = Marks(words), dict.fromkeys(recipe.domains, 0.0)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    read_out = ReadOut(recipe.text["hidden_size"])
-    groups = [(decayed, 0.05), (others, 0.0), (list(read_out.parameters()), 0.0)]
+    alignment = Alignment(words)
+    groups = [(decayed, 0.05), (others, 0.0), (list(alignment.parameters()), 0.0)]
     optimizer = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay in groups], betas=(0.9, 0.98))
 
     @functools.cache
-    def pooled(index: int) -> tuple[Inputs, list[Scene]]:
+    def pooled(index: int) -> tuple[str, Inputs, list[Scene]]:
         domain = [d for d in recipe.domains if d != "pages"][index % len(set(recipe.domains) - {"pages"})]
-        return batch_of(processor, domain, haystacks.MOST[domain], f"{recipe.seed}/tower/{index}", recipe.batch)
+        return domain, *batch_of(
+            processor, domain, haystacks.MOST[domain], f"{recipe.seed}/tower/{index}", recipe.batch
+        )
 
     start, spent, curve = 0, 0.0, []
     checkpoint = folder / f"{name}.checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        read_out.load_state_dict(state["read_out"])
+        alignment.load_state_dict(state["alignment"])
         optimizer.load_state_dict(state["optimizer"])
-        curriculum.level, curriculum.accuracy = state["level"], state["accuracy"]
+        accuracy = state["accuracy"]
         start, spent, curve = state["step"], state["spent"], state["curve"]
         say(f"{name}: going on from step {start}")
     model.train()
@@ -204,33 +201,44 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
         tower = step < recipe.tower_steps
         for parameter in vision_tower(model).parameters():
             parameter.requires_grad_(tower)
-        domain = curriculum.choose(random.Random(f"{recipe.seed}/domain/{step}"))
         if tower:
-            inputs, scenes = pooled(step % POOL)
+            domain, inputs, scenes = pooled(step % POOL)
+            loss, right = alignment.loss(model, inputs, scenes)
         else:
-            inputs, scenes = batch_of(
-                processor, domain, curriculum.items(domain), f"{recipe.seed}/{step}", recipe.batch
-            )
-        loss, accuracy = read_out.loss(model, inputs, scenes) if tower else _loss(model, inputs.tensors, marks)
+            rng = random.Random(f"{recipe.seed}/domain/{step}")
+            domain = rng.choices(recipe.domains, [recipe.weights.get(one, 1.0) for one in recipe.domains])[0]
+            most = haystacks.MOST[domain]
+            n_items = most if rng.random() < FULLEST else rng.randint(1, most)
+            inputs, _ = batch_of(processor, domain, n_items, f"{recipe.seed}/{step}", recipe.batch)
+            loss, right = _loss(model, inputs.tensors, marks)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        curriculum.note(domain, accuracy, moves=not tower)
+        accuracy[domain] += 0.1 * (right - accuracy[domain])
         losses.append(loss.item())
         if (step + 1) % EVERY == 0:
             seconds = spent + time.perf_counter() - began
-            now = {d: [curriculum.items(d), round(curriculum.accuracy[d], 3)] for d in recipe.domains}
-            curve.append({"step": step + 1, "loss": round(sum(losses) / len(losses), 4), "items, accuracy": now})
+            now = {domain: round(value, 3) for domain, value in accuracy.items()}
+            stage = "tower" if tower else "answers"
+            curve.append(
+                {"step": step + 1, "stage": stage, "loss": round(sum(losses) / len(losses), 4), "accuracy": now}
+            )
             say(f"{name}: step {step + 1}, {seconds / 60:.1f} min, loss {curve[-1]['loss']:.3f}, {now}")
             losses.clear()
             if step + 1 == recipe.tower_steps:
                 pooled.cache_clear()
-            state = dict(model=model.state_dict(), read_out=read_out.state_dict(), optimizer=optimizer.state_dict(),
-                         step=step + 1, spent=seconds, level=curriculum.level, accuracy=curriculum.accuracy,
-                         curve=curve)  # fmt: skip
+            state = {
+                "model": model.state_dict(),
+                "alignment": alignment.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "spent": seconds,
+                "accuracy": accuracy,
+                "curve": curve,
+            }
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
     seconds = spent + time.perf_counter() - began

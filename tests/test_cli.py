@@ -1,0 +1,78 @@
+"""The command line: help at once, errors in three lines, numbers as JSON."""
+
+import json
+import sys
+
+import pytest
+
+from mech import cli
+
+
+@pytest.fixture
+def mech(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["mech", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("words", [["--help"], ["study", "--help"], ["rank", "--help"], ["ablate", "--help"]])
+def test_help_is_printed(mech, words):
+    code, out, _ = mech(*words)
+    assert code == 0 and "Usage" in out
+    if len(words) == 2:
+        assert f"mech {words[0]}" in out and "-m" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["rank", "-d", "grounds"], "use 'grounding'"),
+        (["rank", "-m", "reference:lava-s"], "use 'reference:llava-s'"),
+        (["rank", "--out", "/nowhere/at/all.json"], "cannot be written"),
+        (["ablate", "--to", "men"], "use 'mean'"),
+        (["study", "--samples", "2"], "at least 8"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_what_to_do(mech, words, says):
+    code, out, err = mech(*words)
+    assert code == 2 and says in err and "Traceback" not in err and not out
+
+
+def test_an_unknown_option_is_a_usage_error(mech):
+    code, _, err = mech("rank", "--modle", "x")
+    assert code == 2 and "--modle" in err
+
+
+def test_an_interrupt_ends_with_130(mech, monkeypatch):
+    monkeypatch.setattr("mech.haystacks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, _, err = mech("rank")
+    assert code == 130 and "goes on where it was" in err
+
+
+def test_rank_prints_a_table_or_json_and_writes_the_ranking(mech, tmp_path):
+    code, out, _ = mech("rank", "--samples", "6", "--top", "3", "-q")
+    assert code == 0 and "95% interval" in out and out.count("L") >= 3
+    path = tmp_path / "heads.json"
+    code, out, err = mech("rank", "--samples", "6", "--json", "--out", str(path))
+    assert code == 0 and err == ""
+    assert json.loads(out) == json.loads(path.read_text())
+    assert len(json.loads(out)["heads"]) == 48
+
+
+def test_ablate_says_what_each_band_costs(mech, tmp_path):
+    path = tmp_path / "effects.nc"
+    words = ["--samples", "12", "--n-random", "2", "--fraction", "0.1", "--to", "mean", "--to", "zero"]
+    code, out, _ = mech("ablate", *words, "--json", "--out", str(path))
+    assert code == 0 and path.exists()
+    found = json.loads(out)
+    assert {entry["method"] for entry in found["ablation"]} == {"mean", "zero"}
+    assert {entry["band"] for entry in found["ablation"]} == {"top", "bottom", "middle", "random", "layer_matched"}

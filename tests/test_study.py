@@ -1,0 +1,102 @@
+"""The study, end to end on a small scale: complete, resumable to the same bytes of numbers, refusing early."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from mech import study as module
+from mech.data.haystacks import haystacks
+from mech.data.samples import Samples
+from mech.errors import ExperimentError, OutputError, UnsupportedModel
+from mech.results import Study
+from mech.study import Settings, study
+
+SMALL = Settings(n_find=6, n_test=6, n_looks=1, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), batch_size=6)
+WHAT = dict(models=["reference:llava-s"], domains=["grounding", "documents"], settings=SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return study(folder, **WHAT)
+
+
+def numbers(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    return {key: summary[key] for key in ("models", "scales", "findings")}
+
+
+def test_a_study_leaves_results_a_summary_and_a_report(finished):
+    folder = finished.parent
+    assert finished.name == "report.html" and finished.stat().st_size > 1_000_000
+    place = Study(folder)
+    for domain in WHAT["domains"]:
+        assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks"))
+    effects = place.get("llava-s/grounding/ablation")
+    assert set(effects["method"].values) == {"none", "mean", "zero", "resample", "uniform", "paper"}
+    facts = json.loads((folder / "summary.json").read_text())["models"]["llava-s"]
+    assert len(facts["domains"]["grounding"]["ranking"]) == facts["n_layers"] * facts["n_heads"] == 48
+    assert facts["agreement"]["domains"] == ["grounding", "documents"]
+    find = set(place.get("llava-s/grounding/ram")["example"].values)
+    assert len(find) == 6 and not find & set(effects["example"].values)
+
+
+def test_a_killed_study_goes_on_and_ends_in_the_same_numbers(finished, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    calls = []
+
+    def dying(what, done, total):
+        calls.append(what)
+        if len(calls) == 17:
+            raise Killed
+
+    with pytest.raises(Killed):
+        study(tmp_path, progress=dying, **WHAT)
+    assert not (tmp_path / "summary.json").exists()
+    counted, measure = [], module.retrieval_attention_mass
+    monkeypatch.setattr(module, "retrieval_attention_mass", lambda *a, **o: (counted.append(1), measure(*a, **o))[1])
+    study(tmp_path, **WHAT)
+    assert len(counted) == 1  # that of the domain that had not begun
+    assert numbers(tmp_path) == numbers(finished.parent)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nc")}
+    study(tmp_path, **WHAT)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nc")}
+
+
+def test_a_domain_can_be_added_and_another_setting_is_refused(finished):
+    with pytest.raises(OutputError, match="n_find"):
+        study(finished.parent, **{**WHAT, "settings": Settings(n_find=7)})
+
+
+def test_what_cannot_be_studied_is_refused(tmp_path):
+    with pytest.raises(ExperimentError, match="takes no video"):
+        study(tmp_path / "a", ["reference:llava-s"], ["video"], settings=SMALL)
+    with pytest.raises(UnsupportedModel, match="reference:llava-s"):
+        study(tmp_path / "b", ["reference:llava-x"], settings=SMALL)
+    with pytest.raises(ExperimentError, match="at least four"):
+        study(tmp_path / "c", ["reference:llava-s"], data=Samples(haystacks("pages", 2)), settings=SMALL)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written"):
+        study(tmp_path / "study", **WHAT)
+
+
+def test_a_file_in_the_way_is_refused_before_any_work(tmp_path):
+    (tmp_path / "study").write_text("mine")
+    with pytest.raises(OutputError):
+        study(tmp_path / "study", **WHAT)
+    assert (tmp_path / "study").read_text() == "mine"
+
+
+def test_samples_of_ones_own_are_studied(tmp_path):
+    own = haystacks("pages", 12, seed=77)
+    page = study(tmp_path, ["reference:llava-s"], data=own, settings=SMALL)
+    facts = json.loads((page.parent / "summary.json").read_text())["models"]["llava-s"]["domains"]
+    assert list(facts) == ["pages"] and np.isfinite(facts["pages"]["size_null"])
