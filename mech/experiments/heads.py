@@ -71,7 +71,7 @@ def retrieval_attention_mass(
         inputs = model.collate(batch)
         shift = [len(layout.kind) - len(row.layout.kind) for layout, row in zip(inputs.layouts, batch, strict=True)]
         keys = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
-        masses, sizes = _masses(model, inputs, queries, keys)
+        masses, sizes = evidence_mass(model, inputs, keys, queries)
         parts["ram"].append(masses[:, 0].cpu().numpy())
         parts["vision_mass"].append(masses[:, 1].cpu().numpy())
         parts["size_null"].append(sizes.cpu().numpy())
@@ -104,14 +104,18 @@ def attention_from(
         seen[call.layer] = _mean_rows(call, weight).float()
 
     with model.attending(look):
-        model(inputs)
+        model(inputs, logits_to_keep=1)
     return torch.stack([seen[layer] for layer in sorted(seen)], dim=1)
 
 
 @torch.no_grad()
-def _masses(
-    model: HookedMLLM, inputs: Inputs, queries: str, keys: Sequence[np.ndarray]
+def evidence_mass(
+    model: HookedMLLM, inputs: Inputs, keys: Sequence[np.ndarray], queries: str = "question"
 ) -> tuple[Float[torch.Tensor, "batch 2 layer head"], Float[torch.Tensor, " batch"]]:
+    """One batch of ``retrieval_attention_mass``: the mass on ``keys[row]`` and on all visual tokens; the size null.
+
+    For evidence given as positions, or inputs that were not made from samples. Cost: as there.
+    """
     weight = _weights(inputs, queries).to(model.device)
     target = torch.zeros(len(inputs), 2, weight.shape[1], device=model.device)
     for row, (found, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
@@ -129,7 +133,7 @@ def _masses(
             sizes.append((share * weight[:, rows]).sum(-1))
 
     with model.attending(look):
-        model(inputs)
+        model(inputs, logits_to_keep=1)
     return torch.stack([seen[layer] for layer in sorted(seen)], dim=2), sizes[0]
 
 

@@ -70,7 +70,7 @@ def reference_activations(
                 here[which].append(torch.cat([row[at] for row, at in zip(z, picked[which], strict=True)]))
 
         with model.attending(read):
-            model(inputs)
+            model(inputs, logits_to_keep=1)
         for which in (TEXT_KIND, VISUAL_KIND):
             count[which] += (kind == which).sum()
             drawn[which].append(torch.stack(here[which], dim=1))

@@ -131,9 +131,11 @@ class _Plan:
         self.length = len(inputs.layouts[0].kind)
         self.kind = torch.stack([kinds(layout) for layout in inputs.layouts])
         self.chosen = [torch.stack([_positions(spec, layout) for layout in inputs.layouts]) for spec in specs]
+        # A teacher-forced answer is not part of the prompt: it must not be seen by it, nor decide its draws.
+        self.prompt_end = torch.tensor([min(layout.spans.get("answer") or [self.length]) for layout in inputs.layouts])
         self.seeds = [
-            zlib.crc32(row[row_kind >= 0].numpy().tobytes())
-            for row, row_kind in zip(inputs.tensors["input_ids"].cpu(), self.kind, strict=True)
+            zlib.crc32(row[:end][row_kind[:end] >= 0].numpy().tobytes())
+            for row, row_kind, end in zip(inputs.tensors["input_ids"].cpu(), self.kind, self.prompt_end, strict=True)
         ]
         self.specs = specs
         self._draws: dict[tuple[int, int], torch.Tensor] = {}
@@ -153,7 +155,7 @@ class _Plan:
         if spec.to == "uniform":
             return _grouped(_mean_of_visible(call), call)
         if spec.to == "paper":
-            return _grouped(_mean_of_all(call), call)
+            return _grouped(_mean_of_all(call, _for_beams(self.prompt_end, call)), call)
         reference = spec.reference
         if not isinstance(reference, Reference):
             raise ExperimentError(f"{spec!r} without reference activations", "a Reference", "run it through intervene")
@@ -225,8 +227,14 @@ def _mean_of_visible(call: AttentionCall) -> Float[torch.Tensor, "batch kv_head 
     return torch.cat(means, dim=2)
 
 
-def _mean_of_all(call: AttentionCall) -> Float[torch.Tensor, "batch kv_head pos d_head"]:
-    # The last row sees every key that is not padding; the mean over those is the same for all rows.
-    last = call.visible([call.q.shape[2] - 1]).float()
-    mean = last @ call.v.float() / last.sum(-1, keepdim=True)
-    return mean.expand(-1, -1, call.q.shape[2], -1)
+def _mean_of_all(
+    call: AttentionCall, prompt_end: Int[torch.Tensor, " batch"]
+) -> Float[torch.Tensor, "batch kv_head pos d_head"]:
+    """Every row of the prompt sees the whole prompt; a row behind it sees what has been written by then."""
+    start, stop = _span(call)
+    # The last row sees every key that is not padding.
+    real = call.visible([call.q.shape[2] - 1])[..., 0, :, None].float()
+    mean = (call.v.float() * real).cumsum(2) / real.cumsum(2).clamp(min=1)
+    rows = torch.arange(start, stop, device=mean.device)
+    seen = torch.maximum(rows[None], prompt_end.to(mean.device)[:, None] - 1).clamp(max=mean.shape[2] - 1)
+    return mean.gather(2, seen[:, None, :, None].expand(-1, mean.shape[1], -1, mean.shape[3]))

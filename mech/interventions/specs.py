@@ -9,7 +9,7 @@ the name travels into every result:
 ``resample``    the head's output becomes that at a random position of the reference samples, of the same kind
 ``uniform``     the head attends alike to every key it may see; its values stay (uniform over the *causal* mask)
 ``paper``       the logits are set to 0 after the causal mask, as arXiv 2606.05843 does: the head attends alike to
-                every key of the sequence, *future ones included*
+                key of the prompt, *future ones included* (a written token: to all that stand before it)
 ==============  =================================================================================================
 """
 

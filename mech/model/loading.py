@@ -6,11 +6,14 @@ shards there and whole. Weights are safetensors only; code from a checkpoint is 
 
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from mech.errors import InputError, UnsupportedModel
 from mech.model.families import RECIPE, family_of
@@ -83,6 +86,19 @@ def _is_whole(shard: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
+@contextmanager
+def _no_bars_for(source: str) -> Iterator[None]:
+    """Progress bars are for downloads; reading a folder is quick and says nothing."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if Path(source).is_dir():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def open_checkpoint(
     name: str | Path, dtype: torch.dtype | str | None, device: torch.device | str | None, revision: str | None
 ) -> tuple[PreTrainedModel, str]:
@@ -107,9 +123,10 @@ def open_checkpoint(
         ) from error
     family_of(config)
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
-        )
+        with _no_bars_for(source):
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                source, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+            )
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
             f"the weights of {source!r} cannot be opened: {str(error).splitlines()[0]}", "safetensors of this model"

@@ -261,9 +261,10 @@ def _loss(model, tensors: dict[str, torch.Tensor], marks: Marks) -> tuple[Float[
 
 def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
     """Weights (half precision, safetensors), processor files and ``card.json``."""
-    model = model.half()
-    model.config.dtype = "float32"
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)
+    # Stored in half precision to be small, to be run in single precision.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1) + "\n", encoding="utf-8")
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     recipe = RECIPES[name]
