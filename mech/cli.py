@@ -13,6 +13,8 @@ import typer
 
 from mech.errors import ExperimentError, MechError, OutputError
 
+INTERRUPTED = 130  # what a shell calls a program that ended by Ctrl-C
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
@@ -240,19 +242,11 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...
 def main() -> None:
     """Run the command line; what a user can mend is said in three lines."""
     try:
-        app(standalone_mode=False)
+        app()
     except MechError as error:
         print(f"mech: {error}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        print("\nmech: stopped. A study goes on where it was when the same command is given again.", file=sys.stderr)
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except Exception as error:
-        # Typer carries its own copy of click; its usage errors know how to show themselves.
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        sys.exit(getattr(error, "exit_code", 2))
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("\nmech: stopped. A study goes on when the same command is given again.", file=sys.stderr)
+        raise

@@ -51,6 +51,17 @@ def test_an_answer_is_right_exactly_when_generation_writes_it(model, halves):
     assert 0 < scores["accuracy"].mean() < 1
 
 
+@pytest.mark.parametrize("name", ["llava-s", "qwen-s"])
+def test_pictures_read_once_give_the_same_logits(name):
+    model = HookedMLLM.from_pretrained(f"reference:{name}")
+    for domain in ("pages", "video") if name == "qwen-s" else ("pages",):
+        inputs = model.collate([model.inputs_of(sample) for sample in haystacks(domain, 3)])
+        blind, seen = model.encode_pictures(inputs)
+        assert not any(key.startswith("pixel") for key in blind.tensors)
+        for _ in range(2):  # what was read may be used again
+            assert torch.equal(model(blind, mm_encoder_outputs=dict(seen)), model(inputs))
+
+
 def token(model, text):
     return model.tokenizer(text, add_special_tokens=False).input_ids[0]
 

@@ -7,6 +7,7 @@ cost of a single forward.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ from mech.model import HookedMLLM
 class Quiz:
     """Samples made ready to be asked again and again: inputs with the answer, and the token each row should say.
 
-    ``wrong`` is the counterfactual's token at the first place where the two answers differ, -1 where there is none;
-    ``fork`` is that place, counted from the answer's first token.
+    ``pictures`` is what the vision stack made of each batch's pictures: they are read once, however often the text
+    stack is asked. ``wrong`` is the counterfactual's token at the first place where the two answers differ, -1 where
+    there is none; ``forks`` is that place, counted from the answer's first token.
     """
 
     batches: tuple[Inputs, ...]
+    pictures: tuple[dict[str, Any], ...]
     answers: tuple[tuple[int, ...], ...]
     forks: tuple[int, ...]
     wrong: tuple[int, ...]
@@ -36,7 +39,9 @@ class Quiz:
 
 
 def quiz(model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> Quiz:
-    """Build the inputs of ``samples`` with their answers, once.
+    """Build the inputs of ``samples`` with their answers, and read their pictures, once.
+
+    Cost: the vision stack for every sample, and memory for its output.
 
     Raises:
         ExperimentError: an empty answer.
@@ -59,23 +64,24 @@ def quiz(model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> 
         answers.append(said)
         forks.append(fork)
         wrong.append(other)
-    batches = tuple(model.collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
-    return Quiz(batches, tuple(answers), tuple(forks), tuple(wrong))
+    joined = [model.collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    batches, pictures = zip(*map(model.encode_pictures, joined), strict=True)
+    return Quiz(batches, pictures, tuple(answers), tuple(forks), tuple(wrong))
 
 
 @torch.no_grad()
 def ask(forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], questions: Quiz) -> dict[str, np.ndarray]:
     """``accuracy`` (0 or 1) and ``logit_diff`` (right minus wrong answer, in logits; nan without one) per sample.
 
-    ``forward`` is a model, or one under intervention. Cost: one forward per sample; only the answer's rows are
-    unembedded.
+    ``forward`` is a model, or one under intervention. Cost: one forward of the text stack per sample; only the
+    answer's rows are unembedded.
     """
     accuracy, difference = [], []
     row = 0
-    for batch in questions.batches:
+    for batch, pictures in zip(questions.batches, questions.pictures, strict=True):
         answers = questions.answers[row : row + len(batch)]
         keep = max(map(len, answers)) + 1
-        logits = forward(batch, logits_to_keep=keep).float().cpu()
+        logits = forward(batch, logits_to_keep=keep, mm_encoder_outputs=dict(pictures)).float().cpu()
         for i, answer in enumerate(answers):
             # Rows end with the answer; the token at place j is predicted one row earlier.
             says = logits[i, keep - len(answer) - 1 : keep - 1]

@@ -21,6 +21,7 @@ was trained with. Calling ``.hf_model`` directly runs it without hooks.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,26 @@ class HookedMLLM(HookedRootModule):
             given.setdefault("use_cache", False)
         with self._attached():
             return self.hf_model(**given).logits
+
+    @torch.no_grad()
+    def encode_pictures(self, inputs: Any) -> tuple[Any, dict[str, Any]]:
+        """Run the vision stack alone: the inputs without pixels, and what takes their place in many forwards.
+
+            blind, seen = model.encode_pictures(inputs)
+            logits = model(blind, mm_encoder_outputs=seen)         # equal to model(inputs), the pictures read once
+
+        For whoever asks the same pictures again and again while the *text* stack is changed. Hooks on the vision stack
+        and the projector do not fire in such forwards.
+        """
+        given, inner = self._tensors(inputs, {}), self.hf_model.model
+        seen = {}
+        for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"),
+                                   ("video", "pixel_values_videos", "video_grid_thw")):  # fmt: skip
+            if given.get(pixels) is not None:
+                more = () if given.get(grid) is None else (given[grid],)
+                seen[kind] = getattr(inner, f"get_{kind}_features")(given[pixels], *more, return_dict=True)
+        blind = {name: value for name, value in inputs.tensors.items() if not name.startswith("pixel_values")}
+        return replace(inputs, tensors=blind), seen
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, *, max_new_tokens: int = 16, **options: Any) -> Int[Tensor, "batch new_pos"]:

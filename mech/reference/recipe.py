@@ -67,8 +67,8 @@ RECIPES = {
         text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4),
         vision=dict(_QWEN_VISION, out_hidden_size=128),
         domains=("grounding", "documents", "pages", "video"),
-        tower_steps=1500,
-        steps=3300,
+        tower_steps=1000,
+        steps=2100,
     ),
 }
 

@@ -121,9 +121,12 @@ class Alignment(torch.nn.Module):
         return total, right
 
 
-def vision_tower(model) -> torch.nn.Module:
-    """What is frozen after pretraining: the tower's layers, not what maps its features into the text model."""
-    return model.model.vision_tower if hasattr(model.model, "vision_tower") else model.model.visual.blocks
+def vision_tower(model) -> list[torch.nn.Module]:
+    """What is frozen after pretraining: the tower from its pixels on, not what maps it into the text model."""
+    if hasattr(model.model, "vision_tower"):
+        return [model.model.vision_tower]
+    visual = model.model.visual
+    return [visual.patch_embed, visual.pos_embed, visual.blocks]
 
 
 def _image_features(model, tensors: dict[str, torch.Tensor]):
@@ -199,8 +202,8 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
     began, losses = time.perf_counter(), []
     for step in range(start, recipe.steps if steps is None else steps):
         tower = step < recipe.tower_steps
-        for parameter in vision_tower(model).parameters():
-            parameter.requires_grad_(tower)
+        for part in vision_tower(model):
+            part.requires_grad_(tower)
         if tower:
             domain, inputs, scenes = pooled(step % POOL)
             loss, right = alignment.loss(model, inputs, scenes)
