@@ -20,8 +20,8 @@ lint: $(READY)
 # Trains the reference models anew (about forty minutes each on one core) and puts them into the package.
 reference: $(READY)
 	$(BIN)/python -m mech.reference.train --out training
-	for model in llava-s llava-m qwen-s; do \
-	  rm -rf mech/reference/weights/$$model && cp -r training/$$model mech/reference/weights/; done
+	set -e; mkdir -p mech/reference/weights; for model in llava-s llava-m qwen-s; do \
+	  rm -rf mech/reference/weights/$$model; cp -r training/$$model mech/reference/weights/; done
 
 clean:
 	rm -rf $(VENV) study training build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

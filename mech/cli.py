@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mech.errors import ExperimentError, MechError, OutputError
+from mech.errors import ExperimentError, MechError, OutputError, suggestion
 
 INTERRUPTED = 130  # what a shell calls a program that ended by Ctrl-C
 
@@ -116,7 +116,9 @@ def ablate(
     to: Annotated[
         list[str] | None, typer.Option(help="mean, zero, resample, uniform, paper; may be given again.")
     ] = None,
-    fraction: Annotated[list[float] | None, typer.Option(help="Share of all heads; may be given again.")] = None,
+    fraction: Annotated[
+        list[float] | None, typer.Option(help="Share of all heads, or from 1 on their number; repeatable.")
+    ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
     ] = None,
@@ -131,8 +133,16 @@ def ablate(
     """Ablate bands of heads, and say what each costs beside random heads."""
     import mech
     from mech.experiments.summary import summarise_effects
+    from mech.interventions import METHODS, POSITIONS
     from mech.results import save
 
+    if samples < 8:
+        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for 96")
+    methods, sizes = to or ["mean"], [int(f) if f >= 1 and f.is_integer() else f for f in fraction or (0.05, 0.2)]
+    for given, known in ((methods, METHODS), ([positions], POSITIONS)):
+        for word in given:
+            if word not in known:
+                raise ExperimentError(f"{word!r}", ", ".join(known), suggestion(word, known))
     find, test = mech.haystacks(domain, samples, seed).split(0.5, seed)
     target = _writable(out) if out is not None else None
     hooked = mech.HookedMLLM.from_pretrained(model)
@@ -143,13 +153,20 @@ def ablate(
             )
         else:
             ranking = mech.Ranking.from_json(heads)
+            test = test.where(lambda sample: sample.id not in ranking.examples)
+            if len(test) < 4:
+                raise ExperimentError(
+                    f"{heads} was found on all but {len(test)} of these samples",
+                    "samples that did not find the heads",
+                    "give another --seed",
+                )
         effects = mech.ablation(
             hooked,
             test,
             ranking,
             reference=find,
-            to=to or ["mean"],
-            fractions=fraction or (0.05, 0.2),
+            to=methods,
+            fractions=sizes,
             n_random=n_random,
             positions=positions,
             seed=seed,

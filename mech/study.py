@@ -22,13 +22,13 @@ from mech import reference
 from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.regions import Box, Frames, Pages
 from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError
+from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
 from mech.experiments.findings import findings
 from mech.experiments.heads import attention_from, retrieval_attention_mass
 from mech.experiments.metrics import quiz
 from mech.experiments.ranking import Ranking, rank_heads
-from mech.experiments.summary import summarise_agreement, summarise_domain, summarise_scales
+from mech.experiments.summary import above_null, summarise_agreement, summarise_domain, summarise_scales
 from mech.interventions import METHODS, reference_activations
 from mech.model import HookedMLLM
 from mech.results import Study, looks_dataset, provenance, write_json
@@ -88,8 +88,8 @@ def study(
         The path of ``report.html``.
 
     Raises:
-        OutputError: the folder cannot be written, holds a study of other settings, or is in use.
-        ExperimentError: a domain that a model cannot be asked about, or too few samples.
+        OutputError: the folder cannot be written, is in use, or holds a study of other settings or weights.
+        ExperimentError: an unknown domain, two models of one name, or too few samples.
 
     Cost: for each model and domain ``n_find`` forwards for the RAM, as many for the reference activations, and
     ``n_test`` for every condition.
@@ -98,65 +98,96 @@ def study(
 
     settings = settings or Settings()
     say = progress or (lambda what, done, total: None)
+    shorts = {name: short_name(name) for name in models}
+    if len(set(shorts.values())) < len(models) or not models:
+        raise ExperimentError(f"models {list(models)}", "at least one, each with a name of its own", "rename a folder")
+    for domain in domains or ():
+        known = data.domains if data is not None else DOMAINS
+        if domain not in known:
+            raise ExperimentError(f"no domain is called {domain!r}", ", ".join(known), suggestion(domain, known))
     given = asdict(settings) | {"data": data.digest() if data is not None else None}
     with Study(folder, given) as place:
         summary: dict[str, Any] = {"schema": 1, "models": {}}
-        rankings: dict[str, dict[str, Ranking]] = {}
-        for name in models:
+        retrieval: dict[str, dict[str, Ranking]] = {}
+        for name, short in shorts.items():
             model = HookedMLLM.from_pretrained(name)
-            short = short_name(name)
+            wanted = samples_of(model, name, domains, data, settings)
+            if not wanted:  # it takes no video, and nothing else was asked for
+                continue
+            same_weights(place, model, short)
             facts: dict[str, Any] = {
                 "n_layers": model.cfg.n_layers,
                 "n_heads": model.cfg.n_heads,
                 "family": model.cfg.family,
                 "domains": {},
             }
-            rankings[short] = {}
-            for domain, samples in samples_of(model, name, domains, data, settings).items():
+            rankings: dict[str, Ranking] = {}
+            for domain, samples in wanted.items():
                 found = one_domain(place, model, f"{short}/{domain}", samples, settings, say)
-                facts["domains"][domain], rankings[short][domain] = found
-            facts["agreement"] = summarise_agreement(rankings[short])
+                facts["domains"][domain], rankings[domain] = found
+            facts["agreement"] = summarise_agreement(rankings)
             summary["models"][short] = facts
-            entry = {"model": short, "provenance": provenance(model, seed=settings.seed)}
-            if all(record.get("model") != short for record in place.records):
-                place.record(entry)
-        summary["scales"] = summarise_scales(rankings)
+            retrieval[short] = {domain: above_null(place.get(f"{short}/{domain}/ram")) for domain in wanted}
+            del model  # before the next one is loaded
+        if not summary["models"]:
+            raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
+        summary["scales"] = summarise_scales(retrieval)
         summary["findings"] = findings(summary)
-        summary["provenance"] = {record["model"]: record["provenance"] for record in place.records}
+        records = {record["model"]: record["provenance"] for record in place.records}
+        summary["provenance"] = {short: records[short] for short in summary["models"]}
         write_json(summary, place.path / "summary.json")
         return report(place.path)
 
 
 def short_name(name: str) -> str:
-    """A model's name as a folder: ``reference:llava-m`` -> ``llava-m``, ``Qwen/Qwen3-VL`` -> ``Qwen--Qwen3-VL``."""
-    return name.removeprefix(reference.PREFIX).strip("/").replace("/", "--")
+    """A model's name as a folder: ``reference:llava-m`` -> ``llava-m``, ``Qwen/Qwen3-VL`` -> ``Qwen--Qwen3-VL``.
+
+    A local folder is known by its last part.
+    """
+    if name.startswith(reference.PREFIX):
+        return name.removeprefix(reference.PREFIX)
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name.strip("/").replace("/", "--")
+
+
+def same_weights(place: Study, model: HookedMLLM, short: str) -> None:
+    """Record the model before its first result, and refuse to mix results of two checkpoints.
+
+    Raises:
+        OutputError: the folder holds results of other weights under this name.
+    """
+    record = provenance(model, seed=place.settings.get("seed"))
+    known = [entry["provenance"] for entry in place.records if entry.get("model") == short]
+    if not known:
+        place.record({"model": short, "provenance": record})
+    elif known[0]["model"]["weights"] != record["model"]["weights"]:
+        raise OutputError(
+            f"{place.path} holds results of other weights of {short}",
+            "one checkpoint for each name",
+            "give another folder, or delete this one",
+        )
 
 
 def samples_of(
     model: HookedMLLM, name: str, domains: Sequence[str] | None, data: Samples | None, settings: Settings
 ) -> dict[str, Samples]:
-    """The samples of each domain: the user's, or haystacks.
+    """The samples of each domain: the user's, or haystacks; without video where the model takes none.
 
     Raises:
-        ExperimentError: a domain that is not there, or that the model takes no input of.
+        ExperimentError: too few samples of a domain.
     """
+    takes_video = model.processor.video_token is not None
     if data is not None:
         wanted = tuple(domains or data.domains)
         found = {domain: data.where(lambda sample, domain=domain: sample.domain == domain) for domain in wanted}
         few = [domain for domain in wanted if len(found[domain]) < 4]
         if few:
             raise ExperimentError(f"{len(found[few[0]])} samples of domain {few[0]!r}", "at least four", "add samples")
-        return found
-    takes_video = model.processor.video_token is not None
+        return {domain: of_it for domain, of_it in found.items() if takes_video or not of_it[0].video}
     if domains is None:
-        known = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
-        domains = [domain for domain in known if domain != "video" or takes_video]
-    elif "video" in domains and not takes_video:
-        raise ExperimentError(
-            f"domain 'video' for {name}, which takes no video", "images", "leave it out, or use a Qwen-VL model"
-        )
+        domains = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
     n = settings.n_find + settings.n_test
-    return {domain: haystacks(domain, n, settings.seed) for domain in domains}
+    return {domain: haystacks(domain, n, settings.seed) for domain in domains if takes_video or domain != "video"}
 
 
 def one_domain(
@@ -183,10 +214,12 @@ def one_domain(
             say(f"{key}: ablation", done, len(todo))
     if not place.done(f"{key}/ablation"):
         record = provenance(model, {"find": find, "test": test}, seed=settings.seed)
-        place.finish(f"{key}/ablation", len(todo), model=model.name, provenance=record)
+        facts = dict(model=model.name, domain=key.rsplit("/", 1)[-1], positions="all", phase="both")
+        place.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
     if not place.done(f"{key}/looks"):
         say(f"{key}: pictures", 0, 1)
         place.put(f"{key}/looks", look_at(place, model, key, test[: settings.n_looks], ranking))
+        say(f"{key}: pictures", 1, 1)
     return summarise_domain(ranking, ram, place.get(f"{key}/ablation")), ranking
 
 

@@ -196,10 +196,10 @@ def test_findings_turn_with_the_numbers():
 
     useless = fabricated(drops={"top": 0.02})
     useless["models"]["m"]["domains"]["grounding"]["tests"][0]["p_adjusted"] = 0.4
-    assert said(useless, "not shown to be needed")[0]["against_papers"]
+    assert said(useless, "not shown to be needed")[0]["against_papers"]  # its interval excludes what would matter
     assert said(useless, "stays above half")[0]["against_papers"]
 
-    bottom = said(fabricated(drops={"bottom": 0.3}), "Low-ranked heads matter too", "the 5 with the lowest RAM")
+    bottom = said(fabricated(drops={"bottom": 0.3}), "Low-ranked heads matter too", "the 5 heads with the lowest RAM")
     assert bottom and bottom[0]["against_papers"]
     assert said(fabricated(drops={"layer_matched": 0.5}), "belongs to the layers")[0]["against_papers"]
     assert said(fabricated(drops={"random": 0.3}), "no harmless control")
@@ -213,7 +213,24 @@ def test_findings_see_redundancy_and_disagreeing_methods():
     paper = copy.deepcopy(entries[0]) | {"method": "paper", "accuracy_drop": interval(0.2)}
     entries += [single, paper]
     assert said(summary, "stand in for one another", "3 points", "without the first 5 by 60 points")
-    assert said(summary, "mean ablation costs 60 points", "paper ablation 20 points")[0]["against_papers"]
+    assert said(summary, "mean ablation costs 60 points", "paper ablation 20 points")
+    # Effects that add up are no redundancy: five times twelve points are sixty.
+    single["accuracy_drop"] = interval(0.12)
+    assert not said(summary, "stand in for one another")
+
+
+def test_findings_do_not_claim_what_cannot_be_seen():
+    blind = fabricated(baseline={"accuracy": interval(0.05), "logit_diff": interval(0.0)})
+    assert said(blind, "answers only 5% here")
+    assert not said(blind, "needed beyond chance") and not said(blind, "halves accuracy")
+    # Two random sets cannot tell much, and the sentence says so.
+    few = fabricated()
+    few["models"]["m"]["domains"]["grounding"]["tests"][0] |= {"p_sets": 0.333, "smallest_p_sets": 0.333}
+    assert said(few, "as far as 1 random sets can tell")
+    unlucky = fabricated()
+    unlucky["models"]["m"]["domains"]["grounding"]["tests"][0]["p_sets"] = 0.2
+    assert said(unlucky, "not shown to be needed") and not said(unlucky, "they are needed")
+    assert findings(fabricated(half_mass_share=float("nan"))) is not None
 
 
 def test_the_baseline_is_always_there(model, halves):

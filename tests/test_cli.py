@@ -68,6 +68,35 @@ def test_rank_prints_a_table_or_json_and_writes_the_ranking(mech, tmp_path):
     assert len(json.loads(out)["heads"]) == 48
 
 
+def test_a_study_prints_its_findings_or_the_summary(mech, tmp_path):
+    words = [
+        "-m",
+        "reference:llava-s",
+        "-d",
+        "grounding",
+        "--samples",
+        "8",
+        "--n-random",
+        "2",
+        "-o",
+        str(tmp_path / "s"),
+    ]
+    code, out, err = mech("study", *words)
+    assert code == 0 and "hold half of all retrieval" in " ".join(out.split()) and "report.html" in "".join(out.split())
+    assert "ablation" in err  # the progress
+    code, out, err = mech("study", *words, "--json")
+    assert code == 0 and json.loads(out)["schema"] == 1 and err == ""
+
+
+def test_heads_that_were_ranked_are_tested_on_other_samples(mech, tmp_path):
+    path = tmp_path / "heads.json"
+    mech("rank", "--samples", "12", "-q", "--out", str(path))
+    words = ["--heads", str(path), "--fraction", "1", "--to", "zero", "--n-random", "1", "--json"]
+    assert mech("ablate", "--samples", "12", *words)[2].count("that did not find the heads") == 1
+    code, out, _ = mech("ablate", "--samples", "24", *words)
+    assert code == 0 and {entry["n_heads"] for entry in json.loads(out)["ablation"]} == {1}
+
+
 def test_ablate_says_what_each_band_costs(mech, tmp_path):
     path = tmp_path / "effects.nc"
     words = ["--samples", "12", "--n-random", "2", "--fraction", "0.1", "--to", "mean", "--to", "zero"]

@@ -1,10 +1,12 @@
 """The haystacks: seeded, with evidence that really decides the answer, and partners that differ nowhere else."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mech.data.haystacks import DOMAINS, MOST, glyphs, haystacks
-from mech.data.regions import Box, Frames, Pages
+from mech.data.regions import Box, Frames, Mask, Pages
 from mech.data.samples import Sample, Samples
 from mech.errors import InputError, RegionError
 
@@ -94,6 +96,18 @@ def test_a_split_is_disjoint_and_alike_in_every_domain():
     assert samples.split(0.5, seed=3)[0].digest() == find.digest()
 
 
-def test_digests_see_a_single_pixel():
+def test_digests_see_whatever_changes_a_number():
     sample = haystacks("grounding", 1)[0]
-    assert Samples([sample]).digest() != Samples([sample.counterfactual]).digest()
+    pixels = np.zeros((96, 96), dtype=bool)
+    pixels[0, 0] = True
+    changed = [
+        sample,
+        replace(sample, counterfactual=None),
+        replace(sample, counterfactual=sample.counterfactual.counterfactual or sample),
+        replace(sample, fps=1.0),
+        replace(sample, evidence=(Mask(pixels),)),
+        replace(sample, evidence=(Mask(~pixels),)),
+        replace(sample, images=sample.counterfactual.images),
+    ]
+    assert len({Samples([one]).digest() for one in changed}) == len(changed)
+    assert Mask(pixels) == Mask(pixels.copy()) != Mask(~pixels)

@@ -58,6 +58,15 @@ def test_ram_is_what_eager_attention_gives_whatever_the_padding(models, eager, n
             np.testing.assert_allclose(scores[variable].values[i], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_the_same_masses_within_its_tolerance(models, dtype):
+    samples = haystacks("grounding", 3, seed=9)
+    half = HookedMLLM.from_pretrained("reference:llava-s", dtype=dtype)
+    found, expected = (retrieval_attention_mass(model, samples)["ram"].values for model in (half, models["llava-s"]))
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert found.max() > 0.1
+
+
 def test_no_tensor_of_all_queries_by_all_keys_is_made(models, monkeypatch):
     """Only the question's rows of the attention are computed."""
     seen = []

@@ -1,5 +1,7 @@
 """Ablation against its definitions: each method done once more by hand, with hooks or with plain arithmetic."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,22 @@ def test_nothing_is_left_behind(model, inputs, bank):
 def test_what_cannot_be_run_is_refused_before_any_forward(model, monkeypatch, options, says):
     monkeypatch.setattr(HookedMLLM, "forward", lambda *_, **__: pytest.fail("a forward was run"))
     with pytest.raises(ExperimentError, match=says), intervene(model, Ablate(**options)):
+        pass
+
+
+@pytest.mark.parametrize("to", METHODS)
+def test_half_precision_runs_and_agrees(model, samples, to):
+    half = HookedMLLM.from_pretrained(model.name, dtype=torch.bfloat16)
+    logits = {}
+    for name, run in (("full", model), ("half", half)):
+        with intervene(run, Ablate(heads=HEADS, to=to, reference=haystacks("grounding", 3, seed=12))) as without:
+            logits[name] = without(run.inputs_of(samples[0]))[0, -1].float()
+    assert torch.nn.functional.cosine_similarity(logits["full"], logits["half"], dim=0) > 0.98
+
+
+def test_a_reference_of_another_model_is_refused(model, bank):
+    other = replace(bank, mean=bank.mean[:, :2])
+    with pytest.raises(ExperimentError, match="make them with"), intervene(model, Ablate(heads=HEADS, reference=other)):
         pass
 
 

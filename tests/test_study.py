@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mech import study as module
 from mech.data.haystacks import haystacks
@@ -39,8 +42,9 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     facts = json.loads((folder / "summary.json").read_text())["models"]["llava-s"]
     assert len(facts["domains"]["grounding"]["ranking"]) == facts["n_layers"] * facts["n_heads"] == 48
     assert facts["agreement"]["domains"] == ["grounding", "documents"]
-    find = set(place.get("llava-s/grounding/ram")["example"].values)
-    assert len(find) == 6 and not find & set(effects["example"].values)
+    find, test = (set(place.get(f"llava-s/grounding/{kind}")["example"].values) for kind in ("ram", "ablation"))
+    assert find | test == {sample.id for sample in haystacks("grounding", 12, SMALL.seed)}
+    assert len(find) == len(test) == 6
 
 
 def test_a_killed_study_goes_on_and_ends_in_the_same_numbers(finished, tmp_path, monkeypatch):
@@ -73,12 +77,40 @@ def test_a_domain_can_be_added_and_another_setting_is_refused(finished):
 
 
 def test_what_cannot_be_studied_is_refused(tmp_path):
-    with pytest.raises(ExperimentError, match="takes no video"):
+    with pytest.raises(ExperimentError, match="add a Qwen-VL model"):
         study(tmp_path / "a", ["reference:llava-s"], ["video"], settings=SMALL)
+    with pytest.raises(ExperimentError, match="use 'grounding'"):
+        study(tmp_path / "a", ["reference:llava-s"], ["groundng"], settings=SMALL)
+    with pytest.raises(ExperimentError, match="a name of its own"):
+        study(tmp_path / "a", ["reference:llava-s", "llava-s"], settings=SMALL)
     with pytest.raises(UnsupportedModel, match="reference:llava-s"):
         study(tmp_path / "b", ["reference:llava-x"], settings=SMALL)
     with pytest.raises(ExperimentError, match="at least four"):
         study(tmp_path / "c", ["reference:llava-s"], data=Samples(haystacks("pages", 2)), settings=SMALL)
+
+
+def test_results_of_other_weights_are_not_mixed_in(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "study"
+    shutil.copytree(finished.parent, folder)
+    opened = module.HookedMLLM.from_pretrained
+
+    def retrained(name):
+        model = opened(name)
+        with torch.no_grad():
+            model.hf_model.lm_head.weight.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(module.HookedMLLM, "from_pretrained", retrained)
+    with pytest.raises(OutputError, match="other weights of llava-s"):
+        study(folder, **WHAT)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("reference:llava-m", "llava-m"), ("Qwen/Qwen3-VL-4B-Instruct", "Qwen--Qwen3-VL-4B-Instruct"), ("./", None)],
+)
+def test_a_models_name_is_a_folder(name, short):
+    assert module.short_name(name) == (short or Path.cwd().name)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -260,7 +260,7 @@ def _handwriting() -> tuple[UInt8[np.ndarray, "glyph 8 8"], np.ndarray]:
 def glyphs(split: str) -> tuple[tuple[int, ...], ...]:
     """The handwritten digits of one split: ``glyphs("train")[7]`` are the indices of its sevens."""
     target = _handwriting()[1]
-    # Writers of UCI's set come in runs, so every fifth digit of the list goes to the test split.
+    # Unseen digits, not unseen writers: every fifth image of the list goes to the test split.
     held_out = np.arange(len(target)) % 5 == 4
     chosen = held_out if split == "test" else ~held_out
     return tuple(tuple(np.flatnonzero(chosen & (target == value)).tolist()) for value in range(10))

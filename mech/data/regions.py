@@ -36,12 +36,18 @@ class Box:
         return cls(x, y, x + width, y + height, image)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """Any set of pixels of one image: ``pixels[y, x]`` is True inside."""
 
-    pixels: Bool[np.ndarray, "height width"] = field(repr=False, compare=False)
+    pixels: Bool[np.ndarray, "height width"] = field(repr=False)
     image: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.image == other.image and np.array_equal(self.pixels, other.pixels)
+
+    def __hash__(self) -> int:
+        return hash((self.image, self.pixels.shape, self.pixels.tobytes()))
 
 
 @dataclass(frozen=True)

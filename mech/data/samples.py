@@ -8,11 +8,11 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from PIL import Image
 
-from mech.data.regions import Region
+from mech.data.regions import Mask, Region
 from mech.errors import InputError
 
 
@@ -40,11 +40,17 @@ class Sample:
             raise InputError(f"sample {self.id!r} has {given}", "one of the two", "pass images=(...) or video=(...)")
 
     def digest(self) -> str:
-        """A SHA-256 over the question, the answer, the evidence and every pixel."""
-        sha = hashlib.sha256(json.dumps([self.question, self.answer, self.domain, repr(self.evidence)]).encode())
+        """A SHA-256 over the question, the answer, the evidence, every pixel and the counterfactual."""
+        words = [self.question, self.answer, self.domain, repr(self.evidence), self.fps, bool(self.video)]
+        sha = hashlib.sha256(json.dumps(words).encode())
         for picture in (*self.images, *self.video):
             sha.update(f"{picture.mode}{picture.size}".encode())
             sha.update(picture.tobytes())
+        for region in self.evidence:
+            if isinstance(region, Mask):
+                sha.update(f"{region.pixels.shape}".encode() + region.pixels.tobytes())
+        if self.counterfactual is not None:
+            sha.update(self.counterfactual.digest().encode())
         return sha.hexdigest()
 
 
@@ -89,8 +95,3 @@ class Samples(Sequence[Sample]):
     def digest(self) -> str:
         """One SHA-256 for the whole list, in its order."""
         return hashlib.sha256("".join(sample.digest() for sample in self).encode()).hexdigest()
-
-
-def without_partner(sample: Sample) -> Sample:
-    """The sample alone, its counterfactual dropped."""
-    return replace(sample, counterfactual=None)

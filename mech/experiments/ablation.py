@@ -7,7 +7,7 @@ method says *how* (see ``mech.interventions``): results of different methods are
     ranking = rank_heads(retrieval_attention_mass(model, train))
     effects = ablation(model, test, ranking, reference=train, to="mean", fractions=(1, 0.05, 0.2))
 
-The samples that found the heads must not be those that test them; this is checked.
+The samples that found the heads must not be those that test them: they are compared by their ids.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -61,8 +61,10 @@ def conditions(
         to: one method or several.
         bands: which of ``top``, ``bottom``, ``middle``, ``random``, ``layer_matched``.
         fractions: an int is a number of heads, a float a share of all heads (at least one head).
-        n_random: how many random sets of each size.
+        n_random: how many random sets of each size; fewer where there are not so many.
         seed: of the random sets. The same sets are used for every method.
+
+    ``layer_matched`` is left out where the top heads fill their layers.
     """
     methods = (to,) if isinstance(to, str) else tuple(to)
     for given, known in ((methods, METHODS), (bands, BANDS)):
@@ -83,7 +85,10 @@ def _sets(ranking: Ranking, band: str, count: int, n_random: int, seed: int) -> 
     if band == "random":
         return ranking.random(count, n_random, seed)
     if band == "layer_matched":
-        return ranking.layer_matched(ranking.top(count), n_random, seed)
+        try:
+            return ranking.layer_matched(ranking.top(count), n_random, seed)
+        except ExperimentError:  # the top heads fill their layers: there is nothing to match them with
+            return []
     return [{"top": ranking.top, "bottom": ranking.bottom, "middle": ranking.middle}[band](count)]
 
 
@@ -131,9 +136,19 @@ def ablation(
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
     if isinstance(ranking, Ranking):
         refuse_overlap(samples, ranking.examples, "found the heads")
-    if isinstance(reference, Samples):
+        if ranking.mean.shape != (model.cfg.n_layers, model.cfg.n_heads):
+            raise ExperimentError(
+                f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
+                f"{model.cfg.n_layers} x {model.cfg.n_heads}, as {model.name} has",
+                "rank the heads of this model",
+            )
+    if reference is not None and not isinstance(reference, Reference):
+        reference = Samples(reference)
         refuse_overlap(samples, [s.id for s in reference], "are the reference")
-        reference = reference_activations(model, reference, batch_size=batch_size)
+    for condition in todo[1:]:
+        _spec(condition, reference, positions, phase, seed).check(model)
+    if isinstance(reference, Samples):
+        reference = reference_activations(model, reference, batch_size=batch_size, seed=seed)
     questions = quiz(model, samples, batch_size)
     parts = []
     for part in ablated(model, questions, todo, reference=reference, positions=positions, phase=phase, seed=seed):
@@ -148,7 +163,7 @@ def ablation(
         phase=phase,
         provenance=provenance(model, samples, positions=positions, phase=phase, seed=seed),
     )
-    return joined.assign_coords(example=[s.id or str(i) for i, s in enumerate(samples)])
+    return joined
 
 
 def ablated(
@@ -166,15 +181,7 @@ def ablated(
         if condition == BASELINE:
             scores = ask(model, questions)
         else:
-            spec = Ablate(
-                heads=condition.heads,
-                to=condition.method,
-                positions=positions,
-                phase=phase,
-                reference=reference,
-                seed=seed,
-            )
-            with intervene(model, spec) as without:
+            with intervene(model, _spec(condition, reference, positions, phase, seed)) as without:
                 scores = ask(without, questions)
         yield ablation_dataset(
             scores["accuracy"][None],
@@ -184,7 +191,19 @@ def ablated(
             fraction=[condition.fraction],
             n_heads=[len(condition.heads)],
             draw=[condition.draw],
+            examples=questions.examples,
         )
+
+
+def _spec(condition: Condition, reference: Samples | Reference | None, positions: str, phase: str, seed: int) -> Ablate:
+    return Ablate(
+        heads=condition.heads,
+        to=condition.method,
+        positions=positions,
+        phase=phase,
+        reference=reference,
+        seed=seed,
+    )
 
 
 def refuse_overlap(samples: Samples, others: Sequence[str], what: str) -> None:

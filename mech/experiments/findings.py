@@ -10,6 +10,7 @@ from typing import Any
 
 ALPHA = 0.05
 MATTERS = 0.05  # a drop in accuracy that is worth a sentence
+FLOOR = 0.2  # below this accuracy nothing can be lost
 TOP = 0.05
 
 Finding = dict[str, Any]
@@ -21,7 +22,7 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
     for model, facts in summary["models"].items():
         for domain, numbers in facts["domains"].items():
             n_heads = facts["n_layers"] * facts["n_heads"]
-            for rule in (_concentration, _necessity, _redundancy, _halving, _low_ranked, _methods):
+            for rule in (_concentration, _weak, _necessity, _redundancy, _halving, _low_ranked, _methods):
                 said += [_finding(text, model, domain, against) for text, against in rule(numbers, n_heads)]
         said += [_finding(text, model, None, against) for text, against in _domains(facts)]
     said += [_finding(text, None, None, against) for text, against in _scales(summary)]
@@ -38,28 +39,48 @@ Said = Iterator[tuple[str, bool]]
 def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
     layer, head, best = numbers["ranking"][0]
     share, null = numbers["half_mass_share"], numbers["size_null"]
+    if not 0 < share <= 1:  # no head has any mass
+        return
+    half = round(share * n_heads)
     text = (
-        f"{round(share * n_heads)} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; the "
-        f"first is L{layer}H{head} with RAM {best:.2f}, where a head that looks everywhere alike would have {null:.2f}."
+        f"{half} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; the first is "
+        f"L{layer}H{head} with RAM {best:.2g}, where a head that looks everywhere alike would have {null:.2g}."
     )
     # The papers find 4-10% of the heads with half of the mass.
     yield text, share > 0.25
 
 
+def _weak(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    right = numbers["baseline"]["accuracy"]
+    if _too_weak(numbers):
+        yield (
+            f"The model answers only {right['mean']:.0%} here: ablation cannot show what its heads are needed for.",
+            False,
+        )
+
+
+def _too_weak(numbers: Mapping[str, Any]) -> bool:
+    return numbers["baseline"]["accuracy"]["low"] < FLOOR
+
+
 def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
     top, random = _at(numbers, "mean", "top", TOP), _at(numbers, "mean", "random", TOP)
-    if top is None or random is None:
+    if top is None or random is None or _too_weak(numbers):
         return
-    test = next(t for t in numbers["tests"] if t["method"] == "mean" and t["n_heads"] == top["n_heads"])
-    needed = test["p_adjusted"] < ALPHA and test["p_sets"] <= max(ALPHA, test["smallest_p_sets"])
-    which = f"the {top['n_heads']} heads with the highest RAM ({top['fraction']:.0%})"
-    text = (
-        f"Mean-ablating {which} costs {_points(top['accuracy_drop'])} of accuracy, as many random heads cost "
-        f"{_points(random['accuracy_drop'])}: they are {'' if needed else 'not shown to be '}needed beyond chance "
-        f"(permutation test over samples: p {_p(test['p_adjusted'])} after Holm; rank among the random sets: p "
-        f"{_p(test['p_sets'])})."
+    test = next((t for t in numbers["tests"] if t["method"] == "mean" and t["n_heads"] == top["n_heads"]), None)
+    if test is None:
+        return
+    few = test["smallest_p_sets"] > ALPHA
+    needed = test["p_adjusted"] < ALPHA and (few or test["p_sets"] <= ALPHA)
+    verdict = "they are needed beyond chance" if needed else "they are not shown to be needed beyond chance"
+    if few:
+        verdict += f", as far as {random['draws']} random sets can tell"
+    yield (
+        f"Mean-ablating {_heads(top, 'highest')} costs {_points(top['accuracy_drop'])} of accuracy, as many random "
+        f"heads {_points(random['accuracy_drop'])}: {verdict} (sign-flip permutation test over samples: p "
+        f"{_p(test['p_adjusted'])} after Holm; rank among {random['draws']} random sets: p {_p(test['p_sets'])}).",
+        top["accuracy_drop"]["high"] < MATTERS,
     )
-    yield text, not needed
     matched = _at(numbers, "mean", "layer_matched", TOP)
     if needed and matched and matched["accuracy_drop"]["mean"] >= 0.5 * top["accuracy_drop"]["mean"]:
         yield (
@@ -70,77 +91,76 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 
 def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    single = _at(numbers, "mean", "top", 1 / n_heads)
-    several = [e for e in numbers["ablation"] if e["method"] == "mean" and e["band"] == "top" and e["n_heads"] > 1]
-    if single is None or not several:
+    """Together they cost more than k times the first: single effects do not add up to that of the set."""
+    tops = _sizes(numbers, "mean", "top")
+    if not tops or tops[0]["n_heads"] != 1 or _too_weak(numbers):
         return
-    first = next((e for e in several if e["accuracy_drop"]["low"] > MATTERS), None)
-    if first and single["accuracy_drop"]["mean"] < 0.25 * first["accuracy_drop"]["mean"]:
-        yield (
-            f"Heads stand in for one another: without the highest-ranked head alone accuracy falls by "
-            f"{_points(single['accuracy_drop'])}, without the first {first['n_heads']} by "
-            f"{_points(first['accuracy_drop'])}. Effects of single heads are lower bounds.",
-            False,
-        )
+    single = tops[0]
+    for several in tops[1:]:
+        if several["n_heads"] * max(0.0, single["accuracy_drop"]["high"]) < several["accuracy_drop"]["low"]:
+            yield (
+                f"Heads stand in for one another: without the highest-ranked head alone accuracy falls by "
+                f"{_points(single['accuracy_drop'])}, without the first {several['n_heads']} by "
+                f"{_points(several['accuracy_drop'])}, more than {several['n_heads']} times as much. The effect of a "
+                "single head says little about its part.",
+                False,
+            )
+            return
 
 
 def _halving(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    base = numbers["baseline"]["accuracy"]["mean"]
-    ordered = sorted(
-        (e for e in numbers["ablation"] if e["method"] == "mean" and e["band"] == "top"), key=lambda e: e["n_heads"]
-    )
-    enough = next((e for e in ordered if e["accuracy"]["mean"] <= base / 2), None)
+    base, tops = numbers["baseline"]["accuracy"]["mean"], _sizes(numbers, "mean", "top")
+    if not tops or _too_weak(numbers):
+        return
+    enough = next((e for e in tops if e["accuracy"]["mean"] <= base / 2), None)
     if enough:
         size = f"{enough['n_heads']} of {n_heads} heads"
         yield f"The smallest top set tried that halves accuracy ({base:.0%}) holds {size}.", False
-    elif ordered:
-        least = ordered[-1]
+    else:
+        most = tops[-1]
         text = (
-            f"Even without the top {least['fraction']:.0%} of the heads accuracy stays above half of its {base:.0%} "
-            f"(at {least['accuracy']['mean']:.0%})."
+            f"Even without the top {most['fraction']:.0%} of the heads accuracy stays above half of its {base:.0%} "
+            f"(at {most['accuracy']['mean']:.0%})."
         )
         yield text, True
 
 
 def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    costly = [
-        e
-        for e in numbers["ablation"]
-        if e["method"] == "mean" and e["band"] == "bottom" and e["accuracy_drop"]["low"] > 0
-        and e["accuracy_drop"]["mean"] >= MATTERS
-    ]  # fmt: skip
-    if costly:
-        first = min(costly, key=lambda e: e["n_heads"])
+    if _too_weak(numbers):
+        return
+    for entry in _sizes(numbers, "mean", "bottom"):
+        drop = entry["accuracy_drop"]
+        if drop["low"] > 0 and drop["mean"] >= MATTERS:
+            yield (
+                f"Low-ranked heads matter too: mean-ablating {_heads(entry, 'lowest')} costs {_points(drop)} of "
+                "accuracy. RAM does not see what they do; patching can.",
+                True,
+            )
+            break
+    random = _sizes(numbers, "mean", "random")
+    if random and random[-1]["accuracy_drop"]["low"] > MATTERS:
+        worst = random[-1]
         yield (
-            f"Low-ranked heads matter too: mean-ablating the {first['n_heads']} with the lowest RAM costs "
-            f"{_points(first['accuracy_drop'])} of accuracy. RAM does not see what they do; patching can.",
-            True,
-        )
-    worst = _at(numbers, "mean", "random", 0.2)
-    if worst and worst["accuracy_drop"]["low"] > MATTERS:
-        yield (
-            "Random heads are no harmless control: a random fifth of the heads costs "
-            f"{_points(worst['accuracy_drop'])}.",
+            f"Random heads are no harmless control: {worst['n_heads']} of them ({worst['fraction']:.0%}) cost "
+            f"{_points(worst['accuracy_drop'])} on average.",
             False,
         )
 
 
 def _methods(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    by_method = {
-        e["method"]: e["accuracy_drop"]
-        for e in numbers["ablation"]
-        if e["band"] == "top" and e is _at(numbers, e["method"], "top", TOP)
-    }
-    if len(by_method) < 2:
+    methods = dict.fromkeys(e["method"] for e in numbers["ablation"])
+    found = {method: _at(numbers, method, "top", TOP) for method in methods}
+    drops = {method: entry["accuracy_drop"] for method, entry in found.items() if entry}
+    if len(drops) < 2 or _too_weak(numbers):
         return
-    least = min(by_method, key=lambda method: by_method[method]["mean"])
-    most = max(by_method, key=lambda method: by_method[method]["mean"])
-    if by_method[least]["high"] < by_method[most]["low"]:
-        yield (
-            f"The method decides how much the same top heads matter: {most} ablation costs {_points(by_method[most])}, "
-            f"{least} ablation {_points(by_method[least])}.",
-            True,
+    least = min(drops, key=lambda method: drops[method]["mean"])
+    most = max(drops, key=lambda method: drops[method]["mean"])
+    if drops[least]["high"] < drops[most]["low"]:
+        text = (
+            f"The method decides how much the same top heads matter: {most} ablation costs {_points(drops[most])}, "
+            f"{least} ablation {_points(drops[least])}."
         )
+        yield text, False
 
 
 def _domains(facts: Mapping[str, Any]) -> Said:
@@ -149,6 +169,8 @@ def _domains(facts: Mapping[str, Any]) -> Said:
         return
     pairs = [(i, j) for i in range(len(found["domains"])) for j in range(i)]
     rank = [found["spearman"][i][j] for i, j in pairs]
+    if any(value is None or value != value for value in rank):  # a ranking without any order
+        return
     shared = [found["jaccard"][i][j] for i, j in pairs]
     null = sum(found["jaccard_null"][i][j] for i, j in pairs) / len(pairs)
     text = (
@@ -168,17 +190,27 @@ def _scales(summary: Mapping[str, Any]) -> Said:
         n = len(pairs)
         centre_a, centre_b = sum(p["centre_a"] for p in pairs) / n, sum(p["centre_b"] for p in pairs) / n
         yield (
-            f"Retrieval sits at {centre_a:.0%} of the depth of {a} and at {centre_b:.0%} of that of {b} (mean over {n} "
-            f"domain{'s' * (n != 1)}); their depth profiles overlap by {sum(p['overlap'] for p in pairs) / n:.0%}.",
+            f"Retrieval (RAM beyond what even attention gives) sits at {centre_a:.0%} of the depth of {a} and at "
+            f"{centre_b:.0%} of that of {b} (mean over {n} domain{'s' * (n != 1)}); their depth profiles overlap by "
+            f"{sum(p['overlap'] for p in pairs) / n:.0%}.",
             False,
         )
 
 
-def _at(numbers: Mapping[str, Any], method: str, band: str, fraction: float) -> Mapping[str, Any] | None:
-    """The entry of a band whose size is nearest to ``fraction``, if one is near."""
+def _sizes(numbers: Mapping[str, Any], method: str, band: str) -> list[Mapping[str, Any]]:
+    """The entries of a band, smallest first."""
     entries = [e for e in numbers["ablation"] if e["method"] == method and e["band"] == band]
-    nearest = min(entries, key=lambda e: abs(e["fraction"] - fraction), default=None)
-    return nearest if nearest and abs(nearest["fraction"] - fraction) <= 0.5 * fraction else None
+    return sorted(entries, key=lambda e: e["n_heads"])
+
+
+def _at(numbers: Mapping[str, Any], method: str, band: str, fraction: float) -> Mapping[str, Any] | None:
+    """The entry of a band whose size is nearest to ``fraction``; sentences name the size they speak of."""
+    return min(_sizes(numbers, method, band), key=lambda e: abs(e["fraction"] - fraction), default=None)
+
+
+def _heads(entry: Mapping[str, Any], which: str) -> str:
+    n = entry["n_heads"]
+    return f"the {f'{n} heads' if n > 1 else 'head'} with the {which} RAM ({entry['fraction']:.0%})"
 
 
 def _points(drop: Mapping[str, float]) -> str:

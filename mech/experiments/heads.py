@@ -2,8 +2,8 @@
 
 A head *retrieves* when the tokens of the question look at the visual tokens that hold the answer. Retrieval Attention
 Mass measures just that, for every head of every layer, from one ordinary forward pass per sample: the fused kernel
-computes the forward, and only the question's rows of the attention matrix are computed once more beside it. No tensor
-of size ``S x S`` is ever made.
+computes the forward, and only the question's rows of the attention matrix are computed once more beside it. No head's
+``S x S`` attention is ever made.
 
 What RAM does not say is whether the head matters: that is ``mech.experiments.ablation``.
 """
@@ -64,7 +64,8 @@ def retrieval_attention_mass(
         what = f"{len(missing)} samples have no evidence, the first is {missing[0]!r}" if missing else "no samples"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
     parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
-    prepared = [model.inputs_of(sample) for sample in samples]
+    # All evidence is looked up before the first forward; pixels wait on the CPU for their batch.
+    prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
     evidence = [row.layout.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
     done = 0
     for batch, rows in in_batches(prepared, batch_size):
@@ -101,7 +102,7 @@ def attention_from(
     seen = {}
 
     def look(call: AttentionCall) -> None:
-        seen[call.layer] = _mean_rows(call, weight).float()
+        seen[call.layer] = _mean_rows(call, weight).float().to(model.device)
 
     with model.attending(look):
         model(inputs, logits_to_keep=1)
@@ -124,11 +125,11 @@ def evidence_mass(
     seen, sizes = {}, []
 
     def look(call: AttentionCall) -> None:
-        mean = _mean_rows(call, weight).float()
-        seen[call.layer] = torch.einsum("bhk,bsk->bsh", mean, target)
+        mean = _mean_rows(call, weight)
+        seen[call.layer] = torch.einsum("bhk,bsk->bsh", mean, target.to(mean)).float().to(model.device)
         if not sizes:
             rows = _rows(weight)
-            visible = call.visible(rows)[:, 0].float()
+            visible = call.visible(rows)[:, 0].to(target)
             share = torch.einsum("brk,bk->br", visible, target[:, 0]) / visible.sum(-1).clamp(min=1)
             sizes.append((share * weight[:, rows]).sum(-1))
 
@@ -152,7 +153,8 @@ def _rows(weight: Float[torch.Tensor, "batch pos"]) -> torch.Tensor:
 
 def _mean_rows(call: AttentionCall, weight: Float[torch.Tensor, "batch pos"]) -> Float[torch.Tensor, "batch head key"]:
     rows = _rows(weight)
-    return torch.einsum("bhrk,br->bhk", call.rows(rows), weight[:, rows].to(call.q.dtype))
+    pattern = call.rows(rows)
+    return torch.einsum("bhrk,br->bhk", pattern, weight[:, rows].to(pattern))
 
 
 def in_batches(prepared: Sequence[Inputs], batch_size: int) -> Iterator[tuple[list[Inputs], range]]:

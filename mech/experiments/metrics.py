@@ -1,8 +1,8 @@
 """How well an answer is given: accuracy and logit difference, sample by sample.
 
 Answers are *teacher-forced*: the right answer follows the prompt, and the model is asked at each of its tokens. The
-answer is right when every token is the most likely one; that is exactly when greedy generation would write it, at the
-cost of a single forward.
+answer is right when every token is the most likely one: when greedy generation would begin with it (without repetition
+penalties), at the cost of a single forward. Whether the model would then stop is not asked.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ class Quiz:
     there is none; ``forks`` is that place, counted from the answer's first token.
     """
 
+    examples: tuple[str, ...]
     batches: tuple[Inputs, ...]
     pictures: tuple[dict[str, Any], ...]
     answers: tuple[tuple[int, ...], ...]
@@ -50,13 +51,11 @@ def quiz(model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> 
     for sample in samples:
         if not sample.answer.strip():
             raise ExperimentError(f"sample {sample.id!r} has no answer", "a text to compare with", "set Sample.answer")
-        row = model.inputs_of(sample, answer=True)
+        row = model.inputs_of(sample, answer=True).to("cpu")
         said = _answer_ids(row)
         fork, other = 0, -1
         if sample.counterfactual is not None:
-            theirs = _answer_ids(
-                model.inputs(sample.question, sample.images, sample.video, sample.fps, sample.counterfactual.answer)
-            )
+            theirs = model.processor.answer_ids(sample.counterfactual.answer)
             differing = [i for i, (a, b) in enumerate(zip(said, theirs, strict=False)) if a != b]
             if differing:
                 fork, other = differing[0], theirs[differing[0]]
@@ -66,7 +65,8 @@ def quiz(model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> 
         wrong.append(other)
     joined = [model.collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     batches, pictures = zip(*map(model.encode_pictures, joined), strict=True)
-    return Quiz(batches, pictures, tuple(answers), tuple(forks), tuple(wrong))
+    examples = tuple(sample.id or str(i) for i, sample in enumerate(samples))
+    return Quiz(examples, batches, pictures, tuple(answers), tuple(forks), tuple(wrong))
 
 
 @torch.no_grad()

@@ -141,7 +141,7 @@ class Ranking:
     ) -> tuple[Heads, ...]:
         """``n_draws`` sets of ``k`` heads, each drawn from all heads but ``exclude``.
 
-        The sets differ from each other as long as there are enough different ones. More draws of the same seed begin
+        The sets differ from each other; where there are not so many different ones there are fewer. More draws of the same seed begin
         with the same sets. With nothing excluded a draw can hold top heads; that is what makes the test over sets
         exact, since the top set could then have been one of the draws.
         """
@@ -238,15 +238,17 @@ class Ranking:
     # To and from a file
 
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
-        """``{"model", "domain", "score", "n_examples", "heads": [[layer, head, score], ...]}``, best first.
+        """``{"model", "domain", "score", "n_examples", "examples", "heads": [[layer, head, score], ...]}``, best first.
 
-        With ``path`` it is written as well. Scores of single examples are not kept.
+        With ``path`` it is written as well. Scores of single examples are not kept, their names are: they must not
+        test the heads.
         """
         value = {
             "model": self.model,
             "domain": self.domain,
             "score": self.score,
             "n_examples": self.n_examples,
+            "examples": list(self.examples),
             "heads": [list(row) for row in self.table],
         }
         if path is not None:
@@ -279,7 +281,7 @@ class Ranking:
         for layer, head, score in rows:
             mean[layer, head] = score
         model, domain = (str(value.get(name) or "") for name in ("model", "domain"))
-        return cls(mean, None, str(value.get("score", "ram")), model, domain)
+        return cls(mean, None, str(value.get("score", "ram")), model, domain, tuple(value.get("examples") or ()))
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -314,12 +316,11 @@ class Ranking:
             raise ExperimentError(f"n_draws={n_draws}", "at least 1", "use 20")
         found: list[Heads] = []
         seen: set[Heads] = set()
-        while len(found) < n_draws:
+        while len(found) < min(n_draws, n_possible):  # a set drawn twice would count as two
             heads = tuple(sorted(draw()))
-            if heads in seen and len(seen) < n_possible:
-                continue
-            seen.add(heads)
-            found.append(heads)
+            if heads not in seen:
+                seen.add(heads)
+                found.append(heads)
         return tuple(found)
 
     def _map(self, values: np.ndarray, name: str) -> xr.DataArray:

@@ -30,7 +30,7 @@ import numpy as np
 import xarray as xr
 
 from mech.axes import CONDITION
-from mech.experiments.ranking import Ranking, agreement, scale_agreement
+from mech.experiments.ranking import Ranking, agreement, rank_heads, scale_agreement
 from mech.experiments.statistics import (
     bootstrap_interval,
     holm,
@@ -67,8 +67,8 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
                 "fraction": float(group["fraction"][0]),
                 "n_heads": n_heads,
                 "draws": group.sizes[CONDITION],
-                "accuracy": _interval(group["accuracy"].values),
-                "accuracy_drop": _interval(right - group["accuracy"].values),
+                "accuracy": _share(group["accuracy"].values),
+                "accuracy_drop": _drop(right, group["accuracy"].values),
                 "logit_diff_drop": _interval(margin - group["logit_diff"].values),
             }
         )
@@ -116,6 +116,19 @@ def _interval(values: np.ndarray) -> dict[str, float] | None:
     return (two_way_bootstrap(values) if len(values) > 1 else bootstrap_interval(values[0])).as_dict()
 
 
+def _share(right: np.ndarray) -> dict[str, float] | None:
+    return proportion_interval(right[0]).as_dict() if len(right) == 1 else _interval(right)
+
+
+def _drop(before: np.ndarray, after: np.ndarray) -> dict[str, float] | None:
+    found = _interval(before - after)
+    if found is not None and found["low"] == found["high"]:
+        # No resample differs, yet that no answer of n changed does not mean that none ever would (Wilson).
+        slack = proportion_interval(np.zeros(len(before))).high
+        found |= {"low": found["mean"] - slack, "high": found["mean"] + slack}
+    return found
+
+
 def summarise_agreement(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
     """How far the rankings of one model agree across domains, whole maps and top sets."""
     found = agreement(rankings, TOP)
@@ -123,14 +136,20 @@ def summarise_agreement(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
     return {"domains": list(rankings), "n_top": int(found.attrs["n_top"]), **matrices}
 
 
+def above_null(ram: xr.Dataset) -> Ranking:
+    """The ranking by RAM beyond what even attention would give: summed over many heads that floor would dominate."""
+    score = (ram["ram"] - ram["size_null"]).mean("example").clip(min=0)
+    return rank_heads(score.rename("ram_above_null"), model=str(ram.attrs.get("model", "")))
+
+
 def summarise_scales(rankings: Mapping[str, Mapping[str, Ranking]]) -> dict[str, Any]:
-    """How far models agree on the relative depth of retrieval, pair by pair and domain by domain."""
+    """How far models agree on the relative depth of retrieval (of ``above_null``), pair by pair, domain by domain."""
     pairs = []
     names = list(rankings)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             for domain in rankings[a]:
-                if domain in rankings[b]:
+                if domain in rankings[b] and all(rankings[m][domain].mean.any() for m in (a, b)):
                     found = scale_agreement(rankings[a][domain], rankings[b][domain])
                     overlap, pearson = float(found["overlap"]), float(found["pearson"])
                     centre_a, centre_b = (float(centre) for centre in found["centre"])

@@ -56,18 +56,20 @@ def reference_activations(
     count = torch.zeros(2)
     each = -(-n_draws // len(samples))
     drawn: list[list[torch.Tensor]] = [[], []]
-    generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(samples), batch_size):
         inputs = model.collate([model.inputs_of(sample) for sample in samples[start : start + batch_size]])
         kind = torch.stack([kinds(layout) for layout in inputs.layouts])
-        picked = [[_pick(row == which, each, generator) for row in kind] for which in (TEXT_KIND, VISUAL_KIND)]
+        # Seeded sample by sample: what is drawn does not depend on the batches.
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + row) for row in range(len(kind))]
+        picked = [[_pick(row == which, each, g) for row, g in zip(kind, generators, strict=True)] for which in (0, 1)]
         here: list[list[torch.Tensor]] = [[], []]
 
         def read(call: AttentionCall, kind=kind, picked=picked, here=here) -> None:
-            z = call.z.detach().float().cpu()
+            z = call.z.detach().float()
             for which in (TEXT_KIND, VISUAL_KIND):
-                total[which, call.layer] += z[kind == which].double().sum(0)
-                here[which].append(torch.cat([row[at] for row, at in zip(z, picked[which], strict=True)]))
+                total[which, call.layer] += z[(kind == which).to(z.device)].sum(0).double().cpu()
+                drawn_here = [row[at.to(z.device)] for row, at in zip(z, picked[which], strict=True)]
+                here[which].append(torch.cat(drawn_here).cpu())
 
         with model.attending(read):
             model(inputs, logits_to_keep=1)
@@ -75,7 +77,7 @@ def reference_activations(
             count[which] += (kind == which).sum()
             drawn[which].append(torch.stack(here[which], dim=1))
     mean = (total / count.clamp(min=1)[:, None, None, None]).float()
-    draws = torch.stack([_shuffled(torch.cat(parts), n_draws, generator) for parts in drawn])
+    draws = torch.stack([_shuffled(torch.cat(parts), n_draws, seed) for parts in drawn])
     return Reference(mean.to(model.device), draws.to(model.device), samples.digest())
 
 
@@ -84,7 +86,7 @@ def _pick(allowed: torch.Tensor, n: int, generator: torch.Generator) -> torch.Te
     return where[torch.randint(len(where), (n,), generator=generator)] if len(where) else where
 
 
-def _shuffled(parts: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+def _shuffled(parts: torch.Tensor, n: int, seed: int) -> torch.Tensor:
     if not len(parts):
         return parts.new_zeros(n, *parts.shape[1:])
-    return parts[torch.randperm(len(parts), generator=generator)[:n]]
+    return parts[torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))[:n]]

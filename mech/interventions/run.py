@@ -112,7 +112,7 @@ class Intervened:
                 continue
             self._fired.add(index)
             z = call.z if z is None else z
-            new = self._plan.replacement(spec, call).to(z.dtype)
+            new = self._plan.replacement(spec, call).to(z)
             z = torch.where(where[:, :, None, None] & chosen[None, None, :, None], new, z)
         return z
 
@@ -222,8 +222,9 @@ def _mean_of_visible(call: AttentionCall) -> Float[torch.Tensor, "batch kv_head 
     means = []
     for first in range(0, stop - start, ROWS):
         rows = torch.arange(first, min(first + ROWS, stop - start), device=v.device)
-        weight = call.visible(rows).float()
-        means.append(weight @ v / weight.sum(-1, keepdim=True).clamp(min=1))
+        weight = call.visible(rows)[:, 0].float()
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
+        means.append(torch.einsum("brk,bhkd->bhrd", weight, v))  # not `@`: that would copy the weights for every head
     return torch.cat(means, dim=2)
 
 

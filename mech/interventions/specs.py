@@ -9,7 +9,7 @@ the name travels into every result:
 ``resample``    the head's output becomes that at a random position of the reference samples, of the same kind
 ``uniform``     the head attends alike to every key it may see; its values stay (uniform over the *causal* mask)
 ``paper``       the logits are set to 0 after the causal mask, as arXiv 2606.05843 does: the head attends alike to
-                key of the prompt, *future ones included* (a written token: to all that stand before it)
+                every key of the prompt, *future ones included* (a written token: to all up to itself)
 ==============  =================================================================================================
 """
 
@@ -105,6 +105,14 @@ class Ablate:
                 f"Ablate(to={self.to!r}) without reference",
                 "samples to take the replacement from, other than those that are tested",
                 "pass reference=train",
+            )
+
+        mine = (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
+        if isinstance(self.reference, Reference) and tuple(self.reference.mean.shape[1:]) != mine:
+            raise ExperimentError(
+                f"reference activations of {' x '.join(map(str, self.reference.mean.shape[1:]))} layers, heads, d_head",
+                f"{' x '.join(map(str, mine))}, as this model has",
+                "make them with reference_activations(model, samples)",
             )
 
     def describe(self) -> dict[str, Any]:

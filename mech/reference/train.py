@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 
 from mech.data import haystacks
 from mech.data.haystacks import Scene
+from mech.errors import OutputError
 from mech.inputs import Inputs, Processor, TokenLayout, build, collate, encode
 from mech.reference.recipe import CAPTION, RECIPES, Recipe, image_processor, tokenizer, untrained
 
@@ -112,7 +113,7 @@ class Alignment(torch.nn.Module):
         shown = [contents(scene, layout) for scene, layout in zip(scenes, inputs.layouts, strict=True)]
         total, right = seen.new_zeros(()), 0.0
         for group, ids in enumerate(self.ids):
-            label = torch.tensor([one for row in shown for one in row[group]])
+            label = torch.tensor([one for row in shown for one in row[group]], device=seen.device)
             logits = seen @ model.get_input_embeddings().weight[ids].T
             logits = torch.cat([self.nothing[group].expand(len(seen), 1), logits], dim=1)
             total = total + torch.nn.functional.cross_entropy(logits, label)
@@ -151,8 +152,9 @@ class Marks:
     def of(self, ids: Int[torch.Tensor, "batch pos"]) -> tuple[Bool[torch.Tensor, "batch pos"], ...]:
         """(answers, answers to full questions, ends of answers)."""
         before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
-        answer = torch.isin(ids, self.digits)
-        return answer, answer & (before == self.header), torch.isin(before, self.digits) & (ids == self.end)
+        digits = self.digits.to(ids.device)
+        answer = torch.isin(ids, digits)
+        return answer, answer & (before == self.header), torch.isin(before, digits) & (ids == self.end)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -171,12 +173,13 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
     torch.set_num_threads(threads)
     recipe = RECIPES[name]
     words = tokenizer(recipe.family)
-    model = untrained(recipe, words)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = untrained(recipe, words).to(device)
     processor = Processor.from_hf(config=model.config, tokenizer=words, image_processor=image_processor(recipe.family))
     marks, accuracy = Marks(words), dict.fromkeys(recipe.domains, 0.0)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    alignment = Alignment(words)
+    alignment = Alignment(words).to(device)
     groups = [(decayed, 0.05), (others, 0.0), (list(alignment.parameters()), 0.0)]
     optimizer = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay in groups], betas=(0.9, 0.98))
 
@@ -191,6 +194,8 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
     checkpoint = folder / f"{name}.checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state["recipe"] != repr(recipe):
+            raise OutputError(f"{checkpoint} follows another recipe", "one of this recipe", "delete it to begin anew")
         model.load_state_dict(state["model"])
         alignment.load_state_dict(state["alignment"])
         optimizer.load_state_dict(state["optimizer"])
@@ -199,21 +204,21 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
         say(f"{name}: going on from step {start}")
     model.train()
     folder.mkdir(parents=True, exist_ok=True)
-    began, losses = time.perf_counter(), []
+    began, losses, step = time.perf_counter(), [], start - 1
     for step in range(start, recipe.steps if steps is None else steps):
         tower = step < recipe.tower_steps
         for part in vision_tower(model):
             part.requires_grad_(tower)
         if tower:
             domain, inputs, scenes = pooled(step % POOL)
-            loss, right = alignment.loss(model, inputs, scenes)
+            loss, right = alignment.loss(model, inputs.to(device), scenes)
         else:
             rng = random.Random(f"{recipe.seed}/domain/{step}")
             domain = rng.choices(recipe.domains, [recipe.weights.get(one, 1.0) for one in recipe.domains])[0]
             most = haystacks.MOST[domain]
             n_items = most if rng.random() < FULLEST else rng.randint(1, most)
             inputs, _ = batch_of(processor, domain, n_items, f"{recipe.seed}/{step}", recipe.batch)
-            loss, right = _loss(model, inputs.tensors, marks)
+            loss, right = _loss(model, inputs.to(device).tensors, marks)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         optimizer.zero_grad(set_to_none=True)
@@ -241,11 +246,13 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
                 "spent": seconds,
                 "accuracy": accuracy,
                 "curve": curve,
+                "recipe": repr(recipe),
             }
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
     seconds = spent + time.perf_counter() - began
-    return save(name, model.eval(), processor, folder / name, curve=curve, minutes=round(seconds / 60, 1))
+    record = dict(steps=step + 1, curve=curve, minutes=round(seconds / 60, 1))
+    return save(name, model.cpu().eval(), processor, folder / name, **record)
 
 
 def _loss(model, tensors: dict[str, torch.Tensor], marks: Marks) -> tuple[Float[torch.Tensor, ""], float]:
@@ -281,7 +288,6 @@ def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
         "parameters": sum(p.numel() for p in model.parameters()),
         "domains": list(recipe.domains),
         "seed": recipe.seed,
-        "steps": recipe.steps,
         "batch": recipe.batch,
         "accuracy": held_out_accuracy(model, processor, recipe.domains),
         **card,
