@@ -43,7 +43,7 @@ def study(
         list[str] | None, typer.Option("--domain", "-d", help="May be given again. Default: all the model knows.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
-    samples: Annotated[int, typer.Option(help="Samples of each domain: half find heads, half test them.")] = 96,
+    samples: Annotated[int, typer.Option(help="Samples of each domain: half find heads, half test them.")] = 64,
     n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 20,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 16,
@@ -55,7 +55,7 @@ def study(
     from mech.study import study as run
 
     if samples < 8:
-        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for 96")
+        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
     settings = Settings(
         n_find=samples // 2, n_test=samples - samples // 2, n_random=n_random, seed=seed, batch_size=batch_size
     )
@@ -137,7 +137,7 @@ def ablate(
     from mech.results import save
 
     if samples < 8:
-        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for 96")
+        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
     methods, sizes = to or ["mean"], [int(f) if f >= 1 and f.is_integer() else f for f in fraction or (0.05, 0.2)]
     for given, known in ((methods, METHODS), ([positions], POSITIONS)):
         for word in given:

@@ -54,8 +54,8 @@ class Settings:
         batch_size: samples per forward.
     """
 
-    n_find: int = 48
-    n_test: int = 48
+    n_find: int = 32
+    n_test: int = 32
     n_looks: int = 3
     n_random: int = 20
     fractions: tuple[int | float, ...] = (1, 0.02, 0.05, 0.1, 0.2)

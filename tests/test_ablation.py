@@ -66,23 +66,18 @@ def token(model, text):
     return model.tokenizer(text, add_special_tokens=False).input_ids[0]
 
 
+@torch.no_grad()
 def test_the_logit_difference_is_read_where_the_answers_part(model, halves):
     sample = halves[1][0]
     logits = model(model.inputs_of(sample))[0, -1]
-    ids = [
-        model.tokenizer(text, add_special_tokens=False).input_ids[0]
-        for text in (sample.answer, sample.counterfactual.answer)
-    ]
-    assert ask(model, quiz(model, [sample]))["logit_diff"][0] == pytest.approx(
-        float(logits[ids[0]] - logits[ids[1]]), abs=1e-4
-    )
+    right, wrong = (token(model, text) for text in (sample.answer, sample.counterfactual.answer))
+    found = ask(model, quiz(model, [sample]))["logit_diff"][0]
+    assert found == pytest.approx(float(logits[right] - logits[wrong]), abs=1e-4)
     # Longer answers that begin alike: the difference lies at the second token.
     longer = replace(sample, answer="12", counterfactual=replace(sample.counterfactual, answer="15"))
-    row = model.inputs(sample.question, sample.images, answer="1")
-    at_fork = model(row)[0, -1]
-    one, other = token(model, "2"), token(model, "5")
+    at_fork = model(model.inputs(sample.question, sample.images, answer="1"))[0, -1]
     found = ask(model, quiz(model, [longer]))["logit_diff"][0]
-    assert found == pytest.approx(float(at_fork[one] - at_fork[other]), abs=1e-4)
+    assert found == pytest.approx(float(at_fork[token(model, "2")] - at_fork[token(model, "5")]), abs=1e-4)
 
 
 def test_a_sample_without_partner_has_no_logit_difference(model, halves):
@@ -192,7 +187,7 @@ def test_findings_turn_with_the_numbers():
     assert not any(finding["against_papers"] for finding in findings(agreeing))
     assert said(agreeing, "they are needed beyond chance", "60 points [59, 61]")
     assert said(agreeing, "smallest top set tried that halves accuracy (98%) holds 5 of 100 heads")
-    assert said(agreeing, "L2H3 with RAM 0.90")
+    assert said(agreeing, "L2H3 with RAM 0.9,")
 
     useless = fabricated(drops={"top": 0.02})
     useless["models"]["m"]["domains"]["grounding"]["tests"][0]["p_adjusted"] = 0.4

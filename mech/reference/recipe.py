@@ -41,8 +41,8 @@ _ROPE = dict(rope_type="default", rope_theta=1e6)
 _TEXT = dict(hidden_size=128, intermediate_size=256, head_dim=16, initializer_range=0.06)
 _CLIP = dict(image_size=96, patch_size=16, hidden_size=96, intermediate_size=256, num_attention_heads=4)
 _QWEN_VISION = dict(
-    depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=PATCH, spatial_merge_size=MERGE,
-    temporal_patch_size=FRAMES, in_channels=3, num_position_embeddings=144, deepstack_visual_indexes=[0, 1],
+    depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=PATCH, spatial_patch_size=PATCH,
+    spatial_merge_size=MERGE, temporal_patch_size=FRAMES, in_channels=3, window_size=96, fullatt_block_indexes=[2],
 )  # fmt: skip
 
 RECIPES = {
@@ -63,12 +63,12 @@ RECIPES = {
         steps=3500,
     ),
     "qwen-s": Recipe(
-        family="qwen3_vl",
+        family="qwen2_5_vl",
         text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4),
         vision=dict(_QWEN_VISION, out_hidden_size=128),
         domains=("grounding", "documents", "pages", "video"),
-        tower_steps=1000,
-        steps=2100,
+        tower_steps=700,
+        steps=1500,
     ),
 }
 
@@ -90,7 +90,7 @@ _QWEN_TEMPLATE = (
 )
 _SPECIAL = {
     "llava": ("<pad>", "<|end|>", "<image>", "<|user|>", "<|assistant|>"),
-    "qwen3_vl": (
+    "qwen2_5_vl": (
         "<pad>",
         "<|im_end|>",
         "<|image_pad|>",
@@ -159,8 +159,8 @@ def untrained(recipe: Recipe, words):
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
     )
 
     ids = {token: words.convert_tokens_to_ids(token) for token in _SPECIAL[recipe.family]}
@@ -183,8 +183,8 @@ def untrained(recipe: Recipe, words):
         # not learned.
         torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=1.0)
     else:
-        rope = dict(_ROPE, mrope_section=[4, 2, 2], mrope_interleaved=True)
-        config = Qwen3VLConfig(
+        rope = dict(_ROPE, mrope_section=[4, 2, 2])
+        config = Qwen2_5_VLConfig(
             tie_word_embeddings=True,
             vision_config=dict(recipe.vision),
             text_config=dict(text, rope_parameters=rope),
@@ -193,7 +193,7 @@ def untrained(recipe: Recipe, words):
             vision_start_token_id=ids["<|vision_start|>"],
             vision_end_token_id=ids["<|vision_end|>"],
         )
-        model = Qwen3VLForConditionalGeneration(config)
+        model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = ids[end]
     model.generation_config.pad_token_id = ids[pad]
     return model

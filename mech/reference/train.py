@@ -127,7 +127,7 @@ def vision_tower(model) -> list[torch.nn.Module]:
     if hasattr(model.model, "vision_tower"):
         return [model.model.vision_tower]
     visual = model.model.visual
-    return [visual.patch_embed, visual.pos_embed, visual.blocks]
+    return [visual.patch_embed, visual.blocks]
 
 
 def _image_features(model, tensors: dict[str, torch.Tensor]):
