@@ -70,15 +70,13 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
     test = next((t for t in numbers["tests"] if t["method"] == "mean" and t["n_heads"] == top["n_heads"]), None)
     if test is None:
         return
-    few = test["smallest_p_sets"] > ALPHA
-    needed = test["p_adjusted"] < ALPHA and (few or test["p_sets"] <= ALPHA)
-    verdict = "they are needed beyond chance" if needed else "they are not shown to be needed beyond chance"
-    if few:
-        verdict += f", as far as {random['draws']} random sets can tell"
+    needed = test["p_adjusted"] < ALPHA
+    verdict = "they are needed more than random heads are" if needed else "they are not shown to be needed more"
+    as_costly = round(test["p_sets"] * (random["draws"] + 1)) - 1
     yield (
         f"Mean-ablating {_heads(top, 'highest')} costs {_points(top['accuracy_drop'])} of accuracy, as many random "
         f"heads {_points(random['accuracy_drop'])}: {verdict} (sign-flip permutation test over samples: p "
-        f"{_p(test['p_adjusted'])} after Holm; rank among {random['draws']} random sets: p {_p(test['p_sets'])}).",
+        f"{_p(test['p_adjusted'])} after Holm; {as_costly} of {random['draws']} random sets cost as much).",
         top["accuracy_drop"]["high"] < MATTERS,
     )
     matched = _at(numbers, "mean", "layer_matched", TOP)
