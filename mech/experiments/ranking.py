@@ -141,10 +141,9 @@ class Ranking:
     ) -> tuple[Heads, ...]:
         """``n_draws`` sets of ``k`` heads, each drawn from all heads but ``exclude``.
 
-        The sets differ from each other; where there are not so many different ones there are fewer. More
-        draws of the same seed begin
-        with the same sets. With nothing excluded a draw can hold top heads; that is what makes the test over sets
-        exact, since the top set could then have been one of the draws.
+        The sets differ from each other; where there are not so many different ones there are fewer. More draws of the
+        same seed begin with the same sets. With nothing excluded a draw can hold top heads; that is what makes the
+        test over sets exact, since the top set could then have been one of the draws.
         """
         count = self.count(k)
         excluded = set(self._known(exclude))
