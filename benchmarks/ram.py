@@ -5,7 +5,7 @@
 
 Runs of both kinds are interleaved in one process and medians are compared; one thread. Memory is measured in fresh
 processes (the peak of resident memory above that of the loaded model and its inputs). The model is a LLaVA with random
-weights, 12 layers x 16 heads, d_model 512; only shapes matter here.
+weights, 6 layers x 8 heads, d_model 256; only shapes matter here.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def made(tokens: int):
     torch.manual_seed(0)
     config = LlavaConfig(
         text_config=LlamaConfig(
-            hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=16,
-            num_key_value_heads=4, vocab_size=1000, max_position_embeddings=2 * tokens,
+            hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=2, vocab_size=1000, max_position_embeddings=2 * tokens,
         ),
         vision_config=CLIPVisionConfig(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14,
@@ -140,7 +140,7 @@ def main() -> None:
             }
         )
     record = {
-        "what": "RAM of all heads over one plain SDPA forward, LLaVA of 12 layers x 16 heads (4 kv), float32",
+        "what": "RAM of all heads over one plain SDPA forward, LLaVA of 6 layers x 8 heads (2 kv), float32",
         "machine": f"{platform.processor() or platform.machine()},1 thread",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "date": datetime.now(UTC).date().isoformat(),
