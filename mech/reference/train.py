@@ -7,7 +7,7 @@ learns to answer.
 Every picture carries questions about all of its items: two are asked about in full ("Which digit is in the red
 frame?", answered some tokens after the word that matters), the others are listed in one go (" red7 blue3", answered
 right after it). The dense list is what makes a small model learn to retrieve, within some hundred steps, on full
-scenes from the start; growing the scenes item by item, or asking in full only, took many times as long. The full form
+scenes from the start; growing scenes item by item was tried and was far from it after a thousand steps. The full form
 teaches to carry what was read to where it is said.
 
 Training is resumable (a checkpoint every hundred steps) and deterministic: step ``i`` draws the same scenes whoever
