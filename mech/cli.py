@@ -234,14 +234,11 @@ def _print_findings(summary: dict) -> None:
     from rich.padding import Padding
 
     console = Console()
-    where = None
-    for finding in summary["findings"]:
-        here = " on ".join(word for word in (finding["model"], finding["domain"]) if word) or "all models"
-        if here != where:
-            console.print(f"\n[bold]{escape(here)}[/]")
-            where = here
+    console.print("\n[bold]Findings[/] (a place is a model on a domain; the report has all of them with their numbers)")
+    for finding in summary["headlines"]:
         mark = "[yellow]against the papers:[/] " if finding["against_papers"] else ""
-        console.print(Padding(mark + escape(finding["text"]), (0, 0, 0, 2)), highlight=False)
+        place = f"{finding['model']}: " if finding["model"] else ""
+        console.print(Padding(mark + escape(place + finding["text"]), (0, 0, 0, 2)), highlight=False)
 
 
 def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -24,7 +24,7 @@ from mech.data.regions import Box, Frames, Pages
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
-from mech.experiments.findings import findings
+from mech.experiments.findings import findings, headlines
 from mech.experiments.heads import attention_from, retrieval_attention_mass
 from mech.experiments.metrics import quiz
 from mech.experiments.ranking import Ranking, rank_heads
@@ -133,6 +133,7 @@ def study(
             raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
         summary["scales"] = summarise_scales(retrieval)
         summary["findings"] = findings(summary)
+        summary["headlines"] = headlines(summary["findings"])
         records = {record["model"]: record["provenance"] for record in place.records}
         summary["provenance"] = {short: records[short] for short in summary["models"]}
         write_json(summary, place.path / "summary.json")

@@ -79,6 +79,9 @@ def fabricated_study(
         },
         {"text": "All domains share most of their top heads.", "model": None, "domain": None, "against_papers": False},
     ]
+    summary["headlines"] = [
+        {"text": "Low-ranked heads matter: in 1 of 2 places.", "model": None, "domain": None, "against_papers": True}
+    ]
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "study.json").write_text(json.dumps({"settings": {"n_test": n, "seed": 0}, "created": "2026-06-01"}))
     return folder

@@ -10,7 +10,7 @@ import torch
 from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError
 from mech.experiments.ablation import BASELINE, Condition, ablation, conditions
-from mech.experiments.findings import findings
+from mech.experiments.findings import KINDS, findings, headlines
 from mech.experiments.heads import retrieval_attention_mass
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking import Head, rank_heads
@@ -223,6 +223,21 @@ def test_findings_do_not_claim_what_cannot_be_seen():
     unlucky["models"]["m"]["domains"]["grounding"]["tests"][0]["p_sets"] = 1.0
     assert said(unlucky, "needed more than random heads", "1 of 1 random sets cost as much")
     assert findings(fabricated(half_mass_share=float("nan"))) is not None
+
+
+def test_headlines_count_places_and_keep_what_is_said_of_a_model():
+    summary = fabricated()
+    weak = fabricated(drops={"bottom": 0.3})["models"]["m"]["domains"]["grounding"]
+    summary["models"]["m"]["domains"]["video"] = weak
+    summary["models"]["n"] = copy.deepcopy(fabricated()["models"]["m"])
+    found = findings(summary)
+    assert all(finding["kind"] in KINDS for finding in found)
+    by_kind = {finding["kind"]: finding["text"] for finding in headlines(found)}
+    assert by_kind["needed"].endswith("in 3 of 3 places (m on all domains; n on grounding).")
+    assert by_kind["low"].endswith("in 1 of 3 places (m on video).")
+    assert "not needed" not in by_kind
+    one = {"kind": "domains", "text": "x", "model": "m", "domain": None, "against_papers": False}
+    assert headlines([one]) == [one]
 
 
 def test_the_baseline_is_always_there(model, halves):

@@ -2,7 +2,7 @@
 
 Each rule below reads the numbers of one model on one domain (or of one model, or of all) and says what they show,
 with the interval; where that contradicts arXiv 2606.05843 the finding is flagged. A rule that has nothing to say
-says nothing. No rule knows which model it reads.
+says nothing. No rule knows which model it reads. ``headlines`` counts in how many places each kind of finding was made.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,17 +23,62 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
         for domain, numbers in facts["domains"].items():
             n_heads = facts["n_layers"] * facts["n_heads"]
             for rule in (_concentration, _weak, _necessity, _redundancy, _halving, _low_ranked, _methods):
-                said += [_finding(text, model, domain, against) for text, against in rule(numbers, n_heads)]
-        said += [_finding(text, model, None, against) for text, against in _domains(facts)]
-    said += [_finding(text, None, None, against) for text, against in _scales(summary)]
+                said += [_finding(model, domain, *one) for one in rule(numbers, n_heads)]
+        said += [_finding(model, None, *one) for one in _domains(facts)]
+    said += [_finding(None, None, *one) for one in _scales(summary)]
     return said
 
 
-def _finding(text: str, model: str | None, domain: str | None, against: bool) -> Finding:
-    return {"text": text, "model": model, "domain": domain, "against_papers": against}
+def headlines(found: list[Finding]) -> list[Finding]:
+    """One sentence for each kind of finding, saying in how many places (a model on a domain) it was made, and where.
+
+    What is said of a whole model or of all models is one place each and is kept as it is.
+    """
+    places = list(dict.fromkeys((f["model"], f["domain"]) for f in found if f["domain"]))
+    said = []
+    for kind, phrase in KINDS.items():
+        made = [f for f in found if f["kind"] == kind]
+        if made and made[0]["domain"]:
+            here = list(dict.fromkeys((f["model"], f["domain"]) for f in made))
+            text = f"{phrase}: in {len(here)} of {len(places)} places ({_listed(here, places)})."
+            said.append(_finding(None, None, kind, text, any(f["against_papers"] for f in made)))
+        else:
+            said += made
+    return said
 
 
-Said = Iterator[tuple[str, bool]]
+def _listed(here: list[tuple[str, str]], places: list[tuple[str, str]]) -> str:
+    """``llava-s on all domains; llava-m on grounding, documents``."""
+    words = []
+    for model in dict.fromkeys(model for model, _ in here):
+        domains = [domain for name, domain in here if name == model]
+        everywhere = len(domains) == sum(name == model for name, _ in places) > 1
+        words.append(f"{model} on {'all domains' if everywhere else ', '.join(domains)}")
+    return "; ".join(words)
+
+
+def _finding(model: str | None, domain: str | None, kind: str, text: str, against: bool) -> Finding:
+    return {"kind": kind, "text": text, "model": model, "domain": domain, "against_papers": against}
+
+
+# What each kind of finding says, without its numbers; the order is that of the headlines.
+KINDS = {
+    "needed": "The heads with the highest RAM are needed more than random heads",
+    "not needed": "The heads with the highest RAM are not shown to be needed more than random heads",
+    "layers": "Random heads of the same layers cost at least half as much as the heads with the highest RAM",
+    "redundant": "Heads stand in for one another: a set costs more than its size times its first head",
+    "halving": "A top set that was tried halves accuracy",
+    "not halving": "Accuracy stays above half without the largest top set",
+    "low": "Low-ranked heads matter too",
+    "random": "Random heads are no harmless control",
+    "methods": "The method of ablation decides how much the same heads matter",
+    "concentrated": "A quarter of the heads or less holds half of all retrieval attention mass",
+    "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",
+    "weak": "The model is too weak for ablation to show anything",
+    "domains": "",
+    "scales": "",
+}
+Said = Iterator[tuple[str, str, bool]]
 
 
 def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
@@ -47,13 +92,15 @@ def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
         f"L{layer}H{head} with RAM {best:.2g}, where a head that looks everywhere alike would have {null:.2g}."
     )
     # The papers find 4-10% of the heads with half of the mass.
-    yield text, share > 0.25
+    spread = share > 0.25
+    yield "spread" if spread else "concentrated", text, spread
 
 
 def _weak(numbers: Mapping[str, Any], n_heads: int) -> Said:
     right = numbers["baseline"]["accuracy"]
     if _too_weak(numbers):
         yield (
+            "weak",
             f"The model answers only {right['mean']:.0%} here: ablation cannot show what its heads are needed for.",
             False,
         )
@@ -74,6 +121,7 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
     verdict = "they are needed more than random heads are" if needed else "they are not shown to be needed more"
     as_costly = round(test["p_sets"] * (random["draws"] + 1)) - 1
     yield (
+        "needed" if needed else "not needed",
         f"Mean-ablating {_heads(top, 'highest')} costs {_points(top['accuracy_drop'])} of accuracy, as many random "
         f"heads {_points(random['accuracy_drop'])}: {verdict} (sign-flip permutation test over samples: p "
         f"{_p(test['p_adjusted'])} after Holm; {as_costly} of {random['draws']} random sets cost as much).",
@@ -82,6 +130,7 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
     matched = _at(numbers, "mean", "layer_matched", TOP)
     if needed and matched and matched["accuracy_drop"]["mean"] >= 0.5 * top["accuracy_drop"]["mean"]:
         yield (
+            "layers",
             f"Random heads of the same layers cost {_points(matched['accuracy_drop'])}, at least half as much as the "
             "top heads: much of the effect belongs to the layers, not to these heads.",
             True,
@@ -97,6 +146,7 @@ def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
     for several in tops[1:]:
         if several["n_heads"] * max(0.0, single["accuracy_drop"]["high"]) < several["accuracy_drop"]["low"]:
             yield (
+                "redundant",
                 f"Heads stand in for one another: without the highest-ranked head alone accuracy falls by "
                 f"{_points(single['accuracy_drop'])}, without the first {several['n_heads']} by "
                 f"{_points(several['accuracy_drop'])}, more than {several['n_heads']} times as much. The effect of a "
@@ -113,14 +163,14 @@ def _halving(numbers: Mapping[str, Any], n_heads: int) -> Said:
     enough = next((e for e in tops if e["accuracy"]["mean"] <= base / 2), None)
     if enough:
         size = f"{enough['n_heads']} of {n_heads} heads"
-        yield f"The smallest top set tried that halves accuracy ({base:.0%}) holds {size}.", False
+        yield "halving", f"The smallest top set tried that halves accuracy ({base:.0%}) holds {size}.", False
     else:
         most = tops[-1]
         text = (
             f"Even without the top {most['fraction']:.0%} of the heads accuracy stays above half of its {base:.0%} "
             f"(at {most['accuracy']['mean']:.0%})."
         )
-        yield text, True
+        yield "not halving", text, True
 
 
 def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
@@ -130,6 +180,7 @@ def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
         drop = entry["accuracy_drop"]
         if drop["low"] > 0 and drop["mean"] >= MATTERS:
             yield (
+                "low",
                 f"Low-ranked heads matter too: mean-ablating {_heads(entry, 'lowest')} costs {_points(drop)} of "
                 "accuracy. RAM does not see what they do; patching can.",
                 True,
@@ -139,6 +190,7 @@ def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
     if random and random[-1]["accuracy_drop"]["low"] > MATTERS:
         worst = random[-1]
         yield (
+            "random",
             f"Random heads are no harmless control: {worst['n_heads']} of them ({worst['fraction']:.0%}) cost "
             f"{_points(worst['accuracy_drop'])} on average.",
             False,
@@ -158,7 +210,7 @@ def _methods(numbers: Mapping[str, Any], n_heads: int) -> Said:
             f"The method decides how much the same top heads matter: {most} ablation costs {_points(drops[most])}, "
             f"{least} ablation {_points(drops[least])}."
         )
-        yield text, False
+        yield "methods", text, False
 
 
 def _domains(facts: Mapping[str, Any]) -> Said:
@@ -177,7 +229,7 @@ def _domains(facts: Mapping[str, Any]) -> Said:
         f"{max(shared):.2f} (chance: {null:.2f})."
     )
     # The paper reports 0.79 to 0.92.
-    yield text, min(rank) < 0.79
+    yield "domains", text, min(rank) < 0.79
 
 
 def _scales(summary: Mapping[str, Any]) -> Said:
@@ -188,6 +240,7 @@ def _scales(summary: Mapping[str, Any]) -> Said:
         n = len(pairs)
         centre_a, centre_b = sum(p["centre_a"] for p in pairs) / n, sum(p["centre_b"] for p in pairs) / n
         yield (
+            "scales",
             f"Retrieval (RAM beyond what even attention gives) sits at {centre_a:.0%} of the depth of {a} and at "
             f"{centre_b:.0%} of that of {b} (mean over {n} domain{'s' * (n != 1)}); their depth profiles overlap by "
             f"{sum(p['overlap'] for p in pairs) / n:.0%}.",

@@ -156,16 +156,30 @@ def _masthead(summary: Mapping[str, Any], places: list[_Place]) -> str:
 
 
 def _findings(summary: Mapping[str, Any]) -> str:
+    found = summary.get("findings", [])
+    if not found:
+        return '<section id="findings"><h2>Findings</h2><p>The study computed no findings.</p></section>'
+    details = []
+    for model in dict.fromkeys(finding["model"] for finding in found if finding["model"]):
+        of_model = [finding for finding in found if finding["model"] == model]
+        details.append(
+            f"<details><summary>{escape(model)}: {len(of_model)} findings with their numbers</summary>"
+            f"{_sentences(of_model, ('domain',))}</details>"
+        )
+    note = '<p class="soft">Computed from the numbers below by fixed rules. A place is a model on a domain.</p>'
+    top = _sentences(summary.get("headlines", found), ("model", "domain"))
+    return f'<section id="findings"><h2>Findings</h2>{note}{top}{"".join(details)}</section>'
+
+
+def _sentences(findings: list[Mapping[str, Any]], placed_by: tuple[str, ...]) -> str:
     items = []
-    for finding in summary.get("findings", []):
+    for finding in findings:
         against = bool(finding.get("against_papers"))
-        where = " · ".join(escape(finding[key]) for key in ("model", "domain") if finding.get(key))
+        where = " · ".join(escape(finding[key]) for key in placed_by if finding.get(key))
         badge = '<span class="badge">against the papers</span>' if against else ""
         place = f'<span class="where">{where}</span>' if where else ""
         items.append(f"<li{' class=against' if against else ''}>{badge}{place}{escape(finding['text'])}</li>")
-    body = f'<ol class="findings">{"".join(items)}</ol>' if items else "<p>The study computed no findings.</p>"
-    note = '<p class="soft">Computed from the numbers below by fixed rules.</p>'
-    return f'<section id="findings"><h2>Findings</h2>{note}{body}</section>'
+    return f'<ol class="findings">{"".join(items)}</ol>'
 
 
 def _overview(places: list[_Place]) -> str:
