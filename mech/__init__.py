@@ -22,16 +22,20 @@ __version__ = "0.1.0"
 _NAMES = {
     "Ablate": "mech.interventions",
     "Box": "mech.data.regions",
+    "Custom": "mech.interventions",
     "Frames": "mech.data.regions",
     "Head": "mech.experiments.ranking",
     "HookedMLLM": "mech.model",
     "Inputs": "mech.inputs",
+    "Knockout": "mech.interventions",
     "Mask": "mech.data.regions",
     "MechError": "mech.errors",
     "Pages": "mech.data.regions",
+    "Patch": "mech.interventions",
     "Ranking": "mech.experiments.ranking",
     "Sample": "mech.data.samples",
     "Samples": "mech.data.samples",
+    "Scale": "mech.interventions",
     "Study": "mech.results",
     "TokenLayout": "mech.inputs",
     "ablation": "mech.experiments.ablation",
@@ -69,6 +73,10 @@ if TYPE_CHECKING:
     from mech.inputs import Inputs as Inputs
     from mech.inputs import TokenLayout as TokenLayout
     from mech.interventions import Ablate as Ablate
+    from mech.interventions import Custom as Custom
+    from mech.interventions import Knockout as Knockout
+    from mech.interventions import Patch as Patch
+    from mech.interventions import Scale as Scale
     from mech.interventions import intervene as intervene
     from mech.interventions import reference_activations as reference_activations
     from mech.model import HookedMLLM as HookedMLLM

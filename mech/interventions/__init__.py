@@ -5,15 +5,20 @@ Knows models, inputs and samples (for reference activations). Knows nothing of b
 
 from mech.interventions.reference import Reference, reference_activations
 from mech.interventions.run import Intervened, intervene
-from mech.interventions.specs import METHODS, PHASES, POSITIONS, Ablate
+from mech.interventions.specs import METHODS, PHASES, POSITIONS, Ablate, Custom, Knockout, Patch, Scale, Spec
 
 __all__ = [
     "METHODS",
     "PHASES",
     "POSITIONS",
     "Ablate",
+    "Custom",
     "Intervened",
+    "Knockout",
+    "Patch",
     "Reference",
+    "Scale",
+    "Spec",
     "intervene",
     "reference_activations",
 ]

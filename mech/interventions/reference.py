@@ -1,14 +1,17 @@
-"""What heads put out on other samples: the means and the draws that ablation replaces a head's output with.
+"""What a point puts out on other samples: the means and the draws that ablation puts in its place.
 
 Positions with a visual token and positions with text are kept apart: a head's mean over the picture is not a value it
 ever takes at a word.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
@@ -16,9 +19,10 @@ from mech.inputs import IMAGE, PADDING, VIDEO, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 
 TEXT_KIND, VISUAL_KIND = 0, 1
+Z = "attn.hook_z"
 
 
-def kinds(layout: TokenLayout) -> torch.Tensor:
+def kinds(layout: TokenLayout) -> Tensor:
     """0 at text, 1 at visual tokens, -1 at padding."""
     kind = torch.as_tensor(layout.kind)
     visual = (kind == IMAGE) | (kind == VIDEO)
@@ -27,66 +31,120 @@ def kinds(layout: TokenLayout) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """Outputs of every text head on reference samples.
+    """Values of one point on reference samples, in every layer: of every text head, or of the residual stream's width.
 
     Attributes:
-        mean: over all positions of a kind.
-        draws: at random positions of a kind, the same positions for every head.
+        mean: over all positions of a kind; layers without the point are zero.
+        draws: at random positions of a kind, the same positions for every layer and head.
         digest: of the samples.
+        point: which values these are.
     """
 
-    mean: Float[torch.Tensor, "kind layer head d_head"] = field(repr=False)
-    draws: Float[torch.Tensor, "kind draw layer head d_head"] = field(repr=False)
+    mean: Float[Tensor, "kind layer ..."] = field(repr=False)
+    draws: Float[Tensor, "kind draw layer ..."] = field(repr=False)
     digest: str = ""
+    point: str = Z
+
+    def check(self, model: HookedMLLM, point: str) -> None:
+        """Refuse a model or a point that these values are not of."""
+        cfg = model.cfg
+        layers = 1 if point == "hook_embed" else cfg.n_layers
+        rest = (cfg.n_heads, max(cfg.d_heads)) if point == Z else (cfg.d_model,)
+        given, mine = (self.point, *self.mean.shape[1:]), (point, layers, *rest)
+        if given != mine:
+            raise ExperimentError(
+                f"reference activations of {' x '.join(map(str, given))}",
+                f"{' x '.join(map(str, mine))} (point, layers, and heads x d_head or d_model), as this model has",
+                f"make them with reference_activations(model, samples, point={point!r})",
+            )
 
 
 @torch.no_grad()
 def reference_activations(
-    model: HookedMLLM, samples: Samples | Sequence[Sample], *, n_draws: int = 64, batch_size: int = 8, seed: int = 0
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    *,
+    point: str = Z,
+    n_draws: int = 64,
+    batch_size: int = 8,
+    seed: int = 0,
 ) -> Reference:
-    """The mean of every head's z over ``samples``, and ``n_draws`` single values of it, for each kind of position.
+    """The mean of a point over ``samples``, and ``n_draws`` single values of it, for each kind of position.
+
+    Args:
+        model: a hooked model.
+        samples: other samples than those that are tested.
+        point: ``"attn.hook_z"``, ``"hook_attn_out"``, ``"hook_mlp_out"`` or ``"hook_embed"``.
+        n_draws: values kept for ``resample``.
+        batch_size: samples per forward.
+        seed: of the draws.
+
+    Raises:
+        ExperimentError: no samples.
 
     Cost: one forward per sample.
     """
     samples = Samples(samples)
     if not len(samples):
         raise ExperimentError("no reference samples", "at least one", "pass reference=train")
-    cfg = model.cfg
-    total = torch.zeros(2, cfg.n_layers, cfg.n_heads, cfg.d_head, dtype=torch.float64)
+    names = [name for name in model.points() if name == point or _is_text(name, point)]
+    layers = {name: 0 if name == point else int(name.split(".")[1]) for name in names}
+    total: dict[int, Tensor] = {}
     count = torch.zeros(2)
     each = -(-n_draws // len(samples))
-    drawn: list[list[torch.Tensor]] = [[], []]
+    drawn: dict[int, list[list[Tensor]]] = {layer: [[], []] for layer in layers.values()}
     for start in range(0, len(samples), batch_size):
         inputs = model.collate([model.inputs_of(sample) for sample in samples[start : start + batch_size]])
         kind = torch.stack([kinds(layout) for layout in inputs.layouts])
         # Seeded sample by sample: what is drawn does not depend on the batches.
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + row) for row in range(len(kind))]
         picked = [[_pick(row == which, each, g) for row, g in zip(kind, generators, strict=True)] for which in (0, 1)]
-        here: list[list[torch.Tensor]] = [[], []]
 
-        def read(call: AttentionCall, kind=kind, picked=picked, here=here) -> None:
-            z = call.z.detach().float()
+        def read(layer: int, value: Tensor, kind=kind, picked=picked) -> None:
+            value = value.detach().float()
+            sums = total.setdefault(layer, torch.zeros(2, *value.shape[2:], dtype=torch.float64))
             for which in (TEXT_KIND, VISUAL_KIND):
-                total[which, call.layer] += z[(kind == which).to(z.device)].sum(0).double().cpu()
-                drawn_here = [row[at.to(z.device)] for row, at in zip(z, picked[which], strict=True)]
-                here[which].append(torch.cat(drawn_here).cpu())
+                sums[which] += value[(kind == which).to(value.device)].sum(0).double().cpu()
+                here = [row[at.to(value.device)] for row, at in zip(value, picked[which], strict=True)]
+                drawn[layer][which].append(torch.cat(here).cpu())
 
-        with model.attending(read):
+        with _reading(model, point, layers, read):
             model(inputs, logits_to_keep=1)
         for which in (TEXT_KIND, VISUAL_KIND):
             count[which] += (kind == which).sum()
-            drawn[which].append(torch.stack(here[which], dim=1))
-    mean = (total / count.clamp(min=1)[:, None, None, None]).float()
-    draws = torch.stack([_shuffled(torch.cat(parts), n_draws, seed) for parts in drawn])
-    return Reference(mean.to(model.device), draws.to(model.device), samples.digest())
+    n_layers = 1 if point == "hook_embed" else model.cfg.n_layers
+    # Heads may be wider in some layers than in others (Gemma 4): the narrower ones are filled up.
+    rest = [max(sizes) for sizes in zip(*(sums.shape[1:] for sums in total.values()), strict=True)]
+    mean, draws = torch.zeros(2, n_layers, *rest), torch.zeros(2, n_draws, n_layers, *rest)
+    for layer, sums in total.items():
+        here = tuple(slice(size) for size in sums.shape[1:])
+        for which in (TEXT_KIND, VISUAL_KIND):
+            mean[(which, layer, *here)] = (sums[which] / count[which].clamp(min=1)).float()
+            draws[(which, slice(None), layer, *here)] = _shuffled(torch.cat(drawn[layer][which]), n_draws, seed)
+    return Reference(mean.to(model.device), draws.to(model.device), samples.digest(), point)
 
 
-def _pick(allowed: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+def _is_text(name: str, point: str) -> bool:
+    return name.startswith("blocks.") and name.endswith(f".{point}")
+
+
+def _reading(model: HookedMLLM, point: str, layers: dict[str, int], read: Any) -> AbstractContextManager:
+    """Heads are read by an observer, which sees them before any hook has changed them; the rest by hooks."""
+    if point != Z:
+        return model.hooks([(name, lambda value, hook: read(layers[hook.name], value)) for name in layers])
+
+    def observe(call: AttentionCall) -> None:
+        read(call.layer, call.z)
+
+    return model.attending(observe)
+
+
+def _pick(allowed: Tensor, n: int, generator: torch.Generator) -> Tensor:
     where = allowed.nonzero().flatten()
     return where[torch.randint(len(where), (n,), generator=generator)] if len(where) else where
 
 
-def _shuffled(parts: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+def _shuffled(parts: Tensor, n: int, seed: int) -> Tensor:
     if not len(parts):
         return parts.new_zeros(n, *parts.shape[1:])
     return parts[torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))[:n]]

@@ -1,4 +1,11 @@
-"""``Ablate``: which heads, replaced by what, where and when. A frozen value; nothing happens until ``intervene``.
+"""Interventions as frozen values: what is changed, where and when. Nothing happens until ``intervene``.
+
+    Ablate(heads=ranking.top(0.05), to="mean", reference=train)              # what is it needed for?
+    Ablate("hook_mlp_out", layers=[3], to="zero")                            # MLPs, attention layers, visual tokens
+    Patch("attn.hook_z", source=other_inputs, heads=[(3, 2)])                # values of another run
+    Knockout(query="question", key=Box(10, 10, 40, 40), layers=range(4, 9))  # who may not look at what
+    Scale(heads=[(3, 2)], factor=2.0)                                        # steering
+    Custom("blocks.3.hook_resid_post", fn)                                   # anything
 
 "Ablating a head" names five different operations in the literature, and they can disagree. Each has its name here, and
 the name travels into every result:
@@ -14,10 +21,13 @@ the name travels into every result:
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from mech.data.regions import Box, Frames, Mask, Pages
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.interventions.reference import Reference
@@ -25,99 +35,326 @@ from mech.interventions.reference import Reference
 METHODS = ("mean", "zero", "resample", "uniform", "paper")
 POSITIONS = ("all", "question", "last", "image", "text")
 PHASES = ("both", "prefill", "decode")
+Z = "attn.hook_z"
+ABLATED = (Z, "hook_attn_out", "hook_mlp_out", "hook_embed")
+PATCHED = {  # point -> which heads it has
+    "hook_embed": "", "hook_resid_pre": "", "hook_resid_mid": "", "hook_resid_post": "", "hook_attn_out": "",
+    "hook_mlp_out": "", "mlp.hook_post": "", "attn.hook_q": "head", "attn.hook_rot_q": "head", Z: "head",
+    "attn.hook_result": "head", "attn.hook_pattern": "head", "attn.hook_attn_scores": "head",
+    "attn.hook_k": "kv_head", "attn.hook_v": "kv_head",
+}  # fmt: skip
+Pairs = tuple[tuple[int, int], ...]
+Where = Any  # a name, a region, several regions, or positions: see TokenLayout.positions
 
 
-@dataclass(frozen=True)
-class Ablate:
-    """Replace the output of attention heads.
+class Spec:
+    """What all interventions have: a check before any forward, and a description for the record."""
+
+    def check(self, model: Any) -> None:
+        """Refuse what cannot be run on this model. No forward pass is made.
+
+        Raises:
+            ExperimentError: an unknown word, a head or layer the model lacks, nothing to act on.
+            PointError: a point that does not exist or is not live.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The spec as plain data, for a result's provenance."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"kind": type(self).__name__, **fields}
+
+    def _refuse_unknown(self, **words: tuple[Any, Iterable[str]]) -> None:
+        for name, (value, known) in words.items():
+            if value not in known:
+                raise ExperimentError(
+                    f"{type(self).__name__}({name}={value!r})",
+                    " or ".join(map(repr, known)),
+                    suggestion(str(value), known),
+                )
+
+
+@dataclass(frozen=True, init=False)
+class Ablate(Spec):
+    """Replace the output of attention heads, of whole layers' attention or MLPs, or of visual tokens.
 
     Attributes:
-        point: what is replaced; heads are ablated at ``"attn.hook_z"``, each head's output before W_O.
-        heads: (layer, head) pairs.
-        to: the method, see the module.
+        point: ``"attn.hook_z"`` (heads: each head's output before W_O), ``"hook_attn_out"``, ``"hook_mlp_out"``
+            (layers) or ``"hook_embed"`` (tokens, as the text stack receives them; name them by ``positions``).
+        heads: (layer, head) pairs, at ``"attn.hook_z"``.
+        layers: layers, at ``"hook_attn_out"`` and ``"hook_mlp_out"``.
+        to: the method, see the module; away from heads ``mean``, ``zero`` or ``resample``.
         positions: ``"all"``, or only the positions of the ``"question"``, the ``"last"`` one of the prompt, those of
-            the ``"image"`` or of the ``"text"``. Generated tokens belong to ``"all"`` and ``"text"``.
+            the ``"image"`` or of the ``"text"``; or a region or positions of the prompt. Generated tokens belong to
+            ``"all"`` and ``"text"``.
         phase: while the prompt is read (``"prefill"``), while the answer is written (``"decode"``), or ``"both"``.
         reference: samples, or their ``reference_activations``, that ``mean`` and ``resample`` draw from. They should
             not be the samples that are tested.
         seed: of ``resample``.
     """
 
-    point: str = "attn.hook_z"
-    heads: tuple[tuple[int, int], ...] = ()
+    point: str = Z
+    heads: Pairs = ()
+    layers: tuple[int, ...] = ()
     to: str = "mean"
-    positions: str = "all"
+    positions: Where = "all"
     phase: str = "both"
     reference: Samples | Reference | None = field(default=None, repr=False, compare=False)
     seed: int = 0
 
     def __init__(
         self,
-        point: str = "attn.hook_z",
+        point: str = Z,
         *,
-        heads: Iterable[tuple[int, int]],
+        heads: Iterable[tuple[int, int]] = (),
+        layers: Iterable[int] = (),
         to: str = "mean",
-        positions: str = "all",
+        positions: Where = "all",
         phase: str = "both",
         reference: Samples | Reference | None = None,
         seed: int = 0,
     ):
         # Any iterable of pairs is taken, so the fields are set by hand on the frozen instance.
-        given = dict(
-            point=point,
-            heads=tuple((int(layer), int(head)) for layer, head in heads),
-            to=to,
-            positions=positions,
-            phase=phase,
-            reference=reference,
-            seed=seed,
-        )
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+        _set(self, point=point, heads=_pairs(heads), layers=_ints(layers), to=to, positions=_frozen(positions),
+             phase=phase, reference=reference, seed=seed)  # fmt: skip
 
     def check(self, model: Any) -> None:
-        """Refuse what cannot be run on this model. No forward pass is made.
-
-        Raises:
-            ExperimentError: an unknown word, a head the model lacks, no head, or no reference where one is needed.
-        """
-        for name, value, known in (
-            ("point", self.point, ("attn.hook_z",)),
-            ("to", self.to, METHODS),
-            ("positions", self.positions, POSITIONS),
-            ("phase", self.phase, PHASES),
-        ):
-            if value not in known:
+        methods = METHODS if self.point == Z else METHODS[:3]
+        self._refuse_unknown(
+            point=(self.point, ABLATED), to=(self.to, methods), phase=(self.phase, PHASES), **_named(self.positions)
+        )
+        if self.point == Z:
+            if not self.heads:
                 raise ExperimentError(
-                    f"Ablate({name}={value!r})", " or ".join(map(repr, known)), suggestion(value, known)
+                    "Ablate with no heads", "at least one (layer, head)", "pass heads=ranking.top(0.05)"
                 )
-        if not self.heads:
-            raise ExperimentError("Ablate with no heads", "at least one (layer, head)", "pass heads=ranking.top(0.05)")
-        for layer, head in self.heads:
-            if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
-                raise ExperimentError(
-                    f"head (layer {layer}, head {head}) of a model with {model.cfg.n_layers} x {model.cfg.n_heads}",
-                    "a head of this model's text stack",
-                    "check that the ranking was made on this model",
-                )
+            check_heads(model, self.heads)
+        elif self.point == "hook_embed":
+            model.select(self.point)
+        else:
+            check_layers(model, self.layers, self.point)
         if self.to in ("mean", "resample") and self.reference is None:
             raise ExperimentError(
                 f"Ablate(to={self.to!r}) without reference",
                 "samples to take the replacement from, other than those that are tested",
                 "pass reference=train",
             )
-
-        mine = (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
-        if isinstance(self.reference, Reference) and tuple(self.reference.mean.shape[1:]) != mine:
-            raise ExperimentError(
-                f"reference activations of {' x '.join(map(str, self.reference.mean.shape[1:]))} layers, heads, d_head",
-                f"{' x '.join(map(str, mine))}, as this model has",
-                "make them with reference_activations(model, samples)",
-            )
+        if isinstance(self.reference, Reference):
+            self.reference.check(model, self.point)
 
     def describe(self) -> dict[str, Any]:
-        """The spec as plain data, for a result's provenance."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "reference"}
         reference = self.reference
         digest = reference.digest if isinstance(reference, Reference) else reference.digest() if reference else None
-        return {"kind": "Ablate", **fields, "heads": [list(head) for head in self.heads], "reference": digest}
+        return {**super().describe(), "reference": digest}
+
+
+@dataclass(frozen=True, init=False)
+class Patch(Spec):
+    """Replace activations by those of another run, position by position.
+
+    Attributes:
+        point: a point of the text stack without its layer (``"attn.hook_z"``, ``"hook_resid_post"``, ...).
+        source: ``Inputs`` of the other run (one forward), or the ``ActivationCache`` of it. Its layout must be the
+            same: position 17 is replaced by position 17.
+        heads: (layer, head) pairs where the point has heads; keys and values count key/value heads.
+        layers: layers where it has none, or for all heads of them.
+        positions: as in ``Ablate``, of the prompt. At ``"attn.hook_pattern"`` they are query positions.
+    """
+
+    point: str = Z
+    source: Any = field(default=None, repr=False, compare=False)
+    heads: Pairs = ()
+    layers: tuple[int, ...] = ()
+    positions: Where = "all"
+
+    def __init__(
+        self,
+        point: str = Z,
+        source: Any = None,
+        *,
+        heads: Iterable[tuple[int, int]] = (),
+        layers: Iterable[int] = (),
+        positions: Where = "all",
+    ):
+        _set(self, point=point, source=source, heads=_pairs(heads), layers=_ints(layers), positions=_frozen(positions))
+
+    def check(self, model: Any) -> None:
+        self._refuse_unknown(point=(self.point, PATCHED), **_named(self.positions))
+        if self.source is None:
+            raise ExperimentError(
+                f"Patch({self.point!r}) without source", "Inputs of another run, or their cache", "pass source=clean"
+            )
+        if self.heads and not PATCHED[self.point]:
+            raise ExperimentError(f"Patch({self.point!r}, heads=...)", "layers: this point has no heads", "layers=[3]")
+        if self.heads and self.layers:
+            raise ExperimentError("Patch with heads and layers", "one of the two", "leave layers out")
+        if self.heads:
+            check_heads(model, self.heads, PATCHED[self.point])
+        elif self.point == "hook_embed":
+            model.select(self.point)
+        else:
+            check_layers(model, self.layers, self.point)
+        if isinstance(self.source, Mapping) or hasattr(self.source, "cache_dict"):
+            absent = [name for name in names_of(self) if name not in self.source]
+            if absent:
+                raise ExperimentError(
+                    f"a source cache without {absent[0]!r}", "every patched point", f"names_filter={names_of(self)!r}"
+                )
+
+
+@dataclass(frozen=True, init=False)
+class Knockout(Spec):
+    """Cut attention edges: the query positions may not look at the key positions; the rest is renormalised.
+
+    ``pattern'[q, k] = pattern[q, k] [k not in key] / sum of the same over k`` - the scores of the cut edges set to
+    minus infinity before the softmax (Geva et al. 2023, arXiv 2304.14767; for MLLMs 2411.18620).
+
+    Attributes:
+        query: who is cut off, as ``positions`` of ``Ablate``; written tokens belong to "all", "text" and "last".
+        key: what is not seen any more, positions of the prompt.
+        layers: a window of layers; all when neither layers nor heads are given.
+        heads: single heads in place of layers.
+        phase: as in ``Ablate``.
+    """
+
+    query: Where = "question"
+    key: Where = "image"
+    layers: tuple[int, ...] = ()
+    heads: Pairs = ()
+    phase: str = "both"
+
+    def __init__(
+        self,
+        query: Where = "question",
+        key: Where = "image",
+        *,
+        layers: Iterable[int] = (),
+        heads: Iterable[tuple[int, int]] = (),
+        phase: str = "both",
+    ):
+        _set(self, query=_frozen(query), key=_frozen(key), layers=_ints(layers), heads=_pairs(heads), phase=phase)
+
+    def check(self, model: Any) -> None:
+        self._refuse_unknown(phase=(self.phase, PHASES), **_named(self.query, "query"), **_named(self.key, "key"))
+        if self.heads and self.layers:
+            raise ExperimentError("Knockout with heads and layers", "one of the two", "leave layers out")
+        if self.heads:
+            check_heads(model, self.heads)
+        elif self.layers:
+            check_layers(model, self.layers, Z)
+
+
+@dataclass(frozen=True, init=False)
+class Scale(Spec):
+    """Multiply the output of heads: steering up (``factor > 1``), down, or off (0 is zero ablation).
+
+    Attributes:
+        heads: (layer, head) pairs.
+        factor: what z is multiplied by.
+        positions, phase: as in ``Ablate``.
+    """
+
+    heads: Pairs = ()
+    factor: float = 1.0
+    positions: Where = "all"
+    phase: str = "both"
+
+    def __init__(
+        self, heads: Iterable[tuple[int, int]], factor: float, *, positions: Where = "all", phase: str = "both"
+    ):
+        _set(self, heads=_pairs(heads), factor=float(factor), positions=_frozen(positions), phase=phase)
+
+    def check(self, model: Any) -> None:
+        self._refuse_unknown(phase=(self.phase, PHASES), **_named(self.positions))
+        if not self.heads or not np.isfinite(self.factor):
+            raise ExperimentError(repr(self), "at least one head and a finite factor", "Scale(ranking.top(5), 2.0)")
+        check_heads(model, self.heads)
+
+
+@dataclass(frozen=True)
+class Custom(Spec):
+    """Any hook at any point: ``fn(value, hook)`` returns the new value, or None to leave it.
+
+    Attributes:
+        point: full names, a name or a list (``"blocks.3.hook_resid_post"``), of text or vision points.
+        fn: TransformerLens' hook function.
+    """
+
+    point: str | tuple[str, ...]
+    fn: Callable[..., Any] = field(repr=False, compare=False)
+
+    def check(self, model: Any) -> None:
+        model.select(self.point if isinstance(self.point, str) else list(self.point))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Custom", "point": self.point, "fn": getattr(self.fn, "__qualname__", repr(self.fn))}
+
+
+def names_of(spec: Ablate | Patch) -> list[str]:
+    """The full names of the points a spec writes, in order."""
+    if spec.point == "hook_embed":
+        return [spec.point]
+    layers = sorted({layer for layer, _ in spec.heads} | set(spec.layers))
+    return [f"blocks.{layer}.{spec.point}" for layer in layers]
+
+
+def check_heads(model: Any, heads: Pairs, kind: str = "head") -> None:
+    """Refuse heads the model does not have.
+
+    Raises:
+        ExperimentError: a layer or head out of range, or a layer without attention heads.
+    """
+    n_heads = model.cfg.n_heads if kind == "head" else model.cfg.n_kv_heads
+    for layer, head in heads:
+        if not (0 <= layer < model.cfg.n_layers and 0 <= head < n_heads):
+            raise ExperimentError(
+                f"{kind} (layer {layer}, {kind} {head}) of a model with {model.cfg.n_layers} x {n_heads}",
+                f"a {kind} of this model's text stack",
+                "check that the ranking was made on this model",
+            )
+    for layer in sorted({layer for layer, _ in heads}):
+        model.select(f"blocks.{layer}.{Z}")
+
+
+def check_layers(model: Any, layers: tuple[int, ...], point: str) -> None:
+    """Refuse layers the model does not have, or at which the point is not live."""
+    if not layers:
+        raise ExperimentError(f"{point!r} without layers", "at least one layer", "pass layers=[3], or range(4, 9)")
+    for layer in layers:
+        if not 0 <= layer < model.cfg.n_layers:
+            raise ExperimentError(
+                f"layer {layer} of a model with {model.cfg.n_layers}",
+                f"0 to {model.cfg.n_layers - 1}",
+                "count layers from 0",
+            )
+        model.select(f"blocks.{layer}.{point}")
+
+
+def _named(where: Where, name: str = "positions") -> dict[str, tuple[str, Iterable[str]]]:
+    """A position given by name is checked at once; regions and numbers when the inputs are there."""
+    return {name: (where, POSITIONS)} if isinstance(where, str) else {}
+
+
+def _set(spec: Spec, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(spec, name, value)
+
+
+def _pairs(heads: Iterable[tuple[int, int]]) -> Pairs:
+    return tuple((int(layer), int(head)) for layer, head in heads)
+
+
+def _ints(layers: Iterable[int]) -> tuple[int, ...]:
+    return tuple(int(layer) for layer in layers)
+
+
+def _frozen(where: Where) -> Where:
+    if isinstance(where, str | Box | Mask | Frames | Pages):
+        return where
+    return tuple(one if isinstance(one, Box | Mask | Frames | Pages) else int(one) for one in where)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else repr(value)

@@ -1,0 +1,103 @@
+"""What heads put out instead: the arithmetic of ``Ablate``, ``Scale`` and ``Knockout`` inside one attention call.
+
+It works on an ``AttentionCall`` and never makes a query x key tensor of all rows at once.
+"""
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mech.errors import ExperimentError
+from mech.interventions.reference import Reference
+from mech.interventions.specs import Ablate
+from mech.interventions.where import Plan, for_beams
+from mech.model import AttentionCall
+
+ROWS = 512  # query rows at once where attention is computed: bounds memory at 512 x S
+
+
+def span(call: AttentionCall) -> tuple[int, int]:
+    """The positions of the sequence that the call's query rows are."""
+    return call.query_start, call.query_start + call.q.shape[2]
+
+
+def replacement(spec: Ablate, call: AttentionCall, plan: Plan) -> Float[Tensor, "batch pos head d_head"]:
+    """What the heads put out under an ablation."""
+    if spec.to == "zero":
+        return torch.zeros_like(call.z)
+    if spec.to == "uniform":
+        return _grouped(_mean_of_visible(call), call)
+    if spec.to == "paper":
+        return _grouped(_mean_of_all(call, for_beams(plan.prompt_end, call.q.shape[0])), call)
+    return drawn(spec, call.layer, plan, *span(call), batch=call.q.shape[0])[..., : call.z.shape[-1]]
+
+
+def drawn(spec: Ablate, layer: int, plan: Plan, start: int, stop: int, batch: int) -> Float[Tensor, "batch pos ..."]:
+    """The values from reference samples that ``mean`` and ``resample`` put in place."""
+    reference = spec.reference
+    if not isinstance(reference, Reference):
+        raise ExperimentError(f"{spec!r} without reference activations", "a Reference", "run it through intervene")
+    kind = for_beams(plan.kinds(start, stop), batch).to(reference.mean.device)
+    if spec.to == "mean":
+        return reference.mean[kind, layer]
+    draw = for_beams(plan.draw(spec.seed, reference.draws.shape[1], start, stop), batch).to(reference.draws.device)
+    return reference.draws[kind, draw, layer]
+
+
+def knocked_out(
+    call: AttentionCall,
+    z: Float[Tensor, "batch pos head d_head"],
+    query: Bool[Tensor, "batch pos"],
+    key: Bool[Tensor, "batch key_pos"],
+    heads: Bool[Tensor, " head"],
+) -> tuple[Float[Tensor, "batch pos head d_head"], bool]:
+    """z where the rows of ``query`` cannot look at ``key``, and whether any of them could.
+
+    A row that could look at nothing else puts out zero.
+    """
+    z, cut = z.clone(), False
+    rows = query.any(0).nonzero().flatten()
+    for part in rows.split(ROWS):
+        seen = call.rows(part)
+        kept = seen * ~key[:, None, None, :]
+        cut = cut or bool(((seen - kept).sum(-1) > 0)[:, 0][query[:, part]].any())
+        kept = kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+        batch, n_heads, n_rows, keys = kept.shape
+        grouped = kept.reshape(batch, call.v.shape[1], -1, keys) @ call.v.to(kept)
+        new = grouped.reshape(batch, n_heads, n_rows, -1).transpose(1, 2).to(z)
+        chosen = query[:, part, None, None] & heads[None, None, :, None]
+        z[:, part] = torch.where(chosen, new, z[:, part])
+    return z, cut
+
+
+def _grouped(mean: Float[Tensor, "batch kv_head pos d_head"], call: AttentionCall) -> Tensor:
+    return repeat(mean, "batch kv pos d -> batch pos (kv group) d", group=call.q.shape[1] // mean.shape[1])
+
+
+def _mean_of_visible(call: AttentionCall) -> Float[Tensor, "batch kv_head pos d_head"]:
+    start, stop = span(call)
+    v = call.v.float()
+    if call.mask is None and call.causal:
+        count = torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
+        return (v.cumsum(2) / count)[:, :, start:stop]
+    means = []
+    for first in range(0, stop - start, ROWS):
+        rows = torch.arange(first, min(first + ROWS, stop - start), device=v.device)
+        weight = call.visible(rows)[:, 0].float()
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
+        means.append(torch.einsum("brk,bhkd->bhrd", weight, v))  # not `@`: that would copy the weights for every head
+    return torch.cat(means, dim=2)
+
+
+def _mean_of_all(call: AttentionCall, prompt_end: Int[Tensor, " batch"]) -> Float[Tensor, "batch kv_head pos d_head"]:
+    """Every row of the prompt sees the whole prompt; a row behind it sees what has been written by then."""
+    start, stop = span(call)
+    # The last row sees every key that is not padding.
+    real = call.visible([call.q.shape[2] - 1])[..., 0, :, None].float()
+    mean = (call.v.float() * real).cumsum(2) / real.cumsum(2).clamp(min=1)
+    rows = torch.arange(start, stop, device=mean.device)
+    if call.cross:  # all of a memory is there from the first row on
+        return mean[:, :, -1:].expand(-1, -1, stop - start, -1)
+    seen = torch.maximum(rows[None], prompt_end.to(mean.device)[:, None] - 1).clamp(max=mean.shape[2] - 1)
+    return mean.gather(2, seen[:, None, :, None].expand(-1, mean.shape[1], -1, mean.shape[3]))

@@ -1,0 +1,89 @@
+"""Where and when a spec acts in one run: worked out from the layouts of the inputs, before the run.
+
+Rows of a prompt are chosen by name, region or position; a token that is written while generating belongs to the
+positions "all" and "text". A teacher-forced answer is what decoding would have written, and is treated so.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mech.inputs import PADDING, Inputs, TokenLayout
+from mech.interventions.reference import TEXT_KIND, kinds
+from mech.interventions.specs import Where
+
+N_DRAWS = 4096  # positions after which the sequence of draws repeats
+
+
+class Plan:
+    """One run's positions. ``start`` and ``stop`` count the sequence, what has been generated included."""
+
+    def __init__(self, inputs: Inputs):
+        self.layouts = inputs.layouts
+        self.length = len(inputs.layouts[0].kind)
+        self.kind = torch.stack([kinds(layout) for layout in inputs.layouts])
+        # A teacher-forced answer is not part of the prompt: it must not be seen by it, nor decide its draws.
+        self.prompt_end = torch.tensor([min(layout.spans.get("answer") or [self.length]) for layout in inputs.layouts])
+        self.seeds = [
+            zlib.crc32(row[:end][row_kind[:end] >= 0].numpy().tobytes())
+            for row, row_kind, end in zip(inputs.tensors["input_ids"].cpu(), self.kind, self.prompt_end, strict=True)
+        ]
+        self._draws: dict[tuple[int, int], Tensor] = {}
+        self._chosen: dict[tuple[str, str], Bool[Tensor, "batch pos"]] = {}
+
+    def prepare(self, where: Where, phase: str = "both") -> None:
+        """Work a choice of positions out, so that a wrong one is refused before the run."""
+        self._chosen[repr(where), phase] = torch.stack([_chosen(where, phase, layout) for layout in self.layouts])
+
+    def rows(
+        self, where: Where, phase: str, start: int, stop: int, written: Sequence[str] = ("all", "text")
+    ) -> Bool[Tensor, "batch pos"]:
+        """Which of the positions from ``start`` to ``stop`` are meant; those in ``written`` mean generated ones too."""
+        known = self._chosen[repr(where), phase][:, start : min(stop, self.length)]
+        if stop <= self.length:
+            return known
+        generated = isinstance(where, str) and where in written and phase != "prefill"
+        return torch.cat([known, torch.full((len(known), stop - max(start, self.length)), generated)], dim=1)
+
+    def kinds(self, start: int, stop: int) -> Int[Tensor, "batch pos"]:
+        """Visual or text; padding counts as text, and so does what is generated."""
+        kind = torch.nn.functional.pad(self.kind, (0, max(0, stop - self.length)), value=TEXT_KIND)
+        return kind[:, start:stop].clamp(min=0)
+
+    def draw(self, seed: int, n: int, start: int, stop: int) -> Int[Tensor, "batch pos"]:
+        """Which draw each position takes: the same in every layer, whatever else is in the batch."""
+        rows = []
+        for row, of_prompt in enumerate(self.seeds):
+            if (seed, row) not in self._draws:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + of_prompt)
+                self._draws[seed, row] = torch.randint(n, (N_DRAWS,), generator=generator)
+            padding = int((self.kind[row] < 0).sum())
+            rows.append(self._draws[seed, row][(torch.arange(start, stop) - padding) % N_DRAWS])
+        return torch.stack(rows)
+
+
+def _chosen(where: Where, phase: str, layout: TokenLayout) -> Bool[Tensor, " pos"]:
+    chosen = torch.zeros(len(layout.kind), dtype=torch.bool)
+    real = torch.as_tensor(layout.kind) != PADDING
+    written = torch.zeros_like(chosen)
+    written[list(layout.spans.get("answer", ()))] = True
+    if isinstance(where, str) and where == "last":
+        chosen[int((real & ~written).nonzero()[-1])] = True
+    elif isinstance(where, str) and where == "image" and not (kinds(layout) == 1).any():
+        return chosen
+    else:
+        chosen[torch.as_tensor(layout.positions(where))] = True
+    if phase == "prefill":
+        chosen &= ~written
+    elif phase == "decode":
+        chosen &= written
+    return chosen
+
+
+def for_beams(rows: Tensor, batch: int) -> Tensor:
+    """Generation may run several continuations of each row, one after the other."""
+    times = batch // len(rows)
+    return rows.repeat_interleave(times, dim=0) if times > 1 else rows
