@@ -22,6 +22,7 @@ WORDS = {
     "d_model": "the width of the residual stream",
     "d_head": "the width of a head",
     "d_mlp": "the hidden width of an MLP",
+    "set": "a named set of tokens",
     CONDITION: "one setting of an experiment (a band of heads, a method, a draw)",
     TOKEN: "a visual token of one image, row by row",
     "look": "one sample whose pictures are drawn",

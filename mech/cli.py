@@ -1,4 +1,4 @@
-"""The command line: ``mech study``, ``mech rank``, ``mech ablate``.
+"""The command line: ``mech study``, ``mech rank``, ``mech ablate``, ``mech check``.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
@@ -191,6 +191,44 @@ def ablate(
     )
 
 
+@app.command(
+    epilog="[bold]mech check Qwen/Qwen3-VL-4B-Instruct[/]  a model of the hub, a folder, or reference:llava-s\n\n"
+    "[bold]mech check --all[/]  tiny random models of every family, offline"
+)
+def check(
+    model: Annotated[str | None, typer.Argument(help="A reference model, a folder or a hub id.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Tiny random models of every family.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every layer, not the first and last of each kind.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does mech run this model? Parity, points, padding, generation and geometry; exits with 1 if anything fails.
+
+    Without a model: the families that are known.
+    """
+    from mech.model import check as checking
+
+    if every == (model is not None):
+        if every:
+            raise ExperimentError(f"{model} and --all", "one of the two", "leave one out")
+        print(checking.family_table())
+        return
+    with _progress(quiet or as_json) as say:
+        if model is None:
+            reports = list(checking.check_families(progress=say))
+        else:
+            reports = [checking.check(model, full=full, progress=say)]
+    if as_json:
+        print(json.dumps([report.to_json() for report in reports]))
+    else:
+        laws = tuple(reports[0].findings)
+        rows = [(report.model, *(report.cell(law) for law in laws)) for report in reports]
+        _print_table("Deviations are relative to the largest logit", ("model", *laws), rows)
+        print(*(note for report in reports for note in report.notes()), sep="\n")
+    if not all(report.ok for report in reports):
+        raise typer.Exit(1)
+
+
 class _progress:
     """A progress bar with the time left, on standard error; nothing when quiet."""
 
@@ -242,15 +280,23 @@ def _print_findings(summary: dict) -> None:
 
 
 def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table with lines in a terminal, aligned words elsewhere: what is piped is not cut to a terminal's width."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if not console.is_terminal:
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        print(title)
+        for row in (columns, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import xarray as xr
 
 from mech import reference
 from mech.data.haystacks import DOMAINS, haystacks
-from mech.data.regions import Box, Frames, Pages
+from mech.data.regions import Box, Frames, Mask, Pages
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
@@ -242,9 +242,9 @@ def look_at(place: Study, model: HookedMLLM, key: str, samples: Samples, ranking
     seen, rects, owners, facts = [], [], [], []
     for i, sample in enumerate(samples):
         inputs = model.inputs_of(sample)
-        layout, attention = inputs.layout, attention_from(model, inputs)[0].cpu().numpy()
+        layout, attention = inputs.layout.visual, attention_from(model, inputs)[0].cpu().numpy()
         tokens = layout.positions("image")
-        seen.append(np.stack([attention[layer, head, tokens] for layer, head in heads]))
+        seen.append(np.stack([attention[ranking.layers.index(layer), head, tokens] for layer, head in heads]))
         rects.append(layout.rect[tokens])
         owners.append((layout.frame // layout.frames_per_token if sample.video else layout.image)[tokens])
         pictures = sample.video[:: layout.frames_per_token] if sample.video else sample.images
@@ -272,7 +272,7 @@ def look_at(place: Study, model: HookedMLLM, key: str, samples: Samples, ranking
         shown_layer=[head.layer for head in heads],
         shown_head=[head.head for head in heads],
         shown_band=["top"] * SHOWN + ["bottom"] * SHOWN,
-        shown_ram=[float(ranking.mean[head.layer, head.head]) for head in heads],
+        shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
         model=model.name,
     )
 
@@ -280,17 +280,21 @@ def look_at(place: Study, model: HookedMLLM, key: str, samples: Samples, ranking
 def outlines(sample: Sample, frames_per_token: int) -> list[list[float]]:
     """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` to be drawn; of a mask, the box around it."""
     found: list[list[Any]] = []
+
+    def shown(region: Box | Mask) -> int:
+        return region.image if region.frame is None else region.frame // frames_per_token
+
     for region in sample.evidence:
         if isinstance(region, Box):
-            found.append([region.image, region.x0, region.y0, region.x1, region.y1])
+            found.append([shown(region), region.x0, region.y0, region.x1, region.y1])
         elif isinstance(region, Pages):
             found += [[page, 0, 0, *sample.images[page].size] for page in region.indices]
         elif isinstance(region, Frames):
-            shown = dict.fromkeys(frame // frames_per_token for frame in region.indices)
-            found += [[patch, 0, 0, *sample.video[0].size] for patch in shown]
+            patches = dict.fromkeys(frame // frames_per_token for frame in region.indices)
+            found += [[patch, 0, 0, *sample.video[0].size] for patch in patches]
         else:
             rows, cols = np.nonzero(region.pixels)
-            found.append([region.image, *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
+            found.append([shown(region), *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
     return found
 
 

@@ -1,22 +1,24 @@
 """What an observer of attention is given: exact rows, the layer's true mask, and the power to replace z."""
 
 import pytest
-import tiny
 import torch
+from tensors import FEW, placeholder, tensors
 
 from mech.errors import MechError, PointError
 from mech.model import HookedMLLM
+from mech.model.attention import attention
+from mech.reference import tiny
 
 ROWS = ((2, 5), (1, 3), (0, 6))
 
 
-@pytest.fixture(params=list(tiny.FAMILIES))
+@pytest.fixture(params=FEW)
 def family(request):
     return request.param
 
 
 def eager_attentions(family, batch):
-    hf_model = tiny.FAMILIES[family]()
+    hf_model = tiny.model(family)
     hf_model.set_attn_implementation("eager")
     with torch.no_grad():
         return hf_model(**batch, output_attentions=True).attentions
@@ -31,9 +33,9 @@ def observed(model, batch, positions, stack="text"):
 
 @pytest.mark.parametrize("rows", [((1, 5),), ROWS], ids=["one row", "left padding, several images"])
 def test_rows_equal_eager_attention_and_observing_changes_nothing(family, rows):
-    batch = tiny.tensors(family, rows)
+    batch = tensors(family, rows)
     eager = eager_attentions(family, batch)
-    model = HookedMLLM.from_hf(tiny.FAMILIES[family]())
+    model = HookedMLLM.from_hf(tiny.model(family))
     length = batch["input_ids"].shape[1]
     positions = [length - 1, length - 4, 2]
     logits, calls, attention = observed(model, batch, positions)
@@ -49,7 +51,7 @@ def test_rows_equal_eager_attention_and_observing_changes_nothing(family, rows):
 
 
 def test_a_call_is_consistent_with_the_points(family):
-    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    model, batch = HookedMLLM.from_hf(tiny.model(family)), tensors(family, ROWS)
     _, calls, _ = observed(model, batch, [-1])
     with torch.no_grad():
         _, cache = model.run_with_cache(batch)
@@ -63,20 +65,26 @@ def test_a_call_is_consistent_with_the_points(family):
 
 
 def test_visible_is_causal_padded_and_counts_from_the_end_too(family):
-    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    model, batch = HookedMLLM.from_hf(tiny.model(family)), tensors(family, ROWS)
     length, real = batch["input_ids"].shape[1], batch["attention_mask"].bool()
     expected = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & real[:, None, None, :]
+    if family == "gemma3":  # the visual tokens of one image see each other
+        visual = batch["input_ids"] == placeholder(family)
+        image = (~visual).cumsum(-1)
+        expected |= (visual[:, :, None] & visual[:, None] & (image[:, :, None] == image[:, None]))[:, None]
     _, calls, _ = observed(model, batch, [-1])
     assert torch.equal(calls[1].visible(range(length)), expected)
     assert torch.equal(calls[1].visible([-1, 0]), expected[:, :, [length - 1, 0]])
-    whole = tiny.tensors(family)
+    whole = tensors(family)
     _, calls, _ = observed(model, whole, [-1])
+    if family == "gemma3":
+        return
     assert calls[1].mask is None and calls[1].causal
     assert torch.equal(calls[1].visible([-2])[0, 0, 0], torch.arange(calls[1].k.shape[2]) < calls[1].k.shape[2] - 1)
 
 
 def test_an_additive_mask_is_a_bias_and_a_limit():
-    model, batch = HookedMLLM.from_hf(tiny.llava()), tiny.tensors("llava")
+    model, batch = HookedMLLM.from_hf(tiny.model("llava")), tensors("llava")
     length = batch["input_ids"].shape[1]
     bias = torch.zeros(1, 1, length, length).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
     bias[..., 2] += 3.0
@@ -90,7 +98,7 @@ def test_an_additive_mask_is_a_bias_and_a_limit():
 
 
 def test_replacing_z_equals_writing_hook_z(family):
-    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    model, batch = HookedMLLM.from_hf(tiny.model(family)), tensors(family, ROWS)
 
     def without(z):
         z = z.clone()
@@ -116,8 +124,8 @@ def test_replacing_z_equals_writing_hook_z(family):
 
 
 def test_hooks_and_observers_act_in_every_step_of_generate(family):
-    batch = tiny.tensors(family, ROWS)
-    model = HookedMLLM.from_hf(tiny.FAMILIES[family]())
+    batch = tensors(family, ROWS)
+    model = HookedMLLM.from_hf(tiny.model(family))
     free = model.generate(batch, max_new_tokens=6)
     steps = []
 
@@ -144,7 +152,7 @@ def test_hooks_and_observers_act_in_every_step_of_generate(family):
         hooked = model.generate(batch, max_new_tokens=6)
     assert torch.equal(attended, hooked) and not torch.equal(hooked, free)
     # The same tokens one forward at a time, without a cache: the hook acted at every earlier position as well.
-    row = {key: value for key, value in tiny.tensors(family, ROWS[:1]).items()}
+    row = {key: value for key, value in tensors(family, ROWS[:1]).items()}
     with model.hooks([("blocks.1.attn.hook_z", lambda z, hook: zero_heads(z))]), torch.no_grad():
         cached = model.generate(row, max_new_tokens=4)[0].tolist()
         for expected in cached:
@@ -157,14 +165,14 @@ def test_hooks_and_observers_act_in_every_step_of_generate(family):
 
 
 def test_pattern_hooks_act_in_generate_with_growing_keys(family):
-    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    model, batch = HookedMLLM.from_hf(tiny.model(family)), tensors(family, ROWS)
     shapes = []
 
     def look_only_at_the_last_key(pattern, hook):
         shapes.append(tuple(pattern.shape[-2:]))
         return torch.nn.functional.one_hot(torch.tensor(pattern.shape[-1] - 1), pattern.shape[-1]).expand_as(pattern)
 
-    with model.hooks([("blocks.0.attn.hook_pattern", look_only_at_the_last_key)]):
+    with model.hooks([("blocks.1.attn.hook_pattern", look_only_at_the_last_key)]):
         tokens = model.generate(batch, max_new_tokens=4)
     length = batch["input_ids"].shape[1]
     assert shapes == [(length, length)] + [(1, length + step) for step in range(1, 4)]
@@ -172,7 +180,7 @@ def test_pattern_hooks_act_in_generate_with_growing_keys(family):
 
 
 def test_the_vision_stack_can_be_observed_and_changed(family):
-    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family, ROWS)
+    model, batch = HookedMLLM.from_hf(tiny.model(family)), tensors(family, ROWS)
     clean = model(batch).detach()
     logits, calls, attention = observed(model, batch, [0, 1], stack="vision")
     torch.testing.assert_close(logits, clean, atol=2e-5, rtol=1e-4)
@@ -185,7 +193,7 @@ def test_the_vision_stack_can_be_observed_and_changed(family):
 
 
 def test_what_an_observer_returns_is_checked():
-    model, batch = HookedMLLM.from_hf(tiny.llava()), tiny.tensors("llava")
+    model, batch = HookedMLLM.from_hf(tiny.model("llava")), tensors("llava")
     with (
         model.attending(lambda call: call.z[:, :1] if call.layer == 2 else None),
         pytest.raises(PointError, match="attending, text layer 2' returned the shape"),
@@ -196,8 +204,51 @@ def test_what_an_observer_returns_is_checked():
 
 
 def test_observers_nest_and_each_sees_what_the_one_before_left():
-    model, batch = HookedMLLM.from_hf(tiny.llava()), tiny.tensors("llava")
+    model, batch = HookedMLLM.from_hf(tiny.model("llava")), tensors("llava")
     seen = []
     with model.attending(lambda call: torch.ones_like(call.z)), model.attending(lambda call: seen.append(call.z)):
         model(batch)
     assert len(seen) == tiny.LAYERS and all(bool((z == 1).all()) for z in seen)
+
+
+def test_a_softcap_is_exact_however_it_is_computed():
+    """Gemma2's scores are ``c tanh(scores / c)``: SDPA refuses them, so the oracle is eager."""
+    batch = tensors("paligemma2", ROWS)
+    eager = eager_attentions("paligemma2", batch)
+    hf_model = tiny.model("paligemma2")
+    for layer in hf_model.model.language_model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.5
+    with torch.no_grad():
+        capped = hf_model(**batch, output_attentions=True)
+    model = HookedMLLM.from_hf(hf_model)
+    real, length = batch["attention_mask"].bool(), batch["input_ids"].shape[1]
+    logits, _, rows = observed(model, batch, range(length))
+    with torch.no_grad():
+        hooked, cache = model.run_with_cache(batch, names_filter="blocks.1.attn.hook_pattern")
+    expected = capped.attentions[1]
+    assert (expected - eager[1]).abs().max() > 1e-2
+    for got in (rows[1], cache["blocks.1.attn.hook_pattern"]):
+        assert (got - expected).transpose(1, 2)[real].abs().max() < 1e-5
+    for got in (model(batch), logits, hooked):
+        torch.testing.assert_close(got[real], capped.logits[real], atol=2e-5, rtol=1e-4)
+
+
+def test_sinks_take_their_share_however_attention_is_computed():
+    """A sink is one more key with a logit of its own and no value; SDPA would ignore it without a word."""
+    model = HookedMLLM.from_hf(tiny.model("llava"))
+    module, record = next(pair for pair in model._layers if pair[1].stack == "text")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 6, tiny.D_HEAD, generator=generator) for heads in (4, 2, 2))
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * tiny.D_HEAD**-0.5
+    scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    pattern = torch.softmax(torch.cat([scores, sinks.view(1, 4, 1, 1).expand(2, 4, 6, 1)], -1), -1)[..., :-1]
+    expected = (pattern @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    seen = []
+    idle, _ = attention(module, q, k, v, None, scaling=tiny.D_HEAD**-0.5, s_aux=sinks)
+    record.observers.append(lambda call: seen.append(call.rows(range(6))))
+    record.active = True
+    observed_z, _ = attention(module, q, k, v, None, scaling=tiny.D_HEAD**-0.5, s_aux=sinks)
+    torch.testing.assert_close(idle, expected)
+    torch.testing.assert_close(observed_z, expected)
+    torch.testing.assert_close(seen[0], pattern)

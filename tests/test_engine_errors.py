@@ -4,17 +4,27 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+from tensors import tensors
+from transformers import (
+    Dinov2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from mech.errors import InputError, PointError, UnsupportedModel
-from mech.model import HookedMLLM
+from mech.model import HookedMLLM, loading
+from mech.model.families import PartialSupport
+from mech.reference import tiny
 
 
 @pytest.fixture(scope="module")
 def model():
-    return HookedMLLM.from_hf(tiny.llava())
+    return HookedMLLM.from_hf(tiny.model("llava"))
 
 
 @pytest.fixture
@@ -25,7 +35,7 @@ def no_forward(model, monkeypatch):
     monkeypatch.setattr(model.hf_model, "forward", forward)
 
 
-BATCH = tiny.tensors("llava")
+BATCH = tensors("llava")
 
 
 def keep(value, hook):
@@ -68,7 +78,7 @@ def test_filters_that_match_nothing_are_refused(model, no_forward):
 
 
 def test_a_named_point_that_nothing_passes_is_an_error(model):
-    text_only = tiny.tensors("llava", ((0, 4),))
+    text_only = tensors("llava", ((0, 4),))
     with pytest.raises(PointError, match=r"nothing passed through 'vision\.blocks\.0\.hook_resid_pre'"):
         model.run_with_cache(text_only, names_filter=["vision.blocks.0.hook_resid_pre"])
     _, cache = model.run_with_cache(text_only)
@@ -91,7 +101,7 @@ def test_a_return_of_the_wrong_shape_never_broadcasts(model, point):
 
 def test_remove_batch_dim_needs_one_row(model):
     with pytest.raises(InputError, match="remove_batch_dim with 2 rows"):
-        model.run_with_cache(tiny.tensors("llava", ((1, 3), (1, 3))), remove_batch_dim=True)
+        model.run_with_cache(tensors("llava", ((1, 3), (1, 3))), remove_batch_dim=True)
     _, cache = model.run_with_cache(BATCH, names_filter="blocks.0.attn.hook_z", remove_batch_dim=True)
     assert cache["blocks.0.attn.hook_z"].ndim == 3
 
@@ -99,7 +109,7 @@ def test_remove_batch_dim_needs_one_row(model):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("absent", ["mm_token_type_ids", "image_grid_thw"])
 def test_tensors_that_would_silently_mean_something_else_are_refused(family, absent):
-    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[family]()), tiny.tensors(family)
+    model, batch = HookedMLLM.from_hf(tiny.model(family)), tensors(family)
     del batch[absent]
     for run in (model, model.generate):
         with pytest.raises(InputError, match=f"pixel_values without {absent}"):
@@ -115,22 +125,39 @@ def test_no_tokens_and_no_processor(model):
         model.inputs("What is this?")
 
 
-def test_an_architecture_without_a_row_gets_the_recipe():
-    text = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                        vocab_size=10))  # fmt: skip
+def test_an_unknown_architecture_opens_with_text_points_where_its_layers_are_written_like_known_ones():
+    stock = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=50,
+                                         num_attention_heads=4, num_key_value_heads=2)).eval()  # fmt: skip
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        before = stock(ids).logits
+    with pytest.warns(PartialSupport, match="'llama' has no row: it opens with text points only"):
+        model = HookedMLLM.from_hf(stock)
+    with torch.no_grad():
+        assert torch.equal(model(ids), before)
+        edited = model.run_with_hooks(ids, fwd_hooks=[("blocks.1.attn.hook_pattern", lambda value, hook: value * 0)])
+    assert not torch.equal(edited, before)
+    assert not [name for name in model.points() if name.startswith(("vision.", "projector."))]
+    with pytest.raises(InputError, match="has no processor"):
+        model.inputs("What is this?")
+
+
+def test_an_unknown_architecture_written_otherwise_gets_the_recipe():
+    text = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
     with pytest.raises(UnsupportedModel) as error:
         HookedMLLM.from_hf(text)
-    assert "no family row for the architecture 'llama'" in str(error.value)
-    assert "add a Family row to FAMILIES in mech/model/families.py" in str(error.value)
+    assert "no family row for the architecture 'gpt2'" in str(error.value)
+    assert "add a Row" in str(error.value) and "mech/model/rows.py" in str(error.value)
 
 
-def test_a_known_family_over_an_unknown_tower_is_refused():
-    stock = tiny.llava().config
-    vision = SiglipVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                image_size=28, patch_size=14)  # fmt: skip
-    other = LlavaForConditionalGeneration(LlavaConfig(text_config=stock.text_config, vision_config=vision))
-    with pytest.raises(UnsupportedModel, match="the vision_config of this 'llava' model is 'siglip_vision_model'"):
-        HookedMLLM.from_hf(other)
+def test_a_known_family_over_an_unknown_tower_opens_without_vision_points():
+    config = tiny.MODELS["llava"]()
+    vision = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4)
+    made = LlavaForConditionalGeneration(LlavaConfig(text_config=config.text_config, vision_config=vision))
+    with pytest.warns(PartialSupport, match="the vision tower 'dinov2' of this 'llava' model has no row"):
+        model = HookedMLLM.from_hf(made)
+    assert "projector.hook_out" in model.points() and "blocks.0.attn.hook_z" in model.points()
+    assert not [name for name in model.points() if name.startswith("vision.")]
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
@@ -139,7 +166,7 @@ def test_a_known_family_over_an_unknown_tower_is_refused():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    tiny.llava().save_pretrained(folder, max_shard_size="100KB")
+    tiny.model("llava").save_pretrained(folder, max_shard_size="100KB")
     return folder
 
 
@@ -198,7 +225,7 @@ def test_a_checkpoint_without_all_parameters_is_not_filled_with_random_ones(fold
         HookedMLLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind, message", [("llama", "no family row"), ("martian", "cannot be opened")])
+@pytest.mark.parametrize("kind, message", [("llama", "no model of images and text"), ("martian", "cannot be opened")])
 def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(folder, kind, message, monkeypatch):
     from transformers import AutoModelForImageTextToText
 
@@ -209,7 +236,7 @@ def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(folder
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(UnsupportedModel, match=message) as error:
         HookedMLLM.from_pretrained(folder)
-    assert "add a Family row" in str(error.value)
+    assert "add a Row" in str(error.value)
 
 
 def test_a_hub_id_that_cannot_be_reached(monkeypatch):
@@ -222,3 +249,39 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch):
     with pytest.raises(UnsupportedModel, match="We couldn't connect to the hub") as error:
         HookedMLLM.from_pretrained("owner/model")
     assert "check the name and the network" in str(error.value)
+
+
+def test_weights_of_other_shapes_than_the_config_says(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"weights of .* cannot be opened"):
+        HookedMLLM.from_pretrained(folder)
+
+
+def test_quantization_is_refused_where_it_cannot_be(folder, monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"quantization='4bit' without bitsandbytes(.|\n)*pip install 'mech\[quant\]'"):
+        HookedMLLM.from_pretrained(folder, quantization="4bit")
+    with pytest.raises(InputError, match="quantization='2bit'"):
+        HookedMLLM.from_pretrained(folder, quantization="2bit")
+    with pytest.raises(InputError, match="device and device_map"):
+        HookedMLLM.from_pretrained(folder, device="cpu", device_map="auto")
+
+
+def test_quantized_heads_are_not_told_apart():
+    hf_model = tiny.model("llava")
+    o = hf_model.model.language_model.layers[1].self_attn.o_proj
+    o.weight = torch.nn.Parameter(o.weight.detach().to(torch.int8), requires_grad=False)
+    model = HookedMLLM.from_hf(hf_model)
+    with pytest.raises(PointError, match="W_O is quantized"):
+        model.select("blocks.1.attn.hook_result")
+    assert model.blocks[1].attn.W_O is None and model.blocks[0].attn.W_O.shape == (4, 8, 32)
+    assert "blocks.1.attn.hook_z" in model.points()
+
+
+def test_dtype_and_device_map(folder):
+    half = HookedMLLM.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
+    assert half.dtype == torch.bfloat16
+    mapped = HookedMLLM.from_pretrained(folder, device_map="cpu")
+    assert torch.equal(mapped(BATCH), HookedMLLM.from_pretrained(folder, device="cpu")(BATCH))

@@ -1,21 +1,23 @@
 """Every listed point is live and means what the table in ``mech/model/points.py`` says, after a first forward."""
 
 import pytest
-import tiny
 import torch
+from tensors import FEW, placeholder, tensors
 
+from mech.errors import MechError
 from mech.model import HookedMLLM
-from mech.model.families import module_at
-from mech.model.points import LAYER_POINTS, dims_of
+from mech.model.families import layers_of
+from mech.model.points import dims_of
 from mech.model.seams import INSIDE_ATTENTION
+from mech.reference import tiny
 
 ROWS = ((2, 5), (1, 3))
 
 
-@pytest.fixture(params=list(tiny.FAMILIES), scope="module")
+@pytest.fixture(params=FEW, scope="module")
 def bench(request):
     """A wrapped model that has run once, a padded batch with several images, its clean logits and all activations."""
-    model, batch = HookedMLLM.from_hf(tiny.FAMILIES[request.param]()), tiny.tensors(request.param, ROWS)
+    model, batch = HookedMLLM.from_hf(tiny.model(request.param)), tensors(request.param, ROWS)
     with torch.no_grad():
         clean = model(batch)
         _, cache = model.run_with_cache(batch, names_filter=lambda name: True)
@@ -43,7 +45,7 @@ def test_every_point_fires_with_the_shape_of_the_table(bench):
     model, batch, _, cache = bench
     sizes = {"batch": 2} | dict.fromkeys(("pos", "query_pos", "key_pos"), real(batch).shape[1])
     sizes |= {"head": 4, "kv_head": 2, "d_head": 8, "d_model": 32, "d_mlp": 48}
-    sizes["visual_pos"] = int((batch["input_ids"] == tiny.IMAGE).sum())
+    sizes["visual_pos"] = int((batch["input_ids"] == placeholder(model.cfg.family)).sum())
     for name in model.points():
         assert name in cache, name
         if not name.startswith("vision."):
@@ -78,7 +80,7 @@ def test_writes_in_place_count_as_writes(bench):
         value[:, -1] += 1
         return value
 
-    for name in ("blocks.1.attn.hook_z", "blocks.1.hook_resid_mid", "blocks.1.attn.hook_v", "hook_embed"):
+    for name in ("blocks.1.attn.hook_z", "blocks.1.hook_resid_post", "blocks.1.attn.hook_v", "hook_embed"):
         torch.testing.assert_close(run(model, batch, (name, in_place)), run(model, batch, (name, returned)))
 
 
@@ -88,22 +90,27 @@ def test_a_cached_value_does_not_change_with_later_writes_in_place(bench):
     def zero(value, hook):
         value.zero_()
 
+    names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
     with model.hooks([("blocks.1.hook_resid_pre", zero)]), torch.no_grad():
-        _, seen = model.run_with_cache(batch, names_filter=["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"])
+        _, seen = model.run_with_cache(batch, names_filter=names)
     assert seen["blocks.1.hook_resid_pre"].abs().sum() == 0
-    torch.testing.assert_close(seen["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_post"])
+    torch.testing.assert_close(
+        seen["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_post"], atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("stack", ["text", "vision"])
 def test_gradients_flow_through_every_point(bench, stack):
     """The gradient at a point is the derivative of the logits along a small write there."""
     family = bench[0].cfg.family
-    model = HookedMLLM.from_hf(tiny.FAMILIES[family]().double())
+    if family == "qwen3_vl_moe":
+        pytest.skip("the grouped matrix product of experts has no float64")
+    model = HookedMLLM.from_hf(tiny.model(family).double())
     batch = {key: value.double() if value.is_floating_point() else value for key, value in bench[1].items()}
     weights = noise((real(batch).shape[1], tiny.VOCAB), seed=3).double() * real(batch)[..., None]
-    for point in LAYER_POINTS:
-        name = f"{'vision.' if stack == 'vision' else ''}blocks.1.{point}"
-        kept = []
+    prefix = f"{'vision.' if stack == 'vision' else ''}blocks.1."
+    for name in (name for name in model.points() if name.startswith(prefix)):
+        point, kept = name.removeprefix(prefix), []
 
         def keep(value, hook, kept=kept):
             value.retain_grad()
@@ -119,7 +126,7 @@ def test_gradients_flow_through_every_point(bench, stack):
             for s in (step, -step)
         )
         measured, expected = (high - low) / (2 * step), (kept[0].grad * direction).sum()
-        torch.testing.assert_close(expected, measured, rtol=1e-2, atol=1e-1, msg=f"{name}: {expected} {measured}")
+        torch.testing.assert_close(expected, measured, rtol=3e-2, atol=1e-1, msg=f"{name}: {expected} {measured}")
 
 
 def test_backward_hooks_see_the_gradient(bench):
@@ -129,7 +136,7 @@ def test_backward_hooks_see_the_gradient(bench):
     def save(grad, hook):
         seen[hook.name] = grad.clone()
 
-    names = ["blocks.1.hook_resid_mid", "blocks.1.attn.hook_z", "blocks.1.attn.hook_pattern"]
+    names = ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.attn.hook_pattern"]
     with model.hooks(bwd_hooks=[(name, save) for name in names]):
         model(batch)[:, -1].sum().backward()
     model.zero_grad(set_to_none=True)
@@ -140,10 +147,12 @@ def test_z_is_what_w_o_reads_and_result_is_its_split_by_head(bench):
     model, _, _, cache = bench
     for layer in range(tiny.LAYERS):
         z, result = cache[f"blocks.{layer}.attn.hook_z"], cache[f"blocks.{layer}.attn.hook_result"]
-        weight = model.hf_model.model.language_model.layers[layer].self_attn.o_proj.weight
-        torch.testing.assert_close(z.flatten(2) @ weight.T, cache[f"blocks.{layer}.hook_attn_out"])
+        block = model.hf_model.model.language_model.layers[layer]
+        summed = z.flatten(2) @ block.self_attn.o_proj.weight.T
         torch.testing.assert_close(result[:, :, 2], z[:, :, 2] @ model.blocks[layer].attn.W_O[2])
-        torch.testing.assert_close(result.sum(2), cache[f"blocks.{layer}.hook_attn_out"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result.sum(2), summed, atol=1e-5, rtol=1e-5)
+        added = block.post_attention_layernorm(summed) if model.family.text.attn_out else summed
+        torch.testing.assert_close(added, cache[f"blocks.{layer}.hook_attn_out"])
 
 
 def test_the_same_edit_through_z_result_and_attn_out(bench):
@@ -153,20 +162,25 @@ def test_the_same_edit_through_z_result_and_attn_out(bench):
     result = torch.einsum("bphd,hdm->bphm", z, model.blocks[1].attn.W_O)
     through_z = run(model, batch, ("blocks.1.attn.hook_z", set_to(z)))
     through_result = run(model, batch, ("blocks.1.attn.hook_result", set_to(result)))
-    through_out = run(model, batch, ("blocks.1.hook_attn_out", set_to(result.sum(2))))
+    added = result.sum(2)
+    if model.family.text.attn_out:
+        added = model.hf_model.model.language_model.layers[1].post_attention_layernorm(added).detach()
+    through_out = run(model, batch, ("blocks.1.hook_attn_out", set_to(added)))
     torch.testing.assert_close(through_result, through_z, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(through_out, through_z, atol=2e-5, rtol=1e-4)
 
 
 def test_pattern_rows_sum_to_one_respect_the_mask_and_give_z(bench):
-    _, batch, _, cache = bench
+    model, batch, _, cache = bench
     keys = real(batch)
     for layer in range(tiny.LAYERS):
         pattern, v = cache[f"blocks.{layer}.attn.hook_pattern"], cache[f"blocks.{layer}.attn.hook_v"]
         torch.testing.assert_close(pattern.sum(-1).transpose(1, 2)[keys], torch.ones(int(keys.sum()), 4))
         assert pattern.transpose(1, 2)[~keys].abs().sum() == 0, "padding rows see nothing"
         assert pattern.permute(0, 3, 1, 2)[~keys].abs().sum() == 0, "nobody sees padding"
-        assert pattern.triu(1).abs().sum() == 0
+        visual = (batch["input_ids"] == placeholder(model.cfg.family))[:, None, :, None] & real(batch)[:, None, :, None]
+        ahead = pattern.triu(1).abs().sum() if model.cfg.family != "gemma3" else (pattern.triu(1) * ~visual).sum()
+        assert ahead == 0, "only Gemma3's visual tokens look ahead"
         z = torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(2, dim=2))
         torch.testing.assert_close(z, cache[f"blocks.{layer}.attn.hook_z"], atol=1e-5, rtol=1e-5)
     for layer in range(2):
@@ -216,7 +230,9 @@ def test_writing_resid_mid_changes_both_the_mlp_input_and_the_skip(bench, stack)
     model, batch, _, cache = bench
     prefix = "vision." if stack == "vision" else ""
     name, row = f"{prefix}blocks.1.hook_resid_mid", getattr(model.family, stack)
-    layer = module_at(model.hf_model, row.layers, model.family)[1]
+    if name not in model.points():
+        pytest.skip("attention and feed-forward are parallel")
+    layer = layers_of(model.hf_model, row)[1]
     mid = noise(cache[name].shape)
     seen = {}
     points = [f"{prefix}blocks.1.hook_mlp_out", f"{prefix}blocks.1.hook_resid_post"]
@@ -225,23 +241,31 @@ def test_writing_resid_mid_changes_both_the_mlp_input_and_the_skip(bench, stack)
         *((point, lambda value, hook: seen.update({hook.name: value.clone()})) for point in points),
     )  # fmt: skip
     with torch.no_grad():
-        mlp_out = module_at(layer, row.mlp, model.family)(module_at(layer, row.mid, model.family)(mid))
+        mlp_out = layer.get_submodule(row.mlp)(layer.get_submodule(row.mid)(mid))
+        if row.mlp_out:
+            mlp_out = layer.get_submodule(row.mlp_out)(mlp_out)
+        if row.mlp_gain:
+            mlp_out = mlp_out * row.mlp_gain(layer)
     torch.testing.assert_close(seen[points[0]], mlp_out, atol=1e-6, rtol=1e-6)
     difference = seen[points[1]] - (mid + mlp_out)
-    if stack == "text" and model.cfg.family == "qwen3_vl":
-        difference = difference[batch["input_ids"] != tiny.IMAGE]  # DeepStack adds to visual tokens behind the layer
+    if stack == "text" and model.cfg.family.startswith("qwen3_vl"):
+        difference = difference[
+            batch["input_ids"] != placeholder(model.cfg.family)
+        ]  # DeepStack adds to visual tokens behind the layer
     assert difference.abs().max() < 1e-6
 
 
 def test_the_stream_adds_up_and_what_is_added_between_layers_is_included(bench):
     model, batch, _, cache = bench
-    visual = batch["input_ids"] == tiny.IMAGE
+    visual = batch["input_ids"] == placeholder(model.cfg.family)
     for layer in range(tiny.LAYERS):
         block = f"blocks.{layer}."
-        pre, mid, post = (cache[block + f"hook_resid_{place}"] for place in ("pre", "mid", "post"))
-        torch.testing.assert_close(mid, pre + cache[block + "hook_attn_out"])
+        pre, post = (cache[block + f"hook_resid_{place}"] for place in ("pre", "post"))
+        mid = pre + cache[block + "hook_attn_out"]
+        if model.cfg.family != "cohere2_vision":
+            torch.testing.assert_close(cache[block + "hook_resid_mid"], mid)
         added = (post - mid - cache[block + "hook_mlp_out"]).abs().amax(-1)
-        deepstack = model.cfg.family == "qwen3_vl" and layer < 2
+        deepstack = model.cfg.family.startswith("qwen3_vl") and layer < 2
         assert added[~visual].max() < 1e-5
         assert added[visual].min() > 1e-2 if deepstack else added[visual].max() < 1e-5
         if layer + 1 < tiny.LAYERS:
@@ -253,7 +277,7 @@ def test_the_stream_adds_up_and_what_is_added_between_layers_is_included(bench):
 
 def test_an_edit_of_the_projector_is_an_edit_of_the_embeddings_at_the_visual_tokens(bench):
     model, batch, clean, cache = bench
-    visual = batch["input_ids"] == tiny.IMAGE
+    visual = batch["input_ids"] == placeholder(model.cfg.family)
     assert torch.equal(cache["hook_embed"][visual], cache["projector.hook_out"])
     features = noise(cache["projector.hook_out"].shape)
     embeddings = cache["hook_embed"].clone()
@@ -275,7 +299,7 @@ def test_the_vision_tower_does_not_mix_images(bench):
 
 
 def test_windows_of_a_vision_layer_are_seen_as_one_layer():
-    model, batch = HookedMLLM.from_hf(tiny.qwen2_5_vl()), tiny.tensors("qwen2_5_vl", ((3, 4),))
+    model, batch = HookedMLLM.from_hf(tiny.model("qwen2_5_vl")), tensors("qwen2_5_vl", ((3, 4),))
     with torch.no_grad():
         _, cache = model.run_with_cache(batch, names_filter=lambda name: name.startswith("vision.") and "attn" in name)
     windowed, full = ((cache[f"vision.blocks.{layer}.attn.hook_pattern"][0] > 0)[0] for layer in (0, 1))
@@ -288,8 +312,10 @@ def test_windows_of_a_vision_layer_are_seen_as_one_layer():
 
 @pytest.mark.parametrize("feature_layer, live", [(-2, 2), (-1, 3), (1, 1), ([-2, 1], 2)])
 def test_points_of_a_llava_tower_end_at_the_selected_layer(feature_layer, live):
-    model = HookedMLLM.from_hf(tiny.llava(feature_layer=feature_layer))
-    batch = tiny.tensors("llava")
+    config = tiny.MODELS["llava"]()
+    config.vision_feature_layer = feature_layer
+    model = HookedMLLM.from_hf(tiny.build(config))
+    batch = tensors("llava")
     clean = model(batch).detach()
     layers = {name.split(".")[2] for name in model.points() if name.startswith("vision.")}
     assert layers == {str(layer) for layer in range(live)}
@@ -298,7 +324,7 @@ def test_points_of_a_llava_tower_end_at_the_selected_layer(feature_layer, live):
 
 
 def test_half_precision_keeps_scores_wide_and_writes_exact():
-    model, batch = HookedMLLM.from_hf(tiny.llava().to(torch.bfloat16)), tiny.tensors("llava")
+    model, batch = HookedMLLM.from_hf(tiny.model("llava").to(torch.bfloat16)), tensors("llava")
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
     clean = model(batch).detach()
     _, wide = model.run_with_cache(batch, names_filter="blocks.0.attn.hook_pattern")
@@ -313,8 +339,12 @@ def test_activation_cache_works_as_in_transformerlens(bench):
     model, _, _, cache = bench
     assert torch.equal(cache["z", 1], cache["blocks.1.attn.hook_z"])
     assert torch.equal(cache["resid_post", -1], cache["blocks.2.hook_resid_post"])
+    if model.family.text.attn_out:
+        with pytest.raises(MechError, match="stands between them and the stream"):
+            cache.stack_head_results(layer=2)
+        return
     stacked = cache.stack_head_results(layer=2)
     assert stacked.shape[0] == 2 * tiny.HEADS
     torch.testing.assert_close(stacked[tiny.HEADS + 3], cache["blocks.1.attn.hook_result"][:, :, 3])
-    _, without = model.run_with_cache(tiny.tensors(model.cfg.family, ROWS), names_filter=lambda n: "hook_z" in n)
+    _, without = model.run_with_cache(tensors(model.cfg.family, ROWS), names_filter=lambda n: "hook_z" in n)
     torch.testing.assert_close(without.stack_head_results(layer=2), stacked, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,8 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, Pretrain
 from mech.data.regions import Box, Frames, Pages
 from mech.errors import InputError, RegionError, UnsupportedModel
 from mech.inputs import IMAGE, build, geometry_of
-from mech.inputs.geometry import Canvas, fixed_canvas
+from mech.inputs.canvas import Canvas
+from mech.inputs.fixed import fixed_canvas
 
 NEAREST = Image.Resampling.NEAREST
 

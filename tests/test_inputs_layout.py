@@ -12,7 +12,7 @@ from PIL import Image
 from mech.data.regions import Box, Frames, Mask, Pages
 from mech.errors import RegionError
 from mech.inputs import PADDING, TEXT, TokenLayout, build
-from mech.inputs.geometry import Canvas
+from mech.inputs.canvas import Canvas
 
 
 def grid_layout(width: int, height: int, columns: int, rows: int) -> TokenLayout:
@@ -25,6 +25,7 @@ def grid_layout(width: int, height: int, columns: int, rows: int) -> TokenLayout
         frame=np.full(count, -1),
         row=row,
         col=col,
+        view=np.zeros(count, dtype=int),
         rect=Canvas(columns, rows, columns / width, rows / height).rectangles(1, (width, height)),
         tokens=("<image>",) * count,
         spans={},
@@ -192,7 +193,7 @@ def test_regions_that_are_nowhere_are_refused(two_images, where, message):
 
 
 def test_other_misuse_is_refused(two_images, five_frames):
-    with pytest.raises(RegionError, match="boxes in videos are not supported"):
+    with pytest.raises(RegionError, match=r"say which frame: Box\(\.\.\., frame=k\)"):
         five_frames.positions(Box(0, 0, 5, 5))
     with pytest.raises(RegionError, match="on a video"):
         five_frames.positions(Pages(0))

@@ -1,7 +1,10 @@
 """Where evidence is, in pixels, frames and pages. Nothing here knows about tokens (``mech.inputs`` maps them).
 
 A region is a frozen value. Boxes are half-open pixel rectangles of the *original* image, ``x`` to the right and ``y``
-down: ``Box(0, 0, 16, 16)`` holds the 256 pixels of the upper left corner.
+down: ``Box(0, 0, 16, 16)`` holds the 256 pixels of the upper left corner. In a video a box or a mask names its frame,
+and a tube is one box for each frame:
+
+    Sample(question, answer, video=frames, evidence=tuple(Box(*corners, frame=k) for k, corners in tube.items()))
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +17,14 @@ from mech.errors import RegionError
 
 @dataclass(frozen=True)
 class Box:
-    """A pixel rectangle ``[x0, x1) x [y0, y1)`` of one image."""
+    """A pixel rectangle ``[x0, x1) x [y0, y1)`` of one image, or of one frame of the video."""
 
     x0: float
     y0: float
     x1: float
     y1: float
     image: int = 0
+    frame: int | None = None
 
     def __post_init__(self):
         if not (self.x0 < self.x1 and self.y0 < self.y1):
@@ -29,25 +33,44 @@ class Box:
                 "x0 < x1 and y0 < y1, in pixels of the original image",
                 "give (left, top, right, bottom); for (x, y, width, height) use Box.from_xywh",
             )
+        _one_place(self)
 
     @classmethod
-    def from_xywh(cls, x: float, y: float, width: float, height: float, image: int = 0) -> "Box":
-        """The same rectangle from its corner and size, as COCO and RefCOCO store it."""
-        return cls(x, y, x + width, y + height, image)
+    def from_xywh(
+        cls, x: float, y: float, width: float, height: float, image: int = 0, frame: int | None = None
+    ) -> "Box":
+        """The same rectangle from its corner and size, as COCO, RefCOCO and VidSTG store it."""
+        return cls(x, y, x + width, y + height, image, frame)
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Any set of pixels of one image: ``pixels[y, x]`` is True inside."""
+    """Any set of pixels of one image, or of one frame of the video: ``pixels[y, x]`` is True inside."""
 
     pixels: Bool[np.ndarray, "height width"] = field(repr=False)
     image: int = 0
+    frame: int | None = None
+
+    def __post_init__(self):
+        # Numbers with a fraction are probabilities more often than masks, and nan would count as inside.
+        if not isinstance(self.pixels, np.ndarray) or self.pixels.ndim != 2 or self.pixels.dtype.kind not in "bui":
+            given = getattr(self.pixels, "dtype", type(self.pixels).__name__), getattr(self.pixels, "shape", "unknown")
+            raise RegionError(
+                "a mask of {} and shape {}".format(*given),
+                "a bool array [height, width]",
+                "compare with a threshold, such as scores > 0.5, and drop axes of length one",
+            )
+        _one_place(self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self.image == other.image and np.array_equal(self.pixels, other.pixels)
+        return (
+            isinstance(other, Mask)
+            and (self.image, self.frame) == (other.image, other.frame)
+            and np.array_equal(self.pixels, other.pixels)
+        )
 
     def __hash__(self) -> int:
-        return hash((self.image, self.pixels.shape, self.pixels.tobytes()))
+        return hash((self.image, self.frame, self.pixels.shape, self.pixels.tobytes()))
 
 
 @dataclass(frozen=True)
@@ -71,3 +94,10 @@ class Pages:
 
 
 Region = Box | Mask | Frames | Pages
+
+
+def _one_place(region: Box | Mask) -> None:
+    if region.image and region.frame is not None:
+        raise RegionError(
+            f"{region!r} lies in an image and in a frame", "one of the two", "leave out image=: a row has one video"
+        )

@@ -136,10 +136,10 @@ def ablation(
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
     if isinstance(ranking, Ranking):
         refuse_overlap(samples, ranking.examples, "found the heads")
-        if ranking.mean.shape != (model.cfg.n_layers, model.cfg.n_heads):
+        if (ranking.layers, ranking.n_heads) != (model.cfg.attention_layers, model.cfg.n_heads):
             raise ExperimentError(
                 f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
-                f"{model.cfg.n_layers} x {model.cfg.n_heads}, as {model.name} has",
+                f"{len(model.cfg.attention_layers)} x {model.cfg.n_heads}, as {model.name} has",
                 "rank the heads of this model",
             )
     if reference is not None and not isinstance(reference, Reference):

@@ -66,11 +66,12 @@ def retrieval_attention_mass(
     parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
     # All evidence is looked up before the first forward; pixels wait on the CPU for their batch.
     prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
-    evidence = [row.layout.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
+    evidence = [row.layout.visual.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
     done = 0
     for batch, rows in in_batches(prepared, batch_size):
         inputs = model.collate(batch)
-        shift = [len(layout.kind) - len(row.layout.kind) for layout, row in zip(inputs.layouts, batch, strict=True)]
+        # Left padding moves the sequence; a memory of visual tokens is as it was.
+        shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
         keys = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
         masses, sizes = evidence_mass(model, inputs, keys, queries)
         parts["ram"].append(masses[:, 0].cpu().numpy())
@@ -82,6 +83,7 @@ def retrieval_attention_mass(
             progress(done, len(prepared))
     return ram_dataset(
         **{name: np.concatenate(values) for name, values in parts.items()},
+        layers=model.cfg.attention_layers,
         examples=[sample.id or str(i) for i, sample in enumerate(samples)],
         model=model.name,
         domain=", ".join(samples.domains),
@@ -94,19 +96,23 @@ def retrieval_attention_mass(
 def attention_from(
     model: HookedMLLM, inputs: Inputs, queries: str = "question"
 ) -> Float[torch.Tensor, "batch layer head key_pos"]:
-    """The attention of every text head, averaged over the query rows.
+    """The attention of every text head, averaged over the query rows; layers are those of ``cfg.attention_layers``.
+
+    Where visual tokens are in a memory (``cfg.cross_layers``), keys are the memory's, and zero in other layers.
 
     Cost: one forward and the query rows; memory ``layers x heads x S`` per row of the batch.
     """
     weight = _weights(inputs, queries).to(model.device)
-    seen = {}
+    crossing = inputs.layouts[0].memory is not None
+    seen: dict[int, torch.Tensor] = {}
 
     def look(call: AttentionCall) -> None:
-        seen[call.layer] = _mean_rows(call, weight).float().to(model.device)
+        if call.cross == crossing:
+            seen[call.layer] = _mean_rows(call, weight).float().to(model.device)
 
     with model.attending(look):
         model(inputs, logits_to_keep=1)
-    return torch.stack([seen[layer] for layer in sorted(seen)], dim=1)
+    return _of_layers(model, seen, dim=1)
 
 
 @torch.no_grad()
@@ -115,16 +121,22 @@ def evidence_mass(
 ) -> tuple[Float[torch.Tensor, "batch 2 layer head"], Float[torch.Tensor, " batch"]]:
     """One batch of ``retrieval_attention_mass``: the mass on ``keys[row]`` and on all visual tokens; the size null.
 
-    For evidence given as positions, or inputs that were not made from samples. Cost: as there.
+    For evidence given as positions, or inputs that were not made from samples. Layers are ``cfg.attention_layers``.
+    Where visual tokens are in a memory that some layers look at, ``keys`` count it, and the other layers score 0: no
+    visual token is in their reach. Cost: as there.
     """
     weight = _weights(inputs, queries).to(model.device)
-    target = torch.zeros(len(inputs), 2, weight.shape[1], device=model.device)
+    crossing = inputs.layouts[0].memory is not None
+    target = torch.zeros(len(inputs), 2, len(inputs.layouts[0].visual), device=model.device)
     for row, (found, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
         target[row, 0, torch.as_tensor(found)] = 1
-        target[row, 1, torch.as_tensor(layout.positions("image"))] = 1
-    seen, sizes = {}, []
+        target[row, 1, torch.as_tensor(layout.visual.positions("image"))] = 1
+    seen: dict[int, torch.Tensor] = {}
+    sizes: list[torch.Tensor] = []
 
     def look(call: AttentionCall) -> None:
+        if call.cross != crossing:
+            return
         mean = _mean_rows(call, weight)
         seen[call.layer] = torch.einsum("bhk,bsk->bsh", mean, target.to(mean)).float().to(model.device)
         if not sizes:
@@ -135,7 +147,12 @@ def evidence_mass(
 
     with model.attending(look):
         model(inputs, logits_to_keep=1)
-    return torch.stack([seen[layer] for layer in sorted(seen)], dim=2), sizes[0]
+    return _of_layers(model, seen, dim=2), sizes[0]
+
+
+def _of_layers(model: HookedMLLM, seen: dict[int, torch.Tensor], dim: int) -> torch.Tensor:
+    nothing = torch.zeros_like(next(iter(seen.values())))
+    return torch.stack([seen.get(layer, nothing) for layer in model.cfg.attention_layers], dim)
 
 
 def _weights(inputs: Inputs, queries: str) -> Float[torch.Tensor, "batch pos"]:

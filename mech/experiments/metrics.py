@@ -1,13 +1,17 @@
-"""How well an answer is given: accuracy and logit difference, sample by sample.
+"""How well an answer is given: accuracy and logit difference, sample by sample; and the metrics of patching.
 
 Answers are *teacher-forced*: the right answer follows the prompt, and the model is asked at each of its tokens. The
 answer is right when every token is the most likely one: when greedy generation would begin with it (without repetition
 penalties), at the cost of a single forward. Whether the model would then stop is not asked.
+
+Patching asks a ``Metric``: ``LogitDiff("seven", "two")``, ``LogProb``, ``Probability``, ``Rank`` or ``KL()``. It says
+which positions it reads, so that only their logits are ever computed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from jaxtyping import Float
 
 from mech.data.samples import Sample
 from mech.errors import ExperimentError
-from mech.inputs import Inputs
+from mech.inputs import Inputs, TokenLayout
 from mech.model import HookedMLLM
 
 
@@ -95,3 +99,139 @@ def ask(forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], question
 def _answer_ids(row: Inputs) -> tuple[int, ...]:
     ids = row.tensors["input_ids"][0]
     return tuple(int(ids[position]) for position in row.layout.spans["answer"])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A metric made ready for one example: the positions whose logits it reads, and what it makes of them.
+
+    ``score`` takes the logits of any number of variants and those of the clean run, all at ``positions``.
+    """
+
+    positions: tuple[int, ...]
+    score: Callable[
+        [Float[torch.Tensor, "variant read vocab"], Float[torch.Tensor, "read vocab"]], Float[torch.Tensor, " variant"]
+    ]
+
+
+class Metric(ABC):
+    """A number for each example, from the logits of a few positions. Answers are texts, token ids, or one per example.
+
+    Answers of several tokens are teacher-forced: build the inputs with the answer (``inputs_of(sample, answer=True)``).
+    """
+
+    unit: ClassVar[str]
+
+    @abstractmethod
+    def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
+        """What to read of this example.
+
+        Raises:
+            ExperimentError: an answer that cannot be read off these inputs.
+        """
+
+
+Answer = str | int | Sequence[str] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class LogitDiff(Metric):
+    """Logit of the answer minus logit of the wrong answer, at the first token in which they differ."""
+
+    answer: Answer
+    wrong: Answer
+    unit: ClassVar[str] = "logits, answer minus wrong answer"
+
+    def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
+        ids, others = (_ids(model, answer, example) for answer in (self.answer, self.wrong))
+        fork = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), None)
+        if fork is None:
+            raise ExperimentError(
+                f"the answers {self.answer!r} and {self.wrong!r} do not differ in a token",
+                "two answers that part at some token",
+                "give another wrong answer",
+            )
+        right, wrong = ids[fork], others[fork]
+        position = _predicting(layout, fork + 1)[fork]
+        return Reading((position,), lambda logits, clean: logits[:, 0, right] - logits[:, 0, wrong])
+
+
+@dataclass(frozen=True)
+class LogProb(Metric):
+    """Log-probability of the whole answer."""
+
+    answer: Answer
+    unit: ClassVar[str] = "log-probability, nats"
+
+    def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
+        ids = _ids(model, self.answer, example)
+        return Reading(_predicting(layout, len(ids)), lambda logits, clean: _log_prob(logits, ids))
+
+
+@dataclass(frozen=True)
+class Probability(Metric):
+    """Probability of the whole answer."""
+
+    answer: Answer
+    unit: ClassVar[str] = "probability"
+
+    def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
+        ids = _ids(model, self.answer, example)
+        return Reading(_predicting(layout, len(ids)), lambda logits, clean: _log_prob(logits, ids).exp())
+
+
+@dataclass(frozen=True)
+class Rank(Metric):
+    """How many tokens are likelier than the answer's first token: 0 is what greedy decoding would say."""
+
+    answer: Answer
+    unit: ClassVar[str] = "rank, 0 is the likeliest"
+
+    def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
+        token = _ids(model, self.answer, example)[0]
+        return Reading(
+            _predicting(layout, 1), lambda logits, clean: (logits[:, 0] > logits[:, 0, token, None]).sum(-1).float()
+        )
+
+
+@dataclass(frozen=True)
+class KL(Metric):
+    """Kullback-Leibler divergence of the next token from the clean run: ``KL(clean || run)``, 0 in the clean run."""
+
+    unit: ClassVar[str] = "nats"
+
+    def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
+        def divergence(logits: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            p, q = clean[0].to(wide).log_softmax(-1), logits[:, 0].to(wide).log_softmax(-1)
+            return (p.exp() * (p - q)).sum(-1)
+
+        return Reading(_predicting(layout, 1), divergence)
+
+
+def _ids(model: HookedMLLM, answer: Answer, example: int) -> tuple[int, ...]:
+    if not isinstance(answer, str | int):
+        if example >= len(answer):
+            raise ExperimentError(
+                f"{len(answer)} answers for example {example + 1}", "one answer for each", "give as many as examples"
+            )
+        answer = answer[example]
+    return (answer,) if isinstance(answer, int) else tuple(model.processor.answer_ids(answer))
+
+
+def _predicting(layout: TokenLayout, tokens: int) -> tuple[int, ...]:
+    """The positions that predict the first ``tokens`` tokens of the answer."""
+    given = layout.spans.get("answer", ())
+    if len(given) < tokens - 1:
+        raise ExperimentError(
+            f"an answer that is read at its token {tokens}, and inputs that hold {len(given)} tokens of it",
+            "inputs with the answer (teacher forcing)",
+            "build them with model.inputs_of(sample, answer=True)",
+        )
+    end = int(layout.positions("last")[0]) + 1 if not given else given[0]
+    return tuple(range(end - 1, end - 1 + tokens))
+
+
+def _log_prob(logits: Float[torch.Tensor, "variant read vocab"], ids: tuple[int, ...]) -> torch.Tensor:
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return sum((logp[:, i, token] for i, token in enumerate(ids)), start=logp.new_zeros(len(logp)))

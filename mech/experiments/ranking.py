@@ -1,9 +1,8 @@
 """From a score per head to sets of heads: the ranking, the sets it names, their controls, and how far to trust it.
 
     >>> ranking = rank_heads(ram)                                  # doctest: +SKIP
-    >>> ranking.top(0.05)                                          # (L0H3, L0H5, ...)  # doctest: +SKIP
+    >>> ranking.top(0.05), ranking.half_mass_share()               # doctest: +SKIP
     >>> ranking.layer_matched(ranking.top(0.05), n_draws=20)       # 20 control sets    # doctest: +SKIP
-    >>> ranking.half_mass_share(), ranking.stability(k=0.05)       # doctest: +SKIP
 
 A ranking orders all heads of a model by the mean of a score over examples, best first; heads of equal score come in
 the order of (layer, head), so the same scores give the same sets on every machine. It keeps the score of every
@@ -68,6 +67,7 @@ class Ranking:
     model: str = ""
     domain: str = ""
     examples: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()  # those that have heads, by default 0, 1, 2, ...; ``n_layers`` counts them
     heads: Heads = field(init=False)
 
     def __post_init__(self):
@@ -76,6 +76,7 @@ class Ranking:
         if not np.isfinite(self.mean).all():
             bad = Head(*map(int, np.argwhere(~np.isfinite(self.mean))[0]))
             raise ExperimentError(f"the score of {bad} is nan or inf", "a finite score of every head")
+        object.__setattr__(self, "layers", tuple(map(int, self.layers)) or tuple(range(len(self.mean))))
         order = np.argsort(-self.mean, axis=None, kind="stable")  # stable: equal scores stay in (layer, head) order
         object.__setattr__(self, "heads", tuple(self._head(i) for i in order))
 
@@ -98,7 +99,7 @@ class Ranking:
     @cached_property
     def table(self) -> list[tuple[int, int, float]]:
         """``(layer, head, score)`` of every head, best first, in plain numbers."""
-        return [(layer, head, float(self.mean[layer, head])) for layer, head in self.heads]
+        return [(layer, head, float(self.mean[self.layers.index(layer), head])) for layer, head in self.heads]
 
     def scores(self) -> xr.DataArray:
         """The mean score of every head, as a map over (layer, head)."""
@@ -238,10 +239,9 @@ class Ranking:
     # To and from a file
 
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
-        """``{"model", "domain", "score", "n_examples", "examples", "heads": [[layer, head, score], ...]}``, best first.
+        """``{"model", "domain", "score", "n_examples", "examples", "layers", "heads": [[layer, head, score], ...]}``.
 
-        With ``path`` it is written as well. Scores of single examples are not kept, their names are: they must not
-        test the heads.
+        With ``path`` it is written as well. Of single examples only the names are kept: they must not test the heads.
         """
         value = {
             "model": self.model,
@@ -249,6 +249,7 @@ class Ranking:
             "score": self.score,
             "n_examples": self.n_examples,
             "examples": list(self.examples),
+            "layers": list(self.layers),
             "heads": [list(row) for row in self.table],
         }
         if path is not None:
@@ -268,20 +269,19 @@ class Ranking:
                 raise OutputError(f"{where} cannot be read ({error})", "a file of Ranking.to_json") from error
         try:
             rows = [(int(layer), int(head), float(score)) for layer, head, score in value["heads"]]
-            n_layers, n_heads = max(row[0] for row in rows) + 1, max(row[1] for row in rows) + 1
+            layers, n_heads = value.get("layers") or range(max(row[0] for row in rows) + 1), max(r[1] for r in rows) + 1
         except (KeyError, TypeError, ValueError) as error:
             raise OutputError(f"{where} holds no heads ({error!r})", '"heads": [[layer, head, score], ...]') from error
-        if sorted(row[:2] for row in rows) != [(i, j) for i in range(n_layers) for j in range(n_heads)]:
+        if sorted(row[:2] for row in rows) != [(i, j) for i in layers for j in range(n_heads)]:
             raise OutputError(
-                f"{where} lists {len(rows)} heads for {n_layers} layers of {n_heads}",
+                f"{where} lists {len(rows)} heads for {len(layers)} layers of {n_heads}",
                 "every head of the model, once",
                 "add the missing heads with their scores",
             )
-        mean = np.zeros((n_layers, n_heads))
-        for layer, head, score in rows:
-            mean[layer, head] = score
+        mean = np.array([score for *_, score in sorted(rows)]).reshape(len(layers), n_heads)
         model, domain = (str(value.get(name) or "") for name in ("model", "domain"))
-        return cls(mean, None, str(value.get("score", "ram")), model, domain, tuple(value.get("examples") or ()))
+        score, named = str(value.get("score", "ram")), tuple(value.get("examples") or ())
+        return cls(mean, None, score, model, domain, named, tuple(layers))
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -302,12 +302,13 @@ class Ranking:
         return f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>"
 
     def _head(self, flat: int | np.integer) -> Head:
-        return Head(*divmod(int(flat), self.mean.shape[1]))
+        row, head = divmod(int(flat), self.n_heads)
+        return Head(self.layers[row], head)
 
     def _known(self, heads: Iterable[tuple[int, int]]) -> list[Head]:
         found = [Head(int(layer), int(head)) for layer, head in heads]
         for head in found:
-            if not (0 <= head.layer < self.n_layers and 0 <= head.head < self.n_heads):
+            if not (head.layer in self.layers and 0 <= head.head < self.n_heads):
                 raise ExperimentError(f"there is no head {head}", f"{self.n_layers} layers of {self.n_heads} heads")
         return found
 
@@ -324,7 +325,7 @@ class Ranking:
         return tuple(found)
 
     def _map(self, values: np.ndarray, name: str) -> xr.DataArray:
-        coords = {LAYER: np.arange(self.n_layers), HEAD: np.arange(self.n_heads)}
+        coords = {LAYER: np.array(self.layers), HEAD: np.arange(self.n_heads)}
         return xr.DataArray(values, coords, (LAYER, HEAD), name)
 
     def _examples(self) -> np.ndarray:
@@ -372,10 +373,11 @@ def rank_heads(
         raise ExperimentError(f"the score at {where} is nan or inf", "finite scores", "drop the example, or mend it")
     model = str(attrs.get("model") or "") if model is None else model
     domain = str(attrs.get("domain") or "") if domain is None else domain
+    layers = tuple(map(int, scores[LAYER].values)) if LAYER in scores.coords else ()
     if values.ndim == 2:
-        return Ranking(values, None, score, model, domain)
+        return Ranking(values, None, score, model, domain, layers=layers)
     ids = tuple(map(str, scores[EXAMPLE].values)) if EXAMPLE in scores.coords else ()
-    return Ranking(values.mean(axis=0), values, score, model, domain, ids)
+    return Ranking(values.mean(axis=0), values, score, model, domain, ids, layers)
 
 
 def agreement(rankings: Mapping[str, Ranking], k: int | float = 0.05) -> xr.Dataset:

@@ -19,7 +19,8 @@ top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 /
                       "p_sets", "smallest_p_sets"}, ...]}},
         "agreement": {"domains", "spearman", "jaccard", "jaccard_null"}}},
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "pearson", "centre_a", "centre_b"}, ...]},
-     "findings": [{"text", "model", "domain", "against_papers"}, ...],
+     "findings": [{"kind", "text", "model", "domain", "against_papers"}, ...],
+     "headlines": the same, one for each kind,
      "provenance": {...}}                                                 I = {"mean", "low", "high"}
 """
 

@@ -1,7 +1,8 @@
 """Questions and pictures as tensors, and what every position is. See ``prompts`` to build, ``layout`` to ask."""
 
 from mech.inputs.batch import Inputs, collate
-from mech.inputs.geometry import FAMILIES, Canvas, Family, Geometry, geometry_of
+from mech.inputs.canvas import Canvas
+from mech.inputs.geometry import FAMILIES, Family, Geometry, geometry_of
 from mech.inputs.layout import IMAGE, PADDING, TEXT, VIDEO, TokenLayout
 from mech.inputs.processor import Processor, load_processor
 from mech.inputs.prompts import build, encode

@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from mech.errors import InputError
-from mech.inputs.layout import TokenLayout
+from mech.inputs.layout import IMAGE, VIDEO, TokenLayout
 
 # What is as long as the sequence, and its value at padding (None: the tokenizer's padding token).
-_PADDING: dict[str, int | None] = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0}
+_PADDING: dict[str, int | None] = {
+    "input_ids": None,
+    "attention_mask": 0,
+    "mm_token_type_ids": 0,
+    "token_type_ids": 0,
+    "cross_attention_mask": 0,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +62,25 @@ class Inputs:
             )
         return self.layouts[0]
 
+    def check_same_layout(self, other: "Inputs") -> None:
+        """Refuse inputs whose positions are not the same things: patching moves values position by position.
+
+        Words may differ (another question of as many tokens), what each position is may not.
+
+        Raises:
+            InputError: with the first position that differs, and both tokens there.
+        """
+        if len(self) != len(other):
+            raise InputError(f"inputs of {len(self)} and of {len(other)} rows", "as many rows", "pair them row by row")
+        for row, (mine, theirs) in enumerate(zip(self.layouts, other.layouts, strict=True)):
+            if (difference := mine.first_difference(theirs)) is not None:
+                raise InputError(
+                    f"the layouts differ in row {row} at position {difference}: {mine.describe(difference)} against "
+                    f"{theirs.describe(difference)} ({len(mine)} and {len(theirs)} positions)",
+                    "inputs in which every position is the same thing (text, the same place of the same picture)",
+                    "use pictures of the same size and questions of as many tokens",
+                )
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Inputs":
         """The same on another device; ``dtype`` is for pixels only (times and indices keep theirs)."""
         moved = {
@@ -74,6 +99,7 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
     """
     if not rows:
         raise InputError("an empty list of inputs", "at least one", "pass the inputs to be joined")
+    _check_memories(rows)
     for name in _PADDING:
         if len({name in row.tensors for row in rows}) > 1:
             raise InputError(
@@ -89,6 +115,12 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
         if name in _PADDING:
             value = _PADDING[name]
             parts = [_pad_left(part, length, pad_token_id if value is None else value) for part in parts]
+        elif _tiled(name, parts):
+            parts = [_pad_tiles(part, max(other.shape[1] for other in parts)) for part in parts]
+        elif name == "pixel_values" and parts[0].ndim == 4 and "image_sizes" in names:
+            parts = [
+                _pad_canvas(part, [max(other.shape[axis] for other in parts) for axis in (2, 3)]) for part in parts
+            ]
         elif len({part.shape[1:] for part in parts}) > 1:
             raise InputError(
                 f"{name!r} of shapes {[tuple(part.shape) for part in parts]}",
@@ -96,9 +128,53 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
                 "build every row with the same processor",
             )
         joined[name] = torch.cat(parts)
+    _refuse_one_token_for_both(rows)
     layouts = [layout.shifted(length - len(layout), length) for row in rows for layout in row.layouts]
     return Inputs(joined, tuple(layouts))
 
 
 def _pad_left(part: Tensor, length: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(part, (length - part.shape[1], 0), value=value)
+    return torch.nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (length - part.shape[1], 0), value=value)
+
+
+def _check_memories(rows: Sequence[Inputs]) -> None:
+    counts = [one.shape[2] if (one := row.tensors.get("cross_attention_mask")) is not None else 0 for row in rows]
+    if len(set(counts)) > 1:
+        raise InputError(
+            f"rows with {', '.join(map(str, counts))} pictures for a model with cross-attention",
+            "rows with as many pictures: text that sees none looks at the whole memory, which other rows make longer",
+            "run them in batches of their own, or one by one",
+        )
+
+
+def _pad_canvas(part: Tensor, size: list[int]) -> Tensor:
+    """Zeros at the right and the bottom, which ``image_sizes`` tells the model to leave out."""
+    return torch.nn.functional.pad(part, (0, size[1] - part.shape[3], 0, size[0] - part.shape[2]))
+
+
+def _refuse_one_token_for_both(rows: Sequence[Inputs]) -> None:
+    """GLM-4.1V writes images and videos with one token, and would look for each in the place of the other."""
+    if not any("pixel_values_videos" in row.tensors for row in rows):
+        return
+    written: dict[int, set[int]] = {IMAGE: set(), VIDEO: set()}
+    for row in rows:
+        for layout, ids in zip(row.layouts, row.tensors["input_ids"], strict=True):
+            for kind, tokens in written.items():
+                tokens.update(ids[torch.from_numpy(layout.kind == kind)].tolist())
+    if written[IMAGE] & written[VIDEO]:
+        raise InputError(
+            "images and a video in one batch, for a model that writes both with the same token",
+            "rows with images, or rows with a video",
+            "collate the two kinds apart",
+        )
+
+
+def _tiled(name: str, parts: list[Tensor]) -> bool:
+    """Whether these are tiles of pictures, ``[picture, tile, ...]``: pictures may have different numbers of them."""
+    dimensions = {"pixel_values": 5, "pixel_attention_mask": 4}.get(name)
+    return all(part.ndim == dimensions for part in parts) and len({part.shape[2:] for part in parts}) == 1
+
+
+def _pad_tiles(part: Tensor, tiles: int) -> Tensor:
+    """Zeros for the missing tiles; the models leave them out again."""
+    return torch.cat([part, part.new_zeros(part.shape[0], tiles - part.shape[1], *part.shape[2:])], dim=1)

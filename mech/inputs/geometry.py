@@ -1,149 +1,28 @@
-"""Which pixels of the original image each visual token stands for, family by family.
+"""Which pixels of the original image each visual token stands for: a table with one row for each architecture.
 
-A processor resizes, pads or crops a picture onto a *canvas* and the vision tower cuts the canvas into squares of
-``side`` pixels, one visual token each, row by row. ``Canvas`` holds that map; ``FAMILIES`` is a table with one row for
-each architecture: how its canvas comes about, how it writes a video, what it is asked without a chat template.
+A row of ``FAMILIES`` says what one picture becomes in the sequence (``show``), which sizes its tower has (``measure``),
+which tensors the model takes, how a video is written and what is asked without a chat template.
 
-The rectangles are nominal. Resizing mixes neighbouring pixels by a kernel's width, and a vision tower with attention
-spreads everything over the whole picture: the map says where a token *is*, not all it has seen.
-
-To add a family, write a function ``(width, height, image_processor) -> Canvas`` (or take one of those here) and add a
-row to ``FAMILIES``. Two-by-two merging needs no function: the merged square is ``patch_size * merge_size`` wide.
+To add a family, write ``show(size, image_processor, geometry, alone) -> Shown`` (or take one of those in ``fixed``,
+``tiles`` and ``dynamic``; see ``canvas`` for the pieces) and add a row.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
 
 from mech.errors import InputError, UnsupportedModel, suggestion
+from mech.inputs import dynamic, fixed, gemma4, glm4v, lfm2, mllama, pixtral, templates, tiles
+from mech.inputs.canvas import Piece, Shown, Size
+from mech.inputs.layout import IMAGE, TokenLayout
 
-
-@dataclass(frozen=True)
-class Canvas:
-    """Where the original picture lies on what the vision tower sees.
-
-    Pixel ``x`` of the original is at ``x * scale_x + left`` of a canvas of ``width`` by ``height``; a negative ``left``
-    means that columns were cropped away, a positive one that there is padding.
-    """
-
-    width: int
-    height: int
-    scale_x: float = 1.0
-    scale_y: float = 1.0
-    left: float = 0.0
-    top: float = 0.0
-
-    def grid(self, side: int) -> tuple[int, int]:
-        """Rows and columns of tokens; what is left over at the right and the bottom is dropped by the tower."""
-        return self.height // side, self.width // side
-
-    def rectangles(self, side: int, size: tuple[int, int]) -> Float[np.ndarray, "token 4"]:
-        """``(x0, y0, x1, y1)`` of every token in the original picture of ``size`` (width, height).
-
-        Rectangles are cut at the border of the picture; a token that shows padding only has ``nan``. Neighbours share
-        the very same edge, so that no token's rectangle overlaps another's by a rounding error.
-        """
-        rows, columns = self.grid(side)
-        # Rounded, or padding would show slivers of 1e-15 pixels.
-        x = np.clip(np.round((np.arange(columns + 1) * side - self.left) / self.scale_x, 9), 0, size[0])
-        y = np.clip(np.round((np.arange(rows + 1) * side - self.top) / self.scale_y, 9), 0, size[1])
-        x0, y0 = np.meshgrid(x[:-1], y[:-1])
-        x1, y1 = np.meshgrid(x[1:], y[1:])
-        rects = np.stack([x0, y0, x1, y1], axis=-1).reshape(-1, 4)
-        rects[(rects[:, 0] >= rects[:, 2]) | (rects[:, 1] >= rects[:, 3])] = np.nan
-        return rects
-
-
-def _sides(size: Any) -> dict[str, int]:
-    """The settings of a transformers size (a dict or a ``SizeDict``) that are set."""
-    return {name: value for name, value in dict(size or {}).items() if value}
-
-
-def fixed_canvas(width: int, height: int, image_processor: Any) -> Canvas:
-    """CLIP's way: resize (to a fixed size, or by the shortest edge), then crop or pad about the centre.
-
-    ``do_pad`` of ``LlavaImageProcessor`` pads the picture to a square first.
-    """
-    left = top = 0.0
-    new_width, new_height = width, height
-    if getattr(image_processor, "do_pad", None):
-        if not hasattr(image_processor, "pad_to_square"):
-            raise UnsupportedModel(
-                f"{type(image_processor).__name__} with do_pad=True",
-                "a processor that pads to a square (LlavaImageProcessor), or none",
-                "set image_processor.do_pad = False",
-            )
-        new_width = new_height = max(width, height)
-        left, top = float((new_width - width) // 2), float((new_height - height) // 2)
-    scale_x = scale_y = 1.0
-    if image_processor.do_resize:
-        before = new_width, new_height
-        new_width, new_height = _resized(*before, _sides(image_processor.size))
-        scale_x, scale_y = new_width / before[0], new_height / before[1]
-        left, top = left * scale_x, top * scale_y
-    if image_processor.do_center_crop:
-        crop = _sides(image_processor.crop_size)
-        # Floor division also where the crop is larger than the picture: this is how the PIL backend pads.
-        left += -((new_width - crop["width"]) // 2)
-        top += -((new_height - crop["height"]) // 2)
-        new_width, new_height = crop["width"], crop["height"]
-    return Canvas(new_width, new_height, scale_x, scale_y, left, top)
-
-
-def _resized(width: int, height: int, size: dict[str, int]) -> tuple[int, int]:
-    if set(size) == {"height", "width"}:
-        return size["width"], size["height"]
-    if set(size) == {"shortest_edge"}:
-        short = size["shortest_edge"]
-        if width <= height:
-            return short, int(short * height / width)
-        return int(short * width / height), short
-    raise UnsupportedModel(
-        f"an image processor with size={size}",
-        "{'height', 'width'} or {'shortest_edge'}",
-        "set image_processor.size to one of the two",
-    )
-
-
-def dynamic_canvas(width: int, height: int, image_processor: Any) -> Canvas:
-    """Qwen-VL's way: keep the shape, round both sides to whole merged tokens, stay between two numbers of pixels."""
-    side = image_processor.patch_size * image_processor.merge_size
-    if max(width, height) > 200 * min(width, height):
-        raise InputError(
-            f"a picture of {width} x {height} pixels",
-            "sides that differ by a factor of 200 at most",
-            "crop it or put it on a larger ground",
-        )
-    new_width, new_height = width, height
-    if image_processor.do_resize:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        size = _sides(image_processor.size)
-        new_height, new_width = smart_resize(height, width, side, size["shortest_edge"], size["longest_edge"])
-    elif width % side or height % side:
-        raise InputError(
-            f"a picture of {width} x {height} pixels with do_resize=False",
-            f"whole tokens of {side} x {side} pixels",
-            "resize the picture, or set image_processor.do_resize = True",
-        )
-    return Canvas(new_width, new_height, new_width / width, new_height / height)
-
-
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_VICUNA = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+Video = Callable[[Any, list[Image.Image], float], tuple[dict[str, Tensor], list[Piece]]]
+TokenTypes = Callable[[TokenLayout], Int[np.ndarray, " pos"]]
 
 
 @dataclass(frozen=True)
@@ -151,28 +30,147 @@ class Family:
     """One architecture's way of writing pictures into a sequence.
 
     Attributes:
-        canvas: ``(width, height, image_processor) -> Canvas``.
-        merges: visual tokens are merged squares of patches, and pixel values come as a list of patches with a grid.
-        video: how a video is written: ``""`` not at all, ``"block"`` as one run of tokens with the seconds between
-            temporal patches beside it, ``"stamped"`` as a time stamp and a run for every temporal patch.
+        show: ``(size, image_processor, geometry, alone) -> Shown``; ``alone`` says that it is the row's only picture.
+        measure: ``(name, config, image_processor) -> fields of Geometry``.
         template: the chat template (jinja) where a checkpoint has none.
+        tensors: what the model takes of what the image processor makes.
+        sizes: ``(made, image_processor) -> [(tiles, size)]`` by picture, where ``pixel_values`` do not show it.
+        nested: the image processor must be told which pictures belong to one row.
+        types: name and values of the tensor that tells the model the kind of every position, where it needs one.
+        placeholder: of a picture in the prompt, where it is not the visual token itself (``config.image_token_id``).
+        memory: adds the layout of visual tokens that are not in the sequence, and the mask of who may look at them.
+        video: ``(processor, frames, fps) -> (tensors, pieces)``, or ``None`` where the family takes no video.
+        video_placeholder: of a video in the prompt, where it is not the token ``config.video_token_id``.
+        video_as_images: the tokens of a video are written as an image's.
     """
 
-    canvas: Callable[[int, int, Any], Canvas]
-    merges: bool
-    video: str
+    show: Callable[[Size, Any, "Geometry", bool], Shown]
+    measure: Callable[[str, Any, Any], dict[str, Any]]
     template: str
+    tensors: tuple[str, ...] = ("pixel_values",)
+    sizes: Callable[[Any, Any], list[tuple[int, Size]]] | None = None
+    nested: bool = False
+    types: tuple[str, TokenTypes] | None = None
+    placeholder: str = ""
+    memory: Callable[..., tuple[dict[str, Tensor], TokenLayout]] | None = None
+    video: Video | None = None
+    video_placeholder: str = ""
+    video_as_images: bool = False
 
 
-FAMILIES = {
-    "llava": Family(fixed_canvas, merges=False, video="", template=_VICUNA),
-    "qwen2_vl": Family(dynamic_canvas, merges=True, video="block", template=_CHATML),
-    "qwen2_5_vl": Family(dynamic_canvas, merges=True, video="block", template=_CHATML),
-    "qwen3_vl": Family(dynamic_canvas, merges=True, video="stamped", template=_CHATML),
+def _kinds(layout: TokenLayout) -> Int[np.ndarray, " pos"]:
+    """0 text, 1 image, 2 video: the kinds of the layout are the Qwen models' own."""
+    return layout.kind
+
+
+def _images(layout: TokenLayout) -> Int[np.ndarray, " pos"]:
+    """1 at visual tokens, which see one another in Gemma 3."""
+    return layout.kind == IMAGE
+
+
+def _answered(layout: TokenLayout) -> Int[np.ndarray, " pos"]:
+    """0 in PaliGemma's prompt, where every token sees every other, and 1 in the answer."""
+    types = np.zeros(len(layout), dtype=int)
+    types[list(layout.spans.get("answer", ()))] = 1
+    return types
+
+
+_QWEN: dict[str, Any] = {
+    "show": dynamic.show_dynamic,
+    "measure": dynamic.measure_patches,
+    "template": templates.CHATML,
+    "tensors": ("pixel_values", "image_grid_thw"),
+    "sizes": dynamic.grid_sizes,
+    "types": ("mm_token_type_ids", _kinds),
 }
-
-# How many tokens a vision tower puts before its patches.
-_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+_PIXTRAL: dict[str, Any] = {
+    "show": pixtral.show_pixtral,
+    "measure": pixtral.measure_pixtral,
+    "template": templates.MISTRAL,
+    "tensors": ("pixel_values", "image_sizes"),
+    "sizes": pixtral.pixtral_sizes,
+}
+_SPLIT: dict[str, Any] = {
+    "show": tiles.show_idefics3,
+    "measure": tiles.measure_idefics3,
+    "template": templates.IDEFICS,
+    "tensors": ("pixel_values", "pixel_attention_mask"),
+    "nested": True,
+}
+FAMILIES = {
+    "llava": Family(fixed.show_fixed, fixed.measure_tower, templates.VICUNA),
+    "llava_next": Family(
+        tiles.show_llava_next, tiles.measure_anyres, templates.INST, tensors=("pixel_values", "image_sizes")
+    ),
+    "llava_onevision": Family(
+        tiles.show_onevision,
+        tiles.measure_anyres,
+        templates.ONEVISION,
+        tensors=("pixel_values", "image_sizes", "batch_num_images"),
+        nested=True,
+        video=tiles.video_pooled,
+    ),
+    "paligemma": Family(
+        fixed.show_fixed, fixed.measure_tower, templates.PALIGEMMA, types=("token_type_ids", _answered)
+    ),
+    "gemma3": Family(
+        fixed.show_pan_and_scan,
+        fixed.measure_pooled,
+        templates.GEMMA,
+        types=("token_type_ids", _images),
+        placeholder="<start_of_image>",
+    ),
+    "internvl": Family(
+        tiles.show_internvl,
+        tiles.measure_internvl,
+        templates.INTERNVL,
+        video=tiles.video_framed,
+        video_placeholder="<video>",
+        video_as_images=True,
+    ),
+    "cohere2_vision": Family(tiles.show_cohere2, tiles.measure_cohere2, templates.COHERE),
+    "llama4": Family(tiles.show_llama4, tiles.measure_llama4, templates.LLAMA4, placeholder="<|image|>"),
+    "idefics3": Family(**_SPLIT),
+    "smolvlm": Family(**_SPLIT),
+    "qwen2_vl": Family(**_QWEN, video=dynamic.video_block),
+    "qwen2_5_vl": Family(**_QWEN, video=dynamic.video_timed),
+    "qwen3_vl": Family(**_QWEN, video=dynamic.video_stamped),
+    "qwen3_vl_moe": Family(**_QWEN, video=dynamic.video_stamped),
+    "qwen3_5": Family(**_QWEN, video=dynamic.video_stamped),
+    "glm4v": Family(
+        **{**_QWEN, "show": glm4v.show_glm, "template": templates.GLM},
+        video=glm4v.video_glm,
+        video_placeholder="<|video|>",
+        video_as_images=True,
+    ),
+    "gemma4": Family(
+        gemma4.show_soft,
+        gemma4.measure_soft,
+        templates.GEMMA4,
+        tensors=("pixel_values", "image_position_ids"),
+        sizes=gemma4.soft_sizes,
+        types=("mm_token_type_ids", _kinds),
+        video=gemma4.video_soft,
+    ),
+    "llava_pixtral": Family(**_PIXTRAL),
+    "mistral3": Family(**_PIXTRAL),
+    "lfm2_vl": Family(
+        lfm2.show_tiles,
+        lfm2.measure_lfm2,
+        templates.LFM2,
+        tensors=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
+        sizes=lfm2.tile_sizes,
+    ),
+    "mllama": Family(
+        mllama.show_memory,
+        mllama.measure_mllama,
+        templates.MLLAMA,
+        tensors=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
+        sizes=mllama.canvas_sizes,
+        nested=True,
+        memory=mllama.with_memory,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -180,81 +178,57 @@ class Geometry:
     """A family's row, filled in from one checkpoint's config.
 
     Attributes:
-        name: the family, ``config.model_type``.
+        name: the row of ``FAMILIES``: ``config.model_type``, but for a LLaVA with Pixtral's tower.
         side: pixels of the canvas along one side of a visual token.
         frames_per_token: frames of a video in one visual token.
         class_tokens: visual tokens in front of the grid that stand for no place (LLaVA with the strategy "full").
-        canvas_size: the one (width, height) the vision tower takes, or ``None`` if it takes any.
+        tile: the one (width, height) the vision tower takes, or ``None`` if it takes any.
+        options: what the image processor must be told at every call.
+        config: the checkpoint's config.
     """
 
     name: str
     side: int
     frames_per_token: int = 1
     class_tokens: int = 0
-    canvas_size: tuple[int, int] | None = None
+    tile: Size | None = None
+    options: dict[str, Any] = field(default_factory=dict, compare=False)
+    config: Any = field(default=None, repr=False, compare=False)
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.name]
 
-    def canvas(self, width: int, height: int, image_processor: Any) -> Canvas:
-        """The canvas of one picture; refused when the vision tower could not take it."""
-        canvas = self.family.canvas(width, height, image_processor)
-        if self.canvas_size not in (None, (canvas.width, canvas.height)):
+    def show(self, size: Size, image_processor: Any, alone: bool = True) -> Shown:
+        """What one picture becomes; refused when the vision tower could not take it."""
+        shown = self.family.show(size, image_processor, self, alone)
+        if self.tile not in (None, shown.tile):
             raise InputError(
-                f"a picture of {width} x {height} pixels becomes {canvas.width} x {canvas.height}",
-                "{} x {}, which is all that the vision tower takes".format(*self.canvas_size),
+                "a picture of {} x {} pixels becomes {} x {}".format(*size, *shown.tile),
+                "{} x {}, which is all that the vision tower takes".format(*self.tile),
                 "set size and crop_size of the image processor to the tower's image_size",
             )
-        return canvas
+        return shown
 
-    def video_canvas(self, frames: int, width: int, height: int, size: dict[str, int]) -> Canvas:
-        """The canvas of a video's frames where a video has limits of its own (``size``, in pixels)."""
-        smallest, largest = size["shortest_edge"], size["longest_edge"]
-        if self.family.video == "stamped":
-            # Limits of the whole video, not of a frame.
-            from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
-
-            depth = self.frames_per_token
-            new_height, new_width = smart_resize(max(frames, depth), height, width, depth, self.side, smallest, largest)
-        else:
-            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-            new_height, new_width = smart_resize(height, width, self.side, smallest, largest)
-        return Canvas(new_width, new_height, new_width / width, new_height / height)
+    def agree(self, expected: Any, made: Any) -> None:
+        """The map of the picture must be the image processor's own, or every box would be elsewhere."""
+        if expected != made:
+            raise InputError(
+                f"the image processor made {made}",
+                f"{expected}, by its settings",
+                f"report the image processor's settings: the row {self.name!r} of mech/inputs/geometry.py is wrong",
+            )
 
 
 def geometry_of(config: Any, image_processor: Any) -> Geometry:
     """The geometry of a checkpoint, from its config and its image processor."""
     name = getattr(config, "model_type", None)
+    if name == "llava" and config.vision_config.model_type == "pixtral":
+        name = "llava_pixtral"
     if name not in FAMILIES:
         raise UnsupportedModel(
             f"no geometry is known for model_type={name!r}",
             "one of " + ", ".join(FAMILIES),
             f"{suggestion(str(name), FAMILIES)}, or add a row to FAMILIES in mech/inputs/geometry.py",
         )
-    vision = config.vision_config
-    if FAMILIES[name].merges:
-        theirs = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-        ours = (image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
-        if ours != theirs:
-            raise UnsupportedModel(
-                f"the image processor cuts patches of (patch, merge, temporal) {ours}",
-                f"{theirs}, as the model's config says",
-                "load the image processor that belongs to this checkpoint",
-            )
-        return Geometry(name, side=ours[0] * ours[1], frames_per_token=ours[2])
-    if vision.model_type not in _CLASS_TOKENS:
-        raise UnsupportedModel(
-            f"a {name} model with the vision tower {vision.model_type!r}",
-            "one of " + ", ".join(_CLASS_TOKENS),
-            "add the tower to _CLASS_TOKENS in mech/inputs/geometry.py if its tokens form one fixed grid",
-        )
-    class_tokens = _CLASS_TOKENS[vision.model_type] - (config.vision_feature_select_strategy == "default")
-    if class_tokens < 0:
-        raise UnsupportedModel(
-            f"vision_feature_select_strategy='default' with {vision.model_type!r}, which would drop the first patch",
-            "'full' for a tower without a class token",
-            "set config.vision_feature_select_strategy = 'full'",
-        )
-    return Geometry(name, vision.patch_size, class_tokens=class_tokens, canvas_size=(vision.image_size,) * 2)
+    return Geometry(name, **FAMILIES[name].measure(name, config, image_processor), config=config)

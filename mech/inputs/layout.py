@@ -3,6 +3,7 @@
     layout.positions(Box(12, 30, 40, 58))          # the visual tokens of a box, in pixels of the original image
     layout.positions(Pages(3))                     # all tokens of the fourth image;  Frames(0, 1) for a video
     layout.positions("question")                   # the question's own tokens
+    layout.positions(Box(12, 30, 40, 58), view="tiles")    # in the tiles only, where a picture is cut into tiles
     layout.rectangle(17)                           # and back: the pixels that position 17 stands for
     layout.overlay(image, Box(12, 30, 40, 58))     # a picture of it
 
@@ -34,13 +35,16 @@ class TokenLayout:
         kind: ``TEXT`` 0, ``IMAGE`` 1 (a visual token of an image), ``VIDEO`` 2, ``PADDING`` 3.
         image: index of the image, or -1 (text, and the tokens of a video).
         frame: index of the first frame of the token's temporal patch, or -1.
-        row: row in the grid of visual tokens of that image or frame, or -1.
-        col: column in that grid, or -1.
+        row: row in the grid of visual tokens of that image or frame (tiles share one grid), or -1.
+        col: column in that grid, or -1. A visual token with no row and column stands for no pixels (a line break).
+        view: 0 for a token that shows the whole picture (its base view or thumbnail), 1 and up for its tiles, or -1.
         rect: pixel rectangle ``(x0, y0, x1, y1)`` in the original image or frame; ``nan`` for what has none.
         tokens: printable token strings.
         spans: named sets of positions: "question", and "answer" where one was given.
         images: (width, height) of every original image, or of every frame of the video.
         frames_per_token: frames in one visual token of a video, else 1.
+        memory: the layout of the visual tokens where they are not in the sequence but in what cross-attention layers
+            look at, else ``None``.
     """
 
     kind: Int[np.ndarray, " pos"]
@@ -48,11 +52,13 @@ class TokenLayout:
     frame: Int[np.ndarray, " pos"]
     row: Int[np.ndarray, " pos"]
     col: Int[np.ndarray, " pos"]
+    view: Int[np.ndarray, " pos"]
     rect: Float[np.ndarray, "pos 4"]
     tokens: tuple[str, ...]
     spans: Mapping[str, tuple[int, ...]]
     images: tuple[tuple[int, int], ...] = ()
     frames_per_token: int = 1
+    memory: "TokenLayout | None" = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -68,7 +74,17 @@ class TokenLayout:
             count, size = (self.kind == VIDEO).sum(), "x".join(map(str, self.grid(frame=0)))
             parts.append(f"{count} tokens of {len(self.images)} video frames ({size}, {self.frames_per_token} a token)")
         parts += [f"{name} {_ranges(positions)}" for name, positions in self.spans.items()]
+        parts += [] if self.memory is None else [f"a memory of {self.memory!r}"]
         return f"{len(self)} positions: {', '.join(parts) or 'text'}"
+
+    @property
+    def visual(self) -> "TokenLayout":
+        """The layout that has the visual tokens: the memory's, or this one."""
+        return self if self.memory is None else self.memory
+
+    def beside(self, memory: "TokenLayout") -> "TokenLayout":
+        """The same row with its visual tokens in a memory."""
+        return replace(self, memory=memory)
 
     @property
     def has_images(self) -> bool:
@@ -78,7 +94,9 @@ class TokenLayout:
     def has_video(self) -> bool:
         return bool((self.kind == VIDEO).any())
 
-    def positions(self, where: Where, *, image: int | None = None, coverage: float = 0.0) -> Int[np.ndarray, " pos"]:
+    def positions(
+        self, where: Where, *, image: int | None = None, coverage: float = 0.0, view: str | None = None
+    ) -> Int[np.ndarray, " pos"]:
         """The positions of something, in ascending order and never empty.
 
         Args:
@@ -87,6 +105,7 @@ class TokenLayout:
                 "question"; or positions, which are checked and returned.
             image: for a box or a mask the image it lies in, in place of its own; for "image" the one image meant.
             coverage: a token counts if more than this share of its rectangle lies in the region; 0 is any overlap.
+            view: for regions and "image", "whole" (the view of the whole picture) or "tiles"; both where left out.
 
         Raises:
             RegionError: nothing is there, or ``where`` names nothing.
@@ -96,13 +115,29 @@ class TokenLayout:
                 f"coverage={coverage}", "0 <= coverage < 1", "use 0 for any overlap, 0.5 for the larger part"
             )
         if isinstance(where, Box | Mask | Frames | Pages):
-            return np.flatnonzero(covered(self, where, image, coverage))
+            where = [where]
         if isinstance(where, str):
-            return self._named(where, image)
+            return self._seen(self._named(where, image), view, where)
         listed: list[Any] = list(where) if isinstance(where, Sequence | np.ndarray) else [where]
         if listed and all(isinstance(region, Box | Mask | Frames | Pages) for region in listed):
-            return np.flatnonzero(np.any([covered(self, region, image, coverage) for region in listed], axis=0))
-        return self._checked(listed)
+            found = np.any([covered(self, region, image, coverage) for region in listed], axis=0)
+            return self._seen(np.flatnonzero(found), view, where)
+        return self._seen(self._checked(listed), view, where)
+
+    def _seen(self, found: Int[np.ndarray, " pos"], view: str | None, where: Where) -> Int[np.ndarray, " pos"]:
+        """Those of some positions that belong to a view."""
+        if view is None:
+            return found
+        if view not in ("whole", "tiles"):
+            raise RegionError(f"view={view!r}", "'whole' or 'tiles'", suggestion(view, ("whole", "tiles")))
+        kept = found[self.view[found] > 0] if view == "tiles" else found[self.view[found] == 0]
+        if not len(kept):
+            raise RegionError(
+                f"{where!r} has no tokens in the view {view!r}",
+                "a picture that has this view",
+                "leave out view=: a family may show small pictures without tiles, or long ones without the whole",
+            )
+        return kept
 
     def _named(self, name: str, image: int | None) -> Int[np.ndarray, " pos"]:
         named = {
@@ -139,6 +174,31 @@ class TokenLayout:
     def _of_picture(self, image: int, frame: int | None) -> Bool[np.ndarray, " pos"]:
         return whole_images(self, [image]) if frame is None else covered(self, Frames(frame), None, 0.0)
 
+    def _finest(self, here: Bool[np.ndarray, " pos"]) -> Bool[np.ndarray, " pos"]:
+        """Of the tokens of a picture those of the tiles, or all of them where there are none."""
+        tiles = here & (self.view > 0)
+        return tiles if tiles.any() else here
+
+    def first_difference(self, other: "TokenLayout") -> int | None:
+        """The first position that is not the same thing in another layout: another kind, or another place."""
+        shared = min(len(self), len(other))
+        names = ("kind", "image", "frame", "row", "col", "view")
+        differs = np.any([getattr(self, n)[:shared] != getattr(other, n)[:shared] for n in names], axis=0)
+        if differs.any():
+            return int(differs.argmax())
+        return None if len(self) == len(other) else shared
+
+    def describe(self, position: int) -> str:
+        """A position in words: its token, or where in which picture it lies."""
+        if position >= len(self):
+            return "nothing"
+        if self.kind[position] == PADDING:
+            return "padding"
+        if self.kind[position] == TEXT:
+            return repr(self.tokens[position])
+        picture = f"image {self.image[position]}" if self.kind[position] == IMAGE else f"frame {self.frame[position]}"
+        return f"row {self.row[position]}, column {self.col[position]} of {picture}"
+
     def rectangle(self, position: int) -> tuple[float, float, float, float]:
         """``(x0, y0, x1, y1)`` of a visual token in the original image."""
         index = int(self._checked([position])[0])
@@ -152,8 +212,8 @@ class TokenLayout:
         return x0, y0, x1, y1
 
     def grid(self, image: int = 0, frame: int | None = None) -> tuple[int, int]:
-        """Rows and columns of the visual tokens of an image, or of a frame of the video."""
-        here = self._of_picture(image, frame)
+        """Rows and columns of the visual tokens of an image or a frame of the video; of its tiles where it has some."""
+        here = self._finest(self._of_picture(image, frame))
         return int(self.row[here].max()) + 1, int(self.col[here].max()) + 1
 
     def shifted(self, left: int, length: int) -> "TokenLayout":
@@ -177,6 +237,7 @@ class TokenLayout:
             frame=pad(self.frame, -1),
             row=pad(self.row, -1),
             col=pad(self.col, -1),
+            view=pad(self.view, -1),
             rect=pad(self.rect, np.nan),
             tokens=("",) * left + self.tokens + ("",) * right,
             spans={name: tuple(p + left for p in positions) for name, positions in self.spans.items()},
@@ -196,14 +257,15 @@ class TokenLayout:
 
         Args:
             picture: the original image (or a frame of it), at any scale.
-            where: the tokens to draw, as in ``positions``; all of the picture's where only ``values`` are given.
+            where: the tokens to draw, as in ``positions``; without it all of the picture's, of its tiles where it has
+                some. Tiles are drawn over the whole view.
             values: one number for each drawn position (opacity, relative to the largest); without them outlines.
             image: which image the picture is.
             frame: which frame of the video the picture is.
             colour: of the rectangles.
         """
         here = self._of_picture(image, frame)
-        chosen = np.flatnonzero(here) if where is None else self.positions(where)
+        chosen = np.flatnonzero(self._finest(here)) if where is None else self.positions(where)
         if values is None:
             opacity = np.full(len(chosen), 0.35)
         elif len(values) != len(chosen):
@@ -217,15 +279,19 @@ class TokenLayout:
             opacity = 0.85 * numbers / max(numbers.max(), 1e-12)
         width, height = self.images[frame if frame is not None else image]
         scale = np.array([picture.width / width, picture.height / height] * 2)
-        layer = Image.new("RGBA", picture.size, (0, 0, 0, 0))
-        draw = ImageDraw.Draw(layer)
-        for position, alpha in zip(chosen, opacity, strict=True):
-            if here[position] and not np.isnan(self.rect[position]).any():
+        drawn = picture.convert("RGBA")
+        for tiles in (False, True):
+            layer = Image.new("RGBA", picture.size, (0, 0, 0, 0))
+            draw = ImageDraw.Draw(layer)
+            for position, alpha in zip(chosen, opacity, strict=True):
+                if not here[position] or np.isnan(self.rect[position]).any() or (self.view[position] > 0) != tiles:
+                    continue
                 x0, y0, x1, y1 = self.rect[position] * scale
                 corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
                 outline = (*colour, 255) if values is None else None
                 draw.rectangle(corners, fill=(*colour, round(255 * alpha)), outline=outline)
-        return Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
+            drawn = Image.alpha_composite(drawn, layer)
+        return drawn.convert("RGB")
 
 
 def _ranges(positions: Sequence[int]) -> str:

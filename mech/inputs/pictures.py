@@ -1,9 +1,12 @@
 """Whatever a picture comes as - a path, an array, a PIL image - to upright RGB.
 
 A photograph's EXIF rotation is applied first: boxes and layouts are in pixels of the *upright* picture, as viewers show
-it. Transparency is laid on white, as the Hugging Face processors do.
+it. Transparency is laid on white, as the Hugging Face processors do. What PIL would reduce in silence is refused: the
+first frame of an animation, the upper byte of 16 bits. So is a picture with more pixels than ``Image.MAX_IMAGE_PIXELS``
+(89 million): image processors hold it several times over as floating point numbers before they shrink it.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,13 @@ def picture(given: Any) -> Image.Image:
 
     Args:
         given: a PIL image, a path, or a uint8 array ``[height, width]`` or ``[height, width, 3 or 4]``.
+
+    Raises:
+        InputError: it is no picture, has no pixel or too many, several frames, or more than 8 bits a channel.
     """
     if isinstance(given, str | Path):
-        try:
-            with Image.open(given) as opened:
-                opened.load()
-                given = opened
-        except OSError as error:
-            raise InputError(f"{str(given)!r} cannot be read as a picture", "an image file", str(error)) from error
-    elif isinstance(given, np.ndarray):
+        return _opened(given)
+    if isinstance(given, np.ndarray):
         channels = given.shape[2] if given.ndim == 3 else 1
         if given.dtype != np.uint8 or given.ndim not in (2, 3) or channels not in (1, 3, 4) or not given.size:
             raise InputError(
@@ -38,21 +39,68 @@ def picture(given: Any) -> Image.Image:
         given = Image.fromarray(given[..., 0] if given.ndim == 3 and channels == 1 else given)
     if not isinstance(given, Image.Image):
         raise InputError(f"a picture of type {type(given).__name__}", "a PIL image, a path or a uint8 array", "open it")
+    return _upright(given)
+
+
+def _opened(path: str | Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Only a warning up to twice the limit, and an error beyond; both come before a pixel is read.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise _too_large(f"{str(path)!r}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    with opened:
+        try:
+            return _upright(opened)
+        except (OSError, SyntaxError) as error:  # a broken PNG is a SyntaxError
+            raise _unreadable(path, error) from error
+
+
+def _upright(given: Image.Image) -> Image.Image:
     if not given.width or not given.height:
         raise InputError(
             f"a picture of {given.width} x {given.height} pixels", "at least one pixel", "look at the crop"
+        )
+    if Image.MAX_IMAGE_PIXELS and given.width * given.height > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(f"a picture of {given.width} x {given.height} pixels")
+    # The second picture of a phone's JPEG (MPO) is a preview or a depth map.
+    if getattr(given, "is_animated", False) and given.format != "MPO":
+        raise InputError(
+            f"a {given.format} of {getattr(given, 'n_frames', 2)} frames",
+            "a single picture",
+            "choose one with .seek(k) and .convert('RGB'), or pass all of them as video=[...]",
         )
     if given.mode.startswith(("I", "F")):
         raise InputError(
             f"a picture of mode {given.mode!r}", "8 bits a channel", "scale values to 0-255 and convert to 'L' or 'RGB'"
         )
-    if given.mode == "RGB" and not given.getexif():
+    # Small a: the colours are multiplied by it already.
+    transparent = bool({"A", "a"} & set(given.getbands())) or "transparency" in given.info
+    if given.mode == "RGB" and not transparent and not given.getexif():
+        given.load()
         return given
     given = ImageOps.exif_transpose(given)
-    if "A" in given.getbands() or "transparency" in given.info:
+    if transparent:
+        # PIL knows no way from La to RGBA.
+        given = given.convert("LA") if given.mode == "La" else given
         ground = Image.new("RGBA", given.size, (255, 255, 255, 255))
         given = Image.alpha_composite(ground, given.convert("RGBA"))
     return given.convert("RGB")
+
+
+def _too_large(given: str) -> InputError:
+    return InputError(
+        f"{given}, which is too large",
+        f"at most {Image.MAX_IMAGE_PIXELS} pixels",
+        "shrink it and its boxes by the same factor, cut it into pages, or raise PIL's Image.MAX_IMAGE_PIXELS",
+    )
+
+
+def _unreadable(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"{str(path)!r} cannot be read as a picture", "an image file", str(error))
 
 
 def pictures(given: Any, name: str = "images") -> list[Image.Image]:

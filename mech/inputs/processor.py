@@ -22,8 +22,9 @@ class Processor:
         image_processor: a Hugging Face image processor.
         chat_template: jinja; where a checkpoint has none, its family's (``mech.inputs.geometry.FAMILIES``).
         geometry: which pixels each visual token stands for.
-        image_token: the placeholder of an image.
+        image_token: the placeholder of an image in a prompt.
         video_token: the placeholder of a video, if the family takes any.
+        visual_tokens: what the visual tokens of an image and of a video are written as.
         video_size: pixels a video may have (``shortest_edge``, ``longest_edge``), where that differs from an image's.
     """
 
@@ -32,7 +33,8 @@ class Processor:
     chat_template: str
     geometry: Geometry
     image_token: str
-    video_token: str | None = None
+    video_token: str | None
+    visual_tokens: tuple[str, str | None]
     video_size: dict[str, int] | None = None
 
     @classmethod
@@ -73,21 +75,29 @@ class Processor:
             )
         image_processor = _on_pil(image_processor)
         geometry = geometry_of(config, image_processor)
-        theirs = getattr(getattr(processor, "video_processor", None), "size", None)
-        if video_size is None and theirs is not None:
-            video_size = {edge: dict(theirs)[edge] for edge in ("shortest_edge", "longest_edge")}
+        family = geometry.family
+        video_size = video_size or _limits(getattr(getattr(processor, "video_processor", None), "size", None))
         own = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
         if isinstance(own, dict):  # several templates by name
             own = own.get("default")
+        visual = _placeholder(tokenizer, config, "image_token_id")
+        moving = visual if family.video_as_images else None
+        if family.video and not moving:
+            moving = _placeholder(tokenizer, config, "video_token_id")
         return cls(
             tokenizer=tokenizer,
             image_processor=image_processor,
-            chat_template=chat_template or own or geometry.family.template,
+            chat_template=chat_template or own or family.template,
             geometry=geometry,
-            image_token=_placeholder(tokenizer, config, "image_token_id"),
-            video_token=_placeholder(tokenizer, config, "video_token_id") if geometry.family.video else None,
+            image_token=family.placeholder or visual,
+            video_token=(family.video_placeholder or moving) if family.video else None,
+            visual_tokens=(visual, moving),
             video_size=video_size,
         )
+
+    def visual_token(self, video: bool) -> str:
+        """What a visual token of an image, or of a video, is written as."""
+        return str(self.visual_tokens[video])
 
     @property
     def pad_token_id(self) -> int:
@@ -99,7 +109,7 @@ class Processor:
     def special_tokens(self) -> tuple[str, ...]:
         """What may not be typed into a question: placeholders and the marks of the chat template."""
         added = self.tokenizer.added_tokens_decoder.values()
-        placeholders = [token for token in (self.image_token, self.video_token) if token]
+        placeholders = [token for token in (self.image_token, self.video_token, *self.visual_tokens) if token]
         return (*placeholders, *(str(token) for token in added if token.special and str(token) not in placeholders))
 
     def prompt(self, question: str, images: int = 0, video: bool = False) -> str:
@@ -154,8 +164,10 @@ def _on_pil(image_processor: Any) -> Any:
         return image_processor
     import transformers
 
+    from mech.inputs.pil import OWN
+
     name = type(image_processor).__name__.removesuffix("Fast") + "Pil"
-    kind = getattr(transformers, name, None)
+    kind = OWN.get(name) or getattr(transformers, name, None)
     if kind is None:
         raise UnsupportedModel(
             f"{type(image_processor).__name__}, which runs on {image_processor.backend} only",
@@ -163,6 +175,13 @@ def _on_pil(image_processor: Any) -> Any:
             'load it with AutoImageProcessor.from_pretrained(..., backend="pil")',
         )
     return kind.from_dict(image_processor.to_dict())
+
+
+def _limits(size: Any) -> dict[str, int] | None:
+    """How many pixels a video may have; other video processors have a height and a width, an image's own."""
+    edges = ("shortest_edge", "longest_edge")
+    found = {edge: dict(size or {}).get(edge) for edge in edges}
+    return found if all(found.values()) else None
 
 
 def _plain(value: Any) -> Any:
@@ -204,7 +223,11 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
     try:
         config = config or AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        image_processor = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
+        own = _own_class(where, revision)
+        if own is None:
+            image_processor = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
+        else:
+            image_processor = own.from_pretrained(where, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise UnsupportedModel(
             f"the processor of {where!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
@@ -218,8 +241,16 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
         tokenizer=tokenizer,
         image_processor=image_processor,
         chat_template=template,
-        video_size={edge: size[edge] for edge in ("shortest_edge", "longest_edge")} if size else None,
+        video_size=_limits(size),
     )
+
+
+def _own_class(name: str, revision: str | None) -> Any:
+    """Our image processor where transformers has none on PIL, else ``None``."""
+    from mech.inputs.pil import OWN
+
+    stored = _stored(name, revision, "preprocessor_config.json").get("image_processor_type", "")
+    return OWN.get(stored.removesuffix("Pil").removesuffix("Fast") + "Pil")
 
 
 def _stored(name: str, revision: str | None, file: str) -> dict[str, Any]:

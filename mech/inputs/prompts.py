@@ -4,8 +4,9 @@
     build(processor, question, video=frames, fps=2.0, answer="seven")         # the answer appended (teacher forcing)
     encode(processor, "USER: <image>\\nHello ASSISTANT:", images=[photo])      # a text with placeholders, as it is
 
-Each picture stands in the text as one placeholder. The text is tokenized once, and each placeholder is repeated as
-often as its picture has visual tokens; what every position is follows from that, not from searching for tokens. The
+Each picture stands in the text as one placeholder, which is replaced by what the family writes for it: marks of rows
+and tiles, and one visual token for each run of them. The text is tokenized once, and each visual token is repeated as
+often as its run is long; what every position is follows from that, not from searching for tokens. The
 span of the question comes from character offsets, so that it holds no token of the template.
 
 For the Qwen-VL family this builds ``mm_token_type_ids`` and the grids, without which the models silently fall back to
@@ -24,7 +25,7 @@ from mech.inputs.batch import Inputs
 from mech.inputs.layout import TEXT, TokenLayout
 from mech.inputs.pictures import pictures
 from mech.inputs.processor import Processor
-from mech.inputs.visuals import Block, image_blocks, video_blocks
+from mech.inputs.visuals import Run, Written, image_visuals, video_visuals
 
 # Stands for the question while the template is rendered a second time, to find where the question goes.
 _STAND_IN = "\ue000question\ue001"
@@ -108,36 +109,36 @@ def encode(
     """
     shown, frames = pictures(images), pictures(video, "video")
     _check_counts(processor, text, len(shown), len(frames))
-    spans = dict(spans or {})
+    family = processor.geometry.family
     if frames:
-        tensors, blocks = video_blocks(processor, frames, fps)
-        if processor.geometry.family.video == "stamped":
-            text, spans = _stamped(processor, text, spans, len(frames), fps)
+        tensors, written = video_visuals(processor, frames, fps)
     else:
-        tensors, blocks = image_blocks(processor, shown)
+        tensors, written = image_visuals(processor, shown)
+    visual = processor.visual_token(bool(frames))
+    placeholder = processor.video_token if frames else processor.image_token
+    text, spans, runs = _written_out(text, dict(spans or {}), str(placeholder), written, visual)
     ids, offsets = _tokenized(processor, text)
     tokenizer = processor.tokenizer
-    placeholder = tokenizer.convert_tokens_to_ids(processor.video_token if frames else processor.image_token)
-    slots = np.flatnonzero(ids == placeholder)
-    if len(slots) != len(blocks):
+    slots = np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(visual))
+    if len(slots) != len(runs):
         raise InputError(
-            f"the tokenizer finds {len(slots)} placeholders in a text with {len(blocks)}",
+            f"the tokenizer finds {len(slots)} placeholders in a text with {len(runs)}",
             "placeholders that are tokens of their own",
             "put white space around them",
         )
-    if processor.geometry.family.merges and (np.diff(slots) == 1).any():
+    if family.types and family.types[0] == "mm_token_type_ids" and (np.diff(slots) == 1).any():
         raise InputError(
             "two pictures side by side without a token between them",
             "text or <|vision_start|> ... <|vision_end|> around each: the model counts runs of visual tokens as one",
             "put a token between the placeholders",
         )
     repeats = np.ones(len(ids), dtype=int)
-    repeats[slots] = [len(block) for block in blocks]
+    repeats[slots] = [len(run.tokens) for run in runs]
     source = np.repeat(np.arange(len(ids)), repeats)
     names = tokenizer.convert_ids_to_tokens(ids.tolist())
     printable = [text[start:stop] or name for (start, stop), name in zip(offsets, names, strict=True)]
     layout = TokenLayout(
-        **_fields(source, slots, blocks),
+        **_fields(source, slots, runs),
         tokens=tuple(printable[index] for index in source),
         spans={name: _span(offsets, source, slots, *characters) for name, characters in spans.items()},
         images=tuple(one.size for one in frames or shown),
@@ -145,9 +146,12 @@ def encode(
     )
     sequence = torch.from_numpy(ids[source])[None]
     tensors = {"input_ids": sequence, "attention_mask": torch.ones_like(sequence), **tensors}
-    if processor.geometry.family.merges:
-        # The kinds of the layout are the model's own: 0 text, 1 image, 2 video.
-        tensors["mm_token_type_ids"] = torch.from_numpy(layout.kind.astype(np.int64))[None]
+    if family.types:
+        name, types = family.types
+        tensors[name] = torch.from_numpy(types(layout).astype(np.int64))[None]
+    if family.memory and shown:
+        made = [processor.geometry.show(one.size, processor.image_processor) for one in shown]
+        tensors, layout = family.memory(tensors, layout, made, processor.geometry)
     return Inputs(tensors, (layout,))
 
 
@@ -175,24 +179,45 @@ def _check_counts(processor: Processor, text: str, images: int, frames: int) -> 
 
 def _tokenized(processor: Processor, text: str) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = processor.tokenizer
-    # Templates that print the first special token themselves must not get it twice.
+    # Templates that print the first special token themselves, PaliGemma's behind the images, must not get it twice.
     bos = tokenizer.bos_token
-    encoded = tokenizer(
-        text, return_offsets_mapping=True, add_special_tokens=not (bos and text.startswith(bos)), verbose=False
-    )
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not (bos and bos in text), verbose=False)
     offsets = np.asarray(encoded["offset_mapping"], dtype=int).reshape(-1, 2)
     return np.asarray(encoded["input_ids"], dtype=np.int64), offsets
 
 
-def _fields(source: np.ndarray, slots: np.ndarray, blocks: list[Block]) -> dict[str, np.ndarray]:
+def _written_out(
+    text: str, spans: dict[str, tuple[int, int]], placeholder: str, written: list[Written], visual: str
+) -> tuple[str, dict[str, tuple[int, int]], list[Run]]:
+    """The text with every placeholder replaced by what it stands for, one visual token for each run.
+
+    Returns the text, the spans in it, and the runs in their order.
+    """
+    parts = text.split(placeholder)
+    replaced = ["".join(piece if isinstance(piece, str) else visual for piece in pieces) for pieces in written]
+    starts = np.cumsum([len(part) for part in parts[:-1]]) + len(placeholder) * np.arange(len(written))
+    growth = np.cumsum([0, *(len(one) - len(placeholder) for one in replaced)])
+
+    def moved(character: int) -> int:
+        return int(character + growth[np.searchsorted(starts, character)])
+
+    whole = parts[0] + "".join(one + part for one, part in zip(replaced, parts[1:], strict=True))
+    runs = [piece for pieces in written for piece in pieces if isinstance(piece, Run)]
+    return whole, {name: (moved(first), moved(behind)) for name, (first, behind) in spans.items()}, runs
+
+
+def _fields(source: np.ndarray, slots: np.ndarray, runs: list[Run]) -> dict[str, np.ndarray]:
     """What the layout says of each position; ``source`` is the token of the text that it comes from."""
-    fields: dict[str, Any] = {name: np.full(len(source), -1) for name in ("image", "frame", "row", "col")}
+    names = ("frame", "row", "col", "view", "rect")
+    fields: dict[str, Any] = {name: np.full(len(source), -1) for name in ("image", *names[:-1])}
     fields["kind"] = np.full(len(source), TEXT)
     fields["rect"] = np.full((len(source), 4), np.nan)
-    for slot, block in zip(slots, blocks, strict=True):
+    for slot, run in zip(slots, runs, strict=True):
         start = int(np.searchsorted(source, slot))
-        for name, values in fields.items():
-            values[start : start + len(block)] = getattr(block, name)
+        here = slice(start, start + len(run.tokens))
+        fields["kind"][here], fields["image"][here] = run.kind, run.image
+        for name in names:
+            fields[name][here] = getattr(run.tokens, name)
     return fields
 
 
@@ -201,25 +226,3 @@ def _span(offsets: np.ndarray, source: np.ndarray, slots: np.ndarray, first: int
     inside = (offsets[:, 0] < behind) & (offsets[:, 1] > first) & (offsets[:, 0] < offsets[:, 1])
     inside[slots] = False
     return tuple(np.flatnonzero(inside[source]).tolist())
-
-
-def _stamped(
-    processor: Processor, text: str, spans: Mapping[str, tuple[int, int]], frames: int, fps: float
-) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The text with its video placeholder written out: a time stamp and a placeholder for each temporal patch.
-
-    Only the placeholder itself is replaced, so that the template's own marks around it stay. This is what
-    transformers 5 does; transformers 4.57 and vLLM drop them.
-    """
-    token, depth = str(processor.video_token), processor.geometry.frames_per_token
-    # The time of a temporal patch is the mean of its first and last frame; the last frame is repeated to fill it.
-    ends = [(first, min(first + depth - 1, frames - 1)) for first in range(0, frames, depth)]
-    seconds = [(first / fps + last / fps) / 2 for first, last in ends]
-    written = "".join(f"<{second:.1f} seconds><|vision_start|>{token}<|vision_end|>" for second in seconds)
-    before, after = text.split(token)
-    shift = len(written) - len(token)
-
-    def moved(char: int) -> int:
-        return char + shift if char > len(before) else char
-
-    return before + written + after, {name: (moved(a), moved(b)) for name, (a, b) in spans.items()}

@@ -25,13 +25,12 @@ _ROUNDING = 1e-9
 def covered(layout: "TokenLayout", region: Region, image: int | None, coverage: float) -> Bool[np.ndarray, " pos"]:
     """Which positions a region covers; ``image`` overrides the image that a box or a mask names."""
     if isinstance(region, Frames):
-        found = _whole_frames(layout, region)
+        found = whole_frames(layout, region.indices, region)
     elif isinstance(region, Pages):
         found = whole_images(layout, region.indices, region)
     else:
-        index = region.image if image is None else image
-        here = whole_images(layout, [index], region)
-        _inside(layout.images[index], region)
+        here, size = _place(layout, region, image)
+        _inside(size, region)
         rects = layout.rect[here]
         area = (rects[:, 2] - rects[:, 0]) * (rects[:, 3] - rects[:, 1])
         overlap = _box_overlap(rects, region) if isinstance(region, Box) else _mask_overlap(rects, region.pixels)
@@ -47,6 +46,19 @@ def covered(layout: "TokenLayout", region: Region, image: int | None, coverage: 
     return found
 
 
+def _place(
+    layout: "TokenLayout", region: Box | Mask, image: int | None
+) -> tuple[Bool[np.ndarray, " pos"], tuple[int, int]]:
+    """The visual tokens of the image or frame that a region lies in, and its size.
+
+    A token of several frames shows the same rectangle in each of them, and is covered if it is covered in one.
+    """
+    if region.frame is None:
+        index = region.image if image is None else image
+        return whole_images(layout, [index], region), layout.images[index]
+    return whole_frames(layout, [region.frame], region), layout.images[region.frame]
+
+
 def whole_images(
     layout: "TokenLayout", indices: Sequence[int], region: Region | None = None
 ) -> Bool[np.ndarray, " pos"]:
@@ -54,7 +66,15 @@ def whole_images(
     given = repr(region) if region is not None else f"image {indices[0]}"
     if layout.has_video:
         raise RegionError(
-            f"{given} on a video", "frames", "use Frames(...), or frame=; boxes in videos are not supported"
+            f"{given} on a video",
+            "a frame of it",
+            "say which frame: Box(..., frame=k), Mask(..., frame=k), Frames(k), or frame=k",
+        )
+    if layout.memory is not None:
+        raise RegionError(
+            f"{given} in a sequence that holds no visual tokens",
+            "the memory that this model's cross-attention layers look at",
+            "ask layout.memory",
         )
     count = len(layout.images)
     if not indices or not all(0 <= index < count for index in indices):
@@ -66,17 +86,21 @@ def whole_images(
     return np.isin(layout.image, indices)
 
 
-def _whole_frames(layout: "TokenLayout", region: Frames) -> Bool[np.ndarray, " pos"]:
+def whole_frames(
+    layout: "TokenLayout", indices: Sequence[int], region: Region | None = None
+) -> Bool[np.ndarray, " pos"]:
+    """All visual tokens of some frames; a temporal patch holds several frames, and counts if it holds any of them."""
+    given = repr(region) if region is not None else f"frame {indices[0]}"
     if not layout.has_video:
-        raise RegionError(f"{region!r} of a row without a video", "a row with a video", "use Pages(...) for images")
-    count = len(layout.images)
-    if not region.indices or not all(0 <= index < count for index in region.indices):
         raise RegionError(
-            f"{region!r} of a video of {count} frames", f"indices from 0 to {count - 1}", "count frames from 0"
+            f"{given} of a row without a video", "a row with a video", "use Pages(...) or image= for images"
         )
-    # A temporal patch holds several frames, and counts if it holds any of them.
-    firsts = [index - index % layout.frames_per_token for index in region.indices]
-    return np.isin(layout.frame, firsts)
+    count = len(layout.images)
+    if not indices or not all(0 <= index < count for index in indices):
+        raise RegionError(
+            f"{given} of a video of {count} frames", f"indices from 0 to {count - 1}", "count frames from 0"
+        )
+    return np.isin(layout.frame, [index - index % layout.frames_per_token for index in indices])
 
 
 def _inside(size: tuple[int, int], region: Box | Mask) -> None:

@@ -9,7 +9,8 @@ Three ways through it:
 * nobody listens: transformers' own SDPA function is called with the arguments as they came, bit for bit;
 * somebody observes (``HookedMLLM.attending``): SDPA runs, then the observer gets an ``AttentionCall`` from which it
   can compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
-* the layer's scores or pattern are hooked: the arithmetic is done step by step, for that layer only.
+* the layer's scores or pattern are hooked, or SDPA cannot compute it (a softcap, sinks): the arithmetic is done step by
+  step, for that layer only.
 
 Which wrapped model a layer belongs to is found through a weak mapping from the layer's attention module to its
 ``LayerRecord``. The record is active only while that model's own forward runs. It knows nothing of module paths
@@ -18,7 +19,7 @@ Which wrapped model a layer belongs to is found through a weak mapping from the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,7 +29,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from mech.errors import InputError
 from mech.model.points import checked, fire, hooked
+from mech.model.seams import INSIDE_ATTENTION, Step
 
 IMPLEMENTATION = "mech"
 
@@ -48,6 +51,10 @@ class AttentionCall:
         scale: what q times k is multiplied by.
         causal: whether a missing mask means causal attention.
         query_start: the absolute position of the first query row; not 0 while generating with a cache.
+        cross: whether the keys are a memory outside the sequence (the tiles of an image) and not its positions.
+        softcap: bound c of the scores, ``c tanh(scores / c)`` before the mask (Gemma2); None for none.
+        sinks: logits of each head's attention sink, which takes its share of the softmax and no value; None for none.
+        carried: for a ``Carry``, the attention-weighted sums of its columns, ``[batch pos head column]``.
     """
 
     stack: str
@@ -60,6 +67,15 @@ class AttentionCall:
     scale: float
     causal: bool
     query_start: int
+    cross: bool = False
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+    carried: Float[Tensor, "batch pos head column"] | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether transformers' SDPA computes this: it refuses a softcap, and ignores sinks without a word."""
+        return self.softcap is None and self.sinks is None
 
     def visible(self, rows: Sequence[int] | Tensor) -> Bool[Tensor, "batch 1 rows key_pos"]:
         """Which keys these query rows may look at: padding, causality and windows as the layer applies them."""
@@ -82,16 +98,42 @@ class AttentionCall:
         nothing (a padding row) is all zeros. Cost: ``len(positions) * key_pos * d_head`` per head.
         """
         index = torch.as_tensor(positions, device=self.q.device, dtype=torch.long)
-        return softmax(self._scores(index))
+        return self._pattern(self._scores(index))
 
     def _scores(self, index: Tensor) -> Tensor:
         scores = _dot(self.q[:, :, index], self.k, self.scale)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.mask is not None and self.mask.dtype != torch.bool:
             scores = scores + self.mask[:, :, index, : self.k.shape[2]]
         return scores.masked_fill(~self.visible(index), float("-inf"))
 
+    def _pattern(self, scores: Tensor) -> Tensor:
+        if self.sinks is None:
+            return softmax(scores)
+        sinks = self.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+
 
 Observer = Callable[[AttentionCall], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Carry:
+    """An observer for which attention carries numbers of its own from every key: ``call.carried``.
+
+        model.attending(Carry(columns, fn))
+
+    The columns are appended to the values, so one fused call gives z and them: with the indicator vectors of token
+    sets as columns, the attention that *every* query pays to each set. They come in the model's own precision, and z
+    may round differently in its last digit.
+    """
+
+    columns: Float[Tensor, "batch key_pos column"]
+    fn: Observer
+
+    def __call__(self, call: AttentionCall) -> Tensor | None:
+        return self.fn(call)
 
 
 @dataclass(eq=False)
@@ -100,17 +142,24 @@ class LayerRecord:
 
     stack: str
     layer: int
-    owner: ref
+    owner: Callable[[], object | None]
     points: dict[str, HookPoint]
     observers: list[Observer] = field(default_factory=list)
     active: bool = False
+    resume: Callable[[AttentionCall], Tensor] | None = None  # computes z while variants are run on (``resume.py``)
+    step: Step | None = None  # of the text stack
+    cross: bool = False
     windows: Tensor | None = None  # boundaries of the attention windows that are computed in one call
 
     def wanted(self) -> bool:
-        return bool(self.observers) or hooked(self.points.values())
+        return self.resume is not None or bool(self.observers) or hooked(self.points.values())
 
 
 _records: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
+
+
+# What a layer has that nobody listens to, where the arithmetic is done here all the same (``AttentionCall.fused``).
+_IDLE = LayerRecord("", 0, lambda: None, {point: HookPoint() for point in INSIDE_ATTENTION})
 
 
 def register(module: nn.Module, record: LayerRecord) -> None:
@@ -141,10 +190,13 @@ def attention(
     **kwargs,
 ) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
     """The function transformers calls; arguments are those of its ``AttentionInterface``."""
-    record = _records.get(module)
+    record: LayerRecord | None = _records.get(module)
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if record is None or not record.active:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        if softcap is None and sinks is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        record = _IDLE
 
     query = fire(record.points["attn.hook_rot_q"], query.transpose(1, 2)).transpose(1, 2)
     key = fire(record.points["attn.hook_rot_k"], key.transpose(1, 2)).transpose(1, 2)
@@ -152,8 +204,6 @@ def attention(
         attention_mask = _same_window(record.windows, key.shape[2])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal and attention_mask is None and query.shape[2] > 1)
-    # A static cache is longer than what has been written: torch aligns its causal mask to the upper left then.
-    prefilling = causal and key.shape[2] > query.shape[2]
     call = AttentionCall(
         stack=record.stack,
         layer=record.layer,
@@ -164,30 +214,71 @@ def attention(
         mask=attention_mask,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal,
-        query_start=0 if prefilling else key.shape[2] - query.shape[2],
+        query_start=0 if record.step is None else record.step.start,
+        cross=record.cross,
+        softcap=softcap,
+        sinks=sinks,
     )
-    if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
-        z = _stepwise(call, record, dropout)
+    if record.resume is not None:
+        return record.resume(call), None
+    carries = [observer for observer in record.observers if isinstance(observer, Carry)]
+    run = _widened(call, carries) if carries else call
+    if not call.fused or hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
+        z = stepwise(run, record, dropout)
     else:
-        z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        options["scaling"] = call.scale if carries else scaling
+        z, _ = sdpa_attention_forward(module, run.q, run.k, run.v, attention_mask, **options)
+    carried: dict[Observer, Tensor] = {}
+    if carries:
+        z, *sums = z.split([value.shape[-1], *(c.columns.shape[-1] for c in carries), _padding(carries)], dim=-1)
+        z, carried = z.contiguous(), dict(zip(carries, sums, strict=False))
     for observe in record.observers:
-        replaced = observe(replace(call, z=z))
+        mine = carried.get(observe) if isinstance(observe, Carry) else None
+        replaced = observe(replace(call, z=z, carried=mine))
         if replaced is not None:
             name = f"attending, {record.stack} layer {record.layer}"
             z = checked(replaced, z, name, "batch pos head d_head")
     return z, None
 
 
+def _widened(call: AttentionCall, carries: Sequence[Carry]) -> AttentionCall:
+    """The call with the columns behind the values; zeros behind queries and keys leave their products as they are."""
+    batch, kv_heads, keys, _ = call.v.shape
+    columns = torch.cat([carry.columns for carry in carries], dim=-1)
+    if columns.shape[:2] != (batch, keys):
+        raise InputError(
+            f"columns to carry for {tuple(columns.shape[:2])} (rows, keys)", f"({batch}, {keys})",
+            "give a value for every key of every row; generation with a cache has more keys than the prompt",
+        )  # fmt: skip
+    padding = _padding(carries)
+    columns = nn.functional.pad(columns.to(call.v), (0, padding))[:, None].expand(-1, kv_heads, -1, -1)
+    more = (0, columns.shape[-1])
+    return replace(
+        call,
+        q=nn.functional.pad(call.q, more),
+        k=nn.functional.pad(call.k, more),
+        v=torch.cat([call.v, columns], dim=-1),
+    )
+
+
+def _padding(carries: Sequence[Carry]) -> int:
+    # The fused GPU kernels take head sizes that are multiples of eight.
+    return -sum(carry.columns.shape[-1] for carry in carries) % 8
+
+
 def softmax(scores: Float[Tensor, "... key_pos"]) -> Float[Tensor, "... key_pos"]:
     """Softmax over keys in which a row of ``-inf`` becomes zeros, as in the fused kernels, with a gradient of zero."""
-    dead = torch.isneginf(scores).all(-1, keepdim=True)
+    dead = scores.amax(-1, keepdim=True) == float("-inf")
+    if not dead.any():
+        return torch.softmax(scores, dim=-1)
     return torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
 
 
-def _stepwise(call: AttentionCall, record: LayerRecord, dropout: float) -> Tensor:
+def stepwise(call: AttentionCall, record: LayerRecord, dropout: float = 0.0) -> Float[Tensor, "batch pos head d_head"]:
+    """z through scores and pattern, each with its hooks."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
     scores = fire(record.points["attn.hook_attn_scores"], call._scores(rows))
-    pattern = fire(record.points["attn.hook_pattern"], softmax(scores))
+    pattern = fire(record.points["attn.hook_pattern"], call._pattern(scores))
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout)
     batch, heads, queries, keys = pattern.shape

@@ -1,135 +1,140 @@
-"""A row of data for each architecture: where in the Hugging Face model every activation is.
+"""How an architecture is described: where in the Hugging Face model every activation is.
 
-A family is the pair of a text stack and a vision stack plus the few modules between them, written as module paths. To
-open a new architecture, add one ``Family`` to ``FAMILIES``: nothing else in the engine names an architecture. Two
-questions decide whether a row is enough:
+A family is a text stack and a vision stack plus the few modules between them, written as module paths. The table is in
+``rows.py``: one ``Stack`` for each kind of transformer (by the ``model_type`` of its config), one ``Row`` for each
+multimodal architecture that says where its stacks are. Nothing else in the engine names an architecture.
+
+    family = family_of(hf_model)
+    family.text.attn            # ("self_attn",)
+    layers_of(hf_model, family.text)
+
+Two questions decide whether a row is enough:
 
 * Does every attention layer of both stacks call transformers' ``AttentionInterface``? (All current ones do.)
 * Is the tensor that enters the second norm the very tensor that is added back after the MLP? (True for every pre-norm
   layer written as ``residual = hidden_states; hidden_states = norm(hidden_states)``.)
 
+An architecture without a row still opens when its text stack is written like a known one: its text points are there,
+its vision points are not, and a ``PartialSupport`` warning says so.
+
 This file does not know how a point is hooked (``seams.py``) nor how pictures become tensors (``mech.inputs``).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mech.errors import InputError, UnsupportedModel
 
 
+class PartialSupport(UserWarning):
+    """The model opens, but a part of it has no activation points."""
+
+
 @dataclass(frozen=True)
 class Stack:
-    """Module paths of one transformer. Paths after ``layers`` are relative to a layer.
+    """Module paths of one kind of transformer.
 
-    ``post_at`` says where ``hook_resid_post`` is taken: at the layer's "output", or at the "next" module's input, so
-    that what a model adds between layers is included. ``windows`` is the keyword that carries the boundaries of
-    attention windows where a layer calls attention once for each of them.
+    ``layers`` and ``norm`` are relative to ``root``; ``q``, ``k``, ``v``, ``o`` to a layer's attention module;
+    ``down`` to its feed-forward; the others to the layer.
+
+    Attributes:
+        types: the ``model_type`` of the configs this describes.
+        root: path of the transformer in the whole model, set from the row.
+        layers: the module lists that hold the layers, one after the other.
+        embed: the module that makes the embeddings, where they do not enter ``root`` as ``inputs_embeds``.
+        attn: names of the attention module; a layer has one of them.
+        cross: the one of these names whose keys are the visual tokens of a memory outside the sequence.
+        headless: names of modules that stand in attention's place and have no heads -> what they are.
+        qkv: whether ``q``, ``k`` and ``v`` are one projection: all query heads, then key heads, then value heads.
+        gated: whether ``q`` makes each head's query and, behind it, a gate of the same size.
+        attn_out: module whose output is added to the stream where that is not the attention module (a post-norm).
+        mlp_out: the same for the feed-forward.
+        attn_gain: what the attention's output is multiplied by before it is added (a layer scale, a gate), by layer.
+        mlp_gain: the same for the feed-forward.
+        mid: the norm that reads the stream between attention and feed-forward.
+        post_at: where ``hook_resid_post`` is taken: at the layer's "output", or at the "next" module's input, so that
+            what a model adds between layers is included.
+        windows: keyword with the boundaries of attention windows where a layer calls attention once for each.
+        absent: point -> why a layer may lack it. A module that is missing without a reason is an error of the row.
     """
 
     types: tuple[str, ...]
-    root: str
-    layers: str
-    attn: str = "self_attn"
-    q: str = "self_attn.q_proj"
-    k: str = "self_attn.k_proj"
-    v: str = "self_attn.v_proj"
-    qkv: str = ""
-    o: str = "self_attn.o_proj"
+    root: str = ""
+    layers: tuple[str, ...] = ("layers",)
+    norm: str = "norm"
+    embed: str = ""
+    attn: tuple[str, ...] = ("self_attn",)
+    cross: str = ""
+    headless: Mapping[str, str] = field(default_factory=dict)
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    qkv: bool = False
+    gated: bool = False
+    attn_out: str = ""
+    attn_gain: Callable[[nn.Module], Tensor | None] | None = None
     mid: str = "post_attention_layernorm"
     mlp: str = "mlp"
-    down: str = "mlp.down_proj"
+    down: str = "down_proj"
+    mlp_out: str = ""
+    mlp_gain: Callable[[nn.Module], Tensor | None] | None = None
     post_at: str = "output"
     windows: str = ""
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Family:
-    """One architecture: ``config.model_type``, its two stacks and what joins them."""
+class Row:
+    """One architecture: ``config.model_type``, the roots of its two stacks and what joins them."""
 
     model_type: str
-    text: Stack
-    vision: Stack
-    projector: str
-    final_norm: str
+    text: str = "model.language_model"
+    vision: str = "model.vision_tower"
+    projector: str = "model.multi_modal_projector"
+    apart: bool = False  # the projector sees one image at a time; ``projector`` is what has ``get_image_features``
     unembed: str = "lm_head"
     feature_layer: str = ""  # config field that selects the vision layer whose output is used
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensor -> tensors it is useless without
 
 
-_LLAMA_LIKE = Stack(
-    types=("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text"),
-    root="model.language_model",
-    layers="model.language_model.layers",
-    post_at="next",
-)
-_CLIP = Stack(
-    types=("clip_vision_model",),
-    root="model.vision_tower",
-    layers="model.vision_tower.encoder.layers",
-    o="self_attn.out_proj",
-    mid="layer_norm2",
-    down="mlp.fc2",
-)
-_QWEN_VISION: dict[str, Any] = {
-    "root": "model.visual",
-    "layers": "model.visual.blocks",
-    "attn": "attn",
-    "q": "attn.qkv",
-    "k": "attn.qkv",
-    "v": "attn.qkv",
-    "qkv": "attn.qkv",
-    "o": "attn.proj",
-    "mid": "norm2",
-    "windows": "cu_seqlens",
-}
-_QWEN_NEEDS = {
-    "pixel_values": ("image_grid_thw", "mm_token_type_ids"),
-    "pixel_values_videos": ("video_grid_thw", "mm_token_type_ids"),
-}
-_FINAL_NORM = "model.language_model.norm"
+@dataclass(frozen=True)
+class Family:
+    """A row with its stacks: what is known of one model."""
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            "llava",
-            text=_LLAMA_LIKE,
-            vision=_CLIP,
-            projector="model.multi_modal_projector",
-            final_norm=_FINAL_NORM,
-            feature_layer="vision_feature_layer",
-        ),
-        Family(
-            "qwen2_5_vl",
-            text=_LLAMA_LIKE,
-            vision=Stack(types=("qwen2_5_vl_vision", "qwen2_5_vl"), down="mlp.down_proj", **_QWEN_VISION),
-            projector="model.visual",
-            final_norm=_FINAL_NORM,
-            needs=_QWEN_NEEDS,
-        ),
-        Family(
-            "qwen3_vl",
-            text=_LLAMA_LIKE,
-            vision=Stack(types=("qwen3_vl_vision", "qwen3_vl"), down="mlp.linear_fc2", **_QWEN_VISION),
-            projector="model.visual",
-            final_norm=_FINAL_NORM,
-            needs=_QWEN_NEEDS,
-        ),
-    )
-}
+    model_type: str
+    text: Stack
+    vision: Stack | None
+    projector: str
+    apart: bool = False
+    feature_layer: str = ""
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unembed: str = "lm_head"
+
+    @property
+    def final_norm(self) -> str:
+        return f"{self.text.root}.{self.text.norm}"
+
 
 RECIPE = (
-    "add a Family row to FAMILIES in mech/model/families.py: config.model_type, the module paths of the text layers, "
-    "the vision layers, the projector and the final norm; then run tests/test_engine_points.py on a tiny model of it"
+    "add a Row (and a Stack, if its text or vision model has none) to mech/model/rows.py, a tiny config to "
+    "mech/reference/tiny.py, and run `mech check`"
 )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of a model, under the names TransformerLens gives them; ``vision_*`` for the vision stack."""
+    """The sizes of a model, under the names TransformerLens gives them; ``vision_*`` for the vision stack.
+
+    ``attention_layers`` are the text layers that have heads; in the others (linear attention, convolutions) attention
+    points are refused by name. ``cross_layers`` are those of them that look at visual tokens outside the sequence.
+    ``n_kv_heads`` and ``d_head`` are those of the first layer; ``kv_heads`` and ``d_heads`` say them for every layer,
+    as a few architectures change them (0 where a layer has no heads).
+    """
 
     family: str
     n_layers: int
@@ -144,6 +149,10 @@ class ModelConfig:
     vision_d_model: int
     vision_d_head: int
     vision_d_mlp: int
+    attention_layers: tuple[int, ...] = ()
+    cross_layers: tuple[int, ...] = ()
+    kv_heads: tuple[int, ...] = ()
+    d_heads: tuple[int, ...] = ()
     attn_only: bool = False
     normalization_type: str = "RMS"
 
@@ -156,54 +165,109 @@ class ModelConfig:
         return self.vocab
 
 
-def family_of(config: Any) -> Family:
-    """The row for a Hugging Face config.
+def family_of(model: nn.Module) -> Family:
+    """What is known of a Hugging Face model: its row, or its text stack where that can be recognised.
 
     Raises:
-        UnsupportedModel: no row has this architecture, or its text or vision model is not one the row was made for.
+        UnsupportedModel: no row has this architecture and its text layers are not written like known ones.
     """
+    from mech.model.rows import ROWS, TEXT, VISION
+
+    config: Any = model.config
     kind = getattr(config, "model_type", None)
-    family = FAMILIES.get(kind or "")
-    if family is None:
-        raise UnsupportedModel(f"no family row for the architecture {kind!r}", f"one of {sorted(FAMILIES)}", RECIPE)
-    for stack, sub in ((family.text, "text_config"), (family.vision, "vision_config")):
-        inner = getattr(getattr(config, sub, None), "model_type", None)
-        if inner not in stack.types:
-            raise UnsupportedModel(
-                f"the {sub} of this {kind!r} model is {inner!r}", f"one of {sorted(stack.types)}", RECIPE
-            )
-    return family
+    row = ROWS.get(kind or "")
+    if row is None:
+        text = _recognised(model)
+        if text is None:
+            raise UnsupportedModel(f"no family row for the architecture {kind!r}", f"one of {sorted(ROWS)}", RECIPE)
+        _notice(f"the architecture {kind!r} has no row: it opens with text points only, without model.inputs(...)")
+        return Family(str(kind), text=text, vision=None, projector="")
+    inner = getattr(config.text_config, "model_type", None)
+    text = TEXT[inner] if inner in TEXT else _recognised(model.get_submodule(row.text))
+    if text is None:
+        raise UnsupportedModel(f"the text_config of this {kind!r} model is {inner!r}", f"one of {sorted(TEXT)}", RECIPE)
+    tower = getattr(config.vision_config, "model_type", None)
+    if tower not in VISION:
+        _notice(f"the vision tower {tower!r} of this {kind!r} model has no row: its points are not available")
+    return Family(
+        row.model_type,
+        text=replace(text, root=row.text),
+        vision=replace(VISION[tower], root=row.vision) if tower in VISION else None,
+        projector=row.projector,
+        apart=row.apart,
+        feature_layer=row.feature_layer,
+        needs=row.needs,
+        unembed=row.unembed,
+    )
+
+
+def _notice(text: str) -> None:
+    warnings.warn(text, PartialSupport, stacklevel=4)
+
+
+def _recognised(model: nn.Module) -> Stack | None:
+    """The stack of the first transformer whose layers are laid out like Llama's, Gemma3's or Cohere2's."""
+    from mech.model.rows import LAYOUTS
+
+    for path, module in model.named_modules():
+        layers = getattr(module, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(module, "embed_tokens"):
+            continue
+        for stack in LAYOUTS:
+            if all(_is_laid_out(layer, stack) for layer in layers):
+                return replace(stack, root=path)
+    return None
+
+
+def _is_laid_out(layer: nn.Module, stack: Stack) -> bool:
+    attn = getattr(layer, stack.attn[0], None)
+    if attn is None or not hasattr(layer, stack.mlp):
+        return False
+    if not all(hasattr(attn, name) for name in (stack.q, stack.k, stack.v, stack.o)):
+        return False
+    norms = {name for name, _ in layer.named_children() if "norm" in name}
+    return norms == {"input_layernorm", stack.mid, stack.attn_out, stack.mlp_out} - {""}
 
 
 def sizes(config: Any, family: Family) -> ModelConfig:
     """Read every size from the Hugging Face config."""
-    text, vision = config.text_config, config.vision_config
+    text = config.get_text_config()
     heads = text.num_attention_heads
-    vision_heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
+    first = text.per_layer_config[0]  # Gemma4 changes heads from layer to layer, and refuses to name one size
+    tower = config.vision_config if family.vision else None
+    # Qwen2-VL calls the width of its tower embed_dim and the width of the text hidden_size.
+    width = 0 if tower is None else getattr(tower, "embed_dim", None) or tower.hidden_size
+    tower_heads = 0 if tower is None else first_of(tower, "num_attention_heads", "num_heads", "attention_heads")
     return ModelConfig(
         family=family.model_type,
         n_layers=text.num_hidden_layers,
         n_heads=heads,
-        n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        n_kv_heads=getattr(first, "num_key_value_heads", None) or heads,
         d_model=text.hidden_size,
-        d_head=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        d_head=getattr(first, "head_dim", None) or text.hidden_size // heads,
         d_mlp=text.intermediate_size,
         vocab=text.vocab_size,
-        vision_layers=getattr(vision, "num_hidden_layers", None) or vision.depth,
-        vision_heads=vision_heads,
-        vision_d_model=vision.hidden_size,
-        vision_d_head=vision.hidden_size // vision_heads,
-        vision_d_mlp=vision.intermediate_size,
+        vision_layers=0
+        if tower is None
+        else first_of(tower, "num_hidden_layers", "depth") + getattr(tower, "num_global_layers", 0),
+        vision_heads=tower_heads,
+        vision_d_model=width,
+        vision_d_head=width // tower_heads if tower_heads else 0,
+        vision_d_mlp=0 if tower is None else getattr(tower, "intermediate_size", None) or width * tower.mlp_ratio,
     )
 
 
-def live_vision_layers(config: Any, family: Family) -> int:
-    """How many vision layers, from the first on, can reach the logits.
+def first_of(config: Any, *names: str) -> int:
+    """The first of several config fields that is set."""
+    return next(value for name in names if (value := getattr(config, name, None)))
+
+
+def live_vision_layers(config: Any, family: Family, layers: int) -> int:
+    """How many of a tower's layers, from the first on, can reach the logits.
 
     LLaVA-1.5 takes the output of the last layer but one (``vision_feature_layer = -2``): the last layer runs, and
     what it computes is dropped.
     """
-    layers = sizes(config, family).vision_layers
     if not family.feature_layer:
         return layers
     chosen = getattr(config, family.feature_layer)
@@ -212,7 +276,12 @@ def live_vision_layers(config: Any, family: Family) -> int:
     return max(index % (layers + 1) for index in indices)
 
 
-def module_at(model: nn.Module, path: str, family: Family) -> nn.Module:
+def layers_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    """The layers of a stack, in order."""
+    return [layer for path in stack.layers for layer in module_at(model, f"{stack.root}.{path}").children()]
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
     """The module at a row's path.
 
     Raises:
@@ -223,7 +292,7 @@ def module_at(model: nn.Module, path: str, family: Family) -> nn.Module:
     except AttributeError:
         raise UnsupportedModel(
             f"{type(model).__name__} has no module {path!r}",
-            f"the module paths of the row {family.model_type!r}",
+            "the module paths of its row in mech/model/rows.py",
             RECIPE,
         ) from None
 

@@ -24,31 +24,33 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
 from mech.errors import InputError, MechError, PointError, UnsupportedModel
 from mech.model import attention, seams
-from mech.model.families import check_tensors, family_of, live_vision_layers, module_at, sizes
+from mech.model.cache import ActivationCache
+from mech.model.encoding import pictures_seen
+from mech.model.families import check_tensors, family_of, layers_of, module_at, sizes
 from mech.model.generation import generation_config
 from mech.model.loading import open_checkpoint
-from mech.model.points import NamesFilter, all_names, cache_hook, hooked, point_name, select
+from mech.model.points import NamesFilter, cache_hook, hooked, point_name, select
+from mech.model.weights import NamedWeights
 
 
-class HookedMLLM(HookedRootModule):
+class HookedMLLM(NamedWeights, HookedRootModule):
     """A Hugging Face multimodal model whose activations can be read and written by name."""
 
     def __init__(self, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None):
         super().__init__()
-        self.family = family_of(hf_model.config)
+        self.family = family_of(hf_model)
         self.cfg = sizes(hf_model.config, self.family)
         self.hf_model = hf_model
         self.training = hf_model.training
@@ -57,18 +59,17 @@ class HookedMLLM(HookedRootModule):
         self._revision: str | None = None
         self._processor = processor
         self._running = False
-        live = live_vision_layers(hf_model.config, self.family)
-        names, self._refused = all_names(self.cfg.n_layers, live, self.cfg.vision_layers)
+        self._step = seams.Step()
+        offered, self._refused, live = seams.offered(hf_model, self.family, self.cfg, self._step)
         # Kept in plain dicts, not as submodules: the Hugging Face modules must not be renamed or listed twice.
-        self.hook_dict = {point: HookPoint() for point in names}
+        self.hook_dict = {seam if isinstance(seam, str) else seam.point: HookPoint() for seam in offered}
         for point, hook_point in self.hook_dict.items():
             hook_point.name = point
         self.mod_dict = dict(self.hook_dict)
-        self._seams = seams.stack_seams(hf_model, self.family.vision, "vision", live, self.cfg, self.family)
-        self._seams += seams.joining_seams(hf_model, self.family)
-        self._seams += seams.stack_seams(hf_model, self.family.text, "text", self.cfg.n_layers, self.cfg, self.family)
+        self._seams = [seam for seam in offered if not isinstance(seam, str)]
         self._observers: dict[str, list[attention.Observer]] = {"text": [], "vision": []}
         self._layers = [*self._attention_layers("vision", live), *self._attention_layers("text", self.cfg.n_layers)]
+        self.cfg = seams.measured(self.cfg, self._layers, self._seams)
         self._stock_attention = _attention_names(hf_model)
         for module, record in self._layers:
             attention.register(module, record)
@@ -82,14 +83,26 @@ class HookedMLLM(HookedRootModule):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> "HookedMLLM":
         """Open a reference model ("reference:llava-m"), a folder or a hub id, in eval mode, on the GPU if there is one.
 
+        Args:
+            name: what to open.
+            dtype: of the weights; that of the checkpoint if None.
+            device: where to put the whole model.
+            revision: of a hub id.
+            device_map: where to put its parts ("auto": spread over the GPUs), in place of ``device``.
+            quantization: "8bit" or "4bit" weights (the extra ``quant``); then there is no ``hook_result`` and no W_O.
+
         Raises:
-            InputError: no such folder.
-            UnsupportedModel: no family row for it, or its weights are missing, cut off or incomplete.
+            InputError: no such folder; options that exclude each other, or need a package that is not installed.
+            UnsupportedModel: no row for it, or its weights are missing, cut off, incomplete or of other shapes.
         """
-        hf_model, source = open_checkpoint(name, dtype, device, revision)
+        hf_model, source = open_checkpoint(
+            name, dtype=dtype, device=device, revision=revision, device_map=device_map, quantization=quantization
+        )
         model = cls(hf_model, name=str(name))
         model._source, model._revision = source, revision
         return model
@@ -135,13 +148,7 @@ class HookedMLLM(HookedRootModule):
         For whoever asks the same pictures again and again while the *text* stack is changed. Hooks on the vision stack
         and the projector do not fire in such forwards.
         """
-        given, inner = self._tensors(inputs, {}), self.hf_model.model
-        seen = {}
-        for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"),
-                                   ("video", "pixel_values_videos", "video_grid_thw")):  # fmt: skip
-            if given.get(pixels) is not None:
-                more = () if given.get(grid) is None else (given[grid],)
-                seen[kind] = getattr(inner, f"get_{kind}_features")(given[pixels], *more, return_dict=True)
+        seen = pictures_seen(self.hf_model, self._tensors(inputs, {}))
         blind = {name: value for name, value in inputs.tensors.items() if not name.startswith("pixel_values")}
         return replace(inputs, tensors=blind), seen
 
@@ -301,33 +308,24 @@ class HookedMLLM(HookedRootModule):
     def dtype(self) -> torch.dtype:
         return self.hf_model.dtype
 
-    @property
-    def blocks(self) -> list[SimpleNamespace]:
-        """``blocks[layer].attn.W_O`` is ``[head d_head d_model]``, a view of the layer's weight."""
-        family = self.family
-        layers: Any = module_at(self.hf_model, family.text.layers, family)
-        outputs = [module_at(layer, family.text.o, family) for layer in layers]
-        return [SimpleNamespace(attn=SimpleNamespace(W_O=seams.head_weights(o, self.cfg.n_heads))) for o in outputs]
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model vocab"]:
-        unembed: Any = module_at(self.hf_model, self.family.unembed, self.family)
-        return unembed.weight.T
-
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _attention_layers(self, stack: str, count: int) -> list[tuple[nn.Module, attention.LayerRecord]]:
         row = getattr(self.family, stack)
-        layers: Any = module_at(self.hf_model, row.layers, self.family)
         found = []
-        for index in range(count):
-            module = module_at(layers[index], row.attn, self.family)
+        for index, layer in enumerate(layers_of(self.hf_model, row)[:count] if row else ()):
+            module = seams.attention_of(layer, row)
+            if module is None:
+                continue
             if attention.owner_of(module) is not None:
                 raise UnsupportedModel(
                     "this Hugging Face model is wrapped already", "one HookedMLLM for each model", "unwrap() the other"
                 )
             inside = {p: self.hook_dict[point_name(p, index, stack)] for p in seams.INSIDE_ATTENTION}
-            found.append((module, attention.LayerRecord(stack, index, ref(self), inside, self._observers[stack])))
+            record = attention.LayerRecord(stack, index, ref(self), inside, self._observers[stack])
+            if stack == "text":
+                record.step, record.cross = self._step, module is getattr(layer, row.cross, None)
+            found.append((module, record))
         return found
 
     @contextmanager
@@ -340,6 +338,8 @@ class HookedMLLM(HookedRootModule):
         self._running = True
         handles = []
         try:
+            root = module_at(self.hf_model, self.family.text.root)
+            handles.append(root.register_forward_pre_hook(self._step.begin, prepend=True, with_kwargs=True))
             # Each is put before the hooks that are there, so the last to be attached fires first.
             for seam in reversed(self._seams):
                 point = self.hook_dict[seam.point]
@@ -364,7 +364,9 @@ class HookedMLLM(HookedRootModule):
         if not self._layers:
             raise UnsupportedModel("this model has been unwrapped", "a wrapped model", "call HookedMLLM.from_hf again")
         config = self.hf_model.config
-        switched = {config.text_config._attn_implementation, config.vision_config._attn_implementation}
+        switched = {config.get_text_config()._attn_implementation}
+        if self.family.vision is not None:
+            switched.add(config.vision_config._attn_implementation)
         if switched != {attention.IMPLEMENTATION}:
             raise UnsupportedModel(
                 f"the attention implementation was changed to {sorted(switched - {attention.IMPLEMENTATION})}",
@@ -392,6 +394,8 @@ class HookedMLLM(HookedRootModule):
         else:
             given = {**inputs.to(self.device, self.dtype).tensors, **options}
         check_tensors(given, self.family)
+        if "cross_attention_states" in (given.get("mm_encoder_outputs") or ()):  # Mllama knows them by this name
+            given |= given.pop("mm_encoder_outputs")
         return given
 
     def _pad_token_id(self) -> int:
@@ -407,5 +411,5 @@ class HookedMLLM(HookedRootModule):
 def _attention_names(hf_model: PreTrainedModel) -> dict[str, Any]:
     """The attention implementation of the model and its parts, in the form ``set_attn_implementation`` takes."""
     config = hf_model.config
-    parts = {key: getattr(config, key)._attn_implementation for key in config.sub_configs}
+    parts = {key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key)}
     return {"": config._attn_implementation, **parts}

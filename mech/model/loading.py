@@ -6,17 +6,19 @@ shards there and whole. Weights are safetensors only; code from a checkpoint is 
 
 import json
 import struct
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mech.errors import InputError, UnsupportedModel
-from mech.model.families import RECIPE, family_of
+from mech.model.families import RECIPE, PartialSupport, family_of
 
 REFERENCE = "reference:"
 
@@ -99,17 +101,66 @@ def _no_bars_for(source: str) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def check_known(config: Any) -> None:
+    """Refuse an architecture before its weights are read: a model without weights is laid out on the meta device.
+
+    Raises:
+        UnsupportedModel: no row has it, and its text layers are not written like known ones.
+    """
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"{config.model_type!r} is no model of images and text: {str(error).splitlines()[0]}",
+            "an architecture of AutoModelForImageTextToText",
+            RECIPE,
+        ) from error
+    with warnings.catch_warnings():  # said once, when the model is wrapped
+        warnings.simplefilter("ignore", PartialSupport)
+        family_of(empty)
+
+
+def quantized(bits: str, dtype: torch.dtype | str | None) -> BitsAndBytesConfig:
+    """How "8bit" or "4bit" weights are read; activations keep ``dtype``.
+
+    Raises:
+        InputError: another word, or bitsandbytes is not installed.
+    """
+    if bits not in ("8bit", "4bit"):
+        raise InputError(f"quantization={bits!r}", "'8bit', '4bit' or None")
+    if find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"quantization={bits!r} without bitsandbytes", "the extra 'quant'", "pip install 'mech[quant]'"
+        )
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    wide = dtype if dtype not in (None, "auto") else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=wide)
+
+
 def open_checkpoint(
-    name: str | Path, dtype: torch.dtype | str | None, device: torch.device | str | None, revision: str | None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel, str]:
     """Load a stock Hugging Face model in eval mode; returns it with the folder or hub id it came from.
 
     Raises:
-        InputError: no such folder.
-        UnsupportedModel: no such model, no family row for it, weights missing or cut off.
+        InputError: no such folder; options that exclude each other, or need a package that is not installed.
+        UnsupportedModel: no such model, no row for it, weights missing, cut off or of other shapes.
     """
+    if device is not None and device_map is not None:
+        raise InputError("device and device_map", "one of them: device_map says where every part of the model goes")
     source = resolve(name)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    placed = {} if device_map is None else {"device_map": device_map}
+    if quantization is not None:
+        placed["quantization_config"] = quantized(quantization, dtype)
     if Path(source).is_dir():
         check_folder(Path(source))
     try:
@@ -121,13 +172,19 @@ def open_checkpoint(
             "a folder or hub id with a Hugging Face config of a known architecture",
             "check the name and the network, or give a folder" if known else RECIPE,
         ) from error
-    family_of(config)
+    check_known(config)
     try:
         with _no_bars_for(source):
             model, report = AutoModelForImageTextToText.from_pretrained(
-                source, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+                source,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                **placed,
+                **options,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UnsupportedModel(
             f"the weights of {source!r} cannot be opened: {str(error).splitlines()[0]}", "safetensors of this model"
         ) from error
@@ -138,5 +195,6 @@ def open_checkpoint(
             "a complete checkpoint: random weights would be interpreted as if they were trained",
             "download it again, or train it to the end",
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), source
+    if not placed:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), source

@@ -56,19 +56,16 @@ def point_name(point: str, layer: int, stack: str = "text") -> str:
     return f"{'vision.' if stack == 'vision' else ''}blocks.{layer}.{point}"
 
 
-def all_names(n_layers: int, live_vision: int, vision_layers: int) -> tuple[list[str], dict[str, str]]:
-    """The names that are live, in the order they fire, and the names that are refused with the reason."""
-    vision = [point_name(point, layer, "vision") for layer in range(live_vision) for point in LAYER_POINTS]
-    text = [point_name(point, layer) for layer in range(n_layers) for point in LAYER_POINTS]
-    refused = {
+def behind_features(live: int, layers: int) -> dict[str, str]:
+    """The points of vision layers that cannot reach the logits, with the reason."""
+    return {
         point_name(point, layer, "vision"): (
             f"vision layer {layer} lies behind the selected feature layer: the image features are the output of vision "
-            f"layer {live_vision - 1}, and nothing computed later reaches the logits"
+            f"layer {live - 1}, and nothing computed later reaches the logits"
         )
-        for layer in range(live_vision, vision_layers)
+        for layer in range(live, layers)
         for point in LAYER_POINTS
     }
-    return [*vision, "projector.hook_out", "hook_embed", *text, "ln_final.hook_normalized"], refused
 
 
 def select(names: NamesFilter, live: Sequence[str], refused: Mapping[str, str]) -> list[str]:
@@ -92,7 +89,9 @@ def select(names: NamesFilter, live: Sequence[str], refused: Mapping[str, str]) 
     known = set(live)
     for name in wanted:
         if name in refused:
-            raise PointError(f"{name!r} is not live", refused[name], "choose an earlier vision layer")
+            raise PointError(
+                f"{name!r} is not live", refused[name], "choose another layer or point; print model.points()"
+            )
         if name not in known:
             raise PointError(
                 f"no activation point is called {name!r}", "a name from model.points()", suggestion(str(name), live)

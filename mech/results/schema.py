@@ -95,6 +95,7 @@ def ram_dataset(
     size_null: Float[np.ndarray, "example"],
     n_evidence: Int[np.ndarray, "example"],
     *,
+    layers: Sequence[int] | None = None,
     examples: Sequence[str] | None = None,
     **attrs: Any,
 ) -> xr.Dataset:
@@ -105,6 +106,7 @@ def ram_dataset(
         vision_mass: the same over all visual tokens (a "vision head" score).
         size_null: the share of visible keys that are evidence: what even attention would score.
         n_evidence: visual tokens of the evidence.
+        layers: which layers of the model these are, where some have no heads.
         examples: ids of the examples.
         attrs: ``provenance``, ``model``, ``domain`` and whatever else belongs to the whole dataset.
     """
@@ -112,6 +114,8 @@ def ram_dataset(
     coords = {EXAMPLE: (EXAMPLE, _names(examples))} if examples is not None else {}
     if np.ndim(ram) == 3:
         coords |= {dim: (dim, np.arange(size)) for dim, size in zip((LAYER, HEAD), np.shape(ram)[1:], strict=True)}
+        if layers is not None:
+            coords[LAYER] = (LAYER, np.asarray(layers, dtype=np.int64))
     return _build("ram", values, coords, attrs)
 
 

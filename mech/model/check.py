@@ -1,0 +1,154 @@
+"""Is this wrapped model right? ``mech check MODEL`` runs every law of ``mech.model.laws`` and says what fails where.
+
+    report = check("Qwen/Qwen2.5-VL-3B-Instruct")       # a hub id, a folder, "reference:llava-m" or a HookedMLLM
+    print(report)                                       # one line a law, and every failing point with its deviation
+    assert report.ok
+
+    for report in check_families():                     # tiny random models of every family, offline
+        print(report)
+
+A model is checked before it is believed: that idle logits are transformers' own, that writing a point reaches the
+logits, that padding, generation and geometry are what they say. What it does not do: judge weights or prompts.
+``family_table()`` is the table of families in the README.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mech.model.hooked import HookedMLLM
+from mech.model.laws import LAWS, Batches, Finding, make_batches
+from mech.model.laws.running import unwrapping
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found for one model, law by law."""
+
+    model: str
+    family: str
+    findings: dict[str, tuple[Finding, ...]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures()
+
+    def failures(self) -> list[tuple[str, Finding]]:
+        """(law, finding) of everything that failed."""
+        return [(law, one) for law, found in self.findings.items() for one in found if one.ok is False]
+
+    def inapplicable(self) -> list[tuple[str, Finding]]:
+        """(law, finding) of everything that has no meaning for this model; the finding says why."""
+        return [(law, one) for law, found in self.findings.items() for one in found if one.ok is None]
+
+    def cell(self, law: str) -> str:
+        """The verdict in a word: "ok 3e-07" (the worst deviation), "FAIL 2 of 60" or "n/a"."""
+        found = self.findings[law]
+        failed = sum(one.ok is False for one in found)
+        if failed:
+            return f"FAIL {failed} of {len(found)}"
+        held = [one.deviation for one in found if one.ok]
+        if not held:
+            return "n/a"
+        return f"ok {max(held):.0e}" if max(held) else "ok"
+
+    def notes(self) -> list[str]:
+        """Every failure, and what does not apply, a line each."""
+        lines = [f"{self.model}: {law} FAILED at {one.where}: {one.says}" for law, one in self.failures()]
+        return lines + [f"{self.model}: {law}, {one.where}: n/a, {one.says}" for law, one in self.inapplicable()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values; of what holds only the worst deviation of each law."""
+        return {
+            "model": self.model,
+            "family": self.family,
+            "ok": self.ok,
+            "laws": {law: self.cell(law) for law in self.findings},
+            "failures": [
+                {"law": law, "where": one.where, "deviation": one.deviation, "says": one.says}
+                for law, one in self.failures()
+            ],
+            "not_applicable": [
+                {"law": law, "where": one.where, "reason": one.says} for law, one in self.inapplicable()
+            ],
+        }
+
+    def __str__(self) -> str:
+        verdicts = [f"  {law:12s} {self.cell(law)}" for law in self.findings]
+        return "\n".join([f"{self.model} ({self.family})", *verdicts, *self.notes()])
+
+
+def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Progress = lambda *_: None) -> Report:
+    """Run every law on one model.
+
+    Args:
+        model: a wrapped model, which stays wrapped, or what ``HookedMLLM.from_pretrained`` takes; what is opened here
+            is unwrapped in the end, to see that it comes back as it was.
+        full: all layers; otherwise the first and the last layer of every kind.
+        progress: called with (what, laws done, laws).
+
+    Raises:
+        UnsupportedModel: it cannot be opened.
+
+    Cost: about 40 forwards and 24 for each layer looked at (two to four in each stack of most models), on a batch of
+    three rows with three small pictures; one layer's activations are held at a time.
+    """
+    opened = not isinstance(model, HookedMLLM)
+    wrapped = HookedMLLM.from_pretrained(model) if not isinstance(model, HookedMLLM) else model
+    return _checked(wrapped, full, {**LAWS, "unwrapping": unwrapping} if opened else LAWS, progress)
+
+
+def check_families(progress: Progress = lambda *_: None) -> Iterator[Report]:
+    """Run every law, at every layer, on a tiny random model of each variant in ``mech.reference.tiny.NAMES``.
+
+    Cost: about two seconds a variant on one core; no file and no network.
+    """
+    from mech.reference import tiny, tiny_processors
+
+    for index, name in enumerate(tiny.NAMES):
+        wrapped = HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name), name=name)
+        yield _checked(wrapped, True, {**LAWS, "unwrapping": unwrapping}, lambda *_: None)
+        progress("families", index + 1, len(tiny.NAMES))
+
+
+def _checked(model: HookedMLLM, full: bool, laws: dict[str, Any], progress: Progress) -> Report:
+    findings: dict[str, tuple[Finding, ...]] = {}
+    with torch.no_grad():
+        batches = make_batches(model, full)
+        for index, (name, law) in enumerate(laws.items()):
+            findings[name] = tuple(_found(law, model, batches))
+            progress("laws", index + 1, len(laws))
+    return Report(model.name, model.cfg.family, findings)
+
+
+def _found(law: Any, model: HookedMLLM, batches: Batches) -> Iterator[Finding]:
+    try:
+        yield from law(model, batches)
+    # Whatever a broken model raises is what was looked for, and must not hide the other laws.
+    except Exception as error:
+        yield Finding("an exception", False, float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def family_table() -> str:
+    """The architectures that are known, as a Markdown table made from the rows of engine, inputs and tiny models."""
+    from mech.inputs.geometry import FAMILIES
+    from mech.model.rows import ROWS
+    from mech.reference import tiny
+
+    pairs: dict[str, list[str]] = {}
+    for make in tiny.MODELS.values():
+        config: Any = make()
+        pair = f"{config.text_config.model_type} + {config.vision_config.model_type}"
+        pairs.setdefault(config.model_type, []).append(pair)
+    lines = ["| `model_type` | `model.inputs` takes | checked text + vision models |", "|---|---|---|"]
+    for kind in sorted(ROWS):
+        row = FAMILIES.get(kind)
+        takes = "no pictures yet, tensors only" if row is None else "images, video" if row.video else "images"
+        lines.append(f"| `{kind}` | {takes} | {', '.join(dict.fromkeys(pairs.get(kind, ['none'])))} |")
+    return "\n".join(lines)

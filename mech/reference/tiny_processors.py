@@ -1,0 +1,164 @@
+"""A byte-level tokenizer of 512 entries and the image processors of every family, made on the spot: no file, no hub.
+
+    processor = tiny_processors.processor("internvl")      # goes with mech.reference.tiny.model("internvl")
+    tiny_processors.token_id("<image>")                     # the id every tiny config uses
+
+One tokenizer serves all families: ``SPECIAL`` holds the placeholders and marks of all of them, and a special token's id
+is its index there. What it does not do: pretend to be a good tokenizer. Any text can be written, mostly byte by byte.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mech.inputs import Processor
+from mech.inputs.lfm2 import Lfm2VlImageProcessorPil
+from mech.inputs.pil import Cohere2VisionImageProcessorPil, Llama4ImageProcessorPil
+
+VOCAB = 512
+# New ones go to the end: tiny models know tokens by their index.
+SPECIAL = (
+    *("<pad>", "<s>", "<image>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+    *("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+    *("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]"),
+    *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+    *("<|image|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|header_start|>", "<|header_end|>", "<|eot|>"),
+    *("<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+    *("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+    *("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|video|>"),
+    *("<|user|>", "<|assistant|>", "<|img_thumbnail|>", "<|image>", "<image|>", "<|turn>", "<turn|>"),
+    *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)),
+    *(f"<|img_row_{row}_col_{col}|>" for row in range(1, 4) for col in range(1, 4)),
+)
+_CORPUS = ("Which digit is in the red frame? user assistant USER: ASSISTANT: seconds What is shown", "0123456789 <0.5>")
+
+
+def token_id(token: str) -> int:
+    """The id of a special token."""
+    return SPECIAL.index(token)
+
+
+@functools.cache
+def _trained() -> str:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(_CORPUS * 4, trainer)
+    return made.to_str()
+
+
+def tokenizer(**names: str) -> PreTrainedTokenizerFast:
+    """The tokenizer; ``names`` are named special tokens such as ``bos_token`` or a family's ``boi_token``."""
+    made = Tokenizer.from_str(_trained())
+    given = {"pad_token": "<pad>", "eos_token": "<|im_end|>", **names}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, additional_special_tokens=list(SPECIAL[1:]), clean_up_tokenization_spaces=False, **given
+    )
+
+
+SIDE, PATCH = 16, 4  # pixels of a tile and of a patch in the tiny towers; mech.reference.tiny has the same
+_SQUARE = {"height": SIDE, "width": SIDE}
+_PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
+_ANYRES = {"size": _SQUARE, "crop_size": _SQUARE, "do_center_crop": False, "image_grid_pinpoints": _PINPOINTS}
+_SPLIT = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+_PATCHES = {"patch_size": PATCH, "size": {"shortest_edge": 4 * PATCH**2, "longest_edge": 400 * PATCH**2}}
+_CLIP = (transformers.CLIPImageProcessorPil, {"size": _SQUARE, "crop_size": _SQUARE, "do_center_crop": False})
+_SIGLIP = (transformers.SiglipImageProcessorPil, {"size": _SQUARE})
+_QWEN = (transformers.Qwen2VLImageProcessorPil, _PATCHES)
+_PIXTRAL = (transformers.PixtralImageProcessorPil, {"patch_size": PATCH, "size": {"longest_edge": 8 * PATCH}})
+_GEMMA4 = (
+    transformers.Gemma4ImageProcessorPil,
+    {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70},  # the least it allows
+)
+
+# The image processor of each variant of mech.reference.tiny, and its settings.
+IMAGE_PROCESSORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "llava": _CLIP,
+    "llava_siglip": _SIGLIP,
+    "llava_qwen3": (
+        transformers.LlavaImageProcessorPil,
+        {"size": _SQUARE, "crop_size": _SQUARE, "do_center_crop": False, "do_pad": True},
+    ),
+    "llava_mistral": _CLIP,
+    "llava_next": (transformers.LlavaNextImageProcessorPil, _ANYRES),
+    "llava_onevision": (transformers.LlavaOnevisionImageProcessorPil, _ANYRES),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
+    "qwen3_5": _QWEN,
+    "glm4v": (
+        transformers.Glm4vImageProcessorPil,
+        {"patch_size": PATCH, "size": {"shortest_edge": 8 * PATCH**2, "longest_edge": 800 * PATCH**2}},
+    ),
+    "llava_pixtral": _PIXTRAL,
+    "mistral3": _PIXTRAL,
+    "gemma4": _GEMMA4,
+    "gemma4_large": _GEMMA4,
+    "lfm2_vl": (
+        Lfm2VlImageProcessorPil,
+        {"encoder_patch_size": PATCH, "tile_size": SIDE, "max_tiles": 4, "min_image_tokens": 4, "max_image_tokens": 16},
+    ),
+    "internvl": (transformers.GotOcr2ImageProcessorPil, {"size": _SQUARE, "max_patches": 6}),
+    "gemma3": (transformers.Gemma3ImageProcessorPil, {"size": _SQUARE}),
+    "paligemma": _SIGLIP,
+    "paligemma2": _SIGLIP,
+    "idefics3": (transformers.Idefics3ImageProcessorPil, _SPLIT),
+    "smolvlm": (transformers.SmolVLMImageProcessorPil, _SPLIT),
+    "cohere2_vision": (Cohere2VisionImageProcessorPil, {"size": _SQUARE, "max_patches": 6, "patch_size": 4}),
+    "mllama": (transformers.MllamaImageProcessorPil, {"size": _SQUARE}),
+    "llama4": (Llama4ImageProcessorPil, {"size": _SQUARE, "max_patches": 4}),
+}
+_BEGINNINGS = {
+    "gemma3": "<bos>",
+    "paligemma": "<bos>",
+    "llama4": "<|begin_of_text|>",
+    "mllama": "<|begin_of_text|>",
+    "cohere2_vision": "<bos>",
+}
+
+
+def image_processor(name: str, **settings: Any) -> Any:
+    """The image processor of a variant; ``settings`` go before its own."""
+    kind, own = IMAGE_PROCESSORS[name]
+    return kind(**{**own, **settings})
+
+
+def processor(name: str, images: Any = None, config: Any = None, **options: Any) -> Processor:
+    """The processor of a variant.
+
+    Args:
+        name: one of ``mech.reference.tiny.NAMES``.
+        images: an image processor in place of the variant's own.
+        config: the model's config, in place of the variant's own.
+        options: for ``Processor.from_hf``.
+    """
+    from mech.reference import tiny  # it takes its token ids from here
+
+    config = config or tiny.MODELS[name]()
+    first = _BEGINNINGS.get(config.model_type)
+    named = {"bos_token": first} if first else {}
+    made = images or image_processor(name)
+    return Processor.from_hf(config=config, tokenizer=tokenizer(**named), image_processor=made, **options)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of random pixels, the same for the same seed."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
