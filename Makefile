@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: study test lint reference clean
+.PHONY: study test lint bench reference clean
 
 study: $(READY)
 	$(BIN)/mech study --out study
@@ -13,9 +13,15 @@ test: $(READY)
 	$(BIN)/python -m pytest -q
 
 lint: $(READY)
-	$(BIN)/ruff check mech tests notebooks
-	$(BIN)/ruff format --check mech tests
+	$(BIN)/ruff check mech tests notebooks benchmarks
+	$(BIN)/ruff format --check mech tests benchmarks
 	$(BIN)/pyright
+
+# Every benchmark, one after the other, on an otherwise quiet machine: benchmarks/results.json and docs/benchmarks.md.
+bench: $(READY)
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/transformerlens.py --seconds 25
+	$(BIN)/python benchmarks/fullsize.py --config qwen3-vl-8b --tokens 600 2000 --seconds 5
 
 # Trains the reference models anew (about forty minutes each on one core) and puts them into the package.
 reference: $(READY)

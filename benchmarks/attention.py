@@ -1,6 +1,6 @@
 """What looking costs: hooked, cached and measured forwards over one plain SDPA forward of the same model.
 
-    python benchmarks/attention.py                       # 600, 2,000 and 4,000 tokens, about four minutes
+    python benchmarks/attention.py                       # 600, 2,000 and 4,000 tokens, about three minutes
     python benchmarks/attention.py --tokens 600 --seconds 3
 
 A figure is the worst over the lengths; all of them are recorded beside it. ``plain`` is the Hugging Face model with
@@ -84,7 +84,7 @@ def prepared(kind: str, tokens: int) -> Callable[[], Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[600, 2000, 4000])
-    parser.add_argument("--seconds", type=float, default=45, help="time for each length")
+    parser.add_argument("--seconds", type=float, default=30, help="time for each length")
     given = parser.parse_args()
     found: dict[str, dict[int, float]] = {name: {} for name in WHAT}
     plain = {}

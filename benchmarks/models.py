@@ -20,8 +20,9 @@ def llava(
     torch.manual_seed(0)
     config = LlavaConfig(
         text_config=LlamaConfig(
-            hidden_size=width, intermediate_size=43 * width // 16, num_hidden_layers=layers, num_attention_heads=heads, head_dim=64,
-            num_key_value_heads=kv_heads, vocab_size=1000, max_position_embeddings=2 * tokens,
+            hidden_size=width, intermediate_size=43 * width // 16, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=64,
+            vocab_size=1000, max_position_embeddings=2 * tokens,
         ),
         vision_config=CLIPVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, patch_size=PATCH,

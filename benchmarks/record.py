@@ -6,7 +6,8 @@
 
 Runs that are compared take turns in one process, and a ratio is the median of the ratios of neighbouring turns: a
 machine that slows down half way slows both. ``record`` adds the figure to ``benchmarks/results.json`` under its name,
-with the machine, the versions, the date and the command, and leaves the other names as they are.
+with the machine, the versions, the date and the command, and leaves the other names as they are; the table in
+``docs/benchmarks.md`` follows.
 """
 
 import json
@@ -24,7 +25,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results.json"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "benchmarks.md"
 PACKAGES = ("torch", "transformers", "transformer-lens")
 
 
@@ -109,12 +111,16 @@ def record(
         "machine": machine(),
         "versions": {package: version(package) for package in PACKAGES},
         "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(["python", Path(sys.argv[0]).as_posix().split("/main/")[-1], *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known[name] = entry
-    path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
-    print(f"{name:24} {entry['value']:>9} {unit:6} {_verdict(value, bar):18} over {compared_with}", flush=True)
+    known = dict(sorted(known.items()))
+    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    if path == RESULTS:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(page[: page.index("| name |")] + table(known), encoding="utf-8")
+    print(f"{name:28} {entry['value']:>9} {unit:8} {_verdict(value, bar):18} {compared_with}", flush=True)
 
 
 def _verdict(value: float, bar: str) -> str:
@@ -132,3 +138,14 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread"
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """All figures as a Markdown table."""
+    lines = ["| name | what | value | bar | compared with | date |", "|---|---|---|---|---|---|"]
+    for name, entry in results.items():
+        verdict = _verdict(entry["value"], entry["bar"])
+        cells = (f"`{name}`", entry.get("what", ""), f"{entry['value']} {entry['unit']}", verdict,
+                 entry["compared_with"], entry["date"])  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

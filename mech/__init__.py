@@ -41,6 +41,7 @@ _NAMES = {
     "ablation": "mech.experiments.ablation",
     "agreement": "mech.experiments.ranking",
     "attention_from": "mech.experiments.heads",
+    "attention_mass": "mech.experiments.attention_mass",
     "haystacks": "mech.data.haystacks",
     "intervene": "mech.interventions",
     "rank_heads": "mech.experiments.ranking",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from mech.data.samples import Samples as Samples
     from mech.errors import MechError as MechError
     from mech.experiments.ablation import ablation as ablation
+    from mech.experiments.attention_mass import attention_mass as attention_mass
     from mech.experiments.heads import attention_from as attention_from
     from mech.experiments.heads import retrieval_attention_mass as retrieval_attention_mass
     from mech.experiments.ranking import Head as Head

@@ -17,6 +17,8 @@ WORDS = {
     HEAD: "a query head of a layer",
     "kv_head": "a key/value head; `head // (n_heads / n_kv_heads)` under grouped-query attention",
     "pos": "a position of the sequence, padding included",
+    "position": "one position of the sequence, patched by itself",
+    "region": "one set of positions, patched together: a cell of a picture, a box, a word",
     "query_pos": "the position that looks",
     "key_pos": "the position that is looked at",
     "d_model": "the width of the residual stream",

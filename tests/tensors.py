@@ -15,12 +15,21 @@ SIDE = tiny.SIDE
 QWEN_GRIDS = ((4, 4), (6, 4), (8, 8))  # patches (rows, columns) of the first, second, third image of a row
 SIZES = ((16, 16), (24, 16), (32, 20))  # pixels (height, width), where any size goes
 NAMES = (
-    *("llava", "llava_siglip", "llava_qwen3", "llava_mistral", "llava_pixtral", "llava_next", "llava_onevision"),
+    *(
+        "llava",
+        "llava_siglip",
+        "llava_qwen3",
+        "llava_mistral",
+        "llava_phi3",
+        "llava_pixtral",
+        "llava_next",
+        "llava_onevision",
+    ),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "gemma3", "paligemma", "paligemma2"),
     *("idefics3", "smolvlm", "mistral3", "cohere2_vision"),
 )
-# One of each kind: stock, windows and fused projections, DeepStack, experts, layer scale, post-norms, parallel layers.
-FEW = ("llava", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "gemma3", "cohere2_vision")
+# One of each kind: stock, fused projections, windows, DeepStack, experts, layer scale, post-norms, parallel layers.
+FEW = ("llava", "llava_phi3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "gemma3", "cohere2_vision")
 ANYRES = ("llava_next", "llava_onevision")
 SIZED = ("llava_pixtral", "mistral3")
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tensors import tensors
+from tensors import placeholder, tensors
 from transformers import (
     Dinov2Config,
     GPT2Config,
@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen3MoeConfig,
+    VipLlavaConfig,
 )
 
 from mech.errors import InputError, PointError, UnsupportedModel
@@ -131,7 +133,7 @@ def test_an_unknown_architecture_opens_with_text_points_where_its_layers_are_wri
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         before = stock(ids).logits
-    with pytest.warns(PartialSupport, match="'llama' has no row: it opens with text points only"):
+    with pytest.warns(PartialSupport, match="'llama' has no row(.|\n)*with text points only"):
         model = HookedMLLM.from_hf(stock)
     with torch.no_grad():
         assert torch.equal(model(ids), before)
@@ -140,6 +142,33 @@ def test_an_unknown_architecture_opens_with_text_points_where_its_layers_are_wri
     assert not [name for name in model.points() if name.startswith(("vision.", "projector."))]
     with pytest.raises(InputError, match="has no processor"):
         model.inputs("What is this?")
+
+
+def test_an_unknown_multimodal_architecture_takes_raw_tensors():
+    config = VipLlavaConfig(
+        vision_config=tiny.MODELS["llava"]().vision_config, text_config=tiny.MODELS["llava"]().text_config,
+        image_token_index=placeholder("llava"), vision_feature_layers=[-2, 1],
+    )  # fmt: skip
+    hf_model = tiny.build(config)
+    with torch.no_grad():
+        before = hf_model(**BATCH).logits
+        with pytest.warns(PartialSupport, match="'vipllava' has no row"):
+            model = HookedMLLM.from_hf(hf_model)
+        assert torch.equal(model(BATCH), before)
+        _, cache = model.run_with_cache(BATCH)
+    block = "blocks.1.hook_resid_"
+    torch.testing.assert_close(cache[block + "mid"], cache[block + "pre"] + cache["blocks.1.hook_attn_out"])
+
+
+def test_an_unknown_text_model_in_a_known_architecture_opens_with_all_points():
+    config = tiny.MODELS["llava"]()
+    text = {**config.text_config.to_dict(), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config.text_config = Qwen3MoeConfig(**{key: value for key, value in text.items() if key != "model_type"})
+    with pytest.warns(PartialSupport, match="the text model 'qwen3_moe' of this 'llava' model has no row"):
+        model = HookedMLLM.from_hf(tiny.build(config))
+    assert "vision.blocks.0.attn.hook_z" in model.points()
+    with pytest.raises(PointError, match="mixture of experts"):
+        model.select("blocks.0.mlp.hook_post")
 
 
 def test_an_unknown_architecture_written_otherwise_gets_the_recipe():

@@ -1,18 +1,17 @@
 """The model makes its own inputs: question, images or video in; logits, tokens and text out."""
 
 import pytest
-import tiny_processors
 import torch
 
 from mech.data.samples import Sample
 from mech.model import HookedMLLM
+from mech.reference import tiny, tiny_processors
 
-FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["llava", "llava_pixtral", "internvl", "gemma3", "idefics3", "qwen2_5_vl", "qwen3_vl"]
 
 
 def wrapped(family):
-    torch.manual_seed(0)
-    return HookedMLLM.from_hf(tiny_processors.model(family).eval(), tiny_processors.processor(family))
+    return HookedMLLM.from_hf(tiny.model(family), tiny_processors.processor(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

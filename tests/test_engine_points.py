@@ -17,7 +17,7 @@ ROWS = ((2, 5), (1, 3))
 @pytest.fixture(params=FEW, scope="module")
 def bench(request):
     """A wrapped model that has run once, a padded batch with several images, its clean logits and all activations."""
-    model, batch = HookedMLLM.from_hf(tiny.model(request.param)), tensors(request.param, ROWS)
+    model, batch = HookedMLLM.from_hf(tiny.model(request.param), name=request.param), tensors(request.param, ROWS)
     with torch.no_grad():
         clean = model(batch)
         _, cache = model.run_with_cache(batch, names_filter=lambda name: True)
@@ -45,7 +45,7 @@ def test_every_point_fires_with_the_shape_of_the_table(bench):
     model, batch, _, cache = bench
     sizes = {"batch": 2} | dict.fromkeys(("pos", "query_pos", "key_pos"), real(batch).shape[1])
     sizes |= {"head": 4, "kv_head": 2, "d_head": 8, "d_model": 32, "d_mlp": 48}
-    sizes["visual_pos"] = int((batch["input_ids"] == placeholder(model.cfg.family)).sum())
+    sizes["visual_pos"] = int((batch["input_ids"] == placeholder(model.name)).sum())
     for name in model.points():
         assert name in cache, name
         if not name.startswith("vision."):
@@ -102,7 +102,7 @@ def test_a_cached_value_does_not_change_with_later_writes_in_place(bench):
 @pytest.mark.parametrize("stack", ["text", "vision"])
 def test_gradients_flow_through_every_point(bench, stack):
     """The gradient at a point is the derivative of the logits along a small write there."""
-    family = bench[0].cfg.family
+    family = bench[0].name
     if family == "qwen3_vl_moe":
         pytest.skip("the grouped matrix product of experts has no float64")
     model = HookedMLLM.from_hf(tiny.model(family).double())
@@ -178,8 +178,8 @@ def test_pattern_rows_sum_to_one_respect_the_mask_and_give_z(bench):
         torch.testing.assert_close(pattern.sum(-1).transpose(1, 2)[keys], torch.ones(int(keys.sum()), 4))
         assert pattern.transpose(1, 2)[~keys].abs().sum() == 0, "padding rows see nothing"
         assert pattern.permute(0, 3, 1, 2)[~keys].abs().sum() == 0, "nobody sees padding"
-        visual = (batch["input_ids"] == placeholder(model.cfg.family))[:, None, :, None] & real(batch)[:, None, :, None]
-        ahead = pattern.triu(1).abs().sum() if model.cfg.family != "gemma3" else (pattern.triu(1) * ~visual).sum()
+        visual = (batch["input_ids"] == placeholder(model.name))[:, None, :, None] & real(batch)[:, None, :, None]
+        ahead = pattern.triu(1).abs().sum() if model.name != "gemma3" else (pattern.triu(1) * ~visual).sum()
         assert ahead == 0, "only Gemma3's visual tokens look ahead"
         z = torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(2, dim=2))
         torch.testing.assert_close(z, cache[f"blocks.{layer}.attn.hook_z"], atol=1e-5, rtol=1e-5)
@@ -248,24 +248,24 @@ def test_writing_resid_mid_changes_both_the_mlp_input_and_the_skip(bench, stack)
             mlp_out = mlp_out * row.mlp_gain(layer)
     torch.testing.assert_close(seen[points[0]], mlp_out, atol=1e-6, rtol=1e-6)
     difference = seen[points[1]] - (mid + mlp_out)
-    if stack == "text" and model.cfg.family.startswith("qwen3_vl"):
+    if stack == "text" and model.name.startswith("qwen3_vl"):
         difference = difference[
-            batch["input_ids"] != placeholder(model.cfg.family)
+            batch["input_ids"] != placeholder(model.name)
         ]  # DeepStack adds to visual tokens behind the layer
     assert difference.abs().max() < 1e-6
 
 
 def test_the_stream_adds_up_and_what_is_added_between_layers_is_included(bench):
     model, batch, _, cache = bench
-    visual = batch["input_ids"] == placeholder(model.cfg.family)
+    visual = batch["input_ids"] == placeholder(model.name)
     for layer in range(tiny.LAYERS):
         block = f"blocks.{layer}."
         pre, post = (cache[block + f"hook_resid_{place}"] for place in ("pre", "post"))
         mid = pre + cache[block + "hook_attn_out"]
-        if model.cfg.family != "cohere2_vision":
+        if model.name != "cohere2_vision":
             torch.testing.assert_close(cache[block + "hook_resid_mid"], mid)
         added = (post - mid - cache[block + "hook_mlp_out"]).abs().amax(-1)
-        deepstack = model.cfg.family.startswith("qwen3_vl") and layer < 2
+        deepstack = model.name.startswith("qwen3_vl") and layer < 2
         assert added[~visual].max() < 1e-5
         assert added[visual].min() > 1e-2 if deepstack else added[visual].max() < 1e-5
         if layer + 1 < tiny.LAYERS:
@@ -277,7 +277,7 @@ def test_the_stream_adds_up_and_what_is_added_between_layers_is_included(bench):
 
 def test_an_edit_of_the_projector_is_an_edit_of_the_embeddings_at_the_visual_tokens(bench):
     model, batch, clean, cache = bench
-    visual = batch["input_ids"] == placeholder(model.cfg.family)
+    visual = batch["input_ids"] == placeholder(model.name)
     assert torch.equal(cache["hook_embed"][visual], cache["projector.hook_out"])
     features = noise(cache["projector.hook_out"].shape)
     embeddings = cache["hook_embed"].clone()
@@ -346,5 +346,5 @@ def test_activation_cache_works_as_in_transformerlens(bench):
     stacked = cache.stack_head_results(layer=2)
     assert stacked.shape[0] == 2 * tiny.HEADS
     torch.testing.assert_close(stacked[tiny.HEADS + 3], cache["blocks.1.attn.hook_result"][:, :, 3])
-    _, without = model.run_with_cache(tensors(model.cfg.family, ROWS), names_filter=lambda n: "hook_z" in n)
+    _, without = model.run_with_cache(tensors(model.name, ROWS), names_filter=lambda n: "hook_z" in n)
     torch.testing.assert_close(without.stack_head_results(layer=2), stacked, atol=1e-5, rtol=1e-5)

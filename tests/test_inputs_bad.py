@@ -9,11 +9,12 @@ from PIL import Image
 
 from mech.data.regions import Box, Frames, Mask
 from mech.errors import InputError, MechError, RegionError
+from mech.inputs import build, encode
 from mech.inputs.pictures import picture, pictures
+from mech.reference import tiny_processors
 
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+noise = tiny_processors.noise
+FAMILIES = tuple(tiny_processors.IMAGE_PROCESSORS)
 
 
 def saved(image: Image.Image, path: Path, **options) -> Path:
@@ -190,3 +191,97 @@ def test_every_refusal_says_what_to_do():
             call()
         assert caught.value.given and caught.value.expected and caught.value.do
     assert Frames(1).indices == (1,)
+
+
+# --- models and processors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_processor_of_another_family_is_refused_or_makes_what_the_map_says(name):
+    """Never an error from within, and never a picture on another canvas than the layout's."""
+    own = type(tiny_processors.image_processor(name))
+    others = {type(one := tiny_processors.image_processor(other)): one for other in FAMILIES}
+    refused = 0
+    for kind, other in others.items():
+        if kind is own:
+            continue
+        try:
+            processor = tiny_processors.processor(name, other)
+            inputs = build(processor, "What?", images=[noise(50, 21)])
+        except MechError as error:
+            refused += 1
+            assert error.given and error.expected and error.do
+        else:
+            token = processor.tokenizer.convert_tokens_to_ids(processor.visual_tokens[0])
+            assert len(inputs.layout.positions("image")) == (inputs.tensors["input_ids"] == token).sum()
+    assert refused >= len(others) - 5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures_and_placeholders_must_be_as_many(name):
+    processor, one = tiny_processors.processor(name), noise(24, 24)
+    token = processor.image_token
+    for text, images in [("no placeholder", [one]), (f"{token} alone", []), (f"{token} x {token} two", [one])]:
+        with pytest.raises(InputError, match=r"placeholders? '(.|\n)*for \d image"):
+            encode(processor, text, images)
+    for typed in {token, processor.visual_tokens[0]}:
+        with pytest.raises(InputError, match="the question holds the special token"):
+            build(processor, f"What is {typed}?", images=[one])
+    with pytest.raises(InputError, match="both images and a video"):
+        build(processor, "What?", images=[one], video=[one])
+    if processor.video_token is None:
+        with pytest.raises(InputError, match="takes none"):
+            build(processor, "What?", video=[one])
+        return
+    with pytest.raises(InputError, match="frames of sizes"):
+        build(processor, "What?", video=[one, noise(24, 16)])
+    for fps in (0, -1.0, NAN):
+        with pytest.raises(InputError, match="fps="):
+            build(processor, "What?", video=[one], fps=fps)
+    layout = build(processor, "What?", video=[one]).layout
+    assert layout.images == ((24, 24),) and set(layout.frame[layout.positions(Frames(0))]) == {0}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (3, 1), (400, 2), (1, 1000)])
+def test_the_smallest_and_the_longest_pictures_have_tokens_or_are_refused(name, size):
+    """Sides of 1 and 3 look like channels to a guess at the axes."""
+    processor = tiny_processors.processor(name)
+    try:
+        layout = build(processor, "What?", images=[noise(*size)]).layout
+    except InputError as error:
+        assert error.given and error.expected and error.do
+        assert size in ((400, 2), (1, 1000)) or (name == "mistral3" and "single token" in error.given)
+    else:
+        layout = layout.memory or layout
+        found = layout.positions(Box(0, 0, *size))
+        assert len(found) and (layout.image[found] == 0).all()
+
+
+# --- the mapping in the literature ----------------------------------------------------------------------------------
+
+
+def test_the_flattened_index_divided_by_four_is_elsewhere():
+    """Patches numbered row by row, divided by four, are not the merged 2 x 2 squares (SCIENCE, section 2).
+
+    Over boxes with random corners the published formula's tokens and the right ones have a mean IoU of 0.2-0.3.
+    """
+    rng = np.random.default_rng(0)
+    images = tiny_processors.image_processor("qwen2_5_vl", do_resize=False)
+    processor = tiny_processors.processor("qwen2_5_vl", images)
+    layout = build(processor, "What?", images=[noise(160, 160)]).layout
+    first, patch = int(layout.positions("image")[0]), 4
+    across = 160 // patch
+    assert layout.grid() == (across // 2, across // 2)
+    overlaps = []
+    for _ in range(3000):
+        (x0, x1), (y0, y1) = np.sort(rng.uniform(0, 160, (2, 2)))
+        box = Box(x0, y0, x1, y1)
+        rows = np.arange(int(box.y0 // patch), int(np.ceil(box.y1 / patch)))
+        columns = np.arange(int(box.x0 // patch), int(np.ceil(box.x1 / patch)))
+        published = set(((rows[:, None] * across + columns) // 4).ravel().tolist())
+        ours = {int(p) - first for p in layout.positions(box)}
+        right = set(((rows[:, None] // 2) * (across // 2) + columns // 2).ravel().tolist())
+        assert ours == right
+        overlaps.append(len(published & right) / len(published | right))
+    assert 0.2 < np.mean(overlaps) < 0.3

@@ -7,13 +7,13 @@ change from one token to another, so what changes where the text stack receives 
 import importlib
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from impulses import boxes, changed, poked, surely, unmixed
 from PIL import Image
+from transformers.image_utils import SizeDict
 from transformers_source import functions
 
 from mech.data.regions import Box, Frames
@@ -59,6 +59,74 @@ def test_a_block_of_pixels_moves_exactly_its_own_tokens(models, name, size):
             named = set()
         side = processor.geometry.side
         assert surely(before.layout, box, side, name in KEEP_SHAPE) <= moved <= named
+
+
+@pytest.mark.parametrize(("name", "edge"), [("llava_siglip", 18), ("llava_onevision", 18), ("smolvlm", 19)])
+def test_what_a_tile_has_left_over_is_seen_by_no_token(monkeypatch, name, edge):
+    """384 pixels are 27 patches of 14 and 6 pixels that the tower drops, at the end of every tile."""
+    config = tiny.MODELS[name]()
+    config.vision_config.image_size = edge
+    square = {"height": edge, "width": edge}
+    settings = {"size": square}
+    if name == "llava_onevision":
+        config.image_grid_pinpoints = [[edge, 2 * edge], [2 * edge, edge], [3 * edge, edge], [2 * edge, 2 * edge]]
+        settings |= {"crop_size": square, "image_grid_pinpoints": config.image_grid_pinpoints}
+    if name == "smolvlm":
+        config.scale_factor = 3
+        settings = {"size": {"longest_edge": 3 * edge}, "max_image_size": {"longest_edge": edge}}
+    monkeypatch.setitem(tiny.MODELS, "leftover", lambda: config)
+    model, processor = (
+        unmixed("leftover"),
+        tiny_processors.processor(name, tiny_processors.image_processor(name, resample=NEAREST, **settings), config),
+    )
+    picture = tiny_processors.noise(2 * edge, edge)
+    before = build(processor, "What?", images=[picture])
+    for box in [*boxes(picture.size, 6), Box(edge - 1, 0, edge, edge), Box(edge - 1, 0, edge + 1, edge)]:
+        moved = changed(model, before, build(processor, "What?", images=[poked(picture, box)]))
+        try:
+            named = set(before.layout.positions(box).tolist())
+        except RegionError:
+            named = set()
+        assert surely(before.layout, box, processor.geometry.side) <= moved <= named
+
+
+# Published checkpoints, the last two SmolVLM's: image size, patch, pixel shuffle, settings of the image processor.
+_NEXT = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+_GRID = [[384 * high, 384 * wide] for high in range(1, 7) for wide in range(1, 7)]
+PUBLISHED = {
+    "llava_next": (336, 14, 1, {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336},
+                                "do_center_crop": True, "image_grid_pinpoints": _NEXT}),
+    "llava_onevision": (384, 14, 1, {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": _GRID}),
+    "internvl": (448, 14, 2, {"size": {"height": 448, "width": 448}, "max_patches": 12}),
+    "idefics3": (364, 14, 2, {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}}),
+    "idefics3 at 384": (384, 14, 3, {"size": {"longest_edge": 4 * 384}, "max_image_size": {"longest_edge": 384}}),
+    "idefics3 at 512": (512, 16, 4, {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_as_many_tokens_as_in_hugging_face(monkeypatch, name):
+    edge, patch, factor, settings = PUBLISHED[name]
+    name = name.split(" at ")[0]
+    config = tiny.MODELS[name]()
+    config.vision_config.image_size = [edge, edge] if name == "internvl" else edge
+    config.vision_config.patch_size = [patch, patch] if name == "internvl" else patch
+    config.scale_factor, config.vision_aspect_ratio = factor, "anyres_max_9"
+    if "image_grid_pinpoints" in settings:
+        config.image_grid_pinpoints = settings["image_grid_pinpoints"]
+    images = tiny_processors.image_processor(name, **settings)
+    processor = tiny_processors.processor(name, images, config)
+    whole, side = oracle(name, monkeypatch, images), edge // patch // factor
+    whole.patch_size, whole.vision_aspect_ratio = patch, "anyres_max_9"
+    for count in ("num_image_tokens", "image_seq_length", "image_seq_len"):
+        setattr(whole, count, side**2)
+    sizes = [*np.random.default_rng(0).integers(20, 2500, (60, 2)).tolist(), [edge, edge], [3 * edge, edge], [9, 7]]
+    theirs = whole._get_num_multimodal_tokens([size[::-1] for size in sizes])
+    for size, tokens, patches in zip(sizes, theirs.num_image_tokens, theirs.num_image_patches, strict=True):
+        shown = processor.geometry.show(tuple(size), images)
+        written = "".join(one if isinstance(one, str) else "<image>" * len(one) for one in shown.pieces)
+        assert len(processor.tokenizer(written)["input_ids"]) == tokens, size
+        assert name.startswith("llava") or shown.tiles == patches
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -201,11 +269,8 @@ def test_crops_of_gemma_are_those_of_the_hugging_face_processor(monkeypatch, siz
 @pytest.mark.parametrize("most", [4, 6, 12, 16])
 def test_the_arrangements_are_those_of_the_torchvision_processors(most):
     """Llama 4's and Cohere Vision's image processors cannot be imported here; their arithmetic can be read."""
-    cohere = functions(
-        "cohere2_vision/image_processing_cohere2_vision.py",
-        "get_all_supported_aspect_ratios",
-        "get_optimal_tiled_canvas",
-    )
+    file = "cohere2_vision/image_processing_cohere2_vision.py"
+    cohere = functions(file, "get_all_supported_aspect_ratios", "get_optimal_tiled_canvas")
     llama = functions(
         "llama4/image_processing_llama4.py", "get_factors", "find_supported_resolutions", "get_best_fit",
         "get_max_res_without_distortion",
@@ -213,7 +278,7 @@ def test_the_arrangements_are_those_of_the_torchvision_processors(most):
     edge = 16
     ours = {name: tiny_processors.image_processor(name, max_patches=most) for name in ("cohere2_vision", "llama4")}
     largest = tiny_processors.image_processor("llama4", max_patches=most, resize_to_max_canvas=True)
-    square = SimpleNamespace(height=edge, width=edge)
+    square = SizeDict(height=edge, width=edge)
     resolutions = torch.tensor(llama.find_supported_resolutions(most, square))
     rng = np.random.default_rng(0)
     sizes = [*SIZES, (32, 32), (160, 16), (16, 16 * most), *rng.integers(1, 200, (200, 2)).tolist()]
@@ -244,8 +309,9 @@ def test_interpolated_tokens_stand_for_their_share_of_the_picture(models):
         moved = changed(model, before, build(processor, "What?", images=[poked(picture, box)]))
         wider = Box(max(0, box.x0 - 8), max(0, box.y0 - 8), min(32, box.x1 + 8), min(30, box.y1 + 8))
         assert moved <= set(layout.positions(wider).tolist())
-        # The larger part of a token is its own.
-        assert set(layout.positions(box, coverage=0.75).tolist()) <= moved
+        x0, y0, x1, y1 = layout.rect.T
+        inside = (x0 >= box.x0) & (y0 >= box.y0) & (x1 <= box.x1) & (y1 <= box.y1)
+        assert set(np.flatnonzero(inside).tolist()) <= moved
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
@@ -319,6 +385,8 @@ def test_settings_that_do_not_belong_together_are_refused():
     with pytest.raises(InputError, match="do_resize=False"):
         images = tiny_processors.image_processor("cohere2_vision", do_resize=False)
         build(tiny_processors.processor("cohere2_vision", images), "What?", images=[tiny_processors.noise(9, 9)])
+    with pytest.raises(InputError, match="200 x 2 pixels, of which no whole token is left"):
+        build(tiny_processors.processor("llava_next"), "What?", images=[tiny_processors.noise(200, 2)])
     with pytest.raises(InputError, match="takes none"):
         build(tiny_processors.processor("smolvlm"), "What?", video=[tiny_processors.noise(9, 9)])
 
@@ -327,7 +395,7 @@ def test_views_can_be_asked_for_by_name():
     layout = build(tiny_processors.processor("internvl"), "What?", images=[tiny_processors.noise(48, 32)]).layout
     box = Box(0, 0, 12, 12)
     both, tiles, whole = (layout.positions(box, view=view).tolist() for view in (None, "tiles", "whole"))
-    assert sorted(tiles + whole) == both and len(tiles) == 9 and len(whole) == 4
+    assert sorted(tiles + whole) == both and len(tiles) == 9 and len(whole) == 2
     assert (layout.view[tiles] == 1).all() and (layout.view[whole] == 0).all()
     assert len(layout.positions("image", view="whole")) == 16 and len(layout.positions("image")) == 7 * 16
     with pytest.raises(RegionError, match="view='tile'"):

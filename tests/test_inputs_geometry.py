@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny_processors as tiny
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from impulses import changed, embedded, poked, unmixed
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, PretrainedConfig
 
@@ -14,57 +13,25 @@ from mech.errors import InputError, RegionError, UnsupportedModel
 from mech.inputs import IMAGE, build, geometry_of
 from mech.inputs.canvas import Canvas
 from mech.inputs.fixed import fixed_canvas
+from mech.reference import tiny, tiny_processors
+from mech.reference.tiny_processors import image_processor, noise
+
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 
 NEAREST = Image.Resampling.NEAREST
 
 
-def unmixed(family: str):
-    """A model whose vision tower does not mix tokens: attention adds nothing."""
-    model = tiny.model(family)
-    tower = model.model.vision_tower if family == "llava" else model.model.visual
-    for name, module in tower.named_modules():
-        if name.endswith(("attn.out_proj", "attn.proj")):
-            torch.nn.init.zeros_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-    return model
-
-
 @pytest.fixture(scope="module")
 def models():
-    return {family: unmixed(family) for family in tiny.FAMILIES}
+    return {family: unmixed(family) for family in FAMILIES}
 
 
-def embedded(model, inputs) -> torch.Tensor:
-    """What the text stack receives at each position."""
-    seen = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs.tensors)
-    hook.remove()
-    return seen[0][0]
-
-
-def changed(model, before, after) -> set[int]:
-    """Positions whose embedding differs."""
-    difference = (embedded(model, before) - embedded(model, after)).abs().amax(dim=1)
-    return set(torch.nonzero(difference > 1e-6).flatten().tolist())
-
-
-def poked(picture: Image.Image, box: Box) -> Image.Image:
-    """The picture with the pixels of a box inverted."""
-    pixels = np.array(picture)
-    pixels[int(box.y0) : int(box.y1), int(box.x0) : int(box.x1)] ^= 255
-    return Image.fromarray(pixels)
-
-
-# Squares of (24, 24) meet no resizing; the others are enlarged by nearest neighbour, so that a block stays a block.
+# Squares of (16, 16) meet no resizing; the others are enlarged by nearest neighbour, so that a block stays a block.
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
-        ("llava", [(24, 24), (24, 24)]),
-        ("llava", [(12, 12)]),
+        ("llava", [(16, 16), (16, 16)]),
+        ("llava", [(8, 8)]),
         ("qwen2_5_vl", [(40, 24)]),
         ("qwen2_5_vl", [(24, 56), (32, 32), (40, 24)]),
         ("qwen3_vl", [(40, 24)]),
@@ -72,9 +39,9 @@ def poked(picture: Image.Image, box: Box) -> Image.Image:
     ],
 )
 def test_a_block_of_pixels_moves_exactly_its_own_tokens(models, family, sizes):
-    images = tiny.clip_images(resample=NEAREST) if family == "llava" else tiny.qwen_images(4)
-    processor = tiny.processor(family, images)
-    pictures = [tiny.noise(*size, seed=k) for k, size in enumerate(sizes)]
+    images = image_processor("llava", resample=NEAREST) if family == "llava" else image_processor("qwen3_vl")
+    processor = tiny_processors.processor(family, images)
+    pictures = [noise(*size, seed=k) for k, size in enumerate(sizes)]
     before = build(processor, "What?", images=pictures)
     rng = np.random.default_rng(1)
     for image, (width, height) in enumerate(sizes):
@@ -89,11 +56,11 @@ def test_a_block_of_pixels_moves_exactly_its_own_tokens(models, family, sizes):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("count", [1, 4, 5])
 def test_a_frame_moves_exactly_its_own_temporal_patch(models, family, count):
-    processor = tiny.processor(family)
-    frames = [tiny.noise(32, 24, seed) for seed in range(count)]
+    processor = tiny_processors.processor(family)
+    frames = [noise(32, 24, seed) for seed in range(count)]
     before = build(processor, "What?", video=frames)
     for index in range(count):
-        other = [tiny.noise(32, 24, 99) if k == index else one for k, one in enumerate(frames)]
+        other = [noise(32, 24, 99) if k == index else one for k, one in enumerate(frames)]
         named = before.layout.positions(Frames(index))
         assert len(named) == 3 * 4
         assert changed(models[family], before, build(processor, "What?", video=other)) == set(named.tolist())
@@ -101,8 +68,8 @@ def test_a_frame_moves_exactly_its_own_temporal_patch(models, family, count):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_block_of_a_frame_moves_the_tokens_with_its_rectangle(models, family):
-    processor = tiny.processor(family)
-    frames = [tiny.noise(32, 24, seed) for seed in range(4)]
+    processor = tiny_processors.processor(family)
+    frames = [noise(32, 24, seed) for seed in range(4)]
     box = Box(9, 17, 24, 20)
     before = build(processor, "What?", video=frames)
     after = build(processor, "What?", video=[*frames[:2], poked(frames[2], box), frames[3]])
@@ -117,15 +84,15 @@ def test_a_block_of_a_frame_moves_the_tokens_with_its_rectangle(models, family):
 
 
 def llava_with(images):
-    return tiny.processor("llava", images)
+    return tiny_processors.processor("llava", images)
 
 
-@pytest.mark.parametrize("size", [(40, 24), (24, 41), (30, 25)])
+@pytest.mark.parametrize("size", [(32, 16), (16, 33), (22, 17)])
 def test_what_a_centre_crop_takes_away_has_no_token(models, size):
-    """Shortest edge 24, crop 24: the outer columns (or rows) of the longer side are never seen."""
-    images = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, resample=NEAREST)
+    """Shortest edge 16, crop 16: the outer columns (or rows) of the longer side are never seen."""
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=NEAREST)
     processor = llava_with(images)
-    picture = tiny.noise(*size)
+    picture = noise(*size)
     before = build(processor, "What?", images=[picture])
     kept = before.layout.rect[before.layout.positions("image")]
     assert kept[:, :2].min(axis=0).tolist() == pytest.approx([(w - min(size)) // 2 for w in size], abs=1)
@@ -134,37 +101,37 @@ def test_what_a_centre_crop_takes_away_has_no_token(models, size):
     with pytest.raises(RegionError, match="covers no visual token"):
         before.layout.positions(outside)
     assert changed(models["llava"], before, build(processor, "What?", images=[poked(picture, outside)])) == set()
-    if min(size) == 24:
+    if min(size) == 16:
         inside = Box(rect[0] + 5, rect[1] + 5, rect[0] + 9, rect[1] + 8)
         named = set(before.layout.positions(inside).tolist())
         assert len(named) == 2
         assert changed(models["llava"], before, build(processor, "What?", images=[poked(picture, inside)])) == named
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 15), (9, 30)])
+@pytest.mark.parametrize("size", [(8, 9), (11, 9), (9, 30)])
 def test_padding_about_a_small_picture_has_tokens_without_a_rectangle(models, size):
-    processor = llava_with(tiny.clip_images(do_resize=False, do_center_crop=True))
-    picture = tiny.noise(*size)
+    processor = llava_with(image_processor("llava", do_resize=False, do_center_crop=True))
+    picture = noise(*size)
     before = build(processor, "What?", images=[picture])
     layout = before.layout
     shown = [p for p in layout.positions("image") if not np.isnan(layout.rect[p]).any()]
-    assert 0 < len(shown) < 36
+    assert 0 < len(shown) < 16
     box = Box(3, 7, 8, 9)
     named = set(layout.positions(box).tolist())
     assert named <= set(shown)
     assert changed(models["llava"], before, build(processor, "What?", images=[poked(picture, box)])) == named
-    assert len(layout.positions(Pages(0))) == 36
+    assert len(layout.positions(Pages(0))) == 16
     nowhere = next(p for p in layout.positions("image") if p not in shown)
     with pytest.raises(RegionError, match="has no rectangle"):
         layout.rectangle(int(nowhere))
 
 
-@pytest.mark.parametrize("size", [(24, 13), (10, 24), (12, 7), (5, 12), (6, 8)])
+@pytest.mark.parametrize("size", [(16, 9), (10, 16), (8, 5), (3, 8), (3, 4)])
 def test_padding_to_a_square_moves_the_picture_to_the_middle(models, size):
-    sides = {"height": 24, "width": 24}
+    sides = {"height": 16, "width": 16}
     images = LlavaImageProcessorPil(do_pad=True, size=sides, crop_size=sides, resample=NEAREST)
     processor = llava_with(images)
-    picture = tiny.noise(*size)
+    picture = noise(*size)
     before = build(processor, "What?", images=[picture])
     box = Box(2, 3, min(9, size[0]), min(8, size[1]))
     named = set(before.layout.positions(box).tolist())
@@ -172,15 +139,16 @@ def test_padding_to_a_square_moves_the_picture_to_the_middle(models, size):
 
 
 def test_the_strategy_full_keeps_a_token_that_is_nowhere():
-    model = tiny.model("llava", vision_feature_select_strategy="full")
-    processor = tiny.processor("llava", config={"vision_feature_select_strategy": "full"})
-    inputs = build(processor, "What?", images=[tiny.noise(24, 24), tiny.noise(24, 24, 1)])
+    model = tiny.model("llava")
+    model.config.vision_feature_select_strategy = "full"
+    processor = tiny_processors.processor("llava", config=model.config)
+    inputs = build(processor, "What?", images=[noise(16, 16), noise(16, 16, 1)])
     layout = inputs.layout
-    assert len(layout.positions("image", image=1)) == len(layout.positions(Pages(1))) == 37
+    assert len(layout.positions("image", image=1)) == len(layout.positions(Pages(1))) == 17
     first = layout.positions("image", image=1)[0]
     assert layout.kind[first] == IMAGE and layout.row[first] == -1 and layout.image[first] == 1
-    assert len(layout.positions(Box(0, 0, 24, 24, image=1))) == 36
-    assert layout.grid(1) == (6, 6)
+    assert len(layout.positions(Box(0, 0, 16, 16, image=1))) == 16
+    assert layout.grid(1) == (4, 4)
     assert embedded(model, inputs).shape[0] == len(layout)
 
 
@@ -218,26 +186,31 @@ def test_unknown_families_towers_and_settings_are_refused():
     with pytest.raises(UnsupportedModel, match=r"model_type='qwen3_vlm'(.|\n)*use 'qwen3_vl'(.|\n)*add a row"):
         geometry_of(PretrainedConfig.from_dict({"model_type": "qwen3_vlm"}), None)
     with pytest.raises(UnsupportedModel, match=r"patches of \(patch, merge, temporal\) \(14, 2, 2\)"):
-        geometry_of(tiny.config("qwen3_vl"), tiny.qwen_images(14))
-    config = tiny.config("llava")
-    config.vision_config.model_type = "pixtral"
-    with pytest.raises(UnsupportedModel, match="vision tower 'pixtral'"):
-        geometry_of(config, tiny.clip_images())
+        geometry_of(tiny.MODELS["qwen3_vl"](), image_processor("qwen3_vl", patch_size=14))
+    config = tiny.MODELS["llava"]()
+    config.vision_config.model_type = "dinov2"
+    with pytest.raises(UnsupportedModel, match="vision tower 'dinov2'"):
+        geometry_of(config, image_processor("llava"))
     config.vision_config.model_type = "siglip_vision_model"
     with pytest.raises(UnsupportedModel, match="drop the first patch"):
-        geometry_of(config, tiny.clip_images())
+        geometry_of(config, image_processor("llava"))
     config.vision_feature_select_strategy = "full"
-    assert geometry_of(config, tiny.clip_images()).class_tokens == 0
+    assert geometry_of(config, image_processor("llava")).class_tokens == 0
     with pytest.raises(UnsupportedModel, match="do_pad=True"):
-        fixed_canvas(10, 10, tiny.clip_images(do_pad=True))
+        fixed_canvas(10, 10, image_processor("llava", do_pad=True))
     with pytest.raises(UnsupportedModel, match="longest_edge"):
-        fixed_canvas(10, 10, tiny.clip_images(size={"longest_edge": 24, "shortest_edge": 12}))
+        fixed_canvas(10, 10, image_processor("llava", size={"longest_edge": 24, "shortest_edge": 12}))
 
 
 def test_pictures_the_tower_cannot_take_are_refused():
-    with pytest.raises(InputError, match=r"becomes 32 x 32\nExpected: 24 x 24"):
-        build(llava_with(tiny.clip_images(32)), "What?", images=[tiny.noise(24, 24)])
+    with pytest.raises(InputError, match=r"becomes 32 x 32\nExpected: 16 x 16"):
+        images = image_processor("llava", size={"height": 32, "width": 32})
+        build(llava_with(images), "What?", images=[noise(24, 24)])
     with pytest.raises(InputError, match="factor of 200"):
-        build(tiny.processor("qwen3_vl"), "What?", images=[Image.new("RGB", (603, 3))])
+        build(tiny_processors.processor("qwen3_vl"), "What?", images=[Image.new("RGB", (603, 3))])
     with pytest.raises(InputError, match="whole tokens of 8 x 8"):
-        build(tiny.processor("qwen3_vl", tiny.qwen_images(4, do_resize=False)), "What?", images=[tiny.noise(20, 24)])
+        build(
+            tiny_processors.processor("qwen3_vl", image_processor("qwen3_vl", do_resize=False)),
+            "What?",
+            images=[noise(20, 24)],
+        )

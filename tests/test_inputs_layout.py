@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny_processors as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,6 +12,10 @@ from mech.data.regions import Box, Frames, Mask, Pages
 from mech.errors import RegionError
 from mech.inputs import PADDING, TEXT, TokenLayout, build
 from mech.inputs.canvas import Canvas
+from mech.reference import tiny_processors
+from mech.reference.tiny_processors import noise
+
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 
 
 def grid_layout(width: int, height: int, columns: int, rows: int) -> TokenLayout:
@@ -35,19 +38,19 @@ def grid_layout(width: int, height: int, columns: int, rows: int) -> TokenLayout
 
 @pytest.fixture(scope="module")
 def two_images() -> TokenLayout:
-    pictures = [tiny.noise(40, 24), tiny.noise(24, 56, 1)]
-    return build(tiny.processor("qwen3_vl"), "Which digit?", images=pictures, answer="seven").layout
+    pictures = [noise(40, 24), noise(24, 56, 1)]
+    return build(tiny_processors.processor("qwen3_vl"), "Which digit?", images=pictures, answer="seven").layout
 
 
 @pytest.fixture(scope="module")
 def five_frames() -> TokenLayout:
-    return build(tiny.processor("qwen2_5_vl"), "What?", video=[tiny.noise(32, 24, k) for k in range(5)]).layout
+    return build(tiny_processors.processor("qwen2_5_vl"), "What?", video=[noise(32, 24, k) for k in range(5)]).layout
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(40, 24), (97, 61), (33, 200)])
 def test_the_rectangle_of_a_token_covers_that_token_alone(family, size):
-    layout = build(tiny.processor(family), "What?", images=[tiny.noise(10, 10), tiny.noise(*size)]).layout
+    layout = build(tiny_processors.processor(family), "What?", images=[noise(10, 10), noise(*size)]).layout
     for position in layout.positions("image"):
         x0, y0, x1, y1 = layout.rectangle(int(position))
         box = Box(x0, y0, x1, y1, image=int(layout.image[position]))
@@ -158,7 +161,7 @@ def test_padding_moves_everything_and_is_nothing(two_images):
 
 def test_it_says_what_it_is(two_images, five_frames):
     assert repr(two_images) == (
-        "58 positions: 15 tokens of image 0 (3x5), 21 tokens of image 1 (7x3), question 43-45, answer 53-57"
+        "58 positions: 15 tokens of image 0 (3x5), 21 tokens of image 1 (7x3), question 44-46, answer 54-57"
     )
     assert "36 tokens of 5 video frames (3x4, 2 a token)" in repr(five_frames)
     assert repr(two_images.shifted(4, 62)).startswith("62 positions: 4 padding, 15 tokens of image 0")
@@ -207,7 +210,7 @@ def test_other_misuse_is_refused(two_images, five_frames):
         two_images.positions(Box(0, 0, 2, 2), coverage=0.9)
     with pytest.raises(RegionError, match="image=0 with 'question'"):
         two_images.positions("question", image=0)
-    text = build(tiny.processor("llava"), "What?").layout
+    text = build(tiny_processors.processor("llava"), "What?").layout
     assert (text.kind == TEXT).all()
     with pytest.raises(RegionError, match="has no 'image' positions"):
         text.positions("image")

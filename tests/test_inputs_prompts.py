@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny_processors as tiny
 import torch
 from PIL import Image
 from transformers import BatchFeature, LlavaProcessor
@@ -15,6 +14,10 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from mech.data.regions import Frames
 from mech.errors import InputError, UnsupportedModel
 from mech.inputs import Inputs, Processor, build, collate, encode, load_processor
+from mech.reference import tiny, tiny_processors
+from mech.reference.tiny_processors import image_processor, noise, tokenizer
+
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 
 QUESTION = "Which digit is in the red frame?"
 TEMPLATE = "{% for c in messages[0].content %}{% if c.type == 'text' %}TEXT{% else %}IMAGE{% endif %}{% endfor %}"
@@ -56,16 +59,16 @@ def oracle(family: str):
     """The Hugging Face processor of a family; its check of classes needs torchvision, and is left out."""
     if family == "llava":
         return LlavaProcessor(
-            tiny.clip_images(),
-            tiny.tokenizer(),
+            image_processor("llava"),
+            tokenizer(),
             patch_size=4,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         )
     base = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[family]
     unchecked = type(base.__name__, (base,), {"check_argument_for_proper_class": lambda self, name, given: None})
-    images = tiny.qwen_images(4)
-    return unchecked(images, tiny.tokenizer(), VideoPixels(Qwen3VLVideoProcessor(patch_size=4), images))
+    images = image_processor("qwen3_vl")
+    return unchecked(images, tokenizer(), VideoPixels(Qwen3VLVideoProcessor(patch_size=4), images))
 
 
 def same(ours: dict, theirs: dict) -> None:
@@ -75,11 +78,11 @@ def same(ours: dict, theirs: dict) -> None:
         assert value.shape == their.shape and torch.equal(value.double(), their.double()), name
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sizes", [[(40, 24)], [(24, 24), (30, 77), (100, 33)]])
 def test_images_are_those_of_the_hugging_face_processor(family, sizes):
-    processor = tiny.processor(family)
-    pictures = [tiny.noise(*size, seed=k) for k, size in enumerate(sizes)]
+    processor = tiny_processors.processor(family)
+    pictures = [noise(*size, seed=k) for k, size in enumerate(sizes)]
     text = processor.prompt(QUESTION, images=len(sizes))
     theirs = oracle(family)(images=pictures, text=text, return_tensors="pt")
     theirs.pop("token_type_ids", None)
@@ -89,8 +92,8 @@ def test_images_are_those_of_the_hugging_face_processor(family, sizes):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize(("count", "fps"), [(1, 2.0), (4, 1.0), (7, 3.0)])
 def test_videos_are_those_of_the_hugging_face_processor(family, count, fps):
-    processor = tiny.processor(family)
-    frames = [tiny.noise(32, 24, seed) for seed in range(count)]
+    processor = tiny_processors.processor(family)
+    frames = [noise(32, 24, seed) for seed in range(count)]
     theirs = oracle(family)._process_videos([frames], video_metadata=[Metadata(count, fps)])
     data, replacement = theirs
     text = processor.prompt(QUESTION, video=True)
@@ -113,12 +116,12 @@ def test_videos_are_those_of_the_hugging_face_processor(family, count, fps):
 @pytest.mark.parametrize("shown", ["images", "video"])
 def test_the_models_rotary_positions_follow_the_layout(family, shown):
     """Row and column of the layout are the second and third rotary position, but for each picture's offset."""
-    processor, model = tiny.processor(family), tiny.model(family)
+    processor, model = tiny_processors.processor(family), tiny.model(family)
     if shown == "images":
-        first = build(processor, QUESTION, images=[tiny.noise(40, 24), tiny.noise(24, 56)])
+        first = build(processor, QUESTION, images=[noise(40, 24), noise(24, 56)])
     else:
-        first = build(processor, QUESTION, video=[tiny.noise(40, 24, k) for k in range(6)], fps=0.5)
-    batch = collate([first, build(processor, "What?", images=[tiny.noise(64, 64)] * 3)], processor.pad_token_id)
+        first = build(processor, QUESTION, video=[noise(40, 24, k) for k in range(6)], fps=0.5)
+    batch = collate([first, build(processor, "What?", images=[noise(64, 64)] * 3)], processor.pad_token_id)
     names = (
         "input_ids",
         "mm_token_type_ids",
@@ -142,16 +145,16 @@ def test_the_models_rotary_positions_follow_the_layout(family, shown):
                 assert time[0] - start == int(picture[1] / 2 * 4 * model.config.vision_config.tokens_per_second)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_is_its_rows_one_by_one(family):
-    processor, model = tiny.processor(family), tiny.model(family)
+    processor, model = tiny_processors.processor(family), tiny.model(family)
     rows = [
-        build(processor, QUESTION, images=[tiny.noise(24, 24), tiny.noise(40, 24, 1)]),
-        build(processor, "What?", images=[tiny.noise(24, 56, 2)], answer="seven"),
+        build(processor, QUESTION, images=[noise(24, 24), noise(40, 24, 1)]),
+        build(processor, "What?", images=[noise(24, 56, 2)], answer="seven"),
         build(processor, "And without a picture?"),
     ]
     if family != "llava":
-        rows.append(build(processor, "What moves?", video=[tiny.noise(24, 24, k) for k in range(4)]))
+        rows.append(build(processor, "What moves?", video=[noise(24, 24, k) for k in range(4)]))
     batch = collate(rows, processor.pad_token_id)
     assert len(batch) == len(batch.layouts) == len(rows)
     with torch.no_grad():
@@ -168,24 +171,24 @@ def test_a_batch_is_its_rows_one_by_one(family):
 
 
 def test_batches_join_to_larger_batches():
-    processor = tiny.processor("qwen3_vl")
-    rows = [build(processor, "x" * n, images=[tiny.noise(24, 24, n)]) for n in (3, 9, 6)]
+    processor = tiny_processors.processor("qwen3_vl")
+    rows = [build(processor, "x" * n, images=[noise(24, 24, n)]) for n in (3, 9, 6)]
     pad = processor.pad_token_id
     at_once, in_steps = collate(rows, pad), collate([collate(rows[:2], pad), rows[2]], pad)
     same(at_once.tensors, in_steps.tensors)
     assert [repr(layout) for layout in at_once.layouts] == [repr(layout) for layout in in_steps.layouts]
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("question", [QUESTION, "user", "USER: 7", "  spaces  ", "Wo ist die 7? äöü 数字", "a\nb", "?"])
 def test_the_question_is_found_by_place_and_not_by_its_words(family, question):
-    processor = tiny.processor(family)
-    layout = build(processor, question, images=[tiny.noise(24, 24)], answer="user").layout
+    processor = tiny_processors.processor(family)
+    layout = build(processor, question, images=[noise(24, 24)], answer="user").layout
     positions = layout.positions("question")
     assert (np.diff(positions) == 1).all() and positions[0] > layout.positions("image")[-1]
-    ids = build(processor, question, images=[tiny.noise(24, 24)]).tensors["input_ids"][0]
+    ids = build(processor, question, images=[noise(24, 24)]).tensors["input_ids"][0]
     assert processor.tokenizer.decode(ids[positions]).strip() == question.strip()
-    answer = build(processor, question, images=[tiny.noise(24, 24)], answer="user")
+    answer = build(processor, question, images=[noise(24, 24)], answer="user")
     assert (
         processor.tokenizer.decode(answer.tensors["input_ids"][0, answer.layout.positions("answer")]).strip() == "user"
     )
@@ -198,22 +201,26 @@ def test_the_question_is_found_by_place_and_not_by_its_words(family, question):
 
 def test_templates_may_strip_the_question_but_not_change_it():
     template = TEMPLATE.replace("TEXT", "[ {{ c.text | trim }} ]").replace("IMAGE", "<image>")
-    processor = tiny.processor("llava", chat_template=template)
-    layout = build(processor, "  What?  ", images=[tiny.noise(24, 24)]).layout
+    processor = tiny_processors.processor("llava", chat_template=template)
+    layout = build(processor, "  What?  ", images=[noise(24, 24)]).layout
     assert "".join(layout.tokens[p] for p in layout.positions("question")).strip() == "What?"
     for bad in ("| upper", "| replace('What', 'Who')", "~ c.text"):
-        changed = tiny.processor("llava", chat_template=template.replace("| trim", bad))
+        changed = tiny_processors.processor("llava", chat_template=template.replace("| trim", bad))
         with pytest.raises(InputError, match="does not print the question once"):
-            build(changed, "What?", images=[tiny.noise(24, 24)])
+            build(changed, "What?", images=[noise(24, 24)])
 
 
 def test_a_first_special_token_in_the_template_is_not_doubled():
-    tokens = tiny.tokenizer(bos_token="<s>")
+    tokens = tokenizer(bos_token="<s>")
     from tokenizers.processors import TemplateProcessing
 
     tokens.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = {"config": tiny.config("llava"), "image_processor": tiny.clip_images(), "tokenizer": tokens}
-    picture = tiny.noise(24, 24)
+    made = {
+        "config": tiny.MODELS["llava"](),
+        "image_processor": image_processor("llava"),
+        "tokenizer": tokens,
+    }
+    picture = noise(24, 24)
     plain = build(Processor.from_hf(**made), QUESTION, images=[picture])
     own = Processor.from_hf(**made)
     printed = build(Processor.from_hf(**made, chat_template="<s>" + own.chat_template), QUESTION, images=[picture])
@@ -222,10 +229,10 @@ def test_a_first_special_token_in_the_template_is_not_doubled():
     assert plain.layout.spans == printed.layout.spans
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_spans_of_a_text_survive_the_expansion(family):
-    processor = tiny.processor(family)
-    picture = {"video": [tiny.noise(24, 24)] * 5} if family == "qwen3_vl" else {"images": [tiny.noise(24, 24)]}
+    processor = tiny_processors.processor(family)
+    picture = {"video": [noise(24, 24)] * 5} if family == "qwen3_vl" else {"images": [noise(24, 24)]}
     token = processor.video_token if family == "qwen3_vl" else processor.image_token
     text = f"before {token} behind"
     layout = encode(
@@ -238,8 +245,8 @@ def test_spans_of_a_text_survive_the_expansion(family):
 
 
 def test_pictures_come_in_many_forms(tmp_path):
-    processor = tiny.processor("qwen3_vl")
-    picture = tiny.noise(40, 24)
+    processor = tiny_processors.processor("qwen3_vl")
+    picture = noise(40, 24)
     expected = build(processor, "What?", images=[picture]).tensors["pixel_values"]
     picture.save(tmp_path / "a.png")
     clear = picture.convert("RGBA")
@@ -273,12 +280,12 @@ def test_pictures_come_in_many_forms(tmp_path):
 )
 def test_what_is_no_picture_is_refused(given, message):
     with pytest.raises(InputError, match=message):
-        build(tiny.processor("llava"), "What?", images=[given])
+        build(tiny_processors.processor("llava"), "What?", images=[given])
 
 
 def test_counts_and_placeholders_are_checked():
-    llava, qwen = tiny.processor("llava"), tiny.processor("qwen3_vl")
-    picture = tiny.noise(24, 24)
+    llava, qwen = tiny_processors.processor("llava"), tiny_processors.processor("qwen3_vl")
+    picture = noise(24, 24)
     with pytest.raises(InputError, match="0 placeholders '<image>' in the text for 1 image\n"):
         encode(llava, "no picture", images=[picture])
     with pytest.raises(InputError, match="2 placeholders '<image>' in the text for 0 images"):
@@ -297,7 +304,7 @@ def test_counts_and_placeholders_are_checked():
         build(llava, "What?", images=picture)
     with pytest.raises(InputError, match="placeholders '<image>' in the text for 2 images"):
         build(
-            tiny.processor("llava", chat_template="<image>{{ messages[0].content[-1].text }}:"),
+            tiny_processors.processor("llava", chat_template="<image>{{ messages[0].content[-1].text }}:"),
             "?",
             images=[picture] * 2,
         )
@@ -305,44 +312,44 @@ def test_counts_and_placeholders_are_checked():
     assert "pixel_values" not in build(qwen, "What?").tensors
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_typed_does_not_become_a_picture(family):
-    processor = tiny.processor(family)
+    processor = tiny_processors.processor(family)
     for token in (processor.image_token, "<|im_end|>"):
         with pytest.raises(InputError, match="the question holds the special token"):
-            build(processor, f"What is {token}?", images=[tiny.noise(24, 24)])
+            build(processor, f"What is {token}?", images=[noise(24, 24)])
         with pytest.raises(InputError, match="the answer holds the special token"):
-            build(processor, "What?", images=[tiny.noise(24, 24)], answer=token)
+            build(processor, "What?", images=[noise(24, 24)], answer=token)
     with pytest.raises(InputError, match="an empty question"):
-        build(processor, " \n", images=[tiny.noise(24, 24)])
+        build(processor, " \n", images=[noise(24, 24)])
 
 
 def test_videos_are_checked():
-    processor = tiny.processor("qwen2_5_vl")
+    processor = tiny_processors.processor("qwen2_5_vl")
     with pytest.raises(InputError, match=r"frames of sizes \[\(24, 24\), \(32, 24\)\]"):
-        build(processor, "What?", video=[tiny.noise(24, 24), tiny.noise(32, 24)])
+        build(processor, "What?", video=[noise(24, 24), noise(32, 24)])
     for fps in (0, -1.0, float("nan")):
         with pytest.raises(InputError, match="fps="):
-            build(processor, "What?", video=[tiny.noise(24, 24)], fps=fps)
+            build(processor, "What?", video=[noise(24, 24)], fps=fps)
 
 
 def test_a_video_has_its_own_limits():
     """Qwen3-VL's limits are of the whole video, Qwen2.5-VL's of a frame."""
-    frames = [tiny.noise(64, 48, k) for k in range(8)]
+    frames = [noise(64, 48, k) for k in range(8)]
     limits = {"shortest_edge": 64, "longest_edge": 8 * 24 * 32}
-    whole = build(tiny.processor("qwen3_vl", video_size=limits), "What?", video=frames).layout
+    whole = build(tiny_processors.processor("qwen3_vl", video_size=limits), "What?", video=frames).layout
     each = build(
-        tiny.processor("qwen2_5_vl", video_size={**limits, "longest_edge": 24 * 32}), "What?", video=frames
+        tiny_processors.processor("qwen2_5_vl", video_size={**limits, "longest_edge": 24 * 32}), "What?", video=frames
     ).layout
     assert whole.grid(frame=0) == each.grid(frame=0) == (3, 4)
     assert whole.rectangle(int(whole.positions(Frames(7))[-1])) == (48, 32, 64, 48)
-    free = build(tiny.processor("qwen3_vl"), "What?", video=frames).layout
+    free = build(tiny_processors.processor("qwen3_vl"), "What?", video=frames).layout
     assert free.grid(frame=0) == (6, 8)
 
 
 def test_batches_that_do_not_fit_are_refused():
-    llava, qwen = tiny.processor("llava"), tiny.processor("qwen3_vl")
-    one, two = (build(p, "What?", images=[tiny.noise(24, 24)]) for p in (llava, qwen))
+    llava, qwen = tiny_processors.processor("llava"), tiny_processors.processor("qwen3_vl")
+    one, two = (build(p, "What?", images=[noise(24, 24)]) for p in (llava, qwen))
     with pytest.raises(InputError, match="some rows have 'mm_token_type_ids'"):
         collate([one, two], 0)
     with pytest.raises(InputError, match="empty list"):
@@ -351,13 +358,13 @@ def test_batches_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="'pixel_values' of shapes"):
         collate([two, Inputs(small, two.layouts)], 0)
     with pytest.raises(InputError, match="one layout for each row"):
-        Inputs(two.tensors, one.layouts)
+        Inputs(two.tensors, (two.layout.shifted(1, len(two.layout) + 1),))
     with pytest.raises(InputError, match=r"use \.layouts\[row\]"):
         _ = collate([two, two], 0).layout
 
 
 def test_inputs_move_and_show_themselves():
-    inputs = build(tiny.processor("qwen2_5_vl"), "What?", video=[tiny.noise(24, 24)])
+    inputs = build(tiny_processors.processor("qwen2_5_vl"), "What?", video=[noise(24, 24)])
     half = inputs.to("cpu", torch.bfloat16)
     assert half.tensors["pixel_values_videos"].dtype == torch.bfloat16
     assert half.tensors["second_per_grid_ts"].dtype == torch.float32 and half.tensors["input_ids"].dtype == torch.int64
@@ -366,14 +373,14 @@ def test_inputs_move_and_show_themselves():
     assert "2 rows" in repr(collate([inputs, inputs], 0))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_folder_gives_the_same_inputs(family, tmp_path):
-    processor = tiny.processor(family)
-    tiny.config(family).save_pretrained(tmp_path)
+    processor = tiny_processors.processor(family)
+    tiny.MODELS[family]().save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
     processor.image_processor.save_pretrained(tmp_path)
     loaded = load_processor(tmp_path)
-    pictures = [tiny.noise(40, 24), tiny.noise(33, 60)]
+    pictures = [noise(40, 24), noise(33, 60)]
     same(build(loaded, QUESTION, images=pictures).tensors, build(processor, QUESTION, images=pictures).tensors)
     assert json.loads(json.dumps(loaded.settings())) == loaded.settings() == processor.settings()
     shown = f"<|vision_start|>{processor.image_token}<|vision_end|>"
@@ -389,34 +396,34 @@ def test_a_checkpoint_folder_gives_the_same_inputs(family, tmp_path):
 def test_checkpoints_that_cannot_be_opened_say_so(tmp_path):
     with pytest.raises(UnsupportedModel, match=r"cannot be loaded(.|\n)*run it again"):
         load_processor(tmp_path / "absent")
-    tiny.config("llava").save_pretrained(tmp_path)
+    tiny.MODELS["llava"]().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="cannot be loaded"):
         load_processor(tmp_path)
-    tokens, config = tiny.tokenizer(), tiny.config("llava")
+    tokens, config = tokenizer(), tiny.MODELS["llava"]()
     with pytest.raises(UnsupportedModel, match="without image processor and config"):
         Processor.from_hf(tokenizer=tokens)
     config.image_token_index = 500
     with pytest.raises(UnsupportedModel, match=r"config\.image_token_id=500"):
-        Processor.from_hf(config=config, tokenizer=tokens, image_processor=tiny.clip_images())
+        Processor.from_hf(config=config, tokenizer=tokens, image_processor=image_processor("llava"))
     config.image_token_index = 300
-    tokens = tiny.tokenizer()
+    tokens = tokenizer()
     with pytest.raises(UnsupportedModel, match="one special token of its own"):
-        Processor.from_hf(config=config, tokenizer=tokens, image_processor=tiny.clip_images())
+        Processor.from_hf(config=config, tokenizer=tokens, image_processor=image_processor("llava"))
 
 
 def test_a_hugging_face_processor_is_taken_apart():
-    made = Processor.from_hf(oracle("llava"), tiny.config("llava"))
+    made = Processor.from_hf(oracle("llava"), tiny.MODELS["llava"]())
     assert made.image_token == "<image>" and made.video_token is None
     hf = oracle("qwen3_vl")
     hf.video_processor.size = {"shortest_edge": 64, "longest_edge": 6400}
-    assert Processor.from_hf(hf, tiny.config("qwen3_vl")).video_size == {"shortest_edge": 64, "longest_edge": 6400}
+    assert Processor.from_hf(hf, tiny.MODELS["qwen3_vl"]()).video_size == {"shortest_edge": 64, "longest_edge": 6400}
 
 
 def test_torchvision_processors_are_exchanged_for_their_pil_variant():
     """Results must not depend on whether torchvision is installed."""
     fast = {"backend": property(lambda self: "torchvision")}
-    made = tiny.clip_images(resample=0, do_normalize=False)
-    config, tokens = tiny.config("llava"), tiny.tokenizer()
+    made = image_processor("llava", resample=0, do_normalize=False)
+    config, tokens = tiny.MODELS["llava"](), tokenizer()
     for name in ("CLIPImageProcessor", "CLIPImageProcessorFast"):
         stand_in = type(name, (type(made),), fast).from_dict(made.to_dict())
         taken = Processor.from_hf(config=config, tokenizer=tokens, image_processor=stand_in)
@@ -429,7 +436,7 @@ def test_torchvision_processors_are_exchanged_for_their_pil_variant():
 @pytest.mark.parametrize(("family", "before"), [("llava", "ASSISTANT: "), ("qwen3_vl", "assistant\n")])
 def test_an_answer_stands_where_the_model_would_write_it(family, before):
     """A space after a word, nothing after a line break, and never two."""
-    processor = tiny.processor(family)
+    processor = tiny_processors.processor(family)
     for answer in ("seven", " seven"):
         text = "".join(build(processor, "What?", answer=answer).layout.tokens)
         assert text.endswith(before + (answer.strip() if family == "llava" else answer))

@@ -16,8 +16,7 @@ import xarray as xr
 from mech.errors import ExperimentError
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
-from mech.model import AttentionCall, HookedMLLM
-from mech.model.attention import Carry
+from mech.model import AttentionCall, Carry, HookedMLLM
 
 
 @torch.no_grad()
@@ -42,7 +41,7 @@ def attention_mass(
         queries: "all" keeps every query position; "question", "last", "text", ... is the mean over these rows.
 
     Returns:
-        dims example, layer, head, query_pos (not with a mean), set.
+        dims example, layer (those with attention to the sequence), head, query_pos (not with a mean), set.
 
     Raises:
         ExperimentError: no sets, or not one mapping for each row.
@@ -50,6 +49,11 @@ def attention_mass(
 
     Cost: one forward; up to 8 sets cost about a tenth of its attention.
     """
+    if inputs.layouts[0].memory is not None:
+        raise ExperimentError(
+            "inputs whose pictures are in a memory, which only some layers look at", "a model with its pictures in the "
+            "sequence", "use mech.attention_from(model, inputs), whose keys are those of inputs.layout.memory",
+        )  # fmt: skip
     named = [sets] * len(inputs) if isinstance(sets, Mapping) else list(sets)
     names = list(named[0]) if named else []
     if not names or len(named) != len(inputs) or any(list(row) != names for row in named):
@@ -68,7 +72,8 @@ def attention_mass(
     seen: dict[int, torch.Tensor] = {}
 
     def keep(call: AttentionCall) -> None:
-        assert call.carried is not None
+        if call.carried is None:
+            return
         mass = call.carried.transpose(1, 2) * weight.to(call.carried)[:, None, :, None]
         seen[call.layer] = (mass if queries == "all" else mass.sum(2)).float().cpu()
 

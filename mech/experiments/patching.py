@@ -19,7 +19,8 @@ What it does not do: patch *paths* (``mech.experiments.paths``), nor estimate (`
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,14 +31,16 @@ from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric, Reading
-from mech.experiments.patching_plan import POINTS, Given, Plan, alike, in_tower, pairs_of, said
-from mech.experiments.patching_sweeps import Wavefront, literal
+from mech.experiments.patching_candidates import estimates
+from mech.experiments.patching_plan import POINTS, Given, Plan, Regions, alike, in_tower, pairs_of, said
+from mech.experiments.patching_sweeps import Cell, Wavefront, literal
+from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
 from mech.model.resume import Continuation, KeptRun, NotResumable, kept_run
 from mech.results import provenance
 
-METHODS = ("auto", "wavefront", "literal")
+METHODS = ("auto", "wavefront", "literal", "screened")
 DIRECTIONS = ("denoise", "noise")
 
 
@@ -50,10 +53,11 @@ def activation_patching(
     point: str = "attn.hook_z",
     over: Sequence[str] = (LAYER, HEAD),
     positions: Where = "all",
-    regions: Sequence[Where] | None = None,
+    regions: Regions | None = None,
     layers: Sequence[int] | None = None,
     direction: str = "denoise",
     method: str = "auto",
+    confirm: int | float = 0.1,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """The metric after each patch, and how far it went from the corrupted run's (0) to the clean run's (1).
@@ -73,15 +77,20 @@ def activation_patching(
             ``position`` or ``region``. What is not named is patched all at once.
         positions: where, in words of ``TokenLayout.positions``; with ``position`` in ``over`` each of them by itself.
             At the vision stack only ``"all"``.
-        regions: for ``region`` in ``over``: each is anything that ``TokenLayout.positions`` takes.
+        regions: for ``region`` in ``over``: each is anything that ``TokenLayout.positions`` takes; a mapping names them
+            (``layout.cells(6, 6)``, ``layout.words("question")``).
         layers: which layers; all by default.
         direction: ``"denoise"`` or ``"noise"``.
-        method: ``"wavefront"`` and ``"literal"`` force an algorithm; both give the same.
+        method: ``"wavefront"`` and ``"literal"`` force an algorithm; both give the same. ``"screened"`` estimates all
+            cells from gradients (``patching_candidates``) and patches only those with the largest estimates: worth it
+            for early visual positions, where an exact sweep has little to share.
+        confirm: how many cells (int) or which share of them (float) a screened sweep patches.
         progress: called with (cells done, cells in all), all examples counted.
 
     Returns:
         ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example. Attributes say
         point, positions, direction, algorithm (and why, where it is not the wavefront) and the cost in forwards.
+        A screened sweep has nan where nothing was patched, and ``confirmed`` and ``estimate`` (of ``effect``) beside.
 
     Raises:
         ExperimentError: layouts that differ (with the first difference), axes the point does not have, or an answer
@@ -89,6 +98,7 @@ def activation_patching(
         PointError: the point is misspelt or not live in this model.
 
     Cost: two forwards and, for a wavefront, what is in ``attrs["forwards"]``; literally, a forward for each cell.
+        Screening adds two forwards and two backwards (counted as four forwards).
 
     References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions). The normalisation is that
     of arXiv 2406.16320 in both directions; there the noised run is scored against the clean one.
@@ -103,7 +113,9 @@ def activation_patching(
         plans.append(plan)
         example += len(one)
     alike(plans, over)
-    total, done = sum(len(plan.cells) * len(plan.clean) for plan in plans), itertools.count(1)
+    if method == "screened":
+        plans = [replace(plan, confirm=plan.count(confirm)) for plan in plans]
+    total, done = sum((plan.confirm or len(plan.cells)) * len(plan.clean) for plan in plans), itertools.count(1)
 
     def tick(times: int = 1) -> None:
         for _ in range(times):
@@ -119,13 +131,20 @@ def activation_patching(
         gap = clean_scores - corrupted_scores
         effect = (values - corrupted_scores[:, None]) / np.where(gap == 0, np.nan, gap)[:, None]
     dims = (EXAMPLE, *over)
-    data = {
+    data: dict[str, Any] = {
         "effect": (dims, effect.reshape(-1, *shape), {"unit": "share of the gap between the runs",
                                                       "sign": "0: as the corrupted run, 1: as the clean run"}),
         "metric": (dims, values.reshape(-1, *shape), {"unit": metric.unit}),
         "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
         "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
     }  # fmt: skip
+    if method == "screened":
+        estimate = torch.cat([part.estimate for part in parts if part.estimate is not None]).double().cpu().numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            start = 0.0 if direction == "denoise" else 1.0
+            estimate = start + estimate / np.where(gap == 0, np.nan, gap)[:, None]
+        data["estimate"] = (dims, estimate.reshape(-1, *shape), dict(data["effect"][2]))
+        data["confirmed"] = (dims, np.isfinite(values).reshape(-1, *shape))
     settings = {"point": point, "positions": said(positions), "direction": direction}
     settings |= {"algorithm": parts[0].algorithm, "reason": parts[0].reason}
     return xr.Dataset(
@@ -153,6 +172,7 @@ class _Part:
     algorithm: str
     reason: str
     forwards: float
+    estimate: Tensor | None = None
 
 
 @torch.no_grad()
@@ -181,25 +201,45 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
     scores = [plan.scores(logits, clean_logits) for logits in (source_logits, base_logits)]
     if direction == "noise":
         scores.reverse()
+    masks = [in_tower(plan, mask, written) for mask in plan.regions]
+    cells, estimate, forwards = plan.cells, None, 2.0
+    if plan.confirm is not None:
+        cells, estimate = _screened(model, plan, (base, source), masks, clean_logits)
+        forwards += 4
     if kept is None:
-        masks = [in_tower(plan, mask, written) for mask in plan.regions]
         values = literal(
-            model, base, plan.point, plan.cells, masks, written, plan.reads,
+            model, base, plan.point, cells, masks, written, plan.reads,
             lambda logits: plan.scores(logits, clean_logits), lambda: tick(len(base)),
         )  # fmt: skip
-        return _Part(values, *scores, "literal", reason, 2.0 + len(plan.cells))
-    places = [[plan.reads.index(p) for p in reading.positions] for reading in plan.readings]
-    values = []
-    for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
-        mine = {name: value[i : i + 1] for name, value in written.items()}
-        sweep = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in plan.regions])
-        clean_row = clean_logits[i, places[i]]
-        values.append(
-            sweep.measure(plan.cells, lambda logits, r=reading, c=clean_row: r.score(logits, c), lambda: tick(1))
-        )
-    whole = len(kept.layers) * kept.last.shape[0] * kept.last.shape[1]
-    forwards = 2 + sum(row.row_layers for row in rows) / whole
-    return _Part(torch.stack(values), *scores, "wavefront", "", forwards)
+        algorithm, forwards = "literal", forwards + len(cells)
+    else:
+        found = []
+        for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
+            mine = {name: value[i : i + 1] for name, value in written.items()}
+            clean_row = clean_logits[i, plan.places[i]]
+            sweep = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in masks])
+            found.append(sweep.measure(cells, lambda x, r=reading, c=clean_row: r.score(x, c), lambda: tick(1)))
+        values = torch.stack(found)
+        whole = len(kept.layers) * kept.last.shape[0] * kept.last.shape[1]
+        algorithm, reason, forwards = "wavefront", "", forwards + sum(row.row_layers for row in rows) / whole
+    if plan.confirm is not None:
+        every = values.new_full((len(base), len(plan.cells)), float("nan"))
+        every[:, [plan.cells.index(cell) for cell in cells]] = values
+        values = every
+    return _Part(values, scores[0], scores[1], algorithm, reason, forwards, estimate)
+
+
+def _screened(
+    model: HookedMLLM, plan: Plan, runs: tuple[Inputs, Inputs], masks: list[Tensor], clean_logits: Tensor
+) -> tuple[list[Cell], Tensor]:
+    """The cells to be patched, and the estimates of all."""
+    at = torch.as_tensor(plan.reads, device=model.device)
+    estimate = estimates(
+        model, *runs, plan.point, plan.cells, masks, plan.names,
+        lambda run: plan.scores(model(run, logits_to_keep=at), clean_logits),
+    )  # fmt: skip
+    best = estimate.abs().mean(0).argsort(descending=True)[: plan.confirm]
+    return [plan.cells[index] for index in sorted(best.tolist())], estimate
 
 
 def _row(model: HookedMLLM, kept: KeptRun, example: int, reading: Reading) -> Continuation:

@@ -5,7 +5,7 @@ into cells and masks of positions, and refuses what would compare things that do
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from mech.model import HookedMLLM
 KV_HEAD, POSITION, REGION = "kv_head", "position", "region"
 POINTS = (*ENTRY, *BEHIND_ATTENTION, *QUERIES, *KEYS)
 GLOBAL = ("hook_embed", "projector.hook_out")
+Regions = Mapping[str, Where] | Sequence[Where]
 Given = Inputs | Sample | Sequence[Inputs] | Sequence[Sample]
 
 
@@ -55,19 +56,15 @@ def pairs_of(model: HookedMLLM, clean: Given, corrupted: Given | None) -> list[t
 
 def _same_layout(clean: TokenLayout, corrupted: TokenLayout) -> None:
     """Refuse runs whose positions do not correspond, with the first that does not."""
-    length = min(len(clean), len(corrupted))
-    differs = np.zeros(length, dtype=bool)
-    for name in ("kind", "image", "frame", "row", "col"):
-        differs |= getattr(clean, name)[:length] != getattr(corrupted, name)[:length]
-    if not differs.any() and len(clean) == len(corrupted):
+    at = clean.first_difference(corrupted)
+    if at is None:
         return
     if len(clean) != len(corrupted):  # the tokens part before the kinds do
-        differs |= np.array([a != b for a, b in zip(clean.tokens, corrupted.tokens, strict=False)], dtype=bool)
-    at = int(differs.argmax()) if differs.any() else length
-    tokens = [repr(layout.tokens[at]) if at < len(layout) else "nothing" for layout in (clean, corrupted)]
+        pairs = enumerate(zip(clean.tokens, corrupted.tokens, strict=False))
+        at = min(at, next((i for i, (mine, yours) in pairs if mine != yours), at))
     raise ExperimentError(
-        f"clean and corrupted inputs differ in layout, first at position {at}: {tokens[0]} against {tokens[1]} "
-        f"({len(clean)} and {len(corrupted)} positions)",
+        f"clean and corrupted inputs differ in layout, first at position {at}: {clean.describe(at)} against "
+        f"{corrupted.describe(at)} ({len(clean)} and {len(corrupted)} positions)",
         "the same number and kind of tokens at every position",
         "use a counterfactual with pictures of the same size and a question of the same number of tokens",
     )
@@ -86,6 +83,7 @@ class Plan:
     regions: list[Tensor]
     readings: list[Reading]
     names: list[str]
+    confirm: int | None = None  # how many cells are patched, where not all are
 
     @classmethod
     def of(
@@ -97,7 +95,7 @@ class Plan:
         point: str,
         over: tuple[str, ...],
         positions: Where,
-        regions: Sequence[Where] | None,
+        regions: Regions | None,
         layers: Sequence[int] | None,
         example: int,
     ) -> "Plan":
@@ -147,11 +145,11 @@ class Plan:
         readings = [metric.reading(model, layout, example + i) for i, layout in enumerate(clean.layouts)]
         return cls(clean, corrupted, point, over, {a: sizes[a] for a in over}, cells, masks, readings, names)
 
-    def axes(self, regions: Sequence[Where] | None) -> tuple[list[int], dict[str, Any]]:
+    def axes(self, regions: Regions | None) -> tuple[list[int], dict[str, Any]]:
         """Lengths of the result's axes and their coordinates."""
         coords: dict[str, Any] = dict(self.sizes)
         if regions is not None:
-            coords[REGION] = [said(region) for region in regions]
+            coords[REGION] = list(regions) if isinstance(regions, Mapping) else [said(region) for region in regions]
         return [len(values) for values in self.sizes.values()], coords
 
     @property
@@ -159,15 +157,25 @@ class Plan:
         """Every position that some example's metric reads."""
         return sorted({position for reading in self.readings for position in reading.positions})
 
+    @property
+    def places(self) -> list[list[int]]:
+        """Of every example the places of its positions among ``reads``."""
+        return [[self.reads.index(p) for p in reading.positions] for reading in self.readings]
+
+    def count(self, confirm: int | float) -> int:
+        """How many cells ``confirm`` means: a number, or a share of them (at least one)."""
+        n = len(self.cells)
+        if isinstance(confirm, int) and 1 <= confirm <= n:
+            return confirm
+        if isinstance(confirm, float) and 0 < confirm < 1:
+            return max(1, round(confirm * n))
+        raise ExperimentError(f"confirm={confirm!r} of {n} cells", f"1 to {n}, or a share between 0 and 1", "use 0.1")
+
     def scores(self, logits: Tensor, clean: Tensor) -> Tensor:
         """The metric of every row of a batch."""
-        places = [[self.reads.index(p) for p in reading.positions] for reading in self.readings]
-        return torch.cat(
-            [
-                r.score(logits[i : i + 1, at], clean[i, at])
-                for i, (r, at) in enumerate(zip(self.readings, places, strict=True))
-            ]
-        )
+        found = [r.score(logits[i : i + 1, at], clean[i, at])
+                 for i, (r, at) in enumerate(zip(self.readings, self.places, strict=True))]  # fmt: skip
+        return torch.cat(found)
 
 
 def _axes_of(point: str, is_global: bool) -> tuple[str, ...]:
@@ -189,9 +197,7 @@ def _layers(model: HookedMLLM, point: str, vision: bool, layers: Sequence[int] |
     return listed
 
 
-def _regions(
-    clean: Inputs, positions: Where, regions: Sequence[Where] | None, each: bool
-) -> tuple[list[Tensor], list[int]]:
+def _regions(clean: Inputs, positions: Where, regions: Regions | None, each: bool) -> tuple[list[Tensor], list[int]]:
     """The sets of positions as masks over (row, position), and the positions if each is a set of its own."""
 
     def mask(where: Where) -> Tensor:
@@ -203,7 +209,7 @@ def _regions(
     if regions is not None:
         if not len(regions):
             raise ExperimentError("regions=[]", "at least one region", "pass layout.cells(6, 6), or boxes")
-        return [mask(region) for region in regions], []
+        return [mask(region) for region in (regions.values() if isinstance(regions, Mapping) else regions)], []
     whole = mask(positions)
     if not each:
         return [whole], []

@@ -54,6 +54,11 @@ class Inputs:
         return f"Inputs({layout}; {shapes})"
 
     @property
+    def shape(self) -> torch.Size:
+        """Rows and positions, as of a tensor of tokens: TransformerLens' patching functions take inputs for tokens."""
+        return self.tensors["input_ids"].shape
+
+    @property
     def layout(self) -> TokenLayout:
         """The layout of the only row."""
         if len(self) != 1:

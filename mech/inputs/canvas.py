@@ -77,7 +77,8 @@ class Canvas:
     """Where the original picture lies on what the vision tower sees.
 
     Pixel ``x`` of the original is at ``x * scale_x + left`` of a canvas of ``width`` by ``height``; a negative ``left``
-    means that columns were cropped away, a positive one that there is padding.
+    means that columns were cropped away, a positive one that there is padding. Where the canvas is cut into tiles,
+    ``tile`` is their (width, height).
     """
 
     width: int
@@ -86,15 +87,17 @@ class Canvas:
     scale_y: float = 1.0
     left: float = 0.0
     top: float = 0.0
+    tile: Size | None = None
 
     @classmethod
-    def stretched(cls, size: Size, width: int, height: int) -> "Canvas":
+    def stretched(cls, size: Size, width: int, height: int, tile: Size | None = None) -> "Canvas":
         """A picture of ``size`` resized to fill the canvas, its shape not kept."""
-        return cls(width, height, width / size[0], height / size[1])
+        return cls(width, height, width / size[0], height / size[1], tile=tile)
 
     def grid(self, side: int) -> tuple[int, int]:
-        """Rows and columns of tokens; what is left over at the right and the bottom is dropped by the tower."""
-        return self.height // side, self.width // side
+        """Rows and columns of tokens."""
+        starts_x, starts_y = self._starts(side)
+        return len(starts_y), len(starts_x)
 
     def rectangles(self, side: int, size: Size) -> Float[np.ndarray, "token 4"]:
         """``(x0, y0, x1, y1)`` of every token in the original picture of ``size`` (width, height).
@@ -102,11 +105,8 @@ class Canvas:
         Rectangles are cut at the border of the picture; a token that shows padding only has ``nan``. Neighbours share
         the very same edge, so that no token's rectangle overlaps another's by a rounding error.
         """
-        rows, columns = self.grid(side)
-        # Rounded, or padding would show slivers of 1e-15 pixels.
-        x = np.clip(np.round((np.arange(columns + 1) * side - self.left) / self.scale_x, 9), 0, size[0])
-        y = np.clip(np.round((np.arange(rows + 1) * side - self.top) / self.scale_y, 9), 0, size[1])
-        return _between(x, y)
+        x, y = self._starts(side)
+        return self._between(x, x + side, y, y + side, size)
 
     def tokens(self, side: int, size: Size) -> Tokens:
         """The tokens of the canvas row by row, as view 0."""
@@ -115,21 +115,33 @@ class Canvas:
 
     def resampled(self, side: int, size: Size, rows: int, columns: int, kept: tuple[slice, slice]) -> Tokens:
         """Tokens made by interpolating the ``kept`` (rows, columns) of the canvas' grid to another number of them."""
-        high, wide = kept
-        x = side * np.linspace(wide.start, wide.stop, columns + 1)
-        y = side * np.linspace(high.start, high.stop, rows + 1)
-        x = np.clip(np.round((x - self.left) / self.scale_x, 9), 0, size[0])
-        y = np.clip(np.round((y - self.top) / self.scale_y, 9), 0, size[1])
-        return _tokens(rows, columns, _between(x, y))
+        lines = []
+        for starts, part, count in zip(self._starts(side), kept[::-1], (columns, rows), strict=True):
+            edges = np.append(starts, starts[-1] + side)
+            lines.append(np.interp(np.linspace(part.start, part.stop, count + 1), np.arange(len(edges)), edges))
+        x, y = lines
+        return _tokens(rows, columns, self._between(x[:-1], x[1:], y[:-1], y[1:], size))
 
+    def _starts(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where tokens begin, in x and in y; what is left over at the end of a tile is dropped by the tower."""
+        whole = self.width, self.height
+        tiles = self.tile or whole
+        return tuple(
+            np.add.outer(np.arange(0, length - tile + 1, tile), np.arange(tile // side) * side).ravel()
+            for length, tile in zip(whole, tiles, strict=True)
+        )
 
-def _between(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "token 4"]:
-    """The rectangles between vertical and horizontal lines."""
-    x0, y0 = np.meshgrid(x[:-1], y[:-1])
-    x1, y1 = np.meshgrid(x[1:], y[1:])
-    rects = np.stack([x0, y0, x1, y1], axis=-1).reshape(-1, 4)
-    rects[(rects[:, 0] >= rects[:, 2]) | (rects[:, 1] >= rects[:, 3])] = np.nan
-    return rects
+    def _between(
+        self, x0: np.ndarray, x1: np.ndarray, y0: np.ndarray, y1: np.ndarray, size: Size
+    ) -> Float[np.ndarray, "token 4"]:
+        """Rectangles between lines of the canvas, in pixels of the original."""
+        # Rounded, or padding would show slivers of 1e-15 pixels.
+        x0, x1 = (np.clip(np.round((x - self.left) / self.scale_x, 9), 0, size[0]) for x in (x0, x1))
+        y0, y1 = (np.clip(np.round((y - self.top) / self.scale_y, 9), 0, size[1]) for y in (y0, y1))
+        corners = (*np.meshgrid(x0, y0), *np.meshgrid(x1, y1))
+        rects = np.stack(corners, axis=-1).reshape(-1, 4)
+        rects[(rects[:, 0] >= rects[:, 2]) | (rects[:, 1] >= rects[:, 3])] = np.nan
+        return rects
 
 
 def _tokens(rows: int, columns: int, rects: np.ndarray) -> Tokens:

@@ -18,22 +18,11 @@ if TYPE_CHECKING:
     from mech.inputs.processor import Processor
 
 
-def settings(name: str, image_processor: Any, *names: str) -> tuple[Any, ...]:
-    """Settings that every image processor of a family has."""
-    if missing := [setting for setting in names if not hasattr(image_processor, setting)]:
-        raise UnsupportedModel(
-            f"{type(image_processor).__name__} for a {name} model, which has no {missing[0]!r}",
-            "the image processor of the model's family",
-            "load the image processor that belongs to this checkpoint",
-        )
-    return tuple(getattr(image_processor, setting) for setting in names)
-
-
 def measure_patches(name: str, config: Any, image_processor: Any) -> dict[str, Any]:
     """Sizes of a tower that takes lists of patches with a grid; the image processor must cut the same patches."""
     vision = config.vision_config
     theirs = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-    ours = settings(name, image_processor, "patch_size", "merge_size", "temporal_patch_size")
+    ours = (image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
     if ours != theirs:
         raise UnsupportedModel(
             f"the image processor cuts patches of (patch, merge, temporal) {ours}",
@@ -91,8 +80,8 @@ def show_dynamic(size: Size, image_processor: Any, geometry: "Geometry", alone: 
 
 def video_block(processor: "Processor", frames: list[Image.Image], fps: float) -> tuple[dict[str, Tensor], list[Piece]]:
     """One run of tokens."""
-    size = processor.video_size and sides(processor.video_size)
-    tensors, steps = patched_frames(processor, frames, size and _per_frame(processor, frames, size))
+    canvas = _per_frame(processor, frames, sides(processor.video_size)) if processor.video_size else None
+    tensors, steps = patched_frames(processor, frames, canvas)
     return tensors, [Tokens.join(steps)]
 
 
@@ -110,8 +99,8 @@ def video_stamped(
     The template's own marks around the placeholder stay. This is what transformers 5 does; transformers 4.57 and vLLM
     drop them.
     """
-    size = processor.video_size and sides(processor.video_size)
-    tensors, steps = patched_frames(processor, frames, size and _whole_video(processor, frames, size))
+    canvas = _whole_video(processor, frames, sides(processor.video_size)) if processor.video_size else None
+    tensors, steps = patched_frames(processor, frames, canvas)
     depth = processor.geometry.frames_per_token
     pieces: list[Piece] = []
     for first, step in zip(range(0, len(frames), depth), steps, strict=True):

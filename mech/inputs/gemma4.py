@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mech.errors import InputError, UnsupportedModel
 from mech.inputs.canvas import Canvas, Piece, Shown, Size
-from mech.inputs.dynamic import settings, unresized
+from mech.inputs.dynamic import unresized
 
 if TYPE_CHECKING:
     from mech.inputs.geometry import Geometry
@@ -26,7 +26,7 @@ def measure_soft(name: str, config: Any, image_processor: Any) -> dict[str, Any]
     """Sizes of a tower that takes lists of patches with their places; the image processor must cut the same ones."""
     vision = config.vision_config
     theirs = (vision.patch_size, vision.pooling_kernel_size)
-    ours = settings(name, image_processor, "patch_size", "pooling_kernel_size")
+    ours = (image_processor.patch_size, image_processor.pooling_kernel_size)
     if ours != theirs:
         raise UnsupportedModel(
             f"the image processor cuts patches of (patch, pooling) {ours}",

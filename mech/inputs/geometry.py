@@ -34,6 +34,7 @@ class Family:
         measure: ``(name, config, image_processor) -> fields of Geometry``.
         template: the chat template (jinja) where a checkpoint has none.
         tensors: what the model takes of what the image processor makes.
+        reads: settings that its image processors have, and by which those of another family are told.
         sizes: ``(made, image_processor) -> [(tiles, size)]`` by picture, where ``pixel_values`` do not show it.
         nested: the image processor must be told which pictures belong to one row.
         types: name and values of the tensor that tells the model the kind of every position, where it needs one.
@@ -42,12 +43,14 @@ class Family:
         video: ``(processor, frames, fps) -> (tensors, pieces)``, or ``None`` where the family takes no video.
         video_placeholder: of a video in the prompt, where it is not the token ``config.video_token_id``.
         video_as_images: the tokens of a video are written as an image's.
+        late: a token that checkpoints have as a word, and that the family's own processor makes a special one.
     """
 
     show: Callable[[Size, Any, "Geometry", bool], Shown]
     measure: Callable[[str, Any, Any], dict[str, Any]]
     template: str
     tensors: tuple[str, ...] = ("pixel_values",)
+    reads: tuple[str, ...] = ("do_resize",)
     sizes: Callable[[Any, Any], list[tuple[int, Size]]] | None = None
     nested: bool = False
     types: tuple[str, TokenTypes] | None = None
@@ -56,6 +59,7 @@ class Family:
     video: Video | None = None
     video_placeholder: str = ""
     video_as_images: bool = False
+    late: str = ""
 
 
 def _kinds(layout: TokenLayout) -> Int[np.ndarray, " pos"]:
@@ -80,14 +84,24 @@ _QWEN: dict[str, Any] = {
     "measure": dynamic.measure_patches,
     "template": templates.CHATML,
     "tensors": ("pixel_values", "image_grid_thw"),
+    "reads": ("patch_size", "merge_size", "temporal_patch_size"),
     "sizes": dynamic.grid_sizes,
     "types": ("mm_token_type_ids", _kinds),
+}
+_GLM: dict[str, Any] = {
+    **_QWEN,
+    "show": glm4v.show_glm,
+    "template": templates.GLM,
+    "video": glm4v.video_glm,
+    "video_placeholder": "<|video|>",
+    "video_as_images": True,
 }
 _PIXTRAL: dict[str, Any] = {
     "show": pixtral.show_pixtral,
     "measure": pixtral.measure_pixtral,
     "template": templates.MISTRAL,
     "tensors": ("pixel_values", "image_sizes"),
+    "reads": ("patch_size",),
     "sizes": pixtral.pixtral_sizes,
 }
 _SPLIT: dict[str, Any] = {
@@ -95,18 +109,24 @@ _SPLIT: dict[str, Any] = {
     "measure": tiles.measure_idefics3,
     "template": templates.IDEFICS,
     "tensors": ("pixel_values", "pixel_attention_mask"),
+    "reads": ("max_image_size",),
     "nested": True,
 }
 FAMILIES = {
     "llava": Family(fixed.show_fixed, fixed.measure_tower, templates.VICUNA),
     "llava_next": Family(
-        tiles.show_llava_next, tiles.measure_anyres, templates.INST, tensors=("pixel_values", "image_sizes")
+        tiles.show_llava_next,
+        tiles.measure_anyres,
+        templates.INST,
+        tensors=("pixel_values", "image_sizes"),
+        reads=("image_grid_pinpoints",),
     ),
     "llava_onevision": Family(
         tiles.show_onevision,
         tiles.measure_anyres,
         templates.ONEVISION,
         tensors=("pixel_values", "image_sizes", "batch_num_images"),
+        reads=("image_grid_pinpoints", "pad_to_square"),
         nested=True,
         video=tiles.video_pooled,
     ),
@@ -117,6 +137,7 @@ FAMILIES = {
         fixed.show_pan_and_scan,
         fixed.measure_pooled,
         templates.GEMMA,
+        reads=("do_pan_and_scan",),
         types=("token_type_ids", _images),
         placeholder="<start_of_image>",
     ),
@@ -124,12 +145,21 @@ FAMILIES = {
         tiles.show_internvl,
         tiles.measure_internvl,
         templates.INTERNVL,
+        reads=("crop_to_patches", "min_patches"),
         video=tiles.video_framed,
         video_placeholder="<video>",
         video_as_images=True,
     ),
-    "cohere2_vision": Family(tiles.show_cohere2, tiles.measure_cohere2, templates.COHERE),
-    "llama4": Family(tiles.show_llama4, tiles.measure_llama4, templates.LLAMA4, placeholder="<|image|>"),
+    "cohere2_vision": Family(
+        tiles.show_cohere2, tiles.measure_cohere2, templates.COHERE, reads=("arrangement", "crop_to_patches")
+    ),
+    "llama4": Family(
+        tiles.show_llama4,
+        tiles.measure_llama4,
+        templates.LLAMA4,
+        reads=("arrangement", "resize_to_max_canvas"),
+        placeholder="<|image|>",
+    ),
     "idefics3": Family(**_SPLIT),
     "smolvlm": Family(**_SPLIT),
     "qwen2_vl": Family(**_QWEN, video=dynamic.video_block),
@@ -137,20 +167,20 @@ FAMILIES = {
     "qwen3_vl": Family(**_QWEN, video=dynamic.video_stamped),
     "qwen3_vl_moe": Family(**_QWEN, video=dynamic.video_stamped),
     "qwen3_5": Family(**_QWEN, video=dynamic.video_stamped),
-    "glm4v": Family(
-        **{**_QWEN, "show": glm4v.show_glm, "template": templates.GLM},
-        video=glm4v.video_glm,
-        video_placeholder="<|video|>",
-        video_as_images=True,
-    ),
+    "qwen3_5_moe": Family(**_QWEN, video=dynamic.video_stamped),
+    "glm4v": Family(**_GLM),
+    "glm46v": Family(**{**_GLM, "video": None}),  # its timestamps are written in another way
+    "glm4v_moe": Family(**_GLM),
     "gemma4": Family(
         gemma4.show_soft,
         gemma4.measure_soft,
         templates.GEMMA4,
         tensors=("pixel_values", "image_position_ids"),
+        reads=("patch_size", "pooling_kernel_size", "max_soft_tokens"),
         sizes=gemma4.soft_sizes,
         types=("mm_token_type_ids", _kinds),
         video=gemma4.video_soft,
+        late="<|video|>",
     ),
     "llava_pixtral": Family(**_PIXTRAL),
     "mistral3": Family(**_PIXTRAL),
@@ -159,6 +189,7 @@ FAMILIES = {
         lfm2.measure_lfm2,
         templates.LFM2,
         tensors=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
+        reads=("encoder_patch_size", "downsample_factor", "tile_size"),
         sizes=lfm2.tile_sizes,
     ),
     "mllama": Family(
@@ -166,6 +197,7 @@ FAMILIES = {
         mllama.measure_mllama,
         templates.MLLAMA,
         tensors=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
+        reads=("max_image_tiles",),
         sizes=mllama.canvas_sizes,
         nested=True,
         memory=mllama.with_memory,
@@ -230,5 +262,11 @@ def geometry_of(config: Any, image_processor: Any) -> Geometry:
             f"no geometry is known for model_type={name!r}",
             "one of " + ", ".join(FAMILIES),
             f"{suggestion(str(name), FAMILIES)}, or add a row to FAMILIES in mech/inputs/geometry.py",
+        )
+    if missing := [setting for setting in FAMILIES[name].reads if not hasattr(image_processor, setting)]:
+        raise UnsupportedModel(
+            f"a {type(image_processor).__name__} for a {name} model, which has no {missing[0]!r}",
+            "an image processor of the model's family",
+            "load the image processor that belongs to this checkpoint",
         )
     return Geometry(name, **FAMILIES[name].measure(name, config, image_processor), config=config)

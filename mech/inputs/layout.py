@@ -177,7 +177,7 @@ class TokenLayout:
     def _finest(self, here: Bool[np.ndarray, " pos"]) -> Bool[np.ndarray, " pos"]:
         """Of the tokens of a picture those of the tiles, or all of them where there are none."""
         tiles = here & (self.view > 0)
-        return tiles if tiles.any() else here
+        return tiles if (self.row[tiles] >= 0).any() else here
 
     def first_difference(self, other: "TokenLayout") -> int | None:
         """The first position that is not the same thing in another layout: another kind, or another place."""
@@ -215,6 +215,44 @@ class TokenLayout:
         """Rows and columns of the visual tokens of an image or a frame of the video; of its tiles where it has some."""
         here = self._finest(self._of_picture(image, frame))
         return int(self.row[here].max()) + 1, int(self.col[here].max()) + 1
+
+    def cells(self, rows: int, cols: int, image: int = 0, frame: int | None = None) -> dict[str, list[int]]:
+        """The visual tokens of a picture in ``rows`` x ``cols`` equal cells, each where its middle lies: "row,col".
+
+        Raises:
+            RegionError: a cell holds the middle of no token.
+        """
+        here = np.flatnonzero(self._of_picture(image, frame) & ~np.isnan(self.rect).any(axis=1))
+        width, height = self.images[image if frame is None else frame]
+        x0, y0, x1, y1 = self.rect[here].T
+        at = [np.clip(middle * count / size, 0, count - 1).astype(int)
+              for middle, count, size in (((y0 + y1) / 2, rows, height), ((x0 + x1) / 2, cols, width))]  # fmt: skip
+        found = {
+            f"{row},{col}": here[(at[0] == row) & (at[1] == col)].tolist() for row in range(rows) for col in range(cols)
+        }
+        if empty := [name for name, positions in found.items() if not positions]:
+            raise RegionError(
+                f"{rows} x {cols} cells, of which {len(empty)} hold no visual token, the first is {empty[0]}",
+                f"at most {' x '.join(map(str, self.grid(image, frame)))} cells",
+                "ask for fewer cells",
+            )
+        return found
+
+    def words(self, span: str = "question") -> dict[str, list[int]]:
+        """The words of a span, each with its positions; one that comes again is numbered ("the 2")."""
+        groups: list[list[int]] = []
+        for position in self.positions(span).tolist():
+            begins = self.tokens[position][:1].isspace() or (groups and self.tokens[groups[-1][-1]][-1:].isspace())
+            if begins or not groups:
+                groups.append([])
+            groups[-1].append(position)
+        found: dict[str, list[int]] = {}
+        seen: dict[str, int] = {}
+        for group in groups:
+            word = "".join(self.tokens[position] for position in group).strip()
+            seen[word] = seen.get(word, 0) + 1
+            found[word if seen[word] == 1 else f"{word} {seen[word]}"] = group
+        return found
 
     def shifted(self, left: int, length: int) -> "TokenLayout":
         """The same row with ``left`` positions of padding in front, ``length`` positions in all."""

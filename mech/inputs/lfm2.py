@@ -20,9 +20,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from mech.errors import UnsupportedModel
+from mech.errors import InputError, UnsupportedModel
 from mech.inputs.canvas import Canvas, Piece, Shown, Size
-from mech.inputs.dynamic import settings
 
 if TYPE_CHECKING:
     from mech.inputs.geometry import Geometry
@@ -106,6 +105,12 @@ class Lfm2VlImageProcessorPil(PilBackend):
         elif new_width * new_height < least:
             grow = math.sqrt(least / (width * height))
             new_width, new_height = (math.ceil(edge * grow / side) * side for edge in (width, height))
+        if new_width * new_height > most:  # one side is a single token: the other cannot shrink enough
+            raise InputError(
+                f"a picture of {width} x {height} pixels, which would become {new_width} x {new_height}",
+                f"at most {self.max_image_tokens} tokens of {side} x {side} pixels",
+                "crop it or put it on a larger ground",
+            )
         return new_width, new_height
 
     def _tiles(self, width: int, height: int) -> Size:
@@ -164,7 +169,7 @@ class Lfm2VlImageProcessorPil(PilBackend):
 
 def measure_lfm2(name: str, config: Any, image_processor: Any) -> dict[str, Any]:
     """Sizes of a tower that takes lists of patches; the image processor must cut the same ones."""
-    ours = settings(name, image_processor, "encoder_patch_size", "downsample_factor")
+    ours = (image_processor.encoder_patch_size, image_processor.downsample_factor)
     theirs = (config.vision_config.patch_size, config.downsample_factor)
     if ours != theirs:
         raise UnsupportedModel(
@@ -194,12 +199,12 @@ def show_tiles(size: Size, image_processor: Lfm2VlImageProcessorPil, geometry: "
         pieces += ["<|img_thumbnail|>", whole] if image_processor.use_thumbnail else []
     else:
         pieces = [whole]
-    tiles = plan.views(image_processor.use_thumbnail)
-    return Shown(("<|image_start|>", *pieces, "<|image_end|>"), (plan.width, plan.height), tiles)
+    last = (plan.width, plan.height) if image_processor.use_thumbnail or not plan.tiled else (tile, tile)
+    return Shown(("<|image_start|>", *pieces, "<|image_end|>"), last, plan.views(image_processor.use_thumbnail))
 
 
 def tile_sizes(made: Any, image_processor: Lfm2VlImageProcessorPil) -> list[tuple[int, Size]]:
-    """Of each picture, the number of its views and the size of the whole, which is the last of them."""
+    """Of each picture, the number of its views and the size of the last: the whole where it is shown."""
     counts, patch = made["tiles"].tolist(), image_processor.encoder_patch_size
     lasts = (made["spatial_shapes"][np.cumsum(counts) - 1] * patch).tolist()
     return [(count, (width, height)) for count, (height, width) in zip(counts, lasts, strict=True)]

@@ -11,13 +11,12 @@ import numpy as np
 from jaxtyping import Float
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import (
+from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.utils.constants import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
-    PILImageResampling,
-    SizeDict,
 )
 
 from mech.errors import InputError
@@ -34,6 +33,8 @@ class _Tiling(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    size: ClassVar[dict[str, int]]
+    max_patches: int
 
     def arrangement(self, size: Size) -> Arrangement:
         """Which tiles a picture of ``size`` is put on, and its size on them."""
@@ -47,12 +48,13 @@ class _Tiling(PilBackend):
                 "set image_processor.do_resize = True",
             )
         tiles, counts, ratios = [], [], []
+        high, wide = self.size["height"], self.size["width"]
         for image in images:
             (columns, rows), (width, height) = self.arrangement((image.shape[2], image.shape[1]))
             resized = self.resize(image, SizeDict(height=height, width=width), resample)
-            padded = np.pad(resized, ((0, 0), (0, rows * size.height - height), (0, columns * size.width - width)))
-            grid = padded.reshape(len(image), rows, size.height, columns, size.width).transpose(1, 3, 0, 2, 4)
-            views = list(grid.reshape(-1, len(image), size.height, size.width))
+            padded = np.pad(resized, ((0, 0), (0, rows * high - height), (0, columns * wide - width)))
+            grid = padded.reshape(len(image), rows, high, columns, wide).transpose(1, 3, 0, 2, 4)
+            views = list(grid.reshape(-1, len(image), high, wide))
             views += [self.resize(image, size, resample)] if columns * rows > 1 else []
             counts.append(len(views))
             ratios.append((rows, columns))
@@ -70,10 +72,10 @@ class _Tiling(PilBackend):
         grids = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)]
         return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
-    def _scales(self, size: Size) -> Float[np.ndarray, " grid"]:
-        """By how much a picture can be enlarged on each of the candidates."""
-        edges = np.array([self.size["width"], self.size["height"]])
-        return (np.array(self._candidates()) * edges / np.array(size)).astype(np.float32).min(axis=1)
+    def _scales(self, size: Size, precision: type) -> Float[np.ndarray, " grid"]:
+        """By how much a picture can be enlarged on each of the candidates; a tie depends on the precision."""
+        edges = np.array([self.size["width"], self.size["height"]], precision)
+        return (np.array(self._candidates(), precision) * edges / np.array(size, precision)).min(axis=1)
 
 
 class Cohere2VisionImageProcessorPil(_Tiling):
@@ -82,7 +84,7 @@ class Cohere2VisionImageProcessorPil(_Tiling):
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
-    size: ClassVar = {"height": 512, "width": 512}
+    size: ClassVar[dict[str, int]] = {"height": 512, "width": 512}
     crop_to_patches = True
     max_patches = 12
     patch_size = 16
@@ -91,7 +93,7 @@ class Cohere2VisionImageProcessorPil(_Tiling):
         """Which tiles a picture of ``size`` is put on, and its size on them."""
         columns, rows = 1, 1
         if self.crop_to_patches:
-            scales = self._scales(size)
+            scales = self._scales(size, np.float64)
             enlarging = np.where(scales < 1, np.inf, scales)
             best = np.argmin(enlarging) if (scales >= 1).any() else np.argmax(scales)
             columns, rows = self._candidates()[best]
@@ -104,13 +106,13 @@ class Llama4ImageProcessorPil(_Tiling):
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_STANDARD_MEAN
     image_std = IMAGENET_STANDARD_STD
-    size: ClassVar = {"height": 336, "width": 336}
+    size: ClassVar[dict[str, int]] = {"height": 336, "width": 336}
     max_patches = 16
     resize_to_max_canvas = False
 
     def arrangement(self, size: Size) -> Arrangement:
         """Which tiles a picture of ``size`` is put on, and its size on them."""
-        scales = self._scales(size)
+        scales = self._scales(size, np.float32)
         enlarging = scales[scales >= 1]
         chosen = scales.max()
         if len(enlarging) and not self.resize_to_max_canvas:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mech.errors import InputError, UnsupportedModel
 from mech.inputs.canvas import Canvas, Piece, Shown, Size
-from mech.inputs.dynamic import settings, unresized
+from mech.inputs.dynamic import unresized
 from mech.inputs.fixed import sides
 
 if TYPE_CHECKING:
@@ -28,11 +28,20 @@ def measure_pixtral(name: str, config: Any, image_processor: Any) -> dict[str, A
             "'full': the tower has no class token, and the first patch would be dropped",
             "set config.vision_feature_select_strategy = 'full'",
         )
-    settings(name, image_processor, "patch_size")
+    # Only Pixtral's may be told the size at every call, and has one of these two limits.
+    limits = sides(image_processor.size)
+    if "patch_size" not in image_processor.valid_kwargs.__annotations__ or (
+        limits.keys() not in ({"longest_edge"}, {"height", "width"})
+    ):
+        raise UnsupportedModel(
+            f"a {type(image_processor).__name__} with size={limits} for Pixtral's tower",
+            "PixtralImageProcessor with a longest edge, or a height and a width",
+            "load the image processor that belongs to this checkpoint",
+        )
     vision = config.vision_config
     side, largest = (
         vision.patch_size * getattr(config, "spatial_merge_size", 1),
-        max(sides(image_processor.size).values()),
+        max(limits.values()),
     )
     if getattr(image_processor, "do_center_crop", None):
         raise UnsupportedModel(
@@ -40,7 +49,7 @@ def measure_pixtral(name: str, config: Any, image_processor: Any) -> dict[str, A
         )
     if image_processor.do_resize and largest > vision.image_size:
         raise UnsupportedModel(
-            f"an image processor with size={sides(image_processor.size)}",
+            f"an image processor with size={limits}",
             f"at most {vision.image_size} pixels a side, which the vision tower was made for",
             "load the image processor that belongs to this checkpoint",
         )
@@ -51,6 +60,12 @@ def show_pixtral(size: Size, image_processor: Any, geometry: "Geometry", alone: 
     """A run of tokens for each row, and a mark behind it."""
     canvas = _canvas(size, image_processor, geometry.side)
     tokens = canvas.tokens(geometry.side, size)
+    if alone and len(tokens) == 1 and geometry.name == "mistral3":
+        raise InputError(
+            "a picture of {} x {} pixels, which is a single token".format(*size),
+            f"more than {geometry.side} pixels on one side at least: Mistral 3's forward fails on one visual token",
+            "enlarge it",
+        )
     pieces: list[Piece] = []
     for row in range(canvas.grid(geometry.side)[0]):
         pieces += [tokens[tokens.row == row], "[IMG_BREAK]"]
@@ -70,7 +85,8 @@ def _canvas(size: Size, image_processor: Any, side: int) -> Canvas:
     from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 
     limits = sides(image_processor.size)
-    largest = (limits["longest_edge"],) * 2 if "longest_edge" in limits else (limits["height"], limits["width"])
+    edge = limits.get("longest_edge", 0)
+    largest = limits.get("height", edge), limits.get("width", edge)
     # A picture of this size that takes no memory: only its shape is read.
     blank = np.broadcast_to(np.uint8(0), (3, height, width))
     new_height, new_width = get_resize_output_image_size(blank, largest, side, ChannelDimension.FIRST)

@@ -25,7 +25,8 @@ class Processor:
         image_token: the placeholder of an image in a prompt.
         video_token: the placeholder of a video, if the family takes any.
         visual_tokens: what the visual tokens of an image and of a video are written as.
-        video_size: pixels a video may have (``shortest_edge``, ``longest_edge``), where that differs from an image's.
+        video_size: pixels a video may have (``shortest_edge``, ``longest_edge``) or tokens a frame of it
+            (``max_soft_tokens``), where that differs from an image's.
     """
 
     tokenizer: Any
@@ -76,10 +77,13 @@ class Processor:
         image_processor = _on_pil(image_processor)
         geometry = geometry_of(config, image_processor)
         family = geometry.family
-        video_size = video_size or _limits(getattr(getattr(processor, "video_processor", None), "size", None))
+        video_size = video_size or _limits(getattr(processor, "video_processor", None))
         own = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
         if isinstance(own, dict):  # several templates by name
             own = own.get("default")
+        if family.late and family.late not in map(str, tokenizer.added_tokens_decoder.values()):
+            late = {"additional_special_tokens": [family.late]}
+            tokenizer.add_special_tokens(late, replace_extra_special_tokens=False)
         visual = _placeholder(tokenizer, config, "image_token_id")
         moving = visual if family.video_as_images else None
         if family.video and not moving:
@@ -177,11 +181,20 @@ def _on_pil(image_processor: Any) -> Any:
     return kind.from_dict(image_processor.to_dict())
 
 
-def _limits(size: Any) -> dict[str, int] | None:
-    """How many pixels a video may have; other video processors have a height and a width, an image's own."""
-    edges = ("shortest_edge", "longest_edge")
-    found = {edge: dict(size or {}).get(edge) for edge in edges}
-    return found if all(found.values()) else None
+def _limits(settings: Any) -> dict[str, int] | None:
+    """How many pixels a video may have, or soft tokens a frame; other video processors have an image's own size.
+
+    Args:
+        settings: a video processor, or what is stored of one.
+    """
+    names = ("size", "max_soft_tokens")
+    stored = settings if isinstance(settings, dict) else {name: getattr(settings, name, None) for name in names}
+    size = dict(stored.get("size") or {})
+    edges = {edge: size[edge] for edge in ("shortest_edge", "longest_edge") if size.get(edge)}
+    if len(edges) == 2:
+        return edges
+    most = stored.get("max_soft_tokens")
+    return {"max_soft_tokens": most} if most else None
 
 
 def _plain(value: Any) -> Any:
@@ -235,13 +248,12 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
             "check the name and the network; for an interrupted download run it again",
         ) from error
     template = None if tokenizer.chat_template else _stored(where, revision, "chat_template.json").get("chat_template")
-    size = _stored(where, revision, "video_preprocessor_config.json").get("size")
     return Processor.from_hf(
         config=config,
         tokenizer=tokenizer,
         image_processor=image_processor,
         chat_template=template,
-        video_size=_limits(size),
+        video_size=_limits(_settings(where, revision, "video_processor", "video_preprocessor_config.json")),
     )
 
 
@@ -249,8 +261,14 @@ def _own_class(name: str, revision: str | None) -> Any:
     """Our image processor where transformers has none on PIL, else ``None``."""
     from mech.inputs.pil import OWN
 
-    stored = _stored(name, revision, "preprocessor_config.json").get("image_processor_type", "")
+    settings = _settings(name, revision, "image_processor", "preprocessor_config.json")
+    stored = settings.get("image_processor_type", "")
     return OWN.get(stored.removesuffix("Pil").removesuffix("Fast") + "Pil")
+
+
+def _settings(name: str, revision: str | None, part: str, file: str) -> dict[str, Any]:
+    """Of a part of the processor: inside processor_config.json since transformers 5, before in a file of its own."""
+    return _stored(name, revision, "processor_config.json").get(part) or _stored(name, revision, file)
 
 
 def _stored(name: str, revision: str | None, file: str) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _written_out(
     return whole, {name: (moved(first), moved(behind)) for name, (first, behind) in spans.items()}, runs
 
 
-def _fields(source: np.ndarray, slots: np.ndarray, runs: list[Run]) -> dict[str, np.ndarray]:
+def _fields(source: np.ndarray, slots: np.ndarray, runs: list[Run]) -> dict[str, Any]:
     """What the layout says of each position; ``source`` is the token of the text that it comes from."""
     names = ("frame", "row", "col", "view", "rect")
     fields: dict[str, Any] = {name: np.full(len(source), -1) for name in ("image", *names[:-1])}

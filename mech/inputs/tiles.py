@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mech.errors import UnsupportedModel
+from mech.errors import InputError, UnsupportedModel
 from mech.inputs.canvas import Canvas, Piece, Shown, Size, Tokens
 from mech.inputs.fixed import measure_tower, sides
 
@@ -25,6 +25,12 @@ def _shuffled(config: Any, factor: float, options: dict[str, Any] | None = None)
     """Sizes of a square tower whose patches are merged by pixel shuffle."""
     vision = config.vision_config
     edge, patch = (size if isinstance(size, int) else size[0] for size in (vision.image_size, vision.patch_size))
+    if edge // patch % round(factor):
+        raise UnsupportedModel(
+            f"{edge // patch} patches a side merged {round(factor)} at a time",
+            "tokens of whole patches",
+            "load the config that belongs to this checkpoint",
+        )
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     if strategy != "default":
         raise UnsupportedModel(
@@ -90,7 +96,7 @@ def _tiles_and_whole(size: Size, tile: Size, columns: int, rows: int, geometry: 
     whole = _thumbnail(size, tile, geometry)
     if columns * rows == 1:
         return [whole]
-    return [*_cut(Canvas.stretched(size, columns * tile[0], rows * tile[1]), size, geometry), whole]
+    return [*_cut(Canvas.stretched(size, columns * tile[0], rows * tile[1], tile), size, geometry), whole]
 
 
 def show_cohere2(size: Size, image_processor: Any, geometry: "Geometry", alone: bool) -> Shown:
@@ -115,7 +121,7 @@ def show_idefics3(size: Size, image_processor: Any, geometry: "Geometry", alone:
         return Shown((mark, whole, around), (edge, edge))
     columns = width // edge
     pieces: list[Piece] = []
-    for number, tile in enumerate(_cut(Canvas.stretched(size, width, height), size, geometry)):
+    for number, tile in enumerate(_cut(Canvas.stretched(size, width, height, (edge, edge)), size, geometry)):
         row, col = divmod(number, columns)
         newline = "\n" if row and not col else ""
         pieces += [f"{newline}{around}<row_{row + 1}_col_{col + 1}>", tile]
@@ -148,7 +154,7 @@ def show_llama4(size: Size, image_processor: Any, geometry: "Geometry", alone: b
     edge = sides(image_processor.size)
     tile = edge["width"], edge["height"]
     (columns, rows), (width, height) = image_processor.arrangement(size)
-    canvas = Canvas(columns * tile[0], rows * tile[1], width / size[0], height / size[1])
+    canvas = Canvas(columns * tile[0], rows * tile[1], width / size[0], height / size[1], tile=tile)
     start = "<|image_start|>"
     if columns * rows == 1:
         return Shown((f"{start}<|image|>", canvas.tokens(geometry.side, size), "<|image_end|>"), tile)
@@ -241,13 +247,19 @@ def _anyres(size: Size, image_processor: Any, geometry: "Geometry") -> tuple[Can
     else:
         new_width, new_height = min(int(np.ceil(width * (high / height))), wide), high
     left, top = float((wide - new_width) // 2), float((high - new_height) // 2)
-    canvas = Canvas(wide, high, new_width / width, new_height / height, left, top)
+    canvas = Canvas(wide, high, new_width / width, new_height / height, left, top, _tile(geometry))
     rows, columns = canvas.grid(geometry.side)
     cut_rows = cut_columns = 0
     if width / height > columns / rows:
         cut_rows = (rows - int(round(height * (columns / width), 7))) // 2
     else:
         cut_columns = (columns - int(round(width * (rows / height), 7))) // 2
+    if 2 * cut_rows >= rows or 2 * cut_columns >= columns:
+        raise InputError(
+            f"a picture of {width} x {height} pixels, of which no whole token is left without the padding",
+            "a picture that is less long and narrow",
+            "crop it or put it on a larger ground",
+        )
     return canvas, (slice(cut_rows, rows - cut_rows), slice(cut_columns, columns - cut_columns))
 
 

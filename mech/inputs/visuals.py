@@ -44,6 +44,12 @@ def image_visuals(processor: Processor, images: list[Image.Image]) -> tuple[dict
         geometry.agree([(one.tiles, one.tile) for one in shown], geometry.family.sizes(made, processor.image_processor))
     else:
         geometry.agree(_expected(shown, made), _made(made))
+    if missing := [name for name in geometry.family.tensors if name not in made]:
+        raise InputError(
+            f"{type(processor.image_processor).__name__} makes no {missing[0]!r}",
+            f"the image processor of a {geometry.name} model",
+            "load the image processor that belongs to this checkpoint",
+        )
     tensors = {name: made[name] for name in geometry.family.tensors}
     return tensors, [
         _runs(one.pieces, IMAGE, k) if one.memory is None else _runs(one.pieces, TEXT, -1)

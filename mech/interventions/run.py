@@ -171,7 +171,7 @@ class Intervened:
                 continue
             now = call.z if z is None else z
             if isinstance(spec, Knockout):
-                keys = for_beams(self._plan.rows(spec.key, "both", 0, call.k.shape[2]), batch).to(where.device)
+                keys = for_beams(self._plan.keys(spec.key, call), batch).to(where.device)
                 z, cut = knocked_out(call, now, where, keys, chosen)
                 if not cut:
                     continue

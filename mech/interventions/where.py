@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mech.data.regions import Box, Frames, Mask, Pages
 from mech.inputs import PADDING, Inputs, TokenLayout
 from mech.interventions.reference import TEXT_KIND, kinds
 from mech.interventions.specs import Where
+from mech.model import AttentionCall
 
 N_DRAWS = 4096  # positions after which the sequence of draws repeats
 
@@ -48,6 +50,15 @@ class Plan:
         generated = isinstance(where, str) and where in written and phase != "prefill"
         return torch.cat([known, torch.full((len(known), stop - max(start, self.length)), generated)], dim=1)
 
+    def keys(self, where: Where, call: AttentionCall) -> Bool[Tensor, "batch key_pos"]:
+        """Which keys of an attention call are meant; of its memory where the layer looks at one."""
+        count = call.k.shape[2]
+        if call.cross:
+            return torch.stack([_remembered(where, layout.visual) for layout in self.layouts])
+        # A windowed layer's cache has dropped its first keys, and a static one has room for more than was read.
+        start = max(0, call.query_start + call.q.shape[2] - count)
+        return self.rows(where, "both", start, start + count)
+
     def kinds(self, start: int, stop: int) -> Int[Tensor, "batch pos"]:
         """Visual or text; padding counts as text, and so does what is generated."""
         kind = torch.nn.functional.pad(self.kind, (0, max(0, stop - self.length)), value=TEXT_KIND)
@@ -72,6 +83,8 @@ def _chosen(where: Where, phase: str, layout: TokenLayout) -> Bool[Tensor, " pos
     written[list(layout.spans.get("answer", ()))] = True
     if isinstance(where, str) and where == "last":
         chosen[int((real & ~written).nonzero()[-1])] = True
+    elif layout.memory is not None and _is_region(where):
+        return chosen  # its tokens are not in the sequence
     elif isinstance(where, str) and where == "image" and not (kinds(layout) == 1).any():
         return chosen
     else:
@@ -81,6 +94,18 @@ def _chosen(where: Where, phase: str, layout: TokenLayout) -> Bool[Tensor, " pos
     elif phase == "decode":
         chosen &= written
     return chosen
+
+
+def _remembered(where: Where, memory: TokenLayout) -> Bool[Tensor, " key_pos"]:
+    chosen = torch.zeros(len(memory), dtype=torch.bool)
+    if _is_region(where) or (isinstance(where, str) and where in ("image", "all")):
+        chosen[torch.as_tensor(memory.positions(where))] = True
+    return chosen
+
+
+def _is_region(where: Where) -> bool:
+    listed = where if isinstance(where, list | tuple) else [where]
+    return bool(listed) and all(isinstance(one, Box | Frames | Mask | Pages) for one in listed)
 
 
 def for_beams(rows: Tensor, batch: int) -> Tensor:

@@ -9,16 +9,20 @@ Three ways through it:
 * nobody listens: transformers' own SDPA function is called with the arguments as they came, bit for bit;
 * somebody observes (``HookedMLLM.attending``): SDPA runs, then the observer gets an ``AttentionCall`` from which it
   can compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
-* the layer's scores or pattern are hooked, or SDPA cannot compute it (a softcap, sinks): the arithmetic is done step by
-  step, for that layer only.
+* the layer's scores or pattern are hooked: the arithmetic is done step by step, for that layer only.
+
+Where SDPA cannot compute a layer (a softcap, sinks) the first two do without it: ``_eager``.
 
 Which wrapped model a layer belongs to is found through a weak mapping from the layer's attention module to its
 ``LayerRecord``. The record is active only while that model's own forward runs. It knows nothing of module paths
 (``families.py``) nor of the points outside attention (``seams.py``).
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -221,10 +225,13 @@ def attention(
     )
     if record.resume is not None:
         return record.resume(call), None
-    carries = [observer for observer in record.observers if isinstance(observer, Carry)]
+    # The keys of cross attention are no positions of the sequence, so nothing is carried from them.
+    carries = [observer for observer in record.observers if isinstance(observer, Carry) and not record.cross]
     run = _widened(call, carries) if carries else call
-    if not call.fused or hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
+    if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
         z = stepwise(run, record, dropout)
+    elif not call.fused:
+        z = _eager(module, run, record, options)
     else:
         options["scaling"] = call.scale if carries else scaling
         z, _ = sdpa_attention_forward(module, run.q, run.k, run.v, attention_mask, **options)
@@ -286,6 +293,21 @@ def stepwise(call: AttentionCall, record: LayerRecord, dropout: float = 0.0) -> 
     # Query heads that share a key/value head are folded into its rows, so keys and values are never repeated.
     grouped = pattern.to(call.v.dtype).reshape(batch, kv_heads, -1, keys) @ call.v
     return grouped.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+
+
+def _eager(module: nn.Module, call: AttentionCall, record: LayerRecord, options: dict[str, Any]) -> Tensor:
+    """z as transformers computes a softcap: its own eager function for this class, rounding included.
+
+    Sinks are computed here: where an eager function knows them, it takes them from the module and not from the call.
+    """
+    theirs = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if call.sinks is not None or theirs is None or "softcap" not in signature(theirs).parameters:
+        return stepwise(call, record, options["dropout"])
+    hidden = ~call.visible(torch.arange(call.q.shape[2], device=call.q.device))
+    mask = torch.zeros_like(hidden, dtype=call.q.dtype).masked_fill(hidden, torch.finfo(call.q.dtype).min)
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        mask = call.mask[..., : call.k.shape[2]]
+    return theirs(module, call.q, call.k, call.v, mask, **{**options, "scaling": call.scale})[0]
 
 
 def _dot(q: Tensor, k: Tensor, scale: float) -> Tensor:

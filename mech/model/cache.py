@@ -9,16 +9,16 @@ is folded here, so ``apply_ln`` sends every part through the norm as it is at th
 (``frozen_norm``). And what a model adds between layers (Qwen3-VL's DeepStack features) is a part of its own, called
 "remainder".
 
-Refused: per-head parts where a post-norm stands between heads and stream (Gemma), neurons of layers without one
-matrix behind them (mixtures of experts), state-space methods, and ``logit_lens``.
+Refused: parts by head or neuron where a post-norm (Gemma) or a gate stands between them and the stream or some layers
+have no heads, neurons of mixtures of experts, state-space methods, and ``logit_lens``.
 """
 
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import transformer_lens
 from torch import Tensor
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import Slice
 
 from mech.errors import MechError, PointError
 from mech.model.weights import frozen_norm
@@ -26,6 +26,8 @@ from mech.model.weights import frozen_norm
 
 class ActivationCache(transformer_lens.ActivationCache):
     """Activations by full name (``cache["blocks.3.attn.hook_z"]``) or shorthand (``cache["z", 3]``)."""
+
+    model: Any
 
     def __getitem__(self, key: Any) -> Tensor:
         try:
@@ -37,16 +39,17 @@ class ActivationCache(transformer_lens.ActivationCache):
             ) from None  # fmt: skip
 
     def decompose_resid(
-        self, layer: int | None = None, mlp_input: bool = False, mode: str = "all", apply_ln: bool = False,
-        pos_slice: Any = None, incl_embeds: bool = True, return_labels: bool = False,
+        self, layer: int | None = None, mlp_input: bool = False, mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False, pos_slice: Any = None, incl_embeds: bool = True, return_labels: bool = False,
     ) -> Any:  # fmt: skip
         """TransformerLens' ``decompose_resid``; with ``mode="all"`` and embeddings the parts sum to the stream.
 
         Where the model adds something else to the stream (DeepStack), it is a last part called "remainder".
         """
-        parts, labels = super().decompose_resid(
+        split: Any = super().decompose_resid(
             layer, mlp_input=mlp_input, mode=mode, pos_slice=pos_slice, incl_embeds=incl_embeds, return_labels=True
         )
+        parts, labels = split
         layer = self._top(layer)
         if mode == "all" and incl_embeds:
             parts, labels = self._with_remainder(parts, labels, layer, mlp_input, pos_slice)
@@ -85,9 +88,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         Cost: ``layers * (heads + d_mlp) * positions * d_model`` numbers; choose positions with ``pos_slice``.
         """
         layer = self._top(layer)
-        parts, labels = super().get_full_resid_decomposition(
+        split: Any = super().get_full_resid_decomposition(
             layer, mlp_input, expand_neurons, pos_slice=pos_slice, return_labels=True
         )
+        parts, labels = split
         parts, labels = self._with_remainder(parts, labels, layer, mlp_input, pos_slice)
         if apply_ln:
             parts = self.apply_ln_to_stack(parts, layer, mlp_input, pos_slice)
@@ -104,10 +108,11 @@ class ActivationCache(transformer_lens.ActivationCache):
         return super().stack_head_results(*args, **options)
 
     def get_neuron_results(self, layer: int, *args: Any, **options: Any) -> Tensor:
-        if self.model.blocks[layer].mlp.W_out is None:
+        stack = self.model.family.text
+        if stack.mlp_out or stack.mlp_gain or self.model.blocks[layer].mlp.W_out is None:
             raise MechError(
-                f"the MLP of layer {layer} is not one matrix behind its neurons", "a dense MLP",
-                "use get_full_resid_decomposition(expand_neurons=False)",
+                f"what single neurons of layer {layer} of {self.model.cfg.family} add to the stream",
+                "one matrix between neurons and stream (no experts, post-norm or gate)", "use cache['mlp_out', layer]",
             )  # fmt: skip
         return super().get_neuron_results(layer, *args, **options)
 
@@ -147,11 +152,17 @@ class ActivationCache(transformer_lens.ActivationCache):
         return self["resid_post", layer - 1] if top else self["resid_pre", layer]
 
     def _check_heads(self) -> None:
-        between = self.model.norm_behind_heads()
+        cfg, stack = self.model.cfg, self.model.family.text
+        between = f"{stack.attn_out!r} stands" if stack.attn_out else "a gate stands" if stack.attn_gain else ""
         if between:
             raise MechError(
-                f"what single heads add to the stream of {self.model.family.model_type}: {between!r} stands between "
-                "them and the stream", "heads that write into the stream", "use hook_result, before that norm",
+                f"what single heads add to the stream of {cfg.family}: {between} between them and the stream",
+                "heads that write into the stream", "use hook_result, before that",
+            )  # fmt: skip
+        if len(cfg.attention_layers) < cfg.n_layers:
+            raise MechError(
+                f"the heads of all layers of {cfg.family}: only layers {list(cfg.attention_layers)} have heads",
+                "a stack of attention layers", "use cache['result', layer] of these layers",
             )  # fmt: skip
 
 

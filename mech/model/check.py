@@ -96,7 +96,7 @@ def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Progr
     Raises:
         UnsupportedModel: it cannot be opened.
 
-    Cost: about 40 forwards and 24 for each layer looked at (two to four in each stack of most models), on a batch of
+    Cost: about 50 forwards and 28 for each layer looked at (two to four in each stack of most models), on a batch of
     three rows with three small pictures; one layer's activations are held at a time.
     """
     opened = not isinstance(model, HookedMLLM)
@@ -124,7 +124,7 @@ def _checked(model: HookedMLLM, full: bool, laws: dict[str, Any], progress: Prog
         for index, (name, law) in enumerate(laws.items()):
             findings[name] = tuple(_found(law, model, batches))
             progress("laws", index + 1, len(laws))
-    return Report(model.name, model.cfg.family, findings)
+    return Report(str(model.name), model.cfg.family, findings)
 
 
 def _found(law: Any, model: HookedMLLM, batches: Batches) -> Iterator[Finding]:
@@ -133,6 +133,36 @@ def _found(law: Any, model: HookedMLLM, batches: Batches) -> Iterator[Finding]:
     # Whatever a broken model raises is what was looked for, and must not hide the other laws.
     except Exception as error:
         yield Finding("an exception", False, float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+# What the rows are called where checkpoints are published.
+CALLED = {
+    "cohere2_vision": "Command A Vision, Aya Vision 2",
+    "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4",
+    "glm46v": "GLM-4.6V",
+    "glm4v": "GLM-4.1V",
+    "glm4v_moe": "GLM-4.5V",
+    "glm46v": "GLM-4.6V",
+    "glm4v_moe": "GLM-4.5V",
+    "idefics3": "Idefics3",
+    "internvl": "InternVL 2.5 to 3.5 (-hf)",
+    "lfm2_vl": "LFM2-VL",
+    "llama4": "Llama 4",
+    "llava": "LLaVA-1.5, Pixtral",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "mistral3": "Mistral Small 3.1",
+    "mllama": "Llama 3.2 Vision",
+    "paligemma": "PaliGemma 1 and 2",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_5_moe": "Qwen3.5 MoE",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL MoE",
+    "smolvlm": "SmolVLM",
+}
 
 
 def family_table() -> str:
@@ -144,11 +174,15 @@ def family_table() -> str:
     pairs: dict[str, list[str]] = {}
     for make in tiny.MODELS.values():
         config: Any = make()
-        pair = f"{config.text_config.model_type} + {config.vision_config.model_type}"
-        pairs.setdefault(config.model_type, []).append(pair)
-    lines = ["| `model_type` | `model.inputs` takes | checked text + vision models |", "|---|---|---|"]
+        text, vision = config.text_config.model_type, config.vision_config.model_type.removesuffix("_vision_model")
+        pairs.setdefault(config.model_type, []).append(f"{text} + {vision}")
+    lines = [
+        "| models | `model_type` | `model.inputs` takes | checked text + vision models |",
+        "|---|---|---|---|",
+    ]
     for kind in sorted(ROWS):
         row = FAMILIES.get(kind)
         takes = "no pictures yet, tensors only" if row is None else "images, video" if row.video else "images"
-        lines.append(f"| `{kind}` | {takes} | {', '.join(dict.fromkeys(pairs.get(kind, ['none'])))} |")
+        checked = ", ".join(dict.fromkeys(pairs.get(kind, ["none"])))
+        lines.append(f"| {CALLED.get(kind, kind)} | `{kind}` | {takes} | {checked} |")
     return "\n".join(lines)

@@ -77,12 +77,12 @@ class Stack:
     qkv: bool = False
     gated: bool = False
     attn_out: str = ""
-    attn_gain: Callable[[nn.Module], Tensor | None] | None = None
+    attn_gain: Callable[[Any], Tensor | None] | None = None
     mid: str = "post_attention_layernorm"
     mlp: str = "mlp"
     down: str = "down_proj"
     mlp_out: str = ""
-    mlp_gain: Callable[[nn.Module], Tensor | None] | None = None
+    mlp_gain: Callable[[Any], Tensor | None] | None = None
     post_at: str = "output"
     windows: str = ""
     absent: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +164,10 @@ class ModelConfig:
     def d_vocab(self) -> int:
         return self.vocab
 
+    @property
+    def device(self) -> None:
+        """Where TransformerLens' functions put their results: torch's default, wherever the model is."""
+
 
 def family_of(model: nn.Module) -> Family:
     """What is known of a Hugging Face model: its row, or its text stack where that can be recognised.
@@ -180,10 +184,18 @@ def family_of(model: nn.Module) -> Family:
         text = _recognised(model)
         if text is None:
             raise UnsupportedModel(f"no family row for the architecture {kind!r}", f"one of {sorted(ROWS)}", RECIPE)
-        _notice(f"the architecture {kind!r} has no row: it opens with text points only, without model.inputs(...)")
+        _notice(
+            f"the architecture {kind!r} has no row: its text layers are laid out like known ones, so it opens "
+            "with text points only and without model.inputs(...); try `mech check`"
+        )
         return Family(str(kind), text=text, vision=None, projector="")
     inner = getattr(config.text_config, "model_type", None)
     text = TEXT[inner] if inner in TEXT else _recognised(model.get_submodule(row.text))
+    if text is not None and inner not in TEXT:
+        _notice(
+            f"the text model {inner!r} of this {kind!r} model has no row: its layers are laid out like known ones, "
+            "but what they do between these parts is not known; try `mech check`"
+        )
     if text is None:
         raise UnsupportedModel(f"the text_config of this {kind!r} model is {inner!r}", f"one of {sorted(TEXT)}", RECIPE)
     tower = getattr(config.vision_config, "model_type", None)
@@ -245,7 +257,7 @@ def sizes(config: Any, family: Family) -> ModelConfig:
         n_kv_heads=getattr(first, "num_key_value_heads", None) or heads,
         d_model=text.hidden_size,
         d_head=getattr(first, "head_dim", None) or text.hidden_size // heads,
-        d_mlp=text.intermediate_size,
+        d_mlp=getattr(text, "intermediate_size", 0),  # where all layers have experts there is none
         vocab=text.vocab_size,
         vision_layers=0
         if tower is None
@@ -310,6 +322,6 @@ def check_tensors(given: Mapping[str, Any], family: Family) -> None:
         if given.get(tensor) is not None and absent and given.get("position_ids") is None:
             raise InputError(
                 f"{tensor} without {', '.join(absent)}",
-                "both: without them the model falls back to one-dimensional positions and says nothing",
+                "both: without them the model takes other positions or another mask and says nothing",
                 "build inputs with model.inputs(...)",
             )

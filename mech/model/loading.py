@@ -158,7 +158,7 @@ def open_checkpoint(
         raise InputError("device and device_map", "one of them: device_map says where every part of the model goes")
     source = resolve(name)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-    placed = {} if device_map is None else {"device_map": device_map}
+    placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if quantization is not None:
         placed["quantization_config"] = quantized(quantization, dtype)
     if Path(source).is_dir():

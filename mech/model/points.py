@@ -6,16 +6,31 @@ for the vision stack, and three without a layer. ``LAYER_POINTS`` is the table.
 What writing a point means where it is not obvious:
 
 * ``hook_resid_mid`` is the residual stream between attention and MLP: the MLP's input *and* the skip connection change.
+  Where both read the same stream (Cohere2) there is none.
 * ``hook_resid_post`` of a text layer is exactly what the next layer receives: what a model adds between layers
   (Qwen3-VL's DeepStack features) is included, so on visual tokens of such layers it is not ``resid_mid + mlp_out``.
-* ``hook_rot_k`` sees every key that is attended, so all earlier ones too while generating with a cache;
-  every other point sees the positions of this step only. ``hook_k`` and ``hook_v`` are written before the cache.
+* ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the stream: after a post-norm (Gemma, GLM-4V), a layer
+  scale (InternVL's tower) or a gate (Mllama). There ``hook_result``, which stands before these, does not sum to it.
+* ``hook_rot_k`` sees every key that is attended, so all earlier ones too while generating with a cache (in a layer with
+  a sliding window, those the cache still holds); every other point sees the positions of this step only. ``hook_k``
+  and ``hook_v`` are written before the cache.
 * ``hook_attn_scores`` is masked (``-inf`` where the layer may not look) and at least float32, as is ``hook_pattern``.
+  A softcap is in it; an attention sink is not, and takes from the pattern, whose rows then sum to less than one.
+* ``hook_z`` is what W_O reads: behind the gate where attention is gated (Qwen3.5). ``hook_q`` is the query alone.
 * ``hook_result`` is ``z`` times W_O head by head, without the output bias; it exists only while somebody hooks it.
+* Layers with linear attention or a convolution have no heads: their ``attn.`` points are refused with that reason, and
+  ``cfg.attention_layers`` names the others. A mixture of experts has no ``mlp.hook_post``.
+* In layers that look at a memory (Mllama's, ``cfg.cross_layers``) ``hook_k``, ``hook_v``, ``hook_rot_k`` and every
+  ``key_pos`` count the memory (``layout.memory``). Text that sees no picture drops ``hook_mlp_out`` there.
+* ``hook_v`` of Gemma4 stands behind the norm of values: some layers make keys and values from one projection, which is
+  ``hook_k``. What it adds behind the feed-forward (per-layer inputs) is in ``hook_resid_post`` and has no point.
 * The vision stack of the Qwen family is one row of all patches of all images, in the order the tower keeps them
-  (Qwen2.5-VL sorts them by window), and its scores and pattern are block-diagonal over images and windows.
+  (Qwen2.5-VL sorts them by window), and its scores and pattern are block-diagonal over images and windows. So is
+  Pixtral's, over images.
 * ``projector.hook_out`` is ``[visual_pos d_model]``: all visual tokens of the call in the order of their
-  placeholders. DeepStack features enter later and are not part of it.
+  placeholders. DeepStack features enter later and are not part of it, nor are newlines between rows of tiles;
+  LLaVA-NeXT and OneVision drop tokens of the padding behind it, and OneVision interpolates.
+* ``ln_final.hook_normalized`` times ``W_U`` is the logits, before a softcap (Gemma2) or scale of the model's own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -69,6 +69,7 @@ class KeptRun:
     last: Float[Tensor, "batch pos d_model"]
     reads: tuple[int, ...]
     logits: Float[Tensor, "batch read vocab"]
+    shaped: Callable[[Tensor], Tensor]  # what becomes of the unembedding's output: most often nothing
 
 
 @torch.no_grad()
@@ -123,7 +124,27 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
         behind = given[index + 1][2] if index + 1 < len(layers) else final[0]
         added = behind - left[index]
         kept.append(LayerRun(args, kwargs, stream, calls[index][0], added if added.any() else None))
-    return KeptRun(tuple(kept), final[0], tuple(reads), logits)
+    unembed: Any = module_at(model.hf_model, model.family.unembed)
+    shaped = _shape_of(model, unembed(norm(final[0][:, list(reads)])), logits)
+    return KeptRun(tuple(kept), final[0], tuple(reads), logits, shaped)
+
+
+def _shape_of(model: HookedMLLM, unembedded: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the model does to the unembedding's output. It is tried: a config may name what its model leaves out."""
+    config = model.hf_model.config.get_text_config()
+    scale, cap = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "final_logit_softcapping"))
+    shapes = (lambda x: x, lambda x: x * scale, lambda x: torch.tanh(x / cap) * cap)
+    gaps = [float((shape(unembedded) - logits).abs().max()) for shape in shapes]
+    if min(gaps) <= _tolerance(logits):
+        return shapes[gaps.index(min(gaps))]
+    raise NotResumable("the logits are not the unembedding of the final norm")
+
+
+def _tolerance(logits: Tensor) -> float:
+    """What rounding may move logits by."""
+    # Norms and rotations compute in single precision in many models, whatever the dtype of the rest.
+    eps = max(torch.finfo(kind).eps for kind in (logits.dtype, torch.float32))
+    return float(logits.abs().max()) * 32 * eps**0.75
 
 
 _ROWLESS = (type(None), bool, int, float, str)
@@ -140,9 +161,8 @@ def _refuse(index: int, args: tuple, kwargs: dict, stream: Tensor, calls: list[A
         raise NotResumable(f"layer {index} does not attend to its own positions")
     if call.mask is not None and call.mask.dtype != torch.bool:
         raise NotResumable(f"layer {index} adds a bias to its scores")
-    extra = {name for name in ("sinks", "softcap", "cross") if getattr(call, name, None) not in (None, False)}
-    if extra:
-        raise NotResumable(f"layer {index} has attention with {', '.join(sorted(extra))}")
+    if call.cross:
+        raise NotResumable(f"layer {index} attends to another sequence")
     for name, value in kwargs.items():
         if name not in (*_SLICED, *_REPLACED) and not isinstance(value, _ROWLESS):
             raise NotResumable(f"layer {index} is given {name!r}, which is not known to be cut to rows")
@@ -271,14 +291,9 @@ class Continuation:
     @torch.no_grad()
     def logits(self, x: Float[Tensor, "variant read d_model"]) -> Float[Tensor, "variant read vocab"]:
         """Final norm and unembedding of rows behind the last layer."""
-        model, config = self.model, self.model.hf_model.config.get_text_config()
+        model = self.model
         unembed: Any = module_at(model.hf_model, model.family.unembed)
-        logits = unembed(module_at(model.hf_model, model.family.final_norm)(x))
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return self.kept.shaped(unembed(module_at(model.hf_model, model.family.final_norm)(x)))
 
     def faithful(self) -> None:
         """Run the read rows, unchanged, through every layer and compare with the kept logits.
@@ -296,8 +311,8 @@ class Continuation:
         again = self.logits(self.finish(x, rows))[0]
         places = torch.tensor([self.kept.reads.index(read) for read in self.reads.tolist()])
         kept = self.kept.logits[self.example, places.to(again.device)]
-        gap, size = float((again - kept).abs().max()), float(kept.abs().max())
-        if not gap <= size * 32 * torch.finfo(again.dtype).eps ** 0.75:
+        gap = float((again - kept).abs().max())
+        if not gap <= _tolerance(kept):
             raise NotResumable(f"running on from the kept run differs from it by {gap:.2g} in the logits")
 
     def _layer(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
@@ -368,7 +383,7 @@ class Continuation:
         seen = kept.visible(rows)
 
         def attend(call: AttentionCall) -> Tensor:
-            if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
+            if not kept.fused or hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
                 n = len(call.q)
                 whole = replace(call, k=kept.k.expand(n, -1, -1, -1), v=kept.v.expand(n, -1, -1, -1), mask=seen)
                 return stepwise(whole, record)
@@ -378,18 +393,20 @@ class Continuation:
 
     def _own(self, layer: int, rows: Tensor, first: int, known: tuple[Tensor, Tensor] | None = None) -> Attend:
         """Keys before ``first`` from the kept run, then the variants' own: those of the call, or ``known`` ones."""
-        kept, module = self._call(layer), self._attention[layer][0]
+        kept, (module, record) = self._call(layer), self._attention[layer]
 
         def attend(call: AttentionCall) -> Tensor:
             own = known or (call.k, call.v)
-            if first == 0 and self._causal and known is None:
+            if first == 0 and self._causal and kept.fused and known is None:
                 return sdpa_attention_forward(module, call.q, *own, None, scaling=kept.scale)[0]
             seen = kept.visible(rows)[..., : first + own[0].shape[2]]
             before = kept.k[:, :, :first], kept.v[:, :, :first]
-            if known or first > 4 * len(rows):
+            if kept.fused and (known or first > 4 * len(rows)):
                 return _onto(call.q, before[0][0], before[1][0], own, seen[0, 0], kept.scale)
             n = len(call.q)
             k, v = (torch.cat((old.expand(n, -1, -1, -1), new), 2) for old, new in zip(before, own, strict=True))
+            if not kept.fused:
+                return stepwise(replace(call, k=k, v=v, mask=seen), record)
             return sdpa_attention_forward(module, call.q, k, v, seen, scaling=kept.scale, is_causal=False)[0]
 
         return attend

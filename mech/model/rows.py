@@ -16,7 +16,7 @@ _PARALLEL = {"hook_resid_mid": "attention and feed-forward read the same stream,
 LLAMA = Stack(
     types=(
         *("llama", "mistral", "qwen2", "qwen3", "gemma"),
-        *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"),
+        *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_moe_text"),
     ),
     post_at="next",
     absent=_EXPERTS,
@@ -28,11 +28,14 @@ GEMMA = replace(
     mid="pre_feedforward_layernorm",
     mlp_out="post_feedforward_layernorm",
 )
+_PHI3 = replace(LLAMA, types=("phi3",), q="qkv_proj", k="qkv_proj", v="qkv_proj", qkv=True)
 COHERE = replace(LLAMA, types=("cohere2",), mid="", absent=_PARALLEL)
 _GLM4V = replace(
     LLAMA, types=("glm4v_text",), attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm", absent={}
 )
-_QWEN3_5 = replace(LLAMA, types=("qwen3_5_text",), gated=True, headless={"linear_attn": "linear attention"})
+_QWEN3_5 = replace(
+    LLAMA, types=("qwen3_5_text", "qwen3_5_moe_text"), gated=True, headless={"linear_attn": "linear attention"}
+)
 _GEMMA4 = replace(
     GEMMA,
     types=("gemma4_text",),
@@ -98,7 +101,7 @@ _GEMMA4_VISION = replace(
     q="q_proj.linear", k="k_proj.linear", v="v_norm", o="o_proj.linear",
 )  # fmt: skip
 _QWEN_VISION = Stack(
-    types=("qwen2_5_vl_vision", "qwen2_5_vl", "glm4v_vision", "glm4v"),
+    types=("qwen2_5_vl_vision", "qwen2_5_vl", "glm4v_vision", "glm4v", "glm4v_moe_vision", "glm4v_moe"),
     layers=("blocks",),
     attn=("attn",),
     q="qkv",
@@ -115,7 +118,7 @@ def _by_type(*stacks: Stack) -> dict[str, Stack]:
     return {kind: stack for stack in stacks for kind in stack.types}
 
 
-TEXT = _by_type(LLAMA, GEMMA, COHERE, _GLM4V, _QWEN3_5, _GEMMA4, _LLAMA4, _LFM2, _MLLAMA)
+TEXT = _by_type(LLAMA, GEMMA, COHERE, _PHI3, _GLM4V, _QWEN3_5, _GEMMA4, _LLAMA4, _LFM2, _MLLAMA)
 VISION = _by_type(
     _CLIP,
     _PIXTRAL,
@@ -127,7 +130,16 @@ VISION = _by_type(
     replace(_QWEN_VISION, types=("qwen2_vl_vision", "qwen2_vl"), down="fc2"),
     replace(
         _QWEN_VISION,
-        types=("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe", "qwen3_5_vision", "qwen3_5"),
+        types=(
+            "qwen3_vl_vision",
+            "qwen3_vl",
+            "qwen3_vl_moe_vision",
+            "qwen3_vl_moe",
+            "qwen3_5_vision",
+            "qwen3_5",
+            "qwen3_5_moe_vision",
+            "qwen3_5_moe",
+        ),
         down="linear_fc2",
     ),
 )
@@ -140,15 +152,18 @@ _GEMMA4_NEEDS = {
     "pixel_values": ("image_position_ids", "mm_token_type_ids"),
     "pixel_values_videos": ("video_position_ids", "mm_token_type_ids"),
 }
+_BOTH_WAYS_NEEDS = {"pixel_values": ("token_type_ids",)}  # without it pictures are read from left to right only
 _MLLAMA_NEEDS = {"pixel_values": ("aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")}
 
 
 def _rows() -> Iterable[Row]:
     for kind in ("llava", "llava_next", "llava_onevision", "internvl", "mistral3"):
         yield Row(kind, feature_layer="vision_feature_layer")
-    for kind in ("gemma3", "paligemma", "cohere2_vision"):
-        yield Row(kind)
-    for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v"):
+    for kind in ("gemma3", "paligemma"):
+        yield Row(kind, needs=_BOTH_WAYS_NEEDS)
+    yield Row("cohere2_vision")
+    qwen = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+    for kind in (*qwen, "glm4v", "glm46v", "glm4v_moe"):
         yield Row(kind, vision="model.visual", projector="model.visual", needs=_QWEN_NEEDS)
     for kind in ("idefics3", "smolvlm"):
         yield Row(kind, text="model.text_model", vision="model.vision_model", projector="model.connector")

@@ -110,8 +110,9 @@ class Seam:
         gain = None if self.gain is None else self.gain()
         if gain is None:
             return self.restore(fire(point, self.view(tensor)), tensor)
-        # Only the change goes back through the gain, so that what nobody wrote keeps its own rounding.
-        seen = self.view(tensor) * gain
+        # Only the change goes back through the gain, so that what nobody wrote keeps its own rounding. Nothing can be
+        # written through a gate of exactly zero.
+        seen, gain = self.view(tensor) * gain.detach(), torch.where(gain == 0, torch.inf, gain.detach())
         written = fire(point, seen.clone())
         return tensor.detach() + ((written - seen.detach()) / gain).reshape(tensor.shape)
 

@@ -70,7 +70,7 @@ class NamedWeights:
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
         """The columns of W_U of these tokens; their product with the *normalised* stream is the logit."""
         index = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        return self._unembed().weight[index if isinstance(index, int) or index.numel() > 1 else int(index)]
+        return self._unembed().weight.detach()[index if isinstance(index, int) or index.numel() > 1 else int(index)]
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -81,7 +81,19 @@ class NamedWeights:
         if include_mlp_biases:
             biases += [block.mlp.b_out for block in blocks[:layer]]
         zero = self._unembed().weight.new_zeros(self.cfg.d_model)
-        return sum((bias.detach() for bias in biases if bias is not None), zero)
+        return torch.stack([zero, *(bias.detach() for bias in biases if bias is not None)]).sum(0)
+
+    def set_use_split_qkv_input(self, use: bool) -> None:
+        """TransformerLens' way to let heads read different streams, which a stock model has not.
+
+        Raises:
+            UnsupportedModel: it is asked for.
+        """
+        if use:
+            raise UnsupportedModel(
+                "use_split_qkv_input: a copy of the residual stream for each head's q, k and v",
+                "a stock model, whose heads read one stream", "patch the paths with mech.path_patching",
+            )  # fmt: skip
 
     def norm(self, layer: int, mlp_input: bool = False) -> nn.Module:
         """The norm before attention of a layer, before its MLP, or (``layer=n_layers``) before the unembedding."""
@@ -97,10 +109,6 @@ class NamedWeights:
                 "a pre-norm layer", "use apply_ln=False, or the final norm (layer=None)",
             )  # fmt: skip
         return found
-
-    def norm_behind_heads(self) -> str:
-        """The name of what stands between attention's output and the stream (Gemma's post-norm), or ""."""
-        return self.family.text.attn_out
 
     def _unembed(self) -> Any:
         return module_at(self.hf_model, self.family.unembed)

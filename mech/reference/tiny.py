@@ -25,6 +25,8 @@ from transformers import (
     Gemma4Config,
     GemmaConfig,
     Glm4vConfig,
+    Glm4vMoeConfig,
+    Glm46VConfig,
     Idefics3Config,
     InternVLConfig,
     Lfm2VlConfig,
@@ -37,6 +39,7 @@ from transformers import (
     MistralConfig,
     MllamaConfig,
     PaliGemmaConfig,
+    Phi3Config,
     PixtralVisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -44,6 +47,7 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
@@ -206,7 +210,7 @@ def _paligemma(text: PreTrainedConfig) -> PaliGemmaConfig:
     )
 
 
-def _shuffled(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _shuffled(kind: Callable[..., PreTrainedConfig]) -> PreTrainedConfig:
     """Idefics3 and its descendant: pixel shuffle of 2 x 2 patches."""
     return kind(
         vision_config={**_TOWER, "image_size": SIDE, "patch_size": 2},
@@ -237,9 +241,10 @@ def _cohere2_vision() -> Cohere2VisionConfig:
     )
 
 
-def _qwen3_5() -> Qwen3_5Config:
+def _qwen3_5(kind: type[PreTrainedConfig] = Qwen3_5Config, **experts: int) -> PreTrainedConfig:
     """Gated attention in the middle layer, linear attention in the others."""
     text = _qwen_text(
+        **experts,
         layer_types=["linear_attention", "full_attention", "linear_attention"],
         linear_num_key_heads=2,
         linear_num_value_heads=4,
@@ -248,12 +253,14 @@ def _qwen3_5() -> Qwen3_5Config:
     )
     text["rope_parameters"]["partial_rotary_factor"] = 1.0  # a quarter of d_head 8 leaves no room for three axes
     vision = {**_QWEN_TOWER, "intermediate_size": 40, "out_hidden_size": D_MODEL, "num_position_embeddings": 16}
-    return Qwen3_5Config(text_config=text, vision_config=vision, **_QWEN_TOKENS)
+    return kind(text_config=text, vision_config=vision, **_QWEN_TOKENS)
 
 
-def _glm4v() -> Glm4vConfig:
-    return Glm4vConfig(
-        text_config=_qwen_text(),
+def _glm4v(kind: type[PreTrainedConfig] = Glm4vConfig, **text: Any) -> PreTrainedConfig:
+    sizes = _qwen_text(**text)
+    sizes["rope_parameters"]["partial_rotary_factor"] = 1.0
+    return kind(
+        text_config=sizes,
         vision_config={**_QWEN_TOWER, "intermediate_size": 40, "out_hidden_size": D_MODEL, "image_size": SIDE},
         image_token_id=token_id("<|image|>"),
         video_token_id=token_id("<|video|>"),
@@ -355,6 +362,7 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava_siglip": lambda: _llava(_siglip(), Qwen2Config(**_SIZES), **_full()),
     "llava_qwen3": lambda: _llava(_siglip(), Qwen3Config(**_SIZES), **_full(vision_feature_layer=-2)),
     "llava_mistral": lambda: _llava(_clip(), MistralConfig(**_SIZES, sliding_window=8), vision_feature_layer=[-2, 1]),
+    "llava_phi3": lambda: _llava(_clip(), Phi3Config(**_SIZES)),
     "llava_pixtral": lambda: _llava(_pixtral(), MistralConfig(**_SIZES, sliding_window=None), "[IMG]", **_full()),
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
@@ -371,7 +379,18 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral3": _mistral3,
     "cohere2_vision": _cohere2_vision,
     "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": lambda: _qwen3_5(
+        Qwen3_5MoeConfig,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=D_MLP,
+        shared_expert_intermediate_size=D_MLP,
+    ),
     "glm4v": _glm4v,
+    "glm46v": lambda: _glm4v(Glm46VConfig, model_type="glm4v_text"),
+    "glm4v_moe": lambda: _glm4v(
+        Glm4vMoeConfig, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=2
+    ),
     "gemma4": _gemma4_small,
     "gemma4_large": _gemma4_large,
     "llama4": _llama4,

@@ -79,6 +79,8 @@ _PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SID
 _ANYRES = {"size": _SQUARE, "crop_size": _SQUARE, "do_center_crop": False, "image_grid_pinpoints": _PINPOINTS}
 _SPLIT = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
 _PATCHES = {"patch_size": PATCH, "size": {"shortest_edge": 4 * PATCH**2, "longest_edge": 400 * PATCH**2}}
+# GLM counts pixels of both frames of a temporal patch.
+_DEEP_PATCHES = {"patch_size": PATCH, "size": {"shortest_edge": 8 * PATCH**2, "longest_edge": 800 * PATCH**2}}
 _CLIP = (transformers.CLIPImageProcessorPil, {"size": _SQUARE, "crop_size": _SQUARE, "do_center_crop": False})
 _SIGLIP = (transformers.SiglipImageProcessorPil, {"size": _SQUARE})
 _QWEN = (transformers.Qwen2VLImageProcessorPil, _PATCHES)
@@ -97,6 +99,7 @@ IMAGE_PROCESSORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"size": _SQUARE, "crop_size": _SQUARE, "do_center_crop": False, "do_pad": True},
     ),
     "llava_mistral": _CLIP,
+    "llava_phi3": _CLIP,
     "llava_next": (transformers.LlavaNextImageProcessorPil, _ANYRES),
     "llava_onevision": (transformers.LlavaOnevisionImageProcessorPil, _ANYRES),
     "qwen2_vl": _QWEN,
@@ -104,10 +107,10 @@ IMAGE_PROCESSORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "qwen3_5": _QWEN,
-    "glm4v": (
-        transformers.Glm4vImageProcessorPil,
-        {"patch_size": PATCH, "size": {"shortest_edge": 8 * PATCH**2, "longest_edge": 800 * PATCH**2}},
-    ),
+    "qwen3_5_moe": _QWEN,
+    "glm4v": (transformers.Glm4vImageProcessorPil, _DEEP_PATCHES),
+    "glm46v": (transformers.Glm46VImageProcessorPil, _DEEP_PATCHES),
+    "glm4v_moe": (transformers.Glm4vImageProcessorPil, _DEEP_PATCHES),
     "llava_pixtral": _PIXTRAL,
     "mistral3": _PIXTRAL,
     "gemma4": _GEMMA4,

@@ -175,7 +175,8 @@ def _stage(look: _Look, k: int, row: np.ndarray | None, most: float) -> str:
     picture = look.pictures[k]
     marks = []
     if row is not None:
-        for token in np.flatnonzero(look.image == k):
+        # Line breaks and class tokens of a picture lie nowhere in it.
+        for token in np.flatnonzero((look.image == k) & ~np.isnan(look.rect).any(axis=1)):
             strength = float(np.sqrt(row[token] / most))
             if strength >= FAINTEST:
                 x0, y0, x1, y1 = look.rect[token]

@@ -20,7 +20,7 @@ from typing import Any
 
 from mech.model.laws.geometry import geometry
 from mech.model.laws.points import liveness, meaning, names
-from mech.model.laws.running import cleanliness, generation, padding, parity
+from mech.model.laws.running import cleanliness, encoding, generation, padding, parity
 from mech.model.laws.trial import Batches, Finding, make_batches
 
 LAWS: dict[str, Callable[[Any, Batches], Iterator[Finding]]] = {
@@ -30,8 +30,9 @@ LAWS: dict[str, Callable[[Any, Batches], Iterator[Finding]]] = {
     "meaning": meaning,
     "padding": padding,
     "generation": generation,
+    "encoding": encoding,
     "cleanliness": cleanliness,
     "geometry": geometry,
 }
 
-__all__ = ["LAWS", "Batches", "Finding", "make_batches", *LAWS]
+__all__ = ["LAWS", "Batches", "Finding", "make_batches"]

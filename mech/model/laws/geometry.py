@@ -36,13 +36,15 @@ def geometry(model: Any, batches: Batches) -> Iterator[Finding]:
         return
     for seed, size in enumerate(SIZES):
         where, shot = "{} x {}".format(*size), picture(*size, seed)
-        inputs = model.inputs(QUESTION, images=[shot])
-        layout = _of_pictures(inputs.layout)
+        row = model.inputs(QUESTION, images=[shot]).layout
+        layout = row.visual
         visual = layout.positions("image")
+        # A memory holds empty tiles besides, which the model computes too.
+        slots = visual if row is layout else np.arange(len(layout))
         count = len(_features(model, shot, []))
         yield Finding(
-            f"tokens of {where}", count == len(visual), abs(count - len(visual)),
-            "" if count == len(visual) else f"the layout has {len(visual)} visual tokens, the model {count}",
+            f"tokens of {where}", count == len(slots), abs(count - len(slots)),
+            "" if count == len(slots) else f"the layout has {len(slots)} visual tokens, the model {count}",
         )  # fmt: skip
         placed = [int(position) for position in visual if not np.isnan(layout.rect[position]).any()]
         lost = [position for position in placed if position not in layout.positions(_core(layout, position))]
@@ -50,13 +52,8 @@ def geometry(model: Any, batches: Batches) -> Iterator[Finding]:
             f"boxes of {where}", bool(placed) and not lost, len(lost),
             f"a box inside the rectangle of position {lost[0]} does not cover it" if lost else "",
         )  # fmt: skip
-        if count == len(visual):
-            yield from _impulses(model, layout, shot, placed, where)
-
-
-def _of_pictures(layout: Any) -> Any:
-    """The layout that holds the visual tokens: the row's own, or that of the memory it looks at."""
-    return layout if getattr(layout, "memory", None) is None else layout.memory
+        if count == len(slots):
+            yield from _impulses(model, layout.rect[slots], slots, shot, placed, where)
 
 
 def _features(model: Any, shot: Image.Image, hooks: list[Any]) -> Tensor:
@@ -70,13 +67,14 @@ def _features(model: Any, shot: Image.Image, hooks: list[Any]) -> Tensor:
     return seen["hook_embed"][0][(inputs.tensors["input_ids"][0] == image_token(model)).to(model.device)]
 
 
-def _impulses(model: Any, layout: Any, shot: Image.Image, placed: list[int], where: str) -> Iterator[Finding]:
+def _impulses(
+    model: Any, rects: np.ndarray, slots: np.ndarray, shot: Image.Image, placed: list[int], where: str
+) -> Iterator[Finding]:
     still = [name for name in model.points() if name.startswith("vision.") and name.endswith("attn.hook_z")]
     hooks = [(name, lambda z, hook: torch.zeros_like(z)) for name in still]
-    visual = layout.positions("image")
-    clean, rects = _features(model, shot, hooks), layout.rect[visual]
+    clean = _features(model, shot, hooks)
     for position in sorted({placed[0], placed[len(placed) // 2], placed[-1]}):
-        own, pixels = int(np.searchsorted(visual, position)), np.array(shot)
+        own, pixels = int(np.searchsorted(slots, position)), np.array(shot)
         (x0, y0), (x1, y1) = np.floor(rects[own][:2]).astype(int), np.ceil(rects[own][2:]).astype(int)
         pixels[y0:y1, x0:x1] = 255 - pixels[y0:y1, x0:x1]
         moved = (_features(model, Image.fromarray(pixels), hooks) - clean).abs().amax(-1).cpu().numpy()
@@ -89,7 +87,7 @@ def _impulses(model: Any, layout: Any, shot: Image.Image, placed: list[int], whe
         leaked = float(moved[worst] / max(moved[own], 1e-30)) if far.any() else 0.0
         ok = bool(moved[own] > 0 and leaked <= LEAK)
         says = f"repainting the pixels of position {position} moves it by {moved[own]:.1e}"
-        says += f" and position {visual[worst]}, which shows others, {leaked:.1e} times as much"
+        says += f" and position {slots[worst]}, which shows others, {leaked:.1e} times as much"
         yield Finding(f"impulse at position {position} of {where}", ok, 0.0 if ok else leaked, "" if ok else says)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mech.model import attention
 from mech.model.laws.trial import (
+    QUESTION,
+    SIZES,
     Batches,
     Finding,
     apart,
@@ -15,9 +17,11 @@ from mech.model.laws.trial import (
     layer_of,
     layers,
     padded_right,
+    picture,
     placed,
     reached,
     same,
+    special_tokens,
     stock_attention,
 )
 from mech.model.seams import INSIDE_ATTENTION
@@ -34,10 +38,10 @@ def parity(model: Any, batches: Batches) -> Iterator[Finding]:
     outside = [name for name in model.points() if not name.endswith(inside)]
     stepwise = [name for name in model.points() if name.endswith(inside)]
     for name, batch in batches.named().items():
-        with stock_attention(model) as fused:
+        with stock_attention(model):
             plain = model.hf_model(**placed(model, batch), use_cache=False).logits
         idle = model(batch)
-        yield same(f"idle logits, {name}", idle, plain, batch, 0.0 if fused else batches.rounding)
+        yield same(f"idle logits, {name}", idle, plain, batch, 0.0)
         for which, points, tolerance in (("outside", outside, 0.0), ("inside", stepwise, batches.rounding)):
             read = [(point, lambda value, hook: value.clone()) for point in points]
             where = f"logits with the points {which} attention written back, {name}"
@@ -87,8 +91,11 @@ def generation(model: Any, batches: Batches, steps: int = 4) -> Iterator[Finding
 
     edits = [(first, without), (pattern, sharpened)]
     batch = dict(batches.padded)
+    # Neither an end nor a placeholder: a random model may well say there is a picture, and then there is none.
+    end = model.hf_model.generation_config.eos_token_id
+    unwanted = sorted({*special_tokens(model), *([] if end is None else [end] if isinstance(end, int) else end)})
     with model.hooks([*edits, ("ln_final.hook_normalized", keep)]):
-        new = model.generate(batch, max_new_tokens=steps, min_new_tokens=steps, repetition_penalty=1.0)
+        new = model.generate(batch, suppress_tokens=unwanted, repetition_penalty=1.0, max_new_tokens=steps)
     stepwise = torch.stack(last, 1)
     last.clear()
     whole = []
@@ -98,13 +105,28 @@ def generation(model: Any, batches: Batches, steps: int = 4) -> Iterator[Finding
     off = apart(stepwise, whole[0])
     ok = off <= batches.rounding
     yield Finding("final states of each step", ok, off, "" if ok else f"{off:.1e} from full recomputation")
-    # The end of the answer was forbidden; and where two tokens are as likely as each other, rounding decides.
-    end = model.hf_model.generation_config.eos_token_id
-    logits[..., [] if end is None else end] = -torch.inf
+    # Where two tokens are as likely as each other, rounding decides.
+    logits[..., unwanted] = -torch.inf
     chosen = logits.gather(-1, new[..., None].to(logits.device))[..., 0]
     lost = ((logits.amax(-1) - chosen).max() / chosen.abs().max().clamp_min(1)).item()
     ok = lost <= batches.rounding
     yield Finding("tokens", ok, lost, "" if ok else "the generated tokens are not the most likely of a recomputation")
+
+
+def encoding(model: Any, batches: Batches) -> Iterator[Finding]:
+    """Pictures encoded once (``encode_pictures``) give the very logits that their pixels give.
+
+    Forwards: 2, and the vision stack once more, on two rows with a picture each.
+    """
+    where = "logits from encoded pictures"
+    if batches.blind:
+        yield Finding(where, None, says=batches.blind)
+        return
+    rows = [model.inputs(QUESTION, images=[picture(*size, seed)]) for seed, size in enumerate(SIZES[:2])]
+    both = model.collate(rows)
+    blind, seen = model.encode_pictures(both)
+    again = model(blind, mm_encoder_outputs=seen)
+    yield same(where, again, model(both), both.tensors, 0.0)
 
 
 def cleanliness(model: Any, batches: Batches) -> Iterator[Finding]:
@@ -128,14 +150,16 @@ def cleanliness(model: Any, batches: Batches) -> Iterator[Finding]:
 
     runs: dict[str, Callable[[], object]] = {
         "a run with a cache": lambda: model.run_with_cache(batches.padded, names_filter=points),
-        "an exception in a hook": broken,
         "a generation": lambda: model.generate(dict(batches.padded), max_new_tokens=3),
+        "an exception in a hook": broken,
     }
     for name, run in runs.items():
         run()
         after = _state(model)
         changed = [key for key, value in before.items() if not _equal(value, after[key])]
         yield Finding(f"after {name}", not changed, 0.0, f"changed: {', '.join(changed)}" if changed else "")
+        if changed:
+            return
     yield same("logits afterwards", model(batches.padded), clean, batches.padded, 0.0)
 
 

@@ -72,7 +72,7 @@ def make_batches(model: Any, full: bool = False) -> Batches:
     try:
         _ = model.processor
     except MechError as error:
-        special = {value for key, value in model.hf_model.config.to_dict().items() if "_token_i" in key}
+        special = special_tokens(model)
         plain = torch.tensor([token for token in range(min(model.cfg.vocab, 1000)) if token not in special])
         ids = plain[torch.randint(len(plain), (1, 12), generator=torch.Generator().manual_seed(0))]
         short = {"input_ids": ids[:, 4:], "attention_mask": torch.ones_like(ids[:, 4:])}
@@ -83,6 +83,8 @@ def make_batches(model: Any, full: bool = False) -> Batches:
         return Batches(rows, padded, blind=error.given, rounding=limit, full=full)
     shots = [picture(*size, seed) for seed, size in enumerate(SIZES)]
     asked = {"one image": shots[:1], "two images": shots[1:], "text": []}
+    if model.cfg.cross_layers:  # all rows of a batch have the same number of pictures there
+        asked = {"one image": shots[:1], "another image": shots[1:2]}
     built = {name: model.inputs(QUESTION, images=images) for name, images in asked.items()}
     joined = model.collate(list(built.values())).tensors
     taught = model.inputs(QUESTION, answer="a").tensors
@@ -156,17 +158,26 @@ def continued(batches: Batches, new: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def stock_attention(model: Any) -> Iterator[bool]:
+def stock_attention(model: Any) -> Iterator[None]:
     """The Hugging Face model with SDPA as transformers runs it, and without a word of this package.
 
-    Gives whether it is SDPA: for some models (Gemma2) transformers has eager attention only, which rounds differently.
+    Where transformers has eager attention only (Gemma2 with its softcap), that part is run so.
     """
-    fused = all(getattr(module, "_supports_sdpa", True) for module in model.hf_model.modules())
-    model.hf_model.set_attn_implementation("sdpa" if fused else "eager")
+    config = model.hf_model.config
+    eager = {id(part.config) for part in model.hf_model.modules() if getattr(part, "_supports_sdpa", True) is False}
+    parts = {key: getattr(config, key) for key in config.sub_configs if getattr(config, key) is not None}
+    asked = {key: "eager" if id(part) in eager else "sdpa" for key, part in parts.items()}
+    model.hf_model.set_attn_implementation({"": "sdpa", **asked})
     try:
-        yield fused
+        yield
     finally:
         model.hf_model.set_attn_implementation(attention.IMPLEMENTATION)
+
+
+def special_tokens(model: Any) -> set[int]:
+    """The tokens the model's config knows by name: placeholders and marks, which mean pictures that are not there."""
+    config = model.hf_model.config.to_dict()
+    return {value for key, value in config.items() if "_token_i" in key and isinstance(value, int)}
 
 
 def placed(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

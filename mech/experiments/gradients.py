@@ -1,0 +1,150 @@
+"""The gradient of a metric at activation points, in one forward and one backward: what attribution is made of.
+
+    found = differentiate(model, inputs, ["blocks.3.attn.hook_z"], score)
+    found.slopes["blocks.3.attn.hook_z"]            # d metric / d activation, in the activation's shape
+
+Parameters ask for no gradient while it runs, so a graph is kept only from the first named point on, without what only
+weights need: memory is about that of the activations behind that point. Afterwards they ask for what they did.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from mech.errors import ExperimentError
+from mech.experiments.metrics import Reading
+from mech.inputs import Inputs
+from mech.model import AttentionCall, HookedMLLM
+
+Score = Callable[[Inputs], Float[Tensor, " batch"]]
+Edit = tuple[str, Callable[[Tensor, HookPoint], Tensor]]
+
+
+@dataclass(eq=False)
+class Slopes:
+    """What one forward and backward left.
+
+    Attributes:
+        values: activations by name; of a module, its input.
+        slopes: gradient of the metrics' sum at each name (rows do not mix: it is each row's own); of a module, at
+            its output.
+        calls: what the attention of each layer saw, where asked for; ``slopes[layer]`` is then the gradient at its z.
+        scores: the metric of every row.
+    """
+
+    values: dict[Any, Tensor] = field(default_factory=dict)
+    slopes: dict[Any, Tensor] = field(default_factory=dict)
+    calls: dict[int, AttentionCall] = field(default_factory=dict)
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def differentiate(
+    model: HookedMLLM,
+    run: Inputs,
+    names: Sequence[str],
+    score: Score,
+    *,
+    edits: Sequence[Edit] = (),
+    modules: Mapping[str, nn.Module] | None = None,
+    attention: str | None = None,
+    layers: Sequence[int] = (),
+) -> Slopes:
+    """Run, and differentiate the metric at some places.
+
+    Args:
+        model: a hooked model.
+        run: what to run.
+        names: activation points.
+        score: runs inputs and gives the metric of every row.
+        edits: hooks that change activations before they are read.
+        modules: label -> a module whose output is differentiated at.
+        attention: "text" or "vision": differentiate at z inside the attention of ``layers`` too.
+
+    Cost: one forward and one backward.
+    """
+    found, leaves = Slopes(), {}
+
+    def leaf(key: Any, value: Tensor) -> Tensor:
+        # A leaf of zeros is added: it gets the gradient, and in-place writes downstream cannot reach it.
+        leaves[key] = torch.zeros_like(value, requires_grad=True)
+        return value + leaves[key]
+
+    def track(value: Tensor, hook: HookPoint) -> Tensor:
+        found.values[hook.name] = value.detach().clone()
+        return leaf(hook.name, value)
+
+    def attend(call: AttentionCall) -> Tensor | None:
+        if call.layer not in layers:
+            return None
+        found.calls[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
+        return leaf(call.layer, call.z)
+
+    def behind(label: str) -> Callable:
+        def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            found.values[label] = args[0].detach().clone()
+            return leaf(label, output)
+
+        return after
+
+    with ExitStack() as stack:
+        stack.enter_context(still(model))
+        stack.enter_context(model.hooks([*edits, *((name, track) for name in names)]))
+        if attention:
+            stack.enter_context(model.attending(attend, attention))
+        for label, module in (modules or {}).items():
+            handle = module.register_forward_hook(behind(label), prepend=True)
+            stack.callback(handle.remove)
+        scores = score(run)
+        order = list(leaves)
+        slopes = torch.autograd.grad(scores.sum(), [leaves[key] for key in order], allow_unused=True)
+    # A place the metric does not depend on (behind the read rows of the last layer) has gradient zero.
+    for key, slope in zip(order, slopes, strict=True):
+        found.slopes[key] = torch.zeros_like(leaves[key]) if slope is None else slope
+    found.scores = scores.detach()
+    return found
+
+
+@contextmanager
+def still(model: HookedMLLM) -> Iterator[None]:
+    """Gradients on, but for the parameters; both as before afterwards."""
+    trained = [parameter for parameter in model.hf_model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def check_smooth(model: HookedMLLM, readings: Sequence[Reading], metric: object) -> None:
+    """Refuse a metric without a gradient.
+
+    Raises:
+        ExperimentError: it has none.
+    """
+    for reading in readings:
+        logits = torch.zeros(1, len(reading.positions), model.cfg.vocab, requires_grad=True)
+        with torch.enable_grad():
+            if not reading.score(logits, logits[0].detach()).requires_grad:
+                raise ExperimentError(
+                    f"{metric!r}, which has no gradient", "a metric that can be differentiated", "use LogitDiff"
+                )
+
+
+def between(name: str, ours: Tensor, theirs: Tensor, share: float) -> Edit:
+    """A hook that puts an activation ``share`` of the way from one run's to the other's."""
+    place = torch.lerp(ours, theirs, share)
+    return name, lambda value, hook: place.to(value)
+
+
+def midpoints(steps: int) -> list[float]:
+    """Where a path from 0 to 1 is sampled. Midpoints: their error falls with the square of the number of steps."""
+    return [(step + 0.5) / steps for step in range(steps)]

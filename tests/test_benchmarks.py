@@ -1,0 +1,68 @@
+"""The benchmarks run, compare what they say they compare, and write figures down beside the others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_what_is_timed_computes_the_same(capsys):
+    import attention
+
+    runs = attention.runs(80)
+    with torch.no_grad():
+        plain, idle = runs["plain"]().logits, runs["idle"]()
+        assert torch.equal(plain, idle)
+        assert torch.equal(runs["cache_z"]()[0], plain)
+        torch.testing.assert_close(runs["pattern"]()[0], plain, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(runs["explicit"](), runs["fused"](), atol=1e-5, rtol=1e-4)
+        assert runs["ram_all_queries"]().sizes["set"] == 8
+        rows = runs["ram_rows"]()[0]
+    assert rows.shape == (1, 2, 4, 8) and (rows > 0).all()
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-onevision-7b", "qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_published_sizes_keep_depth_and_heads_when_narrow(name):
+    import fullsize
+
+    full, narrow = (fullsize.config_of(name, flag) for flag in (False, True))
+    for field in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert getattr(full.text_config, field) == getattr(narrow.text_config, field)
+    assert narrow.text_config.hidden_size == 16 * narrow.text_config.num_attention_heads < full.text_config.hidden_size
+
+
+def test_figures_are_added_to_the_others_and_the_page_shows_them(tmp_path, capsys):
+    import record
+
+    path = tmp_path / "results.json"
+    record.record("b", 1.5, unit="x", compared_with="plain", bar="<= 1.2", path=path)
+    record.record("a", 50, unit="x less", compared_with="eager", bar=">= 40", path=path)
+    record.record("b", 1.1, unit="x", compared_with="plain", bar="<= 1.2", path=path)
+    found = json.loads(path.read_text())
+    assert list(found) == ["a", "b"] and found["b"]["value"] == 1.1
+    assert {"machine", "versions", "date", "command", "bar", "unit", "compared_with"} <= set(found["a"])
+    assert "NOT MET" in capsys.readouterr().out
+    assert "| `a` |  | 50.0 x less | >= 40 met | eager |" in record.table(found)
+
+
+def test_the_page_shows_the_figures_that_are_on_file():
+    import record
+
+    results = json.loads(record.RESULTS.read_text(encoding="utf-8"))
+    assert record.PAGE.read_text(encoding="utf-8").endswith(record.table(results))
+
+
+def test_a_ratio_is_the_median_over_turns():
+    import record
+
+    times = record.interleaved({"one": lambda: None, "two": lambda: None}, seconds=0, least=3)
+    assert [len(times[name]) for name in ("one", "two")] == [3, 3]
+    assert record.ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 1.0, 2.0]}, "a", "b") == 2.0

@@ -1,0 +1,103 @@
+"""Running on from the middle: an unchanged variant is the kept run, from any layer and any row, and hooks see it so."""
+
+import pytest
+import torch
+
+from mech.model import HookedMLLM, resume
+from mech.model.resume import Continuation, NotResumable, kept_run
+from mech.reference import tiny, tiny_processors
+
+REFUSED = {
+    "qwen3_5": "calls attention 0 times",
+    "qwen3_5_moe": "calls attention 0 times",
+    "lfm2_vl": "calls attention 0 times",
+    "mllama": "cross_attention_states",
+    "gemma4": "shared_kv_states",
+}
+FAMILIES = [name for name in tiny.NAMES if name not in (*REFUSED, "gemma4_large")]
+
+
+def opened(name):
+    hf = tiny.model(name)
+    # Grouped expert products exist in single precision only.
+    return HookedMLLM.from_hf(hf if "moe" in name else hf.double(), tiny_processors.processor(name))
+
+
+def batch(model):
+    pictures = [tiny_processors.noise(24, 24, seed) for seed in (0, 1)]
+    questions = ("What is shown here?", "Which digit is in the red frame?")
+    return model.collate([model.inputs(q, [p]) for q, p in zip(questions, pictures, strict=True)])
+
+
+def row_of(model, example=0, read=-1):
+    inputs = batch(model)
+    read += inputs.tensors["input_ids"].shape[1]
+    return Continuation(model, kept_run(model, inputs, [read]), example, torch.tensor([read]))
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return opened("llava")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_unchanged_variant_is_the_kept_run(name):
+    model = opened(name)
+    # llama4 turns its queries in single precision
+    close = {"atol": 1e-4 if "moe" in name or name == "llama4" else 1e-10, "rtol": 0}
+    for example in (0, 1):
+        row = row_of(model, example)
+        row.faithful()
+        first, stop = row.span(int(row.reads[0]) - 6)
+        rows = torch.arange(first, stop)
+        for start in range(len(row)):
+            x = row.stream(start)[rows].expand(3, -1, -1)
+            for layer in range(start, len(row) - 1):
+                x = row.run(layer, x, rows)
+                torch.testing.assert_close(x[1], row.stream(layer + 1)[rows], **close)
+            x = row.finish(x, rows)
+            logits = row.logits(x)[2]
+            torch.testing.assert_close(logits, row.kept.logits[example], **close)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_run_on_says_why(name):
+    model = opened(name)
+    with pytest.raises(NotResumable, match=REFUSED[name]):
+        kept_run(model, batch(model), [-1 + batch(model).tensors["input_ids"].shape[1]])
+
+
+def test_small_chunks_change_nothing(llava, monkeypatch):
+    row = row_of(llava)
+    rows = torch.arange(*row.span(int(row.reads[0]) - 3))
+    x = row.stream(0)[rows] + 0.1 * torch.randn(
+        5, 1, row.kept.last.shape[-1], generator=torch.Generator().manual_seed(0)
+    )
+    whole = row.run(0, x, rows)
+    monkeypatch.setattr(resume, "ROWS", 2 * len(rows))
+    monkeypatch.setattr(resume, "SCORES", 100)
+    torch.testing.assert_close(row.run(0, x, rows), whole)
+
+
+def test_rows_that_look_ahead_are_run_as_well():
+    """A change in the middle of an image block that sees itself whole reaches the block's earlier rows."""
+    model = opened("gemma3")
+    row = row_of(model)
+    image = batch(model).layouts[0].positions("image")
+    assert row.span(int(image[5]))[0] <= image[0]
+    assert row.span(int(image[-1]) + 1)[0] == image[-1] + 1
+
+
+def test_only_rows_that_are_read_from_are_run(llava):
+    row = row_of(llava, read=-4)
+    assert row.span(row.kept.last.shape[1] - 9) == (row.kept.last.shape[1] - 9, row.kept.last.shape[1] - 3)
+
+
+def test_a_model_with_hooks_is_refused_and_nothing_is_left(llava):
+    with llava.hooks([("blocks.0.attn.hook_z", lambda z, hook: z)]), pytest.raises(NotResumable, match="hooks"):
+        row_of(llava)
+    row = row_of(llava)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        row.run(0, torch.zeros(1, 2, 3), torch.tensor([0, 1]))
+    assert all(record.resume is None and not record.active for _, record in llava._layers)
+    assert not any(module._forward_pre_hooks for module in llava.hf_model.modules())
