@@ -27,7 +27,8 @@ from mech.experiments.patching import activation_patching
 from mech.experiments.patching_plan import Plan
 from mech.experiments.patching_sweeps import Wavefront
 from mech.model import HookedMLLM
-from mech.model.resume import Continuation, kept_run
+from mech.model.kept import kept_run
+from mech.model.resume import Continuation
 
 SIZE, METRIC, OVER = 12, LogitDiff(5, 6), ("layer", "head")
 

@@ -22,10 +22,13 @@ FAMILIES = ("llava", "llava_mistral", "qwen3_vl", "gemma3", "paligemma2", "glm4v
 LITERAL = {"gemma4": "shared_kv_states", "qwen3_5": "calls attention 0 times"}
 
 
+# Grouped expert products, and attention with a softcap, exist in single precision only.
+SINGLE = ("qwen3_vl_moe", "paligemma2")
+
+
 def opened(name, dtype=torch.float64):
     hf = tiny.model(name)
-    # Grouped expert products exist in single precision only.
-    return HookedMLLM.from_hf(hf if "moe" in name else hf.to(dtype), tiny_processors.processor(name))
+    return HookedMLLM.from_hf(hf if name in SINGLE else hf.to(dtype), tiny_processors.processor(name))
 
 
 def pair(model, questions=QUESTIONS, pictures=1):

@@ -37,7 +37,8 @@ from mech.experiments.patching_sweeps import Cell, Wavefront, literal
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
-from mech.model.resume import Continuation, KeptRun, NotResumable, kept_run
+from mech.model.kept import KeptRun, NotResumable, kept_run
+from mech.model.resume import Continuation
 from mech.results import provenance
 
 METHODS = ("auto", "wavefront", "literal", "screened")

@@ -124,12 +124,10 @@ class Canvas:
 
     def _starts(self, side: int) -> tuple[np.ndarray, np.ndarray]:
         """Where tokens begin, in x and in y; what is left over at the end of a tile is dropped by the tower."""
-        whole = self.width, self.height
-        tiles = self.tile or whole
-        return tuple(
-            np.add.outer(np.arange(0, length - tile + 1, tile), np.arange(tile // side) * side).ravel()
-            for length, tile in zip(whole, tiles, strict=True)
-        )
+        wide, high = self.tile or (self.width, self.height)
+        x = np.add.outer(np.arange(0, self.width - wide + 1, wide), np.arange(wide // side) * side)
+        y = np.add.outer(np.arange(0, self.height - high + 1, high), np.arange(high // side) * side)
+        return x.ravel(), y.ravel()
 
     def _between(
         self, x0: np.ndarray, x1: np.ndarray, y0: np.ndarray, y1: np.ndarray, size: Size

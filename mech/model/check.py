@@ -143,8 +143,6 @@ CALLED = {
     "glm46v": "GLM-4.6V",
     "glm4v": "GLM-4.1V",
     "glm4v_moe": "GLM-4.5V",
-    "glm46v": "GLM-4.6V",
-    "glm4v_moe": "GLM-4.5V",
     "idefics3": "Idefics3",
     "internvl": "InternVL 2.5 to 3.5 (-hf)",
     "lfm2_vl": "LFM2-VL",
