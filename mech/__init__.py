@@ -27,11 +27,16 @@ _NAMES = {
     "Head": "mech.experiments.ranking",
     "HookedMLLM": "mech.model",
     "Inputs": "mech.inputs",
+    "KL": "mech.experiments.metrics",
     "Knockout": "mech.interventions",
+    "LogProb": "mech.experiments.metrics",
+    "LogitDiff": "mech.experiments.metrics",
     "Mask": "mech.data.regions",
     "MechError": "mech.errors",
     "Pages": "mech.data.regions",
     "Patch": "mech.interventions",
+    "Probability": "mech.experiments.metrics",
+    "Rank": "mech.experiments.metrics",
     "Ranking": "mech.experiments.ranking",
     "Sample": "mech.data.samples",
     "Samples": "mech.data.samples",
@@ -39,7 +44,9 @@ _NAMES = {
     "Study": "mech.results",
     "TokenLayout": "mech.inputs",
     "ablation": "mech.experiments.ablation",
+    "activation_patching": "mech.experiments.patching",
     "agreement": "mech.experiments.ranking",
+    "asking": "mech.interventions.corruption",
     "attention_from": "mech.experiments.heads",
     "attention_mass": "mech.experiments.attention_mass",
     "haystacks": "mech.data.haystacks",
@@ -50,6 +57,7 @@ _NAMES = {
     "retrieval_attention_mass": "mech.experiments.heads",
     "scale_agreement": "mech.experiments.ranking",
     "view": "mech.views",
+    "without_evidence": "mech.interventions.corruption",
 }
 
 __all__ = ["__version__", *sorted(_NAMES)]
@@ -67,6 +75,12 @@ if TYPE_CHECKING:
     from mech.experiments.attention_mass import attention_mass as attention_mass
     from mech.experiments.heads import attention_from as attention_from
     from mech.experiments.heads import retrieval_attention_mass as retrieval_attention_mass
+    from mech.experiments.metrics import KL as KL
+    from mech.experiments.metrics import LogitDiff as LogitDiff
+    from mech.experiments.metrics import LogProb as LogProb
+    from mech.experiments.metrics import Probability as Probability
+    from mech.experiments.metrics import Rank as Rank
+    from mech.experiments.patching import activation_patching as activation_patching
     from mech.experiments.ranking import Head as Head
     from mech.experiments.ranking import Ranking as Ranking
     from mech.experiments.ranking import agreement as agreement
@@ -81,6 +95,8 @@ if TYPE_CHECKING:
     from mech.interventions import Scale as Scale
     from mech.interventions import intervene as intervene
     from mech.interventions import reference_activations as reference_activations
+    from mech.interventions.corruption import asking as asking
+    from mech.interventions.corruption import without_evidence as without_evidence
     from mech.model import HookedMLLM as HookedMLLM
     from mech.results import Study as Study
     from mech.views import report as report

@@ -48,3 +48,15 @@ def test_masses_are_those_of_full_precision_but_for_rounding(name, dtype):
         np.testing.assert_allclose(half[0], full[0], atol=0.02)
         assert abs(half - full).mean() < 0.03
     np.testing.assert_allclose(*found[dtype], atol=0.02)
+
+
+def test_the_laws_hold_with_weights_of_8_bits():
+    """Needs the extra ``quant``; narrow models cannot have 4 bits on a CPU."""
+    pytest.importorskip("bitsandbytes")
+    model = HookedMLLM.from_pretrained("reference:llava-s", quantization="8bit")
+    batches = make_batches(model)
+    with torch.no_grad():
+        found = [
+            finding for law in ("parity", "meaning", "padding", "generation") for finding in LAWS[law](model, batches)
+        ]
+    assert found and [finding for finding in found if finding.ok is False] == []

@@ -15,6 +15,7 @@ from mech.experiments.patching_plan import POINTS
 from mech.experiments.patching_sweeps import KEYS
 from mech.model import HookedMLLM
 from mech.reference import planted, tiny, tiny_processors
+from mech.results import load, save
 
 METRIC = LogitDiff(300, 301)
 QUESTIONS = ("What is shown here?", "Which digit is in the red frame?")
@@ -258,7 +259,7 @@ def test_the_planted_heads_have_their_planted_effects(name):
         np.testing.assert_allclose(found.effect[0], expected, atol=1e-4)
 
 
-def test_lists_and_samples_are_examples():
+def test_lists_and_samples_are_examples(tmp_path):
     model = HookedMLLM.from_pretrained("reference:llava-s")
     samples = haystacks("grounding", 3, seed=5)
     metric = LogitDiff([s.answer for s in samples], [s.counterfactual.answer for s in samples])
@@ -272,6 +273,7 @@ def test_lists_and_samples_are_examples():
         )  # fmt: skip
         np.testing.assert_allclose(found.metric[i], alone.metric[0], atol=1e-4)
     assert found.provenance["data"]["n"] == 3
+    assert load(save(found, tmp_path / "patching.nc")).identical(found)
 
 
 def test_a_sweep_costs_a_few_forwards(llava):

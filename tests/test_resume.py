@@ -14,12 +14,13 @@ REFUSED = {
     "lfm2_vl": "calls attention 0 times",
     "mllama": "cross_attention_states",
     "gemma4": "shared_kv_states",
+    "gemma4_large": "shared_kv_states",
 }
-FAMILIES = [name for name in tiny.NAMES if name not in (*REFUSED, "gemma4_large")]
+FAMILIES = [name for name in tiny.NAMES if name not in REFUSED]
 
 
 # Grouped expert products, and attention with a softcap, exist in single precision only.
-SINGLE = ("qwen3_vl_moe", "paligemma2")
+SINGLE = (*(name for name in tiny.NAMES if name.endswith("_moe")), "paligemma2", "gemma4_large")
 
 
 def opened(name):

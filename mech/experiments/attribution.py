@@ -15,8 +15,7 @@ What it does not do: edges (``attribution_edges``), exact effects (``patching``)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def attribution(
     Raises:
         ExperimentError: as ``activation_patching``; a metric without a gradient. Before any forward.
 
-    Cost: two forwards and one backward for each pair of inputs; with steps as many forwards and backwards more
+    Cost: two forwards (noising: three) and one backward for each pair of inputs; with steps as many forwards and backwards more
     (``path="point"``: for each layer), and a forward for each checked cell. ``qk_fix`` adds one explicit attention for
     each layer at queries, and at keys a product of [head, query, key] with [key, region]. Memory: the activations of
     the text stack from the first point on.
@@ -140,8 +139,8 @@ def attribution(
             **settings,
             "measure": repr(metric),
             **agreement_of(effect[:, cells], exact_effect, labels),
-            "forwards": (2 + (passes if ig_steps else 0) + len(cells)) * len(plans),
-            "backwards": passes * len(plans),
+            "forwards": (2 + (direction == "noise") + passes * (ig_steps > 0) + len(cells)) * len(plans),
+            "backwards": (1 + passes * (ig_steps > 0)) * len(plans),
             "provenance": provenance(
                 model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, over=list(over),
                 **settings,
@@ -205,9 +204,7 @@ def _estimated(
     def score(run: Inputs) -> Tensor:
         return plan.scores(model(run, logits_to_keep=at), clean_logits)
 
-    here = differentiate(
-        model, base, [*plan.names, *embed], score, attention=stack if fixed else None, layers=layers
-    )
+    here = differentiate(model, base, [*plan.names, *embed], score, attention=stack if fixed else None, layers=layers)
     if steps:
         _along_path(model, base, here, cache, plan.names, score, steps, path)
     where = [in_tower(plan, mask, dict(cache)) for mask in plan.regions]

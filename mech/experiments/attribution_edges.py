@@ -362,9 +362,13 @@ class _Written:
             return written
         block = layers_of(self.model.hf_model, self.model.family.text)[layer]
         norm = module_at(block, self.model.family.text.attn_out)
-        there = self.inner[layer].expand(written.shape).clone()  # forward mode refuses shared memory
-        with torch.no_grad():
-            return torch.func.jvp(norm, (there,), (written,))[1]
+        # Forward mode by two backwards: torch's own needs the deprecated torch.jit.script.
+        with still(self.model):
+            there = self.inner[layer].expand(written.shape).clone().requires_grad_()
+            behind = norm(there)
+            onto = torch.zeros_like(behind, requires_grad=True)
+            (pulled,) = torch.autograd.grad(behind, there, onto, create_graph=True)
+            return torch.autograd.grad(pulled, onto, written)[0]
 
 
 def _seam(model: HookedMLLM, node: _Node) -> Any:

@@ -10,15 +10,18 @@ gradient times input, which has no such law.
 What it does not do: say what is *necessary*. For that knock tokens out, or patch them (``activation_patching``).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from mech.axes import TOKEN
 from mech.errors import ExperimentError, suggestion
-from mech.experiments.gradients import check_smooth, differentiate, midpoints, still
+from mech.experiments.gradients import Edit, Score, check_smooth, differentiate, midpoints, still
 from mech.experiments.metrics import Metric
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
@@ -52,7 +55,8 @@ def input_attribution(
             ``"pixels"``: the tensor the vision stack receives.
         ig_steps: midpoints on the path; 0 for the gradient at the inputs alone.
         baseline: ``"mean"`` (of the visual tokens; of each channel of a picture), ``"zero"``, or inputs of the same
-            layout (the counterfactual).
+            layout (the counterfactual). Zero tokens are a poor one: a first norm without centre sees the same picture
+            all along the path, and nothing at its end, so that the gap stays.
 
     Returns:
         ``attribution`` over token (coordinates pos, image, row, col), over (picture, y, x) or, where a processor cuts
@@ -117,7 +121,10 @@ def input_attribution(
     )
 
 
-def _of_tokens(model, inputs, score, shares, baseline) -> tuple[Tensor, float]:
+def _of_tokens(
+    model: HookedMLLM, inputs: Inputs, score: Score, shares: Sequence[float], baseline: str | Inputs
+) -> tuple[Float[Tensor, " token"], float]:
+    """Attributions of the visual tokens, and the metric at the baseline."""
     where = torch.as_tensor(inputs.layout.positions("image"), device=model.device)
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, names_filter="hook_embed", logits_to_keep=1)
@@ -128,8 +135,8 @@ def _of_tokens(model, inputs, score, shares, baseline) -> tuple[Tensor, float]:
         else:
             theirs = ours.mean(1, keepdim=True).expand_as(ours) if baseline == "mean" else torch.zeros_like(ours)
 
-    def at(share: float):
-        def write(value, hook):
+    def at(share: float) -> list[Edit]:
+        def write(value: Tensor, hook: HookPoint) -> Tensor:
             value = value.clone()
             value[:, where] = torch.lerp(theirs, ours, share)
             return value
@@ -145,7 +152,10 @@ def _of_tokens(model, inputs, score, shares, baseline) -> tuple[Tensor, float]:
     return ((ours - theirs) * slope).sum(-1)[0], start
 
 
-def _of_pixels(model, inputs, score, shares, baseline) -> tuple[Tensor, float]:
+def _of_pixels(
+    model: HookedMLLM, inputs: Inputs, score: Score, shares: Sequence[float], baseline: str | Inputs
+) -> tuple[Tensor, float]:
+    """The same of pixels or patches."""
     name = next((name for name in PIXELS if inputs.tensors.get(name) is not None), None)
     if name is None:
         raise ExperimentError("inputs without pixels", "an image or a video", "build them with model.inputs(...)")

@@ -180,8 +180,11 @@ class _Part:
 def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Callable[[int], None]) -> _Part:
     base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
     at = torch.as_tensor(plan.reads, device=model.device)
-    source_logits, cache = model.run_with_cache(source, names_filter=plan.names, logits_to_keep=at)
-    written = dict(cache)
+    written: dict[str, Tensor] = {}
+    with model.hooks([(name, lambda value, hook: written.update({hook.name: value})) for name in plan.names]):
+        source_logits = model(source, logits_to_keep=at)
+    if silent := [name for name in plan.names if name not in written]:
+        raise ExperimentError(f"nothing passed through {silent[0]!r}", "inputs with a picture", "choose another point")
     kept, reason = None, "asked for"
     if method != "literal":
         try:

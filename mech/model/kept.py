@@ -8,7 +8,7 @@ could not be called again on some rows alone is refused here, with the reason.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class LayerRun:
         args: positional arguments behind the stream.
         kwargs: keyword arguments.
         stream: the residual stream that entered.
-        call: what its attention saw and produced.
+        call: what its attention saw and produced; of the queries only the shape.
         added: what the model adds to the stream behind the layer (DeepStack), None for nothing.
     """
 
@@ -74,46 +74,53 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
     norm = module_at(model.hf_model, model.family.final_norm)
     calls: dict[int, list[AttentionCall]] = {}
     given: dict[int, tuple] = {}
-    left: dict[int, Tensor] = {}
-    final: list[Tensor] = []
+    added: dict[int, Tensor | None] = {}
+    streams: list[tuple[Tensor, int]] = []  # each with its version: what is kept must not be written into afterwards
+    left: list[Tensor] = []
+
+    def keep(stream: Tensor) -> Tensor:
+        index = len(streams) - 1
+        if left and left[0] is not stream:
+            change = stream - left[0]
+            added[index] = change if change.any() else None
+        left.clear()
+        streams.append((stream, stream._version))
+        return stream
 
     def enter(index: int) -> Callable:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            stream = args[0] if args else kwargs["hidden_states"]
-            # A layer may write into the stream it was given, and so may whatever runs behind it.
-            given[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}, stream.clone())
+            stream = keep(args[0] if args else kwargs["hidden_states"])
+            given[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}, stream)
 
         return before
 
-    def leave(index: int) -> Callable:
-        def after(module: nn.Module, args: tuple, output: Any) -> None:
-            left[index] = (output[0] if isinstance(output, tuple) else output).clone()
-
-        return after
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        left.append(output[0] if isinstance(output, tuple) else output)
 
     def look(call: AttentionCall) -> None:
-        calls.setdefault(call.layer, []).append(call)
+        # Queries are made anew while running on; only their shape is asked for.
+        calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape)))
 
-    handles = [norm.register_forward_pre_hook(lambda module, args: final.append(args[0].clone()))]
+    handles = [norm.register_forward_pre_hook(lambda module, args: (keep(args[0]), None)[1])]
     for index, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
-        handles.append(layer.register_forward_hook(leave(index)))
+        handles.append(layer.register_forward_hook(leave))
     try:
         with model.attending(look):
             logits = model(inputs, logits_to_keep=torch.as_tensor(reads, device=model.device))
     finally:
         for handle in handles:
             handle.remove()
-    kept = []
+    if len(streams) != len(layers) + 1 or any(stream._version != version for stream, version in streams):
+        raise NotResumable("the stream between layers is written in place")
+    kept, final = [], streams[-1][0]
     for index in range(len(layers)):
         args, kwargs, stream = given[index]
         _refuse(index, args, kwargs, stream, calls.get(index, []))
-        behind = given[index + 1][2] if index + 1 < len(layers) else final[0]
-        added = behind - left[index]
-        kept.append(LayerRun(args, kwargs, stream, calls[index][0], added if added.any() else None))
+        kept.append(LayerRun(args, kwargs, stream, calls[index][0], added.get(index)))
     unembed: Any = module_at(model.hf_model, model.family.unembed)
-    shaped = _shape_of(model, unembed(norm(final[0][:, list(reads)])), logits)
-    return KeptRun(tuple(kept), final[0], tuple(reads), logits, shaped)
+    shaped = _shape_of(model, unembed(norm(final[:, list(reads)])), logits)
+    return KeptRun(tuple(kept), final, tuple(reads), logits, shaped)
 
 
 def _shape_of(model: HookedMLLM, unembedded: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:

@@ -137,7 +137,7 @@ class Continuation:
         step = len(x) if hooks else max(1, ROWS // len(rows))
         with self._given(layer, attend, hooks):
             out = [self._layer(layer, part, rows) for part in x.split(max(1, step))]
-        return self._with_added(layer, torch.cat(out), rows)
+        return self._with_added(layer, torch.cat(out) if len(out) > 1 else out[0], rows)
 
     @torch.no_grad()
     def finish(
@@ -275,6 +275,10 @@ class Continuation:
             k, v = (torch.cat((old.expand(n, -1, -1, -1), new), 2) for old, new in zip(before, own, strict=True))
             if not kept.fused:
                 return stepwise(replace(call, k=k, v=v, mask=seen), record)
+            if self._causal and first < len(rows):
+                # Rows of zeros in front cost less than a mask, with which no kernel skips what lies ahead.
+                padded = torch.nn.functional.pad(call.q, (0, 0, first, 0))
+                return sdpa_attention_forward(module, padded, k, v, None, scaling=kept.scale)[0][:, first:]
             return sdpa_attention_forward(module, call.q, k, v, seen, scaling=kept.scale, is_causal=False)[0]
 
         return attend

@@ -23,6 +23,12 @@ SIZES = ((40, 24), (20, 44), (32, 32))  # (width, height) of the pictures that a
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
+def tolerance(model: Any) -> float:
+    """Of the model's dtype; with weights of 4 or 8 bits bitsandbytes computes in bfloat16, or scales by the batch."""
+    quantized = getattr(model.hf_model, "is_quantized", False)
+    return TOLERANCE[torch.bfloat16] if quantized else TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing a law looked at: ``ok`` is None where the law does not apply, and ``says`` why."""
@@ -79,7 +85,7 @@ def make_batches(model: Any, full: bool = False) -> Batches:
         padded = {"input_ids": ids.repeat(2, 1), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
         padded["attention_mask"][1, :4] = 0
         rows = {"text": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "shorter text": short}
-        limit = TOLERANCE.get(model.dtype, 6e-2)
+        limit = tolerance(model)
         return Batches(rows, padded, blind=error.given, rounding=limit, full=full)
     shots = [picture(*size, seed) for seed, size in enumerate(SIZES)]
     asked = {"one image": shots[:1], "two images": shots[1:], "text": []}
@@ -188,7 +194,7 @@ def placed(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rounding(model: Any, padded: Mapping[str, Tensor]) -> float:
-    batch, limit = placed(model, padded), TOLERANCE.get(model.dtype, 6e-2)
+    batch, limit = placed(model, padded), tolerance(model)
     if "pixel_values" not in batch:
         return limit
     pixels, step = batch["pixel_values"], torch.finfo(model.dtype).eps
