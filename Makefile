@@ -21,6 +21,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformerlens.py --seconds 25
+	$(BIN)/python benchmarks/sweeps.py --repeats 1
 	$(BIN)/python benchmarks/fullsize.py --config qwen3-vl-8b --tokens 600 2000 --seconds 5
 
 # Trains the reference models anew (about forty minutes each on one core) and puts them into the package.

@@ -67,8 +67,9 @@ def over_forwards(tokens: int, names: list[str], repeats: int) -> None:
         turns = 1 if name == "early" else repeats
         ratios, wholes = [], []
         for _ in range(turns):
-            forward = seconds(stock)
-            ratios.append(SIZE**2 * forward / seconds(run))
+            forward, taken = seconds(stock), seconds(run)
+            forward = (forward + seconds(stock)) / 2
+            ratios.append(SIZE**2 * forward / taken)
             if name == "last16":
                 wholes.append(seconds(lambda where=where: activation_patching(
                     model, clean, corrupted, METRIC, positions=where)) / forward)  # fmt: skip

@@ -41,21 +41,27 @@ _NAMES = {
     "Sample": "mech.data.samples",
     "Samples": "mech.data.samples",
     "Scale": "mech.interventions",
+    "Score": "mech.experiments.scores",
     "Study": "mech.results",
     "TokenLayout": "mech.inputs",
     "ablation": "mech.experiments.ablation",
     "activation_patching": "mech.experiments.patching",
-    "agreement": "mech.experiments.ranking",
+    "agreement": "mech.experiments.stability",
     "asking": "mech.interventions.corruption",
     "attention_from": "mech.experiments.heads",
     "attention_mass": "mech.experiments.attention_mass",
+    "attribution": "mech.experiments.attribution",
+    "edge_attribution": "mech.experiments.attribution_edges",
+    "head_scores": "mech.experiments.scores",
     "haystacks": "mech.data.haystacks",
+    "input_attribution": "mech.experiments.attribution_inputs",
     "intervene": "mech.interventions",
     "rank_heads": "mech.experiments.ranking",
     "reference_activations": "mech.interventions",
     "report": "mech.views",
     "retrieval_attention_mass": "mech.experiments.heads",
-    "scale_agreement": "mech.experiments.ranking",
+    "scale_agreement": "mech.experiments.stability",
+    "top_edges": "mech.experiments.attribution_edges",
     "view": "mech.views",
     "without_evidence": "mech.interventions.corruption",
 }
@@ -73,6 +79,10 @@ if TYPE_CHECKING:
     from mech.errors import MechError as MechError
     from mech.experiments.ablation import ablation as ablation
     from mech.experiments.attention_mass import attention_mass as attention_mass
+    from mech.experiments.attribution import attribution as attribution
+    from mech.experiments.attribution_edges import edge_attribution as edge_attribution
+    from mech.experiments.attribution_edges import top_edges as top_edges
+    from mech.experiments.attribution_inputs import input_attribution as input_attribution
     from mech.experiments.heads import attention_from as attention_from
     from mech.experiments.heads import retrieval_attention_mass as retrieval_attention_mass
     from mech.experiments.metrics import KL as KL
@@ -83,9 +93,11 @@ if TYPE_CHECKING:
     from mech.experiments.patching import activation_patching as activation_patching
     from mech.experiments.ranking import Head as Head
     from mech.experiments.ranking import Ranking as Ranking
-    from mech.experiments.ranking import agreement as agreement
     from mech.experiments.ranking import rank_heads as rank_heads
-    from mech.experiments.ranking import scale_agreement as scale_agreement
+    from mech.experiments.scores import Score as Score
+    from mech.experiments.scores import head_scores as head_scores
+    from mech.experiments.stability import agreement as agreement
+    from mech.experiments.stability import scale_agreement as scale_agreement
     from mech.inputs import Inputs as Inputs
     from mech.inputs import TokenLayout as TokenLayout
     from mech.interventions import Ablate as Ablate

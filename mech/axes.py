@@ -32,5 +32,12 @@ WORDS = {
     "corner": "left, top, right, bottom of a token's pixels",
     "ranking": "one of several rankings of heads",
     "other": "the ranking it is compared with",
+    "sender": "a part of the model that writes to the residual stream, at one end of an edge",
+    "receiver": "a part of the model that reads the residual stream, at the other end",
+    "check": "one cell or edge whose estimate is compared with exact patching",
+    "picture": "one image, tile or frame that the vision stack is given",
+    "y": "a row of pixels",
+    "x": "a column of pixels",
+    "patch": "one patch of pixels, where the processor cuts pictures itself",
     "depth": "relative depth in the model, 0 at the first layer, 1 behind the last",
 }

@@ -124,6 +124,17 @@ def test_the_softmax_is_gone_through_exactly(family, point):
             assert abs(wanted).max() > 1e-8 or family.cfg.family == "gemma3"
 
 
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])  # tiles, windows
+@pytest.mark.parametrize("point", ["attn.hook_z", "attn.hook_k"])
+def test_in_the_vision_stack(name, point):
+    model = opened(name)
+    clean, other = (model.inputs("What?", [tiny_processors.noise(24, 24, seed)]) for seed in (1, 2))
+    given = (model, clean, near(clean, other), METRIC)
+    options = {"point": f"vision.{point}", "over": axes(point), "direction": "noise"}
+    found, exact = attribution(*given, **options, check=0), activation_patching(*given, **options)
+    assert abs(found.metric - exact.metric).max() < 0.02 * abs(exact.metric - exact.clean).max()
+
+
 def test_a_path_at_the_point_sums_to_the_whole_layer(llava):
     both = pair(llava)
     exact = activation_patching(llava, *both, METRIC, over=("layer",)).effect
@@ -300,6 +311,12 @@ def test_value_paths_are_found(name, family):
         assert sent["L1H0", "logits"] == pytest.approx(1, abs=1e-3)
 
 
+def test_the_largest_edges_are_checked(llava):
+    found = edge_attribution(llava, *pair(llava), METRIC, check=6)
+    best = {f"{sender} -> {receiver}" for sender, receiver, _ in top_edges(found, 40)}
+    assert len(set(found.cell.values)) == 6 and len(best & set(found.cell.values[:3])) == 3
+
+
 @pytest.mark.parametrize(("name", "point"), [("q_composition", "attn.hook_q"), ("k_composition", "attn.hook_k")])
 def test_a_saturated_softmax_needs_the_fix(name, point):
     truth, given = opened_circuit(name)
@@ -318,8 +335,8 @@ def test_what_is_refused(llava):
     both = pair(llava)
     wide = opened("cohere2_vision")
     for call, words in (
-        (lambda: attribution(llava, *both, Rank(300)), "no gradient"),
-        (lambda: edge_attribution(llava, *both, Rank(300)), "no gradient"),
+        (lambda: attribution(llava, *both, Rank(300)), "without a gradient"),
+        (lambda: edge_attribution(llava, *both, Rank(300)), "without a gradient"),
         (lambda: attribution(llava, *both, METRIC, path="point2"), "'embed' or 'point'"),
         (lambda: attribution(llava, *both, METRIC, ig_steps=-1), "ig_steps=-1"),
         (lambda: attribution(llava, *both, METRIC, point="projector.hook_out", over=()), "one row at a time"),

@@ -247,8 +247,6 @@ def test_the_planted_heads_have_their_planted_effects(name):
     known = planted.circuit(name)
     model = HookedMLLM.from_hf(known.model, known.processor)
     metric = LogitDiff(known.sample.answer, known.sample.counterfactual.answer)
-    if known.sample.counterfactual.answer == known.sample.answer:
-        pytest.skip("this corruption takes the evidence away: there is no other answer")
     for direction in ("denoise", "noise"):
         found = activation_patching(model, known.clean, known.corrupted, metric, direction=direction)
         expected = np.full((found.sizes["layer"], found.sizes["head"]), float(direction == "noise"))

@@ -8,7 +8,8 @@ import pytest
 import xarray as xr
 
 from mech.errors import ExperimentError, OutputError
-from mech.experiments.ranking import Head, Ranking, agreement, rank_heads, scale_agreement
+from mech.experiments.ranking import Head, Ranking, rank_heads
+from mech.experiments.stability import agreement, scale_agreement
 from mech.experiments.statistics import jaccard_null
 
 DIMS = ("example", "layer", "head")

@@ -79,7 +79,7 @@ def test_small_chunks_change_nothing(llava, monkeypatch):
         5, 1, row.kept.last.shape[-1], generator=torch.Generator().manual_seed(0)
     )
     whole = row.run(0, x, rows)
-    monkeypatch.setattr(resume, "ROWS", 2 * len(rows))
+    monkeypatch.setattr(resume, "CPU_ROWS", 2 * len(rows))
     monkeypatch.setattr(resume, "SCORES", 100)
     torch.testing.assert_close(row.run(0, x, rows), whole)
 

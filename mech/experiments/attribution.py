@@ -30,7 +30,7 @@ from mech.errors import ExperimentError, suggestion
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints
 from mech.experiments.metrics import Metric
 from mech.experiments.patching_plan import Given, Plan, alike, in_tower, pairs_of, said
-from mech.experiments.patching_sweeps import SQUARE, literal, names_of
+from mech.experiments.patching_sweeps import KEYS, SQUARE, literal, names_of
 from mech.experiments.statistics import spearman
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
@@ -87,10 +87,10 @@ def attribution(
     Raises:
         ExperimentError: as ``activation_patching``; a metric without a gradient. Before any forward.
 
-    Cost: two forwards (noising: three) and one backward for each pair of inputs; with steps as many forwards and backwards more
-    (``path="point"``: for each layer), and a forward for each checked cell. ``qk_fix`` adds one explicit attention for
-    each layer at queries, and at keys a product of [head, query, key] with [key, region]. Memory: the activations of
-    the text stack from the first point on.
+    Cost: two forwards (noising: three) and one backward for each pair of inputs; with steps as many forwards and
+    backwards more (``path="point"``: for each layer), and a forward for each checked cell. ``qk_fix`` adds two explicit
+    attentions for each layer at queries, and at keys one for each layer and region, a group of heads at a time.
+    Memory: the activations of the text stack from the first point on.
 
     References: Nanda 2023 (attribution patching); arXiv 2310.10348; 2403.00745 (q/k fix: AtP*; keys of a whole region
     are patched together here); 2403.17806 (integrated gradients; we take midpoints instead of right ends); 2506.09047.
@@ -106,6 +106,11 @@ def attribution(
     for one, other in pairs:
         plans.append(Plan.of(model, one, other, metric, point, tuple(over), positions, regions, layers, example))
         check_smooth(model, plans[-1].readings, metric)
+        if model.cfg.cross_layers and point in KEYS:
+            raise ExperimentError(
+                f"{point!r} of {model.name}, where keys are not positions in some layers", "a point of positions",
+                "use attn.hook_z",
+            )  # fmt: skip
         if len(one) > 1 and (point.startswith("vision.") or point == "projector.hook_out"):
             raise ExperimentError(
                 f"{len(one)} rows at {point!r}, where pictures of all rows are one batch", "one row at a time",
@@ -215,12 +220,10 @@ def _estimated(
     for index, name in enumerate(plan.names):
         if not fixed:
             sums[name] = _summed(_first_order(cache[name], here, name), masks)
-        elif bare.endswith("q"):
-            layer = layers[index]
-            sums[name] = _summed(_of_queries(here.calls[layer], seen[layer], here.slopes[layer]), masks)
-        else:
-            layer = layers[index]
-            sums[name] = _of_keys(here.calls[layer], seen[layer], here.slopes[layer], masks)
+            continue
+        layer = layers[index]
+        inside = here.calls[layer], seen[layer], here.slopes[layer]
+        sums[name] = _summed(_of_queries(*inside), masks) if bare.endswith("q") else _of_keys(*inside, masks)
     values = []
     for cell in plan.cells:
         parts = [sums[name][:, cell.region] for name in names_of(plan.point, cell.layers)]
@@ -296,29 +299,13 @@ def _of_queries(call: AttentionCall, other: AttentionCall, slope: Tensor) -> Flo
 def _of_keys(
     call: AttentionCall, other: AttentionCall, slope: Tensor, masks: Tensor
 ) -> Float[Tensor, "batch region kv_head"]:
-    """The same for keys: all keys of a region are patched together, and every query's softmax is computed anew.
-
-    With ``e = exp(scores' - logsumexp(scores)) - pattern`` at the region's keys, the new pattern is
-    ``(pattern + e) / (1 + sum of e)``: one product over keys serves all regions.
-    """
+    """The same for keys: all keys of a region are patched together, and every query's softmax is computed anew."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
-    where = masks.expand(-1, len(call.q), -1) if masks.shape[-1] == call.k.shape[2] else None
-    if where is None:  # a tower's tiles, all of them
-        where = masks.new_ones(len(masks), len(call.q), call.k.shape[2])
+    where = masks.expand(-1, len(call.q), call.k.shape[2])[:, :, None, :, None].to(call.k.device)
     found = []
     for kv, _, one, slopes in _groups(call, slope):
-        scores, moved = (c._scores(rows).double() for c in (one, replace(one, k=other.k[:, kv : kv + 1])))
-        whole = scores
-        if one.sinks is not None:
-            whole = torch.cat((scores, one.sinks.double()[None, :, None, None].expand(*scores.shape[:-1], 1)), -1)
-        size = whole.logsumexp(-1, keepdim=True)
-        size = size.masked_fill(size == float("-inf"), 0.0)  # a row that sees nothing
-        pattern = (scores - size).exp()
-        # Beyond 350 the new pattern is one-hot in double precision, and a larger number would overflow.
-        more = (moved - size).clamp(max=350.0).exp() - pattern
-        before = (pattern * slopes).sum(-1)[..., None]
-        total = torch.einsum("bhqk,rbk->bhqr", more, where.double())
-        moved_sum = torch.einsum("bhqk,rbk->bhqr", more * slopes, where.double())
-        found.append(((before + moved_sum) / (1 + total) - before).sum((1, 2)))
+        before, theirs = one.rows(rows), other.k[:, kv : kv + 1]
+        changes = (replace(one, k=torch.where(region, theirs, one.k)).rows(rows) - before for region in where)
+        found.append(torch.stack([(change * slopes).sum((1, 2, 3)) for change in changes], 1))
     effect = torch.stack(found, -1)
     return effect if masks.shape[1] == len(call.q) else effect.sum(0, keepdim=True)

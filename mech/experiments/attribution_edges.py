@@ -14,7 +14,7 @@ the same stream, or that have no heads.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -73,8 +73,9 @@ def edge_attribution(
             sender's own attribution; ``"frozen"``: its scale is a constant. Norms elsewhere are always live; one
             behind attention (Gemma) is linear at the base.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
-        check: how many random edges are also switched exactly, 0 for none.
-        seed: of these edges.
+        check: how many edges are also switched exactly, 0 for none: half of them those with the largest estimates,
+            half random (nearly all edges do nothing, and a random sample would be of these).
+        seed: of the random ones.
 
     Returns:
         ``effect`` over (example, sender, receiver), nan where the receiver does not lie behind the sender; ``clean``
@@ -87,7 +88,8 @@ def edge_attribution(
 
     Cost: two forwards and one backward for each pair, as many again for each step, and a forward for each checked
     edge; beside them a product of senders with receivers, ``L^2 H^2 positions d_model`` operations a step. Memory: the
-    activations of the text stack, and slopes of one layer's receivers with outputs of one layer's heads.
+    activations of the text stack, and slopes of one layer's receivers with outputs of one layer's heads; of each pair
+    what senders write is kept for the check.
 
     References: arXiv 2310.10348 (edge attribution patching), 2403.17806 (with integrated gradients; we take midpoints
     of the path instead of right ends, and keep keys and values grouped).
@@ -99,8 +101,6 @@ def edge_attribution(
         if count < 0:
             raise ExperimentError(f"{name}={count}", "0 or more", f"leave {name} out")
     graph = _Graph.of(model, senders, receivers)
-    edges = graph.edges()
-    sample = [edges[i] for i in np.random.default_rng(seed).permutation(len(edges))[:check]]
     pairs = pairs_of(model, clean, corrupted)
     runs, example = [], 0
     for one, other in pairs:
@@ -108,12 +108,14 @@ def edge_attribution(
         check_smooth(model, plan.readings, metric)
         runs.append(_Run(model, graph, plan, direction, norm == "frozen"))
         example += len(one)
-    parts = [run.measured(ig_steps, sample) for run in runs]
-    change, exact, ours, theirs = (torch.cat(v).double().cpu().numpy() for v in zip(*parts, strict=True))
+    parts = [run.estimated(ig_steps) for run in runs]
+    change, ours, theirs = (torch.cat(v).double().cpu().numpy() for v in zip(*parts, strict=True))
     gap = np.where(theirs == ours, np.nan, theirs - ours)[:, None]  # what switching everything does
-    effect, exact_effect = change / gap[..., None], exact / gap
+    effect = change / gap[..., None]
     rows, columns = list(graph.senders), list(graph.receivers)
-    known = [(rows.index(s), columns.index(r)) for s, r in sample]
+    known = _sample(abs(change).mean(0), check, seed)
+    sample = [(rows[s], columns[r]) for s, r in known]
+    exact_effect = torch.cat([run.exact(sample) for run in runs]).double().cpu().numpy() / gap
     estimate = np.stack([effect[:, s, r] for s, r in known], 1) if known else exact_effect
     labels = [f"{s} -> {r}" for s, r in sample]
     passes = ig_steps or 1
@@ -145,6 +147,14 @@ def edge_attribution(
             ),
         },
     )
+
+
+def _sample(size: np.ndarray, count: int, seed: int) -> list[tuple[int, int]]:
+    """Half of the places with the largest numbers, half random ones; nan where there is no edge."""
+    order = np.argsort(-np.nan_to_num(size, nan=-1.0), axis=None)[: int((~np.isnan(size)).sum())]
+    first, rest = order[: (count + 1) // 2], order[(count + 1) // 2 :]
+    chosen = [*first, *np.random.default_rng(seed).permutation(rest)[: count // 2]]
+    return [(int(s), int(r)) for s, r in zip(*np.unravel_index(np.array(chosen, int), size.shape), strict=True)]
 
 
 def top_edges(found: xr.Dataset, n: int = 20) -> list[tuple[str, str, float]]:
@@ -190,10 +200,6 @@ class _Graph:
         reading.append(_Node("logits", "logits", cfg.n_layers, 0, 2 * cfg.n_layers))
         return cls(_chosen("sender", writing, senders), _chosen("receiver", reading, receivers))
 
-    def edges(self) -> list[tuple[str, str]]:
-        """All edges that there are."""
-        return [(s.label, r.label) for s in self.senders.values() for r in self.receivers.values() if r.stage > s.stage]
-
 
 def _chosen(what: str, nodes: Sequence[_Node], labels: Sequence[str] | None) -> dict[str, _Node]:
     known = {node.label: node for node in nodes}
@@ -230,9 +236,10 @@ class _Run:
     plan: Plan
     direction: str
     frozen: bool
+    _switched: Callable[[str, str], Tensor] = field(init=False, repr=False)
 
-    def measured(self, steps: int, sample: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Change of the metric by every edge, exactly by sampled ones, and the metric of the base and the source."""
+    def estimated(self, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Change of the metric by every edge, and the metric of the base and the source."""
         model, plan, every = self.model, self.plan, range(self.model.cfg.n_layers)
         denoise = self.direction == "denoise"
         base, source = (plan.corrupted, plan.clean) if denoise else (plan.clean, plan.corrupted)
@@ -257,13 +264,16 @@ class _Run:
             slopes = differentiate(model, base, read, score, edits=edits, modules=self._norms())
             effects = effects + self._edges(slopes, written) / (steps or 1)
         before, behind = plan.scores(ours, clean_logits), plan.scores(theirs, clean_logits)
-        exact = before.new_zeros(len(base), 0)
-        if sample:
-            streams_here = {layer: here[name] for layer, name in zip(every, streams, strict=True)}
-            with torch.no_grad():
-                found = [self._exact(base, s, r, written, streams_here, score) - before for s, r in sample]
-            exact = torch.stack(found, 1)
-        return torch.as_tensor(effects), exact, before, behind
+        streams_here = {layer: here[name] for layer, name in zip(every, streams, strict=True)}
+        self._switched = lambda s, r: self._exact(base, s, r, written, streams_here, score) - before
+        return torch.as_tensor(effects), before, behind
+
+    @torch.no_grad()
+    def exact(self, sample: Sequence[tuple[str, str]]) -> Float[Tensor, "batch edge"]:
+        """Exact change of the metric by some edges, behind ``estimated``."""
+        if not sample:
+            return torch.zeros(len(self.plan.clean), 0)
+        return torch.stack([self._switched(sender, receiver) for sender, receiver in sample], 1)
 
     def _norms(self) -> dict[str, nn.Module]:
         """The norms whose outputs the feed-forwards and the unembedding read."""

@@ -66,6 +66,9 @@ def differentiate(
         modules: label -> a module whose output is differentiated at.
         attention: "text" or "vision": differentiate at z inside the attention of ``layers`` too.
 
+    Raises:
+        ExperimentError: a metric without a gradient.
+
     Cost: one forward and one backward.
     """
     found, leaves = Slopes(), {}
@@ -101,6 +104,8 @@ def differentiate(
             handle = module.register_forward_hook(behind(label), prepend=True)
             stack.callback(handle.remove)
         scores = score(run)
+        if not scores.requires_grad:
+            raise _without_gradient("this metric")
         order = list(leaves)
         slopes = torch.autograd.grad(scores.sum(), [leaves[key] for key in order], allow_unused=True)
     # A place the metric does not depend on (behind the read rows of the last layer) has gradient zero.
@@ -134,9 +139,11 @@ def check_smooth(model: HookedMLLM, readings: Sequence[Reading], metric: object)
         logits = torch.zeros(1, len(reading.positions), model.cfg.vocab, requires_grad=True)
         with torch.enable_grad():
             if not reading.score(logits, logits[0].detach()).requires_grad:
-                raise ExperimentError(
-                    f"{metric!r}, which has no gradient", "a metric that can be differentiated", "use LogitDiff"
-                )
+                raise _without_gradient(repr(metric))
+
+
+def _without_gradient(metric: str) -> ExperimentError:
+    return ExperimentError(f"{metric}: a metric without a gradient", "one that can be differentiated", "use LogitDiff")
 
 
 def between(name: str, ours: Tensor, theirs: Tensor, share: float) -> Edit:

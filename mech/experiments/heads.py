@@ -5,10 +5,11 @@ Mass measures just that, for every head of every layer, from one ordinary forwar
 computes the forward, and only the question's rows of the attention matrix are computed once more beside it. No head's
 ``S x S`` attention is ever made.
 
-What RAM does not say is whether the head matters: that is ``mech.experiments.ablation``.
+Other scores of the literature, and controls, are variants of the same reading: ``mech.head_scores``. What RAM does not
+say is whether the head matters: that is ``mech.experiments.ablation``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float
 
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
+from mech.experiments.attention_rows import in_batches, mean_rows, read_rows, row_weights
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance, ram_dataset
@@ -102,17 +104,10 @@ def attention_from(
 
     Cost: one forward and the query rows; memory ``layers x heads x S`` per row of the batch.
     """
-    weight = _weights(inputs, queries).to(model.device)
-    crossing = inputs.layouts[0].memory is not None
-    seen: dict[int, torch.Tensor] = {}
-
-    def look(call: AttentionCall) -> None:
-        if call.cross == crossing:
-            seen[call.layer] = _mean_rows(call, weight).float().to(model.device)
-
-    with model.attending(look):
-        model(inputs, logits_to_keep=1)
-    return _of_layers(model, seen, dim=1)
+    weight = row_weights(inputs, queries).to(model.device)
+    rows = weight.sum(0).nonzero().flatten()
+    found = read_rows(model, inputs, rows, lambda call, pattern: {"mean": mean_rows(pattern, weight[:, rows])})
+    return found["mean"]
 
 
 @torch.no_grad()
@@ -125,57 +120,20 @@ def evidence_mass(
     Where visual tokens are in a memory that some layers look at, ``keys`` count it, and the other layers score 0: no
     visual token is in their reach. Cost: as there.
     """
-    weight = _weights(inputs, queries).to(model.device)
-    crossing = inputs.layouts[0].memory is not None
+    weight = row_weights(inputs, queries).to(model.device)
+    rows = weight.sum(0).nonzero().flatten()
     target = torch.zeros(len(inputs), 2, len(inputs.layouts[0].visual), device=model.device)
     for row, (found, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
         target[row, 0, torch.as_tensor(found)] = 1
         target[row, 1, torch.as_tensor(layout.visual.positions("image"))] = 1
-    seen: dict[int, torch.Tensor] = {}
     sizes: list[torch.Tensor] = []
 
-    def look(call: AttentionCall) -> None:
-        if call.cross != crossing:
-            return
-        mean = _mean_rows(call, weight)
-        seen[call.layer] = torch.einsum("bhk,bsk->bsh", mean, target.to(mean)).float().to(model.device)
+    def read(call: AttentionCall, pattern: torch.Tensor) -> dict[str, torch.Tensor]:
         if not sizes:
-            rows = _rows(weight)
             visible = call.visible(rows)[:, 0].to(target)
             share = torch.einsum("brk,bk->br", visible, target[:, 0]) / visible.sum(-1).clamp(min=1)
             sizes.append((share * weight[:, rows]).sum(-1))
+        mean = mean_rows(pattern, weight[:, rows])
+        return {"mass": torch.einsum("bhk,bsk->bhs", mean, target.to(mean))}
 
-    with model.attending(look):
-        model(inputs, logits_to_keep=1)
-    return _of_layers(model, seen, dim=2), sizes[0]
-
-
-def _of_layers(model: HookedMLLM, seen: dict[int, torch.Tensor], dim: int) -> torch.Tensor:
-    nothing = torch.zeros_like(next(iter(seen.values())))
-    return torch.stack([seen.get(layer, nothing) for layer in model.cfg.attention_layers], dim)
-
-
-def _weights(inputs: Inputs, queries: str) -> Float[torch.Tensor, "batch pos"]:
-    """The averaging weights of the query rows: 1 / |queries| on each of them."""
-    weight = torch.zeros(len(inputs), len(inputs.layouts[0].kind))
-    for row, layout in enumerate(inputs.layouts):
-        positions = torch.as_tensor(layout.positions(queries))
-        weight[row, positions] = 1 / len(positions)
-    return weight
-
-
-def _rows(weight: Float[torch.Tensor, "batch pos"]) -> torch.Tensor:
-    return weight.sum(0).nonzero().flatten()
-
-
-def _mean_rows(call: AttentionCall, weight: Float[torch.Tensor, "batch pos"]) -> Float[torch.Tensor, "batch head key"]:
-    rows = _rows(weight)
-    pattern = call.rows(rows)
-    return torch.einsum("bhrk,br->bhk", pattern, weight[:, rows].to(pattern))
-
-
-def in_batches(prepared: Sequence[Inputs], batch_size: int) -> Iterator[tuple[list[Inputs], range]]:
-    """Consecutive rows, at most ``batch_size`` at once, with the indices they have."""
-    for start in range(0, len(prepared), batch_size):
-        rows = range(start, min(start + batch_size, len(prepared)))
-        yield [prepared[row] for row in rows], rows
+    return read_rows(model, inputs, rows, read)["mass"].permute(0, 3, 1, 2), sizes[0]

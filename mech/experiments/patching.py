@@ -146,7 +146,7 @@ def activation_patching(
             estimate = start + estimate / np.where(gap == 0, np.nan, gap)[:, None]
         data["estimate"] = (dims, estimate.reshape(-1, *shape), dict(data["effect"][2]))
         data["confirmed"] = (dims, np.isfinite(values).reshape(-1, *shape))
-    settings = {"point": point, "positions": said(positions), "direction": direction}
+    settings: dict[str, Any] = {"point": point, "positions": said(positions), "direction": direction}
     settings |= {"algorithm": parts[0].algorithm, "reason": parts[0].reason}
     return xr.Dataset(
         data,

@@ -11,14 +11,12 @@ integrated gradients with two steps (arXiv 2403.17806).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
-from mech.errors import ExperimentError
+from mech.experiments.gradients import differentiate
 from mech.experiments.patching_sweeps import SQUARE, Cell, names_of
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
@@ -49,11 +47,11 @@ def estimates(
 
     Cost: two forwards and two backwards.
     """
-    (slopes, values), (other_slopes, other_values) = (_gradients(model, run, names, score) for run in (base, source))
+    here, there = (differentiate(model, run, names, score) for run in (base, source))
     sums: dict[str, Tensor] = {}
     where = torch.stack([region.to(model.device) for region in regions])
     for name in names:
-        product = (slopes[name] + other_slopes[name]) / 2 * (other_values[name] - values[name])
+        product = (here.slopes[name] + there.slopes[name]) / 2 * (there.values[name] - here.values[name])
         product = product.sum(-1)
         if name.endswith(SQUARE):
             product = product.transpose(1, 2)
@@ -67,25 +65,3 @@ def estimates(
         parts = [part[:, cell.head] if cell.head is not None else part for part in parts]
         found.append(sum(part.sum(-1) if part.ndim == 2 else part for part in parts))
     return torch.stack(found, 1)
-
-
-def _gradients(
-    model: HookedMLLM, run: Inputs, names: Sequence[str], score: Callable[[Inputs], Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The metric's gradient at every point, and the activations there."""
-    leaves: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
-
-    def track(value: Tensor, hook: HookPoint) -> Tensor:
-        # A leaf of zeros, so that a gradient reaches the point even where no parameter asks for one.
-        leaves[str(hook.name)] = torch.zeros_like(value, requires_grad=True)
-        values[str(hook.name)] = value.detach().clone()
-        return value + leaves[str(hook.name)]
-
-    hooks: list[Any] = [(name, track) for name in names]
-    with torch.enable_grad(), model.hooks(hooks):
-        total = score(run).sum()
-        if not total.requires_grad:
-            raise ExperimentError("a metric without a gradient", "one that can be differentiated", "use LogitDiff")
-        found = torch.autograd.grad(total, [leaves[name] for name in names])
-    return dict(zip(names, found, strict=True)), values

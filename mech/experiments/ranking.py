@@ -27,14 +27,7 @@ from jaxtyping import Float
 
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.errors import ExperimentError, OutputError
-from mech.experiments.statistics import (
-    bootstrap_interval,
-    bootstrap_means,
-    jaccard,
-    jaccard_null,
-    overlap_p_value,
-    spearman,
-)
+from mech.experiments.statistics import bootstrap_interval, bootstrap_means
 from mech.results import write_json
 
 
@@ -51,6 +44,18 @@ class Head(NamedTuple):
 
 
 Heads = tuple[Head, ...]
+
+
+def head_count(k: int | float, n: int) -> int:
+    """How many of ``n`` heads ``k`` means: see ``Ranking.count``."""
+    if isinstance(k, int | np.integer) and not isinstance(k, bool) and 1 <= k <= n:
+        return int(k)
+    if isinstance(k, float | np.floating) and 0 < k < 1:
+        # The last bits of a product such as 0.3 * 15 must not decide.
+        return max(1, math.floor(round(float(k) * n, 9) + 0.5))
+    raise ExperimentError(
+        f"k={k!r} of {n} heads", f"an int from 1 to {n}, or a share between 0.0 and 1.0", "use k=1 or k=0.05"
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,15 +118,7 @@ class Ranking:
         An int is a number of heads, a float between 0 and 1 a share of all heads of the model, rounded to the
         nearest whole number (a half is rounded up) and at least 1. ``1.0`` is refused: it could mean one or all.
         """
-        n = self.mean.size
-        if isinstance(k, int | np.integer) and not isinstance(k, bool) and 1 <= k <= n:
-            return int(k)
-        if isinstance(k, float | np.floating) and 0 < k < 1:
-            # The last bits of a product such as 0.3 * 15 must not decide.
-            return max(1, math.floor(round(float(k) * n, 9) + 0.5))
-        raise ExperimentError(
-            f"k={k!r} of {n} heads", f"an int from 1 to {n}, or a share between 0.0 and 1.0", "use k=1 or k=0.05"
-        )
+        return head_count(k, self.mean.size)
 
     def top(self, k: int | float) -> Heads:
         """The best ``k`` heads, best first."""
@@ -378,72 +375,3 @@ def rank_heads(
         return Ranking(values, None, score, model, domain, layers=layers)
     ids = tuple(map(str, scores[EXAMPLE].values)) if EXAMPLE in scores.coords else ()
     return Ranking(values.mean(axis=0), values, score, model, domain, ids, layers)
-
-
-def agreement(rankings: Mapping[str, Ranking], k: int | float = 0.05) -> xr.Dataset:
-    """How far rankings of *one* model agree: whole maps by rank correlation, top sets by overlap.
-
-    ``jaccard_null`` is the overlap that two random sets of this size have, and ``overlap_p`` the probability of
-    sharing at least as many heads by chance; both take heads as alike whatever their layer.
-
-    Returns:
-        ``spearman``, ``jaccard``, ``jaccard_null``, ``overlap_p`` over (ranking, other), by name.
-    """
-    names = list(rankings)
-    if not names:
-        raise ExperimentError("no rankings", "at least one", "pass {'name': ranking, ...}")
-    shapes = {name: ranking.mean.shape for name, ranking in rankings.items()}
-    if len(set(shapes.values())) > 1:
-        raise ExperimentError(f"rankings of different models: {shapes}", "one model", "use scale_agreement(a, b)")
-    n, count = rankings[names[0]].mean.size, rankings[names[0]].count(k)
-    tops = {name: set(ranking.top(k)) for name, ranking in rankings.items()}
-    pairs = [[(rankings[a], rankings[b], tops[a], tops[b]) for b in names] for a in names]
-    values = {
-        "spearman": [[spearman(a.mean, b.mean) for a, b, _, _ in row] for row in pairs],
-        "jaccard": [[jaccard(top_a, top_b) for _, _, top_a, top_b in row] for row in pairs],
-        "jaccard_null": [[jaccard_null(n, count, count)] * len(names)] * len(names),
-        "overlap_p": [[overlap_p_value(n, count, count, len(x & y)) for _, _, x, y in row] for row in pairs],
-    }
-    dims = ("ranking", "other")
-    data = {name: (dims, np.array(value)) for name, value in values.items()}
-    return xr.Dataset(data, {"ranking": names, "other": names}, {"n_top": count})
-
-
-def scale_agreement(a: Ranking, b: Ranking, n_bins: int | None = None) -> xr.Dataset:
-    """Whether two models of different size keep their score at the same *relative* depth.
-
-    Depth runs from 0 (first layer begins) to 1 (last layer ends). Each layer's share of the positive score is spread
-    evenly over its stretch of depth and collected in ``n_bins`` bins (by default as many as the shallower model has
-    layers).
-
-    Returns:
-        ``share`` over (ranking, depth); ``centre`` over (ranking), the mean depth of the score; and two numbers:
-        ``overlap`` (sum of the smaller share in each bin: 1 alike, 0 apart) and ``pearson`` (correlation of the shares;
-        nan with fewer than three bins or an even profile, and weak evidence with few).
-    """
-    n_bins = min(a.n_layers, b.n_layers) if n_bins is None else n_bins
-    if n_bins < 1:
-        raise ExperimentError(f"n_bins={n_bins}", "at least 1")
-    profiles = []
-    centres = []
-    for ranking in (a, b):
-        mass = np.maximum(ranking.mean, 0).sum(axis=1)
-        if mass.sum() <= 0:
-            raise ExperimentError(f"{ranking!r} has no positive score", "some mass to place", "use another score")
-        edges = np.linspace(0, 1, ranking.n_layers + 1)
-        cumulated = np.concatenate([[0.0], np.cumsum(mass / mass.sum())])
-        profiles.append(np.diff(np.interp(np.linspace(0, 1, n_bins + 1), edges, cumulated)))
-        centres.append(float((edges[:-1] + edges[1:]) @ mass / (2 * mass.sum())))
-    shares = np.array(profiles)
-    even = n_bins < 3 or np.ptp(shares, axis=1).min() < 1e-12
-    pearson = float("nan") if even else float(np.corrcoef(shares)[0, 1])
-    names = [a.model or "a", b.model or "b"] if a.model != b.model else ["a", "b"]
-    return xr.Dataset(
-        {
-            "share": (("ranking", "depth"), shares),
-            "centre": ("ranking", np.array(centres)),
-            "overlap": float(np.minimum(shares[0], shares[1]).sum()),
-            "pearson": pearson,
-        },
-        {"ranking": names, "depth": (np.arange(n_bins) + 0.5) / n_bins},
-    )

@@ -201,6 +201,29 @@ def permutation_test(
     return Test(statistic, p_value, smallest, over)
 
 
+def sign_flip_test(
+    values: Float[np.ndarray, "example *rest"], n_permutations: int = 10_000, seed: int = 0
+) -> Float[np.ndarray, "*rest"]:
+    """Is the mean over examples 0? The two-sided p-value, for every column by itself.
+
+    The sign of each example is flipped at random; p is the share of flips whose mean is at least as far from 0 (all
+    2^n of them when there are no more than ``n_permutations``, otherwise (1 + hits) / (1 + n_permutations)).
+    """
+    values = _examples(values)
+    flat = values.reshape(len(values), -1)
+    n = len(flat)
+    if exact := n <= 20 and 2**n <= n_permutations:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_permutations, n))
+    least = np.abs(flat.sum(0)) - n * 1e-12 * np.abs(flat).max(0)  # ties must count as ties
+    hits = np.zeros(flat.shape[1])
+    for part in np.array_split(signs, -(-signs.shape[0] * flat.shape[1] // _CHUNK)):
+        hits += (np.abs(part @ flat) >= least).sum(0)
+    p = hits / len(signs) if exact else (1 + hits) / (1 + len(signs))
+    return p.reshape(values.shape[1:])
+
+
 def mcnemar(before: Float[np.ndarray, "example"], after: Float[np.ndarray, "example"]) -> Test:
     """Did right answers turn wrong more often than wrong ones right? The exact, two-sided test (McNemar 1947).
 

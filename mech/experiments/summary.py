@@ -31,7 +31,8 @@ import numpy as np
 import xarray as xr
 
 from mech.axes import CONDITION
-from mech.experiments.ranking import Ranking, agreement, rank_heads, scale_agreement
+from mech.experiments.ranking import Ranking, rank_heads
+from mech.experiments.stability import agreement, scale_agreement
 from mech.experiments.statistics import (
     bootstrap_interval,
     holm,

@@ -35,8 +35,9 @@ from mech.model.hooked import HookedMLLM
 from mech.model.kept import REPLACED, KeptRun, NotResumable, tolerance
 from mech.model.points import hooked
 
-ROWS = 16384  # rows of the stream in one call of a layer; a single variant may have more
-SCORES = 2**24  # attention scores held at once where they are computed step by step
+ROWS = 16384  # rows of the stream that are held at once; a single variant may have more
+CPU_ROWS = 2048  # rows in one call of a layer on a CPU: what is computed of them stays in its caches
+SCORES = 2**21  # attention scores held at once where they are computed step by step
 
 
 Attend = Callable[[AttentionCall], Tensor]
@@ -134,7 +135,7 @@ class Continuation:
             hooks: (point, hook) pairs of this layer; the hooks see variants in place of a batch.
         """
         attend = {"own": self._own, "kept": self._onto_kept, "z": self._z}[keys](layer, rows, int(rows[0]))
-        step = len(x) if hooks else max(1, ROWS // len(rows))
+        step = len(x) if hooks else self._at_once(rows)
         with self._given(layer, attend, hooks):
             out = [self._layer(layer, part, rows) for part in x.split(max(1, step))]
         return self._with_added(layer, torch.cat(out) if len(out) > 1 else out[0], rows)
@@ -149,7 +150,7 @@ class Continuation:
         if len(reads) == len(rows):
             return self.run(layer, x, rows)
         out = []
-        for part in x.split(max(1, ROWS // len(rows))):
+        for part in x.split(self._at_once(rows)):
             known = self._keys_alone(layer, part, rows)
             attend = self._own(layer, reads, first, known)
             with self._given(layer, attend, ()):
@@ -182,6 +183,9 @@ class Continuation:
         gap = float((again - kept).abs().max())
         if not gap <= tolerance(kept):
             raise NotResumable(f"running on from the kept run differs from it by {gap:.2g} in the logits")
+
+    def _at_once(self, rows: Tensor) -> int:
+        return max(1, (CPU_ROWS if rows.device.type == "cpu" else ROWS) // len(rows))
 
     def _layer(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
         kept = self.kept.layers[layer]
@@ -306,6 +310,8 @@ def _onto(
     keys, grouped_rows = seen.shape[-1], heads // kv_heads * rows  # query heads of one key head are rows of it
     wide = torch.promote_types(q.dtype, torch.float32)
     hidden = ~seen
+    # A mask over what all may see, and the care for rows that see nothing, would each be another pass over the scores.
+    masked, normalised = bool(hidden[:, :shared].any()), softmax if bool(hidden.all(-1).any()) else _plain_softmax
     parts = []
     step = max(1, SCORES // (heads * rows * keys))
     for start in range(0, variants, step):
@@ -316,12 +322,19 @@ def _onto(
         scores = (folded @ k.to(wide).transpose(-1, -2)).unflatten(1, (n, grouped_rows)).transpose(0, 1)
         if own is not None:
             mine = own[0][start : start + step].to(wide)
-            scores = torch.cat((scores, grouped @ mine.transpose(-1, -2)), -1)
-        pattern = softmax(scores.reshape(n, heads, rows, keys).masked_fill(hidden, float("-inf")))
+            ahead = (grouped @ mine.transpose(-1, -2)).reshape(n, heads, rows, -1)
+            ahead = ahead.masked_fill_(hidden[:, shared:], float("-inf")).reshape(n, kv_heads, grouped_rows, -1)
+            scores = torch.cat((scores, ahead), -1)
+        scores = scores.reshape(n, heads, rows, keys)
+        pattern = normalised(scores.masked_fill(hidden, float("-inf")) if masked else scores)
         pattern = pattern.to(v.dtype).reshape(n, kv_heads, grouped_rows, keys)
-        ahead = pattern[..., :shared].transpose(0, 1).reshape(kv_heads, n * grouped_rows, shared) @ v
-        z = ahead.unflatten(1, (n, grouped_rows)).transpose(0, 1)
+        folded = pattern[..., :shared].transpose(0, 1).reshape(kv_heads, n * grouped_rows, shared)
+        z = (folded @ v).unflatten(1, (n, grouped_rows)).transpose(0, 1)
         if own is not None:
             z = z + pattern[..., shared:] @ own[1][start : start + step]
         parts.append(z.reshape(n, heads, rows, width).transpose(1, 2))
     return torch.cat(parts)
+
+
+def _plain_softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, -1)

@@ -1,0 +1,72 @@
+"""The exact attention of a few query rows at every layer, from one ordinary forward: what every head score is made of.
+
+    weight = row_weights(inputs, "question")                     # 1 / |question| on its rows
+    rows = weight.sum(0).nonzero().flatten()
+    found = read_rows(model, inputs, rows, lambda call, pattern: {"peak": pattern.amax(-1)})
+    found["peak"]                                                # [batch layer head row]
+
+The fused kernel computes the forward; only the rows asked for are computed once more beside it, in the layer's own
+mask, at least in float32. RAM (``heads.py``), the score family (``scores.py``) and the nulls (``nulls.py``) are readers.
+What it does not do: no ``S x S`` attention, no generation step (teacher-force what was generated instead: a cache with
+windows forgets where its keys stood).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech.inputs import Inputs
+from mech.model import AttentionCall, HookedMLLM
+
+Read = Callable[[AttentionCall, Float[Tensor, "batch head row key_pos"]], Mapping[str, Tensor]]
+
+
+@torch.no_grad()
+def read_rows(
+    model: HookedMLLM, inputs: Inputs, rows: Tensor, read: Read
+) -> dict[str, Float[Tensor, "batch layer *rest"]]:
+    """What ``read`` makes of the attention of ``rows``, layer by layer; layers are ``cfg.attention_layers``.
+
+    Where visual tokens are in a memory that only some layers look at, the other layers give zeros: no visual token is
+    in their reach.
+
+    Cost: one forward, and ``rows x S x d_head`` for each head.
+    """
+    crossing = inputs.layouts[0].memory is not None
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def look(call: AttentionCall) -> None:
+        if call.cross == crossing:
+            found = read(call, call.rows(rows))
+            seen[call.layer] = {name: value.float().to(model.device) for name, value in found.items()}
+
+    with model.attending(look):
+        model(inputs, logits_to_keep=1)
+    nothing = {name: torch.zeros_like(value) for name, value in next(iter(seen.values())).items()}
+    layers = [seen.get(layer, nothing) for layer in model.cfg.attention_layers]
+    return {name: torch.stack([found[name] for found in layers], dim=1) for name in nothing}
+
+
+def row_weights(inputs: Inputs, queries: str) -> Float[Tensor, "batch pos"]:
+    """The averaging weights of the query rows of each example: 1 / |queries| on each of them."""
+    weight = torch.zeros(len(inputs), len(inputs.layouts[0].kind))
+    for row, layout in enumerate(inputs.layouts):
+        positions = torch.as_tensor(layout.positions(queries))
+        weight[row, positions] = 1 / len(positions)
+    return weight
+
+
+def mean_rows(
+    pattern: Float[Tensor, "batch head row key_pos"], weight: Float[Tensor, "batch row"]
+) -> Float[Tensor, "batch head key_pos"]:
+    """The attention averaged over query rows."""
+    return torch.einsum("bhrk,br->bhk", pattern, weight.to(pattern))
+
+
+def in_batches(prepared: Sequence[Inputs], batch_size: int) -> Iterator[tuple[list[Inputs], range]]:
+    """Consecutive rows, at most ``batch_size`` at once, with the indices they have."""
+    for start in range(0, len(prepared), batch_size):
+        rows = range(start, min(start + batch_size, len(prepared)))
+        yield [prepared[row] for row in rows], rows
