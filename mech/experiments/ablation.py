@@ -150,7 +150,7 @@ def ablation(
     if isinstance(reference, Samples):
         reference = reference_activations(model, reference, batch_size=batch_size, seed=seed)
     questions = quiz(model, samples, batch_size)
-    parts = []
+    parts: list[xr.Dataset] = []
     for part in ablated(model, questions, todo, reference=reference, positions=positions, phase=phase, seed=seed):
         parts.append(part)
         if progress:

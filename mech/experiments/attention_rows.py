@@ -6,9 +6,9 @@
     found["peak"]                                                # [batch layer head row]
 
 The fused kernel computes the forward; only the rows asked for are computed once more beside it, in the layer's own
-mask, at least in float32. RAM (``heads.py``), the score family (``scores.py``) and the nulls (``nulls.py``) are readers.
-What it does not do: no ``S x S`` attention, no generation step (teacher-force what was generated instead: a cache with
-windows forgets where its keys stood).
+mask, at least in float32. RAM (``heads.py``), the score family (``scores.py``) and the nulls (``nulls.py``) are
+readers. What it does not do: no ``S x S`` attention, no generation step (teacher-force what was generated instead: a
+cache with windows forgets where its keys stood).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

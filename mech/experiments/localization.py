@@ -1,8 +1,8 @@
 """Localization heads: heads that look at the picture, and at few places of it (arXiv 2503.06287).
 
 Three steps: keep the heads whose mean image mass reaches the elbow of its sorted curve; in each example order them by
-the spatial entropy of where they look; count how often a head is among the first. ``head_scores`` does it under the name
-``localization``. No evidence is asked for, so that it is a control for scores that use it.
+the spatial entropy of where they look; count how often a head is among the first. ``head_scores`` does it under the
+name ``localization``. No evidence is asked for, so that it is a control for scores that use it.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ _BESIDE[1] = True  # eight neighbours in the same picture, none in another
 
 
 def spatial_entropy(attention: Float[np.ndarray, "head visual"], layout: TokenLayout) -> Float[np.ndarray, " head"]:
-    """``- sum_c P(c) log P(c)`` over connected components c of the tokens above the mean; P is their share of attention.
+    """``- sum_c P(c) log P(c)`` over connected components c of the tokens above the mean; P is their attention share.
 
     Unit: nats. Sign: the lower, the fewer places. Every view of every picture or frame is a grid of its own.
 

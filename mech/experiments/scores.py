@@ -1,4 +1,4 @@
-"""The scores by which the literature ranks heads, side by side: RAM and its relatives, from as few passes as they allow.
+"""The scores by which the literature ranks heads, side by side: RAM and its relatives, from as few passes as possible.
 
     found = head_scores(model, samples, ("ram", "mm_retrieval", "retrieval_head"))
     found["mm_retrieval"]                            # example, layer, head; attrs say unit, definition and source
@@ -7,9 +7,10 @@
 
     head_scores(model, samples, {"mine": Score("last", "share", calibrate="shifted")})
 
-A score is one frozen ``Score``: which query rows look (``queries``), what becomes of a row's attention (``reduce``), what
-it is compared with (``calibrate``), and what becomes of an example (``aggregate``); the mean over rows, then over
-examples, is the score of a head. ``PUBLISHED`` names those of the papers, each with its source and where it differs here.
+A score is one frozen ``Score``: which query rows look (``queries``), what becomes of a row's attention (``reduce``),
+what it is compared with (``calibrate``), and what becomes of an example (``aggregate``); the mean over rows, then over
+examples, is the score of a head. ``PUBLISHED`` names those of the papers, each with its source and where it differs
+here.
 
 What scores do not say is whether a head matters (``mech.ablation``), or beats chance (``mech.retrieval_test``).
 """
@@ -66,8 +67,8 @@ class Score:
     Attributes:
         queries: rows x: ``"question"``; ``"last"`` token of the prompt; ``"answer"``, the rows that *predict* each
             token of the right answer (teacher-forced); ``"generated"``, those that predict what the model says.
-        reduce: of a row: ``"sum"`` of A over E; ``"mean"`` (sum / \\|E\\|); ``"hit"``, 1 if the argmax over all keys lies
-            in E; ``"hit_size"`` (hit / \\|E\\|); ``"share"`` (sum / sum over all visual tokens); ``"value_norm"`` (A times
+        reduce: of a row: ``"sum"`` of A over E; ``"mean"`` (sum / |E|); ``"hit"``, 1 if the argmax over all keys lies
+            in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens); ``"value_norm"`` (A times
             the norm of the value, sum over E / sum over all keys); ``"trimmed"``, the sum over E without tokens more
             than two deviations below E's mean; ``"entropy"``, low entropy in space (see ``localization.py``).
         aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head is among the ``top`` of
@@ -219,8 +220,8 @@ def head_scores(
 
     Cost: ``len(passes(scores))`` forwards per sample (``attrs["passes"]``), plus the query rows of the attention.
 
-    References: ``attrs["source"]`` of each variable; sinks: arXiv 2503.03321 (tau = 20), where sink dimensions are fixed
-    per model and any dimension counts here.
+    References: ``attrs["source"]`` of each variable; sinks: arXiv 2503.03321 (tau = 20), where sink dimensions are
+    fixed per model and any dimension counts here.
     """
     named, samples = _named(scores), Samples(samples)
     _check(named, samples)

@@ -1,7 +1,7 @@
 """How one pass of a batch becomes numbers: the query rows, the token sets they are scored on, and the reductions.
 
-``head_scores`` (``scores.py``) plans passes and combines them; here is what happens inside one. Each reduction is written
-once, for any attention: applied to attention spread evenly over visible keys it gives its own size null.
+``head_scores`` (``scores.py``) plans passes and combines them; here is what happens inside one. Each reduction is
+written once, for any attention: applied to attention spread evenly over visible keys it gives its own size null.
 """
 
 from collections.abc import Mapping, Sequence

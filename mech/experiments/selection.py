@@ -1,4 +1,4 @@
-"""Which heads count as retrieval heads, and how sparse they are: cut-offs from the scores themselves, and Lorenz curves.
+"""Which heads count as retrieval heads, and how sparse they are: cut-offs from the scores, and Lorenz curves.
 
     >>> elbow(ranking), quantile(ranking, 0.95), above(ranking, 0.1)       # sets of heads, best first  # doctest: +SKIP
     >>> lorenz(ranking).sel(heads=0.05, method="nearest")                  # share of the top 5%        # doctest: +SKIP

@@ -5,8 +5,8 @@
     >>> overlap(ranking, read_heads("published.json")) # a list without all heads       # doctest: +SKIP
 
 Every overlap of sets stands beside what random sets of their sizes share. How often a head stays in the top set when
-samples are drawn anew is ``Ranking.stability``. Agreement is not importance: heads can be found by every score and matter
-to none of the answers (``mech.ablation``).
+samples are drawn anew is ``Ranking.stability``. Agreement is not importance: heads can be found by every score and
+matter to none of the answers (``mech.ablation``).
 """
 
 import json
@@ -152,8 +152,8 @@ def overlap(ranking: Ranking, heads: Iterable[tuple[int, int]]) -> dict[str, flo
     """A list of heads, such as a published one, against as many top heads of a ranking of the same model.
 
     Returns:
-        ``jaccard``, ``jaccard_null`` (two random sets of this size), ``overlap_p`` and ``mean_rank`` of the listed heads
-        (0 the best head, 1 the worst, 0.5 by chance).
+        ``jaccard``, ``jaccard_null`` (two random sets of this size), ``overlap_p`` and ``mean_rank`` of the listed
+        heads (0 the best head, 1 the worst, 0.5 by chance).
 
     Raises:
         ExperimentError: no heads, or one that the model does not have.

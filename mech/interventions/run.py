@@ -176,6 +176,7 @@ class Intervened:
                 if not cut:
                     continue
             else:
+                assert isinstance(spec, Ablate | Scale)
                 new = now * spec.factor if isinstance(spec, Scale) else replacement(spec, call, self._plan).to(now)
                 z = torch.where(where[:, :, None, None] & chosen[None, None, :, None], new, now)
             self._fired.add(index)

@@ -151,7 +151,7 @@ def image_processor(family: str):
     )
 
 
-def untrained(recipe: Recipe, words):
+def untrained(recipe: Recipe, words) -> Any:
     """The model of a recipe with fresh weights, for the tokenizer ``words``."""
     import torch
     from transformers import (

@@ -241,7 +241,7 @@ def _cohere2_vision() -> Cohere2VisionConfig:
     )
 
 
-def _qwen3_5(kind: type[PreTrainedConfig] = Qwen3_5Config, **experts: int) -> PreTrainedConfig:
+def _qwen3_5(kind: Callable[..., PreTrainedConfig] = Qwen3_5Config, **experts: int) -> PreTrainedConfig:
     """Gated attention in the middle layer, linear attention in the others."""
     text = _qwen_text(
         **experts,
@@ -256,7 +256,7 @@ def _qwen3_5(kind: type[PreTrainedConfig] = Qwen3_5Config, **experts: int) -> Pr
     return kind(text_config=text, vision_config=vision, **_QWEN_TOKENS)
 
 
-def _glm4v(kind: type[PreTrainedConfig] = Glm4vConfig, **text: Any) -> PreTrainedConfig:
+def _glm4v(kind: Callable[..., PreTrainedConfig] = Glm4vConfig, **text: Any) -> PreTrainedConfig:
     sizes = _qwen_text(**text)
     sizes["rope_parameters"]["partial_rotary_factor"] = 1.0
     return kind(
