@@ -288,7 +288,7 @@ def test_a_sweep_costs_a_few_forwards(llava):
 
 def test_layouts_that_differ_are_refused_with_the_first_difference(llava):
     clean, corrupted = (llava.inputs(question, [tiny_processors.noise(24, 24, 0)]) for question in QUESTIONS)
-    with pytest.raises(ExperimentError, match="first at position") as refused:
+    with pytest.raises(InputError, match="first at position") as refused:
         activation_patching(llava, clean, corrupted, METRIC)
     at = next(i for i, (a, b) in enumerate(zip(clean.layout.tokens, corrupted.layout.tokens, strict=False)) if a != b)
     for text in (f"position {at}", repr(clean.layout.tokens[at]), repr(corrupted.layout.tokens[at])):

@@ -18,7 +18,7 @@ from mech.data.samples import Sample
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric, Reading
 from mech.experiments.patching_sweeps import BEHIND_ATTENTION, ENTRY, KEYS, QUERIES, Cell, names_of
-from mech.inputs import Inputs, TokenLayout
+from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
 
@@ -46,28 +46,9 @@ def pairs_of(model: HookedMLLM, clean: Given, corrupted: Given | None) -> list[t
     pairs = []
     for one, other in zip(ours, theirs, strict=True):
         pair = [model.inputs_of(given) if isinstance(given, Sample) else given for given in (one, other)]
-        if len(pair[0]) != len(pair[1]):
-            raise ExperimentError(f"{len(pair[0])} clean and {len(pair[1])} corrupted rows", "as many of each")
-        for mine, yours in zip(pair[0].layouts, pair[1].layouts, strict=True):
-            _same_layout(mine, yours)
+        pair[0].check_same_layout(pair[1])
         pairs.append((pair[0], pair[1]))
     return pairs
-
-
-def _same_layout(clean: TokenLayout, corrupted: TokenLayout) -> None:
-    """Refuse runs whose positions do not correspond, with the first that does not."""
-    at = clean.first_difference(corrupted)
-    if at is None:
-        return
-    if len(clean) != len(corrupted):  # the tokens part before the kinds do
-        pairs = enumerate(zip(clean.tokens, corrupted.tokens, strict=False))
-        at = min(at, next((i for i, (mine, yours) in pairs if mine != yours), at))
-    raise ExperimentError(
-        f"clean and corrupted inputs differ in layout, first at position {at}: {clean.describe(at)} against "
-        f"{corrupted.describe(at)} ({len(clean)} and {len(corrupted)} positions)",
-        "the same number and kind of tokens at every position",
-        "use a counterfactual with pictures of the same size and a question of the same number of tokens",
-    )
 
 
 @dataclass(frozen=True, eq=False)

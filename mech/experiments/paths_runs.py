@@ -37,8 +37,9 @@ def norms_of(model: HookedMLLM) -> list[nn.Module]:
     """The norms that read the residual stream or stand between a part and the stream, the final one included."""
     stack, found = model.family.text, [module_at(model.hf_model, model.family.final_norm)]
     for layer, block in enumerate(layers_of(model.hf_model, stack)):
-        found += [model.norm(layer), model.norm(layer, mlp_input=True)]
-        found += [module_at(block, path) for path in (stack.attn_out, stack.mlp_out) if path]
+        found.append(model.norm(layer))
+        # Without a path between attention and MLP they read one norm's output (Cohere).
+        found += [module_at(block, path) for path in (stack.mid, stack.attn_out, stack.mlp_out) if path]
     return list({id(norm): norm for norm in found}.values())
 
 
@@ -48,8 +49,9 @@ def frozen_norms(norms: Iterable[nn.Module], held: dict[nn.Module, Tensor]) -> I
 
     def linear(module: Any, args: tuple, output: Tensor) -> Tensor:
         at = held.setdefault(module, args[0][:1].detach())
-        # `forward`, as a call would come back here.
-        return module.forward(at) + frozen_norm(module.forward, at)(args[0] - at)
+        change = args[0] - at
+        # `forward`, as a call would come back here. Rows of padding may be zero, where a norm has no scale.
+        return module.forward(at) + torch.where(change == 0, 0, frozen_norm(module.forward, at)(change))
 
     handles = [norm.register_forward_hook(linear) for norm in norms]
     try:

@@ -68,11 +68,11 @@ class Score:
         queries: rows x: ``"question"``; ``"last"`` token of the prompt; ``"answer"``, the rows that *predict* each
             token of the right answer (teacher-forced); ``"generated"``, those that predict what the model says.
         reduce: of a row: ``"sum"`` of A over E; ``"mean"`` (sum / |E|); ``"hit"``, 1 if the argmax over all keys lies
-            in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens); ``"value_norm"`` (A times
-            the norm of the value, sum over E / sum over all keys); ``"trimmed"``, the sum over E without tokens more
-            than two deviations below E's mean; ``"entropy"``, low entropy in space (see ``localization.py``).
-        aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head is among the ``top`` of
-            this example, else 0.
+            in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens, 0 where a window holds
+            none); ``"value_norm"`` (A times the norm of the value, sum over E / sum over all keys); ``"trimmed"``, the
+            sum over E without tokens more than two deviations below E's mean; ``"entropy"``, low entropy in space (see
+        ``localization.py``). aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head
+            is among the ``top`` of this example, else 0.
         calibrate: what is subtracted: nothing; the same under ``"null_question"`` ("N/A"); ``"size"``, what attention
             spread evenly over visible keys gives (for a hit: an argmax at random); ``"random"``, the mean of regions of
             the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens. Or

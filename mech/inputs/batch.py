@@ -78,13 +78,18 @@ class Inputs:
         if len(self) != len(other):
             raise InputError(f"inputs of {len(self)} and of {len(other)} rows", "as many rows", "pair them row by row")
         for row, (mine, theirs) in enumerate(zip(self.layouts, other.layouts, strict=True)):
-            if (difference := mine.first_difference(theirs)) is not None:
-                raise InputError(
-                    f"the layouts differ in row {row} at position {difference}: {mine.describe(difference)} against "
-                    f"{theirs.describe(difference)} ({len(mine)} and {len(theirs)} positions)",
-                    "inputs in which every position is the same thing (text, the same place of the same picture)",
-                    "use pictures of the same size and questions of as many tokens",
-                )
+            at = mine.first_difference(theirs)
+            if at is None:
+                continue
+            if len(mine) != len(theirs):  # the tokens part before the kinds do
+                pairs = enumerate(zip(mine.tokens, theirs.tokens, strict=False))
+                at = min(at, next((i for i, (one, other) in pairs if one != other), at))
+            raise InputError(
+                f"inputs that differ in layout, in row {row} first at position {at}: {mine.describe(at)} against "
+                f"{theirs.describe(at)} ({len(mine)} and {len(theirs)} positions)",
+                "the same number and kind of tokens at every position",
+                "use a counterfactual with pictures of the same size and a question of the same number of tokens",
+            )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Inputs":
         """The same on another device; ``dtype`` is for pixels only (times and indices keep theirs)."""
