@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "Ablate": "mech.interventions",
     "Box": "mech.data.regions",
+    "Circuit": "mech.experiments.circuits",
     "Custom": "mech.interventions",
     "Frames": "mech.data.regions",
     "Head": "mech.experiments.ranking",
@@ -56,12 +57,18 @@ _NAMES = {
     "haystacks": "mech.data.haystacks",
     "input_attribution": "mech.experiments.attribution_inputs",
     "intervene": "mech.interventions",
+    "key_coverage": "mech.experiments.coverage",
+    "path_patching": "mech.experiments.paths",
     "rank_heads": "mech.experiments.ranking",
+    "read_heads": "mech.experiments.stability",
     "reference_activations": "mech.interventions",
     "report": "mech.views",
     "retrieval_attention_mass": "mech.experiments.heads",
+    "retrieval_test": "mech.experiments.nulls",
+    "sample_curve": "mech.experiments.stability",
     "scale_agreement": "mech.experiments.stability",
     "top_edges": "mech.experiments.attribution_edges",
+    "trace_circuit": "mech.experiments.circuits",
     "view": "mech.views",
     "without_evidence": "mech.interventions.corruption",
 }
@@ -83,6 +90,9 @@ if TYPE_CHECKING:
     from mech.experiments.attribution_edges import edge_attribution as edge_attribution
     from mech.experiments.attribution_edges import top_edges as top_edges
     from mech.experiments.attribution_inputs import input_attribution as input_attribution
+    from mech.experiments.circuits import Circuit as Circuit
+    from mech.experiments.circuits import trace_circuit as trace_circuit
+    from mech.experiments.coverage import key_coverage as key_coverage
     from mech.experiments.heads import attention_from as attention_from
     from mech.experiments.heads import retrieval_attention_mass as retrieval_attention_mass
     from mech.experiments.metrics import KL as KL
@@ -90,13 +100,17 @@ if TYPE_CHECKING:
     from mech.experiments.metrics import LogProb as LogProb
     from mech.experiments.metrics import Probability as Probability
     from mech.experiments.metrics import Rank as Rank
+    from mech.experiments.nulls import retrieval_test as retrieval_test
     from mech.experiments.patching import activation_patching as activation_patching
+    from mech.experiments.paths import path_patching as path_patching
     from mech.experiments.ranking import Head as Head
     from mech.experiments.ranking import Ranking as Ranking
     from mech.experiments.ranking import rank_heads as rank_heads
     from mech.experiments.scores import Score as Score
     from mech.experiments.scores import head_scores as head_scores
     from mech.experiments.stability import agreement as agreement
+    from mech.experiments.stability import read_heads as read_heads
+    from mech.experiments.stability import sample_curve as sample_curve
     from mech.experiments.stability import scale_agreement as scale_agreement
     from mech.inputs import Inputs as Inputs
     from mech.inputs import TokenLayout as TokenLayout

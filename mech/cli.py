@@ -1,4 +1,4 @@
-"""The command line: ``mech study``, ``mech rank``, ``mech ablate``, ``mech check``.
+"""The command line: ``mech study``, ``mech rank``, ``mech ablate``, ``mech patch``, ``mech paths``, ``mech check``.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
@@ -7,11 +7,13 @@ printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and l
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mech.errors import ExperimentError, MechError, OutputError, suggestion
+from mech import cli_patching
+from mech.errors import ExperimentError, MechError, suggestion
+from mech.terminal import AsJson, Domain, Model, Quiet, Seed, print_table, progress, writable
 
 INTERRUPTED = 130  # what a shell calls a program that ended by Ctrl-C
 
@@ -23,12 +25,6 @@ app = typer.Typer(
     help="Mechanistic interpretability of multimodal LLMs: which attention heads fetch the visual evidence, "
     "and are they needed?",
 )
-
-Model = Annotated[str, typer.Option("--model", "-m", help="A reference model, a folder or a hub id.")]
-Domain = Annotated[str, typer.Option("--domain", "-d", help="grounding, documents, pages or video.")]
-Seed = Annotated[int, typer.Option(help="Of samples and random sets.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 @app.command(
@@ -59,7 +55,7 @@ def study(
     settings = Settings(
         n_find=samples // 2, n_test=samples - samples // 2, n_random=n_random, seed=seed, batch_size=batch_size
     )
-    with _progress(quiet or as_json) as say:
+    with progress(quiet or as_json) as say:
         page = run(out, model or DEFAULT_MODELS, domain, settings=settings, progress=say)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     if as_json:
@@ -69,44 +65,82 @@ def study(
     print(f"\n{page}")
 
 
-@app.command(epilog="[bold]mech rank -m reference:qwen-s -d video --out heads.json[/]")
+@app.command(
+    epilog="[bold]mech rank -m reference:qwen-s -d video --out heads.json[/]\n\n"
+    "[bold]mech rank --score ram,mm_retrieval,retrieval_head[/]  do they name the same heads?"
+)
 def rank(
     model: Model = "reference:llava-s",
     domain: Domain = "grounding",
     samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 48,
-    top: Annotated[int, typer.Option(help="How many heads to print.")] = 10,
+    score: Annotated[str, typer.Option(help="ram, or others of the literature, joined by commas.")] = "ram",
+    top: Annotated[int, typer.Option(help="How many heads to print, and to compare.")] = 10,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all heads and scores as JSON.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Rank the heads of a model by Retrieval Attention Mass."""
+    """Rank the heads of a model by Retrieval Attention Mass, or by several scores, and say how far they agree."""
     import mech
+    from mech.experiments.scores import passes
+    from mech.results import write_json
 
+    names = [name.strip() for name in score.split(",")]
+    passes(names)  # refuses an unknown score before anything is opened
+    target = writable(out) if out is not None else None
     data = mech.haystacks(domain, samples, seed)
     hooked = mech.HookedMLLM.from_pretrained(model)
-    with _progress(quiet or as_json) as say:
-        scores = mech.retrieval_attention_mass(hooked, data, progress=lambda i, n: say("attention", i, n))
-    ranking = mech.rank_heads(scores)
-    if out is not None:
-        ranking.to_json(_writable(out))
+    with progress(quiet or as_json) as say:
+        scores = mech.head_scores(hooked, data, names, seed=seed, progress=lambda i, n: say("attention", i, n))
+    rankings = {name: mech.rank_heads(scores, name) for name in names}
+    first = rankings[names[0]]
+    if not 1 <= top <= len(first):
+        raise ExperimentError(f"--top {top}", f"1 to {len(first)}, the heads of {model}", "leave it out for ten")
+    written = first.to_json()
+    if len(rankings) > 1:
+        agree = mech.agreement(rankings, k=top, n_resamples=500, seed=seed)
+        matrices = {str(name): values.values.tolist() for name, values in agree.items()}
+        written = {"rankings": {name: ranking.to_json() for name, ranking in rankings.items()},
+                   "agreement": {"scores": names, "n_top": top, **matrices}}  # fmt: skip
+    if target is not None:
+        write_json(written, target)
     if as_json:
-        print(json.dumps(ranking.to_json()))
+        print(json.dumps(written))
         return
-    interval = ranking.interval()
-    _print_table(
-        f"{model} on {domain}: Retrieval Attention Mass, {len(data)} samples",
-        ("rank", "head", "RAM", "95% interval"),
-        [
-            (
-                str(place),
-                str(head),
-                f"{ranking.mean[head.layer, head.head]:.3f}",
-                f"{float(interval['low'][head]):.3f} to {float(interval['high'][head]):.3f}",
-            )
-            for place, head in enumerate(ranking.heads[:top], start=1)
-        ],
-    )
+    for name, ranking in rankings.items():
+        interval = ranking.interval()
+        ends = interval["low"], interval["high"]
+        print_table(
+            f"{model} on {domain}: {name} ({scores[name].attrs['unit']}), {len(data)} samples",
+            ("rank", "head", name, "95% interval"),
+            [
+                (
+                    str(i),
+                    f"L{layer}H{head}",
+                    f"{value:.3f}",
+                    _between(*(end.sel(layer=layer, head=head) for end in ends)),
+                )
+                for i, (layer, head, value) in enumerate(ranking.table[:top], start=1)
+            ],
+        )
+    if len(rankings) > 1:
+        chance = f"by chance {float(agree['jaccard_null'][0, 1]):.2f}"
+        for name, what in (
+            ("spearman", "Rank correlation of all heads"),
+            ("jaccard", f"Jaccard of the top {top}, {chance}"),
+        ):
+            rows = [(one, *(_agreed(agree, name, one, other) for other in names)) for one in names]
+            print_table(f"{what} (95% interval over samples)", ("", *names), rows)
+
+
+def _between(low: Any, high: Any, digits: int = 3) -> str:
+    return f"{float(low):.{digits}f} to {float(high):.{digits}f}"
+
+
+def _agreed(agree: Any, name: str, one: str, other: str) -> str:
+    pair = agree.sel(ranking=one, other=other)
+    between = "" if one == other else f" ({_between(pair[f'{name}_low'], pair[f'{name}_high'], 2)})"
+    return f"{float(pair[name]):.2f}{between}"
 
 
 @app.command(epilog="[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]")
@@ -144,9 +178,9 @@ def ablate(
             if word not in known:
                 raise ExperimentError(f"{word!r}", ", ".join(known), suggestion(word, known))
     find, test = mech.haystacks(domain, samples, seed).split(0.5, seed)
-    target = _writable(out) if out is not None else None
+    target = writable(out) if out is not None else None
     hooked = mech.HookedMLLM.from_pretrained(model)
-    with _progress(quiet or as_json) as say:
+    with progress(quiet or as_json) as say:
         if heads is None:
             ranking = mech.rank_heads(
                 mech.retrieval_attention_mass(hooked, find, progress=lambda i, n: say("attention", i, n))
@@ -184,11 +218,15 @@ def ablate(
         drop = entry["accuracy_drop"]
         cells = (entry["method"], entry["band"], str(entry["n_heads"]), f"{entry['accuracy']['mean']:.1%}")
         rows.append((*cells, f"{100 * drop['mean']:.1f} ({100 * drop['low']:.1f} to {100 * drop['high']:.1f})"))
-    _print_table(
+    print_table(
         f"{model} on {domain}: accuracy {base:.1%} without ablation, {len(test)} samples",
         ("method", "band", "heads", "accuracy", "drop in points (95%)"),
         rows,
     )
+
+
+app.command(epilog=cli_patching.PATCH)(cli_patching.patch)
+app.command(epilog=cli_patching.PATHS)(cli_patching.paths)
 
 
 @app.command(
@@ -213,7 +251,7 @@ def check(
             raise ExperimentError(f"{model} and --all", "one of the two", "leave one out")
         print(checking.family_table())
         return
-    with _progress(quiet or as_json) as say:
+    with progress(quiet or as_json) as say:
         if model is None:
             reports = list(checking.check_families(progress=say))
         else:
@@ -223,47 +261,10 @@ def check(
     else:
         laws = tuple(reports[0].findings)
         rows = [(report.model, *(report.cell(law) for law in laws)) for report in reports]
-        _print_table("Deviations are relative to the largest logit", ("model", *laws), rows)
+        print_table("Deviations are relative to the largest logit", ("model", *laws), rows)
         print(*(note for report in reports for note in report.notes()), sep="\n")
     if not all(report.ok for report in reports):
         raise typer.Exit(1)
-
-
-class _progress:
-    """A progress bar with the time left, on standard error; nothing when quiet."""
-
-    def __init__(self, quiet: bool):
-        self.quiet, self.bar, self.tasks = quiet, None, {}
-
-    def __enter__(self):
-        if not self.quiet:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.bar.start()
-        return self
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self.bar is not None:
-            if what not in self.tasks:
-                self.tasks[what] = self.bar.add_task(what, total=total)
-            self.bar.update(self.tasks[what], completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def _writable(path: Path) -> Path:
-    """The path, if its folder is there and can be written: asked before the work, not after."""
-    import os
-
-    folder = path.resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
-        raise OutputError(f"{path} cannot be written", "a file in a folder that exists", "choose another --out")
-    return path
 
 
 def _print_findings(summary: dict) -> None:
@@ -277,26 +278,6 @@ def _print_findings(summary: dict) -> None:
         mark = "[yellow]against the papers:[/] " if finding["against_papers"] else ""
         place = f"{finding['model']}: " if finding["model"] else ""
         console.print(Padding(mark + escape(place + finding["text"]), (0, 0, 0, 2)), highlight=False)
-
-
-def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table with lines in a terminal, aligned words elsewhere: what is piped is not cut to a terminal's width."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-        print(title)
-        for row in (columns, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """The main job, end to end: which heads retrieve the evidence, are they needed, how sure is that.
 
-For every model and domain a study makes three results and saves each as soon as it is there:
+For every model and domain a study makes four results and saves each as soon as it is there:
 
     ram        where every head looks, on the samples that find heads
     ablation   what happens without bands of them, on other samples, condition by condition
     looks      where the top and the bottom heads look on a few pictures, for the eye
+    causal     does looking mean mattering: every head patched from the counterfactual, sets, and paths
 
 From those come ``summary.json`` (numbers and findings) and ``report.html``. A study that is killed goes on where it
 was when the same command is given again, and ends in the same numbers.
@@ -24,6 +25,7 @@ from mech.data.regions import Box, Frames, Mask, Pages
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
+from mech.experiments.causal import CausalReport, causal_report
 from mech.experiments.findings import findings, headlines
 from mech.experiments.heads import attention_from, retrieval_attention_mass
 from mech.experiments.metrics import quiz
@@ -35,6 +37,7 @@ from mech.results import Study, looks_dataset, provenance, write_json
 
 Progress = Callable[[str, int, int], None]
 SHOWN = 4  # heads of each band that are drawn over the pictures
+FINDING = 6  # samples that order heads for the causal report
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
 
 
@@ -46,6 +49,7 @@ class Settings:
         n_find: samples of each domain that find the heads.
         n_test: other samples, that test them.
         n_looks: pictures that are drawn.
+        n_causal: test samples whose heads are patched one by one; 0 leaves that out.
         n_random: random sets of each size.
         fractions: sizes of the bands under mean ablation; an int is a number of heads.
         other_fractions: sizes under the other methods.
@@ -57,6 +61,7 @@ class Settings:
     n_find: int = 32
     n_test: int = 32
     n_looks: int = 3
+    n_causal: int = 10
     n_random: int = 20
     fractions: tuple[int | float, ...] = (1, 0.02, 0.05, 0.1, 0.2)
     other_fractions: tuple[int | float, ...] = (0.05, 0.2)
@@ -91,8 +96,8 @@ def study(
         OutputError: the folder cannot be written, is in use, or holds a study of other settings or weights.
         ExperimentError: an unknown domain, two models of one name, or too few samples.
 
-    Cost: for each model and domain ``n_find`` forwards for the RAM, as many for the reference activations, and
-    ``n_test`` for every condition.
+    Cost: for each model and domain ``n_find`` forwards for the RAM, as many for the reference activations,
+    ``n_test`` for every condition, and for each of ``n_causal`` samples about three for every head.
     """
     from mech.views import report
 
@@ -221,7 +226,26 @@ def one_domain(
         say(f"{key}: pictures", 0, 1)
         place.put(f"{key}/looks", look_at(place, model, key, test[: settings.n_looks], ranking))
         say(f"{key}: pictures", 1, 1)
-    return summarise_domain(ranking, ram, place.get(f"{key}/ablation")), ranking
+    facts = summarise_domain(ranking, ram, place.get(f"{key}/ablation"))
+    if settings.n_causal:
+        facts["causal"] = causality(place, model, key, find, test[: settings.n_causal], ranking, say)
+    return facts, ranking
+
+
+def causality(
+    place: Study, model: HookedMLLM, key: str, find: Samples, test: Samples, ranking: Ranking, say: Progress
+) -> dict[str, Any]:
+    """The causal report of one model on one domain, computed or found; the reason where there can be none."""
+    if not place.done(f"{key}/causal"):
+        try:
+            found = causal_report(
+                model, test, ranking, find=find[:FINDING], method=None, n_random=2, seed=place.settings["seed"],
+                batch_size=place.settings["batch_size"], progress=lambda what, i, n: say(f"{key}: {what}", i, n),
+            )  # fmt: skip
+        except ExperimentError as error:  # no counterfactuals, or a model that cannot tell them apart
+            return {"reason": error.given}
+        place.put(f"{key}/causal", found.dataset)
+    return CausalReport(place.get(f"{key}/causal")).facts()
 
 
 def plan(ranking: Ranking, settings: Settings) -> list[Condition]:

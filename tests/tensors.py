@@ -13,25 +13,8 @@ from mech.reference.tiny_processors import SPECIAL, VOCAB
 
 SIDE = tiny.SIDE
 QWEN_GRIDS = ((4, 4), (6, 4), (8, 8))  # patches (rows, columns) of the first, second, third image of a row
-SIZES = ((16, 16), (24, 16), (32, 20))  # pixels (height, width), where any size goes
-NAMES = (
-    *(
-        "llava",
-        "llava_siglip",
-        "llava_qwen3",
-        "llava_mistral",
-        "llava_phi3",
-        "llava_pixtral",
-        "llava_next",
-        "llava_onevision",
-    ),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "gemma3", "paligemma", "paligemma2"),
-    *("idefics3", "smolvlm", "mistral3", "cohere2_vision"),
-)
 # One of each kind: stock, fused projections, windows, DeepStack, experts, layer scale, post-norms, parallel layers.
 FEW = ("llava", "llava_phi3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "gemma3", "cohere2_vision")
-ANYRES = ("llava_next", "llava_onevision")
-SIZED = ("llava_pixtral", "mistral3")
 
 
 def _picture(name, index, noise):
@@ -40,25 +23,14 @@ def _picture(name, index, noise):
         height, width = QWEN_GRIDS[index]
         pixels = noise(height * width, 3 * 2 * tiny.PATCH**2)
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
-    if name in SIZED:
-        height, width = (side // 8 * 8 for side in SIZES[index])
-        return {"pixel_values": noise(1, 3, height, width), "image_sizes": torch.tensor([[height, width]])}
-    if name in ANYRES:
-        return {"pixel_values": noise(1, 3, 3, SIDE, SIDE), "image_sizes": torch.tensor([[SIDE, 2 * SIDE]])}
-    pixels = noise(1, 3, SIDE, SIDE)
-    return {"pixel_values": pixels[None]} if name in ("idefics3", "smolvlm") else {"pixel_values": pixels}
+    return {"pixel_values": noise(1, 3, SIDE, SIDE)}
 
 
 @functools.cache
 def _count(name, index):
     """How many visual tokens the Hugging Face model makes of an image."""
-    given = _picture(name, index, torch.randn)
-    if name in ANYRES:
-        given["vision_aspect_ratio"] = None
     with torch.no_grad():
-        features = tiny.model(name).model.get_image_features(
-            **{key: value for key, value in given.items() if value is not None}, return_dict=True
-        )
+        features = tiny.model(name).model.get_image_features(**_picture(name, index, torch.randn), return_dict=True)
     pooled = features.pooler_output
     parts = pooled if isinstance(pooled, (tuple, list)) else [pooled]
     return sum(part.numel() // part.shape[-1] for part in parts)
@@ -100,19 +72,5 @@ def tensors(name, rows=((1, 5),), seed=0):
     elif name.startswith("paligemma"):
         batch["token_type_ids"] = torch.zeros_like(kind)
     for key in pictures[0][0] if pictures[0] else ():
-        batch[key] = _stacked([[picture[key] for picture in row] for row in pictures], name)
+        batch[key] = torch.cat([picture[key] for row in pictures for picture in row])
     return batch
-
-
-def _stacked(values, name):
-    if name in ("idefics3", "smolvlm"):  # [row, image, ...], filled up with black images that count for nothing
-        most = max(map(len, values))
-        rows = [torch.cat([*row, *[torch.zeros_like(values[0][0])] * (most - len(row))], dim=1) for row in values]
-        return torch.cat(rows)
-    flat = [value for row in values for value in row]
-    if flat[0].ndim == 4 and name in SIZED:  # filled up to the largest image of the batch
-        height, width = (max(value.shape[axis] for value in flat) for axis in (2, 3))
-        flat = [
-            torch.nn.functional.pad(value, (0, width - value.shape[3], 0, height - value.shape[2])) for value in flat
-        ]
-    return torch.cat(flat)

@@ -13,7 +13,7 @@ ROOT = Path(mech.__file__).parent
 # Vocabulary that everybody may use, then the flow. `reference` holds weights and a path; its training script is a
 # program of its own, as are the study and the command line.
 ORDER = ["axes", "errors", "data", "inputs", "reference", "model", "interventions", "results", "experiments", "views"]
-PROGRAMS = {"study.py", "cli.py", "__init__.py"}
+PROGRAMS = {"study.py", "cli.py", "cli_patching.py", "terminal.py", "__init__.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,7 +1,6 @@
 """Every law holds for every family, and every law can fail: a model that is broken on purpose is found out by name."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import AttentionMaskInterface
 
-from mech import cli
 from mech.model import HookedMLLM, attention, seams
 from mech.model.check import check, family_table
 from mech.model.laws import LAWS, make_batches
@@ -33,11 +31,11 @@ def bench(request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", [*LAWS.values(), unwrapping], ids=lambda law: law.__name__)
 def test_the_law_holds(bench, law):
     model, batches = bench
     with torch.no_grad():
-        found = list(LAWS[law](model, batches))
+        found = list(law(model, batches))
     assert found and not [f"{one.where}: {one.says}" for one in found if not one.ok and one.ok is not None]
     left_out = {one.where.split(":")[0] for one in found if one.ok is None}
     assert left_out <= INAPPLICABLE.get(model.name, set())
@@ -151,43 +149,28 @@ def test_a_model_that_was_given_wrapped_stays_wrapped_and_one_without_processor_
     model({"input_ids": torch.tensor([[5, 6]])})
 
 
-@pytest.fixture
-def mech(monkeypatch, capsys):
-    """Runs `mech check`: (exit code, standard output, standard error)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mech", "check", *words])
-        monkeypatch.setattr(tiny, "NAMES", ("llava",))
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def test_the_command_prints_a_table_and_json(mech, tmp_path):
-    code, out, _ = mech("--all", "-q")
+def test_the_command_prints_a_table_and_json(mech, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny, "NAMES", ("llava",))
+    code, out, _ = mech("check", "--all", "-q")
     assert code == 0 and out.splitlines()[2].split()[:2] == ["llava", "ok"]
     assert all(law in out.splitlines()[1] for law in (*LAWS, "unwrapping"))
     model = wrapped()
     model.hf_model.save_pretrained(tmp_path)
     model.processor.tokenizer.save_pretrained(tmp_path)
     model.processor.image_processor.save_pretrained(tmp_path)
-    code, out, _ = mech(str(tmp_path), "--json")
+    code, out, _ = mech("check", str(tmp_path), "--json")
     (report,) = json.loads(out)
     assert code == 0 and report["ok"] and report["family"] == "llava" and report["failures"] == []
 
 
 def test_the_command_fails_with_the_point_that_fails(mech, monkeypatch):
+    monkeypatch.setattr(tiny, "NAMES", ("llava",))
     monkeypatch.setattr(attention, "softmax", lambda scores: torch.softmax(1.01 * scores, -1))
-    code, out, _ = mech("--all", "-q")
+    code, out, _ = mech("check", "--all", "-q")
     assert code == 1 and "llava: parity FAILED at logits with the points inside attention" in out
-    assert mech("somewhere/else", "--all")[0] == 2
+    assert mech("check", "somewhere/else", "--all")[0] == 2
 
 
 def test_the_table_of_the_readme_is_the_one_the_code_makes(mech):
-    assert mech()[1].strip() == family_table()
+    assert mech("check")[1].strip() == family_table()
     assert family_table() in README.read_text(encoding="utf-8")

@@ -1,27 +1,8 @@
 """The command line: help at once, errors in three lines, numbers as JSON."""
 
 import json
-import sys
 
 import pytest
-
-from mech import cli
-
-
-@pytest.fixture
-def mech(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mech", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize("words", [["--help"], ["study", "--help"], ["rank", "--help"], ["ablate", "--help"]])
@@ -36,6 +17,8 @@ def test_help_is_printed(mech, words):
     ("words", "says"),
     [
         (["rank", "-d", "grounds"], "use 'grounding'"),
+        (["rank", "--score", "ram,rma"], "use 'ram'"),
+        (["rank", "--samples", "4", "--top", "49", "-q"], "1 to 48"),
         (["rank", "-m", "reference:lava-s"], "use 'reference:llava-s'"),
         (["rank", "--out", "/nowhere/at/all.json"], "cannot be written"),
         (["ablate", "--to", "men"], "use 'mean'"),
@@ -66,6 +49,19 @@ def test_rank_prints_a_table_or_json_and_writes_the_ranking(mech, tmp_path):
     assert code == 0 and err == ""
     assert json.loads(out) == json.loads(path.read_text())
     assert len(json.loads(out)["heads"]) == 48
+
+
+def test_rank_by_several_scores_prints_and_writes_how_far_they_agree(mech, tmp_path):
+    words = ["rank", "--samples", "6", "--top", "3", "--score", "ram, vera"]
+    code, out, _ = mech(*words, "-q")
+    assert code == 0 and "share of visual attention mass" in out
+    assert "Rank correlation" in out and "Jaccard of the top 3, by chance" in out
+    path = tmp_path / "scores.json"
+    code, out, _ = mech(*words, "--json", "--out", str(path))
+    found = json.loads(out)
+    assert found == json.loads(path.read_text()) and list(found["rankings"]) == ["ram", "vera"]
+    assert found["agreement"]["scores"] == ["ram", "vera"] and found["agreement"]["spearman"][0][0] == 1
+    assert found["agreement"]["jaccard_low"][0][1] <= found["agreement"]["jaccard_high"][0][1]
 
 
 def test_a_study_prints_its_findings_or_the_summary(mech, tmp_path):

@@ -1,4 +1,7 @@
-"""What an observer of attention is given: exact rows, the layer's true mask, and the power to replace z."""
+"""What an observer of attention is given: exact rows, the layer's true mask, and the power to replace z.
+
+That edits act in every step of a generation as in one forward over all of it is for ``test_check.py``.
+"""
 
 import pytest
 import torch
@@ -151,32 +154,6 @@ def test_hooks_and_observers_act_in_every_step_of_generate(family):
     with model.hooks([("blocks.1.attn.hook_z", lambda z, hook: zero_heads(z))]):
         hooked = model.generate(batch, max_new_tokens=6)
     assert torch.equal(attended, hooked) and not torch.equal(hooked, free)
-    # The same tokens one forward at a time, without a cache: the hook acted at every earlier position as well.
-    row = {key: value for key, value in tensors(family, ROWS[:1]).items()}
-    with model.hooks([("blocks.1.attn.hook_z", lambda z, hook: zero_heads(z))]), torch.no_grad():
-        cached = model.generate(row, max_new_tokens=4)[0].tolist()
-        for expected in cached:
-            token = model(row)[0, -1].argmax()
-            assert int(token) == expected
-            row["input_ids"] = torch.cat((row["input_ids"], token.view(1, 1)), 1)
-            row["attention_mask"] = torch.ones_like(row["input_ids"])
-            if "mm_token_type_ids" in row:
-                row["mm_token_type_ids"] = torch.nn.functional.pad(row["mm_token_type_ids"], (0, 1))
-
-
-def test_pattern_hooks_act_in_generate_with_growing_keys(family):
-    model, batch = HookedMLLM.from_hf(tiny.model(family)), tensors(family, ROWS)
-    shapes = []
-
-    def look_only_at_the_last_key(pattern, hook):
-        shapes.append(tuple(pattern.shape[-2:]))
-        return torch.nn.functional.one_hot(torch.tensor(pattern.shape[-1] - 1), pattern.shape[-1]).expand_as(pattern)
-
-    with model.hooks([("blocks.1.attn.hook_pattern", look_only_at_the_last_key)]):
-        tokens = model.generate(batch, max_new_tokens=4)
-    length = batch["input_ids"].shape[1]
-    assert shapes == [(length, length)] + [(1, length + step) for step in range(1, 4)]
-    assert not torch.equal(tokens, model.generate(batch, max_new_tokens=4))
 
 
 def test_the_vision_stack_can_be_observed_and_changed(family):

@@ -246,11 +246,18 @@ def test_weights_in_another_format_are_not_opened(folder):
         HookedMLLM.from_pretrained(folder)
 
 
-def test_a_checkpoint_without_all_parameters_is_not_filled_with_random_ones(folder):
+@pytest.mark.parametrize(
+    "size, more, message",
+    [
+        ("num_hidden_layers", 1, r"no weights for 9 parameters, first 'model\.language_model\.layers\.3"),
+        ("intermediate_size", 8, r"weights of .* cannot be opened"),
+    ],
+)
+def test_weights_that_are_absent_or_of_other_shapes_are_not_filled_with_random_ones(folder, size, more, message):
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] += 1
+    config["text_config"][size] += more
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match=r"no weights for 9 parameters, first 'model\.language_model\.layers\.3"):
+    with pytest.raises(UnsupportedModel, match=message):
         HookedMLLM.from_pretrained(folder)
 
 
@@ -278,14 +285,6 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch):
     with pytest.raises(UnsupportedModel, match="We couldn't connect to the hub") as error:
         HookedMLLM.from_pretrained("owner/model")
     assert "check the name and the network" in str(error.value)
-
-
-def test_weights_of_other_shapes_than_the_config_says(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["intermediate_size"] += 8
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match=r"weights of .* cannot be opened"):
-        HookedMLLM.from_pretrained(folder)
 
 
 def test_quantization_is_refused_where_it_cannot_be(folder, monkeypatch):

@@ -1,4 +1,7 @@
-"""The model makes its own inputs: question, images or video in; logits, tokens and text out."""
+"""The model makes its own inputs: samples, answers and video in, tokens and text out.
+
+That a row gives alone what it gives in a batch, in every family, is for ``test_check.py``.
+"""
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from mech.data.samples import Sample
 from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
 
-FAMILIES = ["llava", "llava_pixtral", "internvl", "gemma3", "idefics3", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["llava", "gemma3", "qwen2_5_vl"]
 
 
 def wrapped(family):
@@ -15,7 +18,7 @@ def wrapped(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sample_runs_alone_and_in_a_batch(family):
+def test_a_sample_is_continued_alone_as_in_a_batch(family):
     model = wrapped(family)
     samples = [
         Sample("What is this?", "four", images=(tiny_processors.noise(48, 48),)),
@@ -24,15 +27,9 @@ def test_a_sample_runs_alone_and_in_a_batch(family):
     rows = [model.inputs_of(sample) for sample in samples]
     batch = model.collate(rows)
     assert len(batch) == 2 and batch.tensors["input_ids"].shape[0] == 2
-    with torch.no_grad():
-        together = model(batch)
-        for index, row in enumerate(rows):
-            alone, cache = model.run_with_cache(row, names_filter="projector.hook_out")
-            torch.testing.assert_close(together[index, -alone.shape[1] :], alone[0], atol=1e-5, rtol=1e-4)
-            assert len(cache["projector.hook_out"]) == len(row.layout.positions("image"))
     tokens = model.generate(batch, max_new_tokens=3)
     assert tokens.shape == (2, 3)
-    assert torch.equal(tokens[1], model.generate(rows[1], max_new_tokens=3)[0])
+    assert torch.equal(tokens[0], model.generate(rows[0], max_new_tokens=3)[0])  # the shorter row, padded there
     texts = model.generate_text(batch, max_new_tokens=3)
     assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
 

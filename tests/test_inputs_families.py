@@ -232,23 +232,18 @@ def test_the_inputs_are_those_of_the_hugging_face_processor(monkeypatch, name, s
         assert torch.equal(value.double(), torch.as_tensor(theirs[key]).double()), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_its_rows(name):
-    """Rows of other sizes and numbers of pictures, and of none, stand beside one another."""
-    processor, model = tiny_processors.processor(name), tiny.model(name)
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+def test_the_layouts_of_a_batch_are_those_of_its_rows(name):
+    """That the logits are is for ``test_check.py``."""
+    processor = tiny_processors.processor(name)
     rows = [
         build(processor, QUESTION, images=[tiny_processors.noise(*size, seed=k) for k, size in enumerate(sizes)])
-        for sizes in ([(50, 21)], [(16, 16), (19, 40)], [], [(3, 2)])
+        for sizes in ([(50, 21)], [(16, 16), (19, 40)], [], [(3, 3)])
     ]
     batch = collate(rows, processor.pad_token_id)
-    with torch.no_grad():
-        together = model(**batch.tensors).logits
-        for one, row in zip(together, rows, strict=True):
-            alone = model(**row.tensors).logits[0]
-            torch.testing.assert_close(one[-len(alone) :], alone, atol=1e-4, rtol=1e-4)
-    for row, layout in enumerate(batch.layouts):
-        pad = len(layout) - len(rows[row].layout)
-        assert (layout.view[pad:] == rows[row].layout.view).all() and (layout.view[:pad] == -1).all()
+    for row, layout in zip(rows, batch.layouts, strict=True):
+        pad = len(layout) - len(row.layout)
+        assert (layout.view[pad:] == row.layout.view).all() and (layout.view[:pad] == -1).all()
 
 
 @pytest.mark.parametrize("size", [(50, 21), (19, 61), (97, 83)])

@@ -8,7 +8,7 @@ import torch
 
 from mech.data.haystacks import haystacks
 from mech.data.regions import Box
-from mech.errors import ExperimentError, PointError
+from mech.errors import ExperimentError, InputError, PointError
 from mech.experiments.metrics import KL, LogitDiff, LogProb, Probability, Rank
 from mech.experiments.patching import activation_patching
 from mech.experiments.patching_plan import POINTS

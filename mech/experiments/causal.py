@@ -50,9 +50,9 @@ from mech.model.kept import NotResumable
 from mech.results import load, provenance, save
 
 QUADRANTS = ("looks and matters", "looks, does not matter", "matters, does not look", "neither")
-LOOKS = 2.0  # a head looks if its RAM is this many times what even attention gives
+LOOKS = 1.25  # a head looks if its RAM is this many times what even attention gives, and surely above that
 HALF, BACK = 0.5, 0.9  # of the gap: lost by the smallest set, and recovered by it
-CANDIDATES = 24  # heads among which the greedy search chooses
+CANDIDATES = 16  # heads among which the greedy search chooses
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,9 +77,10 @@ def causal_report(
 
     ``lost = (clean - noised) / gap``, ``recovered = (denoised - corrupted) / gap`` with ``gap`` the mean over samples
     of clean minus corrupted; ``direct`` is ``lost`` when only the final norm sees the head's change, ``mediated`` the
-    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *looks* if its RAM is at least twice
-    what even attention would give; it *matters* if ``lost`` or ``recovered`` is at least ``threshold`` and differs from
-    0 (sign-flip test over samples, Benjamini-Hochberg over all heads and both directions).
+    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *looks* if its RAM is at least 1.25
+    times what even attention would give, and its interval above that; it *matters* if ``lost`` or ``recovered`` is at
+    least ``threshold`` and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all heads and both
+    directions).
 
     Sign: positive if the answer needs it. Unit: share of the gap in logit difference.
 
@@ -228,9 +229,48 @@ class CausalReport:
             share = HALF if what == "lost" else BACK
             found = ", ".join(f"{size or 'none tried'} ({order})" for order, size in sizes.items())
             said.append(f"Smallest set with {share:.0%} {what}: {found}.")
-        said += [describe(self, path) for path in self.paths.values()]
+        said += [self.describe(path) for path in self.paths.values()]
         said += [f"{head} stands in for {other}." for head, other in self.stand_ins.items()]
         return said
+
+    def describe(self, path: HeadPath) -> str:
+        """One head in a sentence: where it looks, what it is worth, and the way its effect takes."""
+        one = self.heads.sel(layer=path.layer, head=path.head)
+        lost, low, high = (100 * float(one[name]) + 0.0 for name in ("lost", "lost_low", "lost_high"))
+        text = (
+            f"L{path.layer}H{path.head} (RAM {float(one['ram']):.2f}, rank {int(one['ram_rank'])} of "
+            f"{self.heads['ram'].size}): noised, {lost:.0f}% [{low:.0f}, {high:.0f}] of the gap is lost; alone it "
+            f"brings {float(one['recovered']):.0%} back. It acts {path.carrier}"
+        )
+        if not any(abs(effect) >= self.dataset.attrs["threshold"] for effect in path.acts.values()):
+            return text + "."
+        read = max(path.reads, key=lambda region: path.reads[region], default="")
+        reading = f", where it reads the {PLACES[read]} ({path.reads[read]:.0%} of its attention)" if read else ""
+        return f"{text}, from the {PLACES[path.where]}{reading}."
+
+    def facts(self) -> dict[str, Any]:
+        """What a study's summary holds of it, in plain numbers."""
+        heads, attrs = self.heads, self.dataset.attrs
+        together, size = self.sets["set_lost"].sel(order="effect"), self.smallest["lost"]["effect"]
+        size = size or int(self.sets["size"][-1])
+        worth = bootstrap_interval(together.sel(size=size).values).as_dict()
+        alone = float(self.sets["set_singles"].sel(order="effect", size=size))
+        return {
+            "n_test": self.dataset.sizes["example"],
+            "quadrants": {name: [list(head) for head in self.quadrant(name)] for name in QUADRANTS},
+            "necessary_blind": [
+                list(h) for h in self.quadrant(QUADRANTS[2]) if bool(heads["necessary"].sel(layer=h.layer, head=h.head))
+            ],
+            "agreement": self.agreement,
+            "smallest": self.smallest,
+            "set": {"size": size, "heads": [list(h) for h in self.members("effect", size)], "together": worth,
+                    "alone": alone},
+            "even": float(self.dataset["even"]),
+            "threshold": attrs["threshold"],
+            "stand_ins": [[list(head), list(other)] for head, other in self.stand_ins.items()],
+            "paths": [{"head": list(at), "carrier": path.carrier, "text": self.describe(path)}
+                      for at, path in self.paths.items()],
+        }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write the dataset (netCDF)."""
@@ -243,22 +283,6 @@ class CausalReport:
 
     def __repr__(self) -> str:
         return f"CausalReport({self.sentences()[0]})"
-
-
-def describe(report: CausalReport, path: HeadPath) -> str:
-    """One head in a sentence: where it looks, what it is worth, and the way its effect takes."""
-    one = report.heads.sel(layer=path.layer, head=path.head)
-    lost, low, high = (float(one[name]) for name in ("lost", "lost_low", "lost_high"))
-    text = (
-        f"L{path.layer}H{path.head} (RAM {float(one['ram']):.2f}, rank {int(one['ram_rank'])} of "
-        f"{report.heads['ram'].size}): noised, {lost:.0%} [{low:.0%}, {high:.0%}] of the gap is lost, "
-        f"{path.direct:.0%} directly; alone it brings {float(one['recovered']):.0%} back. It acts {path.carrier}"
-    )
-    if not any(abs(effect) >= report.dataset.attrs["threshold"] for effect in path.acts.values()):
-        return text + "."
-    read = max(path.reads, key=lambda region: path.reads[region], default="")
-    reading = f", where it reads the {PLACES[read]} ({path.reads[read]:.2f} of its attention)" if read else ""
-    return f"{text}, from the {PLACES[path.where]}{reading}."
 
 
 PLACES = {"last": "last token", "evidence": "evidence", "picture": "rest of the picture", "question": "question",
@@ -328,7 +352,8 @@ def _heads(
     found["sufficient"] = shown["recovered"] & (found["recovered"] > 0)
     found["hinders"] = (shown["lost"] & (found["lost"] < 0)) | (shown["recovered"] & (found["recovered"] < 0))
     null = _even(runs)
-    looks, matters = ranking.mean >= LOOKS * null, shown["lost"] | shown["recovered"]
+    low = ranking.mean if ranking.per_example is None else bootstrap_interval(ranking.per_example, seed=seed).low
+    looks, matters = (ranking.mean >= LOOKS * null) & (low > null), shown["lost"] | shown["recovered"]
     found["quadrant"] = np.select([looks & matters, looks, matters], QUADRANTS[:3], QUADRANTS[3])
     coords = {"layer": list(ranking.layers), "head": np.arange(ranking.n_heads)}
     data = {name: (("layer", "head"), values) for name, values in found.items()}

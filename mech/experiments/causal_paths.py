@@ -70,12 +70,16 @@ class HeadPath:
     def carrier(self) -> str:
         """The largest part of the way, in words."""
         if not self.through or abs(self.direct) >= abs(self.through[0].effect):
-            return "directly to the logits"
+            # What is lost on no named way went along many, each too small to be named.
+            small = abs(self.direct) < 0.5 * abs(sum(self.acts.values())) and not self.through
+            return "along many paths, none of them large" if small else "directly to the logits"
         leg = self.through[0]
         if not leg.inputs:
             return f"through {leg}"
         best = max(leg.inputs, key=lambda name: abs(leg.inputs[name]))
-        return f"through the {INPUTS[best]} of {leg}"
+        more = len(self.through) - 1
+        others = f" and {more} other{'s' * (more > 1)}" if more else ""
+        return f"through the {INPUTS[best]} of {leg}{others}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

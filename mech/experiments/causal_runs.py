@@ -1,9 +1,9 @@
 """Clean and corrupted runs of some samples, kept so that any set of heads can be exchanged between them.
 
     runs = Runs.of(model, samples)
-    runs.lost([(3, 1), (3, 4)])          # share of the gap each sample loses when these heads say what they say corrupted
-    runs.recovered([(3, 1)])             # share it gets back when they say what they say clean, all else corrupted
-    runs.direct()                        # [example layer head]: what each head loses along its direct path to the logits
+    runs.lost([(3, 1), (3, 4)])     # share of the gap each sample loses when these heads say what they say corrupted
+    runs.recovered([(3, 1)])        # share it gets back when they say what they say clean, all else corrupted
+    runs.direct()                   # [example layer head]: what each head loses along its direct path to the logits
 
 Shares are of the *mean* gap between the two runs, so that a sample the model cannot tell apart neither counts more than
 others nor divides by nothing. Pictures are read once; z of both runs is held in memory.
@@ -208,9 +208,7 @@ def _observed(model: HookedMLLM, batch: Batch, side: int) -> tuple[Cache, np.nda
     return cache, score(model, batch, side, watched(cache, points(model)))
 
 
-def _straight(
-    row: Continuation, other: Cache, example: int, reading: Reading
-) -> Float[np.ndarray, "layer component"]:
+def _straight(row: Continuation, other: Cache, example: int, reading: Reading) -> Float[np.ndarray, "layer component"]:
     """The metric when one component's change reaches the final norm and nothing else: every head, then the MLP."""
     model, rows = row.model, row.reads
     last = row.stream(len(row))[rows]
@@ -261,4 +259,3 @@ def _fork(model: HookedMLLM, answer: str, other: str) -> int:
     """After how many common tokens two answers part."""
     ids = zip(model.processor.answer_ids(answer), model.processor.answer_ids(other), strict=False)
     return next((i for i, (a, b) in enumerate(ids) if a != b), 0)
-

@@ -22,7 +22,7 @@ def greedy(
     runs: Runs,
     candidates: Sequence[Head],
     share: float = 0.5,
-    steps: int = 6,
+    steps: int = 5,
     tie: Callable[[Head], float] = lambda head: 0.0,
 ) -> list[Head]:
     """Heads one after the other, each the one whose noising costs most when those before are noised already.
@@ -42,8 +42,8 @@ def greedy(
 
 
 def sizes_of(n: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... up to half of ``n``."""
-    steps = sorted({1, *(2**i for i in range(1, 12)), *(3 * 2**i for i in range(11))})
+    """1, 2, 3, 4, 6, 8, 16, 32, ... up to half of ``n``."""
+    steps = sorted({1, 3, 6, *(2**i for i in range(1, 12))})
     return [size for size in steps if size <= max(1, n // 2)]
 
 

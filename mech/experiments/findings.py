@@ -22,7 +22,7 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
     for model, facts in summary["models"].items():
         for domain, numbers in facts["domains"].items():
             n_heads = facts["n_layers"] * facts["n_heads"]
-            for rule in (_concentration, _weak, _necessity, _redundancy, _halving, _low_ranked, _methods):
+            for rule in (_concentration, _weak, _necessity, _redundancy, _halving, _low_ranked, _methods, *CAUSAL):
                 said += [_finding(model, domain, *one) for one in rule(numbers, n_heads)]
         said += [_finding(model, None, *one) for one in _domains(facts)]
     said += [_finding(None, None, *one) for one in _scales(summary)]
@@ -72,6 +72,13 @@ KINDS = {
     "low": "Low-ranked heads matter too",
     "random": "Random heads are no harmless control",
     "methods": "The method of ablation decides how much the same heads matter",
+    "blind": "Heads that do not look at the evidence are necessary",
+    "idle": "Most heads that look at the evidence do not matter",
+    "order": "RAM does not order heads by their causal effect",
+    "ordered": "RAM orders heads by their causal effect",
+    "repair": "Heads repair each other: together they are worth more than the sum of what they are worth alone",
+    "stand-in": "A head stands in for another that is lost",
+    "carried": "Half of the answer hangs on a twentieth of the heads or less",
     "concentrated": "A quarter of the heads or less holds half of all retrieval attention mass",
     "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",
     "weak": "The model is too weak for ablation to show anything",
@@ -211,6 +218,101 @@ def _methods(numbers: Mapping[str, Any], n_heads: int) -> Said:
             f"{least} ablation {_points(drops[least])}."
         )
         yield "methods", text, False
+
+
+def _causal(numbers: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What patching found; nothing where it could not be asked or the model is too weak."""
+    found = numbers.get("causal")
+    return found if found and "quadrants" in found and not _too_weak(numbers) else None
+
+
+def _blind(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found or not found["necessary_blind"]:
+        return
+    blind, worst = found["necessary_blind"], [path["text"] for path in found["paths"]
+                                              if path["head"] in found["necessary_blind"]]  # fmt: skip
+    text = (
+        f"{_are(len(blind), 'head')} necessary without looking at the evidence (RAM not reliably above what even attention "
+        f"gives): {_names(blind)}. {' '.join(worst[:2])}"
+    )
+    yield "blind", text.strip(), True
+
+
+def _idle(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    both, idle = (found["quadrants"][name] for name in ("looks and matters", "looks, does not matter"))
+    if len(idle) > len(both):
+        text = (
+            f"Of {len(both) + len(idle)} heads that look at the evidence, {len(idle)} change the answer by less than "
+            f"{found['threshold']:.0%} of the gap, or not surely, when they are patched one by one."
+        )
+        yield "idle", text, True
+
+
+def _order(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found or found["agreement"]["mean"] is None:
+        return
+    mean, low, high = (found["agreement"][name] for name in ("mean", "low", "high"))
+    against = high < 0.5
+    if not against and low < 0.5:
+        return
+    text = (
+        "RAM and causal effect (the share of the answer lost when a head is patched from the counterfactual) correlate "
+        f"over all heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}]."
+    )
+    yield "order" if against else "ordered", text, against
+
+
+def _repair(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    some, worth = found["set"], found["set"]["together"]
+    if some["size"] > 1 and worth["low"] > some["alone"] + MATTERS:
+        text = (
+            f"{_names(some['heads'])} are worth {some['alone']:.0%} of the gap as a sum of single effects, but lose "
+            f"{worth['mean']:.0%} [{worth['low']:.0%}, {worth['high']:.0%}] together: one by one, others repair it."
+        )
+        yield "repair", text, False
+    for head, other in found["stand_ins"]:
+        yield (
+            "stand-in",
+            f"{_names([head])} stands in for {_names([other])}: it says more of the answer without it.",
+            False,
+        )
+
+
+def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    size, by_ram = (found["smallest"]["lost"][order] for order in ("effect", "ram"))
+    if size is None or size > max(1, round(TOP * n_heads)):
+        return
+    back = found["smallest"]["recovered"]["effect"]
+    text = (
+        f"{_are(size, 'head', 'carries', 'carry')} half of the answer ({_names(found['set']['heads'])}, found by "
+        f"patching on other samples); by RAM it takes {'more than was tried' if by_ram is None else by_ram}. "
+        f"{'No set that was tried' if back is None else f'{back} restored alone'} "
+        f"bring{'s' if back in (None, 1) else ''} nine tenths of it back."
+    )
+    yield "carried", text, False
+
+
+CAUSAL = (_blind, _idle, _order, _repair, _carried)
+
+
+def _names(heads: list[list[int]]) -> str:
+    shown = [f"L{layer}H{head}" for layer, head in heads[:6]]
+    return ", ".join(shown) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
+
+
+def _are(n: int, noun: str, one: str = "is", many: str = "are") -> str:
+    return f"{n} {noun}{'s' * (n != 1)} {one if n == 1 else many}"
 
 
 def _domains(facts: Mapping[str, Any]) -> Said:

@@ -37,7 +37,7 @@ from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric
 from mech.experiments.patching_plan import Given, Plan, pairs_of, said
 from mech.experiments.paths_plan import Ends, Node, Part, ends_of, frozen_of, mask_of
-from mech.experiments.paths_runs import Walk, literal, norms_of
+from mech.experiments.paths_runs import Walk, literal, norms_of, put
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
@@ -262,6 +262,20 @@ class Pair:
         whole = len(self._rows[0]) * self._rows[0].kept.last.shape[0] * self._rows[0].kept.last.shape[1]
         self.forwards += (sum(row.row_layers for row in self._rows) - before) / whole
         return torch.stack(found)
+
+    @torch.no_grad()
+    def without(self, nodes: Sequence[Node]) -> Float[Tensor, " batch"]:
+        """The share of the gap that is left when all of these put out what they do in the other run."""
+        everywhere = torch.ones(len(self._base), len(self._base.layouts[0]), dtype=torch.bool)
+        hooks = []
+        for node in nodes:
+            values = self._source[node.point]
+            hooks.append(put(node, everywhere, values[:, :, node.index] if node.kind == "head" else values))
+        at = torch.as_tensor(self.plan.reads, device=self.model.device)
+        with self.model.hooks(hooks):
+            found = self.plan.scores(self.model(self._base, logits_to_keep=at), self._clean_logits)
+        self.forwards += 1
+        return (found - self.corrupted) / self.gap
 
     @property
     def gap(self) -> Float[Tensor, " batch"]:

@@ -89,7 +89,8 @@ def ends_of(model: HookedMLLM, what: str, given: Ends) -> dict[str, tuple[Node, 
     if not named or not all(named.values()):
         raise ExperimentError(f"{what}={given!r}", "at least one", f"name a {what.removesuffix('s')}")
     found = {name: tuple(_node(model, what, end) for end in ends) for name, ends in named.items()}
-    model.select([node.point for nodes in found.values() for node in nodes if node.point])
+    if points := [node.point for nodes in found.values() for node in nodes if node.point]:
+        model.select(points)
     if mixed := [
         name for name, nodes in found.items() if len(nodes) > 1 and Node("logits", model.cfg.n_layers) in nodes
     ]:

@@ -304,7 +304,7 @@ def literal(
             elif receiver.nodes[0].kind == "logits":
                 cells.append(read)
             else:
-                with model.hooks([_put(node, receiver.where, seen[node]) for node in receiver.nodes]):
+                with model.hooks([put(node, receiver.where, seen[node]) for node in receiver.nodes]):
                     cells.append(score(base))
                 forwards += 1
         rows.append(torch.stack(cells, 1))
@@ -325,11 +325,11 @@ def _whole_path_hooks(
     hooks += [(name, lambda value, hook, kept=kept: kept) for name, kept in held.items()]
     for node in sender.nodes:
         mine = source[node.point]
-        hooks.append(_put(node, sender.where, mine[:, :, node.index] if node.kind == "head" else mine))
+        hooks.append(put(node, sender.where, mine[:, :, node.index] if node.kind == "head" else mine))
     return hooks
 
 
-def _put(node: Node, where: Tensor, values: Tensor) -> tuple[str, Callable[[Tensor, HookPoint], Tensor]]:
+def put(node: Node, where: Tensor, values: Tensor) -> tuple[str, Callable[[Tensor, HookPoint], Tensor]]:
     """Write values at some positions of every row, for one head where the point has heads."""
 
     def write(value: Tensor, hook: HookPoint) -> Tensor:

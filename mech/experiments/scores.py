@@ -71,8 +71,9 @@ class Score:
             in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens, 0 where a window holds
             none); ``"value_norm"`` (A times the norm of the value, sum over E / sum over all keys); ``"trimmed"``, the
             sum over E without tokens more than two deviations below E's mean; ``"entropy"``, low entropy in space (see
-        ``localization.py``). aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head
-            is among the ``top`` of this example, else 0.
+            ``localization.py``).
+        aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head is among the ``top`` of
+            this example, else 0.
         calibrate: what is subtracted: nothing; the same under ``"null_question"`` ("N/A"); ``"size"``, what attention
             spread evenly over visible keys gives (for a hit: an argmax at random); ``"random"``, the mean of regions of
             the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens. Or
@@ -152,6 +153,17 @@ PUBLISHED: dict[str, Score] = {
     ),
     "vision_mass": Score(on="image", source="the 'vision heads' comparator of arXiv 2606.05843"),
 }
+
+
+def score_called(name: str) -> Score:
+    """A published score by its name.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    if name not in PUBLISHED:
+        raise ExperimentError(f"no score is called {name!r}", ", ".join(PUBLISHED), suggestion(name, PUBLISHED))
+    return PUBLISHED[name]
 
 
 class Pass(NamedTuple):
@@ -270,12 +282,7 @@ def _named(scores: str | Sequence[str] | Mapping[str, Score]) -> dict[str, Score
     names = [scores] if isinstance(scores, str) else list(scores)
     if not names:
         raise ExperimentError("no scores", "at least one", f"choose from {', '.join(PUBLISHED)}")
-    if isinstance(scores, Mapping):
-        return dict(scores)
-    for name in names:
-        if name not in PUBLISHED:
-            raise ExperimentError(f"no score is called {name!r}", ", ".join(PUBLISHED), suggestion(name, PUBLISHED))
-    return {name: PUBLISHED[name] for name in names}
+    return dict(scores) if isinstance(scores, Mapping) else {name: score_called(name) for name in names}
 
 
 def _check(named: Mapping[str, Score], samples: Samples) -> None:

@@ -193,7 +193,8 @@ def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
             raise OutputError(f"{source} cannot be read ({error})", "a JSON file of heads") from error
     try:
         if isinstance(value, Mapping) and "heads" not in value:
-            rows = [(*map(int, name.split("-")), float(np.mean(score))) for name, score in value.items()]
+            named = [(name.split("-"), float(np.mean(score))) for name, score in value.items()]
+            rows = [(int(layer), int(head), score) for (layer, head), score in named]
         else:
             rows = [tuple(row) for row in (value["heads"] if isinstance(value, Mapping) else value)]
         heads = [(Head(int(row[0]), int(row[1])), float(row[2]) if len(row) > 2 else -i) for i, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""Agreement: do two domains, or two sizes of a model, find the same heads?
+"""Agreement: do two scores, two domains, or two sizes of a model, find the same heads?
 
 Matrices are tables, so that they can be read, copied and heard; their shade is mixed by the browser from the colours of
 the page. The depth profile lays models of different size over each other: the share of all RAM in each layer, against
@@ -10,15 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
-from mech.views.page import chart, escape, table
+from mech.views.page import View, chart, escape, table
 
 LINES = ("@top", "@bottom", "@middle", "@matched", "@random", "@accent")
 SYMBOLS = ("diamond", "square", "triangle-up", "circle", "x", "star")
 
 
-def matrix(names: Sequence[str], values: Sequence[Sequence[float]], caption: str, null: Any = None) -> str:
-    """A symmetric matrix as a shaded table; ``null`` is what chance would give, shown small under each value."""
+def matrix(
+    names: Sequence[str], values: Sequence[Sequence[float]], caption: str, null: Any = None, interval: Any = None
+) -> str:
+    """A symmetric matrix as a shaded table.
+
+    Small under each value stand its ``interval`` (low and high, as matrices) and ``null``, what chance would give.
+    """
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     rows = []
     for i, name in enumerate(names):
@@ -31,6 +37,8 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float]], caption: str
             shade = f"--v:{min(abs(value), 1):.2f};--shade:var(--{'minus' if value < 0 else 'plus'})"
             by_chance = null[i][j] if null is not None and i != j else None
             chance = "" if by_chance is None else f"<small>chance {by_chance:.2f}</small>"
+            if interval is not None and i != j:
+                chance = f"<small>{interval[0][i][j]:.2f} to {interval[1][i][j]:.2f}</small>{chance}"
             cells.append(f'<td style="{shade}">{value:.2f}{chance}</td>')
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     return (
@@ -46,6 +54,25 @@ def domain_agreement(agreement: Mapping[str, Any]) -> str:
     spearman = matrix(names, agreement["spearman"], "Spearman correlation of whole RAM maps")
     jaccard = matrix(names, agreement["jaccard"], "Jaccard overlap of the top heads", agreement.get("jaccard_null"))
     return f'<div class="multiples"><div>{spearman}</div><div>{jaccard}</div></div>'
+
+
+def agreement_view(found: xr.Dataset, title: str = "Agreement of rankings") -> View:
+    """What ``mech.agreement`` found: how far scores, domains or seeds name the same heads.
+
+    Args:
+        found: of ``mech.agreement``.
+        title: stands above a saved page.
+    """
+    names = [str(name) for name in found["ranking"].values]
+    parts = []
+    for name, caption, null in (
+        ("spearman", "Spearman correlation of whole maps", None),
+        ("jaccard", f"Jaccard overlap of the top {found.attrs['n_top']} heads", found["jaccard_null"].values),
+    ):
+        between = [found[f"{name}_{end}"].values for end in ("low", "high")] if f"{name}_low" in found else None
+        parts.append(f"<div>{matrix(names, found[name].values, caption, null, between)}</div>")
+    body = f'<h3>{escape(title)}</h3><div class="multiples">{"".join(parts)}</div>'
+    return View(title, body, height=170 + 64 * len(names))
 
 
 def depth_profile(rankings: Mapping[str, Sequence[Sequence[float]]], n_layers: Mapping[str, int]) -> str:

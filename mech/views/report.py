@@ -20,7 +20,7 @@ import xarray as xr
 
 from mech.errors import OutputError
 from mech.results.store import load
-from mech.views import agreement, curves, heatmap, overlay
+from mech.views import agreement, causal, curves, heatmap, overlay
 from mech.views.page import asset, escape, page, table, tabs, write
 
 OVERVIEW_FRACTION = 0.05
@@ -38,6 +38,7 @@ class _Place:
     ram: xr.Dataset
     ablation: xr.Dataset
     looks: xr.Dataset
+    causal: xr.Dataset | None = None  # studies may leave it out
 
 
 def report(study_folder: str | Path) -> Path:
@@ -90,7 +91,8 @@ def _places(study: Path, summary: Mapping[str, Any]) -> list[_Place]:
         for domain, facts in of_model.get("domains", {}).items():
             folder = _folder(study, model, domain)
             parts = {kind: _part(folder / f"{kind}.nc") for kind in ("ram", "ablation", "looks")}
-            found.append(_Place(model, domain, facts, folder, **parts))
+            patched = _part(folder / "causal.nc") if "quadrants" in (facts.get("causal") or {}) else None
+            found.append(_Place(model, domain, facts, folder, **parts, causal=patched))
     if not found:
         raise OutputError(f"{study / 'summary.json'} names no domains", "at least one model on one domain", AGAIN)
     return found
@@ -260,6 +262,8 @@ def _domain(place: _Place) -> str:
         "Where they look": overlay.look_articles(place.looks, place.folder),
         "What removing them does": f"{legend}{tabs(panels, 'measure')}{_effects_table(place.facts)}",
     }
+    if place.causal is not None:
+        parts["Does looking mean mattering?"] = causal.causal_card(place.causal, place.facts["causal"])
     return "".join(f'<h3>{title}</h3><div class="card">{part}</div>' for title, part in parts.items())
 
 

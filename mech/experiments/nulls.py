@@ -1,0 +1,145 @@
+"""Are there retrieval heads at all? A test that says no, at the rate it claims, where there can be none.
+
+    found = retrieval_test(model, samples)              # or score="vera", or any Score of the question's rows
+    found["p_value"].sel(layer=3, head=5)               # corrected over all heads
+    found.attrs["heads"]                                # [[layer, head], ...] beyond chance; [] for none
+
+Every ranking has a first head, also that of random weights. A head above its size null is no answer: a random head may
+prefer pictures to text, or near tokens to far ones, and beats even attention by that alone. Nor is a region elsewhere:
+a head that looks at every object, whatever is asked, prefers evidence to background. What makes a head *retrieve* is
+that its attention to the evidence depends on the question that asks for it. So samples are paired, the questions of a
+pair are exchanged, and the two sums are compared; where attention does not follow the question, either is as likely the
+larger.
+
+What it does not say: whether the head is needed (``mech.ablation``), or how strong it is (``mech.rank_heads``).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from mech.axes import HEAD, LAYER
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.heads import Progress
+from mech.experiments.scores import Score, head_scores, score_called
+from mech.model import HookedMLLM
+
+MOST_ENUMERATED = 12  # pairs: 4,096 ways to exchange them
+
+
+def retrieval_test(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    score: str | Score = "ram",
+    *,
+    alpha: float = 0.05,
+    n_permutations: int = 4000,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Which heads look at the evidence *because* it was asked for, corrected over all heads.
+
+    For a pair of samples (1, 2), ``D = s(q1, E1) + s(q2, E2) - s(q2, E1) - s(q1, E2)`` with ``s(q, E)`` the score of a
+    head on evidence E, in E's own picture, under question q. If attention to evidence does not depend on which question
+    is asked, exchanging the questions of a pair changes the sign of D and nothing else: signs are flipped, and the
+    largest ``sum D / sqrt(sum D^2)`` over heads is compared (max-T), so that the probability of naming *any* head where
+    there is none is at most ``alpha``, exactly, whatever the dependence between heads.
+
+    Sign: ``difference`` is positive when the right question makes the head look. Unit: that of the score.
+
+    Args:
+        samples: with evidence, not all asking the same; they are paired at random with one that asks something else.
+        score: a name of ``PUBLISHED`` or a ``Score``, read at the question's rows or the last one, on evidence.
+        alpha: below it a head is named.
+        n_permutations: sign flips drawn beyond 12 pairs; up to there all are enumerated.
+        batch_size: samples per forward.
+        seed: of pairs and flips.
+        progress: called with (samples done, samples in all), for each of the two readings.
+
+    Returns:
+        ``difference`` (mean of D / 2) and ``p_value`` (adjusted, one-sided) over layer, head; ``attrs``: ``heads``
+        named, best first, ``n_pairs``, ``smallest_p``, ``alpha``.
+
+    Raises:
+        ExperimentError: a score that cannot depend on the question so; too few pairs for ``alpha``.
+
+    Cost: two passes of the score.
+
+    References: Westfall & Young 1993 (max-T); Phipson & Smyth 2010, arXiv 1603.05766 (permutation p-values).
+    """
+    one = score if isinstance(score, Score) else score_called(score)
+    if one.queries not in ("question", "last") or one.on != "evidence" or one.aggregate != "mean":
+        raise ExperimentError(
+            f"{one!r}", 'queries="question" or "last", on="evidence", aggregate="mean"', 'use score="ram"'
+        )
+    pairs = question_pairs(samples, seed)
+    smallest = 1 / (2 ** len(pairs) if len(pairs) <= MOST_ENUMERATED else n_permutations + 1)
+    if smallest > alpha:
+        raise ExperimentError(
+            f"{len(pairs)} pairs of samples that ask different things, {n_permutations} permutations",
+            f"a smallest p-value of {alpha} or less, not {smallest:.3g}",
+            "give more samples",
+        )
+    own = [sample for pair in pairs for sample in pair]
+    other = [replace(a, question=b.question) for pair in pairs for a, b in (pair, pair[::-1])]
+    asked, swapped = (
+        head_scores(model, rows, {"score": one}, batch_size=batch_size, seed=seed, progress=progress)["score"]
+        for rows in (own, other)
+    )
+    gain = asked.values - swapped.values
+    difference = gain.reshape(len(pairs), 2, *gain.shape[1:]).sum(axis=1)
+    p_value = max_t(difference.reshape(len(pairs), -1), n_permutations, seed).reshape(difference.shape[1:])
+    mean = difference.mean(axis=0) / 2
+    layers = asked[LAYER].values
+    best = sorted(map(tuple, np.argwhere(p_value <= alpha).tolist()), key=lambda at: (p_value[at], -mean[at]))
+    return xr.Dataset(
+        {"difference": ((LAYER, HEAD), mean), "p_value": ((LAYER, HEAD), p_value)},
+        {LAYER: layers, HEAD: asked[HEAD].values},
+        {
+            "heads": [[int(layers[row]), head] for row, head in best],
+            "n_pairs": len(pairs),
+            "smallest_p": smallest,
+            "alpha": alpha,
+            "model": model.name,
+            "score": one.definition,
+        },
+    )
+
+
+def question_pairs(samples: Samples | Sequence[Sample], seed: int = 0) -> list[tuple[Sample, Sample]]:
+    """Disjoint random pairs of samples that ask different things; what finds no partner is left out."""
+    waiting = list(samples)
+    random.Random(seed).shuffle(waiting)
+    pairs = []
+    while waiting:
+        one = waiting.pop()
+        at = next((i for i, two in enumerate(waiting) if two.question.strip() != one.question.strip()), None)
+        if at is not None:
+            pairs.append((one, waiting.pop(at)))
+    return pairs
+
+
+def max_t(
+    difference: Float[np.ndarray, "pair head"], n_permutations: int = 4000, seed: int = 0
+) -> Float[np.ndarray, " head"]:
+    """One-sided p-values of every head's mean difference under sign flips, adjusted by the largest over heads.
+
+    ``p_h = share of flips f with max_g t_g(f) >= t_h``, the flips that changes nothing included, so that it is never 0.
+    """
+    # A flip leaves the sum of squares as it is, so that t is its own standard error away from nothing.
+    size = np.sqrt((difference**2).sum(axis=0))
+    scaled = np.divide(difference, size, out=np.zeros_like(difference, dtype=float), where=size > 0)
+    n = len(difference)
+    if n <= MOST_ENUMERATED:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        drawn = np.random.default_rng(seed).integers(0, 2, (n_permutations, n))
+        signs = np.concatenate([np.ones((1, n)), 1.0 - 2.0 * drawn])
+    largest = (signs @ scaled).max(axis=1)
+    return (largest[:, None] >= scaled.sum(axis=0) - 1e-9).mean(axis=0)

@@ -1,0 +1,291 @@
+"""Does looking mean mattering? RAM against causal effect, sets of heads, and patching grids.
+
+    view = causal_view(report)             # a ``CausalReport``, or its dataset
+    grid = patching_grid(scores)           # any result of ``activation_patching``
+
+In the scatter every head is a point: to the right it looks at the evidence, above it is necessary. Lines divide it into
+the four quadrants; heads that matter are labelled. Beside it what sets of heads cost together and as the sum of single
+effects: where the two part, heads stand in for one another (or need one another). A patching grid shows the mean effect
+over the examples, colours centred on no effect: 0 when denoising, 1 when noising.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.errors import OutputError
+from mech.views.heatmap import map_height
+from mech.views.intervals import mean_interval
+from mech.views.page import View, chart, escape, table, tabs
+
+QUADRANTS = {
+    "looks and matters": ("@top", "diamond"),
+    "looks, does not matter": ("@bottom", "square"),
+    "matters, does not look": ("@matched", "triangle-up"),
+    "neither": ("@random", "circle"),
+}
+LABELLED = 8  # heads with their name beside them
+ORDERS = {
+    "effect": ("greedy, by effect", "@top", "solid"),
+    "ram": ("by RAM", "@bottom", "dash"),
+    "random": ("random", "@random", "dot"),
+}
+
+
+def causal_view(result: Any, title: str = "Does looking mean mattering?") -> View:
+    """RAM against causal effect, self-repair and the curves of sets.
+
+    Args:
+        result: a ``CausalReport`` or its dataset.
+        title: stands above a saved page.
+    """
+    return View(title, f"<h3>{escape(title)}</h3>{causal_card(getattr(result, 'dataset', result))}", height=900)
+
+
+def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str:
+    """The pictures of one report; ``facts`` are those of the summary and add its sentences and its table."""
+    even = float(data["even"])
+    caption = (
+        f"Every point is a head, means over {data.sizes['example']} test samples with 95% intervals; labelled: the "
+        f"largest effects. Dotted: what even attention would give ({even:.3f}) and the smallest effect that counts "
+        f"({float(data.attrs['threshold']):.0%})."
+    )
+    parts = [
+        f'<div class="split"><figure>{_scatter(data)}<figcaption>{caption}</figcaption></figure><figure>'
+        f"{_repair(data)}<figcaption>The first heads of the greedy order: what they cost together, and the sum of "
+        "what each costs alone. Where the bars differ, single effects mislead.</figcaption></figure></div>"
+    ]
+    curves = {
+        "without them (noising)": _curves(data, "set_lost", "share of the answer lost"),
+        "with only them (denoising)": _curves(data, "set_recovered", "share of the answer brought back"),
+    }
+    parts.append(tabs(curves, "direction"))
+    if facts:
+        parts.append(_smallest(facts))
+        if paths := facts["paths"]:
+            parts.append("<ul>" + "".join(f"<li>{escape(path['text'])}</li>" for path in paths) + "</ul>")
+    return "".join(parts)
+
+
+def patching_grid(result: xr.Dataset, title: str = "") -> View:
+    """The mean effect of every cell of a sweep over two axes (or one).
+
+    Args:
+        result: what ``activation_patching`` returned.
+        title: stands above a saved page.
+
+    Raises:
+        OutputError: a sweep over three axes.
+    """
+    effect = result["effect"]
+    axes = [str(dim) for dim in effect.dims if dim != "example"]
+    if not 1 <= len(axes) <= 2:
+        raise OutputError(f"a sweep over {axes}", "one or two axes", "choose one value: result.sel(layer=3)")
+    mean, low, high = mean_interval(effect.values.reshape(effect.shape[0], *effect.shape[1:]))
+    if len(axes) == 1:
+        mean, low, high = mean[None], low[None], high[None]
+    rows = [""] if len(axes) == 1 else [str(value) for value in effect[axes[0]].values]
+    columns = [escape(str(value)) for value in effect[axes[-1]].values]
+    attrs = result.attrs
+    start = 1.0 if attrs.get("direction") == "noise" else 0.0
+    reach = max(float(np.nanmax(np.abs(mean - start))) if np.isfinite(mean).any() else 0.0, 1e-9)
+    row_axis = axes[0] if len(axes) == 2 else ""
+    text = [
+        [
+            f"<b>{escape(row_axis)} {escape(row)}, {escape(axes[-1])} {column}</b><br>effect {mean[i, j]:.3f}"
+            + (f" [{low[i, j]:.3f}, {high[i, j]:.3f}]" if np.isfinite(low[i, j]) else "")
+            for j, column in enumerate(columns)
+        ]
+        for i, row in enumerate(rows)
+    ]
+    heat = {
+        "type": "heatmap",
+        "z": mean,
+        "zmin": start - reach,
+        "zmax": start + reach,
+        "colorscale": "@diverging",
+        "text": text,
+        "hovertemplate": "%{text}<extra></extra>",
+        "xgap": 1,
+        "ygap": 1,
+        "x": columns if axes[-1] == "region" else effect[axes[-1]].values,
+        "colorbar": {
+            "title": {"text": "share of the gap (0 corrupted, 1 clean)", "side": "right", "font": {"size": 13}},
+            "thickness": 12,
+            "outlinewidth": 0,
+        },
+    }
+    layout = {
+        "xaxis": {"title": axes[-1], "showgrid": False, "zeroline": False},
+        "yaxis": {"title": row_axis, "showgrid": False, "zeroline": False, "showticklabels": len(axes) == 2},
+    }
+    what = " · ".join(
+        escape(str(attrs[name])) for name in ("model", "point", "positions", "direction") if name in attrs
+    )
+    title = title or "Activation patching"
+    drawn = chart([heat], layout, height=map_height(len(rows)), label=f"Effect of patching by {' and '.join(axes)}")
+    words = {"denoise": "0: nothing comes back; 1: the whole answer does.", "noise": "1: nothing is lost; 0: all is."}
+    note = words.get(str(attrs.get("direction")), "")
+    body = f"<h3>{escape(title)}</h3><p class=soft>{what}. {note}</p>{drawn}"
+    return View(title, body, height=map_height(len(rows)) + 140)
+
+
+def _scatter(data: xr.Dataset) -> str:
+    ram, lost = data["ram"].values, data["lost"].values
+    low, high, kind = data["lost_low"].values, data["lost_high"].values, data["quadrant"].values
+    layers = data["layer"].values
+    best = np.argsort(-np.abs(lost), axis=None)[:LABELLED]
+    labelled = np.zeros(lost.shape, dtype=bool)
+    labelled.ravel()[best] = True
+    traces = []
+    for name, (colour, symbol) in QUADRANTS.items():
+        at = np.argwhere(kind == name)
+        if not len(at):
+            continue
+        names = [f"L{layers[i]}H{j}" for i, j in at]
+        where = tuple(at.T)
+        hover = [
+            f"<b>{head}</b>, {name}<br>RAM {r:.3f} (rank {rank})<br>lost {m:.1%} [{a:.1%}, {b:.1%}]<br>"
+            f"brought back {back:.1%}"
+            for head, r, rank, m, a, b, back in zip(
+                names,
+                ram[where],
+                data["ram_rank"].values[where],
+                lost[where],
+                low[where],
+                high[where],
+                data["recovered"].values[where],
+                strict=True,
+            )
+        ]
+        shown = [head if labelled[tuple(i)] and name != "neither" else "" for head, i in zip(names, at, strict=True)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers+text",
+                "name": name,
+                "x": ram[where],
+                "y": lost[where],
+                "text": shown,
+                "textposition": "middle right",
+                "textfont": {"size": 12},
+                "hovertext": hover,
+                "hovertemplate": "%{hovertext}<extra></extra>",
+                "marker": {"color": colour, "symbol": symbol, "size": 8},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": high[where] - lost[where],
+                    "arrayminus": lost[where] - low[where],
+                    "color": colour,
+                    "thickness": 1,
+                    "width": 0,
+                },
+            }
+        )
+    line = {"color": "@soft", "width": 1, "dash": "dot"}
+    even, least = float(data["even"]), float(data.attrs["threshold"])
+    layout = {
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
+        "margin": {"l": 8, "r": 8, "t": 60, "b": 8},
+        "xaxis": {"title": "RAM (attention mass on the evidence)", "rangemode": "tozero"},
+        "yaxis": {"title": "necessity (share of the gap lost)", "tickformat": ".0%"},
+        "shapes": [
+            {"type": "line", "x0": even, "x1": even, "y0": 0, "y1": 1, "yref": "paper", "line": line},
+            {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": least, "y1": least, "line": line},
+        ],
+    }
+    return chart(traces, layout, height=420, label="RAM of every head against what is lost when it is noised")
+
+
+def _repair(data: xr.Dataset) -> str:
+    sets = data.sel(order="effect")
+    sizes = [str(size) for size in sets["size"].values]
+    mean, low, high = mean_interval(sets["set_lost"].transpose("example", "size").values)
+    bars = [
+        {
+            "type": "bar",
+            "name": "together",
+            "x": sizes,
+            "y": mean,
+            "marker": {"color": "@top"},
+            "error_y": {
+                "type": "data",
+                "symmetric": False,
+                "array": high - mean,
+                "arrayminus": mean - low,
+                "thickness": 1,
+            },
+            "hovertemplate": "%{x} heads together: %{y:.1%}<extra></extra>",
+        },
+        {
+            "type": "bar",
+            "name": "sum of single effects",
+            "x": sizes,
+            "y": sets["set_singles"].values,
+            "marker": {"color": "@random"},
+            "hovertemplate": "%{x} heads, summed: %{y:.1%}<extra></extra>",
+        },
+    ]
+    layout = {
+        "barmode": "group",
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
+        "margin": {"l": 8, "r": 8, "t": 60, "b": 8},
+        "xaxis": {"title": "heads", "type": "category"},
+        "yaxis": {"title": "share of the gap lost", "tickformat": ".0%"},
+    }
+    return chart(bars, layout, height=420, label="Effect of sets of heads beside the sum of their single effects")
+
+
+def _curves(data: xr.Dataset, name: str, title: str) -> str:
+    values = data[name].transpose("example", "order", "size").values
+    orders = [str(order).split()[0] for order in data["order"].values]
+    sizes = data["size"].values
+    traces = []
+    for order, (label, colour, dash) in ORDERS.items():
+        chosen = [i for i, one in enumerate(orders) if one == order]
+        if not chosen:
+            continue
+        mean, low, high = mean_interval(values[:, chosen].mean(1))
+        hover = [
+            f"{k} heads, {label}: {m:.1%} [{a:.1%}, {b:.1%}]" for k, m, a, b in zip(sizes, mean, low, high, strict=True)
+        ]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": label,
+                "x": sizes,
+                "y": mean,
+                "hovertext": hover,
+                "hovertemplate": "%{hovertext}<extra></extra>",
+                "line": {"color": colour, "dash": dash, "width": 2},
+                "marker": {"size": 6, "color": colour},
+            }
+        )
+    layout = {
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
+        "margin": {"l": 8, "r": 8, "t": 44, "b": 8},
+        "xaxis": {"title": "heads in the set", "type": "log", "tickvals": sizes, "ticktext": [str(s) for s in sizes]},
+        "yaxis": {"title": title, "tickformat": ".0%"},
+    }
+    return chart(traces, layout, height=300, label=f"{title} against the size of the set")
+
+
+def _smallest(facts: Mapping[str, Any]) -> str:
+    def cell(size: int | None) -> str:
+        return "none tried" if size is None else str(size)
+
+    rows = [
+        [ORDERS[order][0], cell(facts["smallest"]["lost"][order]), cell(facts["smallest"]["recovered"][order])]
+        for order in ORDERS
+        if order in facts["smallest"]["lost"]
+    ]
+    counts = "; ".join(f"{name}: {len(heads)}" for name, heads in facts["quadrants"].items())
+    head = ["heads chosen", "smallest set that loses half", "smallest set that brings 90% back"]
+    return table(head, rows, f"Heads that are {escape(counts)}. The sets were chosen on other samples.")

@@ -1,0 +1,22 @@
+"""What several test files need."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def mech(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+    from mech import cli
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["mech", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
