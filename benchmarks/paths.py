@@ -31,7 +31,7 @@ def main() -> None:
         few = heads[:: 5 * SIZE + 1]
         slow = path_patching(model, clean, corrupted, METRIC, senders=few, method="literal", **options)
         fast = path_patching(model, clean, corrupted, METRIC, senders=few, method="walk", **options)
-        np.testing.assert_allclose(fast.metric, slow.metric, atol=1e-5 * float(abs(slow.metric).max()))
+        np.testing.assert_allclose(fast.metric, slow.metric, atol=1e-5)  # logits are of size 1
         ratios = []
         for _ in range(given.repeats):
             forward = seconds(lambda: model.hf_model(**clean.tensors, use_cache=False, logits_to_keep=1))

@@ -20,7 +20,7 @@ PATCH = (
 )
 PATHS = (
     "[bold]mech paths -m reference:llava-s --freeze attention --freeze mlp[/]  the direct path of every head\n\n"
-    "[bold]mech paths --sender L0H2 --sender mlp.0 --receiver L3H4.v --direction noise[/]"
+    "[bold]mech paths --sender L0H2 --sender mlp.0 --receiver L3K4.v --direction noise[/]"
 )
 Direction = Annotated[str, typer.Option(help="denoise (what is sufficient) or noise (what is necessary).")]
 Shown = Annotated[int, typer.Option(help="How many rows to print.")]
@@ -70,7 +70,7 @@ def paths(
         list[str] | None, typer.Option(help="L0H2, mlp.0 or embed; repeatable. Default: every head.")
     ] = None,
     receiver: Annotated[
-        list[str] | None, typer.Option(help="logits, L3H4.q, L3K4.k, L3K4.v or mlp.3; repeatable.")
+        list[str] | None, typer.Option(help="logits, L3H4.q, L3K4.k, L3K4.v, mlp.3; repeatable.")
     ] = None,
     freeze: Annotated[list[str] | None, typer.Option(help="attention, mlp, norm; repeatable.")] = None,
     direction: Direction = "denoise",
@@ -152,5 +152,5 @@ def _print_effects(found: Any, title: str, target: Path | None, top: int, as_jso
     known = [cell for cell in cells if cell["effect"] == cell["effect"]]
     best = sorted(known, key=lambda cell: -abs(cell["effect"] - none))[:top]
     rows = [(*(str(cell[str(axis)]) for axis in mean.dims), f"{cell['effect']:.3f}") for cell in best]
-    note = f"{title} ({found.sizes['example']} samples; 0 as the counterfactual, 1 as the sample)"
+    note = f"{title} ({found.sizes['example']} sample{'s' * (found.sizes['example'] > 1)}; 0 as the counterfactual, 1 as the sample)"
     print_table(note, (*map(str, mean.dims), "effect"), rows)

@@ -208,7 +208,7 @@ def test_the_direct_path_with_a_frozen_norm_is_logit_attribution(llava):
     _, cache = llava.run_with_cache(corrupted, names_filter=[point, "blocks.2.hook_resid_post"])
     change = (theirs - cache[point][0, -1, 2]) @ llava.blocks[1].attn.W_O[2]
     normed = frozen_norm(llava.norm(3), cache["blocks.2.hook_resid_post"][0, -1:])(change)[0]
-    expected = float(normed @ (llava.W_U[:, 300] - llava.W_U[:, 301]).detach())
+    expected = float((normed @ (llava.W_U[:, 300] - llava.W_U[:, 301])).detach())
     found = path_patching(llava, clean, corrupted, METRIC, senders=[(1, 2)], freeze=("attention", "mlp", "norm"))
     assert float((found.metric - found.corrupted)[0, 0, 0]) == pytest.approx(expected, abs=1e-9)
 
