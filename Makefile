@@ -9,8 +9,9 @@ READY  := $(VENV)/ready
 study: $(READY)
 	$(BIN)/mech study --out study
 
+# Two processes of one thread each; a file stays in one of them, where its models are made once.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check mech tests notebooks benchmarks

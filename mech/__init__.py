@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "Ablate": "mech.interventions",
     "Box": "mech.data.regions",
+    "CausalReport": "mech.experiments.causal",
     "Circuit": "mech.experiments.circuits",
     "Custom": "mech.interventions",
     "Frames": "mech.data.regions",
@@ -52,6 +53,7 @@ _NAMES = {
     "attention_from": "mech.experiments.heads",
     "attention_mass": "mech.experiments.attention_mass",
     "attribution": "mech.experiments.attribution",
+    "causal_report": "mech.experiments.causal",
     "edge_attribution": "mech.experiments.attribution_edges",
     "head_scores": "mech.experiments.scores",
     "haystacks": "mech.data.haystacks",
@@ -90,6 +92,8 @@ if TYPE_CHECKING:
     from mech.experiments.attribution_edges import edge_attribution as edge_attribution
     from mech.experiments.attribution_edges import top_edges as top_edges
     from mech.experiments.attribution_inputs import input_attribution as input_attribution
+    from mech.experiments.causal import CausalReport as CausalReport
+    from mech.experiments.causal import causal_report as causal_report
     from mech.experiments.circuits import Circuit as Circuit
     from mech.experiments.circuits import trace_circuit as trace_circuit
     from mech.experiments.coverage import key_coverage as key_coverage

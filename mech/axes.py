@@ -19,6 +19,7 @@ WORDS = {
     "pos": "a position of the sequence, padding included",
     "position": "one position of the sequence, patched by itself",
     "region": "one set of positions, patched together: a cell of a picture, a box, a word",
+    "receiver_region": "one set of positions at which a receiver reads",
     "query_pos": "the position that looks",
     "key_pos": "the position that is looked at",
     "d_model": "the width of the residual stream",

@@ -152,5 +152,6 @@ def _print_effects(found: Any, title: str, target: Path | None, top: int, as_jso
     known = [cell for cell in cells if cell["effect"] == cell["effect"]]
     best = sorted(known, key=lambda cell: -abs(cell["effect"] - none))[:top]
     rows = [(*(str(cell[str(axis)]) for axis in mean.dims), f"{cell['effect']:.3f}") for cell in best]
-    note = f"{title} ({found.sizes['example']} sample{'s' * (found.sizes['example'] > 1)}; 0 as the counterfactual, 1 as the sample)"
+    n = found.sizes["example"]
+    note = f"{title} ({n} sample{'s' * (n > 1)}; 0 as the counterfactual, 1 as the sample)"
     print_table(note, (*map(str, mean.dims), "effect"), rows)

@@ -11,7 +11,7 @@ from mech.errors import ExperimentError, OutputError
 from mech.experiments.circuits import Circuit, trace_circuit
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.ranking import Ranking
-from mech.reference import planted
+from mech.reference import planted, tiny, tiny_processors
 
 SAMPLES = 10
 
@@ -75,7 +75,9 @@ def test_its_sentences_say_who_does_not_look_and_matters(mover):
 def test_a_circuit_is_faithful_and_half_of_it_is_not(mover):
     _, model, samples, metric, circuit = mover
     np.testing.assert_allclose(circuit.faithfulness(model, samples, metric), 1, atol=1e-3)
-    half = Circuit("m", "logits", "noise", SAMPLES, 1, tuple(e for e in circuit.found if e.receiver == "logits"))
+    half = Circuit(
+        "m", "logits", "noise", SAMPLES, circuit.groups, tuple(e for e in circuit.found if e.receiver == "logits")
+    )
     np.testing.assert_allclose(half.faithfulness(model, samples, metric), 0, atol=1e-3)
 
 
@@ -98,13 +100,24 @@ def test_under_shared_keys_a_path_leads_to_the_heads_that_are_in_it():
     assert circuit.heads == (head,)
 
 
+def test_where_it_cannot_walk_it_is_traced_all_the_same():
+    model = mech.HookedMLLM.from_hf(tiny.model("gemma4").double(), tiny_processors.processor("gemma4"))
+    clean, corrupted = (model.inputs("What is shown?", [tiny_processors.noise(24, 24, seed)]) for seed in (0, 50))
+    options = {"corrupted": corrupted, "alpha": None, "threshold": 0.1, "max_nodes": 2}
+    circuit = trace_circuit(model, clean, LogitDiff(300, 301), **options)
+    assert circuit.edges("logits") and len(circuit.groups) == model.cfg.n_layers
+    assert all(np.isnan(edge.p_value) and edge.low == edge.effect for edge in circuit.found)
+    assert Circuit.from_json(circuit.to_json()).nodes == circuit.nodes
+
+
 def test_what_is_left_out_is_named(mover):
     _, model, samples, metric, circuit = mover
-    short = trace_circuit(model, samples, metric, max_nodes=1)
+    few, options = samples[:2], {"alpha": None}
+    short = trace_circuit(model, few, metric, max_nodes=1, **options)
     assert short.unfollowed == (str(circuit.heads[0]),)
-    none = trace_circuit(model, samples, metric, threshold=5.0)
+    none = trace_circuit(model, few, metric, threshold=5.0, **options)
     assert not none.found and "Nothing" in none.describe()
-    only = trace_circuit(model, samples, metric, heads=[circuit.heads[1]])
+    only = trace_circuit(model, few, metric, heads=[circuit.heads[1]], **options)
     assert only.heads == circuit.heads[1:]
 
 

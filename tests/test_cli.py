@@ -5,7 +5,17 @@ import json
 import pytest
 
 
-@pytest.mark.parametrize("words", [["--help"], ["study", "--help"], ["rank", "--help"], ["ablate", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["study", "--help"],
+        ["rank", "--help"],
+        ["ablate", "--help"],
+        ["patch", "--help"],
+        ["paths", "--help"],
+    ],
+)
 def test_help_is_printed(mech, words):
     code, out, _ = mech(*words)
     assert code == 0 and "Usage" in out
@@ -23,6 +33,9 @@ def test_help_is_printed(mech, words):
         (["rank", "--out", "/nowhere/at/all.json"], "cannot be written"),
         (["ablate", "--to", "men"], "use 'mean'"),
         (["study", "--samples", "2"], "at least 8"),
+        (["patch", "--point", "attn.hook_zz"], "hook_z"),
+        (["patch", "--out", "grid.png"], "ends in .nc or .html"),
+        (["paths", "--samples", "1", "--sender", "L9H2"], "L9H2"),
     ],
 )
 def test_mistakes_end_with_code_2_and_what_to_do(mech, words, says):
@@ -102,3 +115,22 @@ def test_ablate_says_what_each_band_costs(mech, tmp_path):
     found = json.loads(out)
     assert {entry["method"] for entry in found["ablation"]} == {"mean", "zero"}
     assert {entry["band"] for entry in found["ablation"]} == {"top", "bottom", "middle", "random", "layer_matched"}
+
+
+def test_patch_names_the_cells_that_carry_the_answer(mech, tmp_path):
+    code, out, err = mech("patch", "--samples", "1", "--direction", "noise", "--json", "--out", str(tmp_path / "a.nc"))
+    cells = json.loads(out)["cells"]
+    assert code == 0 and err == "" and len(cells) == 48 and (tmp_path / "a.nc").exists()
+    words = ["--point", "hook_resid_pre", "--over", "layer", "--over", "region", "--regions", "image,question"]
+    code, out, _ = mech("patch", "--samples", "1", "-q", *words, "--top", "3", "--out", str(tmp_path / "a.html"))
+    assert code == 0 and len(out.strip().splitlines()) == 5 and "image" in out
+    assert "offline" not in out and (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+    code, out, _ = mech("patch", "--samples", "1", "-q", *words[:-1], "2x2", "--json")
+    assert len(json.loads(out)["cells"]) == 6 * 4
+
+
+def test_paths_names_what_reaches_the_logits(mech):
+    code, out, _ = mech("paths", "--samples", "1", "--top", "2")
+    assert code == 0 and "logits" in out and len(out.strip().splitlines()) == 4
+    code, out, _ = mech("paths", "--samples", "1", "--sender", "L0H2", "--receiver", "L3K4.v", "--json")
+    assert [cell["sender"] for cell in json.loads(out)["cells"]] == ["L0H2"]

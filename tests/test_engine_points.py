@@ -9,6 +9,7 @@ from tensors import FEW, placeholder, tensors
 
 from mech.errors import MechError
 from mech.model import HookedMLLM
+from mech.model.families import layers_of
 from mech.reference import tiny
 
 ROWS = ((2, 5), (1, 3))
@@ -165,6 +166,19 @@ def test_rotated_queries_and_keys_make_the_scores(bench):
     scores, visible = cache["blocks.1.attn.hook_attn_scores"], cache["blocks.1.attn.hook_pattern"] > 0
     expected = torch.einsum("bqhd,bkhd->bhqk", q, k) * tiny.D_HEAD**-0.5
     torch.testing.assert_close(scores[visible], expected[visible], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stack", ["text", "vision"])
+def test_what_an_mlp_puts_out_is_made_of_its_hidden_layer(bench, stack):
+    model, _, _, cache = bench
+    row, prefix = getattr(model.family, stack), f"{'vision.' if stack == 'vision' else ''}blocks.1."
+    block = layers_of(model.hf_model, row)[1]
+    made = block.get_submodule(f"{row.mlp}.{row.down}")(cache[f"{prefix}mlp.hook_post"])
+    if row.mlp_out:
+        made = block.get_submodule(row.mlp_out)(made)
+    if row.mlp_gain:
+        made = made * row.mlp_gain(block)
+    torch.testing.assert_close(cache[f"{prefix}hook_mlp_out"], made, atol=1e-6, rtol=1e-5)
 
 
 def test_the_stream_adds_up_and_what_is_added_between_layers_is_included(bench):

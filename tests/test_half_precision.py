@@ -12,9 +12,9 @@ from mech.reference import tiny, tiny_processors
 
 # Plain, DeepStack and M-RoPE, post-norms and windows.
 CASES = [("llava", torch.bfloat16), ("llava", torch.float16), ("qwen3_vl", torch.bfloat16), ("gemma3", torch.float16)]
-# Cross attention, convolutions, linear attention, a softcap, rows of patches. Not experts: a rounding chooses others.
+# Cross attention, convolutions, linear attention, a softcap. Not experts: where rounding decides, others are chosen.
 OTHERS = [("mllama", torch.bfloat16), ("lfm2_vl", torch.bfloat16), ("qwen3_5", torch.bfloat16),
-          ("paligemma2", torch.float16), ("mistral3", torch.float16)]  # fmt: skip
+          ("paligemma2", torch.float16)]  # fmt: skip
 
 
 def opened(name, dtype):

@@ -55,7 +55,7 @@ def llava():
 
 
 @pytest.mark.parametrize("freeze", FREEZES, ids=str)
-@pytest.mark.parametrize("name", ["llava", "gemma3", "cohere2_vision"])
+@pytest.mark.parametrize("name", ["llava", "gemma3", "cohere2_vision", "qwen3_vl"])
 def test_the_walk_is_whole_forwards(name, freeze):
     model = opened(name)
     found = both_ways(model, *pair(model), METRIC, senders=SENDERS, receivers=RECEIVERS, freeze=freeze)
@@ -76,6 +76,15 @@ def test_several_images_and_grouped_keys(direction):
 def test_in_single_precision():
     model = opened("llava", torch.float32)
     both_ways(model, *pair(model), METRIC, close=1e-5, senders=SENDERS, receivers=RECEIVERS)
+
+
+def test_bf16_within_its_own_rounding():
+    model = opened("llava", torch.bfloat16)
+    walk, slow = (
+        path_patching(model, *pair(model), METRIC, senders=SENDERS, receivers=RECEIVERS, method=method)
+        for method in ("walk", "literal")
+    )
+    assert abs(walk.metric - slow.metric).max() < 0.1 * abs(slow.clean - slow.corrupted).max()
 
 
 def test_regions_of_both_ends(llava):

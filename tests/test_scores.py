@@ -15,9 +15,11 @@ from mech.experiments.heads import retrieval_attention_mass
 from mech.experiments.localization import spatial_entropy
 from mech.experiments.ranking import rank_heads
 from mech.experiments.scores import PUBLISHED, REGION_DRAWS, Pass, Score, head_scores, passes
+from mech.experiments.scores_reading import prepared
 from mech.experiments.selection import elbow_count
 from mech.model import HookedMLLM
 from mech.reference import planted, tiny, tiny_processors
+from mech.results import load, save
 
 # Windows of vision, image tokens that see each other, prefixes, layers without heads, a memory, windows and M-RoPE.
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma", "qwen3_5", "lfm2_vl", "mllama")
@@ -32,6 +34,8 @@ SCORES = {
     "shifted": Score("answer", "mean", calibrate="shifted"),
     "answer/null": Score("answer", calibrate="null_question"),
     "frequency": Score(aggregate="frequency", top=3),
+    "all": Score(aggregate="frequency", top=10**6),
+    "hits/frequency": Score("last", "hit", "frequency", top=3),
 }
 SINKS = {"sinks": Score("last", calibrate="no_sinks"), "hit/sinks": Score(reduce="hit", calibrate="no_sinks")}
 
@@ -148,8 +152,7 @@ def slow(model, sample, score, said):
     if score.calibrate == "null_question":
         found = found - Twin(model, nowhere, text).score(score)
     if score.aggregate == "frequency":
-        order = np.argsort(-found.ravel(), kind="stable")[: score.top]
-        found = np.isin(np.arange(found.size), order).reshape(found.shape).astype(float)
+        found = np.array([[sum(found.ravel() >= value) <= score.top for value in row] for row in found]).astype(float)
     return found
 
 
@@ -182,8 +185,6 @@ def test_random_regions_have_the_size_and_shape_of_the_evidence_and_none_of_its_
     other = head_scores(model, samples, {"random": Score(calibrate="random")}, seed=6)
     np.testing.assert_allclose(found["random"], again["random"], atol=1e-6)
     assert not np.allclose(found["random"], other["random"], atol=1e-4)
-    from mech.experiments.scores_reading import prepared
-
     for i, sample in enumerate(samples):
         row = prepared(model.inputs_of(sample), sample.evidence, REGION_DRAWS, [5, i])
         attention = mech.attention_from(model, row.inputs)[0].numpy()
@@ -194,6 +195,27 @@ def test_random_regions_have_the_size_and_shape_of_the_evidence_and_none_of_its_
         for region in (*row.random, row.shifted):
             assert len(region) == len(row.evidence) and not set(region) & set(row.evidence)
             assert set(region) <= set(row.inputs.layout.positions("image"))
+
+
+def test_regions_elsewhere_stay_in_the_views_of_a_picture_that_is_cut_into_tiles():
+    model = opened("llava_next")
+    row = prepared(model.inputs_of(asked()[0]), asked()[0].evidence, REGION_DRAWS, [0])
+    view = row.inputs.layout.view
+    assert {0, 1} <= set(np.minimum(view[row.evidence], 1))
+    for region in (*row.random, row.shifted):
+        assert not set(region) & set(row.evidence)
+        assert (view[region] == 0).sum() == (view[row.evidence] == 0).sum()
+        assert len(set(region)) == len(row.evidence)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.NAMES if name not in FAMILIES])
+def test_every_family_has_every_score_and_one_ram(name):
+    """The right answer behind the prompt changes nothing that the question's rows see, whatever the mask."""
+    model, samples = opened(name), asked()
+    chosen = {key: score for key, score in PUBLISHED.items() if score.queries != "generated"}
+    found = head_scores(model, samples, {**chosen, "shifted": Score(calibrate="shifted")}, batch_size=2)
+    assert "question + answer" in found.attrs["passes"] and all(np.isfinite(found[key]).all() for key in found)
+    np.testing.assert_allclose(found["ram"], retrieval_attention_mass(model, samples)["ram"], atol=3e-6)
 
 
 def test_ram_is_one_and_the_same_whoever_asks():
@@ -316,3 +338,13 @@ def test_samples_that_cannot_be_scored_are_refused_before_any_forward(monkeypatc
     monkeypatch.setattr(HookedMLLM, "generate_text", lambda self, inputs, **_: [""] * len(inputs))
     with pytest.raises(ExperimentError, match="nothing was generated for 1 samples"):
         head_scores(model, [sample], "retrieval_head")
+
+
+def test_scores_are_saved_and_come_back_with_what_they_mean(tmp_path):
+    model = HookedMLLM.from_pretrained("reference:llava-s")
+    found = head_scores(model, haystacks("grounding", 2), ("ram", "mm_retrieval"))
+    again = load(save(found, tmp_path / "scores.nc"))
+    assert np.array_equal(again["mm_retrieval"].values, found["mm_retrieval"].values)
+    assert again["mm_retrieval"].attrs == found["mm_retrieval"].attrs
+    assert again.attrs["passes"] == found.attrs["passes"] == ["question", "null question"]
+    assert rank_heads(again, "mm_retrieval").heads == rank_heads(found, "mm_retrieval").heads

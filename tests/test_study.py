@@ -16,7 +16,9 @@ from mech.errors import ExperimentError, OutputError, UnsupportedModel
 from mech.results import Study
 from mech.study import Settings, study
 
-SMALL = Settings(n_find=6, n_test=6, n_looks=1, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), batch_size=6)
+SMALL = Settings(
+    n_find=6, n_test=6, n_looks=1, n_causal=2, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), batch_size=6
+)
 WHAT = dict(models=["reference:llava-s"], domains=["grounding", "documents"], settings=SMALL)
 
 
@@ -36,12 +38,14 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert finished.name == "report.html" and finished.stat().st_size > 1_000_000
     place = Study(folder)
     for domain in WHAT["domains"]:
-        assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks"))
+        assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks", "causal"))
     effects = place.get("llava-s/grounding/ablation")
     assert set(effects["method"].values) == {"none", "mean", "zero", "resample", "uniform", "paper"}
     facts = json.loads((folder / "summary.json").read_text())["models"]["llava-s"]
     assert len(facts["domains"]["grounding"]["ranking"]) == facts["n_layers"] * facts["n_heads"] == 48
     assert facts["agreement"]["domains"] == ["grounding", "documents"]
+    assert sum(map(len, facts["domains"]["grounding"]["causal"]["quadrants"].values())) == 48
+    assert finished.read_text().count("Does looking mean mattering?") == 2
     find, test = (set(place.get(f"llava-s/grounding/{kind}")["example"].values) for kind in ("ram", "ablation"))
     assert find | test == {sample.id for sample in haystacks("grounding", 12, SMALL.seed)}
     assert len(find) == len(test) == 6
@@ -132,3 +136,11 @@ def test_samples_of_ones_own_are_studied(tmp_path):
     page = study(tmp_path, ["reference:llava-s"], data=own, settings=SMALL)
     facts = json.loads((page.parent / "summary.json").read_text())["models"]["llava-s"]["domains"]
     assert list(facts) == ["pages"] and np.isfinite(facts["pages"]["size_null"])
+
+
+def test_samples_without_a_counterfactual_are_studied_without_patching(tmp_path):
+    lone = Samples([sample.counterfactual for sample in haystacks("grounding", 12, seed=78)])
+    page = study(tmp_path, ["reference:llava-s"], data=lone, settings=SMALL)
+    facts = json.loads((page.parent / "summary.json").read_text())["models"]["llava-s"]["domains"]
+    assert "without a counterfactual" in facts["grounding"]["causal"]["reason"]
+    assert "Does looking mean mattering?" not in page.read_text()

@@ -12,6 +12,7 @@ cache with windows forgets where its keys stood).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,17 +21,18 @@ from torch import Tensor
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 
+Item = TypeVar("Item")
 Read = Callable[[AttentionCall, Float[Tensor, "batch head row key_pos"]], Mapping[str, Tensor]]
 
 
 @torch.no_grad()
 def read_rows(
-    model: HookedMLLM, inputs: Inputs, rows: Tensor, read: Read
+    model: HookedMLLM, inputs: Inputs, rows: Tensor, read: Read, pictures: Mapping[str, Any] | None = None
 ) -> dict[str, Float[Tensor, "batch layer *rest"]]:
     """What ``read`` makes of the attention of ``rows``, layer by layer; layers are ``cfg.attention_layers``.
 
     Where visual tokens are in a memory that only some layers look at, the other layers give zeros: no visual token is
-    in their reach.
+    in their reach. ``pictures`` is what ``encode_pictures`` saw, for inputs without pixels.
 
     Cost: one forward, and ``rows x S x d_head`` for each head.
     """
@@ -43,7 +45,7 @@ def read_rows(
             seen[call.layer] = {name: value.float().to(model.device) for name, value in found.items()}
 
     with model.attending(look):
-        model(inputs, logits_to_keep=1)
+        model(inputs, logits_to_keep=1, **({"mm_encoder_outputs": dict(pictures)} if pictures else {}))
     nothing = {name: torch.zeros_like(value) for name, value in next(iter(seen.values())).items()}
     layers = [seen.get(layer, nothing) for layer in model.cfg.attention_layers]
     return {name: torch.stack([found[name] for found in layers], dim=1) for name in nothing}
@@ -65,8 +67,8 @@ def mean_rows(
     return torch.einsum("bhrk,br->bhk", pattern, weight.to(pattern))
 
 
-def in_batches(prepared: Sequence[Inputs], batch_size: int) -> Iterator[tuple[list[Inputs], range]]:
-    """Consecutive rows, at most ``batch_size`` at once, with the indices they have."""
-    for start in range(0, len(prepared), batch_size):
-        rows = range(start, min(start + batch_size, len(prepared)))
-        yield [prepared[row] for row in rows], rows
+def in_batches(items: Sequence[Item], batch_size: int) -> Iterator[tuple[list[Item], range]]:
+    """Consecutive items, at most ``batch_size`` at once, with the indices they have."""
+    for start in range(0, len(items), batch_size):
+        rows = range(start, min(start + batch_size, len(items)))
+        yield [items[row] for row in rows], rows

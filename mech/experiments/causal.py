@@ -50,7 +50,7 @@ from mech.model.kept import NotResumable
 from mech.results import load, provenance, save
 
 QUADRANTS = ("looks and matters", "looks, does not matter", "matters, does not look", "neither")
-LOOKS = 1.25  # a head looks if its RAM is this many times what even attention gives, and surely above that
+LOOKS = 0.05  # a head looks if this much of the attention that even attention puts elsewhere is on the evidence
 HALF, BACK = 0.5, 0.9  # of the gap: lost by the smallest set, and recovered by it
 CANDIDATES = 16  # heads among which the greedy search chooses
 Progress = Callable[[str, int, int], None]
@@ -77,10 +77,10 @@ def causal_report(
 
     ``lost = (clean - noised) / gap``, ``recovered = (denoised - corrupted) / gap`` with ``gap`` the mean over samples
     of clean minus corrupted; ``direct`` is ``lost`` when only the final norm sees the head's change, ``mediated`` the
-    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *looks* if its RAM is at least 1.25
-    times what even attention would give, and its interval above that; it *matters* if ``lost`` or ``recovered`` is at
-    least ``threshold`` and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all heads and both
-    directions).
+    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *looks* if its RAM is above what even
+    attention would give by a twentieth of the rest, and its interval above that; it *matters* if ``lost`` or
+    ``recovered`` is at least ``threshold`` and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all
+    heads and both directions).
 
     Sign: positive if the answer needs it. Unit: share of the gap in logit difference.
 
@@ -353,7 +353,7 @@ def _heads(
     found["hinders"] = (shown["lost"] & (found["lost"] < 0)) | (shown["recovered"] & (found["recovered"] < 0))
     null = _even(runs)
     low = ranking.mean if ranking.per_example is None else bootstrap_interval(ranking.per_example, seed=seed).low
-    looks, matters = (ranking.mean >= LOOKS * null) & (low > null), shown["lost"] | shown["recovered"]
+    looks, matters = (ranking.mean - null >= LOOKS * (1 - null)) & (low > null), shown["lost"] | shown["recovered"]
     found["quadrant"] = np.select([looks & matters, looks, matters], QUADRANTS[:3], QUADRANTS[3])
     coords = {"layer": list(ranking.layers), "head": np.arange(ranking.n_heads)}
     data = {name: (("layer", "head"), values) for name, values in found.items()}
@@ -384,10 +384,10 @@ def _followed(heads: xr.Dataset, n: int) -> list[Head]:
 
 
 def _agreement(ram: np.ndarray, lost: np.ndarray, n_boot: int, seed: int) -> dict[str, float | None]:
-    lost = np.round(lost, 6)  # rounding must not rank heads that do nothing
+    lost = np.round(lost, 4)  # rounding must not rank heads that do nothing
     mean = spearman(ram, lost.mean(0))
     if np.isnan(mean):
         return {"mean": None, "low": None, "high": None}
-    draws = [spearman(ram, one) for one in bootstrap_means(lost, min(n_boot, 1000), seed).round(6)]
+    draws = [spearman(ram, one) for one in bootstrap_means(lost, min(n_boot, 1000), seed).round(4)]
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return {"mean": mean, "low": float(low), "high": float(high)}

@@ -45,7 +45,8 @@ from mech.results.provenance import jsonable
 
 LEAVES = ("evidence", "picture", "question", "template")
 DIRECT = frozenset(("attention", "mlp"))
-_READS = {"q": "queries", "k": "keys", "v": "values", "": "input"}
+LOOKS = 0.05  # RAM below which a head is said not to look
+_READS = {"q": "queries come", "k": "keys come", "v": "values come", "": "input comes"}
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ class Edge:
 
 @dataclass(frozen=True)
 class Circuit:
-    """What ``trace_circuit`` found. ``group`` is the number of query heads to a key/value head."""
+    """What ``trace_circuit`` found. ``groups`` counts the query heads to a key/value head of each layer."""
 
     model: str
     start: str
     direction: str
     n_examples: int
-    group: int
+    groups: tuple[int, ...]
     found: tuple[Edge, ...] = field(repr=False)
     unfollowed: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -106,7 +107,7 @@ class Circuit:
                     graph.add_edge(edge.sender, target, effect=edge.effect, through={})
                 graph.edges[edge.sender, target]["through"][edge.through] = edge.effect
         if "logits" in graph:
-            graph.nodes["logits"]["layer"] = 1 + max(layer for _, layer in graph.nodes(data="layer"))
+            graph.nodes["logits"]["layer"] = 1 + max(drawn["layer"] for drawn in graph.nodes.values())
         return graph
 
     @property
@@ -125,14 +126,13 @@ class Circuit:
         if "K" not in name:
             return (name,)
         layer, kv = map(int, name[1:].split("K"))
-        return tuple(str(head) for head in self.heads if head.layer == layer and head.head // self.group == kv)
+        return tuple(str(head) for head in self.heads if head.layer == layer and head.head // self.groups[layer] == kv)
 
     def describe(self, ranking: Ranking | None = None) -> str:
         """A sentence for each part, from the one that is read last; with a ranking also whether it looks."""
         lines = []
-        for name in self.nodes:
-            if name.startswith("embed"):
-                continue
+        parts = [name for name in self.nodes if not name.startswith("embed")]
+        for name in sorted(parts, key=lambda name: -_drawn(name)["layer"]):
             out = [edge for edge in self.edges() if edge.sender == name]
             inside = [edge for edge in self.edges(name)]
             said = f"{name}{_looks(name, ranking)} writes to " + ", ".join(
@@ -141,7 +141,7 @@ class Circuit:
             for letter in ("q", "k", "v", ""):
                 if feeding := [e for e in inside if e.through == letter]:
                     sources = ", ".join(f"{e.sender.replace('embed:', 'the ')} ({e.effect:+.2f})" for e in feeding)
-                    said += f"; its {_READS[letter]} come from {sources}"
+                    said += f"; its {_READS[letter]} from {sources}"
             lines.append(said + ".")
         return "\n".join(lines) or f"Nothing carries enough to {self.start}."
 
@@ -179,7 +179,9 @@ class Circuit:
             given = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
             numbers = ("effect", "low", "high", "p_value")  # json has no nan
             found = tuple(Edge(**{**edge, **{key: _number(edge[key]) for key in numbers}}) for edge in given["found"])
-            return cls(**{**given, "found": found, "unfollowed": tuple(given["unfollowed"])})
+            return cls(
+                **{**given, "found": found, "unfollowed": tuple(given["unfollowed"]), "groups": tuple(given["groups"])}
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"no circuit can be read ({error!r})", "what Circuit.to_json gave") from error
 
@@ -222,10 +224,10 @@ def trace_circuit(
 
     Raises:
         ExperimentError: too few examples for ``alpha`` (the message says how many it takes), a start that does not
-            exist, or whatever ``path_patching`` refuses. Before any forward.
+            exist, or whatever ``path_patching`` refuses, before any forward; an example whose two runs score alike.
 
     Cost: two forwards for each pair, and those of ``path_patching`` from all heads to each receiver: keys and values
-    of every position are the dear ones.
+    of every position are the dear ones. Memory: the kept runs of all pairs (a KV cache and some streams each).
 
     References: Wang et al. 2022, arXiv 2211.00593 (by hand); Conmy et al. 2023, arXiv 2304.14997 (automatic, by
     removing edges from the whole graph; here edges are added, and tested over examples).
@@ -237,9 +239,7 @@ def trace_circuit(
     (first,) = ends_of(model, "receivers", [start])[start]
     every = heads_and_mlps(model)
     if heads is not None:
-        asked = {
-            node for group in ends_of(model, "senders", [tuple(head) for head in heads]).values() for node in group
-        }
+        asked = {node for group in ends_of(model, "senders", list(heads)).values() for node in group}
         every = [node for node in every if node.kind == "mlp" or node in asked]
     runs, example = [], 0
     given = [clean] if isinstance(clean, Inputs | Sample) else list(clean)
@@ -250,7 +250,7 @@ def trace_circuit(
     _check_power(example, len(every) + len(LEAVES), alpha)
     for run in runs:
         run.pair.run([*every, Node("embed")])
-    if example and any(bool((run.pair.gap == 0).any()) for run in runs):
+    if any(bool((run.pair.gap == 0).any()) for run in runs):
         raise ExperimentError("an example whose two runs score alike", "a gap to have a share of", "drop it")
     queue, followed, unfollowed, found = [(first, 1.0)], set(), [], []
     seen = {first}
@@ -273,8 +273,16 @@ def trace_circuit(
         model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, start=start,
         threshold=threshold, alpha=alpha, direction=direction, max_nodes=max_nodes,
     )  # fmt: skip
-    group = model.cfg.n_heads // model.cfg.n_kv_heads
-    return Circuit(model.name, start, direction, example, group, tuple(found), tuple(dict.fromkeys(unfollowed)), record)
+    return Circuit(
+        str(model.name),
+        start,
+        direction,
+        example,
+        _groups(model),
+        tuple(found),
+        tuple(dict.fromkeys(unfollowed)),
+        record,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,8 +374,13 @@ def _readers(model: HookedMLLM, node: Node) -> list[Node]:
     """What a part of the circuit reads with."""
     if node.kind == "mlp":
         return [node]
-    kv = node.index // (model.cfg.n_heads // model.cfg.n_kv_heads)
-    return [Node(letter, node.layer, node.index if letter == "q" else kv) for letter in LETTERS]
+    kv, live = node.index // _groups(model)[node.layer], set(model.points())
+    readers = [Node(letter, node.layer, node.index if letter == "q" else kv) for letter in LETTERS]
+    return [reader for reader in readers if reader.point in live]  # a layer may have another's keys
+
+
+def _groups(model: HookedMLLM) -> tuple[int, ...]:
+    return tuple(model.cfg.n_heads // max(1, kv_heads) for kv_heads in model.cfg.kv_heads)
 
 
 def _p_value(values: Float[np.ndarray, " example"], tests: int, alpha: float, seed: int) -> float:
@@ -407,14 +420,14 @@ def _drawn(name: str) -> dict[str, Any]:
 def _reader(edge: Edge) -> str:
     if not edge.through:
         return edge.receiver
-    return f"the {_READS[edge.through]} of {edge.receiver.split('.')[0]}"
+    return f"the {_READS[edge.through].split()[0]} of {edge.receiver.split('.')[0]}"
 
 
 def _looks(name: str, ranking: Ranking | None) -> str:
     if ranking is None or not name.startswith("L"):
         return ""
     mass = float(ranking.scores().sel(layer=_head(name).layer, head=_head(name).head))
-    if mass < 0.05:
+    if mass < LOOKS:
         return f" does not look (RAM {mass:.2f}) but matters: it"
     return f" looks (RAM {mass:.2f}) and matters: it"
 

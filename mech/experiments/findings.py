@@ -233,7 +233,7 @@ def _blind(numbers: Mapping[str, Any], n_heads: int) -> Said:
     blind, worst = found["necessary_blind"], [path["text"] for path in found["paths"]
                                               if path["head"] in found["necessary_blind"]]  # fmt: skip
     text = (
-        f"{_are(len(blind), 'head')} necessary without looking at the evidence (RAM not reliably above what even "
+        f"{_are(len(blind), 'head')} necessary without looking at the evidence (RAM not clearly above what even "
         f"attention gives): {_names(blind)}. {' '.join(worst[:2])}"
     )
     yield "blind", text.strip(), True

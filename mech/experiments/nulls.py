@@ -26,7 +26,8 @@ from mech.axes import HEAD, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
 from mech.experiments.heads import Progress
-from mech.experiments.scores import Score, head_scores, score_called
+from mech.experiments.scores import head_scores
+from mech.experiments.scores_named import Score, score_called
 from mech.model import HookedMLLM
 
 MOST_ENUMERATED = 12  # pairs: 4,096 ways to exchange them

@@ -275,6 +275,7 @@ class Pair:
         with self.model.hooks(hooks):
             found = self.plan.scores(self.model(self._base, logits_to_keep=at), self._clean_logits)
         self.forwards += 1
+        assert self.corrupted is not None
         return (found - self.corrupted) / self.gap
 
     @property

@@ -7,6 +7,7 @@ Senders write to the residual stream: ``embed``, ``L2H5`` (a head), ``mlp.2``. R
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -83,7 +84,9 @@ def ends_of(model: HookedMLLM, what: str, given: Ends) -> dict[str, tuple[Node, 
         PointError: its activation point is not live in this model.
     """
     if isinstance(given, Mapping):
-        named = {name: [end] if isinstance(end, str) or _is_head(end) else list(end) for name, end in given.items()}
+        named: dict[str, Any] = {
+            name: [end] if isinstance(end, str) or _is_head(end) else list(end) for name, end in given.items()
+        }
     else:
         named = {str(_node(model, what, end)): [end] for end in given}
     if not named or not all(named.values()):
@@ -111,7 +114,7 @@ def _node(model: HookedMLLM, what: str, end: End) -> Node:
     found = _LABEL.fullmatch(end) if isinstance(end, str) else None
     if found is None:
         shared = isinstance(end, str) and re.fullmatch(r"L\d+H\d+\.[kv]", end)
-        do = f"use {end.replace('H', 'K')!r}: keys and values are counted by key/value head" if shared else ""
+        do = f"use {str(end).replace('H', 'K')!r}: keys and values are counted by key/value head" if shared else ""
         raise ExperimentError(f"{what}: {end!r}", f"labels such as {forms}", do or "write it so")
     cfg = model.cfg
     whole, mlp, layer, head, query, kv_layer, kv_head, letter = found.groups()
@@ -125,8 +128,9 @@ def _node(model: HookedMLLM, what: str, end: End) -> Node:
         node = Node("q" if query else "head", int(layer), int(head))
     if node.kind not in (("embed", "head", "mlp") if what == "senders" else ("q", "k", "v", "mlp", "logits")):
         raise ExperimentError(f"{what}: {end!r}", f"labels such as {forms}", "look at which end it is")
-    heads = cfg.n_kv_heads if node.kind in ("k", "v") else cfg.n_heads
-    if node.kind != "logits" and (node.layer >= cfg.n_layers or node.index >= heads):
+    in_range = node.kind == "logits" or node.layer < cfg.n_layers
+    heads = cfg.kv_heads[node.layer] if node.kind in ("k", "v") and in_range else cfg.n_heads
+    if not in_range or node.index >= heads:
         raise ExperimentError(
             f"{what}: {end!r}",
             f"layers below {cfg.n_layers} of {cfg.n_heads} heads and {cfg.n_kv_heads} key/value heads",

@@ -18,6 +18,7 @@ from mech.data.regions import Region
 from mech.errors import ExperimentError
 from mech.experiments.attention_rows import mean_rows, read_rows
 from mech.experiments.localization import spatial_entropy
+from mech.experiments.scores_named import Score
 from mech.inputs import Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 
@@ -34,19 +35,11 @@ class Prepared:
     random: tuple[np.ndarray, ...]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A score to read in a pass (a ``Score``), and how many regions its null asks for."""
-
-    score: Any
-    regions: int = 0
-
-
 def prepared(inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[int]) -> Prepared:
     """Find the evidence of one row and, if asked for, where else a region of its shape fits.
 
     The visual tokens are taken as a ring in reading order, on which the evidence is moved: a box stays a box but at the
-    border, frames stay frames, pages pages.
+    border, frames stay frames, pages pages. Where pictures are cut, whole views and tiles are a ring each.
 
     Raises:
         ExperimentError: evidence for which there is no room elsewhere.
@@ -55,34 +48,42 @@ def prepared(inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[
     found = layout.positions(evidence) if len(evidence) else np.empty(0, dtype=int)
     if not draws:
         return Prepared(inputs, found, found, ())
-    visual = layout.positions("image")
-    place = np.searchsorted(visual, found)
-    inside = np.zeros(len(visual))
-    inside[place] = 1
-    overlap = np.fft.irfft(np.abs(np.fft.rfft(inside)) ** 2, len(visual))
-    free = np.flatnonzero(overlap < 0.5)
-    if not len(free):
-        raise ExperimentError(
-            f"evidence of {len(found)} in {len(visual)} visual tokens, with no room for a region like it elsewhere",
-            "evidence smaller than half of the visual tokens",
-            'calibrate by "size" or "null_question"',
-        )
-    half = free[np.argmin(np.abs(free - len(visual) / 2))]
-    drawn = np.random.default_rng(seed).choice(free, draws)
-    moved = [np.sort(visual[(place + step) % len(visual)]) for step in (half, *drawn)]
-    return Prepared(inputs, found, moved[0], tuple(moved[1:]))
+    visual, rng = layout.positions("image"), np.random.default_rng(seed)
+    moved = []
+    for ring in (visual[layout.view[visual] == 0], visual[layout.view[visual] != 0]):
+        here = np.flatnonzero(np.isin(ring, found))
+        if not len(here):
+            continue
+        inside = np.zeros(len(ring))
+        inside[here] = 1
+        overlap = np.fft.irfft(np.abs(np.fft.rfft(inside)) ** 2, len(ring))
+        free = np.flatnonzero(overlap < 0.5)
+        if not len(free):
+            raise ExperimentError(
+                f"evidence of {len(here)} in {len(ring)} visual tokens, with no room for a region like it elsewhere",
+                "evidence smaller than half of the visual tokens",
+                'calibrate by "size" or "null_question"',
+            )
+        half = free[np.argmin(np.abs(free - len(ring) / 2))]
+        moved.append([ring[(here + step) % len(ring)] for step in (half, *rng.choice(free, draws))])
+    shifted, *drawn = (np.sort(np.concatenate(parts)) for parts in zip(*moved, strict=True))
+    return Prepared(inputs, found, shifted, tuple(drawn))
 
 
 @torch.no_grad()
 def read_pass(
-    model: HookedMLLM, rows: Sequence[Prepared], readings: Mapping[str, Reading], sink_tau: float
+    model: HookedMLLM,
+    inputs: Inputs,
+    rows: Sequence[Prepared],
+    scores: Mapping[str, Score],
+    sink_tau: float,
+    pictures: Mapping[str, Any] | None = None,
 ) -> dict[str, Float[Tensor, "batch layer head *rest"]]:
-    """One forward of a batch: every reading's value, averaged over its query rows, null subtracted.
+    """One forward of a batch (``inputs`` are its collated rows): every score, averaged over its rows, null subtracted.
 
     ``trimmed`` gives the attention on each evidence token instead ([... token], padded with zeros); ``entropy`` also
     gives the image mass, under ``name/mass``.
     """
-    inputs = model.collate([row.inputs for row in rows])
     shift = [len(a.visual) - len(row.inputs.layouts[0].visual) for a, row in zip(inputs.layouts, rows, strict=True)]
     keys, device = len(inputs.layouts[0].visual), model.device
 
@@ -94,20 +95,21 @@ def read_pass(
 
     image = marked([row.inputs.layouts[0].visual.positions("image") for row in rows])
     evidence = marked([row.evidence for row in rows])
-    weights = {name: _weight(inputs.layouts, reading.score.queries).to(device) for name, reading in readings.items()}
+    weights = {name: _weight(inputs.layouts, score.queries).to(device) for name, score in scores.items()}
     at = torch.stack(list(weights.values())).sum((0, 1)).nonzero().flatten()
     regions = {"shifted": [marked([row.shifted for row in rows])]}
     regions["random"] = [marked(found) for found in zip(*(row.random for row in rows), strict=True)]
-    calibrated = {reading.score.calibrate for reading in readings.values()}
+    calibrated = {score.calibrate for score in scores.values()}
     sinks: dict[int, Bool[Tensor, "batch key_pos"]] = {}
 
     def read(call: AttentionCall, pattern: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         visible = call.visible(at).to(pattern)
         even = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-        norms = call.v.norm(dim=-1).to(pattern).repeat_interleave(pattern.shape[1] // call.v.shape[1], dim=1)
-        for name, reading in readings.items():
-            score, weight = reading.score, weights[name][:, at]
+        norms = torch.linalg.vector_norm(call.v, dim=-1, dtype=pattern.dtype)
+        norms = norms.repeat_interleave(pattern.shape[1] // norms.shape[1], dim=1)
+        for name, score in scores.items():
+            weight = weights[name][:, at]
             on = (image if score.on == "image" else evidence).to(pattern)
             looked = pattern
             if score.calibrate == "no_sinks":
@@ -132,7 +134,7 @@ def read_pass(
     with ExitStack() as stack:
         if "no_sinks" in calibrated:
             stack.enter_context(model.hooks(_watching(model, inputs, sinks, sink_tau)))
-        return read_rows(model, inputs, at, read)
+        return read_rows(model, inputs, at, read, pictures)
 
 
 def trimmed(

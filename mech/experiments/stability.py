@@ -20,7 +20,7 @@ from scipy import stats
 
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.ranking import Head, Heads, Ranking
-from mech.experiments.statistics import bootstrap_means, jaccard, jaccard_null, overlap_p_value, spearman
+from mech.experiments.statistics import bootstrap_means, jaccard, jaccard_null, kendall, overlap_p_value, spearman
 
 
 def agreement(
@@ -65,7 +65,7 @@ def agreement(
     pairs = [[(rankings[a], rankings[b], tops[a], tops[b]) for b in names] for a in names]
     values = {
         "spearman": [[spearman(a.mean, b.mean) for a, b, _, _ in row] for row in pairs],
-        "kendall": [[float(stats.kendalltau(a.mean, b.mean).statistic) for a, b, _, _ in row] for row in pairs],
+        "kendall": [[kendall(a.mean, b.mean) for a, b, _, _ in row] for row in pairs],
         "jaccard": [[jaccard(top_a, top_b) for _, _, top_a, top_b in row] for row in pairs],
         "jaccard_null": [[jaccard_null(n, count, count)] * len(names)] * len(names),
         "overlap_p": [[overlap_p_value(n, count, count, len(x & y)) for _, _, x, y in row] for row in pairs],

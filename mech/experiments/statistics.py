@@ -78,7 +78,7 @@ def bootstrap_interval(
 
 
 def bootstrap_means(
-    values: Float[np.ndarray, "example *rest"], n_resamples: int = 2000, seed: int = 0
+    values: Float[np.ndarray, "example *rest"], n_resamples: int = 2000, seed: int | list[int] = 0
 ) -> Float[np.ndarray, "resample *rest"]:
     """The mean of every resample of the examples: what intervals and stability are read from."""
     values = _examples(values)
@@ -306,6 +306,12 @@ def spearman(a: Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"]) -> 
     if not x.any() or not y.any():
         return float("nan")
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def kendall(a: Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"]) -> float:
+    """Kendall's tau-b of two maps: pairs in the same order minus those in the other; nan if one is constant."""
+    found: Any = stats.kendalltau(a, b)
+    return float(found.statistic)
 
 
 def _examples(values: Any) -> np.ndarray:

@@ -70,7 +70,7 @@ def agreement_view(found: xr.Dataset, title: str = "Agreement of rankings") -> V
         ("jaccard", f"Jaccard overlap of the top {found.attrs['n_top']} heads", found["jaccard_null"].values),
     ):
         between = [found[f"{name}_{end}"].values for end in ("low", "high")] if f"{name}_low" in found else None
-        parts.append(f"<div>{matrix(names, found[name].values, caption, null, between)}</div>")
+        parts.append(f"<div>{matrix(names, found[name].values.tolist(), caption, null, between)}</div>")
     body = f'<h3>{escape(title)}</h3><div class="multiples">{"".join(parts)}</div>'
     return View(title, body, height=170 + 64 * len(names))
 

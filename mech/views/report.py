@@ -340,12 +340,14 @@ def _points(interval: Mapping[str, float | None]) -> str:
     return _with_interval(interval, lambda value: f"{100 * value:.1f}")
 
 
-def _number(interval: Mapping[str, float | None]) -> str:
+def _number(interval: Mapping[str, float | None] | None) -> str:
     return _with_interval(interval, lambda value: f"{value:.2f}")
 
 
-def _with_interval(interval: Mapping[str, float | None], shown: Callable[[float], str]) -> str:
+def _with_interval(interval: Mapping[str, float | None] | None, shown: Callable[[float], str]) -> str:
     """A mean with its interval; JSON has null for what could not be computed (one sample has no interval)."""
+    if interval is None:  # no counterfactual: no logit difference
+        return "–"
     mean, low, high = (interval[key] for key in ("mean", "low", "high"))
     if mean is None:
         return "–"
