@@ -18,6 +18,7 @@ from mech.experiments.scores import PUBLISHED, REGION_DRAWS, Pass, Score, head_s
 from mech.experiments.scores_reading import prepared
 from mech.experiments.selection import elbow_count
 from mech.model import HookedMLLM
+from mech.model.points import hooked
 from mech.reference import planted, tiny, tiny_processors
 from mech.results import load, save
 
@@ -295,12 +296,16 @@ def test_passes_are_shared_and_are_what_is_run(monkeypatch):
     forward = HookedMLLM.forward
     monkeypatch.setattr(HookedMLLM, "forward", lambda self, *a, **k: (runs.append(1), forward(self, *a, **k))[1])
     model = HookedMLLM.from_pretrained("reference:llava-s")
+    looked = []
+    handle = model.hf_model.model.vision_tower.register_forward_hook(lambda *_: looked.append(1))
     found = head_scores(model, haystacks("grounding", 5), ("ram", "sparse_mm", "qr_head"), batch_size=2)
+    handle.remove()
+    assert len(looked) == 3, "pictures are read once for all passes of a batch"
     assert found.attrs["passes"] == ["question + answer", "null question"] and len(runs) == 2 * 3
     assert found["qr_head"].attrs["passes"] == found.attrs["passes"]
     for name in found:
         assert found[name].attrs["unit"] and found[name].attrs["definition"] and "arXiv" in found[name].attrs["source"]
-    assert not any(point.has_hooks() for point in model.hook_dict.values() if hasattr(point, "has_hooks"))
+    assert not hooked(model.hook_dict.values())
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Runs:
             blind, seen = zip(*map(model.encode_pictures, joined), strict=True)
             layouts = joined[0].layouts
             readings = tuple(metric.reading(model, layout, i) for i, layout in zip(some, layouts, strict=True))
-            regions = _regions(layouts, [samples[i] for i in some])
+            regions = _regions(layouts, [sample for i, sample in enumerate(samples) if i in some])
             batch = Batch(blind, seen, readings, ({}, {}), (np.empty(0), np.empty(0)), regions)
             z, scores = zip(*(_observed(model, batch, side) for side in (0, 1)), strict=True)
             batches.append(replace(batch, z=z, scores=scores))

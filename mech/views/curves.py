@@ -276,7 +276,7 @@ def _span(found: Sequence[Effect], measure: str) -> tuple[float, float]:
     if measure == "accuracy":
         return (-0.03, 1.05)
     ends = [value for e in found for value in (e.low, e.mean, e.high) if np.isfinite(value)]
-    low, high = min([0.0, *ends]), max([0.0, *ends])  # no ends: no sample has a counterfactual
+    low, high = min(0.0, *ends), max(0.0, *ends)
     room = 0.05 * (high - low or 1.0)
     return (low - room, high + room)
 

@@ -254,6 +254,8 @@ def _domain(place: _Place) -> str:
     maps = heatmap.map_and_ranks(heatmap.head_scores(place.ram))
     panels = {}
     for measure in curves.MEASURES:
+        if bool(place.ablation[measure].isnull().all()):  # no sample has a counterfactual
+            continue
         found = curves.effects(place.ablation, measure)
         panels[measure.replace("logit_diff", "logit difference")] = curves.method_panels(found, measure)
     legend = curves.legend(curves.effects(place.ablation, "accuracy"))
