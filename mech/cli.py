@@ -109,7 +109,6 @@ def rank(
         return
     for name, ranking in rankings.items():
         interval = ranking.interval()
-        ends = interval["low"], interval["high"]
         print_table(
             f"{model} on {domain}: {name} ({scores[name].attrs['unit']}), {len(data)} samples",
             ("rank", "head", name, "95% interval"),
@@ -118,7 +117,7 @@ def rank(
                     str(i),
                     f"L{layer}H{head}",
                     f"{value:.3f}",
-                    _between(*(end.sel(layer=layer, head=head) for end in ends)),
+                    _between(*(interval[end].sel(layer=layer, head=head).item() for end in ("low", "high"))),
                 )
                 for i, (layer, head, value) in enumerate(ranking.table[:top], start=1)
             ],
@@ -133,13 +132,13 @@ def rank(
             print_table(f"{what} (95% interval over samples)", ("", *names), rows)
 
 
-def _between(low: Any, high: Any, digits: int = 3) -> str:
+def _between(low: Any, high: Any, *, digits: int = 3) -> str:
     return f"{float(low):.{digits}f} to {float(high):.{digits}f}"
 
 
 def _agreed(agree: Any, name: str, one: str, other: str) -> str:
     pair = agree.sel(ranking=one, other=other)
-    between = "" if one == other else f" ({_between(pair[f'{name}_low'], pair[f'{name}_high'], 2)})"
+    between = "" if one == other else f" ({_between(pair[f'{name}_low'], pair[f'{name}_high'], digits=2)})"
     return f"{float(pair[name]):.2f}{between}"
 
 

@@ -189,17 +189,17 @@ def samples_of(
         few = [domain for domain in wanted if len(found[domain]) < 4]
         if few:
             raise ExperimentError(f"{len(found[few[0]])} samples of domain {few[0]!r}", "at least four", "add samples")
-        return {domain: of_it for domain, of_it in found.items() if takes_video or not of_it[0].video}
-    if domains is None:
-        domains = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
+        return {domain: of_it for domain, of_it in found.items() if takes_video or not next(iter(of_it)).video}
+    learnt = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
+    wanted = tuple(domains or learnt)
     n = settings.n_find + settings.n_test
-    return {domain: haystacks(domain, n, settings.seed) for domain in domains if takes_video or domain != "video"}
+    return {domain: haystacks(domain, n, settings.seed) for domain in wanted if takes_video or domain != "video"}
 
 
 def one_domain(
     place: Study, model: HookedMLLM, key: str, samples: Samples, settings: Settings, say: Progress
 ) -> tuple[dict[str, Any], Ranking]:
-    """The three results of one model on one domain, computed or found, and their summary."""
+    """The results of one model on one domain, computed or found, and their summary."""
     find, test = samples.split(settings.n_find / (settings.n_find + settings.n_test), settings.seed)
     refuse_overlap(test, [sample.id for sample in find], "found the heads")
     if not place.done(f"{key}/ram"):
@@ -220,7 +220,7 @@ def one_domain(
             say(f"{key}: ablation", done, len(todo))
     if not place.done(f"{key}/ablation"):
         record = provenance(model, {"find": find, "test": test}, seed=settings.seed)
-        facts = dict(model=model.name, domain=key.rsplit("/", 1)[-1], positions="all", phase="both")
+        facts: dict[str, Any] = dict(model=model.name, domain=key.rsplit("/", 1)[-1], positions="all", phase="both")
         place.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
     if not place.done(f"{key}/looks"):
         say(f"{key}: pictures", 0, 1)

@@ -86,9 +86,9 @@ def test_composition_is_named_by_the_input_it_goes_through(name, role, way):
 
 def test_and_needs_both_and_or_either():
     assert reported("and")[1].smallest["lost"]["effect"] == 1
-    assert reported("and")[1].smallest["recovered"]["effect"] == 2
+    assert reported("and")[1].smallest["recovered"]["restoring"] == 2
     key, report = reported("or")
-    assert report.smallest["lost"]["effect"] == 2 and report.smallest["recovered"]["effect"] == 1
+    assert report.smallest["lost"]["effect"] == 2 and report.smallest["recovered"]["restoring"] == 1
     assert set(report.members("effect", 2)) == {key.truth.heads["left"], key.truth.heads["right"]}
     assert report.agreement["mean"] is None  # nothing is lost one by one: there is no order to agree with
 
@@ -168,7 +168,9 @@ def test_greedy_takes_what_costs_most_beside_what_is_gone():
     key, model = opened("backup")
     found = Runs.of(model, key.samples(FIND))
     heads = [Head(layer, head) for layer in range(2) for head in range(4)]
-    assert greedy(found, heads, tie=lambda head: float(head == (0, 0))) == [(0, 0), (1, 0)]
+    assert greedy(found.lost, heads, 0.5, tie=lambda head: float(head == (0, 0))) == [(0, 0), (1, 0)]
+    # Restored, the second of them alone brings the answer back.
+    assert len(greedy(found.recovered, heads, 0.9)) == 1
     assert sizes_of(8) == [1, 2, 3, 4] and sizes_of(1) == [1] and sizes_of(128)[-1] == 64
 
 

@@ -93,7 +93,7 @@ def causal_report(
         method: of the ablation of single heads, see ``Ablate``; None to leave it out.
         threshold: the smallest effect that matters.
         alpha: of the tests.
-        n_random: random orders of heads beside the greedy one and that of the ranking.
+        n_random: random orders of heads beside the two greedy ones and that of the ranking.
         n_boot: resamples of each interval.
         n_paths: heads whose paths are followed: those that matter without looking first.
         batch_size, seed: as everywhere.
@@ -103,7 +103,7 @@ def causal_report(
         ExperimentError: samples without a counterfactual, samples that found the heads, or a model that does not tell
             samples from counterfactuals.
 
-    Cost: for each test sample three sweeps over all heads (noising, denoising, ablation) and one for each to find.
+    Cost: for each test sample three sweeps over all heads (noising, denoising, ablation) and two for each to find.
 
     References: arXiv 2404.15255 (noising and denoising), 2211.00593 (direct effects, faithfulness, completeness),
     2307.15771 (self-repair). Completeness is the loss here, not the difference to the whole model's.
@@ -123,7 +123,7 @@ def causal_report(
             f"{len(model.cfg.attention_layers)} x {model.cfg.n_heads}, as {model.name} has",
             "rank the heads of this model",
         )
-    order = _ordered(Runs.of(model, find, batch_size), ranking, say)
+    ordered = _ordered(Runs.of(model, find, batch_size), ranking, say)
     runs = Runs.of(model, samples, batch_size)
     each = {"lost": _swept(runs, "noise", say), "recovered": _swept(runs, "denoise", say)}
     reason = ""
@@ -138,7 +138,7 @@ def causal_report(
     heads = _heads(runs, ranking, each, threshold, alpha, n_boot, seed)
     singles = {head: float(heads["lost"].values[ranking.layers.index(head.layer), head.head]) for head in ranking.heads}
     drawn = {f"random {i}": drawn for i, drawn in enumerate(ranking.random(len(ranking) // 2, n_random, seed))}
-    orders = {"effect": order, "ram": ranking.heads, **drawn}
+    orders = {**ordered, "ram": ranking.heads, **drawn}
     curves = set_curves(runs, orders, sizes_of(len(ranking)), singles)
     paths: list[HeadPath] = []
     if not reason:
@@ -175,7 +175,10 @@ class CausalReport:
 
     @property
     def sets(self) -> xr.Dataset:
-        """``set_lost``, ``set_recovered``, ``set_singles`` by order ("effect" is the greedy one) and size."""
+        """``set_lost``, ``set_recovered``, ``set_singles`` by order and size.
+
+        "effect" is the greedy order of what is lost, "restoring" that of what is recovered.
+        """
         return self.dataset[["set_lost", "set_recovered", "set_singles"]]
 
     @cached_property
@@ -304,20 +307,26 @@ def _swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
     return (swept["metric"] - swept["corrupted"]).values / runs.gap
 
 
-def _ordered(runs: Runs, ranking: Ranking, say: Progress) -> list[Head]:
-    """All heads: first by greedy search, then by single effects, all on the samples that find."""
-    lost = _swept(runs, "noise", lambda what, done, total: say("finding", done, total)).mean(0)
+def _ordered(runs: Runs, ranking: Ranking, say: Progress) -> dict[str, list[Head]]:
+    """All heads in two orders, on the samples that find: first by greedy search, then by single effects."""
     try:
         direct = np.abs(runs.direct().mean(0))
     except NotResumable:
-        direct = np.zeros_like(lost)
+        direct = np.zeros((len(ranking.layers), ranking.n_heads))
 
     def at(values: np.ndarray, head: Head) -> float:
         return float(values[ranking.layers.index(head.layer), head.head])
 
-    by_effect = sorted(ranking.heads, key=lambda head: -at(np.abs(lost) + direct, head))
-    found = greedy(runs, by_effect[:CANDIDATES], HALF, tie=lambda head: at(direct, head))
-    return found + [head for head in by_effect if head not in found]
+    orders = {}
+    for name, direction, effect, share in (
+        ("effect", "noise", runs.lost, HALF),
+        ("restoring", "denoise", runs.recovered, BACK),
+    ):
+        single = _swept(runs, direction, lambda what, done, total: say("finding", done, total)).mean(0)
+        by_effect = sorted(ranking.heads, key=lambda head, single=single: -at(np.abs(single) + direct, head))
+        found = greedy(effect, by_effect[:CANDIDATES], share, tie=lambda head: at(direct, head))
+        orders[name] = found + [head for head in by_effect if head not in found]
+    return orders
 
 
 def _ablated(runs: Runs, method: str, bank: Any, batch_size: int, seed: int, say: Progress) -> np.ndarray:

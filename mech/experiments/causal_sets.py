@@ -1,6 +1,6 @@
 """Which sets of heads the answer hangs on: found on some samples, measured on others.
 
-    order  = greedy(find_runs, candidates)                  # each head the one that costs most beside those before it
+    order  = greedy(find_runs.lost, candidates, 0.5)        # each head the one that costs most beside those before it
     curves = set_curves(test_runs, {"effect": order, "ram": ranking.heads}, sizes_of(48))
     smallest(curves, "lost", 0.5)                           # {"effect": 3, "ram": 8}
 
@@ -13,30 +13,32 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from mech.experiments.causal_runs import Runs
 from mech.experiments.ranking import Head
 
 
 def greedy(
-    runs: Runs,
+    effect: Callable[[list[Head]], Float[np.ndarray, " example"]],
     candidates: Sequence[Head],
-    share: float = 0.5,
+    share: float,
     steps: int = 5,
     tie: Callable[[Head], float] = lambda head: 0.0,
 ) -> list[Head]:
-    """Heads one after the other, each the one whose noising costs most when those before are noised already.
+    """Heads one after the other, each the one with which those before it have the largest effect together.
 
-    Stops when ``share`` of the gap is lost, or after ``steps``. Where heads cost the same, ``tie`` decides.
+    ``effect`` is ``runs.lost`` (a set to remove) or ``runs.recovered`` (one to restore). Stops when the effect is
+    ``share`` of the gap, or after ``steps``. Where heads do the same, ``tie`` decides.
 
     Cost: for each step a forward for each candidate and sample.
     """
     found: list[Head] = []
     while len(found) < min(steps, len(candidates)):
         rest = [head for head in candidates if head not in found]
-        costs = {head: float(runs.lost([*found, head]).mean()) for head in rest}
-        found.append(max(rest, key=lambda head: (round(costs[head], 4), tie(head))))
-        if costs[found[-1]] >= share:
+        effects = {head: float(effect([*found, head]).mean()) for head in rest}
+        found.append(max(rest, key=lambda head: (round(effects[head], 4), tie(head))))
+        if effects[found[-1]] >= share:
             break
     return found
 

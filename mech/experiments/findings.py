@@ -293,7 +293,7 @@ def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
     size, by_ram = (found["smallest"]["lost"][order] for order in ("effect", "ram"))
     if size is None or size > max(1, round(TOP * n_heads)):
         return
-    back = found["smallest"]["recovered"]["effect"]
+    back = found["smallest"]["recovered"]["restoring"]
     text = (
         f"{_are(size, 'head', 'carries', 'carry')} half of the answer ({_names(found['set']['heads'])}, found by "
         f"patching on other samples); by RAM it takes {'more than was tried' if by_ram is None else by_ram}. "

@@ -28,7 +28,8 @@ QUADRANTS = {
 }
 LABELLED = 8  # heads with their name beside them
 ORDERS = {
-    "effect": ("greedy, by effect", "@top", "solid"),
+    "effect": ("greedy, by what is lost", "@top", "solid"),
+    "restoring": ("greedy, by what comes back", "@matched", "dashdot"),
     "ram": ("by RAM", "@bottom", "dash"),
     "random": ("random", "@random", "dot"),
 }
