@@ -135,13 +135,7 @@ def ablation(
                 if isinstance(ranking, Ranking) else ranking)  # fmt: skip
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
     if isinstance(ranking, Ranking):
-        refuse_overlap(samples, ranking.examples, "found the heads")
-        if (ranking.layers, ranking.n_heads) != (model.cfg.attention_layers, model.cfg.n_heads):
-            raise ExperimentError(
-                f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
-                f"{len(model.cfg.attention_layers)} x {model.cfg.n_heads}, as {model.name} has",
-                "rank the heads of this model",
-            )
+        refuse_ranking(ranking, model, samples)
     if reference is not None and not isinstance(reference, Reference):
         reference = Samples(reference)
         refuse_overlap(samples, [s.id for s in reference], "are the reference")
@@ -204,6 +198,17 @@ def _spec(condition: Condition, reference: Samples | Reference | None, positions
         reference=reference,
         seed=seed,
     )
+
+
+def refuse_ranking(ranking: Ranking, model: HookedMLLM, samples: Samples) -> None:
+    """Refuse heads of another model, and heads that were found on the samples to test."""
+    refuse_overlap(samples, ranking.examples, "found the heads")
+    if (ranking.layers, ranking.n_heads) != (model.cfg.attention_layers, model.cfg.n_heads):
+        raise ExperimentError(
+            f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
+            f"{len(model.cfg.attention_layers)} x {model.cfg.n_heads}, as {model.name} has",
+            "rank the heads of this model",
+        )
 
 
 def refuse_overlap(samples: Samples, others: Sequence[str], what: str) -> None:

@@ -27,8 +27,7 @@ import numpy as np
 import xarray as xr
 
 from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError
-from mech.experiments.ablation import refuse_overlap
+from mech.experiments.ablation import refuse_overlap, refuse_ranking
 from mech.experiments.causal_paths import HeadPath, looked, path_of
 from mech.experiments.causal_runs import Runs
 from mech.experiments.causal_sets import greedy, set_curves, sizes_of, smallest
@@ -116,13 +115,7 @@ def causal_report(
     refuse_overlap(samples, [sample.id for sample in find], "find the heads")
     if ranking is None:
         ranking = rank_heads(retrieval_attention_mass(model, find, batch_size=batch_size))
-    refuse_overlap(samples, ranking.examples, "found the heads")
-    if (ranking.layers, ranking.n_heads) != (model.cfg.attention_layers, model.cfg.n_heads):
-        raise ExperimentError(
-            f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
-            f"{len(model.cfg.attention_layers)} x {model.cfg.n_heads}, as {model.name} has",
-            "rank the heads of this model",
-        )
+    refuse_ranking(ranking, model, samples)
     ordered = _ordered(Runs.of(model, find, batch_size), ranking, say)
     runs = Runs.of(model, samples, batch_size)
     each = {"lost": _swept(runs, "noise", say), "recovered": _swept(runs, "denoise", say)}
