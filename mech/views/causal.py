@@ -140,6 +140,8 @@ def _scatter(data: xr.Dataset) -> str:
     best = np.argsort(-np.abs(lost), axis=None)[:LABELLED]
     labelled = np.zeros(lost.shape, dtype=bool)
     labelled.ravel()[best] = True
+    turn = np.zeros(lost.shape, dtype=int)
+    turn.ravel()[sorted(best, key=lambda i: ram.ravel()[i])] = np.arange(len(best)) % 2
     traces = []
     for name, (colour, symbol) in QUADRANTS.items():
         at = np.argwhere(kind == name)
@@ -170,7 +172,8 @@ def _scatter(data: xr.Dataset) -> str:
                 "x": ram[where],
                 "y": lost[where],
                 "text": shown,
-                "textposition": "middle right",
+                # Heads with like effects lie side by side: their names take turns above and below.
+                "textposition": [("top center", "bottom center")[turn[tuple(i)]] for i in at],
                 "textfont": {"size": 12},
                 "hovertext": hover,
                 "hovertemplate": "%{hovertext}<extra></extra>",
@@ -192,7 +195,7 @@ def _scatter(data: xr.Dataset) -> str:
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
         "margin": {"l": 8, "r": 8, "t": 60, "b": 8},
-        "xaxis": {"title": "RAM (attention mass on the evidence)", "rangemode": "tozero"},
+        "xaxis": {"title": "RAM (attention mass on the evidence)", "range": [0, 1.08 * max(even, float(ram.max()))]},
         "yaxis": {"title": "necessity (share of the gap lost)", "tickformat": ".0%"},
         "shapes": [
             {"type": "line", "x0": even, "x1": even, "y0": 0, "y1": 1, "yref": "paper", "line": line},
@@ -289,4 +292,4 @@ def _smallest(facts: Mapping[str, Any]) -> str:
     ]
     counts = "; ".join(f"{name}: {len(heads)}" for name, heads in facts["quadrants"].items())
     head = ["heads chosen", "smallest set that loses half", "smallest set that brings 90% back"]
-    return table(head, rows, f"Heads that are {escape(counts)}. The sets were chosen on other samples.")
+    return table(head, rows, f"Heads by what they do - {escape(counts)}. The sets were chosen on other samples.")
