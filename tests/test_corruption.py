@@ -7,7 +7,7 @@ import pytest
 
 from mech.data.haystacks import haystacks
 from mech.data.regions import Box, Frames, Mask, Pages
-from mech.errors import ExperimentError, RegionError
+from mech.errors import ExperimentError, InputError, RegionError
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching import activation_patching
 from mech.interventions.corruption import WAYS, asking, without_evidence
@@ -74,7 +74,7 @@ def test_another_question_of_the_same_length_or_refused(sample):
     other = next(other for other in others if len(model.inputs_of(other).layout) == length)
     found = activation_patching(model, sample, other, metric, point="hook_resid_pre", over=("layer",))
     np.testing.assert_allclose(found.effect, 1, atol=1e-3)
-    with pytest.raises(ExperimentError, match="first at position"):
+    with pytest.raises(InputError, match="first at position"):
         activation_patching(model, sample, asking(sample, sample.question + " and why?", "x"), metric)
     with pytest.raises(ExperimentError, match="same question"):
         asking(sample, sample.question, "1")
