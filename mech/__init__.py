@@ -61,6 +61,8 @@ _NAMES = {
     "intervene": "mech.interventions",
     "key_coverage": "mech.experiments.coverage",
     "path_patching": "mech.experiments.paths",
+    "prune_heads": "mech.sparse.pruning",
+    "pruning_report": "mech.sparse.pruning_report",
     "rank_heads": "mech.experiments.ranking",
     "read_heads": "mech.experiments.stability",
     "reference_activations": "mech.interventions",
@@ -129,6 +131,8 @@ if TYPE_CHECKING:
     from mech.interventions.corruption import without_evidence as without_evidence
     from mech.model import HookedMLLM as HookedMLLM
     from mech.results import Study as Study
+    from mech.sparse.pruning import prune_heads as prune_heads
+    from mech.sparse.pruning_report import pruning_report as pruning_report
     from mech.views import report as report
     from mech.views import view as view
 

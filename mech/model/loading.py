@@ -89,10 +89,10 @@ def _is_whole(shard: Path) -> bool:
 
 
 @contextmanager
-def _no_bars_for(source: str) -> Iterator[None]:
-    """Progress bars are for downloads; reading a folder is quick and says nothing."""
+def no_bars(local: bool = True) -> Iterator[None]:
+    """Progress bars are for downloads; reading what is here is quick and says nothing."""
     shown = transformers_logging.is_progress_bar_enabled()
-    if Path(source).is_dir():
+    if local:
         transformers_logging.disable_progress_bar()
     try:
         yield
@@ -174,7 +174,7 @@ def open_checkpoint(
         ) from error
     check_known(config)
     try:
-        with _no_bars_for(source):
+        with no_bars(Path(source).is_dir()):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 source,
                 config=config,
