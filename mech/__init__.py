@@ -65,6 +65,7 @@ _NAMES = {
     "pruning_report": "mech.sparse.pruning_report",
     "rank_heads": "mech.experiments.ranking",
     "read_heads": "mech.experiments.stability",
+    "read_samples": "mech.data.jsonl",
     "reference_activations": "mech.interventions",
     "report": "mech.views",
     "retrieval_attention_mass": "mech.experiments.heads",
@@ -75,12 +76,15 @@ _NAMES = {
     "trace_circuit": "mech.experiments.circuits",
     "view": "mech.views",
     "without_evidence": "mech.interventions.corruption",
+    "write_samples": "mech.data.jsonl",
 }
 
 __all__ = ["__version__", *sorted(_NAMES)]
 
 if TYPE_CHECKING:
     from mech.data.haystacks import haystacks as haystacks
+    from mech.data.jsonl import read_samples as read_samples
+    from mech.data.jsonl import write_samples as write_samples
     from mech.data.regions import Box as Box
     from mech.data.regions import Frames as Frames
     from mech.data.regions import Mask as Mask

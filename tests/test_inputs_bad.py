@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mech.data.pictures import picture, pictures
 from mech.data.regions import Box, Frames, Mask
 from mech.errors import InputError, MechError, RegionError
 from mech.inputs import build, encode
-from mech.inputs.pictures import picture, pictures
 from mech.reference import tiny_processors
 
 noise = tiny_processors.noise

@@ -92,6 +92,14 @@ class Samples(Sequence[Sample]):
         first = Samples([s for i, s in enumerate(self) if i in chosen])
         return first, Samples([s for i, s in enumerate(self) if i not in chosen])
 
+    def draw(self, n: int, seed: int = 0) -> "Samples":
+        """At most ``n`` samples of each domain, drawn at random, in their order."""
+        chosen: set[int] = set()
+        for domain in self.domains:
+            indices = [i for i, sample in enumerate(self) if sample.domain == domain]
+            chosen.update(random.Random(f"{seed}/{domain}/draw").sample(indices, min(n, len(indices))))
+        return Samples([sample for i, sample in enumerate(self) if i in chosen])
+
     def digest(self) -> str:
         """One SHA-256 for the whole list, in its order."""
         return hashlib.sha256("".join(sample.digest() for sample in self).encode()).hexdigest()

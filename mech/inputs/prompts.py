@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mech.data.pictures import pictures
 from mech.errors import InputError
 from mech.inputs.batch import Inputs
 from mech.inputs.layout import TEXT, TokenLayout
-from mech.inputs.pictures import pictures
 from mech.inputs.processor import Processor
 from mech.inputs.visuals import Run, Written, image_visuals, video_visuals
 

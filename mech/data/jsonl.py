@@ -1,0 +1,373 @@
+"""Samples of your own: one JSON object a line, pictures beside it.
+
+    {"id": "p1", "question": "Which digit is in the red frame?", "answer": "7", "images": ["images/p1.png"],
+     "evidence": [{"box": [34, 18, 48, 32]}], "domain": "signs"}
+
+    samples = read_samples("mine/samples.jsonl")
+    write_samples(samples, "copy")        # copy/samples.jsonl, copy/images/*.png; read again: the same samples
+
+``docs/data.md`` has the whole format. Everything is checked while it is read: a line that cannot be used is named with
+its number, its field and what was expected, and nothing is returned unless all lines are good.
+
+Paths are relative to the file and stay in its folder: ``..`` is refused, so that a file from elsewhere cannot reach
+around. An absolute path, or another ``root``, is taken as it is. Pictures become upright RGB, as everywhere.
+
+What it does not do: read videos (give their frames), or leave pictures on disk until they are needed.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mech.data.pictures import picture
+from mech.data.regions import Box, Frames, Mask, Pages, Region
+from mech.data.samples import Sample, Samples
+from mech.errors import InputError, MechError, OutputError, RegionError, suggestion
+
+FIELDS = tuple(one.name for one in fields(Sample))
+REGIONS = ("box", "xywh", "mask", "frames", "pages")
+SHOWN = 8  # bad lines that are told apart
+
+
+def read_samples(path: str | Path, root: str | Path | None = None) -> Samples:
+    """The samples of a JSON-lines file.
+
+    Args:
+        path: the file. A sample without ``id`` is called after it and its line, one without ``domain`` after it.
+        root: where relative paths begin; the file's folder by default.
+
+    Raises:
+        InputError: lines that cannot be used, each with its number, its field and what was expected.
+        OutputError: the file cannot be read.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path} cannot be read", "a UTF-8 text file, one JSON object a line", str(error)) from error
+    folder = _Folder(Path(root).expanduser() if root is not None else path.parent)
+    samples: dict[str, Sample] = {}
+    numbers: dict[str, int] = {}
+    wrong: list[tuple[int, _Wrong]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            sample = _sample(_parsed(line), f"{path.stem}:{number}", path.stem, folder)
+            with _at("id"):
+                if sample.id in samples:
+                    raise InputError(
+                        f"{sample.id!r} is the id of line {numbers[sample.id]} as well", "an id of its own",
+                        "change one, or leave ids out",
+                    )  # fmt: skip
+            samples[sample.id], numbers[sample.id] = sample, number
+        except _Wrong as bad:
+            wrong.append((number, bad))
+    if wrong:
+        raise _report(path, wrong, len(samples))
+    if not samples:
+        raise InputError(f"{path} holds no sample", "one JSON object a line", "see docs/data.md")
+    return Samples(list(samples.values()))
+
+
+def write_samples(samples: Samples | Sequence[Sample], folder: str | Path, name: str = "samples.jsonl") -> Path:
+    """Write samples so that ``read_samples`` gives them back: the file, and its pictures and masks as PNG.
+
+    A picture that several samples show is written once. Pictures become upright RGB; samples without an id get one.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OutputError: the file exists, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / name
+    if path.exists():
+        raise OutputError(f"{path} exists", "a new file", "give another folder or name, or delete it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_record(s, s.id or str(i), folder), ensure_ascii=False) for i, s in enumerate(samples)]
+        part = path.with_name(f".{name}.part")
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written", "a folder that can", str(error)) from error
+    return path
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Wrong(Exception):
+    """What is wrong with one field of a line; ``path`` grows on the way out."""
+
+    def __init__(self, error: MechError):
+        self.path, self.error = "", error
+
+
+@contextmanager
+def _at(name: str) -> Iterator[None]:
+    """Errors inside are about this field."""
+    try:
+        yield
+    except _Wrong as wrong:
+        wrong.path = f"{name}{'' if wrong.path.startswith('[') else '.'}{wrong.path}"
+        raise
+    except MechError as error:
+        wrong = _Wrong(error)
+        wrong.path = name
+        raise wrong from error
+
+
+def _report(path: Path, wrong: list[tuple[int, _Wrong]], good: int) -> InputError:
+    first_number, first = wrong[0]
+    if len(wrong) == 1:
+        given = f"{path}, line {first_number}, {first.path}: {first.error.given}"
+        return InputError(given, first.error.expected, first.error.do)
+    told = [f"  line {number}, {one.path}: {_told(one.error)}" for number, one in wrong[:SHOWN]]
+    more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+    head = f"{len(wrong)} of {len(wrong) + good} lines of {path} cannot be used:"
+    return InputError("\n".join([head, *told, *more]), "", f"begin with line {first_number}: {first.error.do}")
+
+
+def _told(error: MechError) -> str:
+    return error.given + (f" (expected: {error.expected})" if error.expected else "")
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Where pictures are; each is opened once."""
+
+    root: Path
+    opened: dict[Path, Image.Image] = field(default_factory=dict)
+
+    def path(self, given: Any) -> Path:
+        if not isinstance(given, str) or not given:
+            raise InputError(f"{given!r}", "the path of a picture", "put it in quotes")
+        if not os.path.isabs(given) and os.path.normpath(given).split(os.sep)[0] == os.pardir:
+            raise InputError(
+                f"{given!r} leaves the folder of the file", "a path inside it, or an absolute one",
+                "move the picture beside the file, or pass root=",
+            )  # fmt: skip
+        return self.root / given
+
+    def picture(self, given: Any) -> Image.Image:
+        path = self.path(given)
+        if path not in self.opened:
+            self.opened[path] = picture(path)
+        return self.opened[path]
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    with _at("the line"):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{line.strip()[:60]!r}", "one JSON object on one line", f"mend it: {error}" if line.strip() != "["
+                else "write one object a line, without the brackets and commas of a list",
+            ) from error  # fmt: skip
+        if not isinstance(record, dict):
+            raise InputError(f"a JSON {type(record).__name__}", "an object, {...}", "write one sample a line")
+    return record
+
+
+def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, whole: bool = True) -> Sample:
+    for name in record:
+        if name not in (*FIELDS, "meta"):
+            with _at(name):
+                raise InputError("an unknown field", ", ".join(FIELDS), suggestion(name, FIELDS) + "; notes go in meta")
+    for name in ("question", "answer"):
+        with _at(name):
+            if name not in record:
+                raise InputError("missing", "a text", f"add {name!r}")
+            _text(record[name])
+    shown = {name: _pictures(record, name, folder) for name in ("images", "video")}
+    pictures = shown["images"] or shown["video"]
+    with _at("images"):
+        if bool(shown["images"]) == bool(shown["video"]):
+            given = "images and a video" if pictures else "neither images nor a video"
+            raise InputError(given, "one of the two", "list paths in images, or the frames of a video in video")
+    given: dict[str, Any] = {"id": id, "domain": domain}
+    for name in ("id", "domain"):
+        with _at(name):
+            given[name] = _text(record.get(name, given[name]))
+    with _at("domain"):
+        if set(given["domain"]) & set("/\\") or given["domain"].startswith("."):
+            raise InputError(
+                repr(given["domain"]), "a name that can be a folder's", "leave out '/', '\\' and a first '.'"
+            )
+    with _at("fps"):
+        given["fps"] = fps = record.get("fps", 2.0)
+        if not _is_number(fps) or not fps > 0:
+            raise InputError(repr(fps), "frames a second, more than 0", "leave it out for 2.0")
+    with _at("evidence"):
+        regions = record.get("evidence", [])
+        if not isinstance(regions, list):
+            raise InputError(repr(regions)[:60], "a list of regions", 'write [{"box": [x0, y0, x1, y1]}]')
+        given["evidence"] = tuple(
+            _region(one, i, pictures, bool(shown["video"]), folder) for i, one in enumerate(regions)
+        )
+    sample = Sample(record["question"], record["answer"], **shown, **given)
+    if not whole or record.get("counterfactual") is None:
+        return sample
+    with _at("counterfactual"):
+        other = record["counterfactual"]
+        if not isinstance(other, dict) or "counterfactual" in other:
+            raise InputError(
+                repr(other)[:60], "an object with what differs", 'such as {"answer": ..., "images": [...]}'
+            )
+        same = {name: value for name, value in record.items() if name not in ("id", "counterfactual", "meta")}
+        partner = _sample({**same, **other}, f"{sample.id}/counterfactual", sample.domain, folder, whole=False)
+        _check_partner(sample, partner)
+    return Sample(record["question"], record["answer"], **shown, **given, counterfactual=partner)
+
+
+def _check_partner(sample: Sample, partner: Sample) -> None:
+    """Patching goes position by position: the pictures must be of the same sizes."""
+    if partner.answer == sample.answer:
+        raise InputError(f"the same answer {sample.answer!r}", "another answer", "say what is right on its pictures")
+    ours, theirs = ([one.size for one in (s.images or s.video)] for s in (sample, partner))
+    if ours != theirs:
+        raise InputError(f"pictures of sizes {theirs}", f"those of the sample, {ours}", "keep sizes and their number")
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str) or not given.strip():
+        raise InputError(
+            repr(given)[:60], "a text", "put it in quotes" if given and not isinstance(given, str) else "fill it in"
+        )
+    return given
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+
+
+def _pictures(record: Mapping[str, Any], name: str, folder: _Folder) -> tuple[Image.Image, ...]:
+    with _at(name):
+        paths = record.get(name) or []
+        if not isinstance(paths, list):
+            raise InputError(repr(paths)[:60], "a list of paths", f'write "{name}": ["a.png"]')
+        found = []
+        for i, path in enumerate(paths):
+            with _at(f"[{i}]"):
+                found.append(folder.picture(path))
+        if name == "video" and len({frame.size for frame in found}) > 1:
+            raise InputError(f"frames of sizes {sorted({f.size for f in found})}", "frames of one size", "resize them")
+    return tuple(found)
+
+
+def _region(given: Any, i: int, pictures: Sequence[Image.Image], video: bool, folder: _Folder) -> Region:
+    with _at(f"[{i}]"):
+        kinds = [name for name in REGIONS if isinstance(given, dict) and name in given]
+        if len(kinds) != 1:
+            raise InputError(
+                repr(given)[:80], f"an object with one of {', '.join(REGIONS)}", 'such as {"box": [0, 0, 9, 9]}'
+            )
+        kind, place = kinds[0], "frame" if video else "image"
+        allowed = (kind, place) if kind in ("box", "xywh", "mask") else (kind,)
+        for name in given:
+            if name not in allowed:
+                with _at(name):
+                    raise InputError("not in this place", ", ".join(allowed), suggestion(name, allowed))
+        if kind in ("frames", "pages"):
+            with _at(kind):
+                if (kind == "frames") != video:
+                    raise InputError(
+                        f"{kind} of {'a video' if video else 'images'}", "frames" if video else "pages", "rename it"
+                    )
+                indices = given[kind]
+                if not isinstance(indices, list) or not indices or not all(_is_index(k, pictures) for k in indices):
+                    raise InputError(repr(indices), f"a list of numbers from 0 to {len(pictures) - 1}", "count from 0")
+                return Frames(*indices) if kind == "frames" else Pages(*indices)
+        with _at(place):
+            index = given.get(place, 0)
+            if video and place not in given:
+                raise InputError("missing", f"which frame, from 0 to {len(pictures) - 1}", 'add "frame": 0')
+            if not _is_index(index, pictures):
+                raise InputError(repr(index), f"a number from 0 to {len(pictures) - 1}", "count from 0")
+        where: dict[str, Any] = {place: index}
+        with _at(kind):
+            return (_mask if kind == "mask" else _box)(given, kind, pictures[index].size, where, folder)
+
+
+def _is_index(given: Any, pictures: Sequence[Image.Image]) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(pictures)
+
+
+def _box(given: Mapping[str, Any], kind: str, size: tuple[int, int], where: dict[str, Any], folder: _Folder) -> Box:
+    numbers = given[kind]
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(_is_number, numbers)):
+        names = "[x0, y0, x1, y1]" if kind == "box" else "[x, y, width, height]"
+        raise RegionError(repr(numbers), f"four numbers {names}, in pixels", "write numbers without quotes")
+    box = Box(*numbers, **where) if kind == "box" else Box.from_xywh(*numbers, **where)
+    width, height = size
+    if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1:
+        raise RegionError(
+            f"{numbers} leaves a picture of {width} x {height} pixels", "pixels of the upright picture",
+            'scale relative boxes; use "xywh" for [x, y, width, height]',
+        )  # fmt: skip
+    return box
+
+
+def _mask(given: Mapping[str, Any], kind: str, size: tuple[int, int], where: dict[str, Any], folder: _Folder) -> Mask:
+    inside = np.asarray(folder.picture(given[kind]).convert("L")) > 127
+    if inside.shape[::-1] != size:
+        raise RegionError(
+            f"a mask of {inside.shape[1]} x {inside.shape[0]}",
+            f"{size[0]} x {size[1]}, the picture's size",
+            "resize it",
+        )
+    if not inside.any():
+        raise RegionError("a mask without a white pixel", "white inside, black outside", "look at the file")
+    return Mask(inside, **where)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {"id": id, "question": sample.question, "answer": sample.answer}
+    for name in ("images", "video"):
+        if shown := getattr(sample, name):
+            record[name] = [_saved(picture(one), folder, "images") for one in shown]
+    if sample.video:
+        record["fps"] = sample.fps
+    record["evidence"] = [_written(region, folder) for region in sample.evidence]
+    record["domain"] = sample.domain
+    if sample.counterfactual is not None:
+        other = _record(sample.counterfactual, sample.counterfactual.id or f"{id}/counterfactual", folder)
+        record["counterfactual"] = {name: value for name, value in other.items() if record.get(name) != value}
+    return record
+
+
+def _written(region: Region, folder: Path) -> dict[str, Any]:
+    if isinstance(region, Frames | Pages):
+        return {"frames" if isinstance(region, Frames) else "pages": [int(index) for index in region.indices]}
+    place = {"image": region.image} if region.frame is None else {"frame": region.frame}
+    if isinstance(region, Mask):
+        white = Image.fromarray(region.pixels.astype(bool).astype(np.uint8) * 255)
+        return {"mask": _saved(white, folder, "masks"), **place}
+    corners = (region.x0, region.y0, region.x1, region.y1)
+    return {"box": [int(c) if isinstance(c, int | np.integer) else float(c) for c in corners], **place}
+
+
+def _saved(image: Image.Image, folder: Path, kind: str) -> str:
+    """The picture's path below ``folder``; its name is what it shows, so that it is written once."""
+    name = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()[:20]
+    path = folder / kind / f"{name}.png"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    return f"{kind}/{path.name}"
