@@ -1,11 +1,13 @@
 """The haystacks: seeded, with evidence that really decides the answer, and partners that differ nowhere else."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mech.data.haystacks import DOMAINS, MOST, glyphs, haystacks
+from mech.data import haystacks as module
+from mech.data.haystacks import COLOURS, DOMAINS, MOST, NAMES, PICTURES, draw_scene, glyphs, haystacks
 from mech.data.regions import Box, Frames, Mask, Pages
 from mech.data.samples import Sample, Samples
 from mech.errors import InputError, RegionError
@@ -72,6 +74,9 @@ def test_handwriting_of_the_test_split_is_never_trained_on():
         (lambda: haystacks("video", 1, n_items=99), "1 to 8"),
         (lambda: haystacks("video", 0), "at least one sample"),
         (lambda: haystacks("video", 1, split="dev"), "'train' or 'test'"),
+        (lambda: haystacks("video", 1, n_pictures=9), "an even number of frames"),
+        (lambda: haystacks("pages", 1, n_pictures=2), "3 pages or more"),
+        (lambda: haystacks("grounding", 1, n_pictures=2), "one image"),
         (lambda: Sample("?", "!"), "neither images nor a video"),
         (lambda: haystacks("pages", 2).split(1.5), "between 0 and 1"),
     ],
@@ -111,3 +116,44 @@ def test_digests_see_whatever_changes_a_number():
     ]
     assert len({Samples([one]).digest() for one in changed}) == len(changed)
     assert Mask(pixels) == Mask(pixels.copy()) != Mask(~pixels)
+
+
+@pytest.mark.parametrize(("domain", "n_pictures"), [("pages", 40), ("video", 60)])
+def test_longer_scenes_ask_as_much_and_fill_the_room_with_what_nobody_asks_about(domain, n_pictures):
+    samples = haystacks(domain, 6, seed=4, n_pictures=n_pictures)
+    assert samples.digest() == haystacks(domain, 9, seed=4, n_pictures=n_pictures)[:6].digest()
+    assert not {sample.id for sample in samples} & {sample.id for sample in haystacks(domain, 6, seed=4)}
+    spread = set()
+    for sample in samples:
+        mine, theirs = (s.images or s.video for s in (sample, sample.counterfactual))
+        assert len(mine) == n_pictures
+        changed = {i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a is not b}
+        indices = set(sample.evidence[0].indices)
+        assert changed and changed <= indices
+        assert (pictures(sample) != pictures(sample.counterfactual)).any((1, 2, 3)).nonzero()[0].tolist() == [*changed]
+        spread |= indices
+    assert max(spread) > n_pictures / 2
+
+
+@pytest.mark.parametrize("domain", ["pages", "video"])
+def test_what_fills_a_long_scene_is_never_what_is_asked_about(domain, monkeypatch):
+    """Seen by what is drawn: the keys of the lines and frames, those of the filling and those of the items."""
+    drawn = []
+    for name in ("_write_line", "_frame_digit"):
+        monkeypatch.setattr(module, name, lambda picture, item: drawn.append(item))
+    scene = draw_scene(domain, random.Random(3), MOST[domain], "test", 40)
+    asked, filling = {item.key for item in scene.items}, {item.key for item in drawn}
+    keys = NAMES if domain == "pages" else tuple(COLOURS)
+    assert len(asked) == len(scene.items) == MOST[domain] and filling == set(keys) - asked
+    places = {(item.picture, item.y // 16, item.x // 16) for item in drawn}
+    assert not places & {(item.picture, item.y // 16, item.x // 16) for item in scene.items}
+    room = 40 * 6 if domain == "pages" else 20 * 16
+    assert len(places) == pytest.approx(room / 2, rel=0.15)
+    drawn.clear()
+    draw_scene(domain, random.Random(3), MOST[domain], "test")
+    assert not drawn
+
+
+@pytest.mark.parametrize("domain", ["pages", "video"])
+def test_the_default_length_is_the_same_whether_said_or_not(domain):
+    assert haystacks(domain, 2, n_pictures=PICTURES[domain]).digest() == haystacks(domain, 2).digest()

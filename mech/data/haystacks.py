@@ -6,9 +6,13 @@ domain         what is shown                                               evide
 ``grounding``  handwritten digits in coloured frames on a photograph,      the frame's `Box`   RefCOCOg
                among loose digits and coloured blobs
 ``documents``  a score sheet: printed names, handwritten scores            the line's `Box`    MMDocIR
-``pages``      three score sheets, the asked name on one of them            the page (`Pages`)  MMLongBench
+``pages``      three score sheets, the asked name on one of them           the page (`Pages`)  MMLongBench
 ``video``      framed digits that come and go over a moving photograph     the `Frames`        VidSTG
 =============  ==========================================================  ==================  ===================
+
+``pages`` and ``video`` can be as long as one likes, with ``n_pictures``: sixty-four pages or two hundred frames are
+some thousand visual tokens. What is asked about stays as much; the added room is half filled with lines (or framed
+digits) of names (or colours) that occur again and again and are never asked about.
 
 The pixels are real where they can be had offline: handwriting from scikit-learn's ``load_digits`` (UCI, 1998) and its
 two photographs; names are set in Pillow's own font. Every sample carries its *counterfactual partner*: the same
@@ -23,8 +27,9 @@ Handwriting is split once and for all: ``split="train"`` draws from four fifths 
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,10 +41,12 @@ from mech.errors import InputError, suggestion
 
 CELL = 16  # pixels; every object sits in a cell of this size, with a pixel of jitter
 SIDE = 96  # pixels of an image's edge: 6 x 6 cells
-VIDEO_SIDE, VIDEO_FRAMES = 64, 8
-N_PAGES = 3
+VIDEO_SIDE = 64
+PICTURES = {"grounding": 1, "documents": 1, "pages": 3, "video": 8}  # how many a scene shows by default
+LONG = ("pages", "video")  # domains that can show more
 
 Picture = UInt8[np.ndarray, "height width 3"]
+Place = tuple[int, Any]  # a picture and where in it
 
 COLOURS = {
     "red": (225, 25, 25),
@@ -146,18 +153,27 @@ class Scene:
         )
 
 
-def haystacks(domain: str, n: int, seed: int = 0, *, n_items: int | None = None, split: str = "test") -> Samples:
+def haystacks(
+    domain: str,
+    n: int,
+    seed: int = 0,
+    *,
+    n_items: int | None = None,
+    n_pictures: int | None = None,
+    split: str = "test",
+) -> Samples:
     """``n`` samples of one domain, each with its counterfactual partner.
 
     Args:
         domain: ``grounding``, ``documents``, ``pages`` or ``video``.
         n: how many samples; sample ``i`` does not depend on ``n``.
         seed: another seed, other scenes.
-        n_items: how many items a scene holds; the hardest setting by default.
+        n_items: how many items that can be asked about a scene holds; the hardest setting by default.
+        n_pictures: how many pages (by default 3) or frames (by default 8, always even) are shown.
         split: ``"test"`` draws handwriting that the reference models never saw, ``"train"`` what they learned from.
 
     Raises:
-        InputError: an unknown domain or split, or more items than the scene has room for.
+        InputError: an unknown domain or split, more items than the scene has room for, fewer pictures than the default.
     """
     if domain not in DOMAINS:
         raise InputError(f"no haystack domain is called {domain!r}", ", ".join(DOMAINS), suggestion(domain, DOMAINS))
@@ -169,25 +185,40 @@ def haystacks(domain: str, n: int, seed: int = 0, *, n_items: int | None = None,
         raise InputError(f"n_items={n_items}", f"1 to {most} for {domain!r}", f"leave it out for {most}")
     if n < 1:
         raise InputError(f"n={n}", "at least one sample", "use n=100")
-    return Samples([_sample(domain, f"{domain}/{split}/{seed}/{i}", n_items, split) for i in range(n)])
+    least = PICTURES[domain]
+    longer = n_pictures is not None and n_pictures != least
+    if longer and (domain not in LONG or n_pictures < least or (domain == "video" and n_pictures % 2)):
+        expected = {"pages": "3 pages or more", "video": "an even number of frames, 8 or more"}.get(domain, "one image")
+        raise InputError(f"n_pictures={n_pictures} of {domain!r}", expected, "leave it out, or use 'pages' or 'video'")
+    name = f"{domain}/{n_pictures}" if longer else domain
+    return Samples([_sample(domain, f"{name}/{split}/{seed}/{i}", n_items, n_pictures, split) for i in range(n)])
 
 
-def _sample(domain: str, id: str, n_items: int, split: str) -> Sample:
+def _sample(domain: str, id: str, n_items: int, n_pictures: int | None, split: str) -> Sample:
     rng = random.Random(id)
-    scene = draw_scene(domain, rng, n_items, split)
+    scene = draw_scene(domain, rng, n_items, split, n_pictures)
     index = rng.randrange(len(scene.items))
     question = rng.choice(QUESTIONS[domain])
     other = rng.choice([value for value in range(10) if value != scene.items[index].value])
     partner = scene.rewritten(index, other, rng.choice(glyphs(split)[other]))
-    return scene.sample(index, question, id, partner.sample(index, question, f"{id}/counterfactual"))
+    sample = scene.sample(index, question, id)
+    theirs = partner.sample(index, question, f"{id}/counterfactual")
+    # Pictures that do not differ are held once: a long sample has hundreds of them.
+    shared = {
+        kind: tuple(
+            a if a.tobytes() == b.tobytes() else b for a, b in zip(getattr(sample, kind), pictures, strict=True)
+        )
+        for kind, pictures in (("images", theirs.images), ("video", theirs.video))
+    }
+    return replace(sample, counterfactual=replace(theirs, **shared))
 
 
-def draw_scene(domain: str, rng: random.Random, n_items: int, split: str) -> Scene:
+def draw_scene(domain: str, rng: random.Random, n_items: int, split: str, n_pictures: int | None = None) -> Scene:
     """A random scene of one domain with ``n_items`` items, everything decided by ``rng``."""
-    return _DRAW[domain](rng, n_items, split)
+    return _DRAW[domain](rng, n_items, n_pictures or PICTURES[domain], split)
 
 
-def _grounding(rng: random.Random, n_items: int, split: str) -> Scene:
+def _grounding(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
     cells = [(col, row) for row in range(SIDE // CELL) for col in range(SIDE // CELL)]
     rng.shuffle(cells)
     canvas = _photo_crop(rng, SIDE)
@@ -198,7 +229,7 @@ def _grounding(rng: random.Random, n_items: int, split: str) -> Scene:
     return Scene("grounding", (canvas,), items)
 
 
-def _documents(rng: random.Random, n_items: int, split: str) -> Scene:
+def _documents(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
     lines = rng.sample(range(SIDE // CELL), n_items)
     keys = rng.sample(NAMES, n_items)
     items = tuple(
@@ -207,30 +238,52 @@ def _documents(rng: random.Random, n_items: int, split: str) -> Scene:
     return Scene("documents", (_paper(rng),), items)
 
 
-def _pages(rng: random.Random, n_items: int, split: str) -> Scene:
-    lines = [(page, line) for page in range(N_PAGES) for line in range(SIDE // CELL)]
+def _pages(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
+    lines = [(page, line) for page in range(n_pictures) for line in range(SIDE // CELL)]
     keys = rng.sample(NAMES, n_items)
+    places = rng.sample(lines, n_items)
     items = tuple(
         _item(rng, key, split, page, 66 + rng.randint(0, 4), CELL * line)
-        for key, (page, line) in zip(keys, rng.sample(lines, n_items), strict=True)
+        for key, (page, line) in zip(keys, places, strict=True)
     )
-    return Scene("pages", tuple(_paper(rng) for _ in range(N_PAGES)), items)
+    canvas = tuple(_paper(rng) for _ in range(n_pictures))
+    if n_pictures > PICTURES["pages"]:
+        for key, (page, line) in _filling(rng, NAMES, keys, lines, places):
+            _write_line(canvas[page], _item(rng, key, split, page, 66 + rng.randint(0, 4), CELL * line))
+    return Scene("pages", canvas, items)
 
 
-def _video(rng: random.Random, n_items: int, split: str) -> Scene:
-    photo = _photo_crop(rng, VIDEO_SIDE + VIDEO_FRAMES)
-    frames = tuple(photo[t : t + VIDEO_SIDE, t : t + VIDEO_SIDE].copy() for t in range(VIDEO_FRAMES))
+def _video(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
+    photo = _photo_crop(rng, VIDEO_SIDE + PICTURES["video"])
+    # The camera goes one way and, in a longer video, back again.
+    swing = [*range(PICTURES["video"]), *range(PICTURES["video"] - 2, 0, -1)]
+    shifts = [swing[t % len(swing)] for t in range(n_pictures)]
+    frames = tuple(photo[t : t + VIDEO_SIDE, t : t + VIDEO_SIDE].copy() for t in shifts)
     side = VIDEO_SIDE // CELL
-    places = [(2 * shot, (col, row)) for shot in range(VIDEO_FRAMES // 2) for row in range(side) for col in range(side)]
+    cells = [(2 * shot, (col, row)) for shot in range(n_pictures // 2) for row in range(side) for col in range(side)]
     keys = rng.sample(list(COLOURS), n_items)
+    places = rng.sample(cells, n_items)
     items = tuple(
-        _item(rng, key, split, frame, *_jittered(rng, cell))
-        for key, (frame, cell) in zip(keys, rng.sample(places, n_items), strict=True)
+        _item(rng, key, split, frame, *_jittered(rng, cell)) for key, (frame, cell) in zip(keys, places, strict=True)
     )
+    if n_pictures > PICTURES["video"]:
+        for key, (frame, cell) in _filling(rng, tuple(COLOURS), keys, cells, places):
+            item = _item(rng, key, split, frame, *_jittered(rng, cell))
+            for picture in frames[frame : frame + 2]:
+                _frame_digit(picture, item)
     return Scene("video", frames, items)
 
 
-_DRAW: dict[str, Callable[[random.Random, int, str], Scene]] = {
+def _filling(
+    rng: random.Random, keys: Sequence[str], asked: Sequence[str], places: Sequence[Place], taken: Sequence[Place]
+) -> list[tuple[str, Place]]:
+    """What fills half of the places that are left: keys that nobody asks about, each many times."""
+    others = [key for key in keys if key not in asked]
+    free = [place for place in places if place not in set(taken)]
+    return [(rng.choice(others), place) for place in free if rng.random() < 0.5]
+
+
+_DRAW: dict[str, Callable[[random.Random, int, int, str], Scene]] = {
     "grounding": _grounding,
     "documents": _documents,
     "pages": _pages,

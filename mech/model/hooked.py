@@ -92,7 +92,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             name: what to open.
             dtype: of the weights; that of the checkpoint if None.
             device: where to put the whole model.
-            revision: of a hub id.
+            revision: of a hub id; of a reference model, a checkpoint of its training (``mech.reference.revisions``).
             device_map: where to put its parts ("auto": spread over the GPUs), in place of ``device``.
             quantization: "8bit" or "4bit" weights (the extra ``quant``); then there is no ``hook_result`` and no W_O.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +41,15 @@ def resolve(name: str | Path) -> str:
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise InputError(f"there is no folder {name!r}", "a folder with config.json, or a hub id like 'owner/model'")
     return name
+
+
+def _checkpoint(name: str, revision: str | None) -> Path | None:
+    """The weights a reference model had at a revision, which replace its final ones."""
+    if not name.startswith(REFERENCE) or revision in (None, "main"):
+        return None
+    from mech.reference import checkpoint
+
+    return checkpoint(name, revision)
 
 
 def check_folder(folder: Path) -> None:
@@ -157,6 +167,7 @@ def open_checkpoint(
     if device is not None and device_map is not None:
         raise InputError("device and device_map", "one of them: device_map says where every part of the model goes")
     source = resolve(name)
+    kept = _checkpoint(str(name), revision)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if quantization is not None:
@@ -184,6 +195,8 @@ def open_checkpoint(
                 **placed,
                 **options,
             )
+        if kept is not None:
+            model.load_state_dict(load_file(kept), strict=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise UnsupportedModel(
             f"the weights of {source!r} cannot be opened: {str(error).splitlines()[0]}", "safetensors of this model"

@@ -1,9 +1,15 @@
 """Small trained MLLMs in real architectures that ship with the package: ``from_pretrained("reference:llava-m")``.
 
+    >>> names()
+    ('llava-m', 'llava-s', 'llava-s-seed1', 'qwen-long', 'qwen-s')
+    >>> revisions("llava-s-seed1")       # how it was while it learned: from_pretrained(..., revision="step2300")
+    ('step2200', 'step2300', 'step2500')
+
 They exist so that every experiment, test and page of the documentation can run on a model that really retrieves
-visual evidence, without a hub. They are not meant for anything else. Each folder holds the weights (safetensors), the
-processor and ``card.json``: data, curve, held-out accuracy, heads, seed, time. How they are made: ``recipe`` and
-``train``.
+visual evidence, without a hub. They are not meant for anything else. There are two sizes and two families; a second
+seed of one of them, with checkpoints of its training; and one that reads some thousand visual tokens. Each folder holds
+the weights (safetensors), the processor and ``card.json``: data, curve, held-out accuracy, heads, seed, time. How they
+are made: ``recipe`` and ``train``.
 """
 
 import json
@@ -34,6 +40,27 @@ def path(name: str) -> Path:
             f"there is no reference model {short!r}", ", ".join(known), suggestion(PREFIX + short, known)
         )
     return FOLDER / short
+
+
+def revisions(name: str) -> tuple[str, ...]:
+    """The checkpoints of its training that ship with a reference model, in order; most have none."""
+    return tuple(sorted((file.stem for file in path(name).glob("step*.safetensors")), key=lambda step: int(step[4:])))
+
+
+def checkpoint(name: str, revision: str) -> Path:
+    """The weights of a revision of a reference model: all but those of the vision tower, which was frozen by then.
+
+    Raises:
+        UnsupportedModel: no such model or revision.
+    """
+    known = revisions(name)
+    if revision not in known:
+        raise UnsupportedModel(
+            f"{name!r} has no revision {revision!r}",
+            ", ".join(known) if known else "no revision: it ships without checkpoints of its training",
+            suggestion(revision, known) if known else "leave revision out",
+        )
+    return path(name) / f"{revision}.safetensors"
 
 
 def card(name: str) -> dict[str, Any]:

@@ -19,7 +19,9 @@ CAPTION = "List all that can be read."
 class Recipe:
     """How one reference model is made.
 
-    ``steps`` counts the ``tower_steps`` in which the vision tower is pretrained.
+    ``steps`` counts the ``tower_steps`` in which the vision tower is pretrained. The weights after each of the steps in
+    ``keep`` (multiples of a hundred) ship beside the final ones. A recipe with a ``start`` goes on from the weights of
+    that model; with ``longest``, its scenes grow to so many visual tokens.
     """
 
     family: str
@@ -33,27 +35,35 @@ class Recipe:
     peak_rate: float = 2e-3
     seed: int = 0
     weights: Mapping[str, float] = field(default_factory=lambda: {"pages": 0.6})
+    keep: tuple[int, ...] = field(default=(), repr=False)
+    start: str = ""
+    longest: int = 0
 
 
 # Rotations slow enough that half of a head's sixteen dimensions can match content at any distance, and weights large
 # enough that attention is not even at first. Neither was varied alone over a whole training.
 _ROPE = dict(rope_type="default", rope_theta=1e6)
-_TEXT = dict(hidden_size=128, intermediate_size=256, head_dim=16, initializer_range=0.06)
+_TEXT = dict(max_position_embeddings=2048, hidden_size=128, intermediate_size=256, head_dim=16, initializer_range=0.06)
 _CLIP = dict(image_size=96, patch_size=16, hidden_size=96, intermediate_size=256, num_attention_heads=4)
+_LLAVA_S = dict(
+    family="llava",
+    text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8),
+    vision=dict(_CLIP, num_hidden_layers=3),
+    domains=("grounding", "documents", "pages"),
+    tower_steps=2000,
+    steps=3600,
+)
 _QWEN_VISION = dict(
     depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=PATCH, spatial_patch_size=PATCH,
     spatial_merge_size=MERGE, temporal_patch_size=FRAMES, in_channels=3, window_size=96, fullatt_block_indexes=[2],
+    out_hidden_size=128,
 )  # fmt: skip
+_QWEN_TEXT = dict(_TEXT, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
+_QWEN_S = dict(family="qwen2_5_vl", vision=_QWEN_VISION, domains=("grounding", "documents", "pages", "video"))
 
 RECIPES = {
-    "llava-s": Recipe(
-        family="llava",
-        text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8),
-        vision=dict(_CLIP, num_hidden_layers=3),
-        domains=("grounding", "documents", "pages"),
-        tower_steps=2000,
-        steps=3600,
-    ),
+    "llava-s": Recipe(**_LLAVA_S),
+    "llava-s-seed1": Recipe(**_LLAVA_S, seed=1, keep=tuple(range(2100, 3600, 100))),
     "llava-m": Recipe(
         family="llava",
         text=dict(_TEXT, num_hidden_layers=8, num_attention_heads=16),
@@ -62,13 +72,17 @@ RECIPES = {
         tower_steps=2000,
         steps=3500,
     ),
-    "qwen-s": Recipe(
-        family="qwen2_5_vl",
-        text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4),
-        vision=dict(_QWEN_VISION, out_hidden_size=128),
-        domains=("grounding", "documents", "pages", "video"),
-        tower_steps=700,
-        steps=1500,
+    "qwen-s": Recipe(**_QWEN_S, text=_QWEN_TEXT, tower_steps=700, steps=1500),
+    "qwen-long": Recipe(
+        **_QWEN_S,
+        text=dict(_QWEN_TEXT, max_position_embeddings=8192),
+        start="qwen-s",
+        longest=2304,
+        tower_steps=0,
+        steps=600,
+        peak_rate=1e-3,
+        seed=2,
+        weights={"grounding": 0.3, "documents": 0.3},
     ),
 }
 
@@ -102,7 +116,7 @@ _SPECIAL = {
 }
 
 
-def tokenizer(family: str):
+def tokenizer(recipe: Recipe):
     """A byte-level BPE over the haystacks' sentences: any text can be written, their words are single tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -119,6 +133,7 @@ def tokenizer(family: str):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2048, initial_alphabet=sorted(alphabet), show_progress=False)
     bpe.train_from_iterator(corpus, trainer)
+    family = recipe.family
     pad, end, image, *others = _SPECIAL[family]
     bpe.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL[family]])
     return PreTrainedTokenizerFast(
@@ -127,7 +142,7 @@ def tokenizer(family: str):
         eos_token=end,
         additional_special_tokens=[image, *others],
         padding_side="left",
-        model_max_length=2048,
+        model_max_length=recipe.text["max_position_embeddings"],
         chat_template=_LLAVA_TEMPLATE if family == "llava" else _QWEN_TEMPLATE,
     )
 
@@ -165,7 +180,7 @@ def untrained(recipe: Recipe, words) -> Any:
 
     ids = {token: words.convert_tokens_to_ids(token) for token in _SPECIAL[recipe.family]}
     pad, end = _SPECIAL[recipe.family][:2]
-    text = dict(recipe.text, vocab_size=len(words), max_position_embeddings=2048, pad_token_id=ids[pad],
+    text = dict(recipe.text, vocab_size=len(words), pad_token_id=ids[pad],
                 eos_token_id=ids[end], bos_token_id=None, tie_word_embeddings=True)  # fmt: skip
     torch.manual_seed(recipe.seed)
     if recipe.family == "llava":

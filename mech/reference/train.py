@@ -10,6 +10,9 @@ right after it). The dense list is what makes a small model learn to retrieve, w
 scenes from the start; growing scenes item by item was tried and was far from it after a thousand steps. The full form
 teaches to carry what was read to where it is said.
 
+A recipe that starts from another model's weights has no first stage: its scenes of pages and video grow instead, from
+the length that model knows to some thousand visual tokens.
+
 Training is resumable (a checkpoint every hundred steps) and deterministic: step ``i`` draws the same scenes whoever
 runs it, so the same command gives the same weights up to floating-point noise. Nothing is tuned to what the heads of
 the model turn out to do.
@@ -21,21 +24,25 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
 
 from mech.data import haystacks
 from mech.data.haystacks import Scene
 from mech.errors import OutputError
-from mech.inputs import Inputs, Processor, TokenLayout, build, collate, encode
+from mech.inputs import Inputs, Processor, build, collate, encode
+from mech.reference import path
+from mech.reference.alignment import Alignment, vision_tower
 from mech.reference.recipe import CAPTION, RECIPES, Recipe, image_processor, tokenizer, untrained
 
 EVERY = 100  # steps between two checkpoints and two lines of the curve
 POOL = 400  # batches of pictures that the tower is pretrained on, again and again: drawing them costs more than a step
 FULL = 2  # items of a scene that are asked about in full
+TOKENS = {"pages": 36, "video": 8}  # visual tokens of a page, of a frame
 FULLEST = 0.8  # the share of batches whose scenes hold as many items as there is room for
 
 
@@ -60,84 +67,47 @@ def conversation(scene: Scene, rng: random.Random) -> list[dict]:
     return messages
 
 
-def batch_of(processor: Processor, domain: str, n_items: int, name: str, size: int) -> tuple[Inputs, list[Scene]]:
+@dataclass(frozen=True)
+class Shape:
+    """What kind of scenes a step draws, and how many."""
+
+    domain: str
+    n_items: int
+    n_pictures: int
+    size: int
+
+    @classmethod
+    def at(cls, step: int, recipe: Recipe) -> "Shape":
+        """That of a step of the second stage.
+
+        Lengths are drawn between the default and a longest one, evenly in their logarithm and of two draws the longer
+        one. The longest grows until half of the steps are done. Batches are smaller to match, but hold two scenes.
+        """
+        rng = random.Random(f"{recipe.seed}/domain/{step}")
+        domain = rng.choices(recipe.domains, [recipe.weights.get(one, 1.0) for one in recipe.domains])[0]
+        most, least = haystacks.MOST[domain], haystacks.PICTURES[domain]
+        n_items = most if rng.random() < FULLEST else rng.randint(1, most)
+        if not recipe.longest or domain not in haystacks.LONG:
+            return cls(domain, n_items, least, recipe.batch)
+        risen = min(1.0, 2 * (step + 1) / recipe.steps)
+        times = (recipe.longest / (least * TOKENS[domain])) ** (risen * max(rng.random(), rng.random()))
+        n_pictures = 2 * round(least * times / 2) if domain == "video" else round(least * times)
+        return cls(domain, n_items, n_pictures, max(2, round(recipe.batch / times)))
+
+
+def batch_of(processor: Processor, shape: Shape, name: str) -> tuple[Inputs, list[Scene]]:
     """The inputs of one training step and what they show; ``name`` decides everything that is random in them."""
+    domain = shape.domain
     rows, scenes = [], []
-    for i in range(size):
+    for i in range(shape.size):
         rng = random.Random(f"{name}/{i}")
-        scene = haystacks.draw_scene(domain, rng, n_items, "train")
+        scene = haystacks.draw_scene(domain, rng, shape.n_items, "train", shape.n_pictures)
         text = processor.tokenizer.apply_chat_template(conversation(scene, rng), tokenize=False)
         shown = scene.pictures()
         images, video = ((), shown) if domain == "video" else (shown, ())
         rows.append(encode(processor, text, images, video))
         scenes.append(scene)
     return collate(rows, processor.pad_token_id), scenes
-
-
-KEYS = (*haystacks.COLOURS, *haystacks.NAMES)
-
-
-def contents(scene: Scene, layout: TokenLayout) -> tuple[list[int], list[int]]:
-    """(digit + 1, key + 1) of every visual token of a scene, 0 where there is none, in the order of the sequence."""
-    digit, key = {}, {}
-    for item in scene.items:
-        row, col = item.y // haystacks.CELL, (item.x + 4) // haystacks.CELL
-        digit[item.picture, row, col] = item.value + 1
-        line = scene.domain in ("documents", "pages")
-        for column in range(haystacks.SIDE // haystacks.CELL) if line else [col]:
-            key[item.picture, row, column] = KEYS.index(item.key) + 1
-    shown = layout.positions("image")
-    picture = (layout.frame if scene.domain == "video" else layout.image)[shown]
-    cells = list(zip(picture.tolist(), layout.row[shown].tolist(), layout.col[shown].tolist(), strict=True))
-    return [digit.get(cell, 0) for cell in cells], [key.get(cell, 0) for cell in cells]
-
-
-class Alignment(torch.nn.Module):
-    """Which words a visual token shows, read off with the text model's own embeddings of those words.
-
-    ``logits = sharpness * rms_norm(visual token) . embedding(word)``, against a learned logit for "nothing": once over
-    the digits, once over the colours and names.
-    """
-
-    sharpness = 4.0
-
-    def __init__(self, words):
-        super().__init__()
-        self.nothing = torch.nn.Parameter(torch.zeros(2))
-        self.words = [[str(digit) for digit in range(10)], [f" {key}" for key in KEYS]]
-        self.ids = [torch.tensor([words(word).input_ids for word in group]).flatten() for group in self.words]
-
-    def loss(self, model, inputs: Inputs, scenes: list[Scene]) -> tuple[Float[torch.Tensor, ""], float]:
-        seen = torch.cat(list(_image_features(model, inputs.tensors)))
-        seen = self.sharpness * torch.nn.functional.rms_norm(seen, seen.shape[-1:])
-        shown = [contents(scene, layout) for scene, layout in zip(scenes, inputs.layouts, strict=True)]
-        total, right = seen.new_zeros(()), 0.0
-        for group, ids in enumerate(self.ids):
-            label = torch.tensor([one for row in shown for one in row[group]], device=seen.device)
-            logits = seen @ model.get_input_embeddings().weight[ids].T
-            logits = torch.cat([self.nothing[group].expand(len(seen), 1), logits], dim=1)
-            total = total + torch.nn.functional.cross_entropy(logits, label)
-            if group == 0:
-                right = (logits.argmax(-1) == label)[label > 0].float().mean().item()
-        return total, right
-
-
-def vision_tower(model) -> list[torch.nn.Module]:
-    """What is frozen after pretraining: the tower from its pixels on, not what maps it into the text model."""
-    if hasattr(model.model, "vision_tower"):
-        return [model.model.vision_tower]
-    visual = model.model.visual
-    return [visual.patch_embed, visual.blocks]
-
-
-def _image_features(model, tensors: dict[str, torch.Tensor]):
-    if "pixel_values_videos" in tensors:
-        found = model.model.get_video_features(tensors["pixel_values_videos"], tensors["video_grid_thw"])
-    elif "image_grid_thw" in tensors:
-        found = model.model.get_image_features(tensors["pixel_values"], tensors["image_grid_thw"])
-    else:
-        found = model.model.get_image_features(tensors["pixel_values"])
-    return found.pooler_output
 
 
 class Marks:
@@ -172,9 +142,14 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
     """Trains reference model ``name`` and saves it, with its processor and card, to ``folder / name``."""
     torch.set_num_threads(threads)
     recipe = RECIPES[name]
-    words = tokenizer(recipe.family)
+    words = tokenizer(recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = untrained(recipe, words).to(device)
+    model = untrained(recipe, words)
+    if recipe.start:
+        begun = folder / recipe.start
+        begun = begun if (begun / "card.json").exists() else path(recipe.start)
+        model = type(model).from_pretrained(begun, config=model.config, dtype=torch.float32)
+    model = model.to(device)
     processor = Processor.from_hf(config=model.config, tokenizer=words, image_processor=image_processor(recipe.family))
     marks, accuracy = Marks(words), dict.fromkeys(recipe.domains, 0.0)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -186,9 +161,8 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
     @functools.cache
     def pooled(index: int) -> tuple[str, Inputs, list[Scene]]:
         domain = [d for d in recipe.domains if d != "pages"][index % len(set(recipe.domains) - {"pages"})]
-        return domain, *batch_of(
-            processor, domain, haystacks.MOST[domain], f"{recipe.seed}/tower/{index}", recipe.batch
-        )
+        shape = Shape(domain, haystacks.MOST[domain], haystacks.PICTURES[domain], recipe.batch)
+        return domain, *batch_of(processor, shape, f"{recipe.seed}/tower/{index}")
 
     start, spent, curve = 0, 0.0, []
     checkpoint = folder / f"{name}.checkpoint.pt"
@@ -213,11 +187,8 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
             domain, inputs, scenes = pooled(step % POOL)
             loss, right = alignment.loss(model, inputs.to(device), scenes)
         else:
-            rng = random.Random(f"{recipe.seed}/domain/{step}")
-            domain = rng.choices(recipe.domains, [recipe.weights.get(one, 1.0) for one in recipe.domains])[0]
-            most = haystacks.MOST[domain]
-            n_items = most if rng.random() < FULLEST else rng.randint(1, most)
-            inputs, _ = batch_of(processor, domain, n_items, f"{recipe.seed}/{step}", recipe.batch)
+            shape = Shape.at(step, recipe)
+            domain, (inputs, _) = shape.domain, batch_of(processor, shape, f"{recipe.seed}/{step}")
             loss, right = _loss(model, inputs.to(device).tensors, marks)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
@@ -248,6 +219,8 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
                 "curve": curve,
                 "recipe": repr(recipe),
             }
+            if step + 1 in recipe.keep:
+                keep(model, folder / name / f"step{step + 1}.safetensors")
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
     seconds = spent + time.perf_counter() - began
@@ -267,6 +240,13 @@ def _loss(model, tensors: dict[str, torch.Tensor], marks: Marks) -> tuple[Float[
     asked = full[rows, positions]
     right = (logits.argmax(-1) == target)[asked].float().mean().item()
     return loss, right
+
+
+def keep(model, file: Path) -> None:
+    """Weights in half precision, without those of the vision tower: it no longer changes."""
+    tower = {id(p) for part in vision_tower(model) for p in part.parameters()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: p.detach().half().cpu() for key, p in model.named_parameters() if id(p) not in tower}, file)
 
 
 def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
@@ -289,27 +269,42 @@ def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
         "domains": list(recipe.domains),
         "seed": recipe.seed,
         "batch": recipe.batch,
-        "accuracy": held_out_accuracy(model, processor, recipe.domains),
+        "accuracy": {domain: held_out_accuracy(model, processor, domain) for domain in recipe.domains},
         **card,
     }
+    if recipe.start:
+        record["start"] = recipe.start
+    if recipe.longest:
+        record["longer"] = [
+            {"domain": domain, "n_pictures": n, "visual_tokens": n * TOKENS[domain],
+             "accuracy": held_out_accuracy(model, processor, domain, 200, n_pictures=n)}
+            for domain in recipe.domains if domain in haystacks.LONG
+            for n in (recipe.longest // TOKENS[domain] // part for part in (4, 2, 1))
+        ]  # fmt: skip
+    if recipe.keep:
+        record["checkpoints"] = {}
+        for step in recipe.keep:
+            model.load_state_dict(load_file(folder / f"step{step}.safetensors"), strict=False)
+            accuracy = {domain: held_out_accuracy(model, processor, domain) for domain in recipe.domains}
+            record["checkpoints"][f"step{step}"] = accuracy
     (folder / "card.json").write_text(json.dumps(record, indent=1) + "\n")
     return folder
 
 
 @torch.no_grad()
-def held_out_accuracy(model, processor: Processor, domains: Sequence[str], n: int = 300, seed: int = 9) -> dict:
-    """The share of held-out questions (unseen handwriting, hardest scenes) answered right, domain by domain."""
-    accuracy = {}
-    for domain in domains:
-        samples, right = haystacks.haystacks(domain, n, seed), 0
-        for i in range(0, n, 50):
-            part = samples[i : i + 50]
-            rows = [build(processor, s.question, images=s.images, video=s.video, fps=s.fps) for s in part]
-            logits = model(**collate(rows, processor.pad_token_id).tensors, logits_to_keep=1).logits[:, -1]
-            said = processor.tokenizer.batch_decode(logits.argmax(-1, keepdim=True))
-            right += sum(a == s.answer for a, s in zip(said, part, strict=True))
-        accuracy[domain] = round(right / n, 4)
-    return accuracy
+def held_out_accuracy(
+    model, processor: Processor, domain: str, n: int = 300, seed: int = 9, n_pictures: int | None = None
+) -> float:
+    """The share of held-out questions (unseen handwriting, hardest scenes) answered right."""
+    samples, right = haystacks.haystacks(domain, n, seed, n_pictures=n_pictures), 0
+    size = max(1, 50 * haystacks.PICTURES[domain] // (n_pictures or haystacks.PICTURES[domain]))
+    for i in range(0, n, size):
+        part = samples[i : i + size]
+        rows = [build(processor, s.question, images=s.images, video=s.video, fps=s.fps) for s in part]
+        logits = model(**collate(rows, processor.pad_token_id).tensors, logits_to_keep=1).logits[:, -1]
+        said = processor.tokenizer.batch_decode(logits.argmax(-1, keepdim=True))
+        right += sum(a == s.answer for a, s in zip(said, part, strict=True))
+    return round(right / n, 4)
 
 
 def main() -> None:
