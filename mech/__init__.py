@@ -55,11 +55,14 @@ _NAMES = {
     "attribution": "mech.experiments.attribution",
     "causal_report": "mech.experiments.causal",
     "edge_attribution": "mech.experiments.attribution_edges",
-    "head_scores": "mech.experiments.scores",
     "haystacks": "mech.data.haystacks",
+    "head_scores": "mech.experiments.scores",
     "input_attribution": "mech.experiments.attribution_inputs",
     "intervene": "mech.interventions",
     "key_coverage": "mech.experiments.coverage",
+    "logit_attribution": "mech.experiments.logit_attribution",
+    "logit_lens": "mech.experiments.lenses",
+    "ov_reading": "mech.experiments.lenses",
     "path_patching": "mech.experiments.paths",
     "prune_heads": "mech.sparse.pruning",
     "pruning_report": "mech.sparse.pruning_report",
@@ -105,9 +108,12 @@ if TYPE_CHECKING:
     from mech.experiments.coverage import key_coverage as key_coverage
     from mech.experiments.heads import attention_from as attention_from
     from mech.experiments.heads import retrieval_attention_mass as retrieval_attention_mass
+    from mech.experiments.lenses import logit_lens as logit_lens
+    from mech.experiments.lenses import ov_reading as ov_reading
+    from mech.experiments.logit_attribution import logit_attribution as logit_attribution
     from mech.experiments.metrics import KL as KL
-    from mech.experiments.metrics import LogitDiff as LogitDiff
     from mech.experiments.metrics import LogProb as LogProb
+    from mech.experiments.metrics import LogitDiff as LogitDiff
     from mech.experiments.metrics import Probability as Probability
     from mech.experiments.metrics import Rank as Rank
     from mech.experiments.nulls import retrieval_test as retrieval_test
