@@ -37,6 +37,7 @@ _NAMES = {
     "MechError": "mech.errors",
     "Pages": "mech.data.regions",
     "Patch": "mech.interventions",
+    "Policy": "mech.sparse.policy",
     "Probability": "mech.experiments.metrics",
     "Rank": "mech.experiments.metrics",
     "Ranking": "mech.experiments.ranking",
@@ -52,6 +53,7 @@ _NAMES = {
     "asking": "mech.interventions.corruption",
     "attention_from": "mech.experiments.heads",
     "attention_mass": "mech.experiments.attention_mass",
+    "attention_sinks": "mech.experiments.sinks",
     "attribution": "mech.experiments.attribution",
     "causal_report": "mech.experiments.causal",
     "edge_attribution": "mech.experiments.attribution_edges",
@@ -60,8 +62,10 @@ _NAMES = {
     "input_attribution": "mech.experiments.attribution_inputs",
     "intervene": "mech.interventions",
     "key_coverage": "mech.experiments.coverage",
+    "localize": "mech.sparse.localize",
     "logit_attribution": "mech.experiments.logit_attribution",
     "logit_lens": "mech.experiments.lenses",
+    "looks": "mech.experiments.looks",
     "ov_reading": "mech.experiments.lenses",
     "path_patching": "mech.experiments.paths",
     "prune_heads": "mech.sparse.pruning",
@@ -75,6 +79,8 @@ _NAMES = {
     "retrieval_test": "mech.experiments.nulls",
     "sample_curve": "mech.experiments.stability",
     "scale_agreement": "mech.experiments.stability",
+    "sink_tokens": "mech.experiments.sinks",
+    "token_attention": "mech.experiments.token_attention",
     "top_edges": "mech.experiments.attribution_edges",
     "trace_circuit": "mech.experiments.circuits",
     "view": "mech.views",
@@ -111,9 +117,10 @@ if TYPE_CHECKING:
     from mech.experiments.lenses import logit_lens as logit_lens
     from mech.experiments.lenses import ov_reading as ov_reading
     from mech.experiments.logit_attribution import logit_attribution as logit_attribution
+    from mech.experiments.looks import looks as looks
     from mech.experiments.metrics import KL as KL
-    from mech.experiments.metrics import LogProb as LogProb
     from mech.experiments.metrics import LogitDiff as LogitDiff
+    from mech.experiments.metrics import LogProb as LogProb
     from mech.experiments.metrics import Probability as Probability
     from mech.experiments.metrics import Rank as Rank
     from mech.experiments.nulls import retrieval_test as retrieval_test
@@ -124,10 +131,13 @@ if TYPE_CHECKING:
     from mech.experiments.ranking import rank_heads as rank_heads
     from mech.experiments.scores import Score as Score
     from mech.experiments.scores import head_scores as head_scores
+    from mech.experiments.sinks import attention_sinks as attention_sinks
+    from mech.experiments.sinks import sink_tokens as sink_tokens
     from mech.experiments.stability import agreement as agreement
     from mech.experiments.stability import read_heads as read_heads
     from mech.experiments.stability import sample_curve as sample_curve
     from mech.experiments.stability import scale_agreement as scale_agreement
+    from mech.experiments.token_attention import token_attention as token_attention
     from mech.inputs import Inputs as Inputs
     from mech.inputs import TokenLayout as TokenLayout
     from mech.interventions import Ablate as Ablate
@@ -141,6 +151,8 @@ if TYPE_CHECKING:
     from mech.interventions.corruption import without_evidence as without_evidence
     from mech.model import HookedMLLM as HookedMLLM
     from mech.results import Study as Study
+    from mech.sparse.localize import localize as localize
+    from mech.sparse.policy import Policy as Policy
     from mech.sparse.pruning import prune_heads as prune_heads
     from mech.sparse.pruning_report import pruning_report as pruning_report
     from mech.views import report as report
