@@ -58,6 +58,7 @@ _NAMES = {
     "causal_report": "mech.experiments.causal",
     "edge_attribution": "mech.experiments.attribution_edges",
     "haystacks": "mech.data.haystacks",
+    "hub_samples": "mech.data.hub",
     "head_scores": "mech.experiments.scores",
     "input_attribution": "mech.experiments.attribution_inputs",
     "intervene": "mech.interventions",
@@ -92,6 +93,7 @@ __all__ = ["__version__", *sorted(_NAMES)]
 
 if TYPE_CHECKING:
     from mech.data.haystacks import haystacks as haystacks
+    from mech.data.hub import hub_samples as hub_samples
     from mech.data.jsonl import read_samples as read_samples
     from mech.data.jsonl import write_samples as write_samples
     from mech.data.regions import Box as Box

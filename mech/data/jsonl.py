@@ -196,8 +196,8 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
     pictures = shown["images"] or shown["video"]
     with _at("images"):
         if bool(shown["images"]) == bool(shown["video"]):
-            given = "images and a video" if pictures else "neither images nor a video"
-            raise InputError(given, "one of the two", "list paths in images, or the frames of a video in video")
+            both = "images and a video" if pictures else "neither images nor a video"
+            raise InputError(both, "one of the two", "list paths in images, or the frames of a video in video")
     given: dict[str, Any] = {"id": id, "domain": domain}
     for name in ("id", "domain"):
         with _at(name):

@@ -1,0 +1,159 @@
+"""Published sets with evidence, as samples: RefCOCO, VidSTG, SlideVQA, Visual-CoT, MM-NIAH, ... (``names()``).
+
+    samples = hub_samples("refcocog", n=200)              # from the hub, streamed
+    samples = hub_samples("slidevqa", n=50, most=8)       # eight slides each, the evidence among them
+    samples = hub_samples("vidstg", records="test_annotations.json", root="frames")
+    print(source("visual-cot").evidence)                  # what it is; .verified, .assumed, .terms
+
+Conventions differ from set to set (boxes as x, y, width, height or as corners, in pixels, points or shares; pages from
+0 or 1, as numbers or as text; whole pictures where there are no boxes) and each adapter brings its own to
+``mech.data.regions``: pixels of the original picture, everything counted from 0. An adapter is one row and one small
+function in ``grounding``, ``documents``, ``needles`` or ``reading``; a row says what was looked up and what is assumed.
+
+Nothing is loaded before ``hub_samples`` is called, and code from the hub is never run. Where a set does not hold its
+pictures, ``root`` is the folder that does. None of these sets was downloaded where this was written: the adapters are
+tested on records made by hand after the published schemas.
+"""
+
+import json
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mech.data.hub import documents, grounding, needles, reading
+from mech.data.hub.source import Record, Source
+from mech.data.samples import Sample, Samples
+from mech.errors import InputError, MechError, OutputError, suggestion
+
+SOURCES = {one.name: one for part in (grounding, documents, needles, reading) for one in part.SOURCES}
+BUFFER = 1000  # records that a stream is shuffled in, at most
+
+
+def names() -> tuple[str, ...]:
+    """The sets that are known."""
+    return tuple(SOURCES)
+
+
+def source(name: str) -> Source:
+    """What is known of a set: where it is, its evidence, its terms, what was verified and what is assumed.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in SOURCES:
+        raise InputError(f"no published set is called {name!r}", ", ".join(SOURCES), suggestion(name, SOURCES))
+    return SOURCES[name]
+
+
+def hub_samples(
+    name: str,
+    n: int = 100,
+    seed: int = 0,
+    *,
+    root: str | Path | None = None,
+    records: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    split: str | None = None,
+    files: str | None = None,
+    most: int | None = None,
+    skip_bad: bool = False,
+) -> Samples:
+    """``n`` samples of a published set, each with its evidence.
+
+    Records whose evidence is not there (unanswerable questions, words that were not read) are passed over, and a
+    warning says how many.
+
+    Args:
+        name: one of ``names()``.
+        n: how many samples; fewer where the set has fewer.
+        seed: which; a stream is shuffled in a buffer of at most 1,000 records. It also draws pages and places.
+        root: the folder with the pictures, for sets that do not hold them.
+        records: the records themselves, or a .json or .jsonl file of them, in place of the hub's.
+        split: in place of the usual one.
+        files: data files of the hub's repository, in place of the usual ones.
+        most: pages or frames that a sample shows at most; those of the evidence always.
+        skip_bad: pass over records that cannot be read, and say how many, instead of stopping at the first.
+
+    Raises:
+        InputError: an unknown set, no root, a bad record (set, record and field are named), or no sample at all.
+        OutputError: the records cannot be had.
+    """
+    row = source(name)
+    if n < 1 or (most is not None and most < 1):
+        raise InputError(f"n={n}, most={most}", "at least one", "leave most= out for all")
+    folder = Path(root).expanduser() if root is not None else None
+    if (folder is None and row.root) or (folder is not None and not folder.is_dir()):
+        given = f"root={str(root)!r} for {name}, which is no folder" if root is not None else f"{name} without root="
+        raise InputError(given, row.root or "no root=: the records hold the pictures", "see docs/data.md")
+    found: list[Sample] = []
+    bad, without = 0, 0
+    for index, fields in _records(row, n, seed, records, split, files):
+        record = Record(row, index, fields, folder, most, random.Random(f"{seed}/{name}/{index}"))
+        try:
+            made = list(row.read(record))
+        except MechError:
+            if not skip_bad:
+                raise
+            bad += 1
+            continue
+        without += sum(not sample.evidence for sample in made)
+        found += [sample for sample in made if sample.evidence]
+        if len(found) >= n:
+            break
+    if bad or without:
+        what = [f"{without} samples without evidence"] * bool(without) + [f"{bad} bad records"] * bool(bad)
+        warnings.warn(f"{name}: {' and '.join(what)} passed over. Evidence: {row.evidence}", stacklevel=2)
+    if not found:
+        raise InputError(f"{name} gave no sample with evidence", row.evidence, f"root: {row.root or 'not needed'}")
+    return Samples(_told_apart(found[:n]))
+
+
+def _records(
+    row: Source, n: int, seed: int, records: Any, split: str | None, files: str | None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if records is not None:
+        given = _in_file(Path(records)) if isinstance(records, str | Path) else records
+        given = given if hasattr(given, "__getitem__") and hasattr(given, "__len__") else list(given)
+        for index in random.Random(seed).sample(range(len(given)), len(given)):
+            yield index, given[index]
+        return
+    if row.fetch:
+        raise OutputError(f"{row.name} cannot be loaded from the hub record by record", "records=", row.fetch)
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(
+            row.hub, row.config, split=split or row.split, data_files=files or row.files, streaming=True
+        )
+        # Pictures wait undecoded, for the records that are chosen.
+        stream = stream.decode(False).shuffle(seed=seed, buffer_size=min(BUFFER, 4 * n))
+        yield from enumerate(stream)
+    except Exception as error:  # whatever the network, the hub or a moved file ends in
+        raise OutputError(
+            f"{row.hub} could not be read: {type(error).__name__}: {error}", "a network, and accepted terms if gated",
+            f"see https://huggingface.co/datasets/{row.hub}, or pass records= of your copy",
+        ) from error  # fmt: skip
+
+
+def _in_file(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        found = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        found = json.loads(text) if found is None else found
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be read", "a .json list or a .jsonl file of records", str(error)) from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise OutputError(f"{path} holds no list of records", "a list of objects", "look at the file")
+    return found
+
+
+def _told_apart(samples: list[Sample]) -> list[Sample]:
+    """Ids that are used twice get a number: samples that find heads and samples that test them go by their ids."""
+    seen: dict[str, int] = {}
+    told = []
+    for sample in samples:
+        seen[sample.id] = count = seen.get(sample.id, 0) + 1
+        told.append(sample if count == 1 else replace(sample, id=f"{sample.id}#{count}"))
+    return told
