@@ -80,10 +80,12 @@ _NAMES = {
     "retrieval_test": "mech.experiments.nulls",
     "sample_curve": "mech.experiments.stability",
     "scale_agreement": "mech.experiments.stability",
+    "seed_agreement": "mech.experiments.stability",
     "sink_tokens": "mech.experiments.sinks",
     "token_attention": "mech.experiments.token_attention",
     "top_edges": "mech.experiments.attribution_edges",
     "trace_circuit": "mech.experiments.circuits",
+    "transfer": "mech.experiments.transfer",
     "view": "mech.views",
     "without_evidence": "mech.interventions.corruption",
     "write_samples": "mech.data.jsonl",
@@ -139,7 +141,9 @@ if TYPE_CHECKING:
     from mech.experiments.stability import read_heads as read_heads
     from mech.experiments.stability import sample_curve as sample_curve
     from mech.experiments.stability import scale_agreement as scale_agreement
+    from mech.experiments.stability import seed_agreement as seed_agreement
     from mech.experiments.token_attention import token_attention as token_attention
+    from mech.experiments.transfer import transfer as transfer
     from mech.inputs import Inputs as Inputs
     from mech.inputs import TokenLayout as TokenLayout
     from mech.interventions import Ablate as Ablate

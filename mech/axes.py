@@ -33,6 +33,8 @@ WORDS = {
     "corner": "left, top, right, bottom of a token's pixels",
     "ranking": "one of several rankings of heads",
     "other": "the ranking it is compared with",
+    "found_on": "the task whose top heads are meant",
+    "tested_on": "the task that they are ablated on",
     "sender": "a part of the model that writes to the residual stream, at one end of an edge",
     "receiver": "a part of the model that reads the residual stream, at the other end",
     "place": "a place in a list, the best first",

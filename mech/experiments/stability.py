@@ -1,8 +1,15 @@
-"""Do rankings agree: two scores, two domains, two halves of the samples, two sizes of a model, a published list?
+"""Do rankings agree: two scores, domains, lengths, checkpoints, halves of the samples, sizes or seeds of a model?
 
     >>> agreement({"ram": a, "vera": b}, k=0.05, n_resamples=500).spearman     # doctest: +SKIP
     >>> sample_curve(ranking).jaccard                   # how many samples are enough    # doctest: +SKIP
     >>> overlap(ranking, read_heads("published.json")) # a list without all heads       # doctest: +SKIP
+    >>> scale_agreement(small, large).overlap           # by relative depth              # doctest: +SKIP
+    >>> seed_agreement(one, two).same_examples          # heads are matched first        # doctest: +SKIP
+
+``agreement`` compares head by head. That is right for one model on other data, with another score, or at another step
+of *one* training. Two trainings number their heads differently: within a layer any order gives the same model. Head by
+head their rankings then agree by chance only, even if the two models are one and the same; ``seed_agreement`` compares
+what does not depend on the order. Models of other sizes are left with their depth (``scale_agreement``).
 
 Every overlap of sets stands beside what random sets of their sizes share. How often a head stays in the top set when
 samples are drawn anew is ``Ranking.stability``. Agreement is not importance: heads can be found by every score and
@@ -10,13 +17,13 @@ matter to none of the answers (``mech.ablation``).
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy import stats
+from scipy import optimize, stats
 
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.ranking import Head, Heads, Ranking
@@ -58,7 +65,7 @@ def agreement(
         raise ExperimentError(
             f"rankings of different models: {sorted(models)}",
             "one model",
-            "compare checkpoints by giving both one name",
+            "use seed_agreement(a, b); compare checkpoints of one training by giving both one name",
         )
     n, count = rankings[names[0]].mean.size, rankings[names[0]].count(k)
     tops = {name: set(ranking.top(k)) for name, ranking in rankings.items()}
@@ -205,7 +212,9 @@ def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
     return tuple(head for head, _ in sorted(heads, key=lambda pair: -pair[1]))
 
 
-def scale_agreement(a: Ranking, b: Ranking, n_bins: int | None = None) -> xr.Dataset:
+def scale_agreement(
+    a: Ranking, b: Ranking, n_bins: int | None = None, n_permutations: int = 1000, seed: int = 0
+) -> xr.Dataset:
     """Whether two models of different size keep their score at the same *relative* depth.
 
     Depth runs from 0 (first layer begins) to 1 (last layer ends). Each layer's share of the positive score is spread
@@ -213,24 +222,26 @@ def scale_agreement(a: Ranking, b: Ranking, n_bins: int | None = None) -> xr.Dat
     layers).
 
     Returns:
-        ``share`` over (ranking, depth); ``centre`` over (ranking), the mean depth of the score; and two numbers:
-        ``overlap`` (sum of the smaller share in each bin: 1 alike, 0 apart) and ``pearson`` (correlation of the shares;
-        nan with fewer than three bins or an even profile, and weak evidence with few).
+        ``share`` over (ranking, depth); ``centre`` over (ranking), the mean depth of the score; and numbers:
+        ``overlap`` (sum of the smaller share in each bin: 1 alike, 0 apart), ``overlap_null`` (its mean when the heads
+        of ``b`` are dealt to random places of its model, so that no depth is special), ``overlap_p`` (the share of such
+        deals that overlap at least as much) and ``pearson`` (correlation of the shares; nan with fewer than three bins
+        or an even profile, and weak evidence with few).
+
+    Raises:
+        ExperimentError: no bins, or a ranking without positive score.
     """
     n_bins = min(a.n_layers, b.n_layers) if n_bins is None else n_bins
     if n_bins < 1:
         raise ExperimentError(f"n_bins={n_bins}", "at least 1")
-    profiles = []
-    centres = []
     for ranking in (a, b):
-        mass = np.maximum(ranking.mean, 0).sum(axis=1)
-        if mass.sum() <= 0:
+        if ranking.mean.max() <= 0:
             raise ExperimentError(f"{ranking!r} has no positive score", "some mass to place", "use another score")
-        edges = np.linspace(0, 1, ranking.n_layers + 1)
-        cumulated = np.concatenate([[0.0], np.cumsum(mass / mass.sum())])
-        profiles.append(np.diff(np.interp(np.linspace(0, 1, n_bins + 1), edges, cumulated)))
-        centres.append(float((edges[:-1] + edges[1:]) @ mass / (2 * mass.sum())))
-    shares = np.array(profiles)
+    shares = np.array([_profile(ranking.mean, n_bins) for ranking in (a, b)])
+    middles = [(np.arange(ranking.n_layers) + 0.5) / ranking.n_layers for ranking in (a, b)]
+    centres = [float(_profile(r.mean, r.n_layers) @ middle) for r, middle in zip((a, b), middles, strict=True)]
+    overlap = float(np.minimum(*shares).sum())
+    deals = [np.minimum(shares[0], _profile(dealt, n_bins)).sum() for dealt in _dealt(b.mean, n_permutations, seed)]
     even = n_bins < 3 or np.ptp(shares, axis=1).min() < 1e-12
     pearson = float("nan") if even else float(np.corrcoef(shares)[0, 1])
     names = [a.model or "a", b.model or "b"] if a.model != b.model else ["a", "b"]
@@ -238,8 +249,116 @@ def scale_agreement(a: Ranking, b: Ranking, n_bins: int | None = None) -> xr.Dat
         {
             "share": (("ranking", "depth"), shares),
             "centre": ("ranking", np.array(centres)),
-            "overlap": float(np.minimum(shares[0], shares[1]).sum()),
+            "overlap": overlap,
+            "overlap_null": float(np.mean(deals)),
+            "overlap_p": _tail(overlap, deals),
             "pearson": pearson,
         },
         {"ranking": names, "depth": (np.arange(n_bins) + 0.5) / n_bins},
     )
+
+
+def seed_agreement(
+    a: Ranking, b: Ranking, k: int | float = 0.05, n_permutations: int = 200, seed: int = 0
+) -> xr.Dataset:
+    """How far two trainings of one architecture come to the same heads, whatever numbers these have.
+
+    Three views, from coarse to fine, each with its null:
+
+    * *depth*: the share of the score in each layer, as ``scale_agreement`` has it.
+    * *order within layers*: ``sorted_spearman``, the rank correlation of the maps after each layer's heads are sorted
+      by score. Null: the heads of ``b`` dealt to random places, and sorted.
+    * *the same examples*: heads are matched by what they do. ``similarity`` of two heads is the correlation of their
+      scores over examples; the matching (one to one, over all layers) with the largest sum is the best there is
+      (Hungarian method). ``same_examples`` is the mean similarity of a's top heads to their partners. Null: the
+      examples of ``b`` shuffled, and matched again. ``top_matched`` is the share of a's top heads whose partner is a
+      top head of ``b``; ``top_matched_null``, of random partners.
+
+    Args:
+        a: a ranking of one model.
+        b: one of another model of the same architecture, by the same score.
+        k: heads of the top sets.
+        n_permutations: of each null; a p-value is at least ``1 / (1 + n_permutations)``.
+        seed: of the permutations.
+
+    Returns:
+        All of ``scale_agreement``; ``sorted_spearman``, ``sorted_spearman_null``, ``sorted_spearman_p``; and where both
+        rankings keep scores of the same three examples or more, ``same_examples`` (with ``_null``, ``_p``),
+        ``top_matched`` (with ``_null``), and over (layer, head) of ``a``: ``similarity``, ``partner_layer``,
+        ``partner_head``.
+
+    Raises:
+        ExperimentError: models of different shape, different scores, or rankings without positive score.
+
+    References: arXiv 1511.07543 (convergent learning: units of two trainings are matched by correlation).
+    """
+    if (a.layers, a.n_heads) != (b.layers, b.n_heads) or a.score != b.score:
+        raise ExperimentError(
+            f"{a.n_layers} x {a.n_heads} heads by {a.score!r} and {b.n_layers} x {b.n_heads} by {b.score!r}",
+            "two models of the same shape, by the same score",
+            "use scale_agreement for models of different size",
+        )
+    found = scale_agreement(a, b, n_permutations=n_permutations, seed=seed)
+    one = np.sort(a.mean, axis=1)
+    alike = spearman(one, np.sort(b.mean, axis=1))
+    deals = [spearman(one, np.sort(dealt, axis=1)) for dealt in _dealt(b.mean, n_permutations, seed)]
+    found = found.assign(
+        sorted_spearman=alike, sorted_spearman_null=float(np.mean(deals)), sorted_spearman_p=_tail(alike, deals)
+    )
+    if a.per_example is None or b.per_example is None or a.examples != b.examples or len(a.examples) < 3:
+        return found
+    places = {head: place for place, head in enumerate(sorted(a.heads))}
+    tops = [[places[head] for head in ranking.top(k)] for ranking in (a, b)]
+    mine, theirs = (_standardised(ranking.per_example) for ranking in (a, b))
+    partner, similarity = _matched(mine, theirs)
+    rng = np.random.default_rng(seed)
+    shuffled = [_matched(mine, theirs[:, rng.permutation(theirs.shape[1])])[1] for _ in range(n_permutations)]
+    same, nulls = similarity[tops[0]].mean(), [null[tops[0]].mean() for null in shuffled]
+    layer, head = np.divmod(partner, a.n_heads)
+    dims, shape = ("layer", "head"), a.mean.shape
+    return found.assign_coords(layer=list(a.layers), head=np.arange(a.n_heads)).assign(
+        same_examples=float(same),
+        same_examples_null=float(np.mean(nulls)),
+        same_examples_p=_tail(same, nulls),
+        top_matched=float(np.isin(partner[tops[0]], tops[1]).mean()),
+        top_matched_null=len(tops[1]) / len(partner),
+        similarity=(dims, similarity.reshape(shape)),
+        partner_layer=(dims, np.array(a.layers)[layer].reshape(shape)),
+        partner_head=(dims, head.reshape(shape)),
+    )
+
+
+def _profile(scores: np.ndarray, n_bins: int) -> np.ndarray:
+    """The share of positive score in each of ``n_bins`` stretches of depth."""
+    mass = np.maximum(scores, 0).sum(axis=1)
+    cumulated = np.concatenate([[0.0], np.cumsum(mass / mass.sum())])
+    edges = np.linspace(0, 1, len(scores) + 1)
+    return np.diff(np.interp(np.linspace(0, 1, n_bins + 1), edges, cumulated))
+
+
+def _dealt(scores: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
+    """The scores of all heads, dealt to random places ``n`` times."""
+    if n < 1:
+        raise ExperimentError(f"n_permutations={n}", "a positive number", "use 200")
+    rng = np.random.default_rng(seed)
+    return (rng.permutation(scores.ravel()).reshape(scores.shape) for _ in range(n))
+
+
+def _tail(value: float, nulls: Sequence[float]) -> float:
+    """The share of the null that is at least as large, the value itself counted in."""
+    return float((1 + (np.asarray(nulls) >= value - 1e-12).sum()) / (1 + len(nulls)))
+
+
+def _standardised(scores: Any) -> np.ndarray:
+    """(head, example): products of two rows are correlations; heads that never change correlate with nothing."""
+    rows = scores.reshape(len(scores), -1).T
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, size, out=np.zeros_like(rows), where=size > 1e-9)
+
+
+def _matched(mine: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The partner of each row of ``mine``, one to one with the largest sum of correlations, and the correlation."""
+    alike = mine @ theirs.T
+    _, partner = optimize.linear_sum_assignment(alike, maximize=True)
+    return partner, alike[np.arange(len(partner)), partner]
