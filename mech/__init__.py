@@ -57,9 +57,10 @@ _NAMES = {
     "attribution": "mech.experiments.attribution",
     "causal_report": "mech.experiments.causal",
     "edge_attribution": "mech.experiments.attribution_edges",
+    "evidence_retrieval": "mech.experiments.retrieval",
     "haystacks": "mech.data.haystacks",
-    "hub_samples": "mech.data.hub",
     "head_scores": "mech.experiments.scores",
+    "hub_samples": "mech.data.hub",
     "input_attribution": "mech.experiments.attribution_inputs",
     "intervene": "mech.interventions",
     "key_coverage": "mech.experiments.coverage",
@@ -77,6 +78,7 @@ _NAMES = {
     "reference_activations": "mech.interventions",
     "report": "mech.views",
     "retrieval_attention_mass": "mech.experiments.heads",
+    "retrieval_table": "mech.experiments.retrieval",
     "retrieval_test": "mech.experiments.nulls",
     "sample_curve": "mech.experiments.stability",
     "scale_agreement": "mech.experiments.stability",
@@ -133,6 +135,8 @@ if TYPE_CHECKING:
     from mech.experiments.ranking import Head as Head
     from mech.experiments.ranking import Ranking as Ranking
     from mech.experiments.ranking import rank_heads as rank_heads
+    from mech.experiments.retrieval import evidence_retrieval as evidence_retrieval
+    from mech.experiments.retrieval import retrieval_table as retrieval_table
     from mech.experiments.scores import Score as Score
     from mech.experiments.scores import head_scores as head_scores
     from mech.experiments.sinks import attention_sinks as attention_sinks
