@@ -84,6 +84,8 @@ _NAMES = {
     "scale_agreement": "mech.experiments.stability",
     "seed_agreement": "mech.experiments.stability",
     "sink_tokens": "mech.experiments.sinks",
+    "steering": "mech.experiments.steering",
+    "steering_table": "mech.experiments.steering",
     "token_attention": "mech.experiments.token_attention",
     "top_edges": "mech.experiments.attribution_edges",
     "trace_circuit": "mech.experiments.circuits",
@@ -146,6 +148,8 @@ if TYPE_CHECKING:
     from mech.experiments.stability import sample_curve as sample_curve
     from mech.experiments.stability import scale_agreement as scale_agreement
     from mech.experiments.stability import seed_agreement as seed_agreement
+    from mech.experiments.steering import steering as steering
+    from mech.experiments.steering import steering_table as steering_table
     from mech.experiments.token_attention import token_attention as token_attention
     from mech.experiments.transfer import transfer as transfer
     from mech.inputs import Inputs as Inputs
