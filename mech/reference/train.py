@@ -283,7 +283,7 @@ def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
         ]  # fmt: skip
     if recipe.keep:
         record["checkpoints"] = {}
-        for step in recipe.keep:
+        for step in (step for step in recipe.keep if step <= card["steps"]):
             model.load_state_dict(load_file(folder / f"step{step}.safetensors"), strict=False)
             accuracy = {domain: held_out_accuracy(model, processor, domain) for domain in recipe.domains}
             record["checkpoints"][f"step{step}"] = accuracy
