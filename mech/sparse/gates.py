@@ -1,0 +1,163 @@
+"""Learned gates: which key/value heads need the whole context, found by training one number for each (DuoAttention).
+
+    ranking = mech.learned_gates(model, find, sinks=4, window=64, steps=40)
+    mech.localize(model, dense_heads=ranking.top(0.05), sinks=4, window=64)
+
+Every KV head gets a gate ``a`` between 0 and 1, and puts out ``a full + (1 - a) local``: its own attention, mixed with
+what it would see as a local head (sinks and window). The model is frozen and taught by itself: the final hidden states
+at the answer have to stay what they were, while the sum of the gates is pressed towards 0. Heads that can be local
+without harm close; those that stay open are the ones to keep dense. Nothing is asked about evidence, so samples need
+none; the answer's positions are all that is read of them.
+
+What it is not: a test. Gates say what a *joint* relaxation of all heads can spare; of two heads that stand in for one
+another one closes, and which is up to the seed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.gradients import still
+from mech.experiments.ranking import Ranking
+from mech.inputs import Inputs
+from mech.model import AttentionCall, HookedMLLM
+from mech.sparse.masks import Near
+from mech.sparse.policy import Policy
+
+FINAL = "ln_final.hook_normalized"
+Progress = Callable[[int, int], None]
+
+
+def learned_gates(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    *,
+    sinks: int = 4,
+    window: int = 256,
+    steps: int = 40,
+    batch_size: int = 2,
+    rate: float = 0.1,
+    sparsity: float = 0.1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Ranking:
+    """Rank heads by gates that were trained to close where the model can spare it.
+
+    ``loss = |H(a) - H|^2 / |H|^2 + sparsity * mean over heads of a`` with H the final hidden states at the rows that
+    predict the answer, of the dense model and of the gated one; Adam on the gates alone, which start at 1 and are held
+    between 0 and 1. The score of a head is its KV head's gate, averaged over the steps: a gate that closes early scores
+    lower than one that closes late, where the last values of both are 0.
+
+    Sign: the higher, the more the answer needs the whole context in this head. Unit: gate, 0 to 1.
+
+    Args:
+        model: a hooked model; it is left as it was.
+        samples: other samples than those that test the heads.
+        sinks, window: what a local head sees, as in ``Policy``.
+        steps: of the optimiser.
+        batch_size: samples of each step.
+        rate: of the optimiser.
+        sparsity: weight of the gates' mean.
+        seed: of the order of samples.
+        progress: called with (steps done, steps in all).
+
+    Raises:
+        ExperimentError: no samples, no steps, or inputs that lie within sinks and window.
+
+    Cost: for each step ``batch_size`` dense forwards, and as many gated ones forward and back. The masks of a gated
+    forward are ``pos x pos``: train on a few thousand tokens, not on a hundred thousand.
+
+    References: DuoAttention, arXiv 2410.10819. There the loss is the squared distance itself and 2,000 steps are
+    made; here it is taken relative to the states, so that one ``sparsity`` fits models of every width.
+    """
+    samples = Samples(samples)
+    if not len(samples) or steps < 1:
+        raise ExperimentError(f"{len(samples)} samples and {steps} steps", "at least one of each")
+    policy = Policy((), sinks=sinks, window=window)
+    layers, groups = model.cfg.attention_layers, model.cfg.n_kv_heads
+    rows = [model.inputs_of(sample, answer=True).to("cpu") for sample in samples]
+    shortest = min(int(row.tensors["attention_mask"].sum()) for row in rows)
+    if shortest <= sinks + window:
+        raise ExperimentError(
+            f"a sample of {shortest} tokens, which lies within {sinks} sinks and a window of {window}",
+            "samples that are longer, so that a local head loses something", "make the window smaller",
+        )  # fmt: skip
+    order = np.random.default_rng(seed)
+    gates = torch.ones(len(layers), groups, device=model.device, requires_grad=True)
+    optimiser = torch.optim.Adam([gates], lr=rate)
+    total = torch.zeros(len(layers), groups)
+    with still(model):
+        for step in range(steps):
+            chosen = order.choice(len(rows), min(batch_size, len(rows)), replace=False)
+            inputs = model.collate([rows[i] for i in chosen]).to(model.device, model.dtype)
+            asked = _asked(inputs)
+            with torch.no_grad():
+                wanted = _states(model, inputs)[asked]
+            with _gated(model, inputs, policy, gates):
+                found = _states(model, inputs)[asked]
+            harm = (found - wanted).square().sum() / wanted.square().sum()
+            optimiser.zero_grad()
+            (harm + sparsity * gates.mean()).backward()
+            optimiser.step()
+            with torch.no_grad():
+                gates.clamp_(0, 1)
+            total += gates.detach().cpu()
+            if progress:
+                progress(step + 1, steps)
+    mean = (total / steps).repeat_interleave(model.cfg.n_heads // groups, dim=1).double().numpy()
+    named = tuple(sample.id for sample in samples if sample.id)
+    return Ranking(mean, None, "gate", model.name, ", ".join(samples.domains), named, layers)
+
+
+def _asked(inputs: Inputs) -> Tensor:
+    """The rows that predict the tokens of the answer, ``[batch pos]``."""
+    chosen = torch.zeros(inputs.tensors["input_ids"].shape, dtype=torch.bool)
+    for row, layout in enumerate(inputs.layouts):
+        chosen[row, [position - 1 for position in layout.spans["answer"]]] = True
+    return chosen.to(inputs.tensors["input_ids"].device)
+
+
+def _states(model: HookedMLLM, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
+    kept: list[Tensor] = []
+    with model.hooks([(FINAL, lambda value, hook: kept.append(value))]):
+        model(inputs, logits_to_keep=1)
+    return kept[0].float()
+
+
+@contextmanager
+def _gated(
+    model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Float[Tensor, "layer kv_head"]
+) -> Iterator[None]:
+    """While open, every head is mixed with its local self."""
+    mask = inputs.tensors["attention_mask"]
+    near = Near(policy, mask.argmax(1), torch.full((len(mask),), mask.shape[1], device=mask.device))
+    place = {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
+    seen: dict[int, Tensor] = {}
+
+    def mix(call: AttentionCall) -> Tensor | None:
+        if call.cross:  # a memory of visual tokens has no window
+            return None
+        if not call.fused:
+            raise ExperimentError(
+                f"layer {call.layer} bounds its scores (softcap) or has sinks of its own",
+                "attention that SDPA computes", "rank by another score",
+            )  # fmt: skip
+        positions = torch.arange(call.q.shape[2], device=call.q.device)
+        if not seen:
+            seen[0] = near.seen(positions, positions)[:, None]
+        local = nn.functional.scaled_dot_product_attention(
+            call.q, call.k, call.v, attn_mask=seen[0] & call.visible(positions), scale=call.scale, enable_gqa=True
+        ).transpose(1, 2)
+        # A padding row sees nothing: SDPA gives nan there.
+        local = torch.nan_to_num(local)
+        gate = gates[place[call.layer]].to(call.z).repeat_interleave(call.q.shape[1] // call.k.shape[1])[:, None]
+        return gate * call.z + (1 - gate) * local
+
+    with model.attending(mix):
+        yield
