@@ -12,7 +12,20 @@ import mech
 ROOT = Path(mech.__file__).parent
 # Vocabulary that everybody may use, then the flow. `reference` holds weights and a path; its training script is a
 # program of its own, as are the study and the command line.
-ORDER = ["axes", "errors", "data", "inputs", "reference", "model", "interventions", "results", "experiments", "views"]
+ORDER = [
+    "axes",
+    "errors",
+    "notebook",
+    "data",
+    "inputs",
+    "reference",
+    "model",
+    "interventions",
+    "results",
+    "experiments",
+    "sparse",
+    "views",
+]
 PROGRAMS = {"study.py", "cli.py", "cli_patching.py", "terminal.py", "__init__.py"}
 
 

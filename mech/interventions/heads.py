@@ -3,6 +3,8 @@
 It works on an ``AttentionCall`` and never makes a query x key tensor of all rows at once.
 """
 
+from dataclasses import replace
+
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int
@@ -78,15 +80,20 @@ def _grouped(mean: Float[Tensor, "batch kv_head pos d_head"], call: AttentionCal
 def _mean_of_visible(call: AttentionCall) -> Float[Tensor, "batch kv_head pos d_head"]:
     start, stop = span(call)
     v = call.v.float()
-    if call.mask is None and call.causal:
+    if call.mask is None and call.causal and call.narrow is None:
         count = torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
         return (v.cumsum(2) / count)[:, :, start:stop]
     means = []
     for first in range(0, stop - start, ROWS):
         rows = torch.arange(first, min(first + ROWS, stop - start), device=v.device)
-        weight = call.visible(rows)[:, 0].float()
+        weight = call.visible(rows).float()
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-        means.append(torch.einsum("brk,bhkd->bhrd", weight, v))  # not `@`: that would copy the weights for every head
+        if weight.shape[1] > 1:  # narrowed heads: each has keys of its own
+            own = repeat(v, "batch kv key d -> batch (kv group) key d", group=weight.shape[1] // v.shape[1])
+            means.append(weight @ own)
+            continue
+        # not `@`: that would copy the weights for every head
+        means.append(torch.einsum("brk,bhkd->bhrd", weight[:, 0], v))
     return torch.cat(means, dim=2)
 
 
@@ -94,7 +101,7 @@ def _mean_of_all(call: AttentionCall, prompt_end: Int[Tensor, " batch"]) -> Floa
     """Every row of the prompt sees the whole prompt; a row behind it sees what has been written by then."""
     start, stop = span(call)
     # The last row sees every key that is not padding.
-    real = call.visible([call.q.shape[2] - 1])[..., 0, :, None].float()
+    real = replace(call, narrow=None).visible([call.q.shape[2] - 1])[..., 0, :, None].float()
     mean = (call.v.float() * real).cumsum(2) / real.cumsum(2).clamp(min=1)
     rows = torch.arange(start, stop, device=mean.device)
     if call.cross:  # all of a memory is there from the first row on

@@ -11,6 +11,9 @@ Three ways through it:
   can compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
 * the layer's scores or pattern are hooked: the arithmetic is done step by step, for that layer only.
 
+A layer whose heads may look at less than its mask allows (``Narrowing``) computes z in a way of its own in place of
+SDPA; for who observes or hooks it, every head then has a mask of its own.
+
 Where SDPA cannot compute a layer (a softcap, sinks) the first two do without it: ``_eager``.
 
 Which wrapped model a layer belongs to is found through a weak mapping from the layer's attention module to its
@@ -22,7 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,7 +36,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from mech.errors import InputError
+from mech.errors import InputError, UnsupportedModel
 from mech.model.points import checked, fire, hooked
 from mech.model.seams import INSIDE_ATTENTION, Step
 
@@ -58,6 +61,7 @@ class AttentionCall:
         cross: whether the keys are a memory outside the sequence (the tiles of an image) and not its positions.
         softcap: bound c of the scores, ``c tanh(scores / c)`` before the mask (Gemma2); None for none.
         sinks: logits of each head's attention sink, which takes its share of the softmax and no value; None for none.
+        narrow: which of the keys that the mask lets through each head sees; None for all.
         carried: for a ``Carry``, the attention-weighted sums of its columns, ``[batch pos head column]``.
     """
 
@@ -74,6 +78,7 @@ class AttentionCall:
     cross: bool = False
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+    narrow: "Narrowing | None" = None
     carried: Float[Tensor, "batch pos head column"] | None = None
 
     @property
@@ -81,13 +86,19 @@ class AttentionCall:
         """Whether transformers' SDPA computes this: it refuses a softcap, and ignores sinks without a word."""
         return self.softcap is None and self.sinks is None
 
-    def visible(self, rows: Sequence[int] | Tensor) -> Bool[Tensor, "batch 1 rows key_pos"]:
-        """Which keys these query rows may look at: padding, causality and windows as the layer applies them."""
+    def visible(self, rows: Sequence[int] | Tensor) -> Bool[Tensor, "batch #head rows key_pos"]:
+        """Which keys these query rows may look at: padding, causality and windows as the layer applies them.
+
+        One mask for all heads, unless they are narrowed.
+        """
         index = torch.as_tensor(rows, device=self.q.device, dtype=torch.long)
-        batch, _, query_len, _ = self.q.shape
-        keys = self.k.shape[2]
+        index = torch.where(index < 0, index + self.q.shape[2], index)
+        seen = self._visible_to_all(index)
+        return seen if self.narrow is None else seen & self.narrow.seen(self, index)
+
+    def _visible_to_all(self, index: Tensor) -> Bool[Tensor, "batch 1 rows key_pos"]:
+        batch, keys = len(self.q), self.k.shape[2]
         if self.mask is None:
-            index = torch.where(index < 0, index + query_len, index)
             limit = index + self.query_start if self.causal else torch.full_like(index, keys - 1)
             seen = torch.arange(keys, device=index.device) <= limit[:, None]
             return seen.expand(batch, 1, *seen.shape)
@@ -117,6 +128,18 @@ class AttentionCall:
             return softmax(scores)
         sinks = self.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+
+
+class Narrowing(Protocol):
+    """What narrows the heads of a layer (``mech.sparse``)."""
+
+    def seen(self, call: AttentionCall, rows: Tensor) -> Bool[Tensor, "batch head rows key_pos"]:
+        """Which keys each head may look at in these query rows; the layer's own mask comes on top."""
+        ...
+
+    def attend(self, call: AttentionCall, dropout: float) -> Float[Tensor, "batch pos head d_head"] | None:
+        """z under these masks; None where they leave everything as it is."""
+        ...
 
 
 Observer = Callable[[AttentionCall], Tensor | None]
@@ -151,19 +174,28 @@ class LayerRecord:
     observers: list[Observer] = field(default_factory=list)
     active: bool = False
     resume: Callable[[AttentionCall], Tensor] | None = None  # computes z while variants are run on (``resume.py``)
+    narrow: Narrowing | None = None
     step: Step | None = None  # of the text stack
     cross: bool = False
     windows: Tensor | None = None  # boundaries of the attention windows that are computed in one call
 
+    @classmethod
+    def idle(cls) -> "LayerRecord":
+        """What a layer has that nobody listens to, where the arithmetic is done here all the same."""
+        return cls("", 0, lambda: None, {point: HookPoint() for point in INSIDE_ATTENTION})
+
+    def heard(self) -> bool:
+        """Whether somebody listens inside."""
+        return bool(self.observers) or hooked(self.points.values())
+
     def wanted(self) -> bool:
-        return self.resume is not None or bool(self.observers) or hooked(self.points.values())
+        return self.resume is not None or self.narrow is not None or self.heard()
 
 
 _records: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
 
 
-# What a layer has that nobody listens to, where the arithmetic is done here all the same (``AttentionCall.fused``).
-_IDLE = LayerRecord("", 0, lambda: None, {point: HookPoint() for point in INSIDE_ATTENTION})
+_IDLE = LayerRecord.idle()
 
 
 def register(module: nn.Module, record: LayerRecord) -> None:
@@ -222,14 +254,22 @@ def attention(
         cross=record.cross,
         softcap=softcap,
         sinks=sinks,
+        narrow=record.narrow,
     )
     if record.resume is not None:
+        if record.narrow is not None:
+            raise UnsupportedModel(
+                "a sweep that runs on from kept activations of localized heads", "heads that see all their layer does",
+                "close() what mech.localize returned, or take method='literal'",
+            )  # fmt: skip
         return record.resume(call), None
     # The keys of cross attention are no positions of the sequence, so nothing is carried from them.
     carries = [observer for observer in record.observers if isinstance(observer, Carry) and not record.cross]
     run = _widened(call, carries) if carries else call
     if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
         z = stepwise(run, record, dropout)
+    elif record.narrow is not None and (narrowed := record.narrow.attend(run, dropout)) is not None:
+        z = narrowed
     elif not call.fused:
         z = _eager(module, run, record, options)
     else:

@@ -20,7 +20,7 @@ was trained with. Calling ``.hf_model`` directly runs it without hooks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         self._revision: str | None = None
         self._processor = processor
         self._running = False
+        self.narrowed: Any = None  # what ``mech.localize`` made of it, while that is open
         self._step = seams.Step()
         offered, self._refused, live = seams.offered(hf_model, self.family, self.cfg, self._step)
         # Kept in plain dicts, not as submodules: the Hugging Face modules must not be renamed or listed twice.
@@ -135,7 +136,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         given = self._tensors(inputs, tensors)
         if "past_key_values" not in given:
             given.setdefault("use_cache", False)
-        with self._attached():
+        with self._narrowing(inputs, given), self._attached():
             return self.hf_model(**given).logits
 
     @torch.no_grad()
@@ -166,7 +167,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             raise UnsupportedModel(f"{self.name} cannot generate", "a model with a generation config")
         asked = {key: given.pop(key) for key in list(given) if hasattr(stock, key)}
         config = generation_config(stock, {"max_new_tokens": max_new_tokens, **asked}, self._pad_token_id())
-        with self._attached():
+        with self._narrowing(inputs, given, max_new_tokens), self._attached():
             run: Any = self.hf_model.generate
             ids = run(**given, generation_config=config)
         return ids[:, given["input_ids"].shape[1] :]
@@ -327,6 +328,13 @@ class HookedMLLM(NamedWeights, HookedRootModule):
                 record.step, record.cross = self._step, module is getattr(layer, row.cross, None)
             found.append((module, record))
         return found
+
+    def text_attention(self) -> list[attention.LayerRecord]:
+        """What the attention function knows of the text layers that have heads."""
+        return [record for _, record in self._layers if record.stack == "text"]
+
+    def _narrowing(self, *run: Any) -> AbstractContextManager:
+        return nullcontext() if self.narrowed is None else self.narrowed.running(*run)
 
     @contextmanager
     def _attached(self) -> Iterator[None]:

@@ -1,0 +1,257 @@
+"""``localize``: a model in which a few heads attend to everything and the others nearby, prefill and generation alike.
+
+    fast = mech.localize(model, dense_heads=ranking.top(0.05), sinks=4, window=256)
+    fast.generate_text(inputs, max_new_tokens=32)
+    print(fast.budgets(8192), fast.nbytes)        # what it can save at best; bytes of KV cache the generation held
+    fast.close()                                  # or: with mech.localize(model, ...) as fast
+
+While it is open the *model itself* is localized: whatever runs it (``run_with_cache``, ``intervene``, a study) sees the
+masked heads, ``hook_pattern`` included. Closing gives it back as it was. Generation keeps a split cache (``cache.py``);
+if somebody hooks or observes attention, it keeps a whole one, so that every key can be shown, and saves nothing.
+
+What it does not do: linear layers and convolutions have no heads and stay; layers that look at visual tokens outside
+the sequence (Mllama) stay dense and say so; families whose layers share keys and values (Gemma 3n, small Gemma 4) are
+refused. It chooses no heads: whether these are the right ones, accuracy has to say.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache
+
+from mech.errors import ExperimentError, UnsupportedModel
+from mech.inputs import TEXT, Inputs
+from mech.model import AttentionCall, HookedMLLM
+from mech.sparse.cache import SplitCache, SplitLayer
+from mech.sparse.kernels import Plan, by_definition, split_heads, start_of
+from mech.sparse.masks import Near
+from mech.sparse.policy import Budgets, Policy, StillDense
+
+
+def localize(
+    model: HookedMLLM,
+    policy: Policy | None = None,
+    *,
+    dense_heads: Iterable[tuple[int, int]] = (),
+    sinks: int = 4,
+    window: int = 256,
+    keep_text: bool = False,
+    phase: str = "both",
+) -> "Localized":
+    """Let a few heads attend to everything and all others to sinks and a window, until the handle is closed.
+
+    Exact: logits and generated tokens are those of the dense model under the masks of ``mech.sparse.masks``, for every
+    family, padding and cache.
+
+    Args:
+        model: a hooked model.
+        policy: a ``Policy`` (one from ``Policy.fit``, say), in place of the arguments that follow.
+        dense_heads, sinks, window, keep_text, phase: see ``Policy``.
+
+    Raises:
+        ExperimentError: heads of another model; a model that is localized already. When it is run: a window that is
+            smaller than the question.
+        UnsupportedModel: layers that share keys and values.
+
+    Cost: none. Warns (``StillDense``) of layers it leaves dense, and of runs so short that everything is in reach.
+
+    References:
+        Xiao et al. 2023 (2309.17453): sinks and a window. Xiao et al. 2024 (2410.10819): by KV head, with a full cache
+        for some. 2606.05843: dense heads from RAM; there in 128-token blocks, and decoding stays dense.
+    """
+    if policy is None:
+        policy = Policy(dense_heads, sinks, window, keep_text, phase)
+    elif tuple(dense_heads):
+        raise ExperimentError("a policy and dense_heads", "one of the two", "put the heads into the policy")
+    return Localized(model, policy)
+
+
+class Localized:
+    """What ``localize`` returns: the model under a policy, a context manager or closed by hand."""
+
+    def __init__(self, model: HookedMLLM, policy: Policy):
+        self.model, self.policy = model, policy
+        policy.check(model)
+        if model.narrowed is not None:
+            raise ExperimentError(f"{model.name} is localized already", "one policy at a time", "close() the other")
+        self._config = model.hf_model.config.get_text_config(decoder=True)
+        layers = DynamicCache(config=self._config).layers
+        if any(isinstance(layer, DummyLayer) for layer in layers):
+            raise UnsupportedModel(
+                f"{model.cfg.family} whose layers share keys and values", "a cache of its own in every layer",
+                "localize a model of another family",
+            )  # fmt: skip
+        found = {index: getattr(layer, "sliding_window", None) for index, layer in enumerate(layers)}
+        self.windows: dict[int, int] = {index: window for index, window in found.items() if window is not None}
+        self._near: Near | None = None
+        self._cache: SplitCache | None = None
+        self._layers = []
+        for record in model.text_attention():
+            if record.cross:
+                _notice(f"layer {record.layer} looks at visual tokens outside the sequence: it stays dense")
+                continue
+            heads = policy.dense(record.layer, model.cfg.n_heads)
+            record.narrow = LocalLayer(self, heads, Plan.of(heads, model.cfg.kv_heads[record.layer]))
+            self._layers.append(record)
+        model.narrowed = self
+
+    def __enter__(self) -> "Localized":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model back as it was; closing twice does nothing."""
+        if self.model.narrowed is self:
+            self.model.narrowed = None
+            for record in self._layers:
+                record.narrow = None
+
+    def __repr__(self) -> str:
+        state = "" if self.model.narrowed is self else ", closed"
+        return f"Localized({self.model.name}, {self.policy!r}{state})"
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, inputs: Any = None, **options: Any) -> Float[Tensor, "batch pos vocab"]:
+        """The logits of ``inputs`` under the policy."""
+        return self._open().model(inputs, **options)
+
+    def run_with_cache(self, inputs: Any = None, **options: Any):
+        """``HookedMLLM.run_with_cache`` under the policy."""
+        return self._open().model.run_with_cache(inputs, **options)
+
+    def generate(self, inputs: Any = None, **options: Any) -> Int[Tensor, "batch new_pos"]:
+        """``HookedMLLM.generate`` under the policy."""
+        return self._open().model.generate(inputs, **options)
+
+    def generate_text(self, inputs: Any, **options: Any) -> list[str]:
+        """``HookedMLLM.generate_text`` under the policy."""
+        return self._open().model.generate_text(inputs, **options)
+
+    def cache(self) -> SplitCache:
+        """An empty KV cache, for ``past_key_values=``; the first forward with it is the prompt."""
+        split = self.policy.phase != "prefill" and not any(record.heard() for record in self._layers)
+        return SplitCache(self._config, {r.layer: r.narrow.plan for r in self._layers}, split)  # pyright: ignore
+
+    def budgets(self, length: int, text: int = 0) -> Budgets:
+        """``Policy.budgets`` for this model's layers."""
+        return self.policy.budgets(self.model.cfg, length, text=text, windows=self.windows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that the last generation held at its end; 0 before there was one."""
+        return 0 if self._cache is None else self._cache.nbytes
+
+    # -- what the model asks of it ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self, inputs: Any, given: dict[str, Any], new_tokens: int | None = None) -> Iterator[None]:
+        """One run: the model calls this around it. ``new_tokens`` are those a generation may add, else None."""
+        if new_tokens is not None and given.get("past_key_values") is None and given.get("use_cache") is not False:
+            given["past_key_values"] = self.cache()
+        cache = given.get("past_key_values")
+        begun = isinstance(cache, SplitCache) and cache.near is not None
+        near = cache.near if begun else self._begin(inputs, given, cache, new_tokens)  # pyright: ignore
+        before, self._near = self._near, near
+        if isinstance(cache, SplitCache):
+            cache.near, self._cache = near, cache
+        try:
+            yield
+        finally:
+            self._near = before
+
+    def _begin(self, inputs: Any, given: dict[str, Any], cache: Cache | None, new_tokens: int | None) -> Near:
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        rows, length = ids.shape
+        layouts = inputs.layouts if isinstance(inputs, Inputs) else None
+        first = torch.zeros(rows, dtype=torch.long, device=ids.device)
+        if mask is not None and mask.ndim == 2:
+            first = mask.to(torch.uint8).argmax(1)
+        prompt = torch.full((rows,), length, device=ids.device)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past:  # somebody's own cache: a single token behind it is being written
+            prompt += past if length > 1 else past - length
+        if layouts is None:
+            if self.policy.keep_text:
+                raise ExperimentError(
+                    "keep_text=True with plain tensors", "Inputs, whose layout says which positions are text",
+                    "build inputs with model.inputs(...), or localize without keep_text",
+                )  # fmt: skip
+            text = None
+        else:
+            self._check_question(layouts)
+            text = torch.tensor([(layout.kind == TEXT).tolist() for layout in layouts], device=ids.device)
+            if new_tokens is None:
+                prompt = torch.tensor(
+                    [min(layout.spans.get("answer") or [length]) for layout in layouts], device=ids.device
+                )
+        reach = self.policy.sinks + self.policy.window
+        longest = past + length - int(first.min()) + (new_tokens or 0)
+        if longest <= reach:
+            _notice(
+                f"{longest} tokens are within {self.policy.sinks} sinks and a window of {self.policy.window}: "
+                "every head sees everything, and the run is dense"
+            )
+        return Near(self.policy, first, prompt, text if self.policy.keep_text else None)
+
+    def _check_question(self, layouts: Any) -> None:
+        if self.policy.keep_text or len(self.policy.dense_heads) == self.model.cfg.n_heads * len(self._layers):
+            return
+        longest = max(len(layout.spans.get("question", ())) for layout in layouts)
+        if longest > self.policy.window:
+            raise ExperimentError(
+                f"a window of {self.policy.window} with a question of {longest} tokens",
+                "a window that holds the question: local heads could not even read it",
+                f"use window={longest} or more, or keep_text=True",
+            )
+
+    def _open(self) -> "Localized":
+        if self.model.narrowed is not self:
+            raise ExperimentError(f"{self!r} was closed", "one that is open", "call mech.localize again")
+        return self
+
+
+class LocalLayer:
+    """One layer under a policy: what the attention function asks."""
+
+    def __init__(self, owner: Localized, dense: Bool[Tensor, " head"], plan: Plan):
+        self.owner, self.dense, self.plan = owner, dense, plan
+
+    def seen(self, call: AttentionCall, rows: Tensor) -> Bool[Tensor, "batch head rows key_pos"]:
+        """Which keys each head may look at."""
+        keys = start_of(call) + torch.arange(call.k.shape[2], device=rows.device)
+        return self._near(call).heads(call.query_start + rows, keys, self.dense)
+
+    def attend(self, call: AttentionCall, dropout: float) -> Float[Tensor, "batch pos head d_head"] | None:
+        """z, or None where no head is local."""
+        near = self._near(call)
+        cache = self.owner._cache
+        layer = None if cache is None or cache.near is not self.owner._near else cache.layers[call.layer]
+        if isinstance(layer, SplitLayer) and (z := layer.attend(call, dropout)) is not None:
+            return z
+        if bool(self.dense.all()):
+            return None
+        rows = call.query_start + torch.arange(call.q.shape[2], device=call.q.device)
+        local = near.local_rows(rows)
+        if not local.any():
+            return None
+        if local.all():
+            return split_heads(call, near, self.plan.to(call.q.device), dropout)
+        # A prompt with its answer in one forward, in a policy of one phase.
+        return by_definition(call, near, self.dense, dropout)
+
+    def _near(self, call: AttentionCall) -> Near:
+        near = self.owner._near
+        assert near is not None  # the model runs through HookedMLLM, which says so
+        return near.to(call.q.device).of_batch(len(call.q))
+
+
+def _notice(text: str) -> None:
+    warnings.warn(text, StillDense, stacklevel=4)

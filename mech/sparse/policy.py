@@ -1,0 +1,234 @@
+"""Which heads stay dense, what the others still see, and what that saves at best.
+
+    policy = Policy(ranking.top(0.05), sinks=4, window=256)
+    policy = Policy.fit(ranking, model.cfg, 8192, kv_bytes=0.2)     # as many top heads as a fifth of the KV bytes holds
+    policy.budgets(model.cfg, 8192)                                 # what it costs: shares of dense, and their bounds
+
+Compute is saved query head by query head. Memory is saved key/value head by key/value head: under grouped-query
+attention a KV group is kept whole as soon as one of its query heads is dense, so heads that share groups are cheaper.
+
+A policy knows sizes and not speed: how near a machine comes to the bounds is for ``benchmarks/sparse.py``. Nor does it
+know what the heads are for: accuracy has to be measured beside it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.ranking import Head, Heads, Ranking
+from mech.interventions.specs import check_heads
+from mech.model.families import ModelConfig
+
+PHASES = ("prefill", "decode", "both")
+
+
+class StillDense(UserWarning):
+    """A part of the model, or a whole run, in which a policy changes nothing."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a policy costs at one length, as shares of the dense model: 1 is no saving.
+
+    Attributes:
+        length: tokens of the context.
+        flops: of the pairs (query, key) that attention looks at while a prompt of this length is read.
+        kv_bytes: of the bytes of keys and values that are held at this length, and read for the next token.
+    """
+
+    length: int
+    flops: float
+    kv_bytes: float
+
+    @property
+    def prefill_bound(self) -> float:
+        """How many times faster prefill attention can be at best: it is bound by arithmetic."""
+        return 1 / self.flops
+
+    @property
+    def decode_bound(self) -> float:
+        """How many times faster decode attention, and smaller the cache, can be at best: it is bound by bytes."""
+        return 1 / self.kv_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.length} tokens: {self.flops:.1%} of the attention FLOPs of prefill (at best "
+            f"{self.prefill_bound:.1f}x), {self.kv_bytes:.1%} of the KV bytes (at best {self.decode_bound:.1f}x)"
+        )
+
+
+@dataclass(frozen=True, init=False)
+class Policy:
+    """A few heads attend to everything, the others to the first tokens and to those nearby.
+
+    A local head sees, of what its layer lets it see, each row's first ``sinks`` tokens and the keys less than
+    ``window`` positions away: itself and ``window - 1`` before it (and after it, where a layer looks ahead).
+
+    Attributes:
+        dense_heads: (layer, query head) pairs; any iterable is taken. None at all is the window-only baseline.
+        sinks: first tokens of each row that every head keeps, counted behind the padding.
+        window: how many positions a local head sees, its own included.
+        keep_text: whether local heads also see every text token, however far: the prompt's and those they write.
+        phase: where heads are local: while the prompt is read ("prefill": the KV cache stays whole and decoding
+            dense, as in the papers), while the answer is written ("decode"), or in "both".
+    """
+
+    dense_heads: Heads = ()
+    sinks: int = 4
+    window: int = 256
+    keep_text: bool = False
+    phase: str = "both"
+
+    def __init__(
+        self,
+        dense_heads: Iterable[tuple[int, int]] = (),
+        sinks: int = 4,
+        window: int = 256,
+        keep_text: bool = False,
+        phase: str = "both",
+    ):
+        # Any iterable of pairs is taken, so the fields are set by hand on the frozen instance.
+        pairs = tuple(dict.fromkeys(Head(int(layer), int(head)) for layer, head in dense_heads))
+        given = {"dense_heads": pairs, "sinks": sinks, "window": window, "keep_text": keep_text, "phase": phase}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        for name, least in (("sinks", 0), ("window", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ExperimentError(f"{name}={value!r}", f"a whole number, at least {least}", f"use {name}=16")
+        if self.phase not in PHASES:
+            raise ExperimentError(f"phase={self.phase!r}", f"one of {PHASES}", suggestion(str(self.phase), PHASES))
+
+    @classmethod
+    def fit(
+        cls,
+        ranking: Ranking,
+        cfg: ModelConfig,
+        length: int,
+        *,
+        kv_bytes: float | None = None,
+        flops: float | None = None,
+        **options: Any,
+    ) -> "Policy":
+        """The policy with as many top heads of a ranking as a budget holds at a length.
+
+        Args:
+            ranking: of the heads of this model.
+            cfg: the model's sizes (``model.cfg``).
+            length: tokens of the context the budget is for.
+            kv_bytes: the largest share of the dense KV bytes, or
+            flops: the largest share of the dense FLOPs of prefill attention; one of the two, between 0 and 1.
+            options: ``sinks``, ``window``, ``keep_text``, ``phase`` of the policy.
+
+        Raises:
+            ExperimentError: a ranking of another model, no budget or two, or one that even no dense head keeps to.
+        """
+        refuse_other_ranking(ranking, cfg)
+        if (kv_bytes is None) == (flops is None):
+            raise ExperimentError(f"budgets kv_bytes={kv_bytes}, flops={flops}", "one of the two", "kv_bytes=0.2")
+        name, budget = ("kv_bytes", float(kv_bytes)) if kv_bytes is not None else ("flops", float(flops or 0))
+
+        def costs(count: int) -> float:
+            return getattr(cls(ranking.heads[:count], **options).budgets(cfg, length), name)
+
+        if costs(0) > budget:
+            raise ExperimentError(
+                f"{name}={budget} at {length} tokens with {options or 'the default window'}",
+                f"at least {costs(0):.3f}: that is what no dense head costs",
+                "raise the budget, make the window smaller, or choose the phase it is for",
+            )
+        count, low, high = 0, 0, len(ranking)
+        while low <= high:  # more heads never cost less
+            middle = (low + high) // 2
+            if costs(middle) <= budget:
+                count, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return cls(ranking.heads[:count], **options)
+
+    def check(self, model: Any) -> None:
+        """Refuse heads that a model does not have.
+
+        Raises:
+            ExperimentError: a layer or head out of range.
+            PointError: a layer without attention heads.
+        """
+        if self.dense_heads:
+            check_heads(model, self.dense_heads)
+
+    def dense(self, layer: int, n_heads: int) -> Bool[Tensor, " head"]:
+        """Which query heads of a layer attend to everything."""
+        mine = {head for at, head in self.dense_heads if at == layer}
+        return torch.tensor([head in mine for head in range(n_heads)])
+
+    def dense_groups(self, layer: int, n_heads: int, n_groups: int) -> Bool[Tensor, " kv_head"]:
+        """Which key/value heads of a layer are kept whole: those that a dense head reads."""
+        return self.dense(layer, n_heads).reshape(n_groups, -1).any(1)
+
+    def budgets(
+        self, cfg: ModelConfig, length: int, *, text: int = 0, windows: Mapping[int, int] | None = None
+    ) -> Budgets:
+        """What the policy costs beside the dense model at a length, over the attention layers of the text stack.
+
+        A local head looks at ``min(t, s + W)`` of the ``t`` keys of a causal row. So with ``p`` the share of dense
+        heads and S tokens, prefill costs about ``p + (1 - p) 2 (s + W) / S``, and with ``p`` that of whole KV groups
+        the cache ``p + (1 - p) (s + W) / S``; the figures here count every pair.
+
+        Args:
+            cfg: the model's sizes.
+            length: tokens of the context.
+            text: how many of them are text, for ``keep_text``.
+            windows: layer -> its own sliding window, where it has one (``fast.windows``).
+        """
+        pairs = {True: 0.0, False: 0.0}  # of the policy; of the dense model
+        held = {True: 0.0, False: 0.0}
+        for layer in set(cfg.attention_layers) - set(cfg.cross_layers):
+            n_groups, d_head = cfg.kv_heads[layer], cfg.d_heads[layer]
+            own = min((windows or {}).get(layer, length), length)
+            heads = self.dense(layer, cfg.n_heads).double().mean().item()
+            groups = self.dense_groups(layer, cfg.n_heads, n_groups).double().mean().item()
+            kept = self.sinks + (text if self.keep_text else 0)
+            # What lies in the window is not kept twice; what the layer itself does not see is not kept at all.
+            near = min(own, self.window + min(kept, max(0, length - self.window)))
+            whole, local = _seen(length, own, own), _seen(length, own, min(own, self.window), kept)
+            prefill, decode = self.phase != "decode", self.phase != "prefill"
+            pairs[False] += d_head * cfg.n_heads * whole
+            pairs[True] += d_head * cfg.n_heads * (heads * whole + (1 - heads) * local if prefill else whole)
+            held[False] += d_head * n_groups * own
+            held[True] += d_head * n_groups * (groups * own + (1 - groups) * near if decode else own)
+        if not pairs[False]:
+            raise ExperimentError(f"a model of {cfg.n_layers} layers without attention", "layers with attention heads")
+        return Budgets(length, pairs[True] / pairs[False], held[True] / held[False])
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self.dense_heads[:4]))
+        more = f", ... {len(self.dense_heads)}" if len(self.dense_heads) > 4 else ""
+        text = ", keep_text=True" if self.keep_text else ""
+        return f"Policy([{shown}{more}], sinks={self.sinks}, window={self.window}{text}, phase={self.phase!r})"
+
+
+def refuse_other_ranking(ranking: Ranking, cfg: ModelConfig) -> None:
+    """Refuse a ranking whose heads are not those of a model."""
+    layers = cfg.attention_layers or tuple(range(cfg.n_layers))
+    if (ranking.layers, ranking.n_heads) != (layers, cfg.n_heads):
+        raise ExperimentError(
+            f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads ({ranking.model or 'of an unnamed model'})",
+            f"{len(layers)} x {cfg.n_heads}, as this {cfg.family} model has",
+            "rank the heads of this model",
+        )
+
+
+def _seen(length: int, own: int, window: int, kept: int = 0) -> float:
+    """Pairs (row, key) of a causal prompt: ``window`` keys behind each row, and ``kept`` ones before those.
+
+    ``own`` is the layer's window: what lies behind it is seen by nobody. Kept tokens count as if they came first.
+    """
+    rows = torch.arange(1, length + 1, dtype=torch.float64)
+    near = rows.clamp(max=window)
+    far = (rows - window).clamp(min=0, max=kept) - (rows - own).clamp(min=0, max=kept)
+    return float((near + far).sum())
