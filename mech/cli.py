@@ -13,7 +13,20 @@ import typer
 
 from mech import cli_patching
 from mech.errors import ExperimentError, MechError, suggestion
-from mech.terminal import AsJson, Domain, Model, Quiet, Seed, print_table, progress, writable
+from mech.terminal import (
+    AsJson,
+    Data,
+    Domain,
+    Model,
+    Quiet,
+    Root,
+    Seed,
+    chosen,
+    opened,
+    print_table,
+    progress,
+    writable,
+)
 
 INTERRUPTED = 130  # what a shell calls a program that ended by Ctrl-C
 
@@ -29,7 +42,8 @@ app = typer.Typer(
 
 @app.command(
     epilog="[bold]mech study[/]  the reference models, every domain, about ten minutes on two cores\n\n"
-    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --out qwen[/]  a model of the hub"
+    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --out qwen[/]  a model of the hub\n\n"
+    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --data mine.jsonl[/]  on samples of your own (docs/data.md)"
 )
 def study(
     model: Annotated[
@@ -38,6 +52,8 @@ def study(
     domain: Annotated[
         list[str] | None, typer.Option("--domain", "-d", help="May be given again. Default: all the model knows.")
     ] = None,
+    data: Data = None,
+    root: Root = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
     samples: Annotated[int, typer.Option(help="Samples of each domain: half find heads, half test them.")] = 64,
     n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 20,
@@ -55,8 +71,13 @@ def study(
     settings = Settings(
         n_find=samples // 2, n_test=samples - samples // 2, n_random=n_random, seed=seed, batch_size=batch_size
     )
+    if data is not None and not model:
+        raise ExperimentError(
+            "--data without --model", "a model that can answer it", "name one: the default ones know the haystacks only"
+        )
+    own = opened(data, root, samples, seed).draw(samples, seed) if data is not None else None
     with progress(quiet or as_json) as say:
-        page = run(out, model or DEFAULT_MODELS, domain, settings=settings, progress=say)
+        page = run(out, model or DEFAULT_MODELS, domain, data=own, settings=settings, progress=say)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(summary))
@@ -71,7 +92,9 @@ def study(
 )
 def rank(
     model: Model = "reference:llava-s",
-    domain: Domain = "grounding",
+    domain: Domain = None,
+    data: Data = None,
+    root: Root = None,
     samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 48,
     score: Annotated[str, typer.Option(help="ram, or others of the literature, joined by commas.")] = "ram",
     top: Annotated[int, typer.Option(help="How many heads to print, and to compare.")] = 10,
@@ -88,10 +111,10 @@ def rank(
     names = [name.strip() for name in score.split(",")]
     passes(names)  # refuses an unknown score before anything is opened
     target = writable(out) if out is not None else None
-    data = mech.haystacks(domain, samples, seed)
+    some, called = chosen(data, root, domain, samples, seed)
     hooked = mech.HookedMLLM.from_pretrained(model)
     with progress(quiet or as_json) as say:
-        scores = mech.head_scores(hooked, data, names, seed=seed, progress=lambda i, n: say("attention", i, n))
+        scores = mech.head_scores(hooked, some, names, seed=seed, progress=lambda i, n: say("attention", i, n))
     rankings = {name: mech.rank_heads(scores, name) for name in names}
     first = rankings[names[0]]
     if not 1 <= top <= len(first):
@@ -110,7 +133,7 @@ def rank(
     for name, ranking in rankings.items():
         interval = ranking.interval()
         print_table(
-            f"{model} on {domain}: {name} ({scores[name].attrs['unit']}), {len(data)} samples",
+            f"{model} on {called}: {name} ({scores[name].attrs['unit']}), {len(some)} samples",
             ("rank", "head", name, "95% interval"),
             [
                 (
@@ -145,7 +168,9 @@ def _agreed(agree: Any, name: str, one: str, other: str) -> str:
 @app.command(epilog="[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]")
 def ablate(
     model: Model = "reference:llava-s",
-    domain: Domain = "grounding",
+    domain: Domain = None,
+    data: Data = None,
+    root: Root = None,
     to: Annotated[
         list[str] | None, typer.Option(help="mean, zero, resample, uniform, paper; may be given again.")
     ] = None,
@@ -176,7 +201,8 @@ def ablate(
         for word in given:
             if word not in known:
                 raise ExperimentError(f"{word!r}", ", ".join(known), suggestion(word, known))
-    find, test = mech.haystacks(domain, samples, seed).split(0.5, seed)
+    some, called = chosen(data, root, domain, samples, seed)
+    find, test = some.split(0.5, seed)
     target = writable(out) if out is not None else None
     hooked = mech.HookedMLLM.from_pretrained(model)
     with progress(quiet or as_json) as say:
@@ -218,7 +244,7 @@ def ablate(
         cells = (entry["method"], entry["band"], str(entry["n_heads"]), f"{entry['accuracy']['mean']:.1%}")
         rows.append((*cells, f"{100 * drop['mean']:.1f} ({100 * drop['low']:.1f} to {100 * drop['high']:.1f})"))
     print_table(
-        f"{model} on {domain}: accuracy {base:.1%} without ablation, {len(test)} samples",
+        f"{model} on {called}: accuracy {base:.1%} without ablation, {len(test)} samples",
         ("method", "band", "heads", "accuracy", "drop in points (95%)"),
         rows,
     )

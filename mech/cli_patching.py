@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mech.errors import ExperimentError, OutputError
-from mech.terminal import AsJson, Domain, Model, Quiet, Seed, print_table, progress, writable
+from mech.terminal import AsJson, Data, Domain, Model, Quiet, Root, Seed, chosen, print_table, progress, writable
 
 PATCH = (
     "[bold]mech patch -m reference:llava-s --positions question --direction noise[/]\n\n"
@@ -28,7 +28,9 @@ Shown = Annotated[int, typer.Option(help="How many rows to print.")]
 
 def patch(
     model: Model = "reference:llava-s",
-    domain: Domain = "grounding",
+    domain: Domain = None,
+    data: Data = None,
+    root: Root = None,
     point: Annotated[str, typer.Option(help="An activation point without its layer.")] = "attn.hook_z",
     over: Annotated[
         list[str] | None, typer.Option(help="layer, head, kv_head, position or region; repeatable.")
@@ -51,21 +53,23 @@ def patch(
     import mech
 
     target = _picture_or_data(out)
-    data = mech.haystacks(domain, samples, seed)
+    pairs, called = chosen(data, root, domain, samples, seed)
     hooked = mech.HookedMLLM.from_pretrained(model)
     axes = tuple(over or ("layer", "head"))
     with progress(quiet or as_json) as say:
         found = mech.activation_patching(
-            hooked, list(data), None, _difference(data), point=point, over=axes, positions=positions,
-            regions=_regions(hooked, data, regions), direction=direction,
+            hooked, list(pairs), None, _difference(pairs), point=point, over=axes, positions=positions,
+            regions=_regions(hooked, pairs, regions), direction=direction,
             progress=lambda i, n: say("patching", i, n),
         )  # fmt: skip
-    _print_effects(found, f"{model} on {domain}: {point}, {direction}", target, top, as_json)
+    _print_effects(found, f"{model} on {called}: {point}, {direction}", target, top, as_json)
 
 
 def paths(
     model: Model = "reference:llava-s",
-    domain: Domain = "grounding",
+    domain: Domain = None,
+    data: Data = None,
+    root: Root = None,
     sender: Annotated[
         list[str] | None, typer.Option(help="L0H2, mlp.0 or embed; repeatable. Default: every head.")
     ] = None,
@@ -86,21 +90,26 @@ def paths(
     import mech
 
     target = _picture_or_data(out)
-    data = mech.haystacks(domain, samples, seed)
+    pairs, called = chosen(data, root, domain, samples, seed)
     hooked = mech.HookedMLLM.from_pretrained(model)
     every = [f"L{layer}H{head}" for layer in hooked.cfg.attention_layers for head in range(hooked.cfg.n_heads)]
     frozen = tuple(freeze or ("attention", "mlp"))
     found = mech.path_patching(
-        hooked, list(data), None, _difference(data), senders=sender or every, freeze=frozen, direction=direction,
+        hooked, list(pairs), None, _difference(pairs), senders=sender or every, freeze=frozen, direction=direction,
         receivers="logits" if receiver in (None, ["logits"]) else receiver,
     )  # fmt: skip
-    _print_effects(found, f"{model} on {domain}: {', '.join(frozen)} held, {direction}", target, top, as_json)
+    _print_effects(found, f"{model} on {called}: {', '.join(frozen)} held, {direction}", target, top, as_json)
 
 
 def _difference(data: Any) -> Any:
     """Logit of each sample's answer minus that of its counterfactual."""
     import mech
 
+    if lone := [sample.id for sample in data if sample.counterfactual is None]:
+        raise ExperimentError(
+            f"{len(lone)} samples without a counterfactual, the first is {lone[0]!r}", "samples that say what else the "
+            "evidence could show", 'add "counterfactual" to the lines, see docs/data.md',
+        )  # fmt: skip
     return mech.LogitDiff([sample.answer for sample in data], [sample.counterfactual.answer for sample in data])
 
 

@@ -1,17 +1,26 @@
-"""What the commands share: options, progress, tables, and the question whether a file can be written.
+"""What the commands share: options, the samples they mean, progress, tables, and whether a file can be written.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mech.errors import OutputError
+from mech.errors import ExperimentError, OutputError, suggestion
+
+if TYPE_CHECKING:
+    from mech.data.samples import Samples
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A reference model, a folder or a hub id.")]
-Domain = Annotated[str, typer.Option("--domain", "-d", help="grounding, documents, pages or video.")]
+Domain = Annotated[
+    str | None, typer.Option("--domain", "-d", help="grounding (the default), documents, pages, video; or of --data.")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Samples of your own (mine.jsonl), or a published set (refcocog:200).")
+]
+Root = Annotated[Path | None, typer.Option("--root", help="The folder with the pictures of --data, if not beside it.")]
 Seed = Annotated[int, typer.Option(help="Of samples and random sets.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -42,6 +51,47 @@ class progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed: int) -> "tuple[Samples, str]":
+    """The samples that the options mean, ``n`` at most, and what to call them.
+
+    Raises:
+        ExperimentError: ``data`` is neither a file nor a published set, or has no such domain.
+    """
+    import mech
+
+    if data is None:
+        if root is not None:
+            raise ExperimentError("--root without --data", "--data, whose pictures are there", "add --data")
+        return mech.haystacks(domain or "grounding", n, seed), domain or "grounding"
+    samples = opened(data, root, n, seed)
+    if domain is not None:
+        known = samples.domains
+        samples = samples.where(lambda sample: sample.domain == domain)
+        if not len(samples):
+            raise ExperimentError(
+                f"no domain of {data} is called {domain!r}", ", ".join(known), suggestion(domain, known)
+            )
+    return samples.draw(n, seed), domain or ", ".join(samples.domains)
+
+
+def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
+    """A JSON-lines file, or ``n`` samples of a published set; ``refcocog:200`` says how many by itself."""
+    import mech
+    from mech.data.hub import names
+
+    path, (name, _, count) = Path(data).expanduser(), data.partition(":")
+    if path.suffix == ".jsonl" or path.exists():
+        return mech.read_samples(path, root)
+    if name not in names():
+        raise ExperimentError(
+            f"--data {data} is neither a file nor a published set", f"a .jsonl file, or one of {', '.join(names())}",
+            suggestion(name, names()),
+        )  # fmt: skip
+    if count and not (count.isdigit() and int(count)):
+        raise ExperimentError(f"--data {data}", "a number of samples behind the colon", f"write {name}:200")
+    return mech.hub_samples(name, int(count or n), seed, root=root)
 
 
 def writable(path: Path) -> Path:

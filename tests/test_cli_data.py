@@ -1,0 +1,57 @@
+"""``--data``: samples of one's own, or a published set, from the command line."""
+
+import json
+
+import pytest
+
+from mech.data.haystacks import haystacks
+from mech.data.jsonl import write_samples
+from mech.data.samples import Samples
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    samples = haystacks("grounding", 12, seed=3) + haystacks("documents", 2, seed=3)
+    return str(write_samples(samples, tmp_path_factory.mktemp("own"), "own.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["rank", "--data", "refcoo"], "use 'refcoco'"),
+        (["rank", "--data", "none.jsonl"], "cannot be read"),
+        (["rank", "--data", "refcoco:many"], "write refcoco:200"),
+        (["rank", "--data", "vstar:4"], "vstar without root="),
+        (["rank", "--root", "x"], "--root without --data"),
+        (["study", "--data", "none.jsonl"], "--data without --model"),
+    ],
+)
+def test_what_is_no_data_is_refused(mech, words, says):
+    code, out, err = mech(*words)
+    assert code == 2 and says in err and not out
+
+
+def test_rank_measures_on_samples_of_ones_own(mech, own):
+    code, out, _ = mech("rank", "--data", own, "-d", "grounding", "--samples", "4", "--json")
+    assert code == 0 and json.loads(out)["domain"] == "grounding" and len(json.loads(out)["heads"]) == 48
+    code, out, _ = mech("rank", "--data", own, "--samples", "2", "--top", "2", "-q")
+    assert code == 0 and "on grounding, documents: ram" in out and "4 samples" in out
+    code, _, err = mech("rank", "--data", own, "-d", "grouding")
+    assert code == 2 and "use 'grounding'" in err
+
+
+def test_ablate_patch_and_paths_take_them_too(mech, own):
+    words = ["--data", own, "-d", "grounding"]
+    code, out, _ = mech("ablate", *words, "--samples", "12", "--n-random", "1", "--fraction", "1", "--json")
+    assert code == 0 and {entry["n_heads"] for entry in json.loads(out)["ablation"]} == {1}
+    code, out, _ = mech("patch", *words, "--samples", "1", "--json")
+    assert code == 0 and len(json.loads(out)["cells"]) == 48
+    code, out, _ = mech("paths", *words, "--samples", "1", "--sender", "L0H2", "--json")
+    assert code == 0 and [cell["sender"] for cell in json.loads(out)["cells"]] == ["L0H2"]
+
+
+def test_patching_without_counterfactuals_says_what_is_missing(mech, tmp_path):
+    lone = Samples([sample.counterfactual for sample in haystacks("grounding", 2)])
+    path = write_samples(lone, tmp_path)
+    code, _, err = mech("patch", "--data", str(path))
+    assert code == 2 and "2 samples without a counterfactual" in err and "docs/data.md" in err
