@@ -186,15 +186,15 @@ def haystacks(
     if n < 1:
         raise InputError(f"n={n}", "at least one sample", "use n=100")
     least = PICTURES[domain]
-    longer = n_pictures is not None and n_pictures != least
-    if longer and (domain not in LONG or n_pictures < least or (domain == "video" and n_pictures % 2)):
+    shown = least if n_pictures is None else n_pictures
+    if shown != least and (domain not in LONG or shown < least or (domain == "video" and shown % 2)):
         expected = {"pages": "3 pages or more", "video": "an even number of frames, 8 or more"}.get(domain, "one image")
-        raise InputError(f"n_pictures={n_pictures} of {domain!r}", expected, "leave it out, or use 'pages' or 'video'")
-    name = f"{domain}/{n_pictures}" if longer else domain
-    return Samples([_sample(domain, f"{name}/{split}/{seed}/{i}", n_items, n_pictures, split) for i in range(n)])
+        raise InputError(f"n_pictures={shown} of {domain!r}", expected, "leave it out, or use 'pages' or 'video'")
+    name = domain if shown == least else f"{domain}/{shown}"
+    return Samples([_sample(domain, f"{name}/{split}/{seed}/{i}", n_items, shown, split) for i in range(n)])
 
 
-def _sample(domain: str, id: str, n_items: int, n_pictures: int | None, split: str) -> Sample:
+def _sample(domain: str, id: str, n_items: int, n_pictures: int, split: str) -> Sample:
     rng = random.Random(id)
     scene = draw_scene(domain, rng, n_items, split, n_pictures)
     index = rng.randrange(len(scene.items))

@@ -5,7 +5,7 @@ loop that follows it is ``mech.reference.train``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mech.data import haystacks
@@ -45,7 +45,12 @@ class Recipe:
 _ROPE = dict(rope_type="default", rope_theta=1e6)
 _TEXT = dict(max_position_embeddings=2048, hidden_size=128, intermediate_size=256, head_dim=16, initializer_range=0.06)
 _CLIP = dict(image_size=96, patch_size=16, hidden_size=96, intermediate_size=256, num_attention_heads=4)
-_LLAVA_S = dict(
+_QWEN_VISION = dict(
+    depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=PATCH, spatial_patch_size=PATCH,
+    spatial_merge_size=MERGE, temporal_patch_size=FRAMES, in_channels=3, window_size=96, fullatt_block_indexes=[2],
+    out_hidden_size=128,
+)  # fmt: skip
+_LLAVA_S = Recipe(
     family="llava",
     text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8),
     vision=dict(_CLIP, num_hidden_layers=3),
@@ -53,29 +58,23 @@ _LLAVA_S = dict(
     tower_steps=2000,
     steps=3600,
 )
-_QWEN_VISION = dict(
-    depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=PATCH, spatial_patch_size=PATCH,
-    spatial_merge_size=MERGE, temporal_patch_size=FRAMES, in_channels=3, window_size=96, fullatt_block_indexes=[2],
-    out_hidden_size=128,
-)  # fmt: skip
-_QWEN_TEXT = dict(_TEXT, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
-_QWEN_S = dict(family="qwen2_5_vl", vision=_QWEN_VISION, domains=("grounding", "documents", "pages", "video"))
+_QWEN_S = Recipe(
+    family="qwen2_5_vl",
+    text=dict(_TEXT, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4),
+    vision=_QWEN_VISION,
+    domains=("grounding", "documents", "pages", "video"),
+    tower_steps=700,
+    steps=1500,
+)
 
 RECIPES = {
-    "llava-s": Recipe(**_LLAVA_S),
-    "llava-s-seed1": Recipe(**_LLAVA_S, seed=1, keep=tuple(range(2100, 3600, 100))),
-    "llava-m": Recipe(
-        family="llava",
-        text=dict(_TEXT, num_hidden_layers=8, num_attention_heads=16),
-        vision=dict(_CLIP, num_hidden_layers=3),
-        domains=("grounding", "documents", "pages"),
-        tower_steps=2000,
-        steps=3500,
-    ),
-    "qwen-s": Recipe(**_QWEN_S, text=_QWEN_TEXT, tower_steps=700, steps=1500),
-    "qwen-long": Recipe(
-        **_QWEN_S,
-        text=dict(_QWEN_TEXT, max_position_embeddings=8192),
+    "llava-s": _LLAVA_S,
+    "llava-m": replace(_LLAVA_S, text=dict(_TEXT, num_hidden_layers=8, num_attention_heads=16), steps=3500),
+    "llava-s-seed1": replace(_LLAVA_S, seed=1, keep=(2200, 2300, 2500)),
+    "qwen-s": _QWEN_S,
+    "qwen-long": replace(
+        _QWEN_S,
+        text=dict(_QWEN_S.text, max_position_embeddings=8192),
         start="qwen-s",
         longest=2304,
         tower_steps=0,
