@@ -169,11 +169,10 @@ class Wavefront:
             born = [i for i, index in enumerate(group) if cells[index].layers == (layer - shift,)]
             if born and self.point in ENTRY:
                 x = _joined(x, self._entering(layer, chosen[born], rows, read=layer > last))
-            if x is not None and layer <= last:
-                x = row.finish(x, rows) if layer == last else row.run(layer, x, rows)
             if born and self.point not in ENTRY:
-                new = self._born(layer, chosen[born], [cells[group[i]].head for i in born], rows)
-                x = _joined(x, new[:, row.reads - first] if layer == last else new)
+                x = self._born(layer, x, chosen[born], [cells[group[i]].head for i in born], rows)
+            elif x is not None and layer <= last:
+                x = self._behind(layer, x, rows)
         assert x is not None  # every group holds a cell
         return row.logits(x)
 
@@ -183,30 +182,49 @@ class Wavefront:
         places = self.row.reads if read else rows
         return torch.where(chosen[:, places, None], self.source[name][:, places], self.row.stream(layer)[places])
 
+    def _behind(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
+        """The stream behind a layer, of variants that entered it; behind the last one at the read rows only."""
+        return self.row.finish(x, rows) if layer == len(self.row) - 1 else self.row.run(layer, x, rows)
+
     def _born(
-        self, layer: int, chosen: Bool[Tensor, "cell pos"], heads: Sequence[int | None], rows: Tensor
-    ) -> Float[Tensor, "cell row d_model"]:
-        """The stream behind the layer in which these cells are patched."""
-        row, name = self.row, point_name(self.point, layer)
-        local = self.point not in KEYS
+        self,
+        layer: int,
+        x: Float[Tensor, "variant row d_model"] | None,
+        chosen: Bool[Tensor, "cell pos"],
+        heads: Sequence[int | None],
+        rows: Tensor,
+    ) -> Float[Tensor, "variant row d_model"]:
+        """The stream behind the layer in which these cells are patched, after that of variants born before."""
+        row, name, n = self.row, point_name(self.point, layer), len(chosen)
+        local, last = self.point not in KEYS, layer == len(row) - 1
         reach = chosen.any(0)
         reach[int(rows[-1]) + 1 :] = False  # rows that no read row depends on
         places = reach.nonzero()[:, 0] if local else rows
-        behind = row.stream(layer + 1)[None, rows].expand(len(chosen), -1, -1)
-        if not len(places):
-            return behind
         source = self.source[name]
         source = source[:, :, places] if self.point in SQUARE else source[:, places]
-        chosen_heads = None if heads[0] is None else [int(head) for head in heads if head is not None]
-        edit = _edit(source, chosen[:, places], chosen_heads, name)
-        keys = "z" if self.point in BEHIND_ATTENTION else "kept" if self.point in QUERIES else "own"
-        x = row.stream(layer)[None, places].expand(len(chosen), -1, -1).clone()
-        new = row.run(layer, x, places, keys=keys, hooks=[(name, edit)])
-        if not local:
-            return new
-        behind = behind.clone()
-        behind[:, places - rows[0]] = new
-        return behind
+        chosen, some = (
+            chosen[:, places],
+            None if heads[0] is None else [int(head) for head in heads if head is not None],
+        )
+        entering = row.stream(layer)[None, places].expand(n, -1, -1)
+        after_attention = self.point in BEHIND_ATTENTION
+        if (
+            x is not None
+            and after_attention
+            and not last
+            and len(places) == len(rows)
+            and len(x) + n <= row.at_once(rows)
+        ):  # few rows: a layer's weights are read once for old and new variants
+            chosen = torch.nn.functional.pad(chosen, (0, 0, len(x), 0))
+            edit = _edit(source, chosen, some if some is None else [0] * len(x) + some, name)
+            return row.run(layer, torch.cat((x, entering)), rows, fresh=n, hooks=[(name, edit)])
+        new = row.stream(layer + 1)[None, rows].repeat(n, 1, 1)
+        if len(places):
+            keys = "z" if after_attention else "kept" if local else "own"
+            edit = _edit(source, chosen, some, name)
+            new[:, places - rows[0]] = row.run(layer, entering.clone(), places, keys=keys, hooks=[(name, edit)])
+        old = None if x is None else self._behind(layer, x, rows)
+        return _joined(old, new[:, row.reads - rows[0]] if last else new)
 
 
 def _joined(x: Tensor | None, new: Tensor) -> Tensor:

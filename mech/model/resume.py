@@ -20,7 +20,7 @@ that could not be cut to rows. ``Continuation.faithful`` compares an unchanged v
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,6 +121,7 @@ class Continuation:
         rows: Int[Tensor, " row"],
         *,
         keys: str = "own",
+        fresh: int = 0,
         hooks: Sequence[tuple[str, Callable]] = (),
     ) -> Float[Tensor, "variant row d_model"]:
         """One stock layer, and what the model adds behind it, for some rows of many variants.
@@ -132,10 +133,13 @@ class Continuation:
             keys: ``"own"``: keys and values of ``rows`` are the variants' own, earlier ones those of the kept run;
                 ``"kept"``: all are those of the kept run; ``"z"``: attention is not computed, heads put out what they
                 did in the kept run.
+            fresh: how many variants at the end are still the kept run, so that their heads put out what they did.
             hooks: (point, hook) pairs of this layer; the hooks see variants in place of a batch.
         """
         attend = {"own": self._own, "kept": self._onto_kept, "z": self._z}[keys](layer, rows, int(rows[0]))
-        step = len(x) if hooks else self._at_once(rows)
+        if fresh:
+            attend = self._but(fresh, attend, self._z(layer, rows, 0))
+        step = len(x) if hooks else self.at_once(rows)
         with self._given(layer, attend, hooks):
             out = [self._layer(layer, part, rows) for part in x.split(max(1, step))]
         return self._with_added(layer, torch.cat(out) if len(out) > 1 else out[0], rows)
@@ -150,7 +154,7 @@ class Continuation:
         if len(reads) == len(rows):
             return self.run(layer, x, rows)
         out = []
-        for part in x.split(self._at_once(rows)):
+        for part in x.split(self.at_once(rows)):
             known = self._keys_alone(layer, part, rows)
             attend = self._own(layer, reads, first, known)
             with self._given(layer, attend, ()):
@@ -184,7 +188,8 @@ class Continuation:
         if not gap <= tolerance(kept):
             raise NotResumable(f"running on from the kept run differs from it by {gap:.2g} in the logits")
 
-    def _at_once(self, rows: Tensor) -> int:
+    def at_once(self, rows: Int[Tensor, " row"]) -> int:
+        """How many variants go through a layer in one call."""
         return max(1, (CPU_ROWS if rows.device.type == "cpu" else ROWS) // len(rows))
 
     def _layer(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
@@ -220,7 +225,8 @@ class Continuation:
         record = self._attention[layer][1]
         record.resume = attend
         try:
-            with self.model.hooks(list(hooks)), self.model._attached():
+            # Hooks are taken away by looking at every point: for none, that is not worth it.
+            with self.model.hooks(list(hooks)) if hooks else nullcontext(), self.model._attached():
                 yield
         finally:
             record.resume = None
@@ -249,6 +255,17 @@ class Continuation:
     def _z(self, layer: int, rows: Tensor, first: int) -> Attend:
         z = self._call(layer).z[:, rows]
         return lambda call: z.expand(len(call.q), -1, -1, -1)
+
+    @staticmethod
+    def _but(fresh: int, attend: Attend, unchanged: Attend) -> Attend:
+        """``attend`` for all variants but the last ``fresh``, which have nothing to compute."""
+
+        def both(call: AttentionCall) -> Tensor:
+            old, new = (replace(call, q=call.q[at], k=call.k[at], v=call.v[at])
+                        for at in (slice(None, -fresh), slice(-fresh, None)))  # fmt: skip
+            return torch.cat((attend(old), unchanged(new)))
+
+        return both
 
     def _onto_kept(self, layer: int, rows: Tensor, first: int) -> Attend:
         kept, record = self._call(layer), self._attention[layer][1]
