@@ -16,24 +16,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from mech import reference
 from mech.data.haystacks import DOMAINS, haystacks
-from mech.data.regions import Box, Frames, Mask, Pages
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
 from mech.experiments.causal import CausalReport, causal_report
 from mech.experiments.findings import findings, headlines
-from mech.experiments.heads import attention_from, retrieval_attention_mass
+from mech.experiments.heads import retrieval_attention_mass
+from mech.experiments.looks import looks
 from mech.experiments.metrics import quiz
 from mech.experiments.ranking import Ranking, rank_heads
 from mech.experiments.summary import above_null, summarise_agreement, summarise_domain, summarise_scales
 from mech.interventions import METHODS, reference_activations
 from mech.model import HookedMLLM
-from mech.results import Study, looks_dataset, provenance, write_json
+from mech.results import Study, look_facts, provenance, write_json
 
 Progress = Callable[[str, int, int], None]
 SHOWN = 4  # heads of each band that are drawn over the pictures
@@ -262,67 +261,11 @@ def plan(ranking: Ranking, settings: Settings) -> list[Condition]:
 
 def look_at(place: Study, model: HookedMLLM, key: str, samples: Samples, ranking: Ranking) -> xr.Dataset:
     """Where the first and the last heads of a ranking look on some samples; the pictures are saved beside."""
-    heads = [*ranking.top(SHOWN), *ranking.bottom(SHOWN)]
-    seen, rects, owners, facts = [], [], [], []
-    for i, sample in enumerate(samples):
-        inputs = model.inputs_of(sample)
-        layout, attention = inputs.layout.visual, attention_from(model, inputs)[0].cpu().numpy()
-        tokens = layout.positions("image")
-        seen.append(np.stack([attention[ranking.layers.index(layer), head, tokens] for layer, head in heads]))
-        rects.append(layout.rect[tokens])
-        owners.append((layout.frame // layout.frames_per_token if sample.video else layout.image)[tokens])
-        pictures = sample.video[:: layout.frames_per_token] if sample.video else sample.images
-        files = [f"look{i}_{k}.png" for k in range(len(pictures))]
-        folder = place.file(f"{key}/looks").parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, picture in zip(files, pictures, strict=True):
+    found = looks(model, samples, ranking, k=SHOWN)
+    folder = place.file(f"{key}/looks").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for sample, facts in zip(samples, look_facts(found), strict=True):
+        pace = -(-len(sample.video) // len(facts["pictures"])) or 1
+        for file, picture in zip(facts["pictures"], pictures_of(sample, pace), strict=True):
             picture.convert("RGB").save(folder / file)
-        said = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
-        facts.append(
-            {
-                "question": sample.question,
-                "answer": sample.answer,
-                "prediction": said,
-                "pictures": files,
-                "evidence": outlines(sample, layout.frames_per_token),
-            }
-        )
-    width = max(len(rect) for rect in rects)
-    return looks_dataset(
-        np.stack([_padded(one, width, 0.0, axis=1) for one in seen]),
-        np.stack([_padded(one, width, np.nan, axis=0) for one in rects]),
-        np.stack([_padded(one, width, -1, axis=0) for one in owners]),
-        facts,
-        shown_layer=[head.layer for head in heads],
-        shown_head=[head.head for head in heads],
-        shown_band=["top"] * SHOWN + ["bottom"] * SHOWN,
-        shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
-        model=model.name,
-    )
-
-
-def outlines(sample: Sample, frames_per_token: int) -> list[list[float]]:
-    """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` to be drawn; of a mask, the box around it."""
-    found: list[list[Any]] = []
-
-    def shown(region: Box | Mask) -> int:
-        return region.image if region.frame is None else region.frame // frames_per_token
-
-    for region in sample.evidence:
-        if isinstance(region, Box):
-            found.append([shown(region), region.x0, region.y0, region.x1, region.y1])
-        elif isinstance(region, Pages):
-            found += [[page, 0, 0, *sample.images[page].size] for page in region.indices]
-        elif isinstance(region, Frames):
-            patches = dict.fromkeys(frame // frames_per_token for frame in region.indices)
-            found += [[patch, 0, 0, *sample.video[0].size] for patch in patches]
-        else:
-            rows, cols = np.nonzero(region.pixels)
-            found.append([shown(region), *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
     return found
-
-
-def _padded(values: np.ndarray, width: int, fill: float, axis: int) -> np.ndarray:
-    room = [(0, 0)] * values.ndim
-    room[axis] = (0, width - values.shape[axis])
-    return np.pad(values, room, constant_values=fill)

@@ -269,7 +269,7 @@ def test_an_unwritable_place_is_named_and_left_clean(study, tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
         View("title", "<p>body</p>").save(tmp_path / "file" / "view.html")
     with pytest.raises(OutputError, match=r"ends in \.html"):
-        View("title", "<p>body</p>").save(tmp_path / "view.png")
+        View("title", "<p>body</p>").save(tmp_path / "view.gif")
 
 
 @pytest.mark.parametrize("kind", ["ram", "ablation", "looks"])
@@ -363,7 +363,8 @@ def test_looks_draw_attention_where_it_is(study):
     result["attention"][0, 0, 26] = 0.36  # row 3, column 2 of 8: in the evidence
     result["attention"][0, 0, 63] = 0.09
     text = looks(result, folder).body
-    marks = re.findall(r'<rect x="(\d+)" y="(\d+)" width="14" height="14" fill="(#\w+)"[^>]*><title>([\d.]+)', text)
+    mark = r'<rect x="(\d+)" y="(\d+)" width="14" height="14" fill="(#\w+)"[^>]*data-tip="attention ([\d.]+)'
+    marks = re.findall(mark, text)
     assert [mark[:2] + mark[3:] for mark in marks] == [("28", "42", "0.360"), ("98", "98", "0.090")]
     assert marks[0][2] == "#fcfdbf", "the highest attention has the end of the scale"
     assert "evidence 0.36 · visual 0.45" in text and "evidence 0.00 · visual 0.00" in text

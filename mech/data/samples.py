@@ -10,14 +10,16 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
-from mech.data.regions import Mask, Region
+from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.errors import InputError
+from mech.notebook import Shown
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Shown):
     """One question with its evidence.
 
     ``counterfactual`` is the same layout with the evidence changed so that ``answer`` changes: the corrupted run of
@@ -54,7 +56,7 @@ class Sample:
         return sha.hexdigest()
 
 
-class Samples(Sequence[Sample]):
+class Samples(Shown, Sequence[Sample]):
     """A frozen list of samples."""
 
     def __init__(self, samples: Sequence[Sample] | Iterator[Sample]):
@@ -103,3 +105,29 @@ class Samples(Sequence[Sample]):
     def digest(self) -> str:
         """One SHA-256 for the whole list, in its order."""
         return hashlib.sha256("".join(sample.digest() for sample in self).encode()).hexdigest()
+
+
+def pictures_of(sample: Sample, frames_per_token: int = 1) -> tuple[Image.Image, ...]:
+    """What there is to draw of a sample: its images, or the frames of its video that visual tokens begin with."""
+    return sample.video[::frames_per_token] or sample.images
+
+
+def outlines(sample: Sample, frames_per_token: int = 1) -> list[list[float]]:
+    """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` over ``pictures_of``; of a mask, the box around it."""
+    found: list[list[float]] = []
+
+    def shown(region: Box | Mask) -> int:
+        return region.image if region.frame is None else region.frame // frames_per_token
+
+    for region in sample.evidence:
+        if isinstance(region, Box):
+            found.append([shown(region), region.x0, region.y0, region.x1, region.y1])
+        elif isinstance(region, Pages):
+            found += [[page, 0, 0, *sample.images[page].size] for page in region.indices]
+        elif isinstance(region, Frames):
+            patches = dict.fromkeys(frame // frames_per_token for frame in region.indices)
+            found += [[patch, 0, 0, *sample.video[0].size] for patch in patches]
+        else:
+            rows, cols = np.nonzero(region.pixels)
+            found.append([shown(region), *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
+    return found

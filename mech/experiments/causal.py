@@ -46,6 +46,7 @@ from mech.experiments.statistics import (
 from mech.interventions import Ablate, Reference, intervene, reference_activations
 from mech.model import HookedMLLM
 from mech.model.kept import NotResumable
+from mech.notebook import Shown
 from mech.results import load, provenance, save
 
 QUADRANTS = ("looks and matters", "looks, does not matter", "matters, does not look", "neither")
@@ -156,7 +157,7 @@ def causal_report(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CausalReport:
+class CausalReport(Shown):
     """What ``causal_report`` found, all of it in one dataset."""
 
     dataset: xr.Dataset

@@ -40,6 +40,7 @@ from mech.experiments.statistics import benjamini_hochberg, bootstrap_interval, 
 from mech.inputs import Inputs
 from mech.inputs.layout import IMAGE, PADDING, VIDEO
 from mech.model import HookedMLLM
+from mech.notebook import Shown
 from mech.results import provenance, write_json
 from mech.results.provenance import jsonable
 
@@ -78,7 +79,7 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Shown):
     """What ``trace_circuit`` found. ``groups`` counts the query heads to a key/value head of each layer."""
 
     model: str

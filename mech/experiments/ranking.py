@@ -12,7 +12,6 @@ The ranking says which heads *attend*. Whether they matter is for ``ablation``, 
 ranking, and against the control sets from here.
 """
 
-import html
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,7 @@ from jaxtyping import Float
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.statistics import bootstrap_interval, bootstrap_means
+from mech.notebook import Shown
 from mech.results import write_json
 
 
@@ -59,7 +59,7 @@ def head_count(k: int | float, n: int) -> int:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ranking:
+class Ranking(Shown):
     """All heads of a model by the mean of a score, best first. Made by ``rank_heads``.
 
     Wherever a number of heads ``k`` is asked for, an int counts heads and a float between 0 and 1 is a share of all
@@ -287,16 +287,6 @@ class Ranking:
         best = ", ".join(f"{Head(i, j)} {score:.3g}" for i, j, score in self.table[:3])
         of = " ".join(part for part in (self.model, self.domain) if part)
         return f"Ranking({of + ': ' if of else ''}{self.n_layers} x {self.n_heads} heads by {self.score}: {best}, ...)"
-
-    def _repr_html_(self) -> str:
-        title = " · ".join(html.escape(part) for part in (self.model, self.domain, self.score) if part)
-        rows = "".join(
-            f"<tr><td>{rank}</td><td>{Head(layer, head)}</td><td>{score:.4g}</td></tr>"
-            for rank, (layer, head, score) in enumerate(self.table[:10], 1)
-        )
-        caption = f"<caption>{title}: first {min(10, len(self))} of {len(self)} heads</caption>"
-        head = f"<tr><th>rank</th><th>head</th><th>{html.escape(self.score)}</th></tr>"
-        return f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>"
 
     def _head(self, flat: int | np.integer) -> Head:
         row, head = divmod(int(flat), self.n_heads)

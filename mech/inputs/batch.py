@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mech.errors import InputError
 from mech.inputs.layout import IMAGE, VIDEO, TokenLayout
+from mech.notebook import Shown
 
 # What is as long as the sequence, and its value at padding (None: the tokenizer's padding token).
 _PADDING: dict[str, int | None] = {
@@ -24,7 +25,7 @@ _PADDING: dict[str, int | None] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class Inputs(Shown):
     """One or more rows for a model.
 
     Attributes:

@@ -22,13 +22,14 @@ from PIL import Image, ImageDraw
 from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.errors import RegionError, suggestion
 from mech.inputs.regions import covered, whole_images
+from mech.notebook import Shown
 
 TEXT, IMAGE, VIDEO, PADDING = 0, 1, 2, 3
 Where = Region | str | Sequence[int] | Sequence[Region] | np.ndarray
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenLayout:
+class TokenLayout(Shown):
     """What every position of one row is; the arrays are as long as the row, padding included.
 
     Attributes:

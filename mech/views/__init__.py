@@ -1,11 +1,16 @@
-"""Pictures of results: single views for notebooks, and the report of a study. No model is needed to draw them.
+"""Pictures of results: single views for notebooks and papers, and the report of a study. No model is needed.
 
-from mech.views import view, report
-view(dataset)                      # the picture that fits the dataset; shows itself in Jupyter
-view(looks, folder="study/llava-m/grounding").save("looks.html")
-report("study")                    # study/report.html
+    from mech.views import view, report
+    view(result)                       # the picture that fits; shows itself in Jupyter
+    view(grid, on=sample)              # over the picture, where the result has a place in it
+    view(result).save("figure.pdf")    # or .html (complete, offline), .png, .svg
+    report("study")                    # study/report.html
+
+What fits is seen from the result: its variables and dimensions. Samples, layouts, inputs, rankings and circuits are
+shown as well, and show themselves in Jupyter by asking ``view``.
 """
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +18,89 @@ import xarray as xr
 
 from mech.errors import OutputError
 from mech.views.agreement import agreement_view
-from mech.views.causal import causal_view, patching_grid
+from mech.views.attention import attention_view
+from mech.views.causal import causal_view
+from mech.views.circuit import circuit_view
 from mech.views.curves import ablation_curves
 from mech.views.heatmap import ram_map
+from mech.views.objects import inputs_view, layout_view, sample_view, samples_view
 from mech.views.overlay import looks
 from mech.views.page import View
+from mech.views.patching import attribution_map, patching_grid
 from mech.views.report import report
 
 __all__ = [
     "View",
     "ablation_curves",
     "agreement_view",
+    "attention_view",
+    "attribution_map",
     "causal_view",
+    "circuit_view",
+    "inputs_view",
+    "layout_view",
     "looks",
     "patching_grid",
     "ram_map",
     "report",
+    "sample_view",
+    "samples_view",
     "view",
 ]
 
 
-def view(result: Any, *, folder: str | Path | None = None) -> View:
+def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **options: Any) -> View:
     """The picture that fits a result.
 
     Args:
-        result: a dataset of kind "ram", "ablation" or "looks"; a RAM ``DataArray``; a ranking of heads; what
-            ``activation_patching`` or ``agreement`` returned; or a causal report.
-        folder: where the pictures of a "looks" dataset lie.
+        result: what a measurement returned (see the gallery in the docs), a ``Circuit``, ``Ranking``, ``CausalReport``,
+            ``Sample``, ``Samples``, ``Inputs`` or ``TokenLayout``.
+        on: the picture to draw over: a ``Sample`` (its evidence is outlined), an image, an array or a path; or several.
+        folder: where the pictures of a saved "looks" dataset lie.
+        options: of the view: ``title``; ``layout`` (of the inputs, where cells are positions) for patching and
+            attributions; ``ranking`` and ``looks`` for circuits; ``measure`` for ablation.
+
+    Raises:
+        OutputError: nothing fits, or the picture is missing or does not fit.
     """
-    if isinstance(result, xr.Dataset) and "attention" in result:
-        if folder is None:
-            raise OutputError(
-                "a 'looks' dataset without its folder", "the folder of its pictures", "view(looks, folder=...)"
-            )
-        return looks(result, folder)
-    if isinstance(result, xr.Dataset) and {"accuracy", "logit_diff"} & set(map(str, result.data_vars)):
-        return ablation_curves(result)
-    whole = getattr(result, "dataset", result)
-    if isinstance(whole, xr.Dataset) and "quadrant" in whole:
-        return causal_view(whole)
-    if isinstance(result, xr.Dataset) and "effect" in result:
-        return patching_grid(result)
-    if isinstance(result, xr.Dataset) and "jaccard_null" in result:
-        return agreement_view(result)
-    return ram_map(result)
+    result = getattr(result, "dataset", result)  # of a causal report
+    draw = _dataset_view(result) if isinstance(result, xr.Dataset) else _object_view(result)
+    takes = signature(draw).parameters
+    given = {name: value for name, value in {"on": on, **options}.items() if value is not None}
+    if unknown := [name for name in given if name not in takes]:
+        known = ", ".join(name for name in list(takes)[1:] if name != "folder")
+        raise OutputError(f"{unknown[0]}= with {draw.__name__}", known, f"leave {unknown[0]} out")
+    if draw is attribution_map and on is None:
+        raise OutputError("attributions without a picture", "the picture they are drawn over", "pass on=sample")
+    return draw(result, **given, **({"folder": folder} if "folder" in takes else {}))
+
+
+def _dataset_view(result: xr.Dataset) -> Any:
+    """How a dataset is drawn, by what is in it."""
+    names, dims = set(map(str, result.data_vars)), set(map(str, result.dims))
+    if "shown" in dims:
+        return looks
+    if "band" in result.variables:
+        return ablation_curves
+    if "quadrant" in names:
+        return causal_view
+    if "jaccard_null" in names:
+        return agreement_view
+    if "effect" in names:
+        return circuit_view if {"sender", "receiver"} <= dims else patching_grid
+    if "attribution" in names:
+        return attribution_map
+    return ram_map
+
+
+def _object_view(result: Any) -> Any:
+    """How anything else is drawn, by what it can be asked."""
+    if isinstance(result, xr.DataArray):
+        return attention_view if {"query", "key"} <= set(map(str, result.dims)) else ram_map
+    for asked, draw in (
+        ("graph", circuit_view), ("heads", ram_map), ("counterfactual", sample_view), ("domains", samples_view),
+        ("layouts", inputs_view), ("spans", layout_view),
+    ):  # fmt: skip
+        if hasattr(result, asked):
+            return draw
+    return ram_map

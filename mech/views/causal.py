@@ -1,12 +1,10 @@
-"""Does looking mean mattering? RAM against causal effect, sets of heads, and patching grids.
+"""Does looking mean mattering? RAM against causal effect, and sets of heads.
 
     view = causal_view(report)             # a ``CausalReport``, or its dataset
-    grid = patching_grid(scores)           # any result of ``activation_patching``
 
 In the scatter every head is a point: to the right it looks at the evidence, above it is necessary. Lines divide it into
 the four quadrants; heads that matter are labelled. Beside it what sets of heads cost together and as the sum of single
-effects: where the two part, heads stand in for one another (or need one another). A patching grid shows the mean effect
-over the examples, colours centred on no effect: 0 when denoising, 1 when noising.
+effects: where the two part, heads stand in for one another (or need one another).
 """
 
 from collections.abc import Mapping
@@ -15,8 +13,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.errors import OutputError
-from mech.views.heatmap import map_height
 from mech.views.intervals import mean_interval
 from mech.views.page import View, chart, escape, table, tabs
 
@@ -68,69 +64,6 @@ def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str
         if paths := facts["paths"]:
             parts.append("<ul>" + "".join(f"<li>{escape(path['text'])}</li>" for path in paths) + "</ul>")
     return "".join(parts)
-
-
-def patching_grid(result: xr.Dataset, title: str = "") -> View:
-    """The mean effect of every cell of a sweep over two axes (or one).
-
-    Args:
-        result: what ``activation_patching`` returned.
-        title: stands above a saved page.
-
-    Raises:
-        OutputError: a sweep over three axes.
-    """
-    effect = result["effect"]
-    axes = [str(dim) for dim in effect.dims if dim != "example"]
-    if not 1 <= len(axes) <= 2:
-        raise OutputError(f"a sweep over {axes}", "one or two axes", "choose one value: result.sel(layer=3)")
-    mean, low, high = mean_interval(effect.values.reshape(effect.shape[0], *effect.shape[1:]))
-    if len(axes) == 1:
-        mean, low, high = mean[None], low[None], high[None]
-    rows = [""] if len(axes) == 1 else [str(value) for value in effect[axes[0]].values]
-    columns = [escape(str(value)) for value in effect[axes[-1]].values]
-    attrs = result.attrs
-    start = 1.0 if attrs.get("direction") == "noise" else 0.0
-    reach = max(float(np.nanmax(np.abs(mean - start))) if np.isfinite(mean).any() else 0.0, 1e-9)
-    row_axis = axes[0] if len(axes) == 2 else ""
-    text = [
-        [
-            f"<b>{escape(row_axis)} {escape(row)}, {escape(axes[-1])} {column}</b><br>effect {mean[i, j]:.3f}"
-            + (f" [{low[i, j]:.3f}, {high[i, j]:.3f}]" if np.isfinite(low[i, j]) else "")
-            for j, column in enumerate(columns)
-        ]
-        for i, row in enumerate(rows)
-    ]
-    heat = {
-        "type": "heatmap",
-        "z": mean,
-        "zmin": start - reach,
-        "zmax": start + reach,
-        "colorscale": "@diverging",
-        "text": text,
-        "hovertemplate": "%{text}<extra></extra>",
-        "xgap": 1,
-        "ygap": 1,
-        "x": columns if axes[-1] == "region" else effect[axes[-1]].values,
-        "colorbar": {
-            "title": {"text": "share of the gap (0 corrupted, 1 clean)", "side": "right", "font": {"size": 13}},
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
-    }
-    layout = {
-        "xaxis": {"title": axes[-1], "showgrid": False, "zeroline": False},
-        "yaxis": {"title": row_axis, "showgrid": False, "zeroline": False, "showticklabels": len(axes) == 2},
-    }
-    what = " · ".join(
-        escape(str(attrs[name])) for name in ("model", "point", "positions", "direction") if name in attrs
-    )
-    title = title or "Activation patching"
-    drawn = chart([heat], layout, height=map_height(len(rows)), label=f"Effect of patching by {' and '.join(axes)}")
-    words = {"denoise": "0: nothing comes back; 1: the whole answer does.", "noise": "1: nothing is lost; 0: all is."}
-    note = words.get(str(attrs.get("direction")), "")
-    body = f"<h3>{escape(title)}</h3><p class=soft>{what}. {note}</p>{drawn}"
-    return View(title, body, height=map_height(len(rows)) + 140)
 
 
 def _scatter(data: xr.Dataset) -> str:

@@ -1,6 +1,7 @@
 """Where heads look: their attention drawn over the pictures, token by token.
 
     looks(dataset, folder)      # the "looks" dataset of a study and the folder with its pictures
+    looks(dataset, on=samples)  # one of ``mech.looks``, and the samples it was made from
 
 For each question: the pictures as they are with the evidence outlined, then for every head the picture in grey with the
 attention of the question's tokens over it. All heads of one question share one colour scale (square root of the
@@ -12,9 +13,6 @@ A visual token of a video may stand for several frames; it is drawn on the first
 their own are shown only in the original strip.
 """
 
-import base64
-import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +21,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from mech.data.samples import Sample, pictures_of
 from mech.errors import OutputError
 from mech.results.schema import check, look_facts
+from mech.views.images import Picture, embedded, mark, stage, styles
 from mech.views.page import View, escape
 
 BAND_TITLES = {"top": "Top heads of the ranking", "bottom": "Bottom heads of the ranking"}
 HEAT = ("#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf")
-LARGEST = 640  # pixels; larger pictures are shown smaller, or a page of scans would weigh 100 MB
 FAINTEST = 0.08  # of the colour scale; below it nothing is drawn
-
-
-@dataclass(frozen=True)
-class _Picture:
-    name: str  # of its style
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -45,43 +37,86 @@ class _Look:
     """One question, ready to draw: arrays over the tokens that are no padding."""
 
     facts: Mapping[str, Any]
-    pictures: Sequence[_Picture]
+    pictures: Sequence[Picture]
     attention: np.ndarray  # shown, token
     rect: np.ndarray  # token, corner
     image: np.ndarray  # token
     on_evidence: np.ndarray  # token, bool
 
 
-def looks(result: xr.Dataset, folder: str | Path, title: str = "Where heads look") -> View:
+def looks(
+    result: xr.Dataset, folder: str | Path | None = None, title: str = "Where heads look", on: Any = None
+) -> View:
     """The attention of top and bottom heads over the pictures of a few questions.
 
     Args:
-        result: a "looks" dataset (``mech.results.looks_dataset``).
+        result: a "looks" dataset (of ``mech.looks`` or a study).
         folder: where the picture files named in it lie.
         title: stands above a saved page.
+        on: in place of the folder, the samples the dataset was made from; or the picture, where there is one.
 
     Raises:
         OutputError: a picture is missing or unreadable, or the dataset is no "looks" dataset.
     """
-    return View(title, f"<h3>{escape(title)}</h3>{look_articles(result, Path(folder))}", height=640)
+    check(result, "looks")
+    if folder is None and on is None:
+        raise OutputError(
+            "a 'looks' dataset without its pictures", "their folder, or the samples",
+            "view(looks, folder=...) or view(looks, on=samples)",
+        )  # fmt: skip
+    sources = _beside(result, Path(folder)) if folder is not None else _given(result, on)
+    return View(title, f"<h3>{escape(title)}</h3>{_articles(result, sources)}", height=640)
 
 
 def look_articles(result: xr.Dataset, folder: Path) -> str:
-    """All questions of the dataset, one under the other."""
+    """All questions of the dataset, one under the other, with pictures from a folder."""
     check(result, "looks")
-    styles: dict[str, str] = {}
-    articles = []
-    for i, facts in enumerate(look_facts(result)):
-        articles.append(_article(_read(result, i, facts, folder, styles), _shown(result)))
-    rules = "".join(f".px-{name}{{background-image:url({uri})}}" for name, uri in styles.items())
-    return f"<style>{rules}</style>{''.join(articles)}"
+    return _articles(result, _beside(result, folder))
 
 
-def _read(result: xr.Dataset, i: int, facts: Mapping, folder: Path, styles: dict[str, str]) -> _Look:
+def look_of_head(result: xr.Dataset, shown: int, on: Any) -> str:
+    """One head over the pictures of the first look; their pixels must be on the page (``images.styles``)."""
+    facts = look_facts(result)[0]
+    look = _read(result, 0, facts, [embedded(source) for source in _given(result.isel(look=[0]), on)[0]])
+    return _head(look, shown, *_shown(result)[shown][1:], float(look.attention.max(initial=0.0)) or 1.0)
+
+
+def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
+    return [[folder / name for name in facts["pictures"]] for facts in look_facts(result)]
+
+
+def _given(result: xr.Dataset, on: Any) -> list[list[Any]]:
+    """The pictures of each look, of what a user passed as ``on=``."""
+    facts = look_facts(result)[: result.sizes["look"]]
+    given = [on] if isinstance(on, Sample) or not isinstance(on, Sequence) or isinstance(on, str) else list(on)
+    if len(facts) == 1 and not any(isinstance(one, Sample) for one in given):
+        given = [given]
+    sources = []
+    for one, look in zip(given, facts, strict=False):
+        count = len(look["pictures"])
+        pace = -(-len(one.video) // count) or 1 if isinstance(one, Sample) else 1
+        sources.append(
+            list(pictures_of(one, pace) if isinstance(one, Sample) else one if isinstance(one, list) else [one])
+        )
+    counts, wanted = [len(one) for one in sources], [len(look["pictures"]) for look in facts]
+    if counts != wanted:
+        raise OutputError(
+            f"{counts} pictures for looks with {wanted}", "the samples it was made from", "pass on=samples"
+        )
+    return sources
+
+
+def _articles(result: xr.Dataset, sources: Sequence[Sequence[Any]]) -> str:
+    found = [_read(result, i, facts, [embedded(source) for source in sources[i]])
+             for i, facts in enumerate(look_facts(result))]  # fmt: skip
+    articles = "".join(_article(look, _shown(result)) for look in found)
+    return f"{styles(picture for look in found for picture in look.pictures)}{articles}"
+
+
+def _read(result: xr.Dataset, i: int, facts: Mapping, pictures: Sequence[Picture]) -> _Look:
     one = result.isel(look=i)
     image = one["token_image"].values.astype(int)
     there = np.flatnonzero(image >= 0)
-    pictures = [_picture(folder / name, styles) for name in facts["pictures"]]
     if there.size and image.max() >= len(pictures):
         raise OutputError(f"a token of picture {image.max()} in a look with {len(pictures)}", "an index of a picture")
     attention = np.nan_to_num(one["attention"].values[:, there].astype(float))
@@ -100,32 +135,6 @@ def _touches(evidence: Sequence[Sequence[float]], rect: np.ndarray, image: np.nd
         high = np.minimum(rect[:, 3], y1) - np.maximum(rect[:, 1], y0)
         found |= (image == home) & (wide > 0) & (high > 0)
     return found
-
-
-def _picture(path: Path, styles: dict[str, str]) -> _Picture:
-    """Size of a picture; its data goes once into ``styles``, however many heads are drawn over it."""
-    from PIL import Image
-
-    try:
-        raw = path.read_bytes()
-        with Image.open(io.BytesIO(raw)) as picture:
-            width, height = picture.size
-            kind = (picture.format or "png").lower()
-            if max(picture.size) > LARGEST:
-                small = picture.convert("RGB")
-                small.thumbnail((LARGEST, LARGEST))
-                buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=85)
-                raw, kind = buffer.getvalue(), "jpeg"
-    except OSError as error:  # a picture that is no picture is an OSError of Pillow's too
-        raise OutputError(
-            f"the picture {path} cannot be read ({type(error).__name__})",
-            "the pictures beside looks.nc",
-            "delete looks.nc and run the study again; it computes only what is missing",
-        ) from error
-    name = hashlib.sha256(raw).hexdigest()[:12]
-    styles[name] = f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
-    return _Picture(name, width, height)
 
 
 def _shown(result: xr.Dataset) -> list[tuple[str, str, float]]:
@@ -172,29 +181,19 @@ def _head(look: _Look, i: int, name: str, ram: float, most: float) -> str:
 
 def _stage(look: _Look, k: int, row: np.ndarray | None, most: float) -> str:
     """One picture: as it is with its evidence (``row`` None), or dimmed under the attention of a head."""
-    picture = look.pictures[k]
     marks = []
     if row is not None:
         # Line breaks and class tokens of a picture lie nowhere in it.
         for token in np.flatnonzero((look.image == k) & ~np.isnan(look.rect).any(axis=1)):
             strength = float(np.sqrt(row[token] / most))
             if strength >= FAINTEST:
-                x0, y0, x1, y1 = look.rect[token]
-                place = f'x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
-                paint = f'fill="{_heat(strength)}" fill-opacity="{0.25 + 0.6 * strength:.2f}"'
-                marks.append(f"<rect {place} {paint}><title>{row[token]:.3f}</title></rect>")
-    for home, x0, y0, x1, y1 in look.facts["evidence"]:
-        if home == k:
-            place = f'x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
-            marks.append(f'<rect class="edge" {place}/><rect class="evidence" {place}/>')
-    size = f"aspect-ratio:{picture.width}/{picture.height}"
-    return (
-        f'<div class="stage{"" if row is None else " dim"}" style="{size}"><div class="pixels px-{picture.name}"></div>'
-        f'<svg viewBox="0 0 {picture.width} {picture.height}" preserveAspectRatio="none">{"".join(marks)}</svg></div>'
-    )
+                tip = f"attention {row[token]:.3f}"
+                marks.append(mark(look.rect[token], heat(strength), 0.25 + 0.6 * strength, tip))
+    outlined = [rect for home, *rect in look.facts["evidence"] if home == k]
+    return stage(look.pictures[k], "".join(marks), dim=row is not None, evidence=outlined)
 
 
-def _heat(strength: float) -> str:
+def heat(strength: float) -> str:
     """The colour at a place between 0 and 1 of the scale."""
     place = min(max(strength, 0.0), 1.0) * (len(HEAT) - 1)
     i = min(int(place), len(HEAT) - 2)

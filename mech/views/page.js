@@ -35,14 +35,46 @@
     });
     drawVisible();
   };
+  // A part of a circuit: its panel is shown, its paths stay bright; chosen again, or Escape: as at the start.
+  const open = part => {
+    const circuit = part.closest(".circuit"), off = part.classList.contains("chosen");
+    circuit.querySelectorAll(".node").forEach(node => node.classList.toggle("chosen", !off && node === part));
+    circuit.querySelectorAll(".edge-group").forEach(edge =>
+      edge.classList.toggle("on", edge.dataset.ends.split(" ").includes(part.dataset.opens)));
+    circuit.querySelector(".graph").classList.toggle("focused", !off);
+    circuit.querySelectorAll(".part").forEach((panel, i) => { panel.hidden = off ? i > 0 : panel.id !== part.dataset.opens; });
+  };
+  // What stands in data-tip is said beside the pointer, or beside what has the focus.
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  tip.hidden = true;
+  const say = (element, x, y) => {
+    tip.hidden = !element;
+    if (!element) return;
+    tip.textContent = element.dataset.tip;
+    tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 4)) + "px";
+    tip.style.top = (y + 18 + tip.offsetHeight < innerHeight ? y + 18 : Math.max(4, y - 12 - tip.offsetHeight)) + "px";
+  };
   const start = () => {
     drawVisible();
+    document.body.append(tip);
+    document.addEventListener("pointermove", event => say(event.target.closest?.("[data-tip]"), event.clientX, event.clientY));
+    document.addEventListener("pointerdown", event => say(event.target.closest?.("[data-tip]"), event.clientX, event.clientY));
+    document.addEventListener("scroll", () => say(null), true);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
     document.addEventListener("click", event => {
       const button = event.target.closest(".tabs > .bar > button");
       if (button) choose(button);
+      const part = event.target.closest("[data-opens]");
+      if (part) open(part);
     });
     document.addEventListener("keydown", event => {
+      const part = event.target.closest?.("[data-opens]");
+      if (part && (event.key === "Enter" || event.key === " ")) {
+        event.preventDefault();
+        open(part);
+      }
+      if (event.key === "Escape") document.querySelectorAll(".node.chosen").forEach(open);
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       const button = event.target.closest?.(".tabs > .bar > button");
       if (!step || !button) return;

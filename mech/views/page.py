@@ -3,6 +3,7 @@
     view = ram_map(dataset)
     view                          # in Jupyter: an isolated frame, no network
     view.save("ram.html")         # a page that needs nothing beside itself
+    view.save("ram.pdf")          # for papers; also .png and .svg (see ``figures``)
 
 A chart is a plain plotly dictionary; ``chart`` puts it into the page as JSON and ``page.js`` draws it when its
 panel is open. Colours in it are names of variables of ``page.css`` (``"@top"``), so a chart turns dark with the page.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mech.errors import OutputError
+from mech.views.figures import KINDS, draw
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -50,18 +52,30 @@ class View:
     body: str
     height: int = 480
 
-    def html(self) -> str:
-        """The whole page."""
-        return page(self.title, self.body, alone=True)
+    def html(self, paper: bool = False) -> str:
+        """The whole page; ``paper`` is how it is drawn for papers: white, no title, no buttons, every panel open."""
+        return page(self.title, self.body, alone=True, paper=paper)
 
-    def save(self, path: str | Path) -> Path:
-        """Write a complete offline page and return its path."""
+    def save(self, path: str | Path, *, width: int = 1000, scale: float = 2) -> Path:
+        """Write a complete offline page (``.html``), or a figure (``.png``, ``.pdf``, ``.svg``); the path is returned.
+
+        Args:
+            path: its ending says which.
+            width: of a figure, in CSS pixels. What is drawn wide is for two columns; 520 fits one.
+            scale: PNG pixels for a CSS pixel.
+
+        Raises:
+            OutputError: another ending, a place that cannot be written, or no browser to draw figures with.
+        """
         path = Path(path)
-        if path.suffix not in (".html", ".htm"):
-            raise OutputError(
-                f"a view cannot be saved as {path.name!r}", "a name that ends in .html", "save('view.html')"
-            )
-        return write(path, self.html())
+        if path.suffix in (".html", ".htm"):
+            return write(path, self.html())
+        if path.suffix in KINDS:
+            return write(path, draw(self.html(paper=True), path.suffix, width=width, scale=scale))
+        raise OutputError(
+            f"a view cannot be saved as {path.name!r}", f"a name that ends in .html, {', '.join(KINDS)}",
+            "save('view.html')",
+        )  # fmt: skip
 
     def _repr_html_(self) -> str:
         # A frame keeps our style and the notebook's apart; the bundle goes in compressed, or ten views make 50 MB.
@@ -72,11 +86,13 @@ class View:
         return f'<iframe srcdoc="{inner}" style="{style}" title="{title}" sandbox="{may}"></iframe>'
 
 
-def page(title: str, body: str, *, alone: bool = False, compressed: bool = False) -> str:
+def page(title: str, body: str, *, alone: bool = False, compressed: bool = False, paper: bool = False) -> str:
     """A complete HTML document around ``body``; plotly comes along only where a chart needs it."""
     script = _plotly(compressed) if 'class="plot"' in body else "<script>mechStart()</script>"
+    if paper:
+        script += f"\n<script>\n{asset('figure.js')}</script>"
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en"{" class=paper" if paper else ""}>\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{asset('page.css')}</style>\n</head>\n"
@@ -142,7 +158,9 @@ def tabs(panels: Mapping[str, str], label: str) -> str:
             f' tabindex="{-1 if i else 0}">{escape(name)}</button>'
         )
         hidden = " hidden" if i else ""
-        bodies.append(f'<div role="tabpanel" id="{key}" aria-labelledby="{key}-tab"{hidden}>{body}</div>')
+        # On paper there are no buttons: the name stands above its panel.
+        named = f'<h4 class="on-paper">{escape(name)}</h4>{body}'
+        bodies.append(f'<div role="tabpanel" id="{key}" aria-labelledby="{key}-tab"{hidden}>{named}</div>')
     head = f'<div class="bar" role="tablist" aria-label="{escape(label)}">{"".join(bar)}</div>'
     return f'<div class="tabs">{head}{"".join(bodies)}</div>'
 
@@ -158,15 +176,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
     return f'{above}<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def write(path: Path, text: str) -> Path:
+def write(path: Path, content: str | bytes) -> Path:
     """Write the file whole or not at all."""
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
         # Temporary files are made for their owner only; a page is for everybody the folder is for.
         temporary.chmod(0o644)
         os.replace(temporary, path)

@@ -1,0 +1,16 @@
+"""How values show themselves in Jupyter: ``Shown`` gives a class the picture that ``mech.view`` draws of it.
+
+Samples, layouts, inputs, rankings, circuits and causal reports are left of the views and must not import them; so the
+view is looked up by its name, and only when a notebook asks for HTML. Printing stays ``repr``.
+"""
+
+from importlib import import_module
+
+VIEWS = "mech.views"
+
+
+class Shown:
+    """A value with a picture: the last line of a notebook cell draws it."""
+
+    def _repr_html_(self) -> str:
+        return import_module(VIEWS).view(self)._repr_html_()

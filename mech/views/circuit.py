@@ -1,0 +1,162 @@
+"""Circuits: from regions of the image over heads and MLPs to the logits, drawn as layers of a graph.
+
+    circuit_view(trace_circuit(model, samples, metric))                  # or what ``path_patching`` returned
+    circuit_view(edge_attribution(model, clean, corrupted, metric))      # its strongest edges
+    circuit_view(circuit, on=sample, ranking=ranking, looks=looks(model, [sample], ranking, bands={"": circuit.heads}))
+
+Height is depth: inputs at the bottom, logits on top. The width of an edge is the size of its effect, its colour the
+sign: blue carries what makes the clean answer, orange works against it. Edges enter a head on the left if they feed its
+queries, in the middle for keys, on the right for values. Pointing at an edge gives effect, interval and p; a click on a
+part shows what it reads and writes, what the ranking says of it, and where it looks.
+
+Nothing is computed here: which edges there are was decided by what made the circuit.
+"""
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.axes import EXAMPLE
+from mech.errors import OutputError
+from mech.views.graph import NODE, READS, Arrow, called, drawing, key_of, parts_of, thumbnails
+from mech.views.images import evidence_on, pictures_on, styles
+from mech.views.intervals import mean_interval
+from mech.views.overlay import look_of_head
+from mech.views.page import View, escape, table
+
+STRONGEST = 30  # paths that are drawn of a result that has all of them
+LEAST = 0.005  # share of the gap: below it nothing is drawn
+_number = count(1)
+
+
+def circuit_view(
+    result: Any, title: str = "", *, on: Any = None, ranking: Any = None, looks: xr.Dataset | None = None
+) -> View:
+    """The graph of a circuit, with a panel for every part.
+
+    Args:
+        result: a ``Circuit``, or what ``path_patching`` or ``edge_attribution`` returned.
+        title: stands above a saved page.
+        on: a ``Sample``, whose evidence and pictures stand for the inputs (or its picture).
+        ranking: says of each head whether it looks.
+        looks: of ``mech.looks`` on that sample with the circuit's heads: shows where a head looks.
+
+    Raises:
+        OutputError: no edge has an effect, or ``looks`` without the sample.
+    """
+    arrows = _arrows(result)
+    if not arrows:
+        raise OutputError("a circuit without edges", "at least one path with an effect", "lower the threshold")
+    if looks is not None and on is None:
+        raise OutputError("looks without a picture", "the sample they were made from", "pass on=sample")
+    number = next(_number)
+    key = {name: f"part-{number}-{i}" for i, name in enumerate(parts_of(arrows))}
+    pictures = pictures_on(on) if on is not None else []
+    drawn = drawing(arrows, key, thumbnails(pictures, evidence_on(on)))
+    panels = "".join(_panel(name, key[name], arrows, ranking, _seen(name, looks, on)) for name in key)
+    hint = "<p>Click a part: what it reads, what it writes, where it looks.</p>"
+    words = getattr(result, "describe", None)
+    said = words(ranking) if callable(words) else ""
+    sentences = "".join(f"<p>{escape(line)}</p>" for line in said.splitlines())
+    start = f'<div class="part" id="part-{number}-none">{hint}{sentences}</div>'
+    title = title or "Circuit"
+    body = (
+        f"<h3>{escape(title)}</h3><p class=soft>{escape(_source(result, arrows))}</p>{styles(pictures)}"
+        f'<div class="circuit"><div class="scroll">{drawn}</div>'
+        f'<div class="parts" aria-live="polite">{start}{panels}</div></div>{key_of(arrows)}'
+    )
+    return View(title, body, height=760)
+
+
+def _arrows(result: Any) -> list[Arrow]:
+    """The paths of a result, the strongest first."""
+    if isinstance(result, xr.Dataset):
+        found = _measured(result)
+    else:
+        found = [
+            Arrow(e.sender, name, e.through, e.effect, e.low, e.high, e.p_value, e.at)
+            for name in result.graph.nodes
+            for e in result.edges(name)
+        ]
+    return sorted(found, key=lambda arrow: -abs(arrow.effect))
+
+
+def _measured(result: xr.Dataset) -> list[Arrow]:
+    """The strongest paths of a dataset over sender and receiver; of several regions the strongest."""
+    effect = result["effect"].transpose(EXAMPLE, "sender", "receiver", ...)
+    if "freeze" in result.attrs and result.attrs.get("direction") == "noise":
+        effect = 1 - effect  # path patching counts what is left; here what is lost
+    values = effect.values.reshape(*effect.shape[:3], -1)
+    mean, low, high = mean_interval(values)
+    places = [" at ".join(map(str, at)) for at in _product([effect[dim].values for dim in effect.dims[3:]])]
+    senders, receivers = (effect[axis].values.astype(str) for axis in ("sender", "receiver"))
+    named = [receiver.partition(".") for receiver in receivers]
+    if _counts(receivers, "H") == _counts(receivers, "K"):  # no sharing: keys and values are their head's own
+        named = [(name.replace("K", "H"), dot, through) for name, dot, through in named]
+    found = []
+    for i, j in np.argwhere(np.isfinite(mean).any(-1)):
+        at = int(np.nanargmax(np.abs(mean[i, j])))
+        target, _, through = named[j] if receivers[j].startswith("L") else (receivers[j], "", "")
+        numbers = (float(part[i, j, at]) for part in (mean, low, high))
+        found.append(Arrow(str(senders[i]), str(target), through, *numbers, at=places[at]))
+    found.sort(key=lambda arrow: -abs(arrow.effect))
+    return [arrow for arrow in found[:STRONGEST] if abs(arrow.effect) >= LEAST]
+
+
+def _counts(receivers: Sequence[str], letter: str) -> int:
+    return len({name.partition(".")[0] for name in receivers if (found := NODE.match(name)) and found[5] == letter})
+
+
+def _product(axes: Sequence[Sequence[Any]]) -> list[tuple]:
+    return [()] if not axes else [(first, *rest) for first in axes[0] for rest in _product(axes[1:])]
+
+
+def _panel(name: str, key: str, arrows: Sequence[Arrow], ranking: Any, seen: str) -> str:
+    """What is said of a part when it is chosen."""
+    said = ""
+    found = NODE.fullmatch(name)
+    if ranking is not None and found is not None and found[5] == "H":
+        layer, head = int(found[4]), int(found[6])
+        place = [tuple(known) for known in ranking.heads].index((layer, head)) + 1
+        value = float(ranking.scores().sel(layer=layer, head=head))
+        said = f"<p>{escape(ranking.score)} {value:.2f}, rank {place} of {len(ranking.heads)}.</p>"
+    tables = ""
+    for what, mine, other in (("reads from", "target", "sender"), ("writes to", "sender", "target")):
+        rows = [
+            [escape(called(getattr(a, other))), a.through and READS[a.through], f"{a.value}", escape(a.at)]
+            for a in arrows
+            if getattr(a, mine) == name
+        ]
+        if rows:
+            columns = [what, "as", "effect", "at"]
+            kept = [c for c in range(4) if c in (0, 2) or any(row[c] for row in rows)]
+            tables += table([columns[c] for c in kept], [[row[c] for c in kept] for row in rows])
+    return f'<div class="part" id="{key}" hidden><h4>{escape(called(name))}</h4>{said}{seen}{tables}</div>'
+
+
+def _seen(name: str, looks: xr.Dataset | None, on: Any) -> str:
+    """Where a head looks in the first of the looks."""
+    found = NODE.fullmatch(name)
+    if looks is None or found is None or found[5] != "H":
+        return ""
+    heads = zip(looks["shown_layer"].values.tolist(), looks["shown_head"].values.tolist(), strict=True)
+    place = next((i for i, head in enumerate(heads) if head == (int(found[4]), int(found[6]))), None)
+    if place is None:
+        return ""
+    return look_of_head(looks, place, on)
+
+
+def _source(result: Any, arrows: Sequence[Arrow]) -> str:
+    attrs = result.attrs if isinstance(result, xr.Dataset) else {
+        "model": result.model, "direction": result.direction, "n": result.n_examples}  # fmt: skip
+    n = result.sizes[EXAMPLE] if isinstance(result, xr.Dataset) else attrs["n"]
+    said = [str(attrs[name]) for name in ("model", "direction") if attrs.get(name)]
+    said.append(f"{n} example{'s' * (n != 1)}")
+    if isinstance(result, xr.Dataset):
+        held = attrs.get("freeze")
+        said.append(f"held: {', '.join(held) or 'nothing'}" if held is not None else "estimated (edge attribution)")
+        said.append(f"the {len(arrows)} strongest paths")
+    return " · ".join(said)
