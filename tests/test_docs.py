@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,14 @@ def test_every_reference_model_is_what_its_card_says():
     """Files are there, and the card claims what it was trained for."""
     from mech import reference
 
-    assert set(reference.names()) == {"llava-m", "llava-s", "qwen-s"}
+    assert reference.names() == ("llava-m", "llava-s", "llava-s-seed1", "qwen-s")
     total = sum(file.stat().st_size for file in reference.FOLDER.rglob("*"))
     assert total < 25e6
     for name in reference.names():
         card = reference.card(name)
         assert set(card["accuracy"]) == set(card["domains"])
         assert min(card["accuracy"].values()) >= 0.95, name
+        assert tuple(card.get("checkpoints", ())) == reference.revisions(name)
+    learning = [*reference.card("llava-s-seed1")["checkpoints"].values(), reference.card("llava-s-seed1")["accuracy"]]
+    for before, after in pairwise(learning):
+        assert all(before[domain] < after[domain] for domain in before)
