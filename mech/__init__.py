@@ -91,6 +91,7 @@ _NAMES = {
     "trace_circuit": "mech.experiments.circuits",
     "transfer": "mech.experiments.transfer",
     "view": "mech.views",
+    "with_counterfactuals": "mech.experiments.blanking",
     "without_evidence": "mech.interventions.corruption",
     "write_samples": "mech.data.jsonl",
 }
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from mech.experiments.attribution_edges import edge_attribution as edge_attribution
     from mech.experiments.attribution_edges import top_edges as top_edges
     from mech.experiments.attribution_inputs import input_attribution as input_attribution
+    from mech.experiments.blanking import with_counterfactuals as with_counterfactuals
     from mech.experiments.causal import CausalReport as CausalReport
     from mech.experiments.causal import causal_report as causal_report
     from mech.experiments.circuits import Circuit as Circuit

@@ -53,8 +53,9 @@ def patch(
     import mech
 
     target = _picture_or_data(out)
-    pairs, called = chosen(data, root, domain, samples, seed)
+    some, called = chosen(data, root, domain, samples, seed)
     hooked = mech.HookedMLLM.from_pretrained(model)
+    pairs, called = _paired(hooked, some, called)
     axes = tuple(over or ("layer", "head"))
     with progress(quiet or as_json) as say:
         found = mech.activation_patching(
@@ -90,8 +91,9 @@ def paths(
     import mech
 
     target = _picture_or_data(out)
-    pairs, called = chosen(data, root, domain, samples, seed)
+    some, called = chosen(data, root, domain, samples, seed)
     hooked = mech.HookedMLLM.from_pretrained(model)
+    pairs, called = _paired(hooked, some, called)
     every = [f"L{layer}H{head}" for layer in hooked.cfg.attention_layers for head in range(hooked.cfg.n_heads)]
     frozen = tuple(freeze or ("attention", "mlp"))
     found = mech.path_patching(
@@ -101,15 +103,19 @@ def paths(
     _print_effects(found, f"{model} on {called}: {', '.join(frozen)} held, {direction}", target, top, as_json)
 
 
+def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
+    """The samples with a counterfactual each, made by blanking where there is none, and what to call them then."""
+    import mech
+
+    if all(sample.counterfactual for sample in samples):
+        return samples, called
+    return mech.with_counterfactuals(hooked, samples), f"{called}, evidence blanked"
+
+
 def _difference(data: Any) -> Any:
     """Logit of each sample's answer minus that of its counterfactual."""
     import mech
 
-    if lone := [sample.id for sample in data if sample.counterfactual is None]:
-        raise ExperimentError(
-            f"{len(lone)} samples without a counterfactual, the first is {lone[0]!r}", "samples that say what else the "
-            "evidence could show", 'add "counterfactual" to the lines, see docs/data.md',
-        )  # fmt: skip
     return mech.LogitDiff([sample.answer for sample in data], [sample.counterfactual.answer for sample in data])
 
 

@@ -109,7 +109,7 @@ def mmdocir(record: Record) -> Iterator[Sample]:
     for k, asked in enumerate(record.listed("questions")):
         one = record.inside(f"questions[{k}]", asked)
         parts = one.listed("layout_mapping")
-        where = [part.get("page") for part in parts if isinstance(part, dict)] or one.listed("page_id")
+        where: list[Any] = [part.get("page") for part in parts if isinstance(part, dict)] or one.listed("page_id")
         if not all(isinstance(page, int) and 0 <= page <= last - first for page in where):
             raise one.wrong("page_id", f"{where}", f"pages from 0 to {last - first}")
         for page in where:

@@ -1,0 +1,59 @@
+"""Counterfactuals for samples that come without: the evidence is blanked, and the model says what it sees then.
+
+    pairs = with_counterfactuals(model, samples)          # those whose answer changes, each with a counterfactual
+    report = causal_report(model, pairs)
+
+Published sets and photographs have no partner that shows another answer in the same place. What a model answers when
+the evidence is gone is the wrong answer that it would otherwise give, and that run is the corrupted one: same layout,
+same question. Two things to keep in mind. A grey patch is seen as a grey patch (arXiv 2309.16042 on such corruptions),
+and a sample whose answer does not change is dropped: it was not answered from this evidence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, InputError
+from mech.interventions.corruption import without_evidence
+from mech.model import HookedMLLM
+
+
+def with_counterfactuals(model: HookedMLLM, samples: Samples | Sequence[Sample], by: str = "mean") -> Samples:
+    """The samples whose answer hangs on their evidence, each with a counterfactual; those that have one are kept.
+
+    Args:
+        model: says, greedily, what it sees without the evidence.
+        samples: with evidence.
+        by: how evidence is blanked, see ``without_evidence``.
+
+    Raises:
+        ExperimentError: a sample without evidence; or the answer changes on fewer than two of several samples.
+
+    Cost: one generation of an answer for each sample without a counterfactual.
+    """
+    # Everything is blanked before the model is asked: a sample without evidence is refused at once.
+    blank = [None if sample.counterfactual else without_evidence(sample, by) for sample in samples]
+    found = []
+    for sample, other in zip(samples, blank, strict=True):
+        if other is None:
+            found.append(sample)
+        elif said := _another_answer(model, other):
+            found.append(replace(sample, counterfactual=replace(other, answer=said)))
+    if len(found) < min(2, len(blank)):
+        raise ExperimentError(
+            f"{model.name} says something else on {len(found)} of {len(blank)} samples when their evidence is blanked",
+            "at least two",
+            "use samples that it can answer only from the evidence, or give counterfactuals",
+        )
+    return Samples(found)
+
+
+def _another_answer(model: HookedMLLM, blank: Sample) -> str:
+    """What the model says, if it parts from the answer at some token; else nothing."""
+    right = model.processor.answer_ids(blank.answer)
+    said = model.generate_text(model.inputs_of(blank), max_new_tokens=max(4, len(right)), do_sample=False)[0]
+    try:
+        wrong = model.processor.answer_ids(said) if said else ()
+    except InputError:  # it melts into the prompt, as a stray line break does
+        return ""
+    return said if any(a != b for a, b in zip(right, wrong, strict=False)) else ""
