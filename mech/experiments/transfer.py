@@ -60,7 +60,7 @@ def transfer(
         find: samples by task. Those of a task rank its heads, if they have evidence, and are the reference of its
             ablation (what a head says on average *on this task*).
         test: samples by task, none of them in ``find``; the tasks of ``find`` or some of them.
-        rankings: by name, in place of those by RAM on ``find``: other scores, other models' lists.
+        rankings: by name, in place of those by RAM on ``find``: of this model, by another score or at another step.
         k: heads of each set: a number or a share.
         to: the method, see ``Ablate``.
         n_random: random sets of as many heads. The same ones are used for every task.
@@ -87,7 +87,13 @@ def transfer(
     """
     _check(find, test, n_random)
     rankings = dict(rankings or _ranked(model, find, batch_size))
-    for ranking in rankings.values():
+    for name, ranking in rankings.items():
+        if ranking.model and ranking.model != model.name:
+            raise ExperimentError(
+                f"a ranking of {ranking.model} for {model.name} ({name!r})",
+                "one of this model: heads of two trainings share only their numbers",
+                "rank the heads of this model, or compare the two with seed_agreement",
+            )
         for samples in test.values():
             refuse_ranking(ranking, model, samples)
     first = next(iter(rankings.values()))
