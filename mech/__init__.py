@@ -72,6 +72,7 @@ _NAMES = {
     "path_patching": "mech.experiments.paths",
     "prune_heads": "mech.sparse.pruning",
     "pruning_report": "mech.sparse.pruning_report",
+    "published_claims": "mech.papers",
     "rank_heads": "mech.experiments.ranking",
     "read_heads": "mech.experiments.stability",
     "read_samples": "mech.data.jsonl",
@@ -86,6 +87,7 @@ _NAMES = {
     "sink_tokens": "mech.experiments.sinks",
     "steering": "mech.experiments.steering",
     "steering_table": "mech.experiments.steering",
+    "tag_leak": "mech.papers",
     "token_attention": "mech.experiments.token_attention",
     "top_edges": "mech.experiments.attribution_edges",
     "trace_circuit": "mech.experiments.circuits",
@@ -166,6 +168,8 @@ if TYPE_CHECKING:
     from mech.interventions.corruption import asking as asking
     from mech.interventions.corruption import without_evidence as without_evidence
     from mech.model import HookedMLLM as HookedMLLM
+    from mech.papers import published_claims as published_claims
+    from mech.papers import tag_leak as tag_leak
     from mech.results import Study as Study
     from mech.sparse.localize import localize as localize
     from mech.sparse.policy import Policy as Policy

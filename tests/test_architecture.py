@@ -24,6 +24,7 @@ ORDER = [
     "results",
     "experiments",
     "sparse",
+    "papers",
     "views",
 ]
 PROGRAMS = {"study.py", "cli.py", "cli_patching.py", "terminal.py", "__init__.py"}

@@ -1,0 +1,24 @@
+"""What the papers on retrieval heads got wrong, or left open: each point measured on a model of yours.
+
+    claims = published_claims(model, mech.haystacks("grounding", 64))
+    print(*claims.sentences(), sep="\\n")            # twelve sentences, computed
+    claims["low-ranked"].numbers                    # what a sentence was made from
+    claims                                          # a table, in Jupyter
+
+Nine points are weaknesses of arXiv 2606.05843 (June 2026), three are disputes between it and its relatives: how heads
+are ablated, which rows score them, and in which phase they are masked. Each is one function of a ``Bench`` (a model,
+samples that find heads, others that test them, and what was measured so far), and returns a ``Point``: numbers with
+their intervals, and one sentence made from them, whichever way they fall. ``holds`` says whether the published
+statement holds here; None where a number is all there is to say.
+
+Run one by itself: ``published_claims(model, samples, only="low-ranked")``.
+
+What it does not do: repeat the papers' own experiments on their models. A statement that fails on a small model may
+hold on a large one; that is why it is to be measured.
+"""
+
+from mech.papers.bench import Bench, Point
+from mech.papers.claims import Claims, published_claims
+from mech.papers.tags import tag_leak
+
+__all__ = ["Bench", "Claims", "Point", "published_claims", "tag_leak"]

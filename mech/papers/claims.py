@@ -1,0 +1,105 @@
+"""``published_claims``: every point at once, as sentences, as a table, as numbers."""
+
+import html
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.heads import Progress
+from mech.model import HookedMLLM
+from mech.papers.bench import Bench, Point
+from mech.papers.disputes import DISPUTES
+from mech.papers.weaknesses import WEAKNESSES
+
+KNOWN: dict[str, Callable[[Bench], Point]] = {**WEAKNESSES, **DISPUTES}
+
+
+@dataclass(frozen=True, eq=False)
+class Claims(Mapping[str, Point]):
+    """The points of ``published_claims``, by name."""
+
+    model: str
+    points: Mapping[str, Point]
+
+    def __getitem__(self, key: str) -> Point:
+        if key not in self.points:
+            raise ExperimentError(f"no point is called {key!r}", ", ".join(self.points), suggestion(key, self.points))
+        return self.points[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __repr__(self) -> str:
+        return f"Claims({self.model}: {', '.join(self.points)})"
+
+    def sentences(self) -> list[str]:
+        """One for each point: its name, whether the published statement holds here, and what was measured."""
+        return [f"{key} ({_verdict(point)}): {point.text}" for key, point in self.points.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in plain data."""
+        facts = {
+            key: {"claim": point.claim, "holds": point.holds, "text": point.text, "numbers": dict(point.numbers)}
+            for key, point in self.points.items()
+        }
+        return {"model": self.model, "points": facts}
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(key)}</td><td style='text-align:left'>{html.escape(point.claim)}</td>"
+            f"<td>{_verdict(point)}</td><td style='text-align:left'>{html.escape(point.text)}</td></tr>"
+            for key, point in self.points.items()
+        )
+        head = "<tr><th>point</th><th>published</th><th>here</th><th>measured</th></tr>"
+        title = f"<caption>{html.escape(self.model)}: what was published, and what this model says</caption>"
+        return f"<table>{title}<thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def _verdict(point: Point) -> str:
+    return {True: "holds", False: "does not hold", None: "measured"}[point.holds]
+
+
+def published_claims(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    only: str | Sequence[str] | None = None,
+    *,
+    n_random: int = 8,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Claims:
+    """Every point on one model and one set of samples.
+
+    Args:
+        model: a hooked model.
+        samples: with evidence and answers; half of them find the heads, the others test them.
+        only: names of points; all without.
+        n_random: random sets of every size that stand beside.
+        seed: of the split, the sets and the draws.
+        batch_size: samples per forward.
+        progress: called with (points done, points in all).
+
+    Raises:
+        ExperimentError: an unknown point; too few samples, or none with evidence.
+
+    Cost: about ``20 * n_random`` forwards of the text stack for each test sample, a few for each that finds.
+
+    References: arXiv 2606.05843, 2605.27243, 2608.27417.
+    """
+    wanted = list(KNOWN) if only is None else [only] if isinstance(only, str) else list(only)
+    for name in wanted:
+        if name not in KNOWN:
+            raise ExperimentError(f"no point is called {name!r}", ", ".join(KNOWN), suggestion(name, KNOWN))
+    bench = Bench.of(model, Samples(samples), n_random=n_random, seed=seed, batch_size=batch_size)
+    found: dict[str, Point] = {}
+    for name in wanted:
+        found[name] = KNOWN[name](bench)
+        if progress:
+            progress(len(found), len(wanted))
+    return Claims(model.name, found)
