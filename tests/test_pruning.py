@@ -14,7 +14,8 @@ import mech
 from mech.errors import ExperimentError, UnsupportedModel
 from mech.interventions import Ablate, intervene, reference_activations
 from mech.reference import tiny, tiny_processors
-from mech.sparse.pruning import lowest_groups, prune_heads
+from mech.sparse.groups import lowest_groups
+from mech.sparse.pruning import prune_heads
 
 MEAN = ("llava", "llava_qwen3", "qwen3_vl", "gemma3", "paligemma2", "cohere2_vision", "llama4", "idefics3")
 ONLY_ZERO = ("llava_phi3", "llava_siglip", "mistral3", "lfm2_vl", "qwen3_5", "glm4v_moe")
@@ -126,7 +127,7 @@ def trained():
 def test_the_report_says_size_speed_and_accuracy(trained):
     find, test = mech.haystacks("grounding", 64, seed=5).split(0.5)
     ranking = mech.rank_heads(mech.retrieval_attention_mass(trained, find))
-    heads = lowest_groups(ranking, trained, 2)
+    heads = lowest_groups(ranking, trained.cfg, 2)
     assert len(heads) == 12 and not set(heads) & {h for layer in range(6) for h in _best(ranking, layer, 6)}
     pruned = mech.prune_heads(trained, heads, reference=find)
     found = mech.pruning_report(trained, pruned, test, turns=2)
@@ -138,7 +139,7 @@ def test_the_report_says_size_speed_and_accuracy(trained):
     assert found.drop["mean"] == pytest.approx(found.accuracy[0]["mean"] - found.accuracy[1]["mean"])
     assert "12 of 48 heads gone: " in str(found) and "25% fewer cache" in str(found)
     with pytest.raises(ExperimentError, match="1 to 7"):
-        lowest_groups(ranking, trained, 8)
+        lowest_groups(ranking, trained.cfg, 8)
 
 
 def _best(ranking, layer, n):

@@ -131,9 +131,7 @@ def _states(model: HookedMLLM, inputs: Inputs) -> Float[Tensor, "batch pos d_mod
 
 
 @contextmanager
-def _gated(
-    model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Float[Tensor, "layer kv_head"]
-) -> Iterator[None]:
+def _gated(model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Float[Tensor, "layer kv_head"]) -> Iterator[None]:
     """While open, every head is mixed with its local self."""
     mask = inputs.tensors["attention_mask"]
     near = Near(policy, mask.argmax(1), torch.full((len(mask),), mask.shape[1], device=mask.device))

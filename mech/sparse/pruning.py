@@ -1,6 +1,6 @@
 """Heads removed for good: a smaller checkpoint that plain ``transformers`` loads.
 
-    heads  = lowest_groups(ranking, model, 4)             # the four lowest KV groups of every layer
+    heads  = lowest_groups(ranking, model.cfg, 4)         # the four lowest KV groups of every layer
     pruned = mech.prune_heads(model, heads, to="mean", reference=find)
     pruned.save("smaller")                                # a folder for AutoModelForImageTextToText.from_pretrained
     print(mech.pruning_report(model, pruned, test))       # size, cache, speed, accuracy with its interval
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, MechError, UnsupportedModel
-from mech.experiments.ranking import Head, Heads, Ranking
+from mech.experiments.ranking import Head, Heads
 from mech.interventions import Ablate, Reference, reference_activations
 from mech.interventions.reference import TEXT_KIND
 from mech.model import HookedMLLM
@@ -136,26 +136,6 @@ def prune_heads(
     return Pruned(wrapped, gone, silent, to, shape, slots)
 
 
-def lowest_groups(ranking: Ranking, model: HookedMLLM, n: int) -> Heads:
-    """The heads of the ``n`` KV groups with the lowest scores in every layer: a checkpoint shrinks by just those.
-
-    A group counts as much as its best query head.
-
-    Raises:
-        ExperimentError: fewer than one group, or all of them.
-    """
-    per_group = model.cfg.n_heads // model.cfg.n_kv_heads
-    if not 1 <= n < model.cfg.n_kv_heads:
-        raise ExperimentError(f"{n} KV groups of every layer", f"1 to {model.cfg.n_kv_heads - 1} in this model")
-    best = ranking.mean.reshape(len(ranking.layers), model.cfg.n_kv_heads, per_group).max(-1)
-    return tuple(
-        Head(layer, int(group) * per_group + i)
-        for layer, scores in zip(ranking.layers, best, strict=True)
-        for group in sorted(scores.argsort(kind="stable")[:n])
-        for i in range(per_group)
-    )
-
-
 def _fitted(model: HookedMLLM, gone: Heads) -> tuple[Shape, dict[int, Slots]]:
     """The smallest shape that all layers fit into, and what every place of it holds."""
     cfg = model.cfg
@@ -180,7 +160,7 @@ def _fitted(model: HookedMLLM, gone: Heads) -> tuple[Shape, dict[int, Slots]]:
             f"layer {fullest} keeps a head in each of its {groups} KV groups and all of one group, so that no config "
             "can be smaller",
             "heads of whole KV groups, in every layer (a config has one number of heads for all layers)",
-            "use heads = mech.sparse.pruning.lowest_groups(ranking, model, 1), or mech.intervene to leave the file",
+            "use mech.sparse.groups.lowest_groups(ranking, model.cfg, 1), or mech.intervene and leave the file",
         )  # fmt: skip
     slots: dict[int, Slots] = {}
     for layer, of_layer in kept.items():

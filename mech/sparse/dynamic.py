@@ -1,0 +1,214 @@
+"""Dense heads chosen anew for every input, without evidence: what would the question lose if this head were local?
+
+    fast = mech.localize_dynamic(model, 0.05, sinks=4, window=256)
+    fast.generate_text(inputs, max_new_tokens=8)
+    fast.policy(inputs)                                    # the heads this input gets
+
+``reach`` is the score: how far a head's output at the rows of the question would move if it saw sinks and window only.
+It needs one dense pass and the question's rows of the attention, no annotation and no training. Averaged over samples
+it is a static ranking like any other (``mech.rank_heads(reach(model, samples))``); taken of one input it is a choice
+for that input. With ``layers=n`` only the first ``n`` layers are read, and no more than those are run.
+
+What it costs: the pass that chooses is dense, so prefill gains nothing unless ``layers`` is small; what is saved is
+the cache, and every token that is generated. Rows of a batch would need sets of their own, so one row is run at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, InputError, UnsupportedModel
+from mech.experiments.ranking import Ranking, head_count
+from mech.inputs import Inputs
+from mech.model import AttentionCall, HookedMLLM
+from mech.results import provenance
+from mech.sparse.groups import expanded, grouped
+from mech.sparse.localize import localize
+from mech.sparse.masks import Near
+from mech.sparse.policy import Policy
+
+Progress = Callable[[int, int], None]
+
+
+def reach(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    *,
+    sinks: int = 4,
+    window: int = 256,
+    layers: int | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """How much each head's output at the question depends on keys beyond sinks and window, sample by sample.
+
+    ``reach = max over x in question of | (z[x] - z_local[x]) W_O |`` with ``z_local`` the head's output when its
+    attention at x is confined to sinks and window and renormalised.
+
+    Sign: the higher, the more is lost if the head is local. Unit: length in the residual stream (before a post-norm).
+
+    Args:
+        model: a hooked model with weights in floating point.
+        samples: they need no evidence.
+        sinks, window: what a local head sees, as in ``Policy``.
+        layers: read, and run, only so many layers from the first on; the others score 0.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        ``reach`` with dims example, layer, head.
+
+    Raises:
+        ExperimentError: no samples, or ``layers`` that the model does not have.
+        UnsupportedModel: quantized weights.
+
+    Cost: one dense forward of each sample (of its first ``layers``), and the question's rows of the attention.
+
+    References: the open wish of arXiv 2606.05843 (heads chosen by input); the score is ours.
+    """
+    samples = Samples(samples)
+    if not len(samples):
+        raise ExperimentError("no samples", "at least one", "pass samples=find")
+    found = []
+    for i, sample in enumerate(samples, start=1):
+        found.append(reach_of(model, model.inputs_of(sample), sinks=sinks, window=window, layers=layers).cpu().numpy())
+        if progress:
+            progress(i, len(samples))
+    ids = [sample.id or str(i) for i, sample in enumerate(samples)]
+    coords = {EXAMPLE: ids, LAYER: list(model.cfg.attention_layers), HEAD: np.arange(model.cfg.n_heads)}
+    data = xr.Dataset({"reach": ((EXAMPLE, LAYER, HEAD), np.stack(found).astype(np.float64))}, coords)
+    data["reach"].attrs.update(unit="length in the residual stream", sign="more: more is lost if the head is local")
+    settings = {"sinks": sinks, "window": window, "layers": layers}
+    return data.assign_attrs(
+        model=model.name, domain=", ".join(samples.domains), **{k: v for k, v in settings.items() if v is not None},
+        provenance=provenance(model, samples, **settings),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def reach_of(
+    model: HookedMLLM, inputs: Inputs, *, sinks: int = 4, window: int = 256, layers: int | None = None, **options: Any
+) -> Float[Tensor, "layer head"]:
+    """``reach`` of one row of inputs; ``options`` go to the forward. Layers are ``cfg.attention_layers``."""
+    cfg = model.cfg
+    if len(inputs) != 1:
+        raise InputError(f"a batch of {len(inputs)} rows", "one row: heads are chosen for each input", "run one by one")
+    if layers is not None and not 1 <= layers <= cfg.n_layers:
+        raise ExperimentError(f"layers={layers}", f"1 to {cfg.n_layers}, as {model.name} has", "leave it out for all")
+    rows = torch.as_tensor(inputs.layout.positions("question"), device=model.device)
+    first = inputs.tensors["attention_mask"].argmax(1)
+    near = Near(Policy((), sinks, window), first, torch.full_like(first, len(inputs.layout)))
+    weights = [block.attn.W_O for block in model.blocks]
+    found = torch.zeros(len(cfg.attention_layers), cfg.n_heads, device=model.device)
+
+    def read(call: AttentionCall) -> None:
+        if layers is not None and call.layer >= layers:
+            raise _Enough
+        weight = weights[call.layer]
+        if weight is None:
+            raise UnsupportedModel(f"quantized weights in layer {call.layer}", "weights in floating point")
+        if not call.cross:  # a memory of visual tokens has no window
+            found[cfg.attention_layers.index(call.layer)] = _moved(call, near, rows, weight)
+
+    try:
+        with model.attending(read):
+            model(inputs, **{"logits_to_keep": 1, **options})
+    except _Enough:
+        pass
+    return found
+
+
+def _moved(
+    call: AttentionCall, near: Near, rows: Int[Tensor, " row"], weight: Float[Tensor, "head d_head d_model"]
+) -> Float[Tensor, " head"]:
+    """How far each head's output moves at the row where it moves most."""
+    pattern = call.rows(rows)
+    seen = near.seen(rows, torch.arange(pattern.shape[-1], device=rows.device))[:, None]
+    far = pattern * ~seen
+    # What is left is renormalised: by what it is not, so that a sink of the layer's own keeps its share.
+    local = pattern * seen / (1 - far.sum(-1, keepdim=True)).clamp(min=1e-6)
+    change = (pattern - local).reshape(1, call.v.shape[1], -1, pattern.shape[-1]) @ call.v.to(pattern)
+    change = change.reshape(call.q.shape[1], len(rows), -1)
+    return torch.einsum("hrd,hdm->hrm", change, weight.to(change)).norm(dim=-1).amax(-1)
+
+
+class _Enough(Exception):
+    """The last layer that is read has been passed."""
+
+
+def localize_dynamic(
+    model: HookedMLLM,
+    n: int | float,
+    *,
+    sinks: int = 4,
+    window: int = 256,
+    layers: int | None = None,
+    keep_text: bool = False,
+    phase: str = "both",
+) -> "Dynamic":
+    """A model that chooses its dense heads for every input, by ``reach``.
+
+    Args:
+        model: a hooked model.
+        n: how many KV heads stay dense, or a share of all of them (see ``Ranking.count``); all their query heads do.
+        layers: of how many layers the heads are chosen; see ``reach``.
+        sinks, window, keep_text, phase: see ``Policy``.
+
+    Raises:
+        ExperimentError: settings that fit no policy.
+
+    Cost: of every input one dense pass through ``layers`` beside the run itself.
+    """
+    policy = Policy((), sinks, window, keep_text, phase)
+    count = head_count(n, len(model.cfg.attention_layers) * model.cfg.n_kv_heads)
+    return Dynamic(model, policy, count, layers)
+
+
+class Dynamic:
+    """What ``localize_dynamic`` returns: call it, or let it generate, with one row of inputs at a time."""
+
+    def __init__(self, model: HookedMLLM, policy: Policy, n: int, layers: int | None = None):
+        self.model, self.n, self.layers = model, n, layers
+        self._base = policy
+
+    def __repr__(self) -> str:
+        where = "" if self.layers is None else f" of the first {self.layers} layers"
+        return f"Dynamic({self.model.name}, {self.n} KV heads{where}, window={self._base.window})"
+
+    def policy(self, inputs: Inputs, **options: Any) -> Policy:
+        """The policy that an input gets; ``options`` go to the forward that chooses."""
+        base = self._base
+        found = reach_of(self.model, inputs, sinks=base.sinks, window=base.window, layers=self.layers, **options)
+        return chosen(self.model, found, self.n, base)
+
+    def __call__(self, inputs: Inputs, **options: Any) -> Float[Tensor, "batch pos vocab"]:
+        """The logits of one row under its own policy."""
+        with localize(self.model, self.policy(inputs, **_pictures(options))) as fast:
+            return fast(inputs, **options)
+
+    def generate(self, inputs: Inputs, **options: Any) -> Int[Tensor, "batch new_pos"]:
+        """``HookedMLLM.generate`` of one row under its own policy."""
+        with localize(self.model, self.policy(inputs)) as fast:
+            return fast.generate(inputs, **options)
+
+    def generate_text(self, inputs: Inputs, **options: Any) -> list[str]:
+        """``HookedMLLM.generate_text`` of one row under its own policy."""
+        with localize(self.model, self.policy(inputs)) as fast:
+            return fast.generate_text(inputs, **options)
+
+
+def chosen(model: HookedMLLM, scores: Float[Tensor, "layer head"] | np.ndarray, n: int, base: Policy) -> Policy:
+    """The policy whose dense heads are the ``n`` best KV heads of a map of scores."""
+    of_one = Ranking(np.asarray(torch.as_tensor(scores).cpu().double()), layers=model.cfg.attention_layers)
+    heads = expanded(grouped(of_one, model.cfg).heads[:n], model.cfg)
+    return Policy(heads, base.sinks, base.window, base.keep_text, base.phase)
+
+
+def _pictures(options: dict[str, Any]) -> dict[str, Any]:
+    seen = options.get("mm_encoder_outputs")
+    return {} if seen is None else {"mm_encoder_outputs": dict(seen)}
