@@ -23,6 +23,7 @@ from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
+from mech.experiments.blanking import with_counterfactuals
 from mech.experiments.causal import CausalReport, causal_report
 from mech.experiments.findings import findings, headlines
 from mech.experiments.heads import retrieval_attention_mass
@@ -185,9 +186,15 @@ def samples_of(
     if data is not None:
         wanted = tuple(domains or data.domains)
         found = {domain: data.where(lambda sample, domain=domain: sample.domain == domain) for domain in wanted}
-        few = [domain for domain in wanted if len(found[domain]) < 4]
-        if few:
-            raise ExperimentError(f"{len(found[few[0]])} samples of domain {few[0]!r}", "at least four", "add samples")
+        for domain in wanted:
+            if len(found[domain]) < 4:
+                raise ExperimentError(
+                    f"{len(found[domain])} samples of domain {domain!r}", "at least four", "add samples"
+                )
+            if set(domain) & set("/\\") or domain.startswith("."):
+                raise ExperimentError(
+                    f"domain {domain!r}", "a name that can be a folder's", "leave out '/' and a first '.'"
+                )
         return {domain: of_it for domain, of_it in found.items() if takes_video or not next(iter(of_it)).video}
     learnt = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
     wanted = tuple(domains or learnt)
@@ -234,15 +241,25 @@ def one_domain(
 def causality(
     place: Study, model: HookedMLLM, key: str, find: Samples, test: Samples, ranking: Ranking, say: Progress
 ) -> dict[str, Any]:
-    """The causal report of one model on one domain, computed or found; the reason where there can be none."""
+    """The causal report of one model on one domain, computed or found; the reason where there can be none.
+
+    Samples without a counterfactual get one by blanking their evidence.
+    """
     if not place.done(f"{key}/causal"):
+        find = find[:FINDING]
+        blanked = not all(sample.counterfactual for sample in (*find, *test))
         try:
+            if blanked:
+                find, test = with_counterfactuals(model, find), with_counterfactuals(model, test)
             found = causal_report(
-                model, test, ranking, find=find[:FINDING], method=None, n_random=2, seed=place.settings["seed"],
+                model, test, ranking, find=find, method=None, n_random=2, seed=place.settings["seed"],
                 batch_size=place.settings["batch_size"], progress=lambda what, i, n: say(f"{key}: {what}", i, n),
             )  # fmt: skip
-        except ExperimentError as error:  # no counterfactuals, or a model that cannot tell them apart
+        except ExperimentError as error:  # the answers do not hang on the evidence, or the model cannot tell
             return {"reason": error.given}
+        found.dataset.attrs["corruption"] = (
+            "the evidence in the picture's mean colour" if blanked else "counterfactuals"
+        )
         place.put(f"{key}/causal", found.dataset)
     return CausalReport(place.get(f"{key}/causal")).facts()
 

@@ -112,6 +112,10 @@ def test_vidstg_shows_frames_of_the_segment_and_those_of_the_relation_are_eviden
     assert sample.answer == "ball" and sample.fps == 8 * 30 / 40
     with pytest.raises(OutputError, match="pass records="):
         hub_samples("vidstg", root=tmp_path)
+    with pytest.raises(InputError, match=r"vidstg, record 0 \(vid = '515'\), the record: AttributeError"):
+        hub_samples("vidstg", records=[{**FILM, "questions": ["what?"]}], root=tmp_path)
+    with pytest.raises(InputError, match="a part of the segment, 10 to 50"):
+        hub_samples("vidstg", records=[{**FILM, "temporal_gt": {"begin_fid": 45, "end_fid": 55}}], root=tmp_path)
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -320,6 +324,7 @@ def test_synthdog_pieces_have_two_corners_in_pixels():
         ({"bbox": [10.0, 10.0, 0.0, 10.0]}, "holds no pixel"),
         ({"answer": []}, "a list of referring expressions"),
         ({"image": None}, "image: missing"),
+        ({"bbox": "[1, 2"}, "bbox: "),
         ({"image": {"bytes": b"not a picture", "path": None}}, "image: "),
     ],
 )

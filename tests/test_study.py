@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from mech import study as module
 from mech.data.haystacks import haystacks
+from mech.data.regions import Box
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, OutputError, UnsupportedModel
 from mech.results import Study
@@ -138,9 +140,21 @@ def test_samples_of_ones_own_are_studied(tmp_path):
     assert list(facts) == ["pages"] and np.isfinite(facts["pages"]["size_null"])
 
 
-def test_samples_without_a_counterfactual_are_studied_without_patching(tmp_path):
-    lone = Samples([sample.counterfactual for sample in haystacks("grounding", 12, seed=78)])
-    page = study(tmp_path, ["reference:llava-s"], data=lone, settings=SMALL)
-    facts = json.loads((page.parent / "summary.json").read_text())["models"]["llava-s"]["domains"]
-    assert "without a counterfactual" in facts["grounding"]["causal"]["reason"]
-    assert "Does looking mean mattering?" not in page.read_text()
+@pytest.mark.parametrize("right", [True, False], ids=["the evidence", "an empty corner"])
+def test_samples_without_a_counterfactual_are_patched_from_blanked_evidence(tmp_path, right):
+    lone = [replace(sample, counterfactual=None) for sample in haystacks("grounding", 12, seed=78)]
+    if not right:  # nothing hangs on it
+        lone = [replace(sample, evidence=(Box(0, 0, 1, 1),)) for sample in lone]
+    page = study(tmp_path, ["reference:llava-s"], data=Samples(lone), settings=replace(SMALL, n_causal=6))
+    facts = json.loads((page.parent / "summary.json").read_text())["models"]["llava-s"]["domains"]["grounding"][
+        "causal"
+    ]
+    assert ("when their evidence is blanked" in facts.get("reason", "")) is not right
+    assert ("the corrupted runs see the evidence in the picture" in page.read_text()) is right
+    assert not right or ("mean colour" in facts["corruption"] and 2 <= facts["n_test"] <= 6)
+
+
+def test_a_domain_must_be_a_name_for_a_folder(tmp_path):
+    odd = Samples([replace(sample, domain="Report / News") for sample in haystacks("grounding", 8)])
+    with pytest.raises(ExperimentError, match="a folder's"):
+        study(tmp_path, ["reference:llava-s"], data=odd, settings=SMALL)

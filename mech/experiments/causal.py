@@ -254,6 +254,7 @@ class CausalReport(Shown):
         alone = float(self.sets["set_singles"].sel(order="effect", size=size))
         return {
             "n_test": self.dataset.sizes["example"],
+            "corruption": attrs.get("corruption", "counterfactuals"),
             "quadrants": {name: [list(head) for head in self.quadrant(name)] for name in QUADRANTS},
             "necessary_blind": [
                 list(h) for h in self.quadrant(QUADRANTS[2]) if bool(heads["necessary"].sel(layer=h.layer, head=h.head))

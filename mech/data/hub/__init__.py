@@ -98,6 +98,12 @@ def hub_samples(
                 raise
             bad += 1
             continue
+        except Exception as error:  # what no adapter foresaw must name its record too
+            if not skip_bad:
+                given = f"{type(error).__name__}: {error}"
+                raise record.wrong("the record", given, "the published schema") from error
+            bad += 1
+            continue
         without += sum(not sample.evidence for sample in made)
         found += [sample for sample in made if sample.evidence]
         if len(found) >= n:

@@ -106,6 +106,7 @@ def mmdocir(record: Record) -> Iterator[Sample]:
     if not 0 <= first <= last < len(rows):
         raise record.wrong("page_indices", f"[{first}, {last}]", f"rows of the page table, which has {len(rows)}")
     document = record.text("doc_name")
+    opened = functools.cache(lambda page: _picture(record, rows, first + page))  # questions share pages
     for k, asked in enumerate(record.listed("questions")):
         one = record.inside(f"questions[{k}]", asked)
         parts = one.listed("layout_mapping")
@@ -115,7 +116,7 @@ def mmdocir(record: Record) -> Iterator[Sample]:
         for page in where:
             if (owner := rows.select_columns(["doc_name"])[first + page]["doc_name"]) != document:
                 raise record.wrong("page_indices", f"row {first + page} is of {owner}", f"pages of {document}")
-        images, place = _pages(one, last - first + 1, where, lambda page: _picture(record, rows, first + page))
+        images, place = _pages(one, last - first + 1, where, opened)
         evidence: list[Region] = [Pages(*(place[page] for page in sorted(set(where))))] if not parts and where else []
         for n, part in enumerate(parts):
             name = f"layout_mapping[{n}]"
