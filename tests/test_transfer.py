@@ -15,6 +15,7 @@ from mech.experiments.stability import agreement, scale_agreement, seed_agreemen
 from mech.experiments.transfer import transfer
 from mech.model import HookedMLLM
 from mech.reference import planted
+from mech.views import view
 
 DIMS = ("example", "layer", "head")
 
@@ -71,6 +72,14 @@ def test_tasks_of_different_length_end_in_nan_and_name_their_examples():
     assert [bool(name) for name in short["example_id"].values] == [True] * 4 + [False] * 2
     assert all(name.startswith("other-") for name in short["example_id"].values[:4])
     assert found.attrs["n_heads"] == 1 and found.attrs["method"] == "zero" and found.attrs["provenance"]
+
+
+def test_a_transfer_shows_itself_with_intervals_and_chance():
+    _, found = crossed()
+    shown = view(found).body
+    assert shown.count("<tr>") == 3 and "Accuracy lost without 1 heads" in shown
+    assert shown.count(f"chance {float(found['random_lost'][0]):.2f}") == shown.count("<td ") == 6
+    assert "<td style=" in shown and "1.00 to 1.00" in shown and "0.00 to 0.00" in shown
 
 
 def test_rankings_of_ones_own_take_the_place_of_ram():

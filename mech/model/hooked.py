@@ -56,7 +56,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         self.training = hf_model.training
         self.name = name or hf_model.config.name_or_path or type(hf_model).__name__
         self._source: str | None = None
-        self._revision: str | None = None
+        self.revision: str | None = None
         self._processor = processor
         self._running = False
         self.narrowed: Any = None  # what ``mech.localize`` made of it, while that is open
@@ -105,7 +105,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             name, dtype=dtype, device=device, revision=revision, device_map=device_map, quantization=quantization
         )
         model = cls(hf_model, name=str(name))
-        model._source, model._revision = source, revision
+        model._source, model.revision = source, revision
         return model
 
     @classmethod
@@ -200,6 +200,12 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         for point in self.select(name):
             super().add_hook(point, hook, *args, **options)
 
+    def remove_all_hook_fns(self, *args: Any, **options: Any) -> None:
+        """TransformerLens' own, which visits every point after every run, for the points that have hooks."""
+        for point in self.hook_dict.values():
+            if hooked((point,)):
+                point.remove_hooks(*args, **options)
+
     def run_with_cache(
         self,
         inputs: Any = None,
@@ -292,7 +298,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         if self._processor is None:
             if self._source is None:
                 raise InputError(f"{self.name} has no processor", "HookedMLLM.from_hf(hf_model, processor)")
-            self._processor = inputs.load_processor(self._source, self.hf_model.config, revision=self._revision)
+            self._processor = inputs.load_processor(self._source, self.hf_model.config, revision=self.revision)
         elif not isinstance(self._processor, inputs.Processor):
             self._processor = inputs.Processor.from_hf(self._processor, self.hf_model.config)
         return self._processor

@@ -80,7 +80,7 @@ def model_record(model: Any) -> dict[str, Any]:
     return {
         "name": jsonable(_first(getattr(model, "name", None), getattr(hf, "name_or_path", None))),
         "class": type(hf).__name__,
-        "revision": jsonable(_first(getattr(model, "revision", None), getattr(config, "_commit_hash", None))),
+        "revision": jsonable(_first(getattr(config, "_commit_hash", None), getattr(model, "revision", None))),
         "weights": weight_digest(model),
         "dtype": jsonable(_first(getattr(model, "dtype", None), getattr(hf, "dtype", None))),
         "device": jsonable(_first(getattr(model, "device", None), getattr(hf, "device", None))),

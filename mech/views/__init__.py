@@ -17,12 +17,13 @@ from typing import Any
 import xarray as xr
 
 from mech.errors import OutputError
-from mech.views.agreement import agreement_view
+from mech.views.agreement import agreement_view, transfer_view
 from mech.views.attention import attention_view
 from mech.views.causal import causal_view
 from mech.views.circuit import circuit_view
 from mech.views.curves import ablation_curves
-from mech.views.heatmap import ram_map
+from mech.views.heatmap import head_maps, ram_map
+from mech.views.lens import lens_view
 from mech.views.objects import inputs_view, layout_view, sample_view, samples_view
 from mech.views.overlay import looks
 from mech.views.page import View
@@ -37,14 +38,17 @@ __all__ = [
     "attribution_map",
     "causal_view",
     "circuit_view",
+    "head_maps",
     "inputs_view",
     "layout_view",
+    "lens_view",
     "looks",
     "patching_grid",
     "ram_map",
     "report",
     "sample_view",
     "samples_view",
+    "transfer_view",
     "view",
 ]
 
@@ -80,8 +84,12 @@ def _dataset_view(result: xr.Dataset) -> Any:
     names, dims = set(map(str, result.data_vars)), set(map(str, result.dims))
     if "shown" in dims:
         return looks
-    if "band" in result.variables:
+    if "found_on" in dims:
+        return transfer_view
+    if {"band", "fraction"} <= set(map(str, result.variables)):
         return ablation_curves
+    if "word" in names:
+        return lens_view
     if "quadrant" in names:
         return causal_view
     if "jaccard_null" in names:
@@ -90,13 +98,15 @@ def _dataset_view(result: xr.Dataset) -> Any:
         return circuit_view if {"sender", "receiver"} <= dims else patching_grid
     if "attribution" in names:
         return attribution_map
-    return ram_map
+    return ram_map if "ram" in names and "size_null" in names else head_maps
 
 
 def _object_view(result: Any) -> Any:
     """How anything else is drawn, by what it can be asked."""
     if isinstance(result, xr.DataArray):
-        return attention_view if {"query", "key"} <= set(map(str, result.dims)) else ram_map
+        if {"query", "key"} <= set(map(str, result.dims)):
+            return attention_view
+        return ram_map if set(result.dims) <= {"example", "layer", "head"} else head_maps
     for asked, draw in (
         ("graph", circuit_view), ("heads", ram_map), ("counterfactual", sample_view), ("domains", samples_view),
         ("layouts", inputs_view), ("spans", layout_view),

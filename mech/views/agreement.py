@@ -19,25 +19,31 @@ SYMBOLS = ("diamond", "square", "triangle-up", "circle", "x", "star")
 
 
 def matrix(
-    names: Sequence[str], values: Sequence[Sequence[float]], caption: str, null: Any = None, interval: Any = None
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    caption: str,
+    null: Any = None,
+    interval: Any = None,
+    columns: Sequence[str] | None = None,
 ) -> str:
-    """A symmetric matrix as a shaded table.
+    """A matrix as a shaded table; without ``columns`` it is symmetric, and its diagonal needs no comment.
 
     Small under each value stand its ``interval`` (low and high, as matrices) and ``null``, what chance would give.
     """
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns or names)
     rows = []
     for i, name in enumerate(names):
         cells = []
-        for j in range(len(names)):
+        for j in range(len(columns or names)):
             value = values[i][j]
             if value is None or not math.isfinite(value):
                 cells.append("<td>–</td>")
                 continue
             shade = f"--v:{min(abs(value), 1):.2f};--shade:var(--{'minus' if value < 0 else 'plus'})"
-            by_chance = null[i][j] if null is not None and i != j else None
+            told = columns is not None or i != j
+            by_chance = null[i][j] if null is not None and told else None
             chance = "" if by_chance is None else f"<small>chance {by_chance:.2f}</small>"
-            if interval is not None and i != j:
+            if interval is not None and told:
                 chance = f"<small>{interval[0][i][j]:.2f} to {interval[1][i][j]:.2f}</small>{chance}"
             cells.append(f'<td style="{shade}">{value:.2f}{chance}</td>')
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
@@ -73,6 +79,21 @@ def agreement_view(found: xr.Dataset, title: str = "Agreement of rankings") -> V
         parts.append(f"<div>{matrix(names, found[name].values.tolist(), caption, null, between)}</div>")
     body = f'<h3>{escape(title)}</h3><div class="multiples">{"".join(parts)}</div>'
     return View(title, body, height=170 + 64 * len(names))
+
+
+def transfer_view(found: xr.Dataset, title: str = "Transfer of heads") -> View:
+    """What ``mech.transfer`` found: what is lost on each task (columns) without the top heads of each (rows).
+
+    Args:
+        found: of ``mech.transfer``.
+        title: stands above a saved page.
+    """
+    rows, columns = ([str(name) for name in found[dim].values] for dim in ("found_on", "tested_on"))
+    chance = np.broadcast_to(found["random_lost"].values, (len(rows), len(columns)))
+    between = [found[f"lost_{end}"].values for end in ("low", "high")]
+    caption = f"Accuracy lost without {found.attrs['n_heads']} heads. Rows: found on; columns: tested on"
+    table = matrix(rows, found["lost"].values.tolist(), caption, chance, between, columns)
+    return View(title, f"<h3>{escape(title)}</h3>{table}", height=170 + 64 * len(rows))
 
 
 def depth_profile(rankings: Mapping[str, Sequence[Sequence[float]]], n_layers: Mapping[str, int]) -> str:
