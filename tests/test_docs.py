@@ -14,7 +14,7 @@ def blocks(page: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/papers.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/papers.md", "docs/data.md"])
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = blocks(ROOT / page)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -383,8 +384,10 @@ def test_wrong_names_and_folders_are_refused(tmp_path):
         hub_samples("refcoco", records=tmp_path / "none.json")
 
 
-def test_every_row_says_what_it_is():
+def test_every_row_says_what_it_is_and_stands_in_the_documentation():
+    page = (Path(hub.__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
     for name in hub.names():
+        assert f"`{name}`" in page
         row = hub.source(name)
         assert row.hub or row.fetch, name
         for said in (row.evidence, row.answer, row.verified, row.assumed, row.terms, row.paper):
