@@ -1,4 +1,5 @@
-"""The command line: ``mech study``, ``mech rank``, ``mech ablate``, ``mech patch``, ``mech paths``, ``mech check``.
+"""The command line: ``mech study``, ``mech rank``, ``mech ablate``, ``mech patch``, ``mech paths``, ``mech view``,
+``mech check``.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mech import cli_patching
+from mech import cli_patching, cli_view
 from mech.errors import ExperimentError, MechError, suggestion
 from mech.terminal import (
     AsJson,
@@ -252,6 +253,7 @@ def ablate(
 
 app.command(epilog=cli_patching.PATCH)(cli_patching.patch)
 app.command(epilog=cli_patching.PATHS)(cli_patching.paths)
+app.command(epilog=cli_view.VIEW)(cli_view.view)
 
 
 @app.command(

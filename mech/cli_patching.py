@@ -43,7 +43,7 @@ def patch(
     samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
     top: Shown = 10,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html).")
+        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
     ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -82,7 +82,7 @@ def paths(
     samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
     top: Shown = 10,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html).")
+        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -136,8 +136,8 @@ def _regions(hooked: Any, data: Any, wanted: str | None) -> dict[str, Any] | Non
 
 
 def _picture_or_data(out: Path | None) -> Path | None:
-    if out is not None and out.suffix not in (".nc", ".html"):
-        raise OutputError(f"--out {out.name}", "a name that ends in .nc or .html", "choose one of the two")
+    if out is not None and out.suffix not in (".nc", ".html", ".png", ".pdf", ".svg"):
+        raise OutputError(f"--out {out.name}", "a name that ends in .nc, .html, .png, .pdf or .svg", "choose one")
     return writable(out) if out is not None else None
 
 

@@ -27,7 +27,7 @@ ORDER = [
     "papers",
     "views",
 ]
-PROGRAMS = {"study.py", "cli.py", "cli_patching.py", "terminal.py", "__init__.py"}
+PROGRAMS = {"study.py", "terminal.py", "__init__.py", *(path.name for path in ROOT.glob("cli*.py"))}
 
 
 def imports(path: Path) -> set[str]:

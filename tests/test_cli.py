@@ -34,7 +34,7 @@ def test_help_is_printed(mech, words):
         (["ablate", "--to", "men"], "use 'mean'"),
         (["study", "--samples", "2"], "at least 8"),
         (["patch", "--point", "attn.hook_zz"], "hook_z"),
-        (["patch", "--out", "grid.png"], "ends in .nc or .html"),
+        (["patch", "--out", "grid.gif"], "ends in .nc, .html, .png, .pdf or .svg"),
         (["paths", "--samples", "1", "--sender", "L9H2"], "L9H2"),
     ],
 )

@@ -2,6 +2,7 @@
 
     ram_map(dataset)      # the dataset of ``retrieval_attention_mass``, loaded from a study or fresh
     ram_map(ranking)      # anything with ``.scores()``: a DataArray over layer and head
+    head_maps(scores)     # all scores of ``head_scores``; what heads add to the logits (``logit_attribution``)
 
 Every cell is one head; its colour is the mean over samples. Pointing at it gives layer, head, value with a 95%
 bootstrap interval over the samples, and rank. The heads of the top 5% are outlined. Beside the map the same values in
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.errors import OutputError
 from mech.views.intervals import mean_interval
-from mech.views.page import View, chart, escape
+from mech.views.page import View, chart, escape, tabs
 
 OUTLINED = 0.05
 
@@ -44,6 +45,38 @@ def ram_map(result: Any, title: str = "") -> View:
     title = title or ("Retrieval attention mass" if scores.name == "RAM" else f"Heads by {scores.name}")
     body = f"<h3>{escape(title)}</h3>{map_and_ranks(scores)}"
     return View(title, body, height=map_height(scores.values.shape[-2]) + 130)
+
+
+def head_maps(result: xr.Dataset | xr.DataArray, title: str = "") -> View:
+    """A map for every variable over layer and head: several scores, or what every head adds to the logits.
+
+    Args:
+        result: a dataset of which some variables have the dimensions layer and head, or such an array; of one more
+            dimension (a set of tokens, say) every value gets a panel.
+        title: stands above a saved page.
+    """
+    dataset = result if isinstance(result, xr.Dataset) else result.to_dataset(name=str(result.name or "score"))
+    panels: dict[str, HeadScores] = {}
+    for name, array in dataset.data_vars.items():
+        others = [str(dim) for dim in array.dims if dim not in (EXAMPLE, LAYER, HEAD)]
+        if not {LAYER, HEAD} <= set(array.dims) or len(others) > 1 or array.dtype.kind not in "fiub":
+            continue
+        if not others:
+            panels[str(name)] = head_scores(array.rename(str(name)))
+        for value in dataset[others[0]].values.tolist() if others else ():
+            panels[f"{name}: {value}"] = head_scores(
+                array.sel({others[0]: value}, drop=True).rename(f"{name}: {value}")
+            )
+    if not panels:
+        raise OutputError(
+            f"a result with {sorted(map(str, dataset.data_vars))}",
+            "one that mech measures, or something over layer and head",
+            "see the gallery in the docs",
+        )
+    title = title or "Heads"
+    drawn = {name: map_and_ranks(scores) for name, scores in panels.items()}
+    height = map_height(max(scores.values.shape[-2] for scores in panels.values())) + 190
+    return View(title, f"<h3>{escape(title)}</h3>{tabs(drawn, 'score')}", height=height)
 
 
 def head_scores(result: Any) -> HeadScores:
@@ -76,7 +109,7 @@ def head_scores(result: Any) -> HeadScores:
 
 def map_and_ranks(scores: HeadScores) -> str:
     """The map and the ranked values, side by side where there is room."""
-    n = scores.values[0].size
+    n = int(np.isfinite(scores.values[0]).sum())
     above = "" if scores.null is None else f" Dotted: what uniform attention would give ({scores.null:.3f})."
     caption = f"Outlined: the top {OUTLINED:.0%} ({_outlined(n)} of {n} heads). Pointing at a cell says more."
     return (
@@ -92,7 +125,7 @@ def map_height(n_layers: int) -> int:
 
 def ranks(mean: np.ndarray) -> np.ndarray:
     """1 for the highest; ties by (layer, head), as rankings are."""
-    order = np.argsort(-mean.ravel(), kind="stable")
+    order = np.argsort(-np.nan_to_num(mean.ravel(), nan=-np.inf), kind="stable")
     places = np.empty(mean.size, dtype=int)
     places[order] = np.arange(1, mean.size + 1)
     return places.reshape(mean.shape)
@@ -115,15 +148,18 @@ def _hover(name: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> li
 def _map(scores: HeadScores) -> str:
     mean, low, high = mean_interval(scores.values)
     n_layers, n_heads = mean.shape
+    signed = bool(np.nanmin(mean) < 0)  # centred on zero, so that the colour says the sign
+    reach = max(float(np.nanmax(np.abs(mean))), 1e-9)
     label = escape(f"{scores.name} ({scores.unit})" if scores.unit else scores.name)
     heat = {
         "type": "heatmap",
         "z": mean,
-        "zmin": 0,
-        "zmax": max(float(mean.max()), 1e-9),
+        "zmin": -reach if signed else 0,
+        "zmax": reach,
         "text": _hover(scores.name, mean, low, high),
         "hovertemplate": "%{text}<extra></extra>",
-        "colorscale": "@sequential",
+        "colorscale": "@diverging" if signed else "@sequential",
+        "hoverongaps": False,
         "xgap": 1,
         "ygap": 1,
         "colorbar": {
@@ -133,7 +169,7 @@ def _map(scores: HeadScores) -> str:
             "tickfont": {"size": 13},
         },
     }
-    best = np.argwhere(ranks(mean) <= _outlined(mean.size))
+    best = np.argwhere(ranks(mean) <= _outlined(int(np.isfinite(mean).sum())))
     shapes = [
         {
             "type": "rect",

@@ -89,7 +89,7 @@ def evidence_on(on: Any) -> list[list[float]]:
 def styles(pictures: Iterable[Picture]) -> str:
     """The pixels of all pictures, each once."""
     known = {picture.name: picture.uri for picture in pictures}
-    rules = "".join(f".px-{name}{{background-image:url({uri})}}" for name, uri in known.items())
+    rules = "".join(f".px-{name}{{background-image:url({uri})}}" for name, uri in known.items() if uri)
     return f"<style>{rules}</style>"
 
 
@@ -112,3 +112,10 @@ def place(rect: Rectangle) -> str:
     """A rectangle as attributes of SVG."""
     x0, y0, x1, y1 = rect
     return f'x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
+
+
+def cell(at: Sequence[int], of: tuple[int, int], picture: Picture) -> list[float]:
+    """The rectangle of a cell (row, column) of ``of`` equal rows and columns."""
+    (row, col), (rows, cols) = at, of
+    wide, high = picture.width / cols, picture.height / rows
+    return [col * wide, row * high, (col + 1) * wide, (row + 1) * high]

@@ -159,12 +159,13 @@ def _article(look: _Look, shown: list[tuple[str, str, float]]) -> str:
         bands.append(f'<div>{name}<div class="heads">{"".join(drawn)}</div></div>')
     answer, prediction = escape(facts["answer"]), escape(facts["prediction"])
     strip = f'<div class="strip" style="--columns:{_columns(len(look.pictures), 8)}">{originals}</div>'
+    scale = gradient("attention on one visual token", most, "; one scale for all heads of this question")
     original = f"{strip}<figcaption>As the model gets it; outlined: the evidence</figcaption>"
     return (
         f'<article class="look{" many" if many else ""}"><p class="question">{escape(facts["question"])}</p>'
         f'<p class="answers">answer <b>{answer}</b> · model says <b>{prediction}</b> {verdict}</p>'
         f'<div class="look-grid"><figure class="original">{original}</figure>'
-        f'<div class="bands">{"".join(bands)}</div></div>{_scale(most)}</article>'
+        f'<div class="bands">{"".join(bands)}</div></div>{scale}</article>'
     )
 
 
@@ -202,11 +203,12 @@ def heat(strength: float) -> str:
     return "#" + "".join(f"{value:02x}" for value in mixed)
 
 
-def _scale(most: float) -> str:
-    gradient = f"background:linear-gradient(90deg,{','.join(HEAT)})"
+def gradient(what: str, most: float, note: str = "") -> str:
+    """The scale of what is drawn with ``heat(sqrt(value / most))``."""
+    style = f"background:linear-gradient(90deg,{','.join(HEAT)})"
     return (
-        f'<p class="heat-legend">attention on one visual token: 0 <i style="{gradient}"></i> {most:.2g}'
-        f"<span>(middle of the bar: {most / 4:.2g}; one scale for all heads of this question)</span></p>"
+        f'<p class="heat-legend">{escape(what)}: 0 <i style="{style}"></i> {most:.2g}'
+        f"<span>(middle of the bar: {most / 4:.2g}{escape(note)})</span></p>"
     )
 
 

@@ -24,7 +24,7 @@ import xarray as xr
 from mech.axes import EXAMPLE, TOKEN
 from mech.errors import OutputError
 from mech.views.heatmap import map_height
-from mech.views.images import Picture, evidence_on, mark, pictures_on, stage, styles
+from mech.views.images import Picture, cell, evidence_on, mark, pictures_on, stage, styles
 from mech.views.intervals import mean_interval
 from mech.views.page import View, chart, escape
 
@@ -146,7 +146,7 @@ def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "To
                           evidence=[rect for home, *rect in evidence if home == k]), "")
             for k, picture in enumerate(pictures[: len(values)])
         ]  # fmt: skip
-        body = f'{styles(pictures)}<div class="cells">{"".join(drawn)}</div>{_bar(0.0, reach, unit)}'
+        body = f'{styles(pictures)}<div class="cells">{"".join(drawn)}</div>{diverging_bar(0.0, reach, unit)}'
     else:
         raise OutputError(f"attributions over {values.dims}", "over tokens or pixels", "use over='visual'")
     title = title or "What every part of the picture adds"
@@ -202,7 +202,7 @@ def _places(
     axis, seen = found.axes[-1], {}
     at = {name: result[name].values for name in ("image", "row", "col")} if result is not None else {}
     cells = [tuple(map(int, name.split(","))) if re.fullmatch(r"\d+,\d+", name) else None for name in found.columns]
-    known = [cell for cell in cells if cell is not None]
+    known = [named for named in cells if named is not None]
     size = (max((r for r, _ in known), default=0) + 1, max((c for _, c in known), default=0) + 1)
     for i, name in enumerate(found.columns):
         position = int(result["pos"].values[i]) if result is not None else int(name) if name.isdigit() else None
@@ -214,9 +214,9 @@ def _places(
             owner = max(int(at["image"][i]), 0)
             same = at["image"] == at["image"][i]
             grid = int(at["row"][same].max()) + 1, int(at["col"][same].max()) + 1
-            seen[i] = [(owner, _cell((int(at["row"][i]), int(at["col"][i])), grid, pictures[owner]))]
+            seen[i] = [(owner, cell((int(at["row"][i]), int(at["col"][i])), grid, pictures[owner]))]
         elif axis == "region" and cells[i] is not None:
-            seen[i] = [(0, _cell(cells[i], size, pictures[0]))]
+            seen[i] = [(0, cell(cells[i], size, pictures[0]))]
         elif axis == "region" and (boxes := _BOX.findall(name)):
             seen[i] = [(int(box[4]) if box[5] == "None" else int(box[5]), [float(v) for v in box[:4]]) for box in boxes]
     lost = [home for places in seen.values() for home, _ in places if home >= len(pictures)]
@@ -228,12 +228,6 @@ def _places(
             "pass layout=inputs.layout, every picture in a list, or leave out on=",
         )
     return seen
-
-
-def _cell(cell: tuple[int, ...], size: tuple[int, int], picture: Picture) -> list[float]:
-    (row, col), (rows, cols) = cell, size
-    wide, high = picture.width / cols, picture.height / rows
-    return [col * wide, row * high, (col + 1) * wide, (row + 1) * high]
 
 
 def _over(found: _Effects, places: Places, pictures: Sequence[Picture], evidence: Sequence[Sequence[float]]) -> str:
@@ -254,14 +248,14 @@ def _over(found: _Effects, places: Places, pictures: Sequence[Picture], evidence
             said = f"{found.axes[0]} {name}" if name else ""
             said += f"{', ' if said else ''}picture {k}" if len(pictures) > 1 else ""
             drawn.append(_figure(stage(picture, "".join(marks), dim=True, evidence=outlined), said))
-    return f'{styles(pictures)}<div class="cells">{"".join(drawn)}</div>{_bar(found.start, reach, found.unit)}'
+    return f'{styles(pictures)}<div class="cells">{"".join(drawn)}</div>{diverging_bar(found.start, reach, found.unit)}'
 
 
 def _figure(drawn: str, said: str) -> str:
     return f"<figure>{drawn}<figcaption><b>{escape(said)}</b></figcaption></figure>"
 
 
-def _bar(start: float, reach: float, unit: str) -> str:
+def diverging_bar(start: float, reach: float, unit: str) -> str:
     """The scale of what is drawn over pictures."""
     gradient = "background:linear-gradient(90deg,var(--minus),rgba(128,128,128,0.15),var(--plus))"
     ends = (f"{value:.2g}" for value in (start - reach, start + reach))

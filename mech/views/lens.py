@@ -1,0 +1,166 @@
+"""The logit lens over the picture: which word stands at every visual token, layer by layer.
+
+    lens_view(logit_lens(model, sample, track=sample.answer), on=sample)    # where can the answer be read?
+    lens_view(ov_reading(model, heads, sample), on=sample)                  # what would a head say of each token?
+
+In each cell stands the likeliest word; the other panels show one tracked word each. Colour is its probability (square
+root, so that faint readings stay visible) or, of a head's reading, its logit: blue speaks for the word, orange against.
+Pointing at a cell gives the first words with their numbers. Without a picture the grid alone is drawn. Words cannot be
+averaged: what is shown is one example.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from mech.axes import EXAMPLE, LAYER
+from mech.errors import OutputError
+from mech.views.images import Picture, cell, evidence_on, mark, pictures_on, stage, styles
+from mech.views.overlay import gradient, heat
+from mech.views.page import View, escape, table, tabs
+from mech.views.patching import diverging_bar
+
+if TYPE_CHECKING:
+    from mech.inputs import TokenLayout
+
+CELL = 48  # pixels of a token where no picture is given
+LETTERS = 7  # of a word, in a cell
+
+
+def lens_view(
+    result: xr.Dataset, title: str = "", *, on: Any = None, layout: "TokenLayout | None" = None, example: int = 0
+) -> View:
+    """Words over the picture, a picture for each layer (or head).
+
+    Args:
+        result: of ``logit_lens`` or ``ov_reading``.
+        title: stands above a saved page.
+        on: the ``Sample`` or the picture.
+        layout: of the inputs; without it tokens are equal cells of the picture.
+        example: which of several examples.
+
+    Raises:
+        OutputError: no such example.
+    """
+    if not 0 <= example < result.sizes[EXAMPLE]:
+        raise OutputError(f"example={example}", f"0 to {result.sizes[EXAMPLE] - 1}", "leave it out for the first")
+    one = result.isel(example=example)
+    series = LAYER if LAYER in one.dims else "sender"
+    measure = "probability" if "probability" in one else "logit"
+    placed = np.flatnonzero(one["row"].values >= 0) if "row" in one.coords else np.array([], int)
+    pictures = pictures_on(on) if on is not None and len(placed) else _blank(one, placed)
+    rects = [_rect(one, int(p), pictures, layout) for p in placed]
+    shown = {"likeliest word": (one[measure].isel(place=0).values, True)}
+    if f"tracked_{measure}" in one:
+        for i, word in enumerate(one["tracked"].values.tolist()):
+            shown[f"“{word}”"] = (one[f"tracked_{measure}"].values[..., i], False)
+    panels = {}
+    for name, (values, written) in shown.items():
+        if len(placed):
+            panels[name] = _stages(one, series, values, written, placed, rects, pictures, evidence_on(on))
+    there = "".join(_words(one, series, measure, np.setdiff1d(np.arange(one.sizes["position"]), placed)))
+    place = "the stream entering each layer" if series == LAYER else "each head"
+    note = f"{one.attrs.get('model', '')} · {measure} of words at {place}"
+    note += f" · example {example + 1} of {result.sizes[EXAMPLE]}" if result.sizes[EXAMPLE] > 1 else ""
+    title = title or ("Logit lens" if series == LAYER else "What heads say of what they look at")
+    body = f"<h3>{escape(title)}</h3><p class=soft>{escape(note)}</p>{styles(pictures)}"
+    return View(title, body + (tabs(panels, "word") if panels else "") + there, height=720)
+
+
+def _owner(one: xr.Dataset) -> np.ndarray:
+    """Of every position the picture it lies in: its image, or its frame."""
+    return np.maximum(one["image"].values, np.maximum(one["frame"].values, 0))
+
+
+def _blank(one: xr.Dataset, placed: np.ndarray) -> list[Picture]:
+    """Empty pictures with the grids of the tokens."""
+    owner, found = _owner(one)[placed] if len(placed) else placed, []
+    for k in range(int(owner.max(initial=-1)) + 1):
+        rows, cols = (int(one[axis].values[placed[owner == k]].max(initial=0)) + 1 for axis in ("row", "col"))
+        found.append(Picture("blank", cols * CELL, rows * CELL, ""))
+    return found
+
+
+def _rect(one: xr.Dataset, p: int, pictures: Sequence[Picture], layout: Any) -> tuple[int, list[float]]:
+    """In which picture a position lies, and where."""
+    owner = _owner(one)
+    home, position = int(owner[p]), int(one["position"].values[p])
+    if home >= len(pictures):
+        raise OutputError(f"a token of picture {home}, and {len(pictures)} pictures", "all of them", "pass on=sample")
+    if layout is not None and not np.isnan(layout.visual.rect[position]).any():
+        return home, layout.visual.rect[position].tolist()
+    rows, cols = (int(one[axis].values[owner == home].max()) + 1 for axis in ("row", "col"))
+    return home, cell((int(one["row"].values[p]), int(one["col"].values[p])), (rows, cols), pictures[home])
+
+
+def _stages(
+    one: xr.Dataset, series: str, values: np.ndarray, written: bool, placed: np.ndarray,
+    rects: Sequence[tuple[int, list[float]]], pictures: Sequence[Picture], evidence: Sequence[Sequence[float]],
+) -> str:  # fmt: skip
+    """One measure over the pictures, a picture for each layer or head."""
+    signed = bool((values < 0).any())
+    most = max(float(np.abs(values[:, placed]).max()), 1e-9)
+    drawn = []
+    for i, name in enumerate(one[series].values.tolist()):
+        for k, picture in enumerate(pictures):
+            marks = []
+            for p, (home, rect) in zip(placed.tolist(), rects, strict=True):
+                if home != k:
+                    continue
+                share = float(values[i, p]) / most
+                colour = f"var(--{'plus' if share > 0 else 'minus'})" if signed else heat(abs(share) ** 0.5)
+                opacity = 0.82 * abs(share) if signed else 0.1 + 0.75 * abs(share) ** 0.5
+                marks.append(mark(rect, colour, opacity, _says(one, series, i, p)))
+                if written:
+                    marks.append(_written(rect, str(one["word"].values[i, p, 0])))
+            outlined = [rect for home, *rect in evidence if home == k]
+            said = f"{'layer ' if series == LAYER else ''}{name}" + (f", picture {k}" if len(pictures) > 1 else "")
+            figure = stage(picture, "".join(marks), dim=bool(picture.uri), evidence=outlined)
+            drawn.append(f"<figure>{figure}<figcaption><b>{escape(said)}</b></figcaption></figure>")
+    unit = "logits" if "logit" in one else "probability"
+    bar = diverging_bar(0.0, most, unit) if signed else gradient(unit, most)
+    return f'<div class="cells wide">{"".join(drawn)}</div>{bar}'
+
+
+def _says(one: xr.Dataset, series: str, i: int, p: int) -> str:
+    """What pointing at a cell says."""
+    measure = "probability" if "probability" in one else "logit"
+    where = f"row {int(one['row'].values[p])}, column {int(one['col'].values[p])}"
+    head = f"{series} {one[series].values[i]}, {where} (position {int(one['position'].values[p])})"
+    lines = [
+        f"{word.strip()}  {value:.3g}"
+        for word, value in zip(one["word"].values[i, p].astype(str), one[measure].values[i, p], strict=True)
+    ]
+    if f"tracked_{measure}" in one:
+        ranks = one["tracked_rank"].values[i, p] if "tracked_rank" in one else [None] * one.sizes["tracked"]
+        for word, value, rank in zip(one["tracked"].values, one[f"tracked_{measure}"].values[i, p], ranks, strict=True):
+            lines.append(f"{word}: {value:.3g}" + (f" (rank {int(rank)})" if rank is not None else ""))
+    return "\n".join([head, *lines])
+
+
+def _written(rect: Sequence[float], word: str) -> str:
+    """A word in its cell, as large as fits."""
+    x0, y0, x1, y1 = rect
+    word = word.strip()
+    word = word if len(word) <= LETTERS else word[: LETTERS - 1] + "…"
+    size = min(0.42 * (y1 - y0), 1.5 * (x1 - x0) / max(len(word), 2))
+    return (
+        f'<text class="word" x="{(x0 + x1) / 2:g}" y="{(y0 + y1) / 2 + size / 3:g}" font-size="{size:.2g}">'
+        f"{escape(word)}</text>"
+    )
+
+
+def _words(one: xr.Dataset, series: str, measure: str, positions: np.ndarray) -> list[str]:
+    """A table of the likeliest words at positions that lie in no picture."""
+    if not len(positions):
+        return []
+    names = [escape(one["position"].values[p]) for p in positions.tolist()]
+    rows = []
+    for i, name in enumerate(one[series].values.tolist()):
+        words = one["word"].values[i, positions, 0].astype(str)
+        numbers = one[measure].values[i, positions, 0]
+        cells = [f"{escape(w.strip())} <small>{v:.2g}</small>" for w, v in zip(words, numbers, strict=True)]
+        rows.append([escape(name), *cells])
+    return [table([escape(series), *names], rows, f"The likeliest word at each position, with its {measure}")]
