@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: study test lint bench reference clean
+.PHONY: study test lint docs bench reference clean
 
 study: $(READY)
 	$(BIN)/mech study --out study
@@ -17,6 +17,16 @@ lint: $(READY)
 	$(BIN)/ruff check mech tests notebooks benchmarks
 	$(BIN)/ruff format --check mech tests benchmarks
 	$(BIN)/pyright
+
+# The documentation, with every notebook run anew (about ten minutes): docs/_build/html/index.html, to be read without
+# the network.
+docs: $(VENV)/docs
+	rm -rf docs/_build
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -j 2 -W --keep-going -q docs docs/_build/html
+
+$(VENV)/docs: $(READY) requirements-docs.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-docs.lock
+	touch $@
 
 # Every benchmark, one after the other, on an otherwise quiet machine: benchmarks/results.json and docs/benchmarks.md.
 bench: $(READY)
@@ -40,7 +50,7 @@ training/%/card.json:
 training/qwen-long/card.json: training/qwen-s/card.json  # it goes on from there
 
 clean:
-	rm -rf $(VENV) study training build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) study training docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock pins every package. The CPU build of torch is taken where the index has one: the default one brings
