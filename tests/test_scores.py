@@ -5,22 +5,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scipy import ndimage
 
 import mech
 from mech.data.haystacks import haystacks
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
+from mech.experiments.findings import _scores
 from mech.experiments.heads import retrieval_attention_mass
 from mech.experiments.localization import spatial_entropy
 from mech.experiments.ranking import rank_heads
 from mech.experiments.scores import PUBLISHED, REGION_DRAWS, Pass, Score, head_scores, passes
 from mech.experiments.scores_reading import prepared
 from mech.experiments.selection import elbow_count
+from mech.experiments.summary import summarise_scores
 from mech.model import HookedMLLM
 from mech.model.points import hooked
 from mech.reference import planted, tiny, tiny_processors
 from mech.results import load, save
+from mech.views.agreement import domain_agreement
 
 # Windows of vision, image tokens that see each other, prefixes, layers without heads, a memory, windows and M-RoPE.
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma", "qwen3_5", "lfm2_vl", "mllama")
@@ -353,3 +357,23 @@ def test_scores_are_saved_and_come_back_with_what_they_mean(tmp_path):
     assert again["mm_retrieval"].attrs == found["mm_retrieval"].attrs
     assert again.attrs["passes"] == found.attrs["passes"] == ["question", "null question"]
     assert rank_heads(again, "mm_retrieval").heads == rank_heads(found, "mm_retrieval").heads
+
+
+def test_the_agreement_of_scores_is_summed_up_told_and_drawn():
+    """Scores whose top heads are not RAM's are named; a score that is nothing anywhere draws no interval."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 0.1, (12, 4, 5))
+    base[:, 0, :2] += 1
+    other = rng.uniform(0, 0.1, (12, 4, 5))
+    other[:, 3, :2] += 1
+    values = {"ram": base, "vera": 2 * base, "qr_head": other, "vision_mass": other, "retrieval_head": base * 0}
+    found = summarise_scores(xr.Dataset({name: (("example", "layer", "head"), v) for name, v in values.items()}))
+    assert found["names"] == list(values) and found["n_top"] == 1
+    assert found["jaccard"][0][:3] == [1, 1, 0] and found["spearman"][0][1] == pytest.approx(1)
+    assert found["spearman_low"][0][2] <= found["spearman"][0][2] <= found["spearman_high"][0][2]
+    (kind, text, against), *more = _scores({"scores": found}, 20)
+    assert kind == "scores" and not more and not against
+    assert "qr_head 0.00" in text and "vera" not in text and "vision_mass" not in text
+    assert list(_scores({}, 20)) == []
+    shown = domain_agreement({**found, "spearman_low": [[None] * 5] * 5}, "score")
+    assert shown.count("<tr>") == 2 * 6 and "whole score maps" in shown and " to " in shown

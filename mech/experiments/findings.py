@@ -8,10 +8,14 @@ says nothing. No rule knows which model it reads. ``headlines`` counts in how ma
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mech.experiments.drops import p_is as _p
+from mech.experiments.drops import points as _points
+
 ALPHA = 0.05
 MATTERS = 0.05  # a drop in accuracy that is worth a sentence
 FLOOR = 0.2  # below this accuracy nothing can be lost
 TOP = 0.05
+CONTROLS = ("vision_mass", "localization")  # scores that ask for no evidence
 
 Finding = dict[str, Any]
 
@@ -22,7 +26,17 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
     for model, facts in summary["models"].items():
         for domain, numbers in facts["domains"].items():
             n_heads = facts["n_layers"] * facts["n_heads"]
-            for rule in (_concentration, _weak, _necessity, _redundancy, _halving, _low_ranked, _methods, *CAUSAL):
+            for rule in (
+                _concentration,
+                _weak,
+                _necessity,
+                _redundancy,
+                _halving,
+                _low_ranked,
+                _methods,
+                _scores,
+                *CAUSAL,
+            ):
                 said += [_finding(model, domain, *one) for one in rule(numbers, n_heads)]
         said += [_finding(model, None, *one) for one in _domains(facts)]
     said += [_finding(None, None, *one) for one in _scales(summary)]
@@ -72,6 +86,7 @@ KINDS = {
     "low": "Low-ranked heads matter too",
     "random": "Random heads are no harmless control",
     "methods": "The method of ablation decides how much the same heads matter",
+    "scores": "Scores of the literature name other heads than RAM does",
     "blind": "Heads that do not look at the evidence are necessary",
     "idle": "Most heads that look at the evidence do not matter",
     "order": "RAM does not order heads by their causal effect",
@@ -220,6 +235,25 @@ def _methods(numbers: Mapping[str, Any], n_heads: int) -> Said:
         yield "methods", text, False
 
 
+def _scores(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    """Published scores whose top set surely shares less than half with that of RAM; controls are no such scores."""
+    found = numbers.get("scores")
+    if not found or "ram" not in found["names"]:
+        return
+    at, others = found["names"].index("ram"), [n for n in found["names"] if n not in ("ram", *CONTROLS)]
+    shared = {name: found["jaccard"][at][found["names"].index(name)] for name in others}
+    apart = [name for name in others if found["jaccard_high"][at][found["names"].index(name)] < 0.5]
+    if apart:
+        listed = ", ".join(f"{name} {shared[name]:.2f}" for name in apart)
+        yield (
+            "scores",
+            f"{len(apart)} of {len(others)} other scores of the literature name other heads: their top "
+            f"{found['n_top']} overlap with those of RAM by less than half (Jaccard; {listed}; chance "
+            f"{found['jaccard_null'][0][0]:.2f}).",
+            False,
+        )
+
+
 def _causal(numbers: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What patching found; nothing where it could not be asked or the model is too weak."""
     found = numbers.get("causal")
@@ -364,13 +398,3 @@ def _at(numbers: Mapping[str, Any], method: str, band: str, fraction: float) -> 
 def _heads(entry: Mapping[str, Any], which: str) -> str:
     n = entry["n_heads"]
     return f"the {f'{n} heads' if n > 1 else 'head'} with the {which} RAM ({entry['fraction']:.0%})"
-
-
-def _points(drop: Mapping[str, float]) -> str:
-    """A drop in accuracy in percentage points: ``62 points [55, 70]``."""
-    low, high = sorted((100 * drop["low"], 100 * drop["high"]))
-    return f"{100 * drop['mean'] + 0.0:.0f} points [{low + 0.0:.0f}, {high + 0.0:.0f}]"
-
-
-def _p(value: float) -> str:
-    return f"= {value:.3f}" if value >= 0.001 else "< 0.001"

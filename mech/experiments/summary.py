@@ -17,6 +17,8 @@ top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 /
                          "accuracy": I, "accuracy_drop": I, "logit_diff_drop": I or null}, ...],
            "tests": [{"method", "fraction", "n_heads", "statistic", "p_value", "p_adjusted",
                       "p_sets", "smallest_p_sets"}, ...],
+           "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices of every pair of scores;
+                     ``_low`` and ``_high`` are 95% intervals over samples,
            "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
         "agreement": {"domains", "spearman", "jaccard", "jaccard_null"}}},
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "pearson", "centre_a", "centre_b"}, ...]},
@@ -32,14 +34,13 @@ import numpy as np
 import xarray as xr
 
 from mech.axes import CONDITION
+from mech.experiments.drops import drop, interval, share
 from mech.experiments.ranking import Ranking, rank_heads
 from mech.experiments.stability import agreement, scale_agreement
 from mech.experiments.statistics import (
-    bootstrap_interval,
     holm,
     permutation_test,
     proportion_interval,
-    two_way_bootstrap,
 )
 
 TOP = 0.05  # the share of heads that the literature calls CoRe
@@ -70,9 +71,9 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
                 "fraction": float(group["fraction"][0]),
                 "n_heads": n_heads,
                 "draws": group.sizes[CONDITION],
-                "accuracy": _share(group["accuracy"].values),
-                "accuracy_drop": _drop(right, group["accuracy"].values),
-                "logit_diff_drop": _interval(margin - group["logit_diff"].values),
+                "accuracy": share(group["accuracy"].values),
+                "accuracy_drop": drop(right, group["accuracy"].values),
+                "logit_diff_drop": interval(margin - group["logit_diff"].values),
             }
         )
     for (method, band, n_heads), group in bands(effects):
@@ -94,7 +95,7 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
     for test, adjusted in zip(tests, holm(np.array([test["p_value"] for test in tests])), strict=True):
         test["p_adjusted"] = float(adjusted)
     return {
-        "baseline": {"accuracy": proportion_interval(right).as_dict(), "logit_diff": _interval(margin[None])},
+        "baseline": {"accuracy": proportion_interval(right).as_dict(), "logit_diff": interval(margin[None])},
         "ablation": entries,
         "tests": tests,
     }
@@ -112,31 +113,18 @@ def _select(effects: xr.Dataset, method: str, band: str, n_heads: int) -> xr.Dat
     return effects.isel({CONDITION: np.flatnonzero(chosen.values)})
 
 
-def _interval(values: np.ndarray) -> dict[str, float] | None:
-    """Over examples, and over draws too where there are several; None where a value is missing."""
-    if np.isnan(values).any():
-        return None
-    return (two_way_bootstrap(values) if len(values) > 1 else bootstrap_interval(values[0])).as_dict()
-
-
-def _share(right: np.ndarray) -> dict[str, float] | None:
-    return proportion_interval(right[0]).as_dict() if len(right) == 1 else _interval(right)
-
-
-def _drop(before: np.ndarray, after: np.ndarray) -> dict[str, float] | None:
-    found = _interval(before - after)
-    if found is not None and found["low"] == found["high"]:
-        # No resample differs, yet that no answer of n changed does not mean that none ever would (Wilson).
-        slack = proportion_interval(np.zeros(len(before))).high
-        found |= {"low": found["mean"] - slack, "high": found["mean"] + slack}
-    return found
-
-
 def summarise_agreement(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
     """How far the rankings of one model agree across domains, whole maps and top sets."""
     found = agreement(rankings, TOP)
     matrices = {name: found[name].values.tolist() for name in ("spearman", "jaccard", "jaccard_null", "overlap_p")}
     return {"domains": list(rankings), "n_top": int(found.attrs["n_top"]), **matrices}
+
+
+def summarise_scores(scores: xr.Dataset, n_resamples: int = 500) -> dict[str, Any]:
+    """How far the rankings by several scores agree, on one model and domain; intervals over samples."""
+    found = agreement({str(name): rank_heads(scores, str(name)) for name in scores}, TOP, n_resamples)
+    matrices = {str(name): values.values.tolist() for name, values in found.items()}
+    return {"names": [str(name) for name in scores], "n_top": int(found.attrs["n_top"]), **matrices}
 
 
 def above_null(ram: xr.Dataset) -> Ranking:

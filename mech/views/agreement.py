@@ -43,8 +43,9 @@ def matrix(
             told = columns is not None or i != j
             by_chance = null[i][j] if null is not None and told else None
             chance = "" if by_chance is None else f"<small>chance {by_chance:.2f}</small>"
-            if interval is not None and told:
-                chance = f"<small>{interval[0][i][j]:.2f} to {interval[1][i][j]:.2f}</small>{chance}"
+            ends = [end[i][j] for end in interval] if interval is not None and told else [None]
+            if all(end is not None and math.isfinite(end) for end in ends):
+                chance = f"<small>{ends[0]:.2f} to {ends[1]:.2f}</small>{chance}"
             cells.append(f'<td style="{shade}">{value:.2f}{chance}</td>')
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     return (
@@ -54,11 +55,15 @@ def matrix(
     )
 
 
-def domain_agreement(agreement: Mapping[str, Any]) -> str:
-    """Rank correlation and overlap of the top heads between the domains of one model."""
-    names = agreement["domains"]
-    spearman = matrix(names, agreement["spearman"], "Spearman correlation of whole RAM maps")
-    jaccard = matrix(names, agreement["jaccard"], "Jaccard overlap of the top heads", agreement.get("jaccard_null"))
+def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
+    """Rank correlation and overlap of the top heads: of the domains of one model, or of several scores ("names")."""
+    names = agreement.get("domains") or agreement["names"]
+    between = {name: [agreement[f"{name}_{end}"] for end in ("low", "high")] if f"{name}_low" in agreement else None
+               for name in ("spearman", "jaccard")}  # fmt: skip
+    caption = f"Spearman correlation of whole {what} maps"
+    spearman = matrix(names, agreement["spearman"], caption, interval=between["spearman"])
+    null = agreement.get("jaccard_null")
+    jaccard = matrix(names, agreement["jaccard"], "Jaccard overlap of the top heads", null, between["jaccard"])
     return f'<div class="multiples"><div>{spearman}</div><div>{jaccard}</div></div>'
 
 

@@ -264,6 +264,12 @@ def _domain(place: _Place) -> str:
         "Where they look": overlay.look_articles(place.looks, place.folder),
         "What removing them does": f"{legend}{tabs(panels, 'measure')}{_effects_table(place.facts)}",
     }
+    if "scores" in place.facts:
+        found = place.facts["scores"]
+        parts["Do the scores of the literature name the same heads?"] = (
+            f"{agreement.domain_agreement(found, 'score')}<p class=soft>Small: 95% intervals over samples, and the "
+            f"overlap that two random sets of {found['n_top']} heads have. What each score is stands in the guide.</p>"
+        )
     if place.causal is not None:
         parts["Does looking mean mattering?"] = causal.causal_card(place.causal, place.facts["causal"])
     return "".join(f'<h3>{title}</h3><div class="card">{part}</div>' for title, part in parts.items())
