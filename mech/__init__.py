@@ -95,7 +95,7 @@ _NAMES = {
     "view": "mech.views",
     "with_counterfactuals": "mech.experiments.blanking",
     "without_evidence": "mech.interventions.corruption",
-    "write_samples": "mech.data.jsonl",
+    "write_samples": "mech.data.jsonl_writing",
 }
 
 __all__ = ["__version__", *sorted(_NAMES)]
@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     from mech.data.haystacks import haystacks as haystacks
     from mech.data.hub import hub_samples as hub_samples
     from mech.data.jsonl import read_samples as read_samples
-    from mech.data.jsonl import write_samples as write_samples
+    from mech.data.jsonl_writing import write_samples as write_samples
     from mech.data.regions import Box as Box
     from mech.data.regions import Frames as Frames
     from mech.data.regions import Mask as Mask

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mech.data.haystacks import haystacks
-from mech.data.jsonl import write_samples
+from mech.data.jsonl_writing import write_samples
 from mech.data.samples import Samples
 
 

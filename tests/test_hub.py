@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
+import mech
 from mech.data import hub
 from mech.data.hub import hub_samples
 from mech.data.hub.grounding import without_padding
@@ -335,6 +337,22 @@ def test_a_bad_record_is_named_with_its_field_or_passed_over(changed, says):
         hub_samples("refcocog", records=[bad])
     with pytest.warns(UserWarning, match="refcocog: 1 bad records passed over"):
         assert len(hub_samples("refcocog", records=[bad, REFCOCO], skip_bad=True)) == 1
+
+
+def test_tables_give_arrays():
+    table = {**REFCOCO, "bbox": np.array([4.0, 3.0, 20.0, 15.0]), "answer": np.array(["a lady"], dtype=object)}
+    (sample,) = hub_samples("refcoco", records=[table])
+    assert sample.evidence == (Box(4, 3, 24, 18),) and type(sample.evidence[0].x0) is float
+
+
+def test_heads_can_be_ranked_on_pages_and_on_films(tmp_path):
+    for fid in range(60):
+        save(tmp_path / f"515/{fid:06d}.png", paint(shade=fid))
+    model = mech.HookedMLLM.from_pretrained("reference:qwen-s")
+    slides = hub_samples("slidevqa", records=[deck([2, 5])], most=3)
+    film = hub_samples("vidstg", records=[FILM], root=tmp_path, most=8)
+    found = mech.retrieval_attention_mass(model, slides + film)
+    assert (found["n_evidence"] > 0).all() and (found["ram"] <= found["vision_mass"] + 1e-6).all()
 
 
 def test_n_and_seed_choose_and_ids_are_told_apart():

@@ -1,13 +1,15 @@
 """Samples of one's own: what is written is read again, and every bad line is named with its field."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mech.data.haystacks import DOMAINS, haystacks
-from mech.data.jsonl import read_samples, write_samples
+from mech.data.jsonl import read_samples
+from mech.data.jsonl_writing import write_samples
 from mech.data.regions import Box, Frames, Mask, Pages
 from mech.data.samples import Sample, Samples
 from mech.errors import InputError, OutputError
@@ -117,7 +119,7 @@ def test_paths_stay_in_the_folder_unless_they_are_named_in_full(folder):
         ({**GOOD, "video": ["a.png"]}, ["images: images and a video"]),
         ({**GOOD, "images": ["nowhere.png"]}, ["images[0]:", "nowhere.png", "cannot be read"]),
         ({**GOOD, "images": ["mine.jsonl"]}, ["images[0]:", "cannot be read as a picture"]),
-        ({**GOOD, "domain": "a/b"}, ["domain: 'a/b'", "a folder's"]),
+        ({**GOOD, "domain": "a/b"}, ["domain: the domain 'a/b'", "a folder's"]),
         ({**FILM, "fps": 0}, ["fps: 0", "more than 0"]),
         ({**FILM, "video": ["a.png", "other.png"]}, ["video: frames of sizes"]),
         ({**GOOD, "evidence": {"box": [1, 2, 3, 4]}}, ["evidence: ", "a list of regions"]),
@@ -173,6 +175,14 @@ def test_files_that_cannot_be_used_are_refused(folder):
         write_samples(haystacks("grounding", 1), folder / "out")
     with pytest.raises(OutputError, match="cannot be written"):
         write_samples(haystacks("grounding", 1), folder / "a.png")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    (sample,) = haystacks("grounding", 1)
+    for wrong in ([sample, sample], [replace(sample, answer=" ")], [replace(sample, domain="a/b")]):
+        with pytest.raises(InputError):
+            write_samples(wrong, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_draw_takes_at_most_n_of_each_domain():

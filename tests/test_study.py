@@ -14,7 +14,7 @@ from mech import study as module
 from mech.data.haystacks import haystacks
 from mech.data.regions import Box
 from mech.data.samples import Samples
-from mech.errors import ExperimentError, OutputError, UnsupportedModel
+from mech.errors import ExperimentError, InputError, OutputError, UnsupportedModel
 from mech.results import Study
 from mech.study import Settings, study
 
@@ -156,5 +156,5 @@ def test_samples_without_a_counterfactual_are_patched_from_blanked_evidence(tmp_
 
 def test_a_domain_must_be_a_name_for_a_folder(tmp_path):
     odd = Samples([replace(sample, domain="Report / News") for sample in haystacks("grounding", 8)])
-    with pytest.raises(ExperimentError, match="a folder's"):
+    with pytest.raises(InputError, match="a folder's"):
         study(tmp_path, ["reference:llava-s"], data=odd, settings=SMALL)

@@ -4,7 +4,7 @@
      "evidence": [{"box": [34, 18, 48, 32]}], "domain": "signs"}
 
     samples = read_samples("mine/samples.jsonl")
-    write_samples(samples, "copy")        # copy/samples.jsonl, copy/images/*.png; read again: the same samples
+    write_samples(samples, "copy")        # of jsonl_writing; read again: the same samples
 
 ``docs/data.md`` has the whole format. Everything is checked while it is read: a line that cannot be used is named with
 its number, its field and what was expected, and nothing is returned unless all lines are good.
@@ -15,7 +15,6 @@ around. An absolute path, or another ``root``, is taken as it is. Pictures becom
 What it does not do: read videos (give their frames), or leave pictures on disk until they are needed.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -77,35 +76,6 @@ def read_samples(path: str | Path, root: str | Path | None = None) -> Samples:
     if not samples:
         raise InputError(f"{path} holds no sample", "one JSON object a line", "see docs/data.md")
     return Samples(list(samples.values()))
-
-
-def write_samples(samples: Samples | Sequence[Sample], folder: str | Path, name: str = "samples.jsonl") -> Path:
-    """Write samples so that ``read_samples`` gives them back: the file, and its pictures and masks as PNG.
-
-    A picture that several samples show is written once. Pictures become upright RGB; samples without an id get one.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        OutputError: the file exists, or cannot be written.
-    """
-    folder = Path(folder).expanduser()
-    path = folder / name
-    if path.exists():
-        raise OutputError(f"{path} exists", "a new file", "give another folder or name, or delete it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(_record(s, s.id or str(i), folder), ensure_ascii=False) for i, s in enumerate(samples)]
-        part = path.with_name(f".{name}.part")
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written", "a folder that can", str(error)) from error
-    return path
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class _Wrong(Exception):
@@ -203,10 +173,7 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
         with _at(name):
             given[name] = _text(record.get(name, given[name]))
     with _at("domain"):
-        if set(given["domain"]) & set("/\\") or given["domain"].startswith("."):
-            raise InputError(
-                repr(given["domain"]), "a name that can be a folder's", "leave out '/', '\\' and a first '.'"
-            )
+        check_domain(given["domain"])
     with _at("fps"):
         given["fps"] = fps = record.get("fps", 2.0)
         if not _is_number(fps) or not fps > 0:
@@ -240,6 +207,16 @@ def _check_partner(sample: Sample, partner: Sample) -> None:
     ours, theirs = ([one.size for one in (s.images or s.video)] for s in (sample, partner))
     if ours != theirs:
         raise InputError(f"pictures of sizes {theirs}", f"those of the sample, {ours}", "keep sizes and their number")
+
+
+def check_domain(name: str) -> None:
+    """Refuse what cannot be a folder's name: results of a domain have a folder.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if set(name) & set("/\\") or name.startswith("."):
+        raise InputError(f"the domain {name!r}", "a name that can be a folder's", "leave out '/', '\\' and a first '.'")
 
 
 def _text(given: Any) -> str:
@@ -332,42 +309,3 @@ def _mask(given: Mapping[str, Any], kind: str, size: tuple[int, int], where: dic
     if not inside.any():
         raise RegionError("a mask without a white pixel", "white inside, black outside", "look at the file")
     return Mask(inside, **where)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": id, "question": sample.question, "answer": sample.answer}
-    for name in ("images", "video"):
-        if shown := getattr(sample, name):
-            record[name] = [_saved(picture(one), folder, "images") for one in shown]
-    if sample.video:
-        record["fps"] = sample.fps
-    record["evidence"] = [_written(region, folder) for region in sample.evidence]
-    record["domain"] = sample.domain
-    if sample.counterfactual is not None:
-        other = _record(sample.counterfactual, sample.counterfactual.id or f"{id}/counterfactual", folder)
-        record["counterfactual"] = {name: value for name, value in other.items() if record.get(name) != value}
-    return record
-
-
-def _written(region: Region, folder: Path) -> dict[str, Any]:
-    if isinstance(region, Frames | Pages):
-        return {"frames" if isinstance(region, Frames) else "pages": [int(index) for index in region.indices]}
-    place = {"image": region.image} if region.frame is None else {"frame": region.frame}
-    if isinstance(region, Mask):
-        white = Image.fromarray(region.pixels.astype(bool).astype(np.uint8) * 255)
-        return {"mask": _saved(white, folder, "masks"), **place}
-    corners = (region.x0, region.y0, region.x1, region.y1)
-    return {"box": [int(c) if isinstance(c, int | np.integer) else float(c) for c in corners], **place}
-
-
-def _saved(image: Image.Image, folder: Path, kind: str) -> str:
-    """The picture's path below ``folder``; its name is what it shows, so that it is written once."""
-    name = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()[:20]
-    path = folder / kind / f"{name}.png"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
-    return f"{kind}/{path.name}"

@@ -103,7 +103,7 @@ class Record:
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:
                 raise self.wrong(name, "missing", expected)
-            value = value[part]
+            value = _plain(value[part])
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.wrong(name, f"{value!r:.80}", expected)
         return value
@@ -120,7 +120,7 @@ class Record:
 
     def listed(self, name: str) -> list[Any]:
         """A list; one that is stored as a string ("[3, 5]") is read."""
-        value = self.fields.get(name) if "." not in name else self.get(name, object, "a list")
+        value = _plain(self.fields.get(name)) if "." not in name else self.get(name, object, "a list")
         if isinstance(value, str):
             try:
                 value = ast.literal_eval(value)
@@ -132,6 +132,7 @@ class Record:
 
     def numbers(self, name: str, value: Any, count: int) -> list[float]:
         """``count`` numbers; ``value`` is what stands at ``name``."""
+        value = _plain(value)
         value = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
         if len(value) != count or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
             raise self.wrong(name, f"{value!r:.80}", f"{count} numbers")
@@ -182,6 +183,11 @@ class Record:
         others = [k for k in range(count) if k not in needed]
         drawn = self.rng.sample(others, max(0, min(self.most - len(set(needed)), len(others))))
         return sorted({*needed, *drawn})
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their numbers, as tables give them, as lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @functools.lru_cache(maxsize=64)

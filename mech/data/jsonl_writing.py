@@ -1,0 +1,93 @@
+"""Samples as JSON lines, with their pictures beside them: what ``mech.data.jsonl`` reads.
+
+    write_samples(haystacks("pages", n=40), "pages")        # pages/samples.jsonl, pages/images/*.png, pages/masks/*.png
+
+Any samples can be written, so that a draw of a published set is kept as it was, or a generated one is edited by hand.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mech.data.jsonl import check_domain
+from mech.data.pictures import picture
+from mech.data.regions import Frames, Mask, Pages, Region
+from mech.data.samples import Sample, Samples
+from mech.errors import InputError, OutputError
+
+
+def write_samples(samples: Samples | Sequence[Sample], folder: str | Path, name: str = "samples.jsonl") -> Path:
+    """Write samples so that ``read_samples`` gives them back: the file, and its pictures and masks as PNG.
+
+    A picture that several samples show is written once. Pictures become upright RGB; samples without an id get one.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: what could not be read again: an id twice, an empty question or answer, a domain with a slash.
+        OutputError: the file exists, or cannot be written.
+    """
+    ids = [sample.id or str(i) for i, sample in enumerate(samples)]
+    if twice := [id for id, count in Counter(ids).items() if count > 1]:
+        raise InputError(f"{len(twice)} ids are there twice, the first is {twice[0]!r}", "an id each", "rename them")
+    for id, sample in zip(ids, samples, strict=True):
+        check_domain(sample.domain)
+        if not sample.question.strip() or not sample.answer.strip():
+            raise InputError(f"sample {id!r} has no question or no answer", "both", "fill them in")
+    folder = Path(folder).expanduser()
+    path = folder / name
+    if path.exists():
+        raise OutputError(f"{path} exists", "a new file", "give another folder or name, or delete it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        records = (_record(sample, id, folder) for id, sample in zip(ids, samples, strict=True))
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        part = path.with_name(f".{name}.part")
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written", "a folder that can", str(error)) from error
+    return path
+
+
+def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {"id": id, "question": sample.question, "answer": sample.answer}
+    for name in ("images", "video"):
+        if shown := getattr(sample, name):
+            record[name] = [_saved(picture(one), folder, "images") for one in shown]
+    if sample.video:
+        record["fps"] = sample.fps
+    record["evidence"] = [_written(region, folder) for region in sample.evidence]
+    record["domain"] = sample.domain
+    if sample.counterfactual is not None:
+        other = _record(sample.counterfactual, sample.counterfactual.id or f"{id}/counterfactual", folder)
+        record["counterfactual"] = {name: value for name, value in other.items() if record.get(name) != value}
+    return record
+
+
+def _written(region: Region, folder: Path) -> dict[str, Any]:
+    if isinstance(region, Frames | Pages):
+        return {"frames" if isinstance(region, Frames) else "pages": [int(index) for index in region.indices]}
+    place = {"image": region.image} if region.frame is None else {"frame": region.frame}
+    if isinstance(region, Mask):
+        white = Image.fromarray(region.pixels.astype(bool).astype(np.uint8) * 255)
+        return {"mask": _saved(white, folder, "masks"), **place}
+    corners = (region.x0, region.y0, region.x1, region.y1)
+    return {"box": [int(c) if isinstance(c, int | np.integer) else float(c) for c in corners], **place}
+
+
+def _saved(image: Image.Image, folder: Path, kind: str) -> str:
+    """The picture's path below ``folder``; its name is what it shows, so that it is written once."""
+    name = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()[:20]
+    path = folder / kind / f"{name}.png"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    return f"{kind}/{path.name}"
