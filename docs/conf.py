@@ -52,7 +52,13 @@ html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
 
+def notebooks_here(app, docname: str, source: list[str]) -> None:
+    """Links to notebooks, which lie beside ``docs`` in the repository and are copied into it for the build."""
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../../notebooks/", "](../notebooks/")
+
+
 def setup(app):
+    app.connect("source-read", notebooks_here)
     app.connect("builder-inited", generated.write)
     app.connect("autodoc-process-docstring", generated.readable)
     app.connect("autodoc-process-signature", generated.signature)
