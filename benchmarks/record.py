@@ -142,10 +142,10 @@ def machine() -> str:
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """All figures as a Markdown table."""
-    lines = ["| name | what | value | bar | compared with | date |", "|---|---|---|---|---|---|"]
+    lines = ["| name | what | value | bar | compared with | date | machine |", "|---|---|---|---|---|---|---|"]
     for name, entry in results.items():
         verdict = _verdict(entry["value"], entry["bar"])
         cells = (f"`{name}`", entry.get("what", ""), f"{entry['value']} {entry['unit']}", verdict,
-                 entry["compared_with"], entry["date"])  # fmt: skip
+                 entry["compared_with"], entry["date"], entry["machine"])  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
