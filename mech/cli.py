@@ -76,7 +76,7 @@ def study(
         raise ExperimentError(
             "--data without --model", "a model that can answer it", "name one: the default ones know the haystacks only"
         )
-    own = opened(data, root, samples, seed).draw(samples, seed) if data is not None else None
+    own = opened(data, root, samples, seed) if data is not None else None
     with progress(quiet or as_json) as say:
         page = run(out, model or DEFAULT_MODELS, domain, data=own, settings=settings, progress=say)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))

@@ -73,17 +73,17 @@ def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed
             raise ExperimentError(
                 f"no domain of {data} is called {domain!r}", ", ".join(known), suggestion(domain, known)
             )
-    return samples.draw(n, seed), domain or ", ".join(samples.domains)
+    return samples, domain or ", ".join(samples.domains)
 
 
 def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
-    """A JSON-lines file, or ``n`` samples of a published set; ``refcocog:200`` says how many by itself."""
+    """``n`` samples of each domain of a JSON-lines file, or of a published set; ``refcocog:200`` says how many."""
     import mech
     from mech.data.hub import names
 
     path, (name, _, count) = Path(data).expanduser(), data.partition(":")
     if path.suffix == ".jsonl" or path.exists():
-        return mech.read_samples(path, root)
+        return mech.read_samples(path, root, n=n, seed=seed)
     if name not in names():
         raise ExperimentError(
             f"--data {data} is neither a file nor a published set", f"a .jsonl file, or one of {', '.join(names())}",

@@ -190,3 +190,23 @@ def test_a_draw_takes_at_most_n_of_each_domain():
     drawn = samples.draw(3, seed=1)
     assert [sample.domain for sample in drawn] == ["grounding"] * 3 + ["pages"] * 2
     assert drawn.digest() == samples.draw(3, seed=1).digest() != samples.draw(3, seed=2).digest()
+
+
+def test_a_draw_from_a_file_opens_no_other_pictures(tmp_path):
+    samples = haystacks("grounding", 6) + haystacks("pages", 2)
+    path = write_samples(samples, tmp_path)
+    part = read_samples(path, n=2, seed=1)
+    assert part.digest() == samples.draw(2, seed=1).digest() and len(part) == 4
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = {sample.id for sample in part}
+    broken = [line if json.loads(line)["id"] in kept else line.replace("images/", "gone/") for line in lines]
+    path.write_text("\n".join(broken), encoding="utf-8")
+    assert read_samples(path, n=2, seed=1).digest() == part.digest()
+    with pytest.raises(InputError, match="4 of 8 lines"):
+        read_samples(path)
+
+
+def test_texts_may_hold_other_separators_of_lines(tmp_path):
+    odd = "first\u2028second\x0bthird\x85"
+    samples = [replace(haystacks("grounding", 1)[0], question=odd)]
+    assert read_samples(write_samples(samples, tmp_path))[0].question == odd

@@ -29,7 +29,7 @@ from PIL import Image
 
 from mech.data.pictures import picture
 from mech.data.regions import Box, Frames, Mask, Pages, Region
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Sample, Samples, drawn
 from mech.errors import InputError, MechError, OutputError, RegionError, suggestion
 
 FIELDS = tuple(one.name for one in fields(Sample))
@@ -37,12 +37,15 @@ REGIONS = ("box", "xywh", "mask", "frames", "pages")
 SHOWN = 8  # bad lines that are told apart
 
 
-def read_samples(path: str | Path, root: str | Path | None = None) -> Samples:
+def read_samples(path: str | Path, root: str | Path | None = None, *, n: int | None = None, seed: int = 0) -> Samples:
     """The samples of a JSON-lines file.
 
     Args:
         path: the file. A sample without ``id`` is called after it and its line, one without ``domain`` after it.
         root: where relative paths begin; the file's folder by default.
+        n: at most that many of each domain, the same as ``read_samples(path).draw(n, seed)`` gives. Pictures of the
+            others are not opened, and only that they are JSON is checked.
+        seed: which.
 
     Raises:
         InputError: lines that cannot be used, each with its number, its field and what was expected.
@@ -50,18 +53,27 @@ def read_samples(path: str | Path, root: str | Path | None = None) -> Samples:
     """
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines(): a text may hold other line separators than the line break.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"{path} cannot be read", "a UTF-8 text file, one JSON object a line", str(error)) from error
     folder = _Folder(Path(root).expanduser() if root is not None else path.parent)
+    wrong: list[tuple[int, _Wrong]] = []
+    records: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                records[number] = _parsed(line)
+        except _Wrong as bad:
+            wrong.append((number, bad))
+    if n is not None:
+        chosen = drawn([str(record.get("domain", path.stem)) for record in records.values()], n, seed)
+        records = {number: record for i, (number, record) in enumerate(records.items()) if i in chosen}
     samples: dict[str, Sample] = {}
     numbers: dict[str, int] = {}
-    wrong: list[tuple[int, _Wrong]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, record in records.items():
         try:
-            sample = _sample(_parsed(line), f"{path.stem}:{number}", path.stem, folder)
+            sample = _sample(record, f"{path.stem}:{number}", path.stem, folder)
             with _at("id"):
                 if sample.id in samples:
                     raise InputError(
@@ -72,10 +84,13 @@ def read_samples(path: str | Path, root: str | Path | None = None) -> Samples:
         except _Wrong as bad:
             wrong.append((number, bad))
     if wrong:
-        raise _report(path, wrong, len(samples))
+        raise _report(path, sorted(wrong, key=lambda one: one[0]), len(samples))
     if not samples:
         raise InputError(f"{path} holds no sample", "one JSON object a line", "see docs/data.md")
     return Samples(list(samples.values()))
+
+
+# --- the parts of a line ----------------------------------------------------------------------------------------------
 
 
 class _Wrong(Exception):

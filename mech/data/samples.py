@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -96,15 +97,21 @@ class Samples(Shown, Sequence[Sample]):
 
     def draw(self, n: int, seed: int = 0) -> "Samples":
         """At most ``n`` samples of each domain, drawn at random, in their order."""
-        chosen: set[int] = set()
-        for domain in self.domains:
-            indices = [i for i, sample in enumerate(self) if sample.domain == domain]
-            chosen.update(random.Random(f"{seed}/{domain}/draw").sample(indices, min(n, len(indices))))
+        chosen = drawn([sample.domain for sample in self], n, seed)
         return Samples([sample for i, sample in enumerate(self) if i in chosen])
 
     def digest(self) -> str:
         """One SHA-256 for the whole list, in its order."""
         return hashlib.sha256("".join(sample.digest() for sample in self).encode()).hexdigest()
+
+
+def drawn(domains: Sequence[str], n: int, seed: int = 0) -> set[int]:
+    """Which of the samples of these domains are drawn, ``n`` of each at most."""
+    chosen: set[int] = set()
+    for domain in dict.fromkeys(domains):
+        indices = [i for i, own in enumerate(domains) if own == domain]
+        chosen.update(random.Random(f"{seed}/{domain}/draw").sample(indices, min(n, len(indices))))
+    return chosen
 
 
 def pictures_of(sample: Sample, frames_per_token: int = 1) -> tuple[Image.Image, ...]:
@@ -114,7 +121,7 @@ def pictures_of(sample: Sample, frames_per_token: int = 1) -> tuple[Image.Image,
 
 def outlines(sample: Sample, frames_per_token: int = 1) -> list[list[float]]:
     """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` over ``pictures_of``; of a mask, the box around it."""
-    found: list[list[float]] = []
+    found: list[list[Any]] = []
 
     def shown(region: Box | Mask) -> int:
         return region.image if region.frame is None else region.frame // frames_per_token

@@ -146,7 +146,7 @@ def _records(
 def _in_file(path: Path) -> list[Mapping[str, Any]]:
     try:
         text = path.expanduser().read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        found = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
         found = json.loads(text) if found is None else found
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read", "a .json list or a .jsonl file of records", str(error)) from error
