@@ -1,11 +1,15 @@
-"""A made-up study folder: plausible numbers in the schema of a real one, for tests of what reads it."""
+"""Made-up results: a study folder in the schema of a real one, and what single views draw, for tests of both."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 from PIL import Image, ImageDraw
 
+from mech.data.regions import Box
+from mech.data.samples import Sample
+from mech.experiments.circuits import Circuit, Edge
 from mech.results import ablation_dataset, looks_dataset, ram_dataset, save
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2)
@@ -200,3 +204,63 @@ def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, 
         shown_ram=[h[2] for h in shown],
     )
     save(dataset, place / "looks.nc")
+
+
+def fabricated_sample():
+    """A question about one picture, with a counterfactual whose evidence is another colour."""
+    pictures = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("#335577", "#775533")]
+    for picture in pictures:
+        ImageDraw.Draw(picture).rectangle((28, 42, 55, 69), fill="#e23b3b", outline="white")
+    box = (Box(28, 42, 56, 70),)
+    other = Sample("Which digit?", "7", images=(pictures[1],), evidence=box)
+    return Sample("Which <digit>?", "5", images=(pictures[0],), evidence=box, id="one", counterfactual=other)
+
+
+def fabricated_circuit():
+    """Evidence -> L0H2 -> an MLP and L1H3 -> logits, with a head that works against the answer."""
+    found = (
+        Edge("L1H3", "logits", 0.9, 0.7, 1.0, 0.001),
+        Edge("L1H0", "logits", -0.2, -0.3, -0.1, 0.01),
+        Edge("L0H2", "L1K3.v", 0.8, 0.6, 0.9, 0.002, "question"),
+        Edge("L0H2", "mlp.0", 0.3, 0.2, 0.4, 0.004, "question"),
+        Edge("mlp.0", "L1H3.q", 0.1, 0.05, 0.15, 0.03, "template"),
+        Edge("embed:evidence", "L0K2.v", 0.9, 0.8, 1.0, 0.001),
+        Edge("embed:picture", "L1H0.q", 0.05, 0.02, 0.08, 0.04),
+    )
+    return Circuit("toy <b>", "logits", "noise", 16, (1, 1), found)
+
+
+def fabricated_grid(direction: str = "denoise") -> xr.Dataset:
+    """Patching over two layers and 4 x 4 cells, the question and the last token, on five examples."""
+    regions = [f"{r},{c}" for r in range(4) for c in range(4)] + ["question", "last"]
+    effect = np.random.default_rng(0).normal(0, 0.02, (5, 2, len(regions)))
+    effect[:, 0, 5] += 0.9
+    effect[:, 1, -1] -= 0.4
+    if direction == "noise":
+        effect = 1 - effect
+    dims = {"example": np.arange(5), "layer": [0, 1], "region": regions}
+    attrs = {"model": "toy", "point": "hook_resid_pre", "direction": direction}
+    return xr.Dataset({"effect": (tuple(dims), effect)}, dims, attrs)
+
+
+def fabricated_attention() -> xr.DataArray:
+    """Attention of three heads in two layers between six groups, one of which tries to end the script."""
+    names = ["<user>", "image 0,0", "image 0,1", "</script><b>", " red", "?"]
+    pattern = np.tril(np.random.default_rng(0).uniform(size=(2, 3, 6, 6)))
+    pattern /= pattern.sum(-1, keepdims=True)
+    dims = {"layer": [0, 3], "head": [0, 1, 2], "query": names, "key": names}
+    return xr.DataArray(pattern, dims, tuple(dims))
+
+
+def fabricated_looks() -> xr.Dataset:
+    """Where two heads look in ``fabricated_sample``: one at the evidence, one at the first token."""
+    size = SIDE // 4
+    rect = np.array([[c * size, r * size, (c + 1) * size, (r + 1) * size] for r in range(4) for c in range(4)], float)
+    attention = np.full((1, 2, 16), 0.01)
+    attention[0, 0, 5], attention[0, 1, 0] = 0.64, 0.3
+    sample = fabricated_sample()
+    facts = {"question": sample.question, "answer": sample.answer, "prediction": "5", "pictures": ["look0_0.png"]}
+    return looks_dataset(
+        attention, rect[None], np.zeros((1, 16), int), [{**facts, "evidence": [[0, 28, 42, 56, 70]]}],
+        shown_layer=[0, 1], shown_head=[2, 3], shown_band=["top", "bottom"], shown_ram=[0.7, 0.01],
+    )  # fmt: skip
