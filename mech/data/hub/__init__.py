@@ -29,7 +29,7 @@ from mech.data.samples import Sample, Samples
 from mech.errors import InputError, MechError, OutputError, suggestion
 
 SOURCES = {one.name: one for part in (grounding, documents, needles, reading) for one in part.SOURCES}
-BUFFER = 1000  # records that a stream is shuffled in, at most
+BUFFER = 200  # records that a stream is shuffled in, at most: a record may hold twenty slides
 
 
 def names() -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def hub_samples(
     Args:
         name: one of ``names()``.
         n: how many samples; fewer where the set has fewer.
-        seed: which; a stream is shuffled in a buffer of at most 1,000 records. It also draws pages and places.
+        seed: which; a stream is shuffled in a buffer of at most 200 records. It also draws pages and places.
         root: the folder with the pictures, for sets that do not hold them.
         records: the records themselves, or a .json or .jsonl file of them, in place of the hub's.
         split: in place of the usual one.
