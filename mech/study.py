@@ -20,6 +20,7 @@ import xarray as xr
 
 from mech import reference
 from mech.data.haystacks import DOMAINS, haystacks
+from mech.data.jsonl import check_domain
 from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
@@ -110,6 +111,9 @@ def study(
         known = data.domains if data is not None else DOMAINS
         if domain not in known:
             raise ExperimentError(f"no domain is called {domain!r}", ", ".join(known), suggestion(domain, known))
+    if lone := [sample.id for sample in data or () if not sample.evidence]:
+        what = f"{len(lone)} samples have no evidence, the first is {lone[0]!r}"
+        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
     given = asdict(settings) | {"data": data.digest() if data is not None else None}
     with Study(folder, given) as place:
         summary: dict[str, Any] = {"schema": 1, "models": {}}
@@ -191,10 +195,7 @@ def samples_of(
                 raise ExperimentError(
                     f"{len(found[domain])} samples of domain {domain!r}", "at least four", "add samples"
                 )
-            if set(domain) & set("/\\") or domain.startswith("."):
-                raise ExperimentError(
-                    f"domain {domain!r}", "a name that can be a folder's", "leave out '/' and a first '.'"
-                )
+            check_domain(domain)
         return {domain: of_it for domain, of_it in found.items() if takes_video or not next(iter(of_it)).video}
     learnt = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
     wanted = tuple(domains or learnt)
