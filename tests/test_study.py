@@ -154,6 +154,12 @@ def test_samples_without_a_counterfactual_are_patched_from_blanked_evidence(tmp_
     assert not right or ("mean colour" in facts["corruption"] and 2 <= facts["n_test"] <= 6)
 
 
+def test_samples_without_evidence_are_refused_before_a_model_is_opened(tmp_path):
+    blind = Samples([replace(sample, evidence=()) for sample in haystacks("grounding", 8)])
+    with pytest.raises(ExperimentError, match="8 samples have no evidence"):
+        study(tmp_path, ["no/such-model"], data=blind, settings=SMALL)
+
+
 def test_a_domain_must_be_a_name_for_a_folder(tmp_path):
     odd = Samples([replace(sample, domain="Report / News") for sample in haystacks("grounding", 8)])
     with pytest.raises(InputError, match="a folder's"):
