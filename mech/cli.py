@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mech import cli_patching, cli_view
+from mech import cli_data, cli_patching, cli_view
 from mech.errors import ExperimentError, MechError, suggestion
 from mech.terminal import (
     AsJson,
@@ -254,6 +254,7 @@ def ablate(
 app.command(epilog=cli_patching.PATCH)(cli_patching.patch)
 app.command(epilog=cli_patching.PATHS)(cli_patching.paths)
 app.command(epilog=cli_view.VIEW)(cli_view.view)
+app.command(epilog=cli_data.DATA)(cli_data.data)
 
 
 @app.command(

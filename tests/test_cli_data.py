@@ -57,3 +57,26 @@ def test_patching_without_counterfactuals_blanks_the_evidence(mech, tmp_path):
     code, out, _ = mech("patch", "--data", str(path), "--samples", "6", "--direction", "noise", "--top", "2", "-q")
     assert code == 0 and "on grounding, evidence blanked: attn.hook_z" in out
     assert out.splitlines()[2].split()[:2] == ["0", "2"]  # the head that reads the colour, as with counterfactuals
+
+
+def test_data_checks_a_file(mech, own, tmp_path):
+    code, out, _ = mech("data", own)
+    assert code == 0 and "every line can be used" in out and "12 Box" in out and "96 x 96" in out
+    code, out, _ = mech("data", own, "--json")
+    found = json.loads(out)
+    assert found["documents"] == {"samples": 2, "pictures": 2, "sizes": ["96 x 96"], "evidence": {"Box": 2},
+                                  "without evidence": 0, "counterfactuals": 2}  # fmt: skip
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "?", "answer": "a"}\n{"question": "?"}\n')
+    code, out, err = mech("data", str(bad))
+    assert code == 2 and not out and "line 1, images" in err and "line 2, answer: missing" in err
+
+
+def test_data_lists_the_published_sets_and_what_is_known_of_one(mech):
+    code, out, _ = mech("data")
+    assert code == 0 and "slidevqa" in out and "lmms-lab/RefCOCOg" in out
+    assert len(json.loads(mech("data", "--json")[1])) == len(out.strip().splitlines()) - 2
+    code, out, _ = mech("data", "visual-cot")
+    assert code == 0 and "assumed" in out and "2403.16999" in out
+    code, _, err = mech("data", "visualcot")
+    assert code == 2 and "use 'visual-cot'" in err

@@ -188,7 +188,7 @@ SOURCES = (
         "evenly over used_segment: most= of them, 32 by default",
         answer="the category of the asked object; interrogative sentences only, the declarative ones have no answer",
         verified="fields from the set's README; begin inclusive and end exclusive from VidOR's format",
-        assumed="the category, without what follows '/' or '_', is an answer that a model would give",
+        assumed="the category, up to a '/', is an answer that a model would give",
         terms="those of VidOR",
         paper="Zhang et al. 2020, arXiv 2001.06891",
     ),
