@@ -12,11 +12,13 @@ from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError
 from mech.experiments.heads import retrieval_attention_mass
 from mech.experiments.nulls import max_t, question_pairs, retrieval_test
+from mech.experiments.ranking import Ranking
 from mech.experiments.scores import Score
+from mech.experiments.stability import agreement
 from mech.model import HookedMLLM
 from mech.reference import planted
 
-ALPHA, RUNS = 0.05, 24
+ALPHA, RUNS, MANY = 0.05, 8, 40
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,33 @@ def test_where_nothing_can_be_retrieved_no_head_is_named_more_often_than_claimed
         model, samples = NULLS[null](trained, list(haystacks("grounding", 16, seed=100 + run)), run)
         rejections += bool(retrieval_test(model, samples, alpha=ALPHA, seed=run).attrs["heads"])
     assert likely(rejections, RUNS), f"{rejections} of {RUNS}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("null", ["random weights", "permuted questions", "shuffled labels"])
+def test_the_rate_is_the_claimed_one_over_many_seeds_of_a_tiny_model(null):
+    """A planted retrieval head finds what it is asked for: only because nothing it finds belongs to its question,
+    or because it is random, may it go unnamed."""
+    key = planted.circuit("roles")
+    model = HookedMLLM.from_hf(key.model, key.processor)
+    rejections = 0
+    for run in range(MANY):
+        other, samples = NULLS[null](model, list(key.samples(14, seed=run)), run)
+        rejections += bool(retrieval_test(other, samples, alpha=ALPHA, seed=run).attrs["heads"])
+    assert likely(rejections, MANY), f"{rejections} of {MANY}"
+
+
+def test_shuffled_heads_agree_with_nothing_more_often_than_claimed():
+    """Heads that lose their names between two rankings overlap as random sets do, however strong they are."""
+    rng, rejections, overlaps = np.random.default_rng(0), 0, []
+    for _ in range(200):
+        mean = rng.exponential(size=(4, 8))
+        shuffled = rng.permutation(mean.ravel()).reshape(mean.shape)
+        found = agreement({"a": Ranking(mean), "b": Ranking(shuffled)}, k=6).sel(ranking="a", other="b")
+        rejections += bool(found["overlap_p"] <= ALPHA)
+        overlaps.append(float(found["jaccard"]))
+    assert likely(rejections, 200)
+    assert np.mean(overlaps) == pytest.approx(float(found["jaccard_null"]), abs=0.03)
 
 
 def test_random_weights_beat_the_size_null_all_the_same(trained):

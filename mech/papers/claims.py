@@ -102,4 +102,4 @@ def published_claims(
         found[name] = KNOWN[name](bench)
         if progress:
             progress(len(found), len(wanted))
-    return Claims(model.name, found)
+    return Claims(str(model.name), found)

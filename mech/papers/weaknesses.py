@@ -119,7 +119,8 @@ def boundary_tags(bench: Bench) -> Point:
         "n_top": k, "right": right,
     }  # fmt: skip
     leaks = of_top.low > 0
-    among = "Put among pictures of other samples, with" if len(bench.test[0].images) == 1 else "With"
+    alone = all(len(sample.images) == 1 for sample in bench.test)
+    among = "Put among pictures of other samples, with" if alone else "With"
     text = (
         f"{among} nothing asked (question 'N/A'), tags change the top heads' mass on the evidence by "
         f"{of_top.mean:+.3f} [{of_top.low:+.3f}, {of_top.high:+.3f}], that of {most} by {float(leak.max()):+.3f}; "
