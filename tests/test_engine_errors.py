@@ -21,7 +21,7 @@ from transformers import (
 from mech.errors import InputError, PointError, UnsupportedModel
 from mech.model import HookedMLLM, loading
 from mech.model.families import PartialSupport
-from mech.reference import tiny
+from mech.reference import tiny, tiny_processors
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,14 @@ def test_no_tokens_and_no_processor(model):
         model("What is this?")
     with pytest.raises(InputError, match="has no processor"):
         model.inputs("What is this?")
+
+
+@pytest.mark.parametrize("other", ["qwen2_5_vl", "llava"])
+def test_a_processor_of_another_model_is_refused_at_once(other):
+    hf, processor = tiny.model("internvl"), tiny_processors.processor(other)
+    with pytest.raises(UnsupportedModel, match=r"belongs to this checkpoint"):
+        HookedMLLM.from_hf(hf, processor)
+    HookedMLLM.from_hf(hf, tiny_processors.processor("internvl"))
 
 
 def test_an_unknown_architecture_opens_with_text_points_where_its_layers_are_written_like_known_ones():
@@ -249,6 +257,7 @@ def test_weights_in_another_format_are_not_opened(folder):
 @pytest.mark.parametrize(
     "size, more, message",
     [
+        ("num_hidden_layers", -1, r"no place for 9 of its weights, first 'model\.language_model\.layers\.2"),
         ("num_hidden_layers", 1, r"no weights for 9 parameters, first 'model\.language_model\.layers\.3"),
         ("intermediate_size", 8, r"weights of .* cannot be opened"),
     ],

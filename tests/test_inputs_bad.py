@@ -178,6 +178,12 @@ def test_a_region_lies_in_an_image_or_in_a_frame():
             make()
 
 
+@pytest.mark.parametrize(("question", "answer"), [(3, ""), (None, ""), ("What?", 7)])
+def test_a_question_and_an_answer_are_text(question, answer):
+    with pytest.raises(InputError, match=r"of type (int|NoneType)\n(.|\n)*Expected: text"):
+        build(tiny_processors.processor("llava"), question, images=[noise(24, 24)], answer=answer)
+
+
 def test_every_refusal_says_what_to_do():
     """Three things in each message: what was given, what was expected, what to do."""
     bad = [

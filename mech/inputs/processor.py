@@ -99,6 +99,23 @@ class Processor:
             video_size=video_size,
         )
 
+    def check_belongs(self, config: Any) -> None:
+        """Refuse a model whose pictures become other tokens.
+
+        Raises:
+            UnsupportedModel: another family, other patches, or another placeholder.
+        """
+        theirs, token = (
+            geometry_of(config, self.image_processor),
+            _placeholder(self.tokenizer, config, "image_token_id"),
+        )
+        for what, own, other in (("geometry", self.geometry, theirs), ("placeholder", self.visual_tokens[0], token)):
+            if own != other:
+                raise UnsupportedModel(
+                    f"a processor with the {what} {own}", f"the model's, {other}",
+                    "load the processor that belongs to this checkpoint",
+                )  # fmt: skip
+
     def visual_token(self, video: bool) -> str:
         """What a visual token of an image, or of a video, is written as."""
         return str(self.visual_tokens[video])

@@ -53,6 +53,8 @@ def build(
         InputError: the question cannot be asked like this; nothing has been computed yet.
     """
     for name, text in (("question", question), ("answer", answer)):
+        if not isinstance(text, str):
+            raise InputError(f"the {name} {text!r} of type {type(text).__name__}", "text", "pass str(...) of it")
         if found := [token for token in processor.special_tokens if token in text]:
             raise InputError(
                 f"the {name} holds the special token {found[0]!r}",

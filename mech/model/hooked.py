@@ -57,6 +57,8 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         self.name = name or hf_model.config.name_or_path or type(hf_model).__name__
         self._source: str | None = None
         self.revision: str | None = None
+        if hasattr(processor, "check_belongs"):
+            processor.check_belongs(hf_model.config)
         self._processor = processor
         self._running = False
         self.narrowed: Any = None  # what ``mech.localize`` made of it, while that is open

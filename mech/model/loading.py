@@ -5,6 +5,7 @@ shards there and whole. Weights are safetensors only; code from a checkpoint is 
 """
 
 import json
+import re
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -149,6 +150,10 @@ def quantized(bits: str, dtype: torch.dtype | str | None) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=wide)
 
 
+def _unnumbered(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".", key)
+
+
 def open_checkpoint(
     name: str | Path,
     *,
@@ -207,6 +212,14 @@ def open_checkpoint(
             f"{source!r} has no weights for {len(absent)} parameters, first {absent[0]!r}",
             "a complete checkpoint: random weights would be interpreted as if they were trained",
             "download it again, or train it to the end",
+        )
+    # The same names under another number: layers that the config does not count.
+    known = {_unnumbered(key) for key in model.state_dict()}
+    if surplus := sorted(key for key in report["unexpected_keys"] if _unnumbered(key) in known):
+        raise UnsupportedModel(
+            f"the config of {source!r} has no place for {len(surplus)} of its weights, first {surplus[0]!r}",
+            "as many layers in config.json as in the weights",
+            "take config.json and weights from the same checkpoint",
         )
     if not placed:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
