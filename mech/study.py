@@ -1,10 +1,11 @@
 """The main job, end to end: which heads retrieve the evidence, are they needed, how sure is that.
 
-For every model and domain a study makes four results and saves each as soon as it is there:
+For every model and domain a study makes five results and saves each as soon as it is there:
 
     ram        where every head looks, on the samples that find heads
     ablation   what happens without bands of them, on other samples, condition by condition
     looks      where the top and the bottom heads look on a few pictures, for the eye
+    scores     the scores of the literature, on the samples that find heads: do they name the same ones?
     causal     does looking mean mattering: every head patched from the counterfactual, sets, and paths
 
 From those come ``summary.json`` (numbers and findings) and ``report.html``. A study that is killed goes on where it
@@ -13,6 +14,7 @@ was when the same command is given again, and ends in the same numbers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,14 @@ from mech.experiments.heads import retrieval_attention_mass
 from mech.experiments.looks import looks
 from mech.experiments.metrics import quiz
 from mech.experiments.ranking import Ranking, rank_heads
-from mech.experiments.summary import above_null, summarise_agreement, summarise_domain, summarise_scales
+from mech.experiments.scores import PUBLISHED, head_scores
+from mech.experiments.summary import (
+    above_null,
+    summarise_agreement,
+    summarise_domain,
+    summarise_scales,
+    summarise_scores,
+)
 from mech.interventions import METHODS, reference_activations
 from mech.model import HookedMLLM
 from mech.results import Study, look_facts, provenance, write_json
@@ -97,8 +106,9 @@ def study(
         OutputError: the folder cannot be written, is in use, or holds a study of other settings or weights.
         ExperimentError: an unknown domain, two models of one name, or too few samples.
 
-    Cost: for each model and domain ``n_find`` forwards for the RAM, as many for the reference activations,
-    ``n_test`` for every condition, and for each of ``n_causal`` samples about three for every head.
+    Cost: for each model and domain ``n_find`` forwards for the RAM, as many for the reference activations, three times
+    as many for the other scores, ``n_test`` for every condition, and for each of ``n_causal`` samples about three for
+    every head.
     """
     from mech.views import report
 
@@ -234,9 +244,27 @@ def one_domain(
         place.put(f"{key}/looks", look_at(place, model, key, test[: settings.n_looks], ranking))
         say(f"{key}: pictures", 1, 1)
     facts = summarise_domain(ranking, ram, place.get(f"{key}/ablation"))
+    facts["scores"] = every_score(place, model, key, find, settings, say)
     if settings.n_causal:
         facts["causal"] = causality(place, model, key, find, test[: settings.n_causal], ranking, say)
     return facts, ranking
+
+
+def every_score(
+    place: Study, model: HookedMLLM, key: str, find: Samples, settings: Settings, say: Progress
+) -> dict[str, Any]:
+    """How far the scores of the literature agree on one model and domain, computed or found."""
+    if not place.done(f"{key}/scores"):
+        options: dict[str, Any] = dict(
+            batch_size=settings.batch_size, seed=settings.seed, progress=partial(say, f"{key}: scores")
+        )
+        try:
+            found = head_scores(model, find, tuple(PUBLISHED), **options)
+        except ExperimentError:  # a model that says nothing has no rows of what it says
+            spoken = [name for name, score in PUBLISHED.items() if score.queries != "generated"]
+            found = head_scores(model, find, spoken, **options)
+        place.put(f"{key}/scores", found)
+    return summarise_scores(place.get(f"{key}/scores"))
 
 
 def causality(
