@@ -59,7 +59,7 @@ def circuit_view(
     panels = "".join(_panel(name, key[name], arrows, ranking, _seen(name, looks, on)) for name in key)
     hint = "<p>Click a part: what it reads, what it writes, where it looks.</p>"
     words = getattr(result, "describe", None)
-    said = words(ranking) if callable(words) else ""
+    said = str(words(ranking)) if callable(words) else ""
     sentences = "".join(f"<p>{escape(line)}</p>" for line in said.splitlines())
     start = f'<div class="part" id="part-{number}-none">{hint}{sentences}</div>'
     title = title or "Circuit"
@@ -91,8 +91,8 @@ def _measured(result: xr.Dataset) -> list[Arrow]:
         effect = 1 - effect  # path patching counts what is left; here what is lost
     values = effect.values.reshape(*effect.shape[:3], -1)
     mean, low, high = mean_interval(values)
-    places = [" at ".join(map(str, at)) for at in _product([effect[dim].values for dim in effect.dims[3:]])]
-    senders, receivers = (effect[axis].values.astype(str) for axis in ("sender", "receiver"))
+    places = [" at ".join(map(str, at)) for at in _product([effect[dim].values.tolist() for dim in effect.dims[3:]])]
+    senders, receivers = (list(map(str, effect[axis].values)) for axis in ("sender", "receiver"))
     named = [receiver.partition(".") for receiver in receivers]
     if _counts(receivers, "H") == _counts(receivers, "K"):  # no sharing: keys and values are their head's own
         named = [(name.replace("K", "H"), dot, through) for name, dot, through in named]

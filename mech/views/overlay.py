@@ -91,18 +91,16 @@ def _given(result: xr.Dataset, on: Any) -> list[list[Any]]:
     given = [on] if isinstance(on, Sample) or not isinstance(on, Sequence) or isinstance(on, str) else list(on)
     if len(facts) == 1 and not any(isinstance(one, Sample) for one in given):
         given = [given]
+    if len(given) != len(facts):
+        raise OutputError(f"{len(given)} samples for {len(facts)} looks", "those it was made from", "pass on=samples")
     sources = []
-    for one, look in zip(given, facts, strict=False):
+    for one, look in zip(given, facts, strict=True):
         count = len(look["pictures"])
-        pace = -(-len(one.video) // count) or 1 if isinstance(one, Sample) else 1
-        sources.append(
-            list(pictures_of(one, pace) if isinstance(one, Sample) else one if isinstance(one, list) else [one])
-        )
-    counts, wanted = [len(one) for one in sources], [len(look["pictures"]) for look in facts]
-    if counts != wanted:
-        raise OutputError(
-            f"{counts} pictures for looks with {wanted}", "the samples it was made from", "pass on=samples"
-        )
+        if isinstance(one, Sample):
+            one = pictures_of(one, -(-len(one.video) // count) or 1)
+        sources.append(list(one) if isinstance(one, list | tuple) else [one])
+        if len(sources[-1]) != count:
+            raise OutputError(f"{len(sources[-1])} pictures for a look with {count}", "all of them", "pass on=samples")
     return sources
 
 

@@ -215,8 +215,8 @@ def _places(
             same = at["image"] == at["image"][i]
             grid = int(at["row"][same].max()) + 1, int(at["col"][same].max()) + 1
             seen[i] = [(owner, cell((int(at["row"][i]), int(at["col"][i])), grid, pictures[owner]))]
-        elif axis == "region" and cells[i] is not None:
-            seen[i] = [(0, cell(cells[i], size, pictures[0]))]
+        elif axis == "region" and (named := cells[i]) is not None:
+            seen[i] = [(0, cell(named, size, pictures[0]))]
         elif axis == "region" and (boxes := _BOX.findall(name)):
             seen[i] = [(int(box[4]) if box[5] == "None" else int(box[5]), [float(v) for v in box[:4]]) for box in boxes]
     lost = [home for places in seen.values() for home, _ in places if home >= len(pictures)]
