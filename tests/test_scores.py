@@ -38,6 +38,7 @@ SCORES = {
     "random": Score(calibrate="random"),
     "shifted": Score("answer", "mean", calibrate="shifted"),
     "answer/null": Score("answer", calibrate="null_question"),
+    "other": Score(calibrate="other_question"),
     "frequency": Score(aggregate="frequency", top=3),
     "all": Score(aggregate="frequency", top=10**6),
     "hits/frequency": Score("last", "hit", "frequency", top=3),
@@ -154,6 +155,11 @@ def slow(model, sample, score, said):
         low = each.mean(-1, keepdims=True) - 2 * each.std(-1, keepdims=True)
         return np.where(each < low, 0, each).sum(-1)
     found = Twin(model, sample, text).score(score)
+    if score.calibrate == "other_question":
+        others = [other.question for other in asked()]
+        found = found - Twin(model, replace(sample, question=others[(others.index(sample.question) + 1) % 3])).score(
+            score
+        )
     if score.calibrate == "null_question":
         found = found - Twin(model, nowhere, text).score(score)
     if score.aggregate == "frequency":
@@ -292,10 +298,15 @@ def test_entropy_is_zero_for_one_place_and_grows_with_places():
 
 
 def test_passes_are_shared_and_are_what_is_run(monkeypatch):
-    assert list(passes("ram")) == [Pass(False, "")]
-    assert list(passes(("ram", "vera", "vision_mass"))) == [Pass(False, "")]
-    assert list(passes(("ram", "visual_retrieval", "mm_retrieval"))) == [Pass(False, "answer"), Pass(True, "")]
-    assert list(passes(tuple(PUBLISHED))) == [Pass(False, "answer"), Pass(False, "generated"), Pass(True, "")]
+    assert list(passes("ram")) == [Pass("question", "")]
+    assert list(passes(("ram", "vera", "vision_mass"))) == [Pass("question", "")]
+    assert list(passes(("ram", "visual_retrieval", "mm_retrieval"))) == [
+        Pass("question", "answer"),
+        Pass("null question", ""),
+    ]
+    assert list(passes(tuple(PUBLISHED))) == [
+        Pass("question", "answer"), Pass("question", "generated"), Pass("null question", ""),
+    ]  # fmt: skip
     runs = []
     forward = HookedMLLM.forward
     monkeypatch.setattr(HookedMLLM, "forward", lambda self, *a, **k: (runs.append(1), forward(self, *a, **k))[1])
@@ -317,7 +328,7 @@ def test_passes_are_shared_and_are_what_is_run(monkeypatch):
     [
         (lambda: Score("questions"), "use 'question'"),
         (lambda: Score(reduce="max"), "reduce='max'"),
-        (lambda: Score(reduce="trimmed", calibrate="size"), "no null but the question"),
+        (lambda: Score(reduce="trimmed", calibrate="size"), "no null but a question"),
         (lambda: Score(on="image", calibrate="shifted"), "all tokens are nowhere else"),
         (lambda: Score(reduce="entropy"), 'on="image"'),
         (lambda: Score(top=1.0), "k=1.0"),
@@ -341,6 +352,7 @@ def test_samples_that_cannot_be_scored_are_refused_before_any_forward(monkeypatc
         ([replace(sample, evidence=())], "ram", "'ram' asks for"),
         ([replace(sample, answer=" ")], "sparse_mm", "no answer"),
         ([every], {"shifted": Score(calibrate="shifted")}, "no room"),
+        ([sample, sample], {"other": Score(calibrate="other_question")}, "2 samples that ask the same"),
     ):
         with pytest.raises(ExperimentError, match=message):
             head_scores(model, samples, scores)

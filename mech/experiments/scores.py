@@ -30,7 +30,7 @@ from mech.experiments.attention_rows import in_batches
 from mech.experiments.heads import Progress
 from mech.experiments.localization import localized
 from mech.experiments.ranking import head_count
-from mech.experiments.scores_named import PUBLISHED, Pass, Score, named_scores, passes
+from mech.experiments.scores_named import NULL, PUBLISHED, QUESTION, Pass, Score, named_scores, passes
 from mech.experiments.scores_reading import Prepared, prepared, read_pass, trimmed
 from mech.model import HookedMLLM
 from mech.results import provenance
@@ -86,7 +86,8 @@ def head_scores(
     rows = _prepared(model, samples, named, plan, batch_size, seed, max_new_tokens)
     parts: dict[str, list[np.ndarray]] = {}
     for _, batch in in_batches(samples, batch_size):
-        found: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+        found: dict[str, Tensor] = {}
+        null: dict[str, Tensor] = {}
         pictures = None
         for step, names in plan.items():
             here = [rows[step][i] for i in batch]
@@ -97,9 +98,10 @@ def head_scores(
             elif len(plan) > 1:
                 inputs, pictures = model.encode_pictures(inputs)
             asked = {name: named[name] for name in names}
-            found[step.null] |= read_pass(model, inputs, here, asked, sink_tau, pictures)
-        for name, value in found[False].items():
-            value = value - found[True][name] if name in found[True] else value
+            own = step.asked == QUESTION
+            (found if own else null).update(read_pass(model, inputs, here, asked, sink_tau, pictures))
+        for name, value in found.items():
+            value = value - null[name] if name in null else value
             if name in named and named[name].reduce == "trimmed":
                 step = next(step for step in plan if name in plan[step])
                 value = trimmed(value, [rows[step][i].evidence for i in batch])
@@ -131,7 +133,7 @@ def _prepared(
         for i, sample in enumerate(samples):
             asked = replace(
                 sample,
-                question=NULL_QUESTION if step.null else sample.question,
+                question={QUESTION: sample.question, NULL: NULL_QUESTION}.get(step.asked) or _another(samples, i),
                 answer=said[i] if step.text == "generated" else sample.answer,
             )
             evidence = sample.evidence if any(score.on == "evidence" for score in scores) else ()
@@ -140,9 +142,20 @@ def _prepared(
     return rows
 
 
+def _another(samples: Samples, i: int) -> str:
+    """The question of the next sample, all around, that asks something else than sample ``i``."""
+    own, rest = samples[i].question, (*samples[i + 1 :], *samples[:i])
+    return next((sample.question for sample in rest if sample.question.strip() != own.strip()), "")
+
+
 def _check(named: Mapping[str, Score], samples: Samples) -> None:
     if not len(samples):
         raise ExperimentError("no samples", "at least one", "pass some")
+    if any(score.calibrate == "other_question" for score in named.values()) and not _another(samples, 0):
+        raise ExperimentError(
+            f"{len(samples)} samples that ask the same", "samples that ask different things",
+            'calibrate by "null_question"',
+        )  # fmt: skip
     needs = (
         ("evidence", lambda score: score.on == "evidence", lambda sample: sample.evidence),
         ("answer", lambda score: score.queries == "answer", lambda sample: sample.answer.strip()),

@@ -14,11 +14,13 @@ from mech.errors import ExperimentError, suggestion
 from mech.experiments.ranking import head_count
 
 OUTPUT = ("answer", "generated")
+QUESTION, NULL, OTHER = "question", "null question", "other question"  # what a pass asks
+SUBTRACTED = {"null_question": NULL, "other_question": OTHER}  # calibrations that cost a pass of their own
 WORDS: dict[str, tuple[str, ...]] = {
     "queries": ("question", "last", *OUTPUT),
     "reduce": ("sum", "mean", "hit", "hit_size", "share", "value_norm", "trimmed", "entropy"),
     "aggregate": ("mean", "frequency"),
-    "calibrate": ("none", "null_question", "size", "random", "shifted", "no_sinks"),
+    "calibrate": ("none", "null_question", "other_question", "size", "random", "shifted", "no_sinks"),
     "on": ("evidence", "image"),
 }
 UNITS = {
@@ -50,7 +52,8 @@ class Score:
             ``localization.py``).
         aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head is among the ``top`` of
             this example, else 0; heads that tie for the last place are out.
-        calibrate: what is subtracted: nothing; the same under ``"null_question"`` ("N/A"); ``"size"``, what attention
+        calibrate: what is subtracted: nothing; the same under ``"null_question"`` ("N/A") or ``"other_question"`` (that
+            of the next sample that asks something else, of this one's picture); ``"size"``, what attention
             spread evenly over visible keys gives (for a hit: an argmax at random); ``"random"``, the mean of regions of
             the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens. Or
             ``"no_sinks"``: keys with massive activations get no attention.
@@ -75,7 +78,7 @@ class Score:
                 )
         head_count(self.top, 10**6)
         for wrong, expected in (
-            (self.reduce == "trimmed" and self.calibrate not in ("none", "null_question"), "no null but the question"),
+            (self.reduce == "trimmed" and self.calibrate not in ("none", *SUBTRACTED), "no null but a question"),
             (self.on == "image" and self.calibrate in ("random", "shifted"), "evidence: all tokens are nowhere else"),
             (
                 self.reduce == "entropy"
@@ -143,13 +146,13 @@ def score_called(name: str) -> Score:
 
 
 class Pass(NamedTuple):
-    """One forward per sample: under the null question or not, and with which text behind the prompt."""
+    """One forward per sample: what is asked, and which text stands behind the prompt."""
 
-    null: bool
+    asked: str
     text: str
 
     def __str__(self) -> str:
-        return ("null question" if self.null else "question") + (f" + {self.text}" if self.text else "")
+        return self.asked + (f" + {self.text}" if self.text else "")
 
 
 def passes(scores: Sequence[str] | Mapping[str, Score]) -> dict[Pass, tuple[str, ...]]:
@@ -160,15 +163,15 @@ def passes(scores: Sequence[str] | Mapping[str, Score]) -> dict[Pass, tuple[str,
     """
     named = named_scores(scores)
     plan: dict[Pass, list[str]] = {}
-    for null in (False, True):
+    for asked in (QUESTION, NULL, OTHER):
         texts = {
             name: score.queries if score.queries in OUTPUT else ""
             for name, score in named.items()
-            if not null or score.calibrate == "null_question"
+            if asked in (QUESTION, SUBTRACTED.get(score.calibrate))
         }
         fullest = next((text for text in OUTPUT if text in texts.values()), "")
         for name, text in texts.items():
-            plan.setdefault(Pass(null, text or fullest), []).append(name)
+            plan.setdefault(Pass(asked, text or fullest), []).append(name)
     return {key: tuple(names) for key, names in plan.items()}
 
 
