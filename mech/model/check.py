@@ -9,7 +9,7 @@
 
 A model is checked before it is believed: that idle logits are transformers' own, that writing a point reaches the
 logits, that padding, generation and geometry are what they say. What it does not do: judge weights or prompts.
-``family_table()`` is the table of families in the README.
+``family_table()`` is the table of families in the documentation.
 """
 
 from collections.abc import Callable, Iterator
