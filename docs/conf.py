@@ -5,6 +5,7 @@ is loaded from elsewhere, which ``frames`` checks at the end.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 project, author, version, release = "mech", "the authors of mech", mech.__version__, mech.__version__
 copyright = f"the authors of mech. Version {release}"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "_parts"]
+exclude_patterns = ["_build", "_parts", "guide.md"]
 nitpicky = True
 # Types of other packages (their inventories could only be had over the network) and of inner modules.
 nitpick_ignore_regex = [("py:.*", r"(?!mech\.[A-Za-z_]+$).*")]
@@ -52,13 +53,14 @@ html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
 
-def notebooks_here(app, docname: str, source: list[str]) -> None:
-    """Links to notebooks, which lie beside ``docs`` in the repository and are copied into it for the build."""
-    source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../../notebooks/", "](../notebooks/")
+def moved(app, docname: str, source: list[str]) -> None:
+    """Links to what lies elsewhere in the repository: notebooks are copied in here, the guide is cut into pages."""
+    text = source[0].replace("](../notebooks/", "](notebooks/").replace("](../../notebooks/", "](../notebooks/")
+    source[0] = re.sub(r"\]\(((?:\.\./)*)guide\.md(#[^)]*)?\)", r"](\1howto/index.md)", text)
 
 
 def setup(app):
-    app.connect("source-read", notebooks_here)
+    app.connect("source-read", moved)
     app.connect("builder-inited", generated.write)
     app.connect("autodoc-process-docstring", generated.readable)
     app.connect("autodoc-process-signature", generated.signature)

@@ -1,7 +1,8 @@
 """Pages that are written from the code when the documentation is built, and docstrings made fit for it.
 
 ``docs/api/*.md`` (every public name, grouped by the package it lives in, each module introduced by its own docstring),
-``docs/families.md``, ``docs/axes.md`` and copies of the notebooks. All of them are git-ignored.
+``docs/howto/*.md`` (the sections of the guide), ``docs/families.md``, ``docs/axes.md`` and copies of the notebooks. All
+of them are git-ignored.
 """
 
 import ast
@@ -17,6 +18,10 @@ from mech import axes
 from mech.model.check import family_table
 
 DOCS = Path(__file__).parent
+HOW_TO = (
+    "A page for each job. Blocks of Python run from page to page, as the tests run them: `docs/guide.md` in one piece."
+)
+CONTINUES = "*Goes on from the pages before: names such as `model`, `find` and `test` were made [there](index.md).*"
 CAUSAL = ("patching", "paths", "circuits", "attribution", "causal", "metrics")
 # First fitting prefix wins: page, title, what stands on it.
 PAGES = (
@@ -47,14 +52,30 @@ STRAY = re.compile(
 def write(app) -> None:
     """All generated pages."""
     folder = _emptied(DOCS / "api")
+    _emptied(DOCS / "howto")
     for page, text in _api().items():
         (folder / f"{page}.md").write_text(text, encoding="utf-8")
     known = family_table() + "\n"
     (DOCS / "families.md").write_text((DOCS / "_parts" / "families.md").read_text("utf-8") + known, "utf-8")
     rows = "".join(f"| `{word}` | {meaning} |\n" for word, meaning in axes.WORDS.items())
     (DOCS / "axes.md").write_text((DOCS / "_parts" / "axes.md").read_text("utf-8") + rows, "utf-8")
+    for page, text in how_tos((DOCS / "guide.md").read_text(encoding="utf-8")).items():
+        (_made(DOCS / "howto") / f"{page}.md").write_text(text, encoding="utf-8")
     for notebook in (DOCS.parent / "notebooks").glob("*.ipynb"):
         shutil.copy(notebook, _made(DOCS / "notebooks") / notebook.name)
+
+
+def how_tos(guide: str) -> dict[str, str]:
+    """A page for each job: the sections of the guide, which stays one file that is run from top to bottom."""
+    _, *sections = re.split(r"^## ", guide, flags=re.MULTILINE)
+    pages = {}
+    for section in sections:
+        title, body = section.split("\n", 1)
+        body = re.sub(r"\]\((?!https?:|#|/)", "](../", body)
+        begun = f"\n{CONTINUES}\n" if pages and "```python" in body else ""
+        pages[re.sub(r"\W+", "-", title.lower()).strip("-")] = f"# {title}\n{begun}{body}"
+    entries = "\n".join(pages)
+    return pages | {"index": f"# How to\n\n{HOW_TO}\n\n```{{toctree}}\n:maxdepth: 1\n\n{entries}\n```\n"}
 
 
 def _api() -> dict[str, str]:
