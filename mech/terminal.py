@@ -3,6 +3,8 @@
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once.
 """
 
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,9 +15,30 @@ from mech.errors import ExperimentError, OutputError, suggestion
 if TYPE_CHECKING:
     from mech.data.samples import Samples
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A reference model, a folder or a hub id.")]
+
+def reference_names(incomplete: str) -> list[str]:
+    """What the tab key offers for a model."""
+    folders = sorted((Path(__file__).parent / "reference" / "weights").glob("*/config.json"))
+    return [name for folder in folders if (name := f"reference:{folder.parent.name}").startswith(incomplete)]
+
+
+def domain_names(incomplete: str) -> list[str]:
+    """What the tab key offers for a domain."""
+    return [name for name in ("grounding", "documents", "pages", "video") if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A reference model, a folder or a hub id.", autocompletion=reference_names),
+]
 Domain = Annotated[
-    str | None, typer.Option("--domain", "-d", help="grounding (the default), documents, pages, video; or of --data.")
+    str | None,
+    typer.Option(
+        "--domain",
+        "-d",
+        help="grounding (the default), documents, pages, video; or of --data.",
+        autocompletion=domain_names,
+    ),
 ]
 Data = Annotated[
     str | None, typer.Option("--data", help="Samples of your own (mine.jsonl), or a published set (refcocog:200).")
@@ -77,7 +100,10 @@ def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed
 
 
 def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
-    """``n`` samples of each domain of a JSON-lines file, or of a published set; ``refcocog:200`` says how many."""
+    """``n`` samples of each domain of a JSON-lines file, or of a published set; ``refcocog:200`` says how many.
+
+    Bad records of a published set are passed over and counted on standard error; bad lines of a file are refused.
+    """
     import mech
     from mech.data.hub import names
 
@@ -91,7 +117,13 @@ def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
         )  # fmt: skip
     if count and not (count.isdigit() and int(count)):
         raise ExperimentError(f"--data {data}", "a number of samples behind the colon", f"write {name}:200")
-    return mech.hub_samples(name, int(count or n), seed, root=root)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        samples = mech.hub_samples(name, int(count or n), seed, root=root, skip_bad=True)
+    for one in said:
+        if str(one.message).startswith(f"{name}:"):
+            print(f"mech: {one.message}", file=sys.stderr)
+    return samples
 
 
 def writable(path: Path) -> Path:

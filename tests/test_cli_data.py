@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from mech.data.haystacks import haystacks
 from mech.data.jsonl_writing import write_samples
@@ -57,6 +58,27 @@ def test_patching_without_counterfactuals_blanks_the_evidence(mech, tmp_path):
     code, out, _ = mech("patch", "--data", str(path), "--samples", "6", "--direction", "noise", "--top", "2", "-q")
     assert code == 0 and "on grounding, evidence blanked: attn.hook_z" in out
     assert out.splitlines()[2].split()[:2] == ["0", "2"]  # the head that reads the colour, as with counterfactuals
+
+
+def test_a_published_set_is_ranked_on_without_its_bad_records(mech, monkeypatch):
+    import datasets
+
+    good = {"answer": ["the red one"], "image": Image.new("RGB", (40, 30), "red"), "bbox": [4.0, 3.0, 20.0, 15.0]}
+    rows = [{**good, "question_id": str(k)} for k in range(4)]
+    rows[2]["bbox"] = [4.0, 3.0, 200.0, 15.0]
+    asked = []
+
+    def local(hub, *given, **options):
+        asked.append(hub)
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    code, out, err = mech("rank", "--data", "refcoco:9", "--json")
+    assert code == 0 and json.loads(out)["domain"] == "refcoco" and asked == ["lmms-lab/RefCOCO"]
+    assert "mech: refcoco: 1 bad records passed over" in err
+    rows = rows[2:3]
+    code, _, err = mech("rank", "--data", "refcoco", "--json")
+    assert code == 2 and "refcoco, record 0 (question_id = '2'), bbox: " in err
 
 
 def test_data_checks_a_file(mech, own, tmp_path):

@@ -88,32 +88,38 @@ def hub_samples(
         given = f"root={str(root)!r} for {name}, which is no folder" if root is not None else f"{name} without root="
         raise InputError(given, row.root or "no root=: the records hold the pictures", "see docs/data.md")
     found: list[Sample] = []
-    bad, without = 0, 0
+    bad: list[MechError] = []
+    without = 0
     for index, fields in _records(row, n, seed, records, split, files):
         record = Record(row, index, fields, folder, most, random.Random(f"{seed}/{name}/{index}"))
         try:
             made = list(row.read(record))
-        except MechError:
-            if not skip_bad:
+        except Exception as error:
+            bad.append(_named(record, error))
+            if skip_bad:
+                continue
+            if bad[0] is error:
                 raise
-            bad += 1
-            continue
-        except Exception as error:  # what no adapter foresaw must name its record too
-            if not skip_bad:
-                given = f"{type(error).__name__}: {error}"
-                raise record.wrong("the record", given, "the published schema") from error
-            bad += 1
-            continue
+            raise bad[0] from error
         without += sum(not sample.evidence for sample in made)
         found += [sample for sample in made if sample.evidence]
         if len(found) >= n:
             break
+    if bad and not found and not without:
+        raise bad[0]
     if bad or without:
-        what = [f"{without} samples without evidence"] * bool(without) + [f"{bad} bad records"] * bool(bad)
+        what = [f"{without} samples without evidence"] * bool(without) + [f"{len(bad)} bad records"] * bool(bad)
         warnings.warn(f"{name}: {' and '.join(what)} passed over. Evidence: {row.evidence}", stacklevel=2)
     if not found:
         raise InputError(f"{name} gave no sample with evidence", row.evidence, f"root: {row.root or 'not needed'}")
     return Samples(_told_apart(found[:n]))
+
+
+def _named(record: Record, error: Exception) -> MechError:
+    """The error itself, or, where no adapter foresaw it, one that names the record."""
+    if isinstance(error, MechError):
+        return error
+    return record.wrong("the record", f"{type(error).__name__}: {error}", "the published schema")
 
 
 def _records(
