@@ -48,6 +48,7 @@ _NAMES = {
     "Study": "mech.results",
     "TokenLayout": "mech.inputs",
     "ablation": "mech.experiments.ablation",
+    "acceleration": "mech.sparse.frontier",
     "activation_patching": "mech.experiments.patching",
     "agreement": "mech.experiments.stability",
     "asking": "mech.interventions.corruption",
@@ -64,6 +65,8 @@ _NAMES = {
     "input_attribution": "mech.experiments.attribution_inputs",
     "intervene": "mech.interventions",
     "key_coverage": "mech.experiments.coverage",
+    "learned_gates": "mech.sparse.gates",
+    "localize_dynamic": "mech.sparse.dynamic",
     "localize": "mech.sparse.localize",
     "logit_attribution": "mech.experiments.logit_attribution",
     "logit_lens": "mech.experiments.lenses",
@@ -171,6 +174,9 @@ if TYPE_CHECKING:
     from mech.papers import published_claims as published_claims
     from mech.papers import tag_leak as tag_leak
     from mech.results import Study as Study
+    from mech.sparse.dynamic import localize_dynamic as localize_dynamic
+    from mech.sparse.frontier import acceleration as acceleration
+    from mech.sparse.gates import learned_gates as learned_gates
     from mech.sparse.localize import localize as localize
     from mech.sparse.policy import Policy as Policy
     from mech.sparse.pruning import prune_heads as prune_heads

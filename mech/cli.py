@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mech import cli_data, cli_patching, cli_view
+from mech import cli_accelerate, cli_data, cli_patching, cli_view
 from mech.errors import ExperimentError, MechError, suggestion
 from mech.terminal import (
     AsJson,
@@ -23,9 +23,11 @@ from mech.terminal import (
     Root,
     Seed,
     chosen,
+    domain_names,
     opened,
     print_table,
     progress,
+    reference_names,
     writable,
 )
 
@@ -38,7 +40,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mechanistic interpretability of multimodal LLMs: which attention heads fetch the visual evidence, "
     "and are they needed?",
+    epilog="Exit codes: 0 done; 1 a check failed; 2 a mistake that can be mended, with what to do; "
+    "130 stopped by Ctrl-C (a study goes on when the same command is given again).",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"mech {version('mech')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands in front of a command."""
 
 
 @app.command(
@@ -48,10 +69,16 @@ app = typer.Typer(
 )
 def study(
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="May be given again. Default: the reference models.")
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="May be given again. Default: the reference models.", autocompletion=reference_names
+        ),
     ] = None,
     domain: Annotated[
-        list[str] | None, typer.Option("--domain", "-d", help="May be given again. Default: all the model knows.")
+        list[str] | None,
+        typer.Option(
+            "--domain", "-d", help="May be given again. Default: all the model knows.", autocompletion=domain_names
+        ),
     ] = None,
     data: Data = None,
     root: Root = None,
@@ -253,6 +280,7 @@ def ablate(
 
 app.command(epilog=cli_patching.PATCH)(cli_patching.patch)
 app.command(epilog=cli_patching.PATHS)(cli_patching.paths)
+app.command(epilog=cli_accelerate.EPILOG)(cli_accelerate.accelerate)
 app.command(epilog=cli_view.VIEW)(cli_view.view)
 app.command(epilog=cli_data.DATA)(cli_data.data)
 

@@ -22,6 +22,7 @@ from mech.views.attention import attention_view
 from mech.views.causal import causal_view
 from mech.views.circuit import circuit_view
 from mech.views.curves import ablation_curves
+from mech.views.frontier import frontier
 from mech.views.heatmap import head_maps, ram_map
 from mech.views.lens import lens_view
 from mech.views.objects import inputs_view, layout_view, sample_view, samples_view
@@ -29,6 +30,7 @@ from mech.views.overlay import looks
 from mech.views.page import View
 from mech.views.patching import attribution_map, patching_grid
 from mech.views.report import report
+from mech.views.sets import retrieval_view, steering_view
 
 __all__ = [
     "View",
@@ -38,6 +40,7 @@ __all__ = [
     "attribution_map",
     "causal_view",
     "circuit_view",
+    "frontier",
     "head_maps",
     "inputs_view",
     "layout_view",
@@ -46,8 +49,10 @@ __all__ = [
     "patching_grid",
     "ram_map",
     "report",
+    "retrieval_view",
     "sample_view",
     "samples_view",
+    "steering_view",
     "transfer_view",
     "view",
 ]
@@ -86,6 +91,12 @@ def _dataset_view(result: xr.Dataset) -> Any:
         return looks
     if "found_on" in dims:
         return transfer_view
+    if "factor" in dims:
+        return steering_view
+    if "reciprocal_rank" in names:
+        return retrieval_view
+    if {"choice", "share"} <= set(map(str, result.variables)):
+        return frontier
     if {"band", "fraction"} <= set(map(str, result.variables)):
         return ablation_curves
     if "word" in names:
