@@ -106,8 +106,11 @@ def _scatter(data: xr.Dataset) -> str:
                 "x": ram[where],
                 "y": lost[where],
                 "text": shown,
-                # Heads with like effects lie side by side: their names take turns above and below.
-                "textposition": [("top center", "bottom center")[turn[tuple(i)]] for i in at],
+                # Beside the interval, into the picture; heads with like effects take turns above and below.
+                "textposition": [
+                    f"{('top', 'bottom')[turn[tuple(i)]]} {'left' if ram[tuple(i)] > 0.8 * ram.max() else 'right'}"
+                    for i in at
+                ],
                 "textfont": {"size": 12},
                 "hovertext": hover,
                 "hovertemplate": "%{hovertext}<extra></extra>",
@@ -155,6 +158,7 @@ def _repair(data: xr.Dataset) -> str:
                 "symmetric": False,
                 "array": high - mean,
                 "arrayminus": mean - low,
+                "color": "@ink",
                 "thickness": 1,
             },
             "hovertemplate": "%{x} heads together: %{y:.1%}<extra></extra>",

@@ -51,7 +51,9 @@
   const say = (element, x, y) => {
     tip.hidden = !element;
     if (!element) return;
-    tip.textContent = element.dataset.tip;
+    const [head, ...lines] = element.dataset.tip.split("\n"), name = document.createElement("b");
+    name.textContent = head;
+    tip.replaceChildren(name, lines.map(line => "\n" + line).join(""));
     tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 4)) + "px";
     tip.style.top = (y + 18 + tip.offsetHeight < innerHeight ? y + 18 : Math.max(4, y - 12 - tip.offsetHeight)) + "px";
   };
