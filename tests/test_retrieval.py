@@ -92,6 +92,9 @@ def test_frames_of_a_video_and_the_table_with_its_tests(qwen):
             if row["band"] != "chance":
                 assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
     assert rows["top"]["p_value"] <= rows["top"]["p_adjusted"] < 0.05 < rows["all"]["p_adjusted"]
+    page = mech.view(found).html()
+    for word in ("hit@1", "MRR", "About 4 frames to choose from", "vision"):
+        assert word in page
     assert rows["top"]["mrr"] > rows["chance"]["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 

@@ -80,3 +80,15 @@ def test_what_cannot_be_steered_is_refused_before_any_forward(trained, monkeypat
         steering(model, test, ranking, **change)
     with pytest.raises(ExperimentError, match="no samples"):
         steering(model, [], ranking)
+
+
+def test_the_curve_shows_itself(trained):
+    model, test, ranking = trained
+    curve = steering(model, test[:3], ranking, factors=(0, 1), n_random=2)
+    page = mech.view(curve).html()
+    for word in ("Heads turned down and up", "logit difference", "top", "bottom", "random", "Sets of 2 heads"):
+        assert word in page
+    one = steering(model, test[:1], ranking, factors=(0, 1), bands=("top",))
+    assert "Sets of 2 heads" in mech.view(one).html(), "one sample has no interval, and a curve all the same"
+    with pytest.raises(ExperimentError, match="accuracy or logit_diff"):
+        steering_table(curve, "accurcy")

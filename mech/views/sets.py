@@ -1,0 +1,119 @@
+"""Sets of heads against each other: steering curves, and how well each finds the evidence.
+
+    steering_view(curve)         # accuracy and logit difference against the factor (``mech.steering``)
+    retrieval_view(found)        # MRR and hit@k of every set, beside the order of chance (``mech.evidence_retrieval``)
+
+Named sets have 95% bootstrap intervals over the samples. Random sets are shown as the range from the lowest to the
+highest draw: what lies inside of it is no effect of the *ranking*.
+"""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.axes import EXAMPLE
+from mech.views.curves import MEASURES
+from mech.views.intervals import mean_interval
+from mech.views.page import View, chart, escape, tabs
+
+COLOURS = {"top": "top", "bottom": "bottom", "random": "random", "vision": "matched", "all": "middle"}
+
+
+def steering_view(result: xr.Dataset, title: str = "Heads turned down and up") -> View:
+    """Curves against the factor, a panel for each measure; the dotted line is the model as it is.
+
+    Args:
+        result: of ``steering``.
+        title: stands above a saved page.
+    """
+    factors, panels = result["factor"].values.astype(float), {}
+    for measure, name in MEASURES.items():
+        if bool(result[measure].isnull().all()):  # no sample has a counterfactual
+            continue
+        traces: list[dict[str, Any]] = []
+        for band, here in _by_band(result[measure]):
+            mean, low, high = _ends(here)
+            colour = f"@{COLOURS.get(band, 'accent')}"
+            line = {
+                "type": "scatter", "mode": "lines+markers", "x": factors, "y": mean, "name": band,
+                "line": {"color": colour, "width": 2}, "marker": {"size": 7, "color": colour},
+                "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
+                "hovertemplate": f"<b>{escape(band)}</b> times %{{x}}<br>%{{text}}<extra></extra>",
+            }  # fmt: skip
+            if len(here) > 1:
+                edge = {"type": "scatter", "mode": "lines", "x": factors, "hoverinfo": "skip", "line": {"width": 0},
+                        "showlegend": False}  # fmt: skip
+                traces += [edge | {"y": low}, edge | {"y": high, "fill": "tonexty", "fillcolor": "@random-soft"}]
+            else:
+                line["error_y"] = _bars(mean, low, high, colour)
+            traces.append(line)
+        layout = {
+            "showlegend": True,
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "margin": {"l": 8, "r": 8, "t": 44, "b": 8},
+            "xaxis": {"title": "factor of the heads' output (1: as it is)"},
+            "yaxis": {"title": name.split(" (")[0]},
+            "shapes": [{"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1,
+                        "line": {"color": "@none", "width": 1.5, "dash": "dot"}}],
+        }  # fmt: skip
+        panels[measure.replace("logit_diff", "logit difference")] = chart(
+            traces, layout, height=340, label=f"{name} against the factor of the heads' output"
+        )
+    count = result.attrs.get("n_heads", "")
+    body = f'<h3>{escape(title)}</h3><p class="soft">Sets of {count} heads.</p>{tabs(panels, "measure")}'
+    return View(title, body, height=470)
+
+
+def retrieval_view(result: xr.Dataset, title: str = "Evidence found by where heads look") -> View:
+    """A panel for MRR and for every hit@k: a bar for each set, the dotted line is an order by chance.
+
+    Args:
+        result: of ``evidence_retrieval``.
+        title: stands above a saved page.
+    """
+    measures = {"MRR": (result["reciprocal_rank"], result["chance_rr"])}
+    measures |= {f"hit@{k}": (result["hit"].sel(k=k), result["chance_hit"].sel(k=k)) for k in result["k"].values}
+    panels = {}
+    for name, (value, by_chance) in measures.items():
+        bands, ends = zip(*((band, _ends(here)) for band, here in _by_band(value)), strict=True)
+        mean, low, high = (np.array([float(end[i]) for end in ends]) for i in range(3))
+        bars = {
+            "type": "bar", "x": list(bands), "y": mean,
+            "marker": {"color": [f"@{COLOURS.get(band, 'accent')}" for band in bands]},
+            "error_y": _bars(mean, low, high, "@ink"),
+            "text": [f"{m:.0%} [{a:.0%}, {b:.0%}]" for m, a, b in zip(mean, low, high, strict=True)],
+            "textposition": "none", "hovertemplate": "<b>%{x}</b><br>%{text}<extra></extra>",
+        }  # fmt: skip
+        chance = float(by_chance.mean())
+        layout = {
+            "xaxis": {"title": "set of heads"},
+            "yaxis": {"title": name, "range": [0, 1.02], "tickformat": ".0%"},
+            "shapes": [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": chance, "y1": chance,
+                        "line": {"color": "@none", "width": 1.5, "dash": "dot"}}],
+        }  # fmt: skip
+        panels[name] = chart([bars], layout, height=300, label=f"{name} of every set of heads; by chance {chance:.2f}")
+    what, n = result.attrs.get("over", "candidates"), int(result["n_candidates"].mean())
+    note = f'<p class="soft">About {n} {escape(what)} to choose from; dotted: chance.</p>'
+    return View(title, f"<h3>{escape(title)}</h3>{note}{tabs(panels, 'measure')}", height=440)
+
+
+def _by_band(value: xr.DataArray) -> list[tuple[str, np.ndarray]]:
+    """Values [set, ..., example] of every band, in the order in which they come."""
+    names = value["band"].values.astype(str)
+    whole = value.transpose("set", ..., EXAMPLE).values
+    return [(band, whole[names == band]) for band in dict.fromkeys(names.tolist())]
+
+
+def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and interval over samples of one set; median, lowest and highest of several."""
+    if len(values) > 1:
+        drawn = values.mean(-1)
+        return np.median(drawn, axis=0), drawn.min(0), drawn.max(0)
+    mean, low, high = mean_interval(np.moveaxis(values[0], -1, 0))
+    return mean, np.where(np.isnan(low), mean, low), np.where(np.isnan(high), mean, high)  # one sample has no interval
+
+
+def _bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> dict[str, Any]:
+    return {"type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low, "color": colour,
+            "thickness": 1, "width": 4}  # fmt: skip
