@@ -85,6 +85,7 @@ def paths(
         Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
     ] = None,
     seed: Seed = 0,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Path patching: through which paths heads and MLPs act, with what lies between held fixed."""
@@ -96,10 +97,12 @@ def paths(
     pairs, called = _paired(hooked, some, called)
     every = [f"L{layer}H{head}" for layer in hooked.cfg.attention_layers for head in range(hooked.cfg.n_heads)]
     frozen = tuple(freeze or ("attention", "mlp"))
-    found = mech.path_patching(
-        hooked, list(pairs), None, _difference(pairs), senders=sender or every, freeze=frozen, direction=direction,
-        receivers="logits" if receiver in (None, ["logits"]) else receiver,
-    )  # fmt: skip
+    with progress(quiet or as_json) as say:
+        found = mech.path_patching(
+            hooked, list(pairs), None, _difference(pairs), senders=sender or every, freeze=frozen, direction=direction,
+            receivers="logits" if receiver in (None, ["logits"]) else receiver,
+            progress=lambda i, n: say("samples", i, n),
+        )  # fmt: skip
     _print_effects(found, f"{model} on {called}: {', '.join(frozen)} held, {direction}", target, top, as_json)
 
 

@@ -1,6 +1,10 @@
 """The command line: help at once, errors in three lines, numbers as JSON."""
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -14,13 +18,47 @@ import pytest
         ["ablate", "--help"],
         ["patch", "--help"],
         ["paths", "--help"],
+        ["view", "--help"],
+        ["check", "--help"],
+        ["data", "--help"],
     ],
 )
-def test_help_is_printed(mech, words):
+def test_help_is_printed_with_examples(mech, words):
     code, out, _ = mech(*words)
     assert code == 0 and "Usage" in out
     if len(words) == 2:
-        assert f"mech {words[0]}" in out and "-m" in out
+        examples = out.rpartition("╯")[2]  # below the options
+        assert f"mech {words[0]}" in examples
+    else:
+        assert "130 stopped by Ctrl-C" in out
+
+
+def test_the_version_is_that_of_the_package(mech):
+    code, out, _ = mech("--version")
+    assert code == 0 and out.split() == ["mech", version("mech")]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("mech rank -m ref", "reference:llava-s"),
+        ("mech study -d vi", "video"),
+        ("mech ab", "ablate"),
+        ("mech patch --dir", "--direction"),
+    ],
+)
+def test_the_tab_key_offers_commands_options_models_and_domains(words, offered):
+    bar = {"_MECH_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    code = "import sys; sys.argv = ['mech']; from mech.cli import main; main()"
+    shown = subprocess.run([sys.executable, "-c", code], env={**os.environ, **bar}, capture_output=True, text=True)
+    assert offered in shown.stdout.split()
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_progress_is_on_standard_error_and_absent_when_quiet(mech, quiet):
+    code, out, err = mech("paths", "--samples", "1", "--sender", "L0H2", *["--quiet"] * quiet)
+    assert code == 0 and "L0H2" in out and "1/1" not in out
+    assert ("1/1" in err) != quiet
 
 
 @pytest.mark.parametrize(

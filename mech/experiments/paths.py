@@ -21,7 +21,7 @@ What it does not do: find which paths to ask for (``circuits.trace_circuit``), n
 (``attribution_edges.edge_attribution``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ def path_patching(
     receiver_regions: Mapping[str, Where] | None = None,
     direction: str = "denoise",
     method: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """The metric after each path is switched, and how far it went from the corrupted run's (0) to the clean run's (1).
 
@@ -92,6 +93,7 @@ def path_patching(
         receiver_regions: several such places by name: a dimension ``receiver_region``.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
         method: ``"walk"`` and ``"literal"`` force an algorithm; both give the same.
+        progress: called with (pairs of runs done, pairs in all).
 
     Returns:
         ``effect`` and ``metric`` over (example, sender, receiver), then the regions asked for; ``clean`` and
@@ -137,6 +139,8 @@ def path_patching(
     for pair, (froms, tos) in zip(switched, parts, strict=True):
         pair.run(nodes, method)
         values.append(pair.metric(froms, tos, held))
+        if progress:
+            progress(len(values), len(pairs))
     froms, tos = parts[0]
     shape = (len(sending), len(places), len(receiving), len(ends))
     raw = torch.cat(values).double().cpu().numpy()
