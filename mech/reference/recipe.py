@@ -38,11 +38,11 @@ class Recipe:
     keep: tuple[int, ...] = field(default=(), repr=False)
     start: str = ""
     longest: int = 0
+    # Rotations slow enough that half of a head's sixteen dimensions can match content at any distance in the scene.
+    rope_theta: float = 1e6
 
 
-# Rotations slow enough that half of a head's sixteen dimensions can match content at any distance, and weights large
-# enough that attention is not even at first. Neither was varied alone over a whole training.
-_ROPE = dict(rope_type="default", rope_theta=1e6)
+# Weights large enough that attention is not even at first.
 _TEXT = dict(max_position_embeddings=2048, hidden_size=128, intermediate_size=256, head_dim=16, initializer_range=0.06)
 _CLIP = dict(image_size=96, patch_size=16, hidden_size=96, intermediate_size=256, num_attention_heads=4)
 _QWEN_VISION = dict(
@@ -77,8 +77,9 @@ RECIPES = {
         text=dict(_QWEN_S.text, max_position_embeddings=8192),
         start="qwen-s",
         longest=2304,
+        rope_theta=1e8,  # slower still, for longer distances, as in arXiv 2308.12950
         tower_steps=0,
-        steps=300,
+        steps=400,
         peak_rate=1e-3,
         seed=2,
         weights={"grounding": 0.3, "documents": 0.3},
@@ -181,12 +182,13 @@ def untrained(recipe: Recipe, words) -> Any:
     pad, end = _SPECIAL[recipe.family][:2]
     text = dict(recipe.text, vocab_size=len(words), pad_token_id=ids[pad],
                 eos_token_id=ids[end], bos_token_id=None, tie_word_embeddings=True)  # fmt: skip
+    rope = dict(rope_type="default", rope_theta=recipe.rope_theta)
     torch.manual_seed(recipe.seed)
     if recipe.family == "llava":
         config = LlavaConfig(
             tie_word_embeddings=True,
             vision_config=CLIPVisionConfig(**recipe.vision),
-            text_config=LlamaConfig(**text, rope_parameters=_ROPE),
+            text_config=LlamaConfig(**text, rope_parameters=rope),
             image_token_index=ids["<image>"],
             image_seq_length=(recipe.vision["image_size"] // recipe.vision["patch_size"]) ** 2,
             # The last layer: in a tower of three, LLaVA's usual -2 would leave a third of it without a reader.
@@ -197,11 +199,10 @@ def untrained(recipe: Recipe, words) -> Any:
         # not learned.
         torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=1.0)
     else:
-        rope = dict(_ROPE, mrope_section=[4, 2, 2])
         config = Qwen2_5_VLConfig(
             tie_word_embeddings=True,
             vision_config=dict(recipe.vision),
-            text_config=dict(text, rope_parameters=rope),
+            text_config=dict(text, rope_parameters=dict(rope, mrope_section=[4, 2, 2])),
             image_token_id=ids["<|image_pad|>"],
             video_token_id=ids["<|video_pad|>"],
             vision_start_token_id=ids["<|vision_start|>"],
