@@ -20,7 +20,9 @@ STYLE = re.compile(r'style="[^"]*height:(\d+)px[^"]*"')
 ELSEWHERE = re.compile(r'<(?:script|link|img|iframe)[^>]*\s(?:src|href)="(?:https?:)?//[^"]*"')
 SHARED = '<script src="../_static/plotly.js"></script><script>mechStart()</script>'
 TELL = """<script>
-new ResizeObserver(() => parent.postMessage({ mechHeight: document.body.scrollHeight }, "*")).observe(document.body);
+const tell = () => parent.postMessage({ mechHeight: document.body.offsetHeight }, "*");
+new ResizeObserver(tell).observe(document.body);
+addEventListener("message", tell);
 </script>"""
 
 

@@ -1,6 +1,8 @@
-// Views tell how high they are.
+// Views tell how high they are; those that did before this script was there are asked.
+const frames = () => [...document.querySelectorAll("iframe.mech")];
 addEventListener("message", event => {
   if (!event.data || !event.data.mechHeight) return;
-  const frame = [...document.querySelectorAll("iframe.mech")].find(frame => frame.contentWindow === event.source);
+  const frame = frames().find(frame => frame.contentWindow === event.source);
   if (frame) frame.style.height = Math.ceil(event.data.mechHeight) + 2 + "px";
 });
+frames().forEach(frame => frame.contentWindow.postMessage("how high?", "*"));
