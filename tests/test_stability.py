@@ -117,6 +117,10 @@ def test_rankings_of_different_models_or_without_examples_are_refused():
         agreement({"a": ranking, "bare": bare}, n_resamples=10)
     with pytest.raises(ExperimentError, match="None examples"):
         sample_curve(bare)
+    single = rank_heads(scores(n=1))
+    with pytest.raises(ExperimentError, match="1 example\nExpected: at least two"):
+        agreement({"a": single, "b": single}, n_resamples=10)
+    assert float(agreement({"a": single, "b": single})["spearman"][0, 1]) == 1  # without an interval one is enough
 
 
 def test_more_samples_agree_better_and_halves_are_disjoint():
