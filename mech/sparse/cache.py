@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from mech.errors import UnsupportedModel
 from mech.model import AttentionCall
-from mech.sparse.kernels import Keys, Part, Plan, dense_heads, fused, merged_heads, near_heads
+from mech.sparse.kernels import Keys, Plan, dense_heads, fused, near_heads, take
 from mech.sparse.masks import Near
 
 
@@ -310,39 +310,46 @@ class SplitLayer(WholeLayer):
             )  # fmt: skip
         assert self._cache.near is not None
         near, plan = self._cache.near.to(call.q.device).of_batch(len(call.q)), self._plan.to(call.q.device)
-        parts, one = [], call.q.shape[2] == 1
         linear, self.linear = self.linear, {}
-        inside = [torch.searchsorted(plan.whole, part.groups) for part in (plan.dense, plan.mixed)]
-        if len(plan.whole) and one:
-            k, v, mask = self.dense.now(call.mask)
-            heads = plan.packed.flatten()
-            parts.append(fused(call, call.q[:, heads], k, v, mask, heads, dropout=dropout)[:, plan.slots])
-        elif len(plan.whole):
-            k, v, start = linear["dense"]
+        one, parts = call.q.shape[2] == 1, []
+        if len(plan.whole):
+            parts.append(self._whole_heads(call, near, plan, linear.get("dense"), dropout))
+        if self.local is not None:
+            mine = take(call, plan.local_heads)
+            if one:
+                parts.append(fused(mine, mine.q, *self.local.now(call.mask), dropout=dropout))
+            else:
+                parts.append(near_heads(mine, Keys(*linear["local"], *self.local.pinned), near, None, dropout))
+        return torch.cat(parts, dim=1)[:, plan.inverse].transpose(1, 2)
+
+    def _whole_heads(
+        self, call: AttentionCall, near: Near, plan: Plan, linear: tuple[Tensor, Tensor, int] | None, dropout: float
+    ) -> Float[Tensor, "batch head pos d_head"]:
+        """The heads of groups that are kept whole: dense ones, and local ones beside them."""
+        if linear is None:
+            packed = take(call, plan.packed.flatten())
+            z = fused(packed, packed.q, *self.dense.now(call.mask), dropout=dropout)[:, plan.slots]
+        else:
+            k, v, start = linear
             own = replace(call, mask=None if call.mask is None else call.mask[..., start:])
-            parts.append(dense_heads(own, k[:, inside[0]], v[:, inside[0]], plan.dense.heads, dropout))
-        if self.local is not None and one:
-            k, v, mask = self.local.now(call.mask)
-            heads = plan.shared.heads
-            parts.append(fused(call, call.q[:, heads], k, v, mask, heads, dropout=dropout))
-        elif self.local is not None:
-            part = Part(plan.shared.heads, torch.arange(len(plan.shared.groups), device=call.q.device))
-            parts.append(near_heads(call, Keys(*linear["local"], *self.local.pinned), part, near, dropout))
-        if len(plan.mixed.heads):
-            keys = Keys.of(*(self.dense.ordered() if one else linear["dense"]), near)
-            parts.append(near_heads(call, keys, Part(plan.mixed.heads, inside[1]), near, dropout))
-        return merged_heads(parts, plan)
+            groups = torch.searchsorted(plan.whole, plan.dense_groups)
+            z = dense_heads(take(own, plan.dense), k[:, groups], v[:, groups], dropout)
+        if not plan.mixed.any():
+            return z
+        keys = Keys.of(*(linear or self.dense.ordered()), near)
+        every = near_heads(take(call, plan.whole_heads), keys, near, None, dropout)
+        return every.index_copy(1, (~plan.mixed).nonzero().flatten(), z)
 
     def _start(self, near: Near) -> None:
         if self.split:
             return
         self.split = True
         self.dense = Grown() if self._own is None else Ring(self._own, None)
-        if len(self._plan.shared.heads):
+        if len(self._plan.local):
             self.local = Ring(min(near.policy.window, self._own or near.policy.window), near)
 
     def _take(self, k: Tensor, v: Tensor, read: bool) -> None:
-        groups = {"dense": self._plan.whole, "local": self._plan.shared.groups}
+        groups = {"dense": self._plan.whole, "local": self._plan.local}
         for name, store in (("dense", self.dense), ("local", self.local)):
             if store is None or not len(groups[name]):
                 continue

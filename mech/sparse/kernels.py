@@ -1,19 +1,18 @@
 """Attention in which some heads look at everything and the others nearby: what a layer's heads cost where they are.
 
-    z = by_definition(call, near, dense)     # every head over every key, under its own mask: the slow twin
-    z = split_heads(call, near, plan)        # dense heads in one call, local ones block by block
+    z = split_heads(call, near, plan)        # dense heads in one call, local ones nearby
+    z = by_definition(call, near, dense)     # every head over every key, under a mask of its own: the slow twin
 
-Heads are put in an order once for each layer (``Plan``), so that those of one kind are one tensor: dense heads; local
-heads whose whole KV group is local, which share keys; local heads beside a dense one, which get their own copy of the
-few keys they see. Local heads go through the prompt in blocks of query rows: a block of ``BLOCK`` rows sees the pinned
-keys and the window's ``window + BLOCK - 1`` keys, a small tensor for the fused kernel, so nothing of size S x S is
-made and the work is linear in S.
+Nothing of size S x S is made, and the work of a local head is linear in S. Without padding, its rows beyond the first
+window take the fused kernel over overlapping views of the keys, ``BLOCK`` rows to a view and no key copied, and once
+more over the sinks; the two are merged by their log-sum-exp (``_windowed``). Everything else (padding, sliding windows,
+images that see themselves both ways, a softcap, text that is kept, gradients) goes block by block through that kernel,
+under a mask of the block (``_block``).
 
-On a GPU in half precision, without padding, local heads take the flash kernel's own window and get the pinned keys
-merged in by log-sum-exp (``windowed``). That path has not been run: no GPU was at hand. What merges is tested.
+On a GPU in half precision the flash kernel's own window takes the place of the views (``_windowed_on_gpu``). That
+function has not been run: no GPU was at hand.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,62 +23,67 @@ from torch import Tensor, nn
 from mech.model.attention import AttentionCall, LayerRecord, stepwise
 from mech.sparse.masks import Near
 
-BLOCK = {"cpu": 128, "cuda": 1024}  # query rows at once: a small block wastes less, a large one starts fewer kernels
+BLOCK = {"cpu": 64, "cuda": 1024}  # query rows at once: a small block wastes less, a large one starts fewer kernels
 _SILENT = LayerRecord.idle()
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Heads that are computed in one call, and the key/value heads they read, one for each or one for several."""
-
-    heads: Int[Tensor, " head"]
-    groups: Int[Tensor, " kv_head"]
-
-    def to(self, device: torch.device) -> "Part":
-        return Part(self.heads.to(device), self.groups.to(device))
-
-
-@dataclass(frozen=True, eq=False)
 class Plan:
-    """The heads of a layer in the order in which they are computed.
+    """The heads of a layer in the order in which they are computed. Worked out once.
 
     Attributes:
-        dense: query heads that attend to everything, each with its key/value head.
-        shared: local query heads of groups that are local as a whole.
-        mixed: local query heads beside a dense one, each with its key/value head.
-        whole: key/value heads that a dense head reads.
-        packed: dense heads by key/value head in ``whole``, filled up by repeating one: for a single query row, whose
-            heads are the rows of one call that copies no key.
+        dense: query heads that attend to everything.
+        dense_groups: the key/value head that each of them reads.
+        whole: key/value heads that some dense head reads.
+        whole_heads: all query heads of these.
+        packed: dense heads by key/value head in ``whole``, filled up by repeating one: for a single query row, where
+            the heads of a group are rows of one call and no key is copied.
         slots: where each dense head stands in ``packed``.
-        inverse: where each query head stands in dense, shared, mixed.
+        local: key/value heads that only local heads read.
+        local_heads: all query heads of these.
+        mixed: which of ``whole_heads`` are local.
+        near: key/value heads whose query heads are computed as local in a prompt: all of them unless many are dense
+            throughout, for picking copies keys.
+        near_heads: all query heads of these.
+        inverse: where each query head stands in ``whole_heads`` and ``local_heads``.
     """
 
-    dense: Part
-    shared: Part
-    mixed: Part
+    dense: Int[Tensor, " head"]
+    dense_groups: Int[Tensor, " head"]
     whole: Int[Tensor, " kv_head"]
+    whole_heads: Int[Tensor, " head"]
     packed: Int[Tensor, "kv_head head"]
     slots: Int[Tensor, " head"]
+    local: Int[Tensor, " kv_head"]
+    local_heads: Int[Tensor, " head"]
+    mixed: Bool[Tensor, " head"]
+    near: Int[Tensor, " kv_head"]
+    near_heads: Int[Tensor, " head"]
     inverse: Int[Tensor, " head"]
 
     @classmethod
     def of(cls, dense: Bool[Tensor, " head"], n_groups: int) -> "Plan":
-        group_of = torch.arange(len(dense)) // (len(dense) // n_groups)
-        whole = dense.reshape(n_groups, -1).any(1)
-        parts = dense, ~dense & ~whole[group_of], ~dense & whole[group_of]
-        heads = [part.nonzero().flatten() for part in parts]
-        counts = dense.reshape(n_groups, -1).sum(1)[whole]
-        place = torch.arange(int(counts.max()) if len(counts) else 0)
-        ends = counts.cumsum(0)
-        packed = heads[0][torch.minimum(ends[:, None] - counts[:, None] + place, ends[:, None] - 1)]
+        """The plan of a layer's heads, of which some are dense."""
+        by_group = dense.reshape(n_groups, -1)
+        heads = torch.arange(len(dense)).reshape(n_groups, -1)
+        whole, throughout = by_group.any(1), by_group.all(1)
+        near = torch.ones_like(whole) if throughout.sum() * 4 < n_groups else ~throughout
+        counts = by_group.sum(1)[whole]
+        ends, place = counts.cumsum(0)[:, None], torch.arange(int(counts.max()) if len(counts) else 0)
+        listed = _places(dense)
         return cls(
-            Part(heads[0], group_of[heads[0]]),
-            Part(heads[1], (~whole).nonzero().flatten()),
-            Part(heads[2], group_of[heads[2]]),
-            whole.nonzero().flatten(),
-            packed,
-            (place < counts[:, None]).flatten().nonzero().flatten(),
-            torch.argsort(torch.cat(heads)),
+            dense=listed,
+            dense_groups=listed // heads.shape[1],
+            whole=_places(whole),
+            whole_heads=heads[whole].flatten(),
+            packed=listed[torch.minimum(ends - counts[:, None] + place, ends - 1)],
+            slots=_places((place < counts[:, None]).flatten()),
+            local=_places(~whole),
+            local_heads=heads[~whole].flatten(),
+            mixed=~by_group[whole].flatten(),
+            near=_places(near),
+            near_heads=heads[near].flatten(),
+            inverse=torch.argsort(torch.cat([heads[whole].flatten(), heads[~whole].flatten()])),
         )
 
     def to(self, device: torch.device) -> "Plan":
@@ -91,7 +95,12 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """Keys and values in the order of their positions, from ``start`` on, and pinned ones wherever they are."""
+    """Keys and values in the order of their positions, from ``start`` on, and pinned ones wherever they are.
+
+    Attributes:
+        pins: positions of the pinned keys of every row, -1 where there is none.
+        mask_start: the position that the first column of the layer's mask is for.
+    """
 
     k: Float[Tensor, "batch kv_head key d_head"]
     v: Float[Tensor, "batch kv_head key d_head"]
@@ -99,23 +108,15 @@ class Keys:
     pins: Int[Tensor, "batch pin"]
     pinned_k: Float[Tensor, "batch kv_head pin d_head"]
     pinned_v: Float[Tensor, "batch kv_head pin d_head"]
-    mask_start: int = 0  # the position of the mask's first column
+    mask_start: int = 0
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, start: int, near: Near, mask_start: int = 0) -> "Keys":
         """Those of tensors that hold every pinned key that is still seen."""
         pins = near.pins(start + k.shape[2])
         at = (pins - start).clamp(min=0)[:, None, :, None]
-        pinned = [x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v)]
-        return cls(k, v, start, pins.masked_fill(pins < start, -1), pinned[0], pinned[1], mask_start)
-
-    def window(self, groups: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Pinned keys and those from position ``first`` to ``stop``, and their values, for some heads."""
-        found = []
-        for pinned, x in ((self.pinned_k, self.k), (self.pinned_v, self.v)):
-            piece = x[:, :, first - self.start : stop - self.start]
-            found.append(torch.cat([pinned[:, groups], piece[:, groups]], dim=2))
-        return found[0], found[1]
+        pinned_k, pinned_v = (x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v))
+        return cls(k, v, start, pins.masked_fill(pins < start, -1), pinned_k, pinned_v, mask_start)
 
 
 def start_of(call: AttentionCall) -> int:
@@ -126,88 +127,164 @@ def start_of(call: AttentionCall) -> int:
 def by_definition(
     call: AttentionCall, near: Near, dense: Bool[Tensor, " head"], dropout: float = 0.0
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Every head over every key, under a mask of its own, ``BLOCK`` rows at a time."""
+    """Every head over every key, under a mask of its own, some rows at a time."""
     keys = start_of(call) + torch.arange(call.k.shape[2], device=call.q.device)
     plain, parts = replace(call, narrow=None), []
-    every = torch.arange(call.q.shape[1], device=call.q.device)
-    for rows in torch.arange(call.q.shape[2], device=call.q.device).split(BLOCK["cpu"]):
-        seen = near.heads(call.query_start + rows, keys, dense)
-        mask = call.mask if call.mask is None else call.mask[:, :, rows, : call.k.shape[2]]
-        seen = seen & plain.visible(rows)
-        if mask is not None and mask.dtype != torch.bool:
-            seen = mask.masked_fill(~seen, float("-inf"))
-        parts.append(fused(call, call.q[:, :, rows], call.k, call.v, seen, every, dropout=dropout))
+    for rows in torch.arange(call.q.shape[2], device=call.q.device).split(128):
+        seen = near.heads(call.query_start + rows, keys, dense) & plain.visible(rows)
+        if call.mask is not None and call.mask.dtype != torch.bool:
+            seen = call.mask[:, :, rows, : len(keys)].masked_fill(~seen, float("-inf"))
+        parts.append(fused(call, call.q[:, :, rows], call.k, call.v, seen, dropout=dropout))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def split_heads(
     call: AttentionCall, near: Near, plan: Plan, dropout: float = 0.0
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Dense heads in one call, local ones block by block; the call holds every key."""
-    heads, groups = plan.dense.heads, plan.dense.groups
-    parts = []
-    if len(heads):
-        parts.append(dense_heads(call, call.k[:, groups], call.v[:, groups], heads, dropout))
-    keys = Keys.of(call.k, call.v, start_of(call), near, start_of(call))
-    parts += [near_heads(call, keys, part, near, dropout) for part in (plan.shared, plan.mixed) if len(part.heads)]
-    return merged_heads(parts, plan)
+    """Dense heads in one call, local ones nearby; the call holds every key."""
+    batch, n_heads, rows, _ = call.q.shape
+    z = call.q.new_empty(batch, rows, n_heads, call.v.shape[3])
+    few = len(plan.near_heads) < n_heads
+    near_call = take(call, plan.near_heads) if few else call
+    k, v = (call.k[:, plan.near], call.v[:, plan.near]) if few else (call.k, call.v)
+    out = z[:, :, plan.near_heads] if few else z
+    near_heads(near_call, Keys.of(k, v, start_of(call), near, start_of(call)), near, out.transpose(1, 2), dropout)
+    if few:
+        z = z.index_copy(2, plan.near_heads, out)
+    if len(plan.dense):
+        k, v = call.k[:, plan.dense_groups], call.v[:, plan.dense_groups]
+        z = z.index_copy_(2, plan.dense, dense_heads(take(call, plan.dense), k, v, dropout).transpose(1, 2))
+    return z
 
 
-def merged_heads(
-    parts: Sequence[Float[Tensor, "batch head pos d_head"]], plan: Plan
-) -> Float[Tensor, "batch pos head d_head"]:
-    """z of all heads, from its parts in the order of the plan."""
-    return torch.cat(list(parts), dim=1).transpose(1, 2).index_select(2, plan.inverse)
+def take(call: AttentionCall, heads: Int[Tensor, " head"]) -> AttentionCall:
+    """The call of some query heads; its keys and values are still those of all."""
+    mask = call.mask
+    return replace(
+        call,
+        q=call.q[:, heads],
+        mask=mask if mask is None or mask.shape[1] == 1 else mask[:, heads],
+        sinks=None if call.sinks is None else call.sinks[heads],
+        narrow=None,
+    )
 
 
 def dense_heads(
-    call: AttentionCall, k: Tensor, v: Tensor, heads: Int[Tensor, " head"], dropout: float = 0.0
+    call: AttentionCall, k: Tensor, v: Tensor, dropout: float = 0.0
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """Heads that attend to all of these keys, under the layer's own mask."""
-    rows, mask = call.q.shape[2], call.mask
-    if mask is None and call.causal:  # a static cache has room behind what was read
-        k, v = k[:, :, :rows], v[:, :, :rows]
-    elif mask is not None:
-        mask = _of_heads(mask[..., : k.shape[2]], heads)
-    return fused(call, call.q[:, heads], k, v, mask, heads, causal=call.causal, dropout=dropout)
+    """The call's heads over all of these keys, under the layer's own mask."""
+    if call.mask is None and call.causal:  # a static cache has room behind what was read
+        k, v = k[:, :, : call.q.shape[2]], v[:, :, : call.q.shape[2]]
+    mask = None if call.mask is None else call.mask[..., : k.shape[2]]
+    return fused(call, call.q, k, v, mask, causal=call.causal, dropout=dropout)
 
 
 def near_heads(
-    call: AttentionCall, keys: Keys, part: Part, near: Near, dropout: float = 0.0
+    call: AttentionCall,
+    keys: Keys,
+    near: Near,
+    out: Float[Tensor, "batch head pos d_head"] | None = None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """Local heads, block by block."""
-    window, device = near.policy.window, call.q.device
-    q = call.q[:, part.heads]
-    block = BLOCK["cuda" if q.is_cuda else "cpu"]
+    """The call's heads as local ones over these keys, written into ``out``."""
+    rows, policy = call.q.shape[2], near.policy
+    out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3]) if out is None else out
+    block = BLOCK[call.q.device.type]
+    plain = call.mask is None and call.causal and call.fused and not policy.keep_text and not dropout
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+    # From `first` on every row sees all sinks and a whole window.
+    first = policy.window + policy.sinks
+    stop = first + max(0, rows - first) // block * block
+    if not plain or grads or (call.q.is_cuda and call.q.dtype == torch.float32):
+        stop = first = 0
+    elif first < stop:
+        (_windowed_on_gpu if call.q.is_cuda else _windowed)(call, keys, policy.window, first, stop, out)
+    for begin, end in (*_steps(0, min(first, rows), block), *_steps(min(stop, rows), rows, block)):
+        _block(call, keys, policy.window, begin, end, out, dropout)
+    return out
+
+
+def _steps(first: int, stop: int, size: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + size, stop)) for begin in range(first, stop, size)]
+
+
+def _block(call: AttentionCall, keys: Keys, window: int, begin: int, end: int, out: Tensor, dropout: float) -> None:
+    """Some rows over pinned keys and a window of the others, under a mask of their own."""
     ahead = 0 if call.mask is None and call.causal else window - 1
-    found = []
-    for first in range(0, q.shape[2], block):
-        stop = min(first + block, q.shape[2])
-        rows = torch.arange(first, stop, device=device)
-        at = call.query_start + rows
-        low = max(keys.start, call.query_start + first - window + 1)
-        high = min(keys.start + keys.k.shape[2], call.query_start + stop + ahead)
-        k, v = keys.window(part.groups, low, high)
-        mask = _block_mask(call, rows, at, torch.arange(low, high, device=device), keys, near)
-        found.append(fused(call, q[:, :, first:stop], k, v, _of_heads(mask, part.heads), part.heads, dropout=dropout))
-    return torch.cat(found, dim=2)
+    low = max(keys.start, call.query_start + begin - window + 1)
+    high = min(keys.start + keys.k.shape[2], call.query_start + end + ahead)
+    here = slice(low - keys.start, high - keys.start)
+    k = torch.cat([keys.pinned_k, keys.k[:, :, here]], dim=2)
+    v = torch.cat([keys.pinned_v, keys.v[:, :, here]], dim=2)
+    rows, cols = (torch.arange(*ends, device=out.device) for ends in ((begin, end), (low, high)))
+    mask = _block_mask(call, rows, cols, keys, window)
+    out[:, :, begin:end] = fused(call, call.q[:, :, begin:end], k, v, mask, dropout=dropout)
 
 
-def _block_mask(call: AttentionCall, rows: Tensor, at: Tensor, cols: Tensor, keys: Keys, near: Near) -> Tensor:
+def _block_mask(call: AttentionCall, rows: Tensor, cols: Tensor, keys: Keys, window: int) -> Tensor:
     """What a block of rows sees of the pinned keys and of its window, as one mask over both."""
-    window = ((at[:, None] - cols).abs() < near.policy.window)[None, None]
-    pins = keys.pins[:, None, None, :]
+    at, pins = call.query_start + rows, keys.pins[:, None, None, :]
+    inside = ((at[:, None] - cols).abs() < window)[None, None]
     # In the window a pinned key is there already.
-    pinned = ((at[:, None] - pins).abs() >= near.policy.window) & (pins >= 0)
+    pinned = ((at[:, None] - pins).abs() >= window) & (pins >= 0)
     if call.mask is None:
         if call.causal:
-            window, pinned = window & (cols <= at[:, None]), pinned & (pins <= at[:, None])
-        return torch.cat([pinned, window.expand(len(pinned), -1, -1, -1)], dim=-1)
+            inside, pinned = inside & (cols <= at[:, None]), pinned & (pins <= at[:, None])
+        return torch.cat([pinned, inside.expand(len(pinned), -1, -1, -1)], dim=-1)
     own = call.mask[:, :, rows].expand(max(len(call.mask), len(pins)), -1, -1, -1)
     of_pins = own.gather(3, (pins - keys.mask_start).clamp(min=0).expand(*own.shape[:3], -1))
     own = torch.cat([of_pins, own[..., cols - keys.mask_start]], dim=-1)
-    seen = torch.cat([pinned.expand(len(own), -1, -1, -1), window.expand(len(own), -1, -1, -1)], dim=-1)
+    seen = torch.cat([pinned.expand(len(own), -1, -1, -1), inside.expand(len(own), -1, -1, -1)], dim=-1)
     return own & seen if own.dtype == torch.bool else own.masked_fill(~seen, float("-inf"))
+
+
+def _windowed(call: AttentionCall, keys: Keys, window: int, first: int, stop: int, out: Tensor) -> None:
+    """Rows that see every pinned key and a whole window: without padding, causal."""
+    block = BLOCK["cpu"]
+    row, col = torch.arange(block)[:, None], torch.arange(window + block - 1)
+    mask = call.q.new_zeros(block, len(col)).masked_fill((col < row) | (col >= row + window), float("-inf"))
+    for one in range(len(out)):
+        for begin, end in _steps(first, stop, 4 * block):  # what is made on the way stays in the processor's cache
+            # Row i of a block sees its keys i to i + window - 1; blocks are a batch, their keys overlapping views.
+            q = call.q[one, :, begin:end].unflatten(1, (-1, block)).transpose(0, 1)
+            k, v = (
+                x[one, :, begin - window + 1 : end].unfold(1, len(col), block).permute(1, 0, 3, 2)
+                for x in (keys.k, keys.v)
+            )
+            z, share = _flash(q, k, v, call.scale, mask=mask.expand(*q.shape[:2], -1, -1))
+            if keys.pins.shape[1]:
+                pinned = (x[one].expand(len(q), -1, -1, -1) for x in (keys.pinned_k, keys.pinned_v))
+                z = merged(z, share, *_flash(q, *pinned, call.scale))
+            out[one, :, begin:end].unflatten(1, (-1, block)).copy_(z.transpose(0, 1))
+
+
+def _windowed_on_gpu(call: AttentionCall, keys: Keys, window: int, first: int, stop: int, out: Tensor) -> None:
+    """The same by the flash kernel's own window. It has not been run."""
+    q = call.q[:, :, first:stop]
+    k, v = (x[:, :, first - window + 1 : stop] for x in (keys.k, keys.v))
+    z, share = _flash(q, k, v, call.scale, window=window)
+    if keys.pins.shape[1]:
+        z = merged(z, share, *_flash(q, keys.pinned_k, keys.pinned_v, call.scale))
+    out[:, :, first:stop] = z
+
+
+def merged(z: Tensor, share: Tensor, other: Tensor, theirs: Tensor) -> Float[Tensor, "batch head row d_head"]:
+    """z over two disjoint sets of keys, from z and log-sum-exp over each."""
+    return torch.lerp(z, other, torch.sigmoid(theirs - share)[..., None].to(z.dtype))
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, window: int = 0
+) -> tuple[Tensor, Tensor]:
+    """z and log-sum-exp: torch's kernels, by the names that return the latter. ``mask`` on CPU, ``window`` on GPU."""
+    if not q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    sides = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+    rows = [x.transpose(1, 2) for x in (q, k, v)]
+    z, share, *_ = torch.ops.aten._flash_attention_forward(
+        *rows, None, None, q.shape[2], k.shape[2], 0.0, bool(window), False, scale=scale, **sides
+    )
+    return z.transpose(1, 2), share
 
 
 def fused(
@@ -216,23 +293,20 @@ def fused(
     k: Float[Tensor, "batch kv_head key d_head"],
     v: Float[Tensor, "batch kv_head key d_head"],
     mask: Tensor | None,
-    heads: Int[Tensor, " head"],
     *,
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """Some heads of a layer over some keys, as the layer computes them: its scale, softcap and sinks."""
+    """The call's heads over some keys, as the layer computes them: its scale, softcap and sinks."""
     batch, n_heads, rows, _ = q.shape
     if not call.fused:
-        sinks = None if call.sinks is None else call.sinks[heads]
-        own = replace(call, q=q, k=k, v=v, mask=mask, causal=causal, query_start=0, sinks=sinks, narrow=None)
+        own = replace(call, q=q, k=k, v=v, mask=mask, causal=causal, query_start=0, narrow=None)
         return stepwise(own, _SILENT, dropout).transpose(1, 2)
     options: dict[str, Any] = {"scale": call.scale, "dropout_p": dropout}
     if rows == 1 and n_heads != k.shape[1] and (mask is None or mask.shape[1] == 1):
         # The heads of a group become its rows, so that its keys are read once.
-        z = nn.functional.scaled_dot_product_attention(
-            q.reshape(batch, k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask, **options
-        )
+        q = q.reshape(batch, k.shape[1], -1, q.shape[3])
+        z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
         return z.reshape(batch, n_heads, 1, -1)
     if q.is_cuda and mask is not None and n_heads != k.shape[1]:  # no fused GPU kernel takes a mask and groups
         k, v = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (k, v))
@@ -241,5 +315,5 @@ def fused(
     )
 
 
-def _of_heads(mask: Tensor, heads: Int[Tensor, " head"]) -> Tensor:
-    return mask if mask.shape[1] == 1 else mask[:, heads]
+def _places(chosen: Bool[Tensor, " n"]) -> Int[Tensor, " m"]:
+    return chosen.nonzero().flatten()
