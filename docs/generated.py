@@ -1,8 +1,8 @@
 """Pages that are written from the code when the documentation is built, and docstrings made fit for it.
 
 ``docs/api/*.md`` (every public name, grouped by the package it lives in, each module introduced by its own docstring),
-``docs/howto/*.md`` (the sections of the guide), ``docs/families.md``, ``docs/axes.md`` and copies of the notebooks. All
-of them are git-ignored.
+``docs/howto/*.md`` (the sections of the guide), ``docs/commands.md``, ``docs/families.md``, ``docs/axes.md`` and copies
+of the notebooks. All of them are git-ignored.
 """
 
 import ast
@@ -13,8 +13,11 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import typer
+
 import mech
 from mech import axes
+from mech.cli import app
 from mech.model.check import family_table
 
 DOCS = Path(__file__).parent
@@ -59,6 +62,7 @@ def write(app) -> None:
     (DOCS / "families.md").write_text((DOCS / "_parts" / "families.md").read_text("utf-8") + known, "utf-8")
     rows = "".join(f"| `{word}` | {meaning} |\n" for word, meaning in axes.WORDS.items())
     (DOCS / "axes.md").write_text((DOCS / "_parts" / "axes.md").read_text("utf-8") + rows, "utf-8")
+    (DOCS / "commands.md").write_text((DOCS / "_parts" / "commands.md").read_text("utf-8") + _commands(), "utf-8")
     for page, text in how_tos((DOCS / "guide.md").read_text(encoding="utf-8")).items():
         (_made(DOCS / "howto") / f"{page}.md").write_text(text, encoding="utf-8")
     for notebook in (DOCS.parent / "notebooks").glob("*.ipynb"):
@@ -76,6 +80,24 @@ def how_tos(guide: str) -> dict[str, str]:
         pages[re.sub(r"\W+", "-", title.lower()).strip("-")] = f"# {title}\n{begun}{body}"
     entries = "\n".join(pages)
     return pages | {"index": f"# How to\n\n{HOW_TO}\n\n```{{toctree}}\n:maxdepth: 1\n\n{entries}\n```\n"}
+
+
+def _commands() -> str:
+    """Every command of ``mech`` with its examples and options."""
+    parts = []
+    for name, command in typer.main.get_command(app).commands.items():
+        examples = re.sub(r"\[bold\](.*?)\[/\]", r"`\1`", command.epilog or "").split("\n\n")
+        rows = [_option(option) for option in command.params if option.name != "help"]
+        head = ["| | | default |", "|---|---|---|"]
+        said = "\n".join(f"* {example}" for example in examples if example)
+        parts.append(f"## mech {name}\n\n{command.help}\n\n{said}\n\n" + "\n".join(head + rows) + "\n")
+    return "\n".join(parts)
+
+
+def _option(option) -> str:
+    names = ", ".join(f"`{word}`" for word in option.opts)
+    default = "" if option.default is None or option.default is False else f"`{option.default}`"
+    return f"| {names} | {getattr(option, 'help', '') or ''} | {default} |"
 
 
 def _api() -> dict[str, str]:

@@ -12,7 +12,16 @@ ROOT = Path(__file__).parent.parent
 
 # Blocks that are shown, and cells that are run when the documentation is built (options of theirs begin with a colon).
 BLOCK = re.compile(r"```(?:python|\{code-cell\}[^\n]*)\n(?::[^\n]*\n)*(.*?)```", flags=re.DOTALL)
-BUILT = ("_build", "_parts", "api", "howto", "notebooks", "axes.md", "families.md")  # written by docs/generated.py
+BUILT = (
+    "_build",
+    "_parts",
+    "api",
+    "howto",
+    "notebooks",
+    "axes.md",
+    "commands.md",
+    "families.md",
+)  # written by docs/generated.py
 PAGES = [
     path for path in sorted((ROOT / "docs").rglob("*.md")) if path.relative_to(ROOT / "docs").parts[0] not in BUILT
 ]
