@@ -1,7 +1,8 @@
 // Only in pages for papers: leaves the height of the page, and all that is on it as one SVG, in <pre id="figure">.
 (() => {
   const pairs = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linecap",
-    "opacity", "font-family", "font-size", "font-weight", "text-anchor", "dominant-baseline", "vector-effect", "filter"];
+    "opacity", "font-family", "font-size", "font-weight", "text-anchor", "dominant-baseline", "vector-effect", "paint-order",
+    "filter"];
   const tag = (name, facts, inner = "") =>
     `<${name}${Object.entries(facts).map(([k, v]) => ` ${k}="${String(v).replace(/&/g, "&amp;").replace(/"/g, "&quot;")
       .replace(/</g, "&lt;")}"`).join("")}>${inner}</${name}>`;
@@ -47,6 +48,7 @@
       return `<g transform="translate(${place.x} ${place.y})">${svg}</g>`;
     }
     if (element.localName === "svg") return copied(element);
+    if (element.localName === "canvas") return tag("image", { ...place, href: element.toDataURL() });
     const style = getComputedStyle(element), picture = /^url\("(.*)"\)$/.exec(style.backgroundImage);
     let out = "";
     if (picture) out += tag("image", { ...place, href: picture[1], preserveAspectRatio: "none", filter: style.filter });

@@ -182,8 +182,8 @@ def _map(scores: HeadScores) -> str:
         for layer, head in best.tolist()
     ]
     layout = {
-        "xaxis": {"title": "head", "dtick": _step(n_heads), "showgrid": False, "zeroline": False},
-        "yaxis": {"title": "layer (0 = first)", "dtick": _step(n_layers), "showgrid": False, "zeroline": False},
+        "xaxis": {"title": "head", "dtick": step(n_heads), "showgrid": False, "zeroline": False},
+        "yaxis": {"title": "layer (0 = first)", "dtick": step(n_layers), "showgrid": False, "zeroline": False},
         "shapes": shapes,
     }
     label = f"Map of {n_layers} layers and {n_heads} heads, coloured by {scores.name}"
@@ -239,5 +239,6 @@ def _decades(n: int) -> list[int]:
     return [digit * 10**power for power in range(len(str(n))) for digit in (1, 2, 5) if digit * 10**power <= n]
 
 
-def _step(n: int) -> int:
+def step(n: int) -> int:
+    """Between the ticks of an axis that counts to n: at most sixteen of them."""
     return next(step for step in (1, 2, 4, 8, 16, 32) if n / step <= 16 or step == 32)

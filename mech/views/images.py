@@ -81,6 +81,11 @@ def pictures_on(on: Any) -> list[Picture]:
     return [embedded(on)]
 
 
+def owners(image: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Which of ``pictures_on`` every token lies in: its image or, of a video, the first frame that it shows."""
+    return np.maximum(np.maximum(image, frame), 0)
+
+
 def evidence_on(on: Any) -> list[list[float]]:
     """The evidence as ``[picture, x0, y0, x1, y1]`` where it is known: of a sample."""
     return outlines(on) if isinstance(on, Sample) else []

@@ -17,7 +17,7 @@ import xarray as xr
 
 from mech.axes import EXAMPLE, LAYER
 from mech.errors import OutputError
-from mech.views.images import Picture, cell, evidence_on, mark, pictures_on, stage, styles
+from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, stage, styles
 from mech.views.overlay import gradient, heat
 from mech.views.page import View, escape, table, tabs
 from mech.views.patching import diverging_bar
@@ -69,14 +69,11 @@ def lens_view(
     return View(title, body + (tabs(panels, "word") if panels else "") + there, height=720)
 
 
-def _owner(one: xr.Dataset) -> np.ndarray:
-    """Of every position the picture it lies in: its image, or its frame."""
-    return np.maximum(one["image"].values, np.maximum(one["frame"].values, 0))
-
-
 def _blank(one: xr.Dataset, placed: np.ndarray) -> list[Picture]:
     """Empty pictures with the grids of the tokens."""
-    owner, found = _owner(one)[placed] if len(placed) else placed, []
+    if not len(placed):
+        return []
+    owner, found = owners(one["image"].values, one["frame"].values)[placed], []
     for k in range(int(owner.max(initial=-1)) + 1):
         rows, cols = (int(one[axis].values[placed[owner == k]].max(initial=0)) + 1 for axis in ("row", "col"))
         found.append(Picture("blank", cols * CELL, rows * CELL, ""))
@@ -85,7 +82,7 @@ def _blank(one: xr.Dataset, placed: np.ndarray) -> list[Picture]:
 
 def _rect(one: xr.Dataset, p: int, pictures: Sequence[Picture], layout: Any) -> tuple[int, list[float]]:
     """In which picture a position lies, and where."""
-    owner = _owner(one)
+    owner = owners(one["image"].values, one["frame"].values)
     home, position = int(owner[p]), int(one["position"].values[p])
     if home >= len(pictures):
         raise OutputError(f"a token of picture {home}, and {len(pictures)} pictures", "all of them", "pass on=sample")
@@ -104,8 +101,8 @@ def _stages(
     most = max(float(np.abs(values[:, placed]).max()), 1e-9)
     drawn = []
     for i, name in enumerate(one[series].values.tolist()):
-        for k, picture in enumerate(pictures):
-            marks = []
+        for k in sorted({home for home, _ in rects}):  # frames without a token of their own are left out
+            picture, marks = pictures[k], []
             for p, (home, rect) in zip(placed.tolist(), rects, strict=True):
                 if home != k:
                     continue
@@ -113,8 +110,9 @@ def _stages(
                 colour = f"var(--{'plus' if share > 0 else 'minus'})" if signed else heat(abs(share) ** 0.5)
                 opacity = 0.82 * abs(share) if signed else 0.1 + 0.75 * abs(share) ** 0.5
                 marks.append(mark(rect, colour, opacity, _says(one, series, i, p)))
-                if written:
-                    marks.append(_written(rect, str(one["word"].values[i, p, 0])))
+                word = str(one["word"].values[i, p, 0])
+                if written and "\ufffd" not in word:  # a part of a letter is no word; pointing at it still says it
+                    marks.append(_written(rect, word))
             outlined = [rect for home, *rect in evidence if home == k]
             said = f"{'layer ' if series == LAYER else ''}{name}" + (f", picture {k}" if len(pictures) > 1 else "")
             figure = stage(picture, "".join(marks), dim=bool(picture.uri), evidence=outlined)

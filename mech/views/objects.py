@@ -11,7 +11,7 @@ import numpy as np
 
 from mech.data.samples import Sample, Samples
 from mech.errors import OutputError
-from mech.views.images import Picture, evidence_on, mark, pictures_on, stage, styles
+from mech.views.images import Picture, evidence_on, mark, owners, pictures_on, stage, styles
 from mech.views.page import View, escape, table
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def sample_view(sample: Sample, title: str = "") -> View:
         both = "".join(
             f'<div><p class="answers">{name}: <b>{escape(one.answer)}</b></p>{half}</div>' for name, one, half in halves
         )
-        drawn = f'<div class="multiples">{both}</div>'
+        drawn = f'<div class="multiples apart">{both}</div>'
     said = f"{sample.domain}, {sample.id}" if sample.id else sample.domain
     body = (
         f'{styles(pictures)}<p class="question">{escape(sample.question)}</p>'
@@ -133,8 +133,9 @@ def _tokens(layout: "TokenLayout") -> str:
 
 def _grid(layout: "TokenLayout", k: int) -> str:
     """The rectangles of a picture's visual tokens, tiles over the whole view."""
-    owner = layout.frame // layout.frames_per_token if layout.has_video else layout.image
-    here = np.flatnonzero((owner == k) & ~np.isnan(layout.rect).any(axis=1))
+    first = k - k % layout.frames_per_token  # of the frames that a token shows together
+    owner, seen = owners(layout.image, layout.frame), ~np.isnan(layout.rect).any(axis=1)
+    here = np.flatnonzero((owner == first) & seen)
     return "".join(
         mark(
             layout.rect[p].tolist(), "#fff", 0.0, f"position {p}\nrow {layout.row[p]}, column {layout.col[p]}"

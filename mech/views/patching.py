@@ -23,8 +23,8 @@ import xarray as xr
 
 from mech.axes import EXAMPLE, TOKEN
 from mech.errors import OutputError
-from mech.views.heatmap import map_height
-from mech.views.images import Picture, cell, evidence_on, mark, pictures_on, stage, styles
+from mech.views.heatmap import map_height, step
+from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, stage, styles
 from mech.views.intervals import mean_interval
 from mech.views.page import View, chart, escape
 
@@ -181,7 +181,10 @@ def _grid(found: _Effects, reach: float | None = None) -> str:
         },
     }
     flat, plain = len(found.axes) == 1, {"showgrid": False, "zeroline": False}
-    kinds = [{} if whole else {"type": "category"} for whole in ordered]
+    kinds = [
+        {"dtick": step(len(names)) if len(names) <= 64 else None} if whole else {"type": "category"}
+        for whole, names in zip(ordered, (found.columns, found.rows), strict=True)
+    ]
     layout = {
         "xaxis": {"title": found.axes[-1], **plain, **kinds[0]},
         "yaxis": {"title": "" if flat else found.axes[0], "showticklabels": not flat, **plain, **kinds[1]},
@@ -200,7 +203,7 @@ def _places(
 ) -> Places:
     """Where in which picture the columns lie: from the layout, or from what they are called."""
     axis, seen = found.axes[-1], {}
-    at = {name: result[name].values for name in ("image", "row", "col")} if result is not None else {}
+    at = {name: result[name].values for name in ("image", "frame", "row", "col")} if result is not None else {}
     cells = [tuple(map(int, name.split(","))) if re.fullmatch(r"\d+,\d+", name) else None for name in found.columns]
     known = [named for named in cells if named is not None]
     size = (max((r for r, _ in known), default=0) + 1, max((c for _, c in known), default=0) + 1)
@@ -209,12 +212,14 @@ def _places(
         if layout is not None and position is not None:
             visual = layout.visual
             if position < len(visual) and not np.isnan(visual.rect[position]).any():
-                seen[i] = [(max(int(visual.image[position]), 0), visual.rect[position].tolist())]
+                home = int(owners(visual.image[position], visual.frame[position]))
+                seen[i] = [(home, visual.rect[position].tolist())]
         elif at and at["row"][i] >= 0:
-            owner = max(int(at["image"][i]), 0)
-            same = at["image"] == at["image"][i]
+            owner = owners(at["image"], at["frame"])
+            home, same = int(owner[i]), owner == owner[i]
             grid = int(at["row"][same].max()) + 1, int(at["col"][same].max()) + 1
-            seen[i] = [(owner, cell((int(at["row"][i]), int(at["col"][i])), grid, pictures[owner]))]
+            if home < len(pictures):
+                seen[i] = [(home, cell((int(at["row"][i]), int(at["col"][i])), grid, pictures[home]))]
         elif axis == "region" and (named := cells[i]) is not None:
             seen[i] = [(0, cell(named, size, pictures[0]))]
         elif axis == "region" and (boxes := _BOX.findall(name)):
@@ -233,9 +238,10 @@ def _places(
 def _over(found: _Effects, places: Places, pictures: Sequence[Picture], evidence: Sequence[Sequence[float]]) -> str:
     """Every row of effects over the pictures, in one scale."""
     reach, drawn = found.reach, []
+    homes = sorted({home for there in places.values() for home, _ in there})  # frames may have no token of their own
     for row, name in enumerate(found.rows):
-        for k, picture in enumerate(pictures):
-            marks = []
+        for k in homes:
+            picture, marks = pictures[k], []
             for column, there in places.items():
                 for home, rect in there:
                     if home == k and np.isfinite(found.mean[row, column]):
