@@ -18,7 +18,8 @@ from mech.experiments.stability import agreement
 from mech.model import HookedMLLM
 from mech.reference import planted
 
-ALPHA, RUNS, MANY = 0.05, 8, 40
+ALPHA, RUNS = 0.05, 8
+FEW, MANY = 0.07, 40  # eight questions give no p-value below 1 / 16
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ def turned(samples, field):
     return [replace(sample, **{field: getattr(other, field)}) for sample, other in zip(samples, others, strict=True)]
 
 
-def likely(rejections, runs):
-    """Whether a test of size at most ALPHA rejects so often in more than one of a thousand repetitions."""
-    return rejections <= stats.binom.ppf(0.999, runs, ALPHA)
+def likely(rejections, runs, alpha=ALPHA):
+    """Whether a test of size at most alpha rejects so often in more than one of a thousand repetitions."""
+    return rejections <= stats.binom.ppf(0.999, runs, alpha)
 
 
 def test_the_largest_of_many_heads_is_as_rarely_significant_as_claimed():
@@ -86,7 +87,8 @@ def test_trained_models_have_retrieval_heads_and_they_are_those_that_follow_the_
 def test_the_planted_retrieval_head_is_found_and_no_other():
     key = planted.circuit("roles")
     model = HookedMLLM.from_hf(key.model, key.processor)
-    found = retrieval_test(model, key.samples(20))
+    found = retrieval_test(model, key.samples(40), alpha=FEW)  # of eight colours: four pairs of questions
+    assert found.attrs["n_questions"] == 4 and found.attrs["smallest_p"] == 1 / 16
     assert found.attrs["heads"] == [list(key.truth.heads["retrieval"])]
 
 
@@ -137,9 +139,12 @@ def test_the_rate_is_the_claimed_one_over_many_seeds_of_a_tiny_model(null):
     model = HookedMLLM.from_hf(key.model, key.processor)
     rejections = 0
     for run in range(MANY):
-        other, samples = NULLS[null](model, list(key.samples(14, seed=run)), run)
-        rejections += bool(retrieval_test(other, samples, alpha=ALPHA, seed=run).attrs["heads"])
-    assert likely(rejections, MANY), f"{rejections} of {MANY}"
+        asked = {}  # two samples of each of the eight questions
+        for sample in key.samples(90, seed=run):
+            asked.setdefault(sample.question, []).append(sample)
+        other, samples = NULLS[null](model, [some[i] for i in (0, 1) for some in asked.values()], run)
+        rejections += bool(retrieval_test(other, samples, alpha=FEW, seed=run).attrs["heads"])
+    assert likely(rejections, MANY, FEW), f"{rejections} of {MANY}"
 
 
 def test_shuffled_heads_agree_with_nothing_more_often_than_claimed():

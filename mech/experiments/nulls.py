@@ -11,6 +11,9 @@ that its attention to the evidence depends on the question that asks for it. So 
 pair are exchanged, and the two sums are compared; where attention does not follow the question, either is as likely the
 larger.
 
+Samples that ask the same are one draw and not several: a random head that happens to match the word "red" with red
+pixels does so in every picture. Pairs are therefore pairs of *questions*, and all that two questions say counts once.
+
 What it does not say: whether the head is needed (``mech.ablation``), or how strong it is (``mech.rank_heads``).
 """
 
@@ -30,7 +33,7 @@ from mech.experiments.scores import head_scores
 from mech.experiments.scores_named import Score, score_called
 from mech.model import HookedMLLM
 
-MOST_ENUMERATED = 12  # pairs: 4,096 ways to exchange them
+MOST_ENUMERATED = 12  # pairs of questions: 4,096 ways to exchange them
 
 
 def retrieval_test(
@@ -47,28 +50,29 @@ def retrieval_test(
     """Which heads look at the evidence *because* it was asked for, corrected over all heads.
 
     For a pair of samples (1, 2), ``D = s(q1, E1) + s(q2, E2) - s(q2, E1) - s(q1, E2)`` with ``s(q, E)`` the score of a
-    head on evidence E, in E's own picture, under question q. If attention to evidence does not depend on which question
-    is asked, exchanging the questions of a pair changes the sign of D and nothing else: signs are flipped, and the
-    largest ``sum D / sqrt(sum D^2)`` over heads is compared (max-T), so that the probability of naming *any* head where
-    there is none is at most ``alpha``, exactly, whatever the dependence between heads.
+    head on evidence E, in E's own picture, under question q; ``D`` of two questions is the sum over the samples that
+    ask them. If attention to evidence does not depend on which question is asked, or does so by chance, exchanging the
+    two changes the sign of D and nothing else: signs are flipped, and the largest ``sum D / sqrt(sum D^2)`` over heads
+    is compared (max-T), so that the probability of naming *any* head where there is none is at most ``alpha``, exactly,
+    whatever the dependence between heads. Questions that share a word are taken as different ones.
 
     Sign: ``difference`` is positive when the right question makes the head look. Unit: that of the score.
 
     Args:
-        samples: with evidence, not all asking the same; they are paired at random with one that asks something else.
+        samples: with evidence, asking many different things; questions are paired at random, and with them samples.
         score: a name of ``PUBLISHED`` or a ``Score``, read at the question's rows or the last one, on evidence.
         alpha: below it a head is named.
-        n_permutations: sign flips drawn beyond 12 pairs; up to there all are enumerated.
+        n_permutations: sign flips drawn beyond 12 pairs of questions; up to there all are enumerated.
         batch_size: samples per forward.
         seed: of pairs and flips.
         progress: called with (samples done, samples in all), for each of the two readings.
 
     Returns:
         ``difference`` (mean of D / 2) and ``p_value`` (adjusted, one-sided) over layer, head; ``attrs``: ``heads``
-        named, best first, ``n_pairs``, ``smallest_p``, ``alpha``.
+        named, best first, ``n_pairs`` (of samples), ``n_questions`` (pairs of them), ``smallest_p``, ``alpha``.
 
     Raises:
-        ExperimentError: a score that cannot depend on the question so; too few pairs for ``alpha``.
+        ExperimentError: a score that cannot depend on the question so; too few different questions for ``alpha``.
 
     Cost: two passes of the score.
 
@@ -80,12 +84,14 @@ def retrieval_test(
             f"{one!r}", 'queries="question" or "last", on="evidence", aggregate="mean"', 'use score="ram"'
         )
     pairs = question_pairs(samples, seed)
-    smallest = 1 / (2 ** len(pairs) if len(pairs) <= MOST_ENUMERATED else n_permutations + 1)
+    asked_by = [frozenset((one.question.strip(), two.question.strip())) for one, two in pairs]
+    draws = list(dict.fromkeys(asked_by))
+    smallest = 1 / (2 ** len(draws) if len(draws) <= MOST_ENUMERATED else n_permutations + 1)
     if smallest > alpha:
         raise ExperimentError(
-            f"{len(pairs)} pairs of samples that ask different things, {n_permutations} permutations",
+            f"{len(draws)} pairs of different questions, {n_permutations} permutations",
             f"a smallest p-value of {alpha} or less, not {smallest:.3g}",
-            "give more samples",
+            "give more samples, that ask more different things",
         )
     own = [sample for pair in pairs for sample in pair]
     other = [replace(a, question=b.question) for pair in pairs for a, b in (pair, pair[::-1])]
@@ -95,7 +101,8 @@ def retrieval_test(
     )
     gain = asked.values - swapped.values
     difference = gain.reshape(len(pairs), 2, *gain.shape[1:]).sum(axis=1)
-    p_value = max_t(difference.reshape(len(pairs), -1), n_permutations, seed).reshape(difference.shape[1:])
+    together = np.stack([difference[[draw == one for one in asked_by]].sum(axis=0) for draw in draws])
+    p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed).reshape(difference.shape[1:])
     mean = difference.mean(axis=0) / 2
     layers = asked[LAYER].values
     best = sorted(map(tuple, np.argwhere(p_value <= alpha).tolist()), key=lambda at: (p_value[at], -mean[at]))
@@ -105,6 +112,7 @@ def retrieval_test(
         {
             "heads": [[int(layers[row]), head] for row, head in best],
             "n_pairs": len(pairs),
+            "n_questions": len(draws),
             "smallest_p": smallest,
             "alpha": alpha,
             "model": model.name,
@@ -114,16 +122,15 @@ def retrieval_test(
 
 
 def question_pairs(samples: Samples | Sequence[Sample], seed: int = 0) -> list[tuple[Sample, Sample]]:
-    """Disjoint random pairs of samples that ask different things; what finds no partner is left out."""
-    waiting = list(samples)
-    random.Random(seed).shuffle(waiting)
-    pairs = []
-    while waiting:
-        one = waiting.pop()
-        at = next((i for i, two in enumerate(waiting) if two.question.strip() != one.question.strip()), None)
-        if at is not None:
-            pairs.append((one, waiting.pop(at)))
-    return pairs
+    """Disjoint pairs of samples that ask different things, each question with one other; the rest is left out.
+
+    Questions are paired at random among those that are asked as often, so that few samples find no partner.
+    """
+    rng, asking = random.Random(seed), {}
+    for sample in rng.sample(list(samples), len(samples)):
+        asking.setdefault(sample.question.strip(), []).append(sample)
+    groups = sorted(asking.values(), key=len, reverse=True)  # stable: at random among those of one size
+    return [pair for one, two in zip(groups[::2], groups[1::2], strict=False) for pair in zip(one, two, strict=False)]
 
 
 def max_t(
