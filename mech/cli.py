@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mech import cli_accelerate, cli_data, cli_patching, cli_view
+from mech import cli_accelerate, cli_claims, cli_data, cli_patching, cli_view
 from mech.errors import ExperimentError, MechError, suggestion
 from mech.terminal import (
     AsJson,
@@ -283,6 +283,7 @@ app.command(epilog=cli_patching.PATHS)(cli_patching.paths)
 app.command(epilog=cli_accelerate.EPILOG)(cli_accelerate.accelerate)
 app.command(epilog=cli_view.VIEW)(cli_view.view)
 app.command(epilog=cli_data.DATA)(cli_data.data)
+app.command(epilog=cli_claims.EPILOG)(cli_claims.claims)
 
 
 @app.command(

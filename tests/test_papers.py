@@ -208,3 +208,12 @@ def test_each_set_of_heads_is_ablated_once(key, toy, monkeypatch):
     np.testing.assert_array_equal(bench.cost(bench.ranking.top(1)), first)
     with pytest.raises(pytest.fail.Exception):
         bench.cost(bench.ranking.top(1), to="zero")
+
+
+def test_the_command_prints_sentences_and_writes_numbers(mech, tmp_path):
+    code, said, _ = mech("claims", "--only", "low-ranked", "--samples", "12", "--n-random", "2", "-q",
+                         "--out", str(tmp_path / "claims.json"))  # fmt: skip
+    assert code == 0 and "low-ranked (" in said and "reference:llava-s on grounding, 12 samples" in said
+    assert list(json.loads((tmp_path / "claims.json").read_text())["points"]) == ["low-ranked"]
+    code, _, wrong = mech("claims", "--only", "low-rank")
+    assert code == 2 and "use 'low-ranked'" in wrong

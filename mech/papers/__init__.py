@@ -18,7 +18,7 @@ hold on a large one; that is why it is to be measured.
 """
 
 from mech.papers.bench import Bench, Point
-from mech.papers.claims import Claims, published_claims
+from mech.papers.claims import KNOWN, Claims, published_claims
 from mech.papers.tags import tag_leak
 
-__all__ = ["Bench", "Claims", "Point", "published_claims", "tag_leak"]
+__all__ = ["KNOWN", "Bench", "Claims", "Point", "published_claims", "tag_leak"]
