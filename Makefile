@@ -22,7 +22,7 @@ lint: $(READY)
 # the network.
 docs: $(VENV)/docs
 	rm -rf docs/_build
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -j 2 -W --keep-going -q docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -j 2 -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
 
 $(VENV)/docs: $(READY) requirements-docs.lock
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-docs.lock
@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformerlens.py --seconds 25
 	$(BIN)/python benchmarks/sweeps.py --repeats 1
+	$(BIN)/python benchmarks/paths.py
 	$(BIN)/python benchmarks/fullsize.py --config qwen3-vl-8b --tokens 600 2000 --seconds 5
 
 # Trains the reference models anew, two at a time on one core each, and puts them into the package. Resumable: what lies

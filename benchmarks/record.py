@@ -2,7 +2,8 @@
 
     with one_thread():
         times = interleaved({"plain": run_plain, "ours": run_ours}, seconds=20)
-    record("idle", ratio(times, "ours", "plain"), unit="x", compared_with="the same forward without mech", bar=1.02)
+    record("idle", ratio(times, "ours", "plain"), what="a hooked model without hooks", unit="x", bar="<= 1.02",
+           compared_with="the same forward without mech")
 
 Runs that are compared take turns in one process, and a ratio is the median of the ratios of neighbouring turns: a
 machine that slows down half way slows both. ``record`` adds the figure to ``benchmarks/results.json`` under its name,
@@ -99,7 +100,15 @@ def _high_water() -> float:
 
 
 def record(
-    name: str, value: float, *, unit: str, compared_with: str, bar: str = "", path: Path = RESULTS, **details: Any
+    name: str,
+    value: float,
+    *,
+    what: str,
+    unit: str,
+    compared_with: str,
+    bar: str = "",
+    path: Path = RESULTS,
+    **details: Any,
 ) -> None:
     """Write a figure down under its name, and print it beside its bar (such as ``"<= 1.02"``)."""
     entry = {
@@ -107,6 +116,7 @@ def record(
         "unit": unit,
         "compared_with": compared_with,
         "bar": bar,
+        "what": what,
         **details,
         "machine": machine(),
         "versions": {package: version(package) for package in PACKAGES},
@@ -145,7 +155,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| name | what | value | bar | compared with | date | machine |", "|---|---|---|---|---|---|---|"]
     for name, entry in results.items():
         verdict = _verdict(entry["value"], entry["bar"])
-        cells = (f"`{name}`", entry.get("what", ""), f"{entry['value']} {entry['unit']}", verdict,
+        cells = (f"`{name}`", entry["what"], f"{entry['value']} {entry['unit']}", verdict,
                  entry["compared_with"], entry["date"], entry["machine"])  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -43,20 +43,21 @@ def test_figures_are_added_to_the_others_and_the_page_shows_them(tmp_path, capsy
     import record
 
     path = tmp_path / "results.json"
-    record.record("b", 1.5, unit="x", compared_with="plain", bar="<= 1.2", path=path)
-    record.record("a", 50, unit="x less", compared_with="eager", bar=">= 40", path=path)
-    record.record("b", 1.1, unit="x", compared_with="plain", bar="<= 1.2", path=path)
+    record.record("b", 1.5, what="sweep", unit="x", compared_with="plain", bar="<= 1.2", path=path)
+    record.record("a", 50, what="mass", unit="x less", compared_with="eager", bar=">= 40", path=path)
+    record.record("b", 1.1, what="sweep", unit="x", compared_with="plain", bar="<= 1.2", path=path)
     found = json.loads(path.read_text())
     assert list(found) == ["a", "b"] and found["b"]["value"] == 1.1
     assert {"machine", "versions", "date", "command", "bar", "unit", "compared_with"} <= set(found["a"])
     assert "NOT MET" in capsys.readouterr().out
-    assert "| `a` |  | 50.0 x less | >= 40 met | eager |" in record.table(found)
+    assert "| `a` | mass | 50.0 x less | >= 40 met | eager |" in record.table(found)
 
 
 def test_the_page_shows_the_figures_that_are_on_file():
     import record
 
     results = json.loads(record.RESULTS.read_text(encoding="utf-8"))
+    assert all(entry["what"] for entry in results.values())
     assert record.PAGE.read_text(encoding="utf-8").endswith(record.table(results))
 
 
