@@ -8,12 +8,16 @@ For every model and domain a study makes five results and saves each as soon as 
     scores     the scores of the literature, on the samples that find heads: do they name the same ones?
     causal     does looking mean mattering: every head patched from the counterfactual, sets, and paths
 
+and for every model, on the domain with the longest prompts,
+
+    acceleration   a few heads dense, the others local: accuracy, speed and cache, beside other choices of heads
+
 From those come ``summary.json`` (numbers and findings) and ``report.html``. A study that is killed goes on where it
 was when the same command is given again, and ends in the same numbers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,8 @@ from mech import reference
 from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.jsonl import check_domain
 from mech.data.samples import Samples, pictures_of
-from mech.errors import ExperimentError, OutputError, suggestion
+from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
+from mech.experiments import acceleration
 from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
 from mech.experiments.blanking import with_counterfactuals
 from mech.experiments.causal import CausalReport, causal_report
@@ -44,11 +49,16 @@ from mech.experiments.summary import (
 from mech.interventions import METHODS, reference_activations
 from mech.model import HookedMLLM
 from mech.results import Study, look_facts, provenance, write_json
+from mech.sparse.frontier import Local, default_window, refuse_covered
+from mech.sparse.localize import localize
+from mech.sparse.resumable import acceleration_in
 
 Progress = Callable[[str, int, int], None]
 SHOWN = 4  # heads of each band that are drawn over the pictures
 FINDING = 6  # samples that order heads for the causal report
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
+LONG = {"reference:qwen-long": 24}  # models of long contexts, and the pages they are accelerated on
+RANKING = 0.375  # of the samples choose the dense heads, the others test them
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Settings:
         fractions: sizes of the bands under mean ablation; an int is a number of heads.
         other_fractions: sizes under the other methods.
         methods: how heads are ablated.
+        shares: of the KV heads that stay dense in sparse inference; none leaves that out.
         seed: of samples, random sets and resampling.
         batch_size: samples per forward.
     """
@@ -76,6 +87,7 @@ class Settings:
     fractions: tuple[int | float, ...] = (1, 0.02, 0.05, 0.1, 0.2)
     other_fractions: tuple[int | float, ...] = (0.05, 0.2)
     methods: tuple[str, ...] = METHODS
+    shares: tuple[int | float, ...] = (0.02, 0.05, 0.1, 0.25)
     seed: int = 0
     batch_size: int = 16
 
@@ -126,7 +138,7 @@ def study(
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
     given = asdict(settings) | {"data": data.digest() if data is not None else None}
     with Study(folder, given) as place:
-        summary: dict[str, Any] = {"schema": 1, "models": {}}
+        summary: dict[str, Any] = {"schema": 1, "models": {}, "acceleration": {}}
         retrieval: dict[str, dict[str, Ranking]] = {}
         for name, short in shorts.items():
             model = HookedMLLM.from_pretrained(name)
@@ -147,14 +159,18 @@ def study(
             facts["agreement"] = summarise_agreement(rankings)
             summary["models"][short] = facts
             retrieval[short] = {domain: above_null(place.get(f"{short}/{domain}/ram")) for domain in wanted}
+            if settings.shares:
+                summary["acceleration"] |= accelerated(place, model, short, longest(model, wanted), settings, say)
             del model  # before the next one is loaded
         if not summary["models"]:
             raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
+        if settings.shares and tuple(models) == DEFAULT_MODELS and data is None:
+            summary["acceleration"] |= accelerated_long(place, domains, settings, say)
         summary["scales"] = summarise_scales(retrieval)
         summary["findings"] = findings(summary)
         summary["headlines"] = headlines(summary["findings"])
         records = {record["model"]: record["provenance"] for record in place.records}
-        summary["provenance"] = {short: records[short] for short in summary["models"]}
+        summary["provenance"] = {s: records[s] for s in dict.fromkeys([*summary["models"], *summary["acceleration"]])}
         write_json(summary, place.path / "summary.json")
         return report(place.path)
 
@@ -291,6 +307,42 @@ def causality(
         )
         place.put(f"{key}/causal", found.dataset)
     return CausalReport(place.get(f"{key}/causal")).facts()
+
+
+def longest(model: HookedMLLM, wanted: dict[str, Samples]) -> Samples:
+    """The samples of the domain with the longest prompts, by the first sample of each."""
+    return max(wanted.values(), key=lambda samples: len(model.inputs_of(samples[0]).layout))
+
+
+def accelerated(
+    place: Study, model: HookedMLLM, short: str, samples: Samples, settings: Settings, say: Progress
+) -> dict[str, Any]:
+    """Sparse inference of one model, computed or found; nothing where it cannot be tried."""
+    find, test = samples.split(RANKING, settings.seed)
+    local = Local(window=default_window(model, test), gate_steps=24)
+    options: dict[str, Any] = dict(
+        shares=settings.shares, n_random=4, batch_size=settings.batch_size, seed=settings.seed, say=say
+    )
+    try:
+        refuse_covered(model, test, local)
+        localize(model, local.policy).close()
+    except (ExperimentError, UnsupportedModel):  # prompts within the window; layers that share keys and values
+        return {}
+    found = acceleration_in(place, f"{short}/acceleration", model, find, test, local, **options)
+    return {short: acceleration.summarise(found)}
+
+
+def accelerated_long(place: Study, domains: Sequence[str] | None, settings: Settings, say: Progress) -> dict[str, Any]:
+    """Sparse inference of the models of long contexts that are installed, where a window matters most."""
+    found: dict[str, Any] = {}
+    for name, pages in LONG.items():
+        if short_name(name) in reference.names() and (domains is None or "pages" in domains):
+            model = HookedMLLM.from_pretrained(name)
+            same_weights(place, model, short_name(name))
+            samples = haystacks("pages", settings.n_find + settings.n_test, settings.seed, n_pictures=pages)
+            smaller = replace(settings, batch_size=max(1, settings.batch_size // 4))
+            found |= accelerated(place, model, short_name(name), samples, smaller, say)
+    return found
 
 
 def plan(ranking: Ranking, settings: Settings) -> list[Condition]:

@@ -26,6 +26,7 @@ from mech.experiments.statistics import bootstrap_interval, holm, permutation_te
 
 MARGIN = 0.1  # of accuracy: a loss that is surely smaller is accepted
 ALPHA = 0.05
+FLOOR = 0.2  # below this accuracy nothing can be lost
 NAMES = {
     "ram": "RAM", "bottom": "the lowest RAM", "random": "chance", "vision": "attention on all visual tokens",
     "causal": "causal effect", "gates": "learned gates", "reach": "reach", "dynamic": "reach, for each input anew",
@@ -49,7 +50,7 @@ Said = Iterator[tuple[str, str, bool]]
 def summarise(found: xr.Dataset, margin: float = MARGIN) -> Facts:
     """The numbers of an acceleration result, in plain values.
 
-        {"n_test", "length", "sinks", "window", "n_kv_heads", "margin",
+        {"n_test", "domain", "length", "sinks", "window", "n_kv_heads", "margin",
          "dense": I, "window_only": {"accuracy": I, "loss": I, "flops", "kv_bytes"},
          "curve": [{"choice", "share", "n_kv_heads", "draws", "accuracy": I, "loss": I, "flops", "kv_bytes"}, ...],
          "against_random": [{"choice", "share", "n_kv_heads", "statistic", "p_value", "p_adjusted", "p_sets",
@@ -73,6 +74,7 @@ def summarise(found: xr.Dataset, margin: float = MARGIN) -> Facts:
     keeps = alone if alone["loss"]["high"] < margin else enough.get("ram")
     return {
         "n_test": right.sizes[EXAMPLE],
+        "domain": found.attrs["domain"],
         **{name: int(found.attrs[name]) for name in ("length", "sinks", "window", "n_kv_heads")},
         "margin": margin,
         "dense": proportion_interval(dense).as_dict(),
@@ -86,9 +88,9 @@ def summarise(found: xr.Dataset, margin: float = MARGIN) -> Facts:
     }
 
 
-def sentences(facts: Facts, weak: bool = False) -> Said:
+def sentences(facts: Facts) -> Said:
     """What the numbers show, as (kind, text, whether it speaks against arXiv 2606.05843); nothing of a weak model."""
-    if weak:
+    if facts["dense"]["low"] < FLOOR:
         return
     for rule in (_keeping, _random, _others, _input, _fast):
         yield from rule(facts)

@@ -8,6 +8,7 @@ says nothing. No rule knows which model it reads. ``headlines`` counts in how ma
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mech.experiments import acceleration
 from mech.experiments.drops import p_is as _p
 from mech.experiments.drops import points as _points
 
@@ -39,6 +40,8 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
             ):
                 said += [_finding(model, domain, *one) for one in rule(numbers, n_heads)]
         said += [_finding(model, None, *one) for one in _domains(facts)]
+    for model, facts in summary.get("acceleration", {}).items():
+        said += [_finding(model, facts["domain"], *one) for one in acceleration.sentences(facts)]
     said += [_finding(None, None, *one) for one in _scales(summary)]
     return said
 
@@ -48,10 +51,12 @@ def headlines(found: list[Finding]) -> list[Finding]:
 
     What is said of a whole model or of all models is one place each and is kept as it is.
     """
-    places = list(dict.fromkeys((f["model"], f["domain"]) for f in found if f["domain"]))
     said = []
     for kind, phrase in KINDS.items():
         made = [f for f in found if f["kind"] == kind]
+        # Sparse inference is tried in a few places only.
+        tried = [f for f in found if (f["kind"] in acceleration.KINDS) == (kind in acceleration.KINDS)]
+        places = list(dict.fromkeys((f["model"], f["domain"]) for f in tried if f["domain"]))
         if made and made[0]["domain"]:
             here = list(dict.fromkeys((f["model"], f["domain"]) for f in made))
             text = f"{phrase}: in {len(here)} of {len(places)} places ({_listed(here, places)})."
@@ -97,6 +102,7 @@ KINDS = {
     "concentrated": "A quarter of the heads or less holds half of all retrieval attention mass",
     "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",
     "weak": "The model is too weak for ablation to show anything",
+    **acceleration.KINDS,
     "domains": "",
     "scales": "",
 }

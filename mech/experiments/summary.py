@@ -21,6 +21,7 @@ top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 /
                      ``_low`` and ``_high`` are 95% intervals over samples,
            "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
         "agreement": {"domains", "spearman", "jaccard", "jaccard_null"}}},
+     "acceleration": {MODEL: ``mech.experiments.acceleration.summarise``},   sparse inference, on one domain each
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "pearson", "centre_a", "centre_b"}, ...]},
      "findings": [{"kind", "text", "model", "domain", "against_papers"}, ...],
      "headlines": the same, one for each kind,

@@ -129,9 +129,11 @@ def _moved(
     """How far each head's output moves at the row where it moves most."""
     pattern = call.rows(rows)
     seen = near.seen(rows, torch.arange(pattern.shape[-1], device=rows.device))[:, None]
-    far = pattern * ~seen
-    # What is left is renormalised: by what it is not, so that a sink of the layer's own keeps its share.
-    local = pattern * seen / (1 - far.sum(-1, keepdim=True)).clamp(min=1e-6)
+    local = pattern * seen
+    kept = local.sum(-1, keepdim=True)
+    if call.sinks is not None:  # a sink of the layer's own keeps its share
+        kept = kept + 1 - pattern.sum(-1, keepdim=True)
+    local = local / kept.clamp(min=torch.finfo(kept.dtype).tiny)
     change = (pattern - local).reshape(1, call.v.shape[1], -1, pattern.shape[-1]) @ call.v.to(pattern)
     change = change.reshape(call.q.shape[1], len(rows), -1)
     return torch.einsum("hrd,hdm->hrm", change, weight.to(change)).norm(dim=-1).amax(-1)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
@@ -27,6 +27,7 @@ from mech.experiments.gradients import still
 from mech.experiments.ranking import Ranking
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
+from mech.sparse.kernels import by_definition
 from mech.sparse.masks import Near
 from mech.sparse.policy import Policy
 
@@ -70,8 +71,8 @@ def learned_gates(
     Raises:
         ExperimentError: no samples, no steps, or inputs that lie within sinks and window.
 
-    Cost: for each step ``batch_size`` dense forwards, and as many gated ones forward and back. The masks of a gated
-    forward are ``pos x pos``: train on a few thousand tokens, not on a hundred thousand.
+    Cost: for each step ``batch_size`` dense forwards, and as many gated ones forward and back. A gated forward looks
+    at every pair of positions twice and keeps them for the way back: train on a few thousand tokens.
 
     References: DuoAttention, arXiv 2410.10819. There the loss is the squared distance itself and 2,000 steps are
     made; here it is taken relative to the states, so that one ``sparsity`` fits models of every width.
@@ -136,26 +137,14 @@ def _gated(model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Float[Tenso
     mask = inputs.tensors["attention_mask"]
     near = Near(policy, mask.argmax(1), torch.full((len(mask),), mask.shape[1], device=mask.device))
     place = {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
-    seen: dict[int, Tensor] = {}
 
     def mix(call: AttentionCall) -> Tensor | None:
         if call.cross:  # a memory of visual tokens has no window
             return None
-        if not call.fused:
-            raise ExperimentError(
-                f"layer {call.layer} bounds its scores (softcap) or has sinks of its own",
-                "attention that SDPA computes", "rank by another score",
-            )  # fmt: skip
-        positions = torch.arange(call.q.shape[2], device=call.q.device)
-        if not seen:
-            seen[0] = near.seen(positions, positions)[:, None]
-        local = nn.functional.scaled_dot_product_attention(
-            call.q, call.k, call.v, attn_mask=seen[0] & call.visible(positions), scale=call.scale, enable_gqa=True
-        ).transpose(1, 2)
-        # A padding row sees nothing: SDPA gives nan there.
-        local = torch.nan_to_num(local)
-        gate = gates[place[call.layer]].to(call.z).repeat_interleave(call.q.shape[1] // call.k.shape[1])[:, None]
-        return gate * call.z + (1 - gate) * local
+        heads, groups = call.q.shape[1], call.k.shape[1]
+        local = by_definition(call, near, torch.zeros(heads, dtype=torch.bool, device=call.q.device))
+        gate = gates[place[call.layer]].to(call.z).repeat_interleave(heads // groups)[:, None]
+        return gate * call.z + (1 - gate) * torch.nan_to_num(local)  # nothing is seen from a row of padding
 
     with model.attending(mix):
         yield

@@ -14,7 +14,7 @@ from mech.data.samples import Samples
 from mech.experiments.ranking import Ranking
 from mech.model import HookedMLLM
 from mech.results import Study
-from mech.sparse.frontier import CHOICES, Local, Progress, about, measured, ranked, refuse_covered, settings, timed
+from mech.sparse.frontier import CHOICES, Local, Progress, about, measured, ranked, settings, timed
 from mech.sparse.speed import speed_dataset
 
 
@@ -32,12 +32,7 @@ def acceleration_in(
     seed: int,
     say: Progress,
 ) -> xr.Dataset:
-    """What ``acceleration`` returns, computed or found in a study.
-
-    Raises:
-        ExperimentError: samples too short for the window.
-    """
-    refuse_covered(model, test, local)
+    """What ``acceleration`` returns, computed or found in a study."""
     choices = CHOICES if all(s.counterfactual for s in find) else tuple(c for c in CHOICES if c != "causal")
 
     def tell(what: str, done: int, total: int) -> None:

@@ -22,7 +22,7 @@ from mech.views.attention import attention_view
 from mech.views.causal import causal_view
 from mech.views.circuit import circuit_view
 from mech.views.curves import ablation_curves
-from mech.views.frontier import frontier
+from mech.views.frontier import frontier_view
 from mech.views.heatmap import head_maps, ram_map
 from mech.views.lens import lens_view
 from mech.views.objects import inputs_view, layout_view, sample_view, samples_view
@@ -40,7 +40,7 @@ __all__ = [
     "attribution_map",
     "causal_view",
     "circuit_view",
-    "frontier",
+    "frontier_view",
     "head_maps",
     "inputs_view",
     "layout_view",
@@ -96,7 +96,7 @@ def _dataset_view(result: xr.Dataset) -> Any:
     if "reciprocal_rank" in names:
         return retrieval_view
     if {"choice", "share"} <= set(map(str, result.variables)):
-        return frontier
+        return frontier_view
     if {"band", "fraction"} <= set(map(str, result.variables)):
         return ablation_curves
     if "word" in names:

@@ -1,6 +1,6 @@
 """Accuracy, memory and speed of sparse inference, for several ways to choose the dense heads.
 
-    view = frontier(found)                 # what ``mech.acceleration`` returned
+    view = frontier_view(found)               # what ``mech.acceleration`` returned
 
 On the left accuracy against the share of KV heads that stay dense, a line for each choice; shaded is where random sets
 of the same size fall, dotted the dense model, dashed the window alone. A line matters where it leaves the shade. In the
@@ -30,7 +30,7 @@ LINES = {
 WINDOW_AT = 0.5  # the window alone stands at half of the smallest share: a log scale has no zero
 
 
-def frontier(result: xr.Dataset, title: str = "How few heads can see everything?", margin: float = MARGIN) -> View:
+def frontier_view(result: xr.Dataset, title: str = "How few heads can see everything?", margin: float = MARGIN) -> View:
     """The pictures of one acceleration result.
 
     Args:

@@ -20,7 +20,7 @@ import xarray as xr
 
 from mech.errors import OutputError
 from mech.results.store import load
-from mech.views import agreement, causal, curves, heatmap, overlay
+from mech.views import agreement, causal, curves, frontier, heatmap, overlay
 from mech.views.page import asset, escape, page, table, tabs, write
 
 OVERVIEW_FRACTION = 0.05
@@ -118,6 +118,7 @@ def _body(summary: Mapping[str, Any], places: list[_Place], settings: Mapping[st
     models = summary["models"]
     links = [("findings", "Findings"), ("overview", "Overview")]
     links += [(f"model-{i}", name) for i, name in enumerate(models)]
+    links += [("sparse", "Sparse inference")] if summary.get("acceleration") else []
     links += [("scales", "Scales")] if len(models) > 1 else []
     links += [("methods", "Methods and limits"), ("provenance", "Provenance")]
     nav = "".join(f'<a href="#{key}">{escape(name)}</a>' for key, name in links)
@@ -126,6 +127,8 @@ def _body(summary: Mapping[str, Any], places: list[_Place], settings: Mapping[st
         _model(i, name, facts, [place for place in places if place.model == name])
         for i, (name, facts) in enumerate(models.items())
     ]
+    if summary.get("acceleration"):
+        sections.append(_sparse(summary["acceleration"]))
     if len(models) > 1:
         sections.append(_scales(summary, places))
     prose = asset("methods.html")
@@ -293,6 +296,18 @@ def _effects_table(facts: Mapping[str, Any]) -> str:
     head = ["method, share", "heads", *names, "p top vs random"]
     caption = "Drop of accuracy in percentage points, paired, with 95% intervals. p: corrected (as computed)."
     return f"<details><summary>All effects as a table</summary>{table(head, rows, caption)}</details>"
+
+
+def _sparse(accelerated: Mapping[str, Any]) -> str:
+    """How few heads can see everything, model by model; those of long contexts first."""
+    order = sorted(accelerated.items(), key=lambda one: -one[1]["length"])
+    panels = {f"{name} ({facts['length']} tokens)": frontier.frontier_card(facts) for name, facts in order}
+    return (
+        '<section id="sparse"><h2>Sparse inference: how few heads can see everything?</h2>'
+        '<p class="soft">A few KV heads attend to the whole prompt, the others to its first tokens and those nearby. '
+        "Which heads stay dense is chosen on samples that do not test them, in several ways, at equal cost.</p>"
+        f'<div class="card">{tabs(panels, "model")}</div></section>'
+    )
 
 
 def _scales(summary: Mapping[str, Any], places: list[_Place]) -> str:
