@@ -17,6 +17,7 @@ runs (ablation sees those, patching does not).
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,6 +220,10 @@ class CausalReport(Shown):
         counts = {name: len(self.quadrant(name)) for name in QUADRANTS}
         said = [f"{attrs['model']} on {attrs['domain']}: of {heads['ram'].size} heads "
                 + "; ".join(f"{n} {_plural(name, n)}" for name, n in counts.items()) + "."]  # fmt: skip
+        # The smallest p of a sign-flip test is 2 / 2^n, and the correction is over all heads in both directions.
+        n, needed = self.dataset.sizes["example"], math.ceil(math.log2(4 * heads["ram"].size / attrs["alpha"]))
+        if n < needed:
+            said.append(f"{n} samples are too few to show that one head by itself matters: that takes {needed}.")
         if self.agreement["mean"] is not None:
             mean, low, high = (self.agreement[name] for name in ("mean", "low", "high"))
             said.append(f"RAM and loss correlate over heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}].")
