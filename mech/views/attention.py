@@ -48,7 +48,7 @@ def attention_view(result: xr.DataArray, title: str = "Attention between tokens"
     )
     script = f'<script type="module">{code}{"".join(calls)}</script>'
     body = f"<h3>{escape(title)}</h3><p class=soft>{note}</p>{tabs(panels, 'layer')}{script}"
-    return View(title, body, height=900)
+    return View(title, body, height=1400)
 
 
 def _viewer(values: np.ndarray, names: list[str], heads: list[str]) -> tuple[str, str, str]:

@@ -55,7 +55,7 @@ def circuit_view(
     number = next(_number)
     key = {name: f"part-{number}-{i}" for i, name in enumerate(parts_of(arrows))}
     pictures = pictures_on(on) if on is not None else []
-    drawn = drawing(arrows, key, thumbnails(pictures, evidence_on(on)))
+    drawn, tall = drawing(arrows, key, thumbnails(pictures, evidence_on(on)))
     panels = "".join(_panel(name, key[name], arrows, ranking, _seen(name, looks, on)) for name in key)
     hint = "<p>Click a part: what it reads, what it writes, where it looks.</p>"
     words = getattr(result, "describe", None)
@@ -68,7 +68,7 @@ def circuit_view(
         f'<div class="circuit"><div class="scroll">{drawn}</div>'
         f'<div class="parts" aria-live="polite">{start}{panels}</div></div>{key_of(arrows)}'
     )
-    return View(title, body, height=760)
+    return View(title, body, height=max(tall, 300 if looks is None else 560) + 170)
 
 
 def _arrows(result: Any) -> list[Arrow]:

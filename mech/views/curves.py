@@ -65,9 +65,10 @@ def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablatio
     if measure and measure not in known:
         raise OutputError(f"measure {measure!r}", f"one of {known}", "leave it out to see all of them")
     shown = [measure] if measure else known
-    panels = {MEASURES[name].split(" (")[0]: method_panels(effects(result, name), name) for name in shown}
-    body = f"<h3>{escape(title)}</h3>{legend(effects(result, shown[0]))}{tabs(panels, 'measure')}"
-    return View(title, body, height=860)
+    found = {name: effects(result, name) for name in shown}
+    panels = {MEASURES[name].split(" (")[0]: method_panels(found[name], name) for name in shown}
+    body = f"<h3>{escape(title)}</h3>{legend(found[shown[0]])}{tabs(panels, 'measure')}"
+    return View(title, body, height=170 + 330 * -(-len(methods(found[shown[0]])) // 3))
 
 
 def effects(result: xr.Dataset, measure: str) -> list[Effect]:

@@ -59,8 +59,8 @@ def called(name: str) -> str:
     return f"MLP {found[3]}" if found[3] else found[2] or {"embed": "inputs"}.get(name, name)
 
 
-def drawing(arrows: Sequence[Arrow], key: Mapping[str, str], thumbnails: Mapping[str, str]) -> str:
-    """The graph as SVG."""
+def drawing(arrows: Sequence[Arrow], key: Mapping[str, str], thumbnails: Mapping[str, str]) -> tuple[str, int]:
+    """The graph as SVG, and its height in pixels."""
     rows = _rows(arrows)
     extra = 46 if thumbnails else 0
     width = max(340, max(len(row) for row in rows) * (WIDE + 16) + 24)
@@ -73,10 +73,8 @@ def drawing(arrows: Sequence[Arrow], key: Mapping[str, str], thumbnails: Mapping
     edges = "".join(_edge(arrow, key, at, most, width) for arrow in reversed(arrows))
     nodes = "".join(_node(name, key[name], *at[name], thumbnails.get(name, "")) for name in at)
     label = f"Graph of {len(at)} parts and {len(arrows)} paths, inputs at the bottom, logits on top"
-    return (
-        f'<svg class="graph" viewBox="0 0 {width} {height}" width="{width}" role="group" aria-label="{label}">'
-        f"{edges}{nodes}</svg>"
-    )
+    size = f'viewBox="0 0 {width} {height}" width="{width}"'
+    return f'<svg class="graph" {size} role="group" aria-label="{label}">{edges}{nodes}</svg>', height
 
 
 def key_of(arrows: Sequence[Arrow]) -> str:

@@ -64,9 +64,11 @@ def lens_view(
     place = "the stream entering each layer" if series == LAYER else "each head"
     note = f"{one.attrs.get('model', '')} · {measure} of words at {place}"
     note += f" · example {example + 1} of {result.sizes[EXAMPLE]}" if result.sizes[EXAMPLE] > 1 else ""
+    figures = one.sizes[series] * len({home for home, _ in rects})
+    height = 170 + 480 * -(-figures // 2) + (40 * (one.sizes[series] + 2) if there else 0)
     title = title or ("Logit lens" if series == LAYER else "What heads say of what they look at")
     body = f"<h3>{escape(title)}</h3><p class=soft>{escape(note)}</p>{styles(pictures)}"
-    return View(title, body + (tabs(panels, "word") if panels else "") + there, height=720)
+    return View(title, body + (tabs(panels, "word") if panels else "") + there, height=height)
 
 
 def _blank(one: xr.Dataset, placed: np.ndarray) -> list[Picture]:

@@ -42,7 +42,7 @@ def sample_view(sample: Sample, title: str = "") -> View:
         f'{styles(pictures)}<p class="question">{escape(sample.question)}</p>'
         f'<p class="answers">answer <b>{escape(sample.answer)}</b> · {escape(said)} · outlined: the evidence</p>{drawn}'
     )
-    return View(title or "Sample", body, height=470)
+    return View(title or "Sample", body, height=580)
 
 
 def samples_view(samples: Samples, title: str = "") -> View:
@@ -93,7 +93,7 @@ def inputs_view(inputs: "Inputs", title: str = "", *, on: Any = None) -> View:
     tensors = [[escape(name), "×".join(map(str, value.shape)), escape(str(value.dtype).removeprefix("torch."))]
                for name, value in inputs.tensors.items()]  # fmt: skip
     body = "".join(rows[:MOST_ROWS]) + more + table(["tensor", "shape", "type"], tensors)
-    return View(title or "Inputs", body, height=(640 if on is not None else 300) + 34 * len(tensors))
+    return View(title or "Inputs", body, height=(600 if on is not None else 160) + 40 * (len(tensors) + 1))
 
 
 def _pictures(sample: Sample, pictures: list[Picture]) -> str:

@@ -65,7 +65,7 @@ def looks(
             "view(looks, folder=...) or view(looks, on=samples)",
         )  # fmt: skip
     sources = _beside(result, Path(folder)) if folder is not None else _given(result, on)
-    return View(title, f"<h3>{escape(title)}</h3>{_articles(result, sources)}", height=640)
+    return View(title, f"<h3>{escape(title)}</h3>{_articles(result, sources)}", height=60 + 620 * result.sizes["look"])
 
 
 def look_articles(result: xr.Dataset, folder: Path) -> str:

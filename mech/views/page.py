@@ -30,6 +30,7 @@ from typing import Any
 from mech.errors import OutputError
 from mech.views.figures import KINDS, draw
 
+TALLEST = 1000
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 # A page may be joined from several views: the numbers only have to differ within one page.
@@ -45,7 +46,8 @@ def escape(text: object) -> str:
 class View:
     """A picture with its title, ready for Jupyter or for a file.
 
-    ``height`` is that of the frame in Jupyter, in pixels; a saved page takes what it needs.
+    ``height`` is that of the frame in Jupyter, in pixels, up to ``TALLEST``, from where on it scrolls; a saved page
+    takes what it needs.
     """
 
     title: str
@@ -80,7 +82,7 @@ class View:
     def _repr_html_(self) -> str:
         # A frame keeps our style and the notebook's apart; the bundle goes in compressed, or ten views make 50 MB.
         inner = escape(page(self.title, self.body, alone=True, compressed=True))
-        style = f"width:100%;height:{self.height}px;border:0;border-radius:8px"
+        style = f"width:100%;height:{min(self.height, TALLEST)}px;border:0;border-radius:8px"
         title = escape(self.title)
         may = "allow-scripts allow-downloads"
         return f'<iframe srcdoc="{inner}" style="{style}" title="{title}" sandbox="{may}"></iframe>'

@@ -116,7 +116,9 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
         if layout is not None and found.axes[-1] == "position":
             beside = replace(beside, columns=tuple(f"{p} {layout.tokens[int(p)].strip()}" for p in beside.columns))
         body += f"<h4>What lies nowhere in the picture</h4>{_grid(beside, found.reach)}"
-    return View(title or "Activation patching", body, height=700)
+    figures = len(found.rows) * len({home for there in places.values() for home, _ in there})
+    height = 610 if figures == 1 else 140 + 265 * -(-figures // 4)
+    return View(title or "Activation patching", body, height=height + (map_height(len(found.rows)) + 40) * bool(rest))
 
 
 def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "TokenLayout | None" = None) -> View:
