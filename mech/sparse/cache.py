@@ -211,7 +211,8 @@ class WholeLayer(CacheLayerMixin):
         self.whole = Grown()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.lazy_initialization(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[2]
         k, v, _ = self.whole.extend(key_states, value_states)
         return k, v
@@ -278,9 +279,10 @@ class SplitLayer(WholeLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         near, before, new = self._cache.near, self.seen, key_states.shape[2]
         assert near is not None
-        self.lazy_initialization(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         if self.split or near.policy.phase == "both":
-            self._start(near)
+            self._start(near, key_states.device)
             self.seen, self.given = before + new, key_states
             self._take(key_states, value_states, before > 0 and new > 1)
             return key_states, value_states
@@ -289,7 +291,7 @@ class SplitLayer(WholeLayer):
         if before or self.seen < int(near.prompt.max()):
             k, v, _ = self.whole.extend(k, v)
         if self.seen >= int(near.prompt.max()):
-            self._start(near)
+            self._start(near, key_states.device)
             self._take(k, v, False)
             self.whole = Grown()
         return k, v
@@ -309,7 +311,7 @@ class SplitLayer(WholeLayer):
                 "use phase='prefill', which keeps the whole cache",
             )  # fmt: skip
         assert self._cache.near is not None
-        near, plan = self._cache.near.to(call.q.device).of_batch(len(call.q)), self._plan.to(call.q.device)
+        near, plan = self._cache.near.to(call.q.device).of_batch(len(call.q)), self._plan
         linear, self.linear = self.linear, {}
         one, parts = call.q.shape[2] == 1, []
         if len(plan.whole):
@@ -334,16 +336,24 @@ class SplitLayer(WholeLayer):
             own = replace(call, mask=None if call.mask is None else call.mask[..., start:])
             groups = torch.searchsorted(plan.whole, plan.dense_groups)
             z = dense_heads(take(own, plan.dense), k[:, groups], v[:, groups], dropout)
-        if not plan.mixed.any():
+        if len(plan.dense) == len(plan.whole_heads):
             return z
-        keys = Keys.of(*(linear or self.dense.ordered()), near)
-        every = near_heads(take(call, plan.whole_heads), keys, near, None, dropout)
-        return every.index_copy(1, (~plan.mixed).nonzero().flatten(), z)
+        mine, policy = take(call, plan.whole_heads), near.policy
+        plain = linear is None and call.mask is None and not policy.keep_text and isinstance(self.dense, Grown)
+        if plain and self.seen >= policy.sinks + policy.window:
+            ends = (
+                torch.cat([x[:, :, : policy.sinks], x[:, :, -policy.window :]], 2) for x in (self.dense.k, self.dense.v)
+            )
+            every = fused(mine, mine.q, *ends, None, dropout=dropout)
+        else:
+            keys = Keys.of(*(linear or self.dense.ordered()), near)
+            every = near_heads(mine, keys, near, None, dropout)
+        return every.index_copy_(1, plan.inside, z)
 
-    def _start(self, near: Near) -> None:
+    def _start(self, near: Near, device: torch.device) -> None:
         if self.split:
             return
-        self.split = True
+        self.split, self._plan = True, self._plan.to(device)
         self.dense = Grown() if self._own is None else Ring(self._own, None)
         if len(self._plan.local):
             self.local = Ring(min(near.policy.window, self._own or near.policy.window), near)

@@ -41,7 +41,7 @@ class Plan:
         slots: where each dense head stands in ``packed``.
         local: key/value heads that only local heads read.
         local_heads: all query heads of these.
-        mixed: which of ``whole_heads`` are local.
+        inside: where each dense head stands in ``whole_heads``; the others there are local.
         near: key/value heads whose query heads are computed as local in a prompt: all of them unless many are dense
             throughout, for picking copies keys.
         near_heads: all query heads of these.
@@ -56,7 +56,7 @@ class Plan:
     slots: Int[Tensor, " head"]
     local: Int[Tensor, " kv_head"]
     local_heads: Int[Tensor, " head"]
-    mixed: Bool[Tensor, " head"]
+    inside: Int[Tensor, " head"]
     near: Int[Tensor, " kv_head"]
     near_heads: Int[Tensor, " head"]
     inverse: Int[Tensor, " head"]
@@ -80,7 +80,7 @@ class Plan:
             slots=_places((place < counts[:, None]).flatten()),
             local=_places(~whole),
             local_heads=heads[~whole].flatten(),
-            mixed=~by_group[whole].flatten(),
+            inside=_places(by_group[whole].flatten()),
             near=_places(near),
             near_heads=heads[near].flatten(),
             inverse=torch.argsort(torch.cat([heads[whole].flatten(), heads[~whole].flatten()])),
