@@ -1,0 +1,258 @@
+"""Sparse inference over dense: attention by itself, bytes of KV cache, and decoding with a whole small model.
+
+    python benchmarks/sparse.py                          # the bars: 8k and 16k tokens, about six minutes
+    python benchmarks/sparse.py --only decode            # or prefill, model
+    python benchmarks/sparse.py --gpu --config qwen3-vl-8b --tokens 8192 32768 131072
+
+16 sinks, a window of 256, one dense head in 16; heads 64 wide, MHA (16 key/value heads) and GQA (4); float32, one
+thread. *Prefill* attention is one layer against SDPA, causal. *Decode* attention is one layer's step (the new key into
+the cache, attention over it) against a dense cache that is allocated beforehand. The *model* is a LLaVA of four
+layers, d_model 256, whose tokens are timed against Hugging Face's default cache too, which copies itself at every
+token. The bound beside each figure is what the policy saves of pairs or bytes, were everything else free: of attention
+for the first, of the KV cache for the others.
+
+``--gpu`` times whole models of published size with random weights, vision tower included: time to the first token, and
+tokens per second. It has not been run on a GPU; on a CPU it runs with narrow heads, to see that it does.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from models import llava, question
+from record import interleaved, one_thread, ratio, record
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from mech.model import AttentionCall, HookedMLLM
+from mech.sparse.cache import SplitCache, SplitLayer
+from mech.sparse.kernels import Plan, split_heads
+from mech.sparse.localize import localize
+from mech.sparse.masks import Near
+from mech.sparse.policy import Policy
+
+SINKS, WINDOW, HEADS, D_HEAD = 16, 256, 16, 64
+KV_HEADS = {"": 16, "gqa_": 4}  # prefix of the figures' names -> key/value heads
+LAYERS, TOKENS = 4, 4  # of the model; decoded in a turn
+BARS = {
+    "prefill_attention_8k": ">= 4", "prefill_attention_16k": ">= 6", "decode_attention_8k": ">= 8",
+    "kv_bytes_8k": ">= 10", "decode_model_8k_vs_preallocated": ">= 2.3", "decode_model_8k_vs_default": ">= 4.5",
+}  # fmt: skip
+WHAT = {
+    "prefill_attention_8k": "attention of one layer, prompt of 8,192 tokens",
+    "prefill_attention_16k": "the same, 16,384 tokens",
+    "decode_attention_8k": "attention of one layer for the next token, 8,192 tokens in the cache",
+    "kv_bytes_8k": "bytes of KV cache that are held after a prompt of 8,192 tokens, reserve included",
+    "decode_model_8k_vs_preallocated": "the next token of a whole small model, 8,192 tokens in the cache",
+    "decode_model_8k_vs_default": "the same",
+}
+SDPA, RESERVED = "SDPA over all keys", "a dense cache allocated beforehand"
+
+
+def written(name: str, prefix: str, value: float, bound: float, over: str, **details: Any) -> None:
+    kind = "GQA 16:4" if prefix else "MHA"
+    record(
+        prefix + name, value, unit="x", compared_with=f"{over}; bound {bound:.1f}x", bar="" if prefix else BARS[name],
+        what=f"{WHAT[name]}, {kind}", bound=round(bound, 2), **details,
+    )  # fmt: skip
+
+
+def policy() -> Policy:
+    return Policy([(layer, 5) for layer in range(LAYERS)], SINKS, WINDOW)
+
+
+def layer(kv_heads: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of one layer."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, heads, tokens, D_HEAD, generator=generator) for heads in (HEADS, kv_heads, kv_heads))
+
+
+def plan_of(kv_heads: int) -> Plan:
+    return Plan.of(policy().dense(0, HEADS), kv_heads)
+
+
+def call_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int = 0) -> AttentionCall:
+    return AttentionCall("text", 0, q, k, v, q.transpose(1, 2), None, D_HEAD**-0.5, q.shape[2] > 1, start)
+
+
+def near_of(tokens: int) -> Near:
+    return Near(policy(), torch.zeros(1, dtype=torch.long), torch.tensor([tokens]))
+
+
+def prefill_runs(kv_heads: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    q, k, v = layer(kv_heads, tokens)
+    near, plan, gqa = near_of(tokens), plan_of(kv_heads), kv_heads != HEADS
+    return {
+        "dense": lambda: nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
+        "sparse": lambda: split_heads(call_of(q, k, v), near, plan),
+    }
+
+
+def decode_runs(kv_heads: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    """Steps of one token; each goes on from the one before."""
+    q, k, v = layer(kv_heads, tokens + 600)
+    cache = SplitCache.__new__(SplitCache)  # what a layer asks of it is ``near``
+    cache.near = near_of(tokens)
+    sparse, plan = SplitLayer(cache, plan_of(kv_heads), None), None
+    sparse.update(k[:, :, :tokens], v[:, :, :tokens])
+    sparse.given = plan
+    held_k, held_v, default = k.clone(), v.clone(), DynamicCache()
+    default.update(k[:, :, :tokens], v[:, :, :tokens], 0)
+    at = {"reserved": tokens}
+
+    def new() -> tuple[torch.Tensor, ...]:
+        return tuple(x[:, :, -1:] for x in (q, k, v))
+
+    def attended(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        # As transformers does: query heads that share keys are rows of one call.
+        query = query.reshape(1, kv_heads, -1, D_HEAD)
+        return nn.functional.scaled_dot_product_attention(query, keys, values).reshape(1, 1, HEADS, D_HEAD)
+
+    def run_sparse() -> Any:
+        query, key, value = new()
+        sparse.update(key, value)
+        return sparse.attend(call_of(query, key, value, sparse.seen - 1))
+
+    def run_reserved() -> Any:
+        query, key, value = new()
+        held_k[:, :, at["reserved"]], held_v[:, :, at["reserved"]] = key[:, :, 0], value[:, :, 0]
+        at["reserved"] += 1
+        return attended(query, held_k[:, :, : at["reserved"]], held_v[:, :, : at["reserved"]])
+
+    def run_default() -> Any:
+        query, key, value = new()
+        return attended(query, *default.update(key, value, 0))
+
+    return {"reserved": run_reserved, "default": run_default, "sparse": run_sparse}
+
+
+def model_of(kv_heads: int, tokens: int) -> HookedMLLM:
+    return HookedMLLM.from_hf(llava(tokens, LAYERS, HEADS, kv_heads, 256))
+
+
+def model_runs(kv_heads: int, tokens: int) -> tuple[dict[str, Callable[[], Any]], float, float]:
+    """Decoding of the whole model with three caches; the measured and the exact share of dense KV bytes."""
+    model, inputs = model_of(kv_heads, tokens), question(tokens)
+    plans = {index: plan_of(kv_heads) for index in range(LAYERS)}
+    text = model.hf_model.config.text_config
+    caches: dict[str, Any] = {"default": DynamicCache(config=text), "reserved": SplitCache(text, plans, split=False)}
+    options = {"use_cache": True, "logits_to_keep": 1}
+    for cache in caches.values():
+        model(inputs, past_key_values=cache, **options)
+    fast = localize(model, policy())
+    caches["sparse"] = fast.cache()
+    fast(inputs, past_key_values=caches["sparse"], **options)
+    fast.close()
+    dense = sum(held.keys.nbytes + held.values.nbytes for held in caches["default"].layers)
+    ids = inputs.tensors["input_ids"][:, -1:]
+
+    def decode(name: str) -> Callable[[], Any]:
+        def run() -> None:
+            with localize(model, policy()) if name == "sparse" else torch.no_grad():
+                for _ in range(TOKENS):
+                    model({"input_ids": ids}, past_key_values=caches[name])
+
+        return run
+
+    share = policy().budgets(model.cfg, tokens).kv_bytes
+    return {name: decode(name) for name in caches}, dense / caches["sparse"].nbytes, 1 / share
+
+
+def attention_figures(prefix: str, only: str, seconds: float) -> None:
+    cfg = model_of(KV_HEADS[prefix], 64).cfg
+    for tokens, name in ((8192, "prefill_attention_8k"), (16384, "prefill_attention_16k")):
+        if only in ("", "prefill"):
+            times = interleaved(prefill_runs(KV_HEADS[prefix], tokens), seconds, least=5)
+            bound = policy().budgets(cfg, tokens).prefill_bound
+            written(name, prefix, ratio(times, "dense", "sparse"), bound, SDPA, **_medians(times))
+    if only in ("", "decode"):
+        times = interleaved(decode_runs(KV_HEADS[prefix], 8192), seconds, least=41, most=301)
+        bound = policy().budgets(cfg, 8192).decode_bound
+        default = {"over_default": round(ratio(times, "default", "sparse"), 2)}
+        value = ratio(times, "reserved", "sparse")
+        written("decode_attention_8k", prefix, value, bound, RESERVED, **default, **_medians(times))
+
+
+def model_figures(prefix: str, seconds: float) -> None:
+    runs, smaller, bound = model_runs(KV_HEADS[prefix], 8192)
+    written("kv_bytes_8k", prefix, smaller, bound, "a dense cache without reserve")
+    times = interleaved(runs, seconds, least=9, most=61)
+    for name, over in (("reserved", RESERVED), ("default", "Hugging Face's default cache")):
+        figure = f"decode_model_8k_vs_{'preallocated' if name == 'reserved' else name}"
+        written(figure, prefix, ratio(times, name, "sparse"), bound, over, **_medians(times))
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, Any]:
+    return {"median_ms": {name: round(1000 * statistics.median(taken), 3) for name, taken in times.items()}}
+
+
+@torch.no_grad()
+def whole_model(config: str, tokens: list[int], device: str, share: float, new: int = 32) -> None:
+    """Time to the first token and tokens per second of a model of published size, pictures read anew each time."""
+    from fullsize import DTYPES, config_of, inputs_of
+    from transformers import AutoModelForImageTextToText
+
+    narrow, dtype = device == "cpu", DTYPES["fp32" if device == "cpu" else "bf16"]
+    made = config_of(config, narrow)
+    with torch.device(device):
+        model = HookedMLLM.from_hf(AutoModelForImageTextToText.from_config(made, dtype=dtype).eval(), name=config)
+    heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    groups = model.cfg.n_heads // model.cfg.n_kv_heads
+    dense = heads[: round(share * len(heads)) // groups * groups]  # whole groups, as a ranking by groups gives them
+    for length in tokens:
+        inputs = inputs_of(made, length, device, dtype)
+        took: dict[str, dict[str, float]] = {}
+        for name in ("dense", "sparse"):
+            fast = localize(model, Policy(dense, SINKS, max(WINDOW, 1024))) if name == "sparse" else None
+            for _ in range(2):  # the first warms up
+                first, every = (_timed(model, inputs, count) for count in (1, new + 1))
+            took[name] = {"first_token_s": first, "tokens_per_s": new / max(every - first, 1e-9)}
+            if fast is not None:
+                budgets = fast.budgets(length)
+                fast.close()
+        record(
+            f"gpu_first_token_{length}_{config}", took["dense"]["first_token_s"] / took["sparse"]["first_token_s"],
+            unit="x", compared_with=f"dense, Hugging Face's default cache; bound {budgets.prefill_bound:.1f}x",
+            what=f"time to the first token, {length:,} tokens, {config}{', narrow' if narrow else ''}, tower included",
+            **{name: {key: round(value, 4) for key, value in t.items()} for name, t in took.items()},
+            tokens_per_second=round(took["sparse"]["tokens_per_s"] / took["dense"]["tokens_per_s"], 3),
+            decode_bound=round(budgets.decode_bound, 2), share=share,
+        )  # fmt: skip
+
+
+def _timed(model: HookedMLLM, inputs: Any, count: int) -> float:
+    start = time.perf_counter()
+    model.generate(inputs, max_new_tokens=count, min_new_tokens=count)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["prefill", "decode", "model"], default="")
+    parser.add_argument("--kv", choices=["mha", "gqa"], default="", help="one of the two tables")
+    parser.add_argument("--seconds", type=float, default=20, help="time for each figure")
+    parser.add_argument("--gpu", action="store_true", help="whole models of published size")
+    parser.add_argument("--config", default="qwen3-vl-8b")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--share", type=float, default=1 / 16, help="of the heads that stay dense, with --gpu")
+    given = parser.parse_args()
+    if given.gpu:
+        whole_model(given.config, given.tokens, "cuda" if torch.cuda.is_available() else "cpu", given.share)
+        return
+    with one_thread():
+        for prefix in KV_HEADS:
+            if given.kv == ("gqa" if not prefix else "mha"):
+                continue
+            if given.only != "model":
+                attention_figures(prefix, given.only, given.seconds)
+            if given.only in ("", "model"):
+                model_figures(prefix, given.seconds)
+
+
+if __name__ == "__main__":
+    main()
