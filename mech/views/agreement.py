@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.views.page import View, chart, escape, table
+from mech.views.page import View, chart, escape, table, tabs
 
+BESIDE = 5  # names up to which two matrices stand side by side
 LINES = ("@top", "@bottom", "@middle", "@matched", "@random", "@accent")
 SYMBOLS = ("diamond", "square", "triangle-up", "circle", "x", "star")
 
@@ -60,10 +61,15 @@ def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
     names = agreement.get("domains") or agreement["names"]
     between = {name: [agreement[f"{name}_{end}"] for end in ("low", "high")] if f"{name}_low" in agreement else None
                for name in ("spearman", "jaccard")}  # fmt: skip
-    caption = f"Spearman correlation of whole {what} maps"
+    caption = f"Spearman correlation of whole {what} maps".replace("  ", " ")
     spearman = matrix(names, agreement["spearman"], caption, interval=between["spearman"])
-    null = agreement.get("jaccard_null")
-    jaccard = matrix(names, agreement["jaccard"], "Jaccard overlap of the top heads", null, between["jaccard"])
+    null, top = agreement.get("jaccard_null"), agreement.get("n_top")
+    caption = f"Jaccard overlap of the top {'' if top is None else f'{top} '}heads"
+    if wide := len(names) > BESIDE and null is not None:  # all pairs have one chance: it is said once
+        null, caption = None, f"{caption}; by chance {null[0][1]:.2f}"
+    jaccard = matrix(names, agreement["jaccard"], caption, null, between["jaccard"])
+    if wide:
+        return tabs({"whole maps": spearman, "top heads": jaccard}, "measure of agreement")
     return f'<div class="multiples"><div>{spearman}</div><div>{jaccard}</div></div>'
 
 
@@ -75,15 +81,9 @@ def agreement_view(found: xr.Dataset, title: str = "Agreement of rankings") -> V
         title: stands above a saved page.
     """
     names = [str(name) for name in found["ranking"].values]
-    parts = []
-    for name, caption, null in (
-        ("spearman", "Spearman correlation of whole maps", None),
-        ("jaccard", f"Jaccard overlap of the top {found.attrs['n_top']} heads", found["jaccard_null"].values),
-    ):
-        between = [found[f"{name}_{end}"].values for end in ("low", "high")] if f"{name}_low" in found else None
-        parts.append(f"<div>{matrix(names, found[name].values.tolist(), caption, null, between)}</div>")
-    body = f'<h3>{escape(title)}</h3><div class="multiples">{"".join(parts)}</div>'
-    return View(title, body, height=170 + 64 * len(names))
+    facts = {"names": names, "n_top": found.attrs["n_top"], **{str(n): v.values.tolist() for n, v in found.items()}}
+    body = f"<h3>{escape(title)}</h3>{domain_agreement(facts, '')}"
+    return View(title, body, height=(220 if len(names) > BESIDE else 170) + 64 * len(names))
 
 
 def transfer_view(found: xr.Dataset, title: str = "Transfer of heads") -> View:
