@@ -32,7 +32,7 @@ def steering_view(result: xr.Dataset, title: str = "Heads turned down and up") -
         if bool(result[measure].isnull().all()):  # no sample has a counterfactual
             continue
         traces: list[dict[str, Any]] = []
-        for band, here in _by_band(result[measure]):
+        for band, here in sorted(_by_band(result[measure]), key=lambda one: one[0] != "random"):  # the shade lies below
             mean, low, high = _ends(here)
             colour = f"@{COLOURS.get(band, 'accent')}"
             line = {
@@ -82,13 +82,13 @@ def retrieval_view(result: xr.Dataset, title: str = "Evidence found by where hea
             "type": "bar", "x": list(bands), "y": mean,
             "marker": {"color": [f"@{COLOURS.get(band, 'accent')}" for band in bands]},
             "error_y": _bars(mean, low, high, "@ink"),
-            "text": [f"{m:.0%} [{a:.0%}, {b:.0%}]" for m, a, b in zip(mean, low, high, strict=True)],
+            "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
             "textposition": "none", "hovertemplate": "<b>%{x}</b><br>%{text}<extra></extra>",
         }  # fmt: skip
         chance = float(by_chance.mean())
         layout = {
             "xaxis": {"title": "set of heads"},
-            "yaxis": {"title": name, "range": [0, 1.02], "tickformat": ".0%"},
+            "yaxis": {"title": name, "range": [0, 1.02]},
             "shapes": [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": chance, "y1": chance,
                         "line": {"color": "@none", "width": 1.5, "dash": "dot"}}],
         }  # fmt: skip
