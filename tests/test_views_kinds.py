@@ -51,7 +51,16 @@ def edges() -> xr.Dataset:
     return xr.Dataset({"effect": (tuple(dims), effect)}, dims, {"direction": "denoise", "ig_steps": 5})
 
 
+def sample_curve() -> xr.Dataset:
+    """Agreement that grows with the number of samples."""
+    values = np.linspace(0.2, 0.9, 3)[:, None] + np.linspace(-0.1, 0.1, 5)
+    names = ("spearman", "jaccard")
+    return xr.Dataset({n: (("size", "split"), values) for n in names}, {"size": [2, 8, 32]}, {"jaccard_null": 0.03})
+
+
 KINDS = {
+    "sample curve": lambda: view(sample_curve()),
+    "estimates": lambda: view(fabricated_grid().assign_attrs(rank_correlation=0.83)),
     "circuit": lambda: view(fabricated_circuit(), on=fabricated_sample(), looks=fabricated_looks()),
     "edges": lambda: view(edges()),
     "grid": lambda: view(fabricated_grid()),
@@ -92,6 +101,17 @@ def test_colours_of_effects_are_centred_on_no_effect():
         assert heat["text"][0][5].startswith("<b>layer 0, region 1,1</b><br>effect ")
     (heat,) = Page(view(xr.DataArray([[-0.5, 0.2]], dims=("layer", "head"))).html()).charts[0]["data"]
     assert (heat["zmin"], heat["zmax"], heat["colorscale"]) == (-0.5, 0.5, "@diverging")
+
+
+def test_an_estimate_says_how_far_to_trust_it():
+    text = KINDS["estimates"]().body
+    assert "estimated" in text and "on a sample of cells: 0.83" in text
+
+
+def test_a_sample_curve_shows_the_splits():
+    _, band, line, *_ = Page(KINDS["sample curve"]().html()).charts[0]["data"]
+    assert line["y"] == pytest.approx([0.2, 0.55, 0.9]) and line["x"] == [2, 8, 32]
+    assert band["y"][0] == pytest.approx(0.295) and band["fillcolor"] == "@bottom-soft"
 
 
 def test_boxes_and_positions_lie_where_their_pixels_are():

@@ -17,7 +17,7 @@ from typing import Any
 import xarray as xr
 
 from mech.errors import OutputError
-from mech.views.agreement import agreement_view, transfer_view
+from mech.views.agreement import agreement_view, sample_curve_view, transfer_view
 from mech.views.attention import attention_view
 from mech.views.causal import causal_view
 from mech.views.circuit import circuit_view
@@ -50,6 +50,7 @@ __all__ = [
     "ram_map",
     "report",
     "retrieval_view",
+    "sample_curve_view",
     "sample_view",
     "samples_view",
     "steering_view",
@@ -105,6 +106,8 @@ def _dataset_view(result: xr.Dataset) -> Any:
         return causal_view
     if "jaccard_null" in names:
         return agreement_view
+    if {"size", "split"} <= dims:
+        return sample_curve_view
     if "effect" in names:
         return circuit_view if {"sender", "receiver"} <= dims else patching_grid
     if "attribution" in names:

@@ -2,7 +2,7 @@
 
 Matrices are tables, so that they can be read, copied and heard; their shade is mixed by the browser from the colours of
 the page. The depth profile lays models of different size over each other: the share of all RAM in each layer, against
-relative depth.
+relative depth. The sample curve says how many samples a ranking needs.
 """
 
 import math
@@ -99,6 +99,51 @@ def transfer_view(found: xr.Dataset, title: str = "Transfer of heads") -> View:
     caption = f"Accuracy lost without {found.attrs['n_heads']} heads. Rows: found on; columns: tested on"
     table = matrix(rows, found["lost"].values.tolist(), caption, chance, between, columns)
     return View(title, f"<h3>{escape(title)}</h3>{table}", height=170 + 64 * len(rows))
+
+
+def sample_curve_view(found: xr.Dataset, title: str = "How many samples does a ranking need?") -> View:
+    """How well two rankings from disjoint samples agree, as their number grows: mean and 95% range over the splits.
+
+    Args:
+        found: of ``mech.sample_curve``.
+        title: stands above a saved page.
+    """
+    traces: list[dict[str, Any]] = []
+    for (name, called), colour in zip(
+        {"spearman": "Spearman correlation of all heads", "jaccard": "Jaccard overlap of the top heads"}.items(),
+        ("bottom", "top"), strict=True,
+    ):  # fmt: skip
+        values = found[name].transpose("split", "size").values
+        mean, (low, high) = values.mean(0), np.quantile(values, [0.025, 0.975], axis=0)
+        sizes = found["size"].values
+        edge = {"type": "scatter", "mode": "lines", "x": sizes, "hoverinfo": "skip", "line": {"width": 0}}
+        edge["showlegend"] = False
+        traces += [edge | {"y": low}, edge | {"y": high, "fill": "tonexty", "fillcolor": f"@{colour}-soft"}]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": called,
+                "x": sizes,
+                "y": mean,
+                "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
+                "hovertemplate": f"<b>{called}</b><br>%{{x}} samples each: %{{text}}<extra></extra>",
+                "line": {"color": f"@{colour}", "width": 2},
+                "marker": {"size": 7, "color": f"@{colour}"},
+            }
+        )
+    layout = {
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 13}},
+        "margin": {"l": 8, "r": 8, "t": 44, "b": 8},
+        "xaxis": {"title": "samples of each of the two rankings (log scale)", "type": "log", "tickvals": sizes},
+        "yaxis": {"title": "agreement", "range": [min(0.0, float(traces[0]["y"].min())) - 0.02, 1.04]},
+    }
+    null = found.attrs.get("jaccard_null")
+    note = f"Shaded: 95% of {found.sizes['split']} splits into disjoint samples."
+    note += f" By chance the top heads overlap by {float(null):.2f}." if null is not None else ""
+    drawn = chart(traces, layout, height=360, label="Agreement of two rankings against the number of samples")
+    return View(title, f"<h3>{escape(title)}</h3><p class=soft>{note}</p>{drawn}", height=500)
 
 
 def depth_profile(rankings: Mapping[str, Sequence[Sequence[float]]], n_layers: Mapping[str, int]) -> str:

@@ -104,9 +104,12 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
     found = _Effects.of(result["effect"], 1.0 if attrs.get("direction") == "noise" else 0.0, "share of the gap")
     said = [str(attrs[name]) for name in ("model", "point", "positions", "direction") if name in attrs]
     note = f"{escape(' · '.join(said))}. {NOTES.get(str(attrs.get('direction')), '')}"
-    head = f"<h3>{escape(title or 'Activation patching')}</h3><p class=soft>{note}</p>"
+    if "rank_correlation" in attrs:  # an estimate says how far it can be trusted
+        note += f" Rank correlation with exact patching, on a sample of cells: {float(attrs['rank_correlation']):.2f}."
+    title = title or ("Attribution patching (estimated)" if "rank_correlation" in attrs else "Activation patching")
+    head = f"<h3>{escape(title)}</h3><p class=soft>{note}</p>"
     if on is None:
-        return View(title or "Activation patching", head + _grid(found), height=map_height(len(found.rows)) + 140)
+        return View(title, head + _grid(found), height=map_height(len(found.rows)) + 140)
     pictures = pictures_on(on)
     places = _places(found, pictures, layout)
     rest = [i for i in range(len(found.columns)) if i not in places]
@@ -118,7 +121,7 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
         body += f"<h4>What lies nowhere in the picture</h4>{_grid(beside, found.reach)}"
     figures = len(found.rows) * len({home for there in places.values() for home, _ in there})
     height = 610 if figures == 1 else 140 + 265 * -(-figures // 4)
-    return View(title or "Activation patching", body, height=height + (map_height(len(found.rows)) + 40) * bool(rest))
+    return View(title, body, height=height + (map_height(len(found.rows)) + 40) * bool(rest))
 
 
 def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "TokenLayout | None" = None) -> View:
