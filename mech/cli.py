@@ -306,7 +306,7 @@ def check(
     if every == (model is not None):
         if every:
             raise ExperimentError(f"{model} and --all", "one of the two", "leave one out")
-        print(checking.family_table())
+        print(json.dumps(checking.family_rows()) if as_json else checking.family_table())
         return
     with progress(quiet or as_json) as say:
         if model is None:

@@ -172,3 +172,12 @@ def test_paths_names_what_reaches_the_logits(mech):
     assert code == 0 and "logits" in out and len(out.strip().splitlines()) == 4
     code, out, _ = mech("paths", "--samples", "1", "--sender", "L0H2", "--receiver", "L3K4.v", "--json")
     assert [cell["sender"] for cell in json.loads(out)["cells"]] == ["L0H2"]
+
+
+def test_the_families_are_a_table_or_json(mech):
+    code, out, _ = mech("check")
+    found = json.loads(mech("check", "--json")[1])
+    assert code == 0 and all(f"`{row['model_type']}`" in out for row in found)
+    assert {"models": "Qwen2-VL", "model_type": "qwen2_vl", "takes": ["images", "video"]}.items() <= next(
+        row.items() for row in found if row["model_type"] == "qwen2_vl"
+    )

@@ -163,8 +163,8 @@ CALLED = {
 }
 
 
-def family_table() -> str:
-    """The architectures that are known, as a Markdown table made from the rows of engine, inputs and tiny models."""
+def family_rows() -> list[dict[str, Any]]:
+    """The architectures that are known, from the rows of engine, inputs and tiny models."""
     from mech.inputs.geometry import FAMILIES
     from mech.model.rows import ROWS
     from mech.reference import tiny
@@ -174,13 +174,23 @@ def family_table() -> str:
         config: Any = make()
         text, vision = config.text_config.model_type, config.vision_config.model_type.removesuffix("_vision_model")
         pairs.setdefault(config.model_type, []).append(f"{text} + {vision}")
+    found = []
+    for kind in sorted(ROWS):
+        row = FAMILIES.get(kind)
+        takes = [] if row is None else ["images", "video"] if row.video else ["images"]
+        checked = list(dict.fromkeys(pairs.get(kind, [])))
+        found.append({"models": CALLED.get(kind, kind), "model_type": kind, "takes": takes, "checked": checked})
+    return found
+
+
+def family_table() -> str:
+    """``family_rows`` as a Markdown table."""
     lines = [
         "| models | `model_type` | `model.inputs` takes | checked text + vision models |",
         "|---|---|---|---|",
     ]
-    for kind in sorted(ROWS):
-        row = FAMILIES.get(kind)
-        takes = "no pictures yet, tensors only" if row is None else "images, video" if row.video else "images"
-        checked = ", ".join(dict.fromkeys(pairs.get(kind, ["none"])))
-        lines.append(f"| {CALLED.get(kind, kind)} | `{kind}` | {takes} | {checked} |")
+    for row in family_rows():
+        takes, checked = (", ".join(row[name]) for name in ("takes", "checked"))
+        cells = (row["models"], f"`{row['model_type']}`", takes or "no pictures yet, tensors only", checked or "none")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
