@@ -131,7 +131,7 @@ def test_where_nothing_can_be_retrieved_no_head_is_named_more_often_than_claimed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("null", ["random weights", "permuted questions", "shuffled labels"])
+@pytest.mark.parametrize("null", ["random weights", "permuted questions"])  # labels: four places are too few
 def test_the_rate_is_the_claimed_one_over_many_seeds_of_a_tiny_model(null):
     """A planted retrieval head finds what it is asked for: only because nothing it finds belongs to its question,
     or because it is random, may it go unnamed."""

@@ -184,7 +184,8 @@ def _parts(model: HookedMLLM, row: Inputs, asked: _Question) -> dict[str, np.nda
     final_norm, stream = model.norm(n), seen[f"blocks.{n - 1}.hook_resid_post"]
     carried = carried_on(model)
     through = frozen_norm(final_norm, stream[None])
-    direction = asked.of_logits(model.W_U.to(torch.promote_types(stream.dtype, torch.float32)))
+    columns = model.W_U[:, asked.tokens].to(torch.promote_types(stream.dtype, torch.float32))
+    direction = columns @ asked.signs.to(columns)
 
     def said(part: Tensor, layer: int) -> Tensor:
         return (through(part.to(direction)[None] * carried[layer]) @ direction)[0]
