@@ -137,7 +137,7 @@ def test_the_report_says_size_speed_and_accuracy(trained):
     assert found.kv_bytes == (6 * 2 * 8 * 16 * 4, 6 * 2 * 6 * 16 * 4)
     assert found.accuracy[0]["mean"] > 0.9 and found.drop["mean"] < 0.4
     assert found.drop["mean"] == pytest.approx(found.accuracy[0]["mean"] - found.accuracy[1]["mean"])
-    assert "12 of 48 heads gone: " in str(found) and "25% fewer cache" in str(found)
+    assert "12 of 48 heads gone: " in str(found) and "-25% of the cache" in str(found)
     with pytest.raises(ExperimentError, match="1 to 7"):
         lowest_groups(ranking, trained.cfg, 8)
 

@@ -77,7 +77,8 @@ class Pruned:
     def save(self, folder: str | Path) -> Path:
         """Write weights, config, tokenizer, image processor, and ``pruning.json`` with what was removed."""
         folder = Path(folder)
-        self.model.hf_model.save_pretrained(folder)
+        with no_bars():
+            self.model.hf_model.save_pretrained(folder)
         processor = self.model.processor
         if processor.tokenizer.chat_template is None:
             processor.tokenizer.chat_template = processor.chat_template

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mech.data.samples import Sample, Samples
+from mech.experiments.drops import drop
 from mech.experiments.metrics import ask, quiz
-from mech.experiments.statistics import paired_bootstrap, proportion_interval
+from mech.experiments.statistics import proportion_interval
 from mech.model import HookedMLLM
 from mech.sparse.pruning import Pruned
 from mech.sparse.timing import speed, taking_turns
@@ -24,7 +25,7 @@ class PruningReport:
         kv_bytes: of keys and values, for each token in the cache.
         prefill_speed: how many times faster a forward over the samples is; the range is over turns.
         accuracy: shares of right answers, with Wilson's interval.
-        drop: what is lost of them, paired by sample, with its bootstrap interval.
+        drop: what is lost of them, paired by sample, with its bootstrap interval (Wilson's where no answer changed).
         n: samples.
     """
 
@@ -47,8 +48,8 @@ class PruningReport:
         before, after = (100 * one["mean"] for one in self.accuracy)
         drop, low, high = (100 * self.drop[name] + 0.0 for name in ("mean", "low", "high"))
         return (
-            f"{self.heads[0]} of {self.heads[1]} heads gone{silent}: {_less(self.parameters)} parameters, "
-            f"{_less(self.weight_bytes)} bytes, {_less(self.kv_bytes)} cache; forward "
+            f"{self.heads[0]} of {self.heads[1]} heads gone{silent}: {_less(self.parameters)} of the parameters, "
+            f"{_less(self.weight_bytes)} of the bytes, {_less(self.kv_bytes)} of the cache; forward "
             f"{self.prefill_speed['mean']:.2f}x as fast; accuracy {before:.1f}% -> {after:.1f}%, a loss of {drop:.1f} "
             f"points [{low:.1f}, {high:.1f}] on {self.n} samples."
         )
@@ -87,7 +88,7 @@ def pruning_report(
         kv_bytes=_pair(_kv_bytes(one) for one in both),
         prefill_speed=speed(times, "before", "after"),
         accuracy=_pair(proportion_interval(one).as_dict() for one in right),
-        drop=paired_bootstrap(right[0], right[1]).as_dict(),
+        drop=drop(right[0], right[1][None]) or {},
         n=len(samples),
     )
 
@@ -103,4 +104,4 @@ def _pair(values: Any) -> tuple[Any, Any]:
 
 
 def _less(pair: tuple[int, int]) -> str:
-    return f"{100 * (1 - pair[1] / pair[0]):.0f}% fewer" if pair[0] else "no"
+    return f"{100 * (pair[1] / pair[0] - 1):+.0f}%"

@@ -115,7 +115,7 @@ def _decoding(
 
     def tokens() -> None:
         for _ in range(TOKENS):
-            mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long, device=token.device)
-            model({"input_ids": token, "attention_mask": mask}, past_key_values=cache, use_cache=True)
+            # Without a mask: given one, Qwen-VL takes the positions of all of it for those of the new token.
+            model({"input_ids": token}, past_key_values=cache, use_cache=True)
 
     return (tokens if policy is None else _localized(model, policy, tokens)), held
