@@ -71,6 +71,34 @@ def test_a_heads_part_is_its_result_through_the_frozen_norm(opened):
     np.testing.assert_allclose(found["mlps"][0], cache.logit_attrs(mlps, RIGHT, WRONG)[:, 0, -1].detach(), atol=1e-6)
 
 
+def test_an_answer_is_asked_for_where_it_parts_from_the_wrong_one(opened):
+    model, _ = opened("llava")
+    picture = tiny_processors.noise(16, 16, 0)
+    wrong = mech.Sample("Which?", "7 3", images=(picture,))
+    sample = mech.Sample("Which?", "7 2", images=(picture,), counterfactual=wrong)
+    said, others = model.processor.answer_ids("7 2"), model.processor.answer_ids("7 3")
+    fork = next(i for i, (a, b) in enumerate(zip(said, others, strict=True)) if a != b)
+    assert fork > 0
+    found = logit_attribution(model, sample)
+    row = model.inputs_of(sample, answer=True)
+    with torch.no_grad():
+        logits = model(row)[0, row.layout.spans["answer"][fork] - 1]
+    assert found["total"].item() == pytest.approx(float(logits[said[fork]] - logits[others[fork]]), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_half_precision_within_its_own_rounding(name):
+    model = HookedMLLM.from_hf(tiny.model(name).to(torch.bfloat16), tiny_processors.processor(name))
+    row = model.inputs("Which digit is it?", images=[tiny_processors.noise(16, 16, 0)])
+    found = logit_attribution(model, row, METRIC, sources={"image": "image", "text": "text"})
+    with torch.no_grad():
+        size = float(model(row)[0, -1].float().abs().max())
+    np.testing.assert_allclose(found["total"], found["logit_diff"], atol=0.03 * size)
+    np.testing.assert_allclose(found["by_source"].sum("set"), found["heads"], atol=0.03 * size)
+    assert np.isfinite(ov_reading(model, [(0, 1)], row)["logit"]).all()
+    assert (logit_lens(model, row)["probability"] <= 1).all()
+
+
 def test_what_later_layers_do_to_the_whole_stream_is_counted(opened):
     """Gemma 4 multiplies the stream in every layer; published checkpoints do not multiply by one."""
     model, row = opened("gemma4_large")

@@ -99,7 +99,8 @@ def logit_attribution(
             'sources=[{"evidence": sample.evidence} for sample in samples]',
         )  # fmt: skip
     check_direct(model, sources is not None)
-    inputs = [model.inputs_of(row) if isinstance(row, Sample) else row for row in rows]
+    # With the answer behind it, so that a token of it that is not the first can be asked for.
+    inputs = [model.inputs_of(row, answer=bool(row.answer.strip())) if isinstance(row, Sample) else row for row in rows]
     readings = [metric.reading(model, row.layout, i) for i, row in enumerate(inputs)]
     asked = [_Question.of(model, *one) for one in zip(inputs, readings, named, strict=True)]
     parts: list[dict[str, np.ndarray]] = []
