@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 from plotly.offline import get_plotlyjs
-from sphinx.errors import ExtensionError
 
 FRAME = re.compile(r'<iframe srcdoc="(?P<inner>[^"]*)"(?P<rest>[^>]*)></iframe>')
 BUNDLE = re.compile(r'<script type="text/plain" id="plotly">.*?</script>\s*<script>.*?</script>', re.DOTALL)
@@ -28,21 +27,29 @@ addEventListener("message", tell);
 
 def share(app, failure: Exception | None) -> None:
     """Take the frames out of all built pages, and refuse pages that load something from elsewhere."""
+    from sphinx.errors import ExtensionError  # here, so that the tests need no Sphinx
+
     if failure or app.builder.name != "html":
         return
     out = Path(app.outdir)
     (out / "_static" / "plotly.js").write_text(get_plotlyjs(), encoding="utf-8")
-    (out / "_views").mkdir(exist_ok=True)
     for page in out.rglob("*.html"):
         if page.parent.name == "_views":
             continue
         up = "../" * (len(page.relative_to(out).parts) - 1)
         text = page.read_text(encoding="utf-8")
-        lighter = FRAME.sub(lambda found, up=up: _shared(found, out, up), text)
+        lighter = lightened(text, out, up)
         if lighter != text:
             page.write_text(lighter, encoding="utf-8")
+        if "srcdoc=" in lighter:
+            raise ExtensionError(f"{page.relative_to(out)} holds a view that docs/frames.py cannot share")
         if found := ELSEWHERE.search(lighter):
             raise ExtensionError(f"{page.relative_to(out)} loads from elsewhere: {found.group()[:200]}")
+
+
+def lightened(text: str, out: Path, up: str) -> str:
+    """A page whose frames are pages of their own in ``out/_views``; ``up`` leads from the page to ``out``."""
+    return FRAME.sub(lambda found: _shared(found, out, up), text)
 
 
 def _shared(found: re.Match, out: Path, up: str) -> str:
@@ -50,6 +57,7 @@ def _shared(found: re.Match, out: Path, up: str) -> str:
     # What is left of the policy would forbid the shared copy; the page loads nothing else.
     inner = POLICY.sub("", inner).replace("</body>", f"{TELL}</body>")
     name = hashlib.sha256(inner.encode()).hexdigest()[:16] + ".html"
+    (out / "_views").mkdir(exist_ok=True)
     (out / "_views" / name).write_text(inner, encoding="utf-8")
     height = STYLE.search(found["rest"])
     title = re.search(r'title="[^"]*"', found["rest"])

@@ -60,6 +60,20 @@ def test_pages_point_at_files_that_are_there():
             assert target.startswith("http") or built or there.exists(), f"{page.name}: {target}"
 
 
+def test_views_in_the_documentation_share_one_copy_of_plotly(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import frames
+
+    from mech.views.page import View, chart
+
+    view = View("Two points", chart([{"x": [1, 2], "y": [3, 4]}], {}, height=200, label="points"), height=321)
+    page = frames.lightened(f"<p>{view._repr_html_()}</p>", tmp_path, "../")
+    (inner,) = (tmp_path / "_views").iterdir()
+    assert f'src="../_views/{inner.name}"' in page and "height:321px" in page and "srcdoc" not in page
+    text = inner.read_text(encoding="utf-8")
+    assert "../_static/plotly.js" in text and "mechHeight" in text and len(text) < 100_000
+
+
 def test_every_reference_model_is_what_its_card_says():
     """Files are there, and the card claims what it was trained for."""
     from mech import reference
