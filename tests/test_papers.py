@@ -191,6 +191,18 @@ def test_what_cannot_be_examined_is_refused_before_any_forward(key, toy, monkeyp
         published_claims(toy, key.samples(given.pop("samples")), **given)
 
 
+def test_what_cannot_be_measured_says_why_and_the_rest_goes_on(key, toy, monkeypatch):
+    def impossible(bench):
+        """A point that cannot be asked."""
+        raise ExperimentError("a picture in a memory", "one in the sequence")
+
+    monkeypatch.setitem(KNOWN, "acceleration", impossible)
+    found = published_claims(toy, key.samples(8), ["acceleration", "figure-and-text"], n_random=2)
+    assert found["acceleration"].holds is None and found["acceleration"].claim == "A point that cannot be asked."
+    assert found["acceleration"].text == "Not measured: a picture in a memory."
+    assert "%" in found["figure-and-text"].text
+
+
 def test_other_refusals(key, toy, claims):
     with pytest.raises(ExperimentError, match="use 'queries'"):
         claims["query"]

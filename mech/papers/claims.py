@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError, MechError, suggestion
 from mech.experiments.heads import Progress
 from mech.model import HookedMLLM
 from mech.papers.bench import Bench, Point
@@ -85,6 +85,8 @@ def published_claims(
         batch_size: samples per forward.
         progress: called with (points done, points in all).
 
+    A point that this model or these samples cannot be asked says so, and why.
+
     Raises:
         ExperimentError: an unknown point; too few samples, or none with evidence.
 
@@ -99,7 +101,11 @@ def published_claims(
     bench = Bench.of(model, Samples(samples), n_random=n_random, seed=seed, batch_size=batch_size)
     found: dict[str, Point] = {}
     for name in wanted:
-        found[name] = KNOWN[name](bench)
+        try:
+            found[name] = KNOWN[name](bench)
+        except MechError as error:  # what this model or these samples cannot be asked is said, not hidden
+            asked = str(KNOWN[name].__doc__).strip().splitlines()[0]
+            found[name] = Point(name, asked, f"Not measured: {error.given}.", {"reason": error.given})
         if progress:
             progress(len(found), len(wanted))
     return Claims(str(model.name), found)
