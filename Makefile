@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/transformerlens.py --seconds 25
 	$(BIN)/python benchmarks/sweeps.py --repeats 1
 	$(BIN)/python benchmarks/paths.py
+	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/fullsize.py --config qwen3-vl-8b --tokens 600 2000 --seconds 5
 
 # Trains the reference models anew, two at a time on one core each, and puts them into the package. Resumable: what lies

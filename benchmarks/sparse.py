@@ -205,19 +205,20 @@ def whole_model(config: str, tokens: list[int], device: str, share: float, new: 
     for length in tokens:
         inputs = inputs_of(made, length, device, dtype)
         took: dict[str, dict[str, float]] = {}
+        policy_of = Policy(dense, SINKS, max(WINDOW, 1024))
+        budgets = policy_of.budgets(model.cfg, length)
         for name in ("dense", "sparse"):
-            fast = localize(model, Policy(dense, SINKS, max(WINDOW, 1024))) if name == "sparse" else None
-            for _ in range(2):  # the first warms up
-                first, every = (_timed(model, inputs, count) for count in (1, new + 1))
-            took[name] = {"first_token_s": first, "tokens_per_s": new / max(every - first, 1e-9)}
+            fast = localize(model, policy_of) if name == "sparse" else None
+            _timed(model, inputs, 2)  # warms up
+            first, every = (_timed(model, inputs, count) for count in (1, new + 1))
+            took[name] = {"first_token_s": round(first, 4), "tokens_per_s": round(new / max(every - first, 1e-9), 2)}
             if fast is not None:
-                budgets = fast.budgets(length)
                 fast.close()
         record(
             f"gpu_first_token_{length}_{config}", took["dense"]["first_token_s"] / took["sparse"]["first_token_s"],
             unit="x", compared_with=f"dense, Hugging Face's default cache; bound {budgets.prefill_bound:.1f}x",
             what=f"time to the first token, {length:,} tokens, {config}{', narrow' if narrow else ''}, tower included",
-            **{name: {key: round(value, 4) for key, value in t.items()} for name, t in took.items()},
+            seconds_and_rates=took,
             tokens_per_second=round(took["sparse"]["tokens_per_s"] / took["dense"]["tokens_per_s"], 3),
             decode_bound=round(budgets.decode_bound, 2), share=share,
         )  # fmt: skip

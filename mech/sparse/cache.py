@@ -339,12 +339,11 @@ class SplitLayer(WholeLayer):
         if len(plan.dense) == len(plan.whole_heads):
             return z
         mine, policy = take(call, plan.whole_heads), near.policy
-        plain = linear is None and call.mask is None and not policy.keep_text and isinstance(self.dense, Grown)
-        if plain and self.seen >= policy.sinks + policy.window:
-            ends = (
-                torch.cat([x[:, :, : policy.sinks], x[:, :, -policy.window :]], 2) for x in (self.dense.k, self.dense.v)
-            )
-            every = fused(mine, mine.q, *ends, None, dropout=dropout)
+        plain = linear is None and call.mask is None and not policy.keep_text
+        if plain and isinstance(self.dense, Grown) and self.seen >= policy.sinks + policy.window:
+            sinks, window = slice(policy.sinks), slice(-policy.window, None)
+            k, v = (torch.cat([x[:, :, sinks], x[:, :, window]], dim=2) for x in (self.dense.k, self.dense.v))
+            every = fused(mine, mine.q, k, v, None, dropout=dropout)
         else:
             keys = Keys.of(*(linear or self.dense.ordered()), near)
             every = near_heads(mine, keys, near, None, dropout)

@@ -246,16 +246,19 @@ def _windowed(call: AttentionCall, keys: Keys, window: int, first: int, stop: in
     for one in range(len(out)):
         for begin, end in _steps(first, stop, 4 * block):  # what is made on the way stays in the processor's cache
             # Row i of a block sees its keys i to i + window - 1; blocks are a batch, their keys overlapping views.
-            q = call.q[one, :, begin:end].unflatten(1, (-1, block)).transpose(0, 1)
+            blocks = call.q[one, :, begin:end].unflatten(1, (-1, block)).transpose(0, 1)
             k, v = (
                 x[one, :, begin - window + 1 : end].unfold(1, len(col), block).permute(1, 0, 3, 2)
                 for x in (keys.k, keys.v)
             )
-            z, share = _flash(q, k, v, call.scale, mask=mask.expand(*q.shape[:2], -1, -1))
+            found = _flash(blocks, k, v, call.scale, mask=mask.expand(*blocks.shape[:2], -1, -1))
+            z, share = (x.transpose(0, 1).flatten(1, 2)[None] for x in found)
             if keys.pins.shape[1]:
-                pinned = (x[one].expand(len(q), -1, -1, -1) for x in (keys.pinned_k, keys.pinned_v))
-                z = merged(z, share, *_flash(q, *pinned, call.scale))
-            out[one, :, begin:end].unflatten(1, (-1, block)).copy_(z.transpose(0, 1))
+                only = slice(one, one + 1)
+                z = merged(
+                    z, share, *_flash(call.q[only, :, begin:end], keys.pinned_k[only], keys.pinned_v[only], call.scale)
+                )
+            out[one, :, begin:end] = z[0]
 
 
 def _windowed_on_gpu(call: AttentionCall, keys: Keys, window: int, first: int, stop: int, out: Tensor) -> None:
