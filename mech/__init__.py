@@ -98,6 +98,7 @@ _NAMES = {
     "view": "mech.views",
     "with_counterfactuals": "mech.experiments.blanking",
     "without_evidence": "mech.interventions.corruption",
+    "without_pictures": "mech.interventions.corruption",
     "write_samples": "mech.data.jsonl_writing",
 }
 
@@ -170,6 +171,7 @@ if TYPE_CHECKING:
     from mech.interventions import reference_activations as reference_activations
     from mech.interventions.corruption import asking as asking
     from mech.interventions.corruption import without_evidence as without_evidence
+    from mech.interventions.corruption import without_pictures as without_pictures
     from mech.model import HookedMLLM as HookedMLLM
     from mech.papers import published_claims as published_claims
     from mech.papers import tag_leak as tag_leak

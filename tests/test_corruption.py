@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from mech.data.haystacks import haystacks
 from mech.data.regions import Box, Frames, Mask, Pages
 from mech.errors import ExperimentError, InputError, RegionError
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching import activation_patching
-from mech.interventions.corruption import WAYS, asking, without_evidence
+from mech.interventions.corruption import WAYS, asking, without_evidence, without_pictures
 from mech.model import HookedMLLM
+from mech.reference import tiny, tiny_processors
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,39 @@ def test_what_cannot_be_corrupted_is_refused(sample):
         without_evidence(replace(sample, evidence=()))
     with pytest.raises(ExperimentError, match="'blur'"):
         without_evidence(sample, "blurr")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "llama4", "gemma3", "llava_next"])
+def test_every_visual_token_is_the_mean_one(name):
+    model = HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name))
+    one, other = (model.inputs("What is shown here?", [tiny_processors.noise(24, 24, seed)]) for seed in (0, 1))
+    image, text = one.layout.positions("image"), one.layout.positions("text")
+
+    def embedded(inputs):
+        return model.run_with_cache(inputs, names_filter="hook_embed")[1]["hook_embed"][0]
+
+    means = []
+    for reference in ([], [other], [one, other]):
+        blind = without_pictures(model, one, reference)
+        tokens = embedded(blind)
+        torch.testing.assert_close(tokens[image], tokens[image[:1]].expand(len(image), -1))
+        assert torch.equal(tokens[text], embedded(one)[text])
+        assert (model(blind) - model(one)).abs().max() > 1e-4 and "mm_encoder_outputs" in repr(blind)
+        means.append(tokens[image[0]])
+    torch.testing.assert_close((means[0] + means[1]) / 2, means[2])
+    if name in ("llava", "gemma3"):  # their pictures are handed over as they enter the text
+        torch.testing.assert_close(means[0], embedded(one)[image].mean(0))
+    with pytest.raises(InputError, match="encoded already"):
+        model.collate([blind, blind])
+    with pytest.raises(ExperimentError, match="without images"):
+        without_pictures(model, model.inputs("What?"))
+
+
+def test_patching_restores_pictures_that_were_averaged(sample):
+    model = HookedMLLM.from_pretrained("reference:llava-s")
+    clean, metric = model.inputs_of(sample), LogitDiff(sample.answer, sample.counterfactual.answer)
+    found = activation_patching(
+        model, clean, without_pictures(model, clean), metric, point="hook_embed", over=(), positions="image"
+    )
+    assert found.clean.item() > found.corrupted.item() + 1
+    np.testing.assert_allclose(found.effect, 1, atol=1e-3)

@@ -6,6 +6,7 @@ every row; pictures are laid one after the other in the order of the rows, as th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,12 @@ class Inputs(Shown):
     """One or more rows for a model.
 
     Attributes:
-        tensors: what the Hugging Face forward takes (``input_ids``, ``attention_mask``, ``pixel_values``, ...).
+        tensors: what the Hugging Face forward takes (``input_ids``, ``attention_mask``, ``pixel_values``, ...). In
+            place of pixels there may be a mapping, ``mm_encoder_outputs``: pictures that are encoded already.
         layouts: what every position is, one layout for each row.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     layouts: tuple[TokenLayout, ...]
 
     def __post_init__(self):
@@ -50,7 +52,10 @@ class Inputs(Shown):
         return len(self.layouts)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.tensors.items())
+        shapes = ", ".join(
+            f"{name} {tuple(value.shape) if isinstance(value, Tensor) else ', '.join(value)}"
+            for name, value in self.tensors.items()
+        )
         layout = repr(self.layouts[0]) if len(self) == 1 else f"{len(self)} rows"
         return f"Inputs({layout}; {shapes})"
 
@@ -97,7 +102,9 @@ class Inputs(Shown):
         moved = {
             name: value.to(device=device, dtype=dtype if name.startswith("pixel_values") else None)
             for name, value in self.tensors.items()
+            if isinstance(value, Tensor)
         }
+        moved |= {name: value for name, value in self.tensors.items() if name not in moved}
         return Inputs(moved, self.layouts)
 
 
@@ -111,6 +118,8 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
     if not rows:
         raise InputError("an empty list of inputs", "at least one", "pass the inputs to be joined")
     _check_memories(rows)
+    if any("mm_encoder_outputs" in row.tensors for row in rows):
+        raise InputError("inputs whose pictures are encoded already", "inputs with pixels", "collate, then encode")
     for name in _PADDING:
         if len({name in row.tensors for row in rows}) > 1:
             raise InputError(

@@ -3,24 +3,31 @@
     corrupted = without_evidence(sample, by="mean")        # or "blur", "removed"
     corrupted = asking(sample, other.question, other.answer)
     scores = activation_patching(model, model.inputs_of(sample), model.inputs_of(corrupted), metric)
+    blind = without_pictures(model, model.inputs_of(sample))     # every visual token is the mean one
 
 Pixels are changed before the processor sees them, so that the layout stays what it was. A ``counterfactual`` of the
 sample itself, with other evidence of the same kind, is the least off-distribution corruption and is to be preferred
 where there is one: grey patches and blur are seen as what they are.
 
-What it does not do: noise on embeddings (arXiv 2309.16042: off-distribution); mean-replaced tokens are an ablation,
-``Ablate("hook_embed", positions="image")``.
+What it does not do: noise on embeddings (arXiv 2309.16042: off-distribution). Some visual tokens alone are replaced by
+an ablation, ``Ablate("hook_embed", positions=box)``.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from PIL import Image, ImageFilter
+from torch import Tensor
 
 from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.data.samples import Sample
 from mech.errors import ExperimentError, RegionError, suggestion
+from mech.inputs import Inputs
+from mech.model import HookedMLLM
 
 WAYS = ("mean", "blur", "removed")
 MARGIN = 2  # pixels around the evidence whose colour fills its place
@@ -61,6 +68,53 @@ def asking(sample: Sample, question: str, answer: str) -> Sample:
     if question == sample.question:
         raise ExperimentError(f"the same question {question!r}", "another one", "ask about something else")
     return replace(sample, question=question, answer=answer, counterfactual=None, id=f"{sample.id}/asking")
+
+
+def without_pictures(model: HookedMLLM, inputs: Inputs, reference: Sequence[Inputs] = ()) -> Inputs:
+    """Inputs whose visual tokens all are their mean, where the vision stack hands them over.
+
+    What enters between layers (DeepStack) is averaged too. For forwards: generation and points before the text stack
+    want the pictures.
+
+    Args:
+        model: whose tokens they are.
+        inputs: with pictures.
+        reference: other inputs with pictures to take the mean over; these themselves if there are none.
+
+    Raises:
+        ExperimentError: nothing to replace, or to average.
+        UnsupportedModel: the architecture has no way to run its vision stack alone.
+
+    Cost: the vision stack of all inputs.
+
+    References: mean-embedding ablation of visual tokens, arXiv 2410.07149 (over a data set; here as you give it).
+    """
+    blind, seen = model.encode_pictures(inputs)
+    known = [model.encode_pictures(one)[1] for one in reference] or [seen]
+    for kind in seen or ("image",):
+        if not all(kind in one for one in (seen, *known)):
+            raise ExperimentError(f"inputs without {kind}s", "pictures in inputs and reference", "leave the others out")
+    means = {kind: _averaged(output, [one[kind] for one in known]) for kind, output in seen.items()}
+    return replace(blind, tensors={**blind.tensors, "mm_encoder_outputs": means})
+
+
+def _averaged(output: Any, known: Sequence[Any]) -> Any:
+    """What a vision stack puts out, with the mean of ``known`` in place of each token."""
+    if isinstance(output, Tensor):
+        return _filled(output, known)
+    handed = "last_hidden_state" if output.get("pooler_output") is None else "pooler_output"
+    changed = {handed: _filled(output[handed], [one[handed] for one in known])}
+    if (layers := output.get("deepstack_features")) is not None:
+        others = zip(*(one["deepstack_features"] for one in known), strict=True)
+        changed["deepstack_features"] = [_filled(*pair) for pair in zip(layers, others, strict=True)]
+    return replace(output, **changed)
+
+
+def _filled(tokens: Any, known: Sequence[Any]) -> Any:
+    """A tensor of tokens, or one for each picture, with the mean over ``known`` in every place."""
+    flat = [part for one in known for part in ([one] if isinstance(one, Tensor) else one)]
+    mean = torch.cat([part.flatten(0, -2) for part in flat]).mean(0)
+    return mean.expand_as(tokens) if isinstance(tokens, Tensor) else [mean.expand_as(part) for part in tokens]
 
 
 def _pictures_of(region: Region, count: int) -> tuple[int, ...]:
