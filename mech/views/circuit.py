@@ -150,13 +150,16 @@ def _seen(name: str, looks: xr.Dataset | None, on: Any) -> str:
 
 
 def _source(result: Any, arrows: Sequence[Arrow]) -> str:
-    attrs = result.attrs if isinstance(result, xr.Dataset) else {
-        "model": result.model, "direction": result.direction, "n": result.n_examples}  # fmt: skip
-    n = result.sizes[EXAMPLE] if isinstance(result, xr.Dataset) else attrs["n"]
-    said = [str(attrs[name]) for name in ("model", "direction") if attrs.get(name)]
+    """What the graph was made from, in a line."""
+    measured = isinstance(result, xr.Dataset)
+    n = result.sizes[EXAMPLE] if measured else result.n_examples
+    facts = result.attrs if measured else {"model": result.model, "direction": result.direction}
+    said = [str(facts[name]) for name in ("model", "direction") if facts.get(name)]
     said.append(f"{n} example{'s' * (n != 1)}")
-    if isinstance(result, xr.Dataset):
-        held = attrs.get("freeze")
+    if measured:
+        held = facts.get("freeze")
         said.append(f"held: {', '.join(held) or 'nothing'}" if held is not None else "estimated (edge attribution)")
         said.append(f"the {len(arrows)} strongest paths")
+    elif result.unfollowed:
+        said.append(f"not followed further: {', '.join(result.unfollowed)}")
     return " · ".join(said)

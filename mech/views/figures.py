@@ -99,7 +99,7 @@ def _run(browser: str, source: Path, width: int, height: int, *options: str) -> 
     """Run it headless over a file, every name of a host unknown to it; what it prints."""
     words: Sequence[str] = (
         browser, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-extensions",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={source.parent / 'profile'}",
         # Pages draw in turns of the event loop: time that passes while nothing is to be done costs nothing.
         "--virtual-time-budget=8000",
