@@ -65,7 +65,8 @@ def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
     spearman = matrix(names, agreement["spearman"], caption, interval=between["spearman"])
     null, top = agreement.get("jaccard_null"), agreement.get("n_top")
     caption = f"Jaccard overlap of the top {'' if top is None else f'{top} '}heads"
-    if wide := len(names) > BESIDE and null is not None:  # all pairs have one chance: it is said once
+    wide = len(names) > BESIDE
+    if wide and null is not None:  # all pairs have one chance: it is said once
         null, caption = None, f"{caption}; by chance {null[0][1]:.2f}"
     jaccard = matrix(names, agreement["jaccard"], caption, null, between["jaccard"])
     if wide:
