@@ -14,8 +14,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
-	$(BIN)/ruff check mech tests notebooks benchmarks
-	$(BIN)/ruff format --check mech tests benchmarks
+	$(BIN)/ruff check mech tests notebooks benchmarks docs
+	$(BIN)/ruff format --check mech tests benchmarks docs
 	$(BIN)/pyright
 
 # The documentation, with every notebook run anew (about ten minutes): docs/_build/html/index.html, to be read without
