@@ -22,6 +22,7 @@ from mech.errors import OutputError
 from mech.views.page import escape
 
 LARGEST = 640  # pixels; larger pictures are shown smaller, or a page of scans would weigh 100 MB
+MOST_MARKS = 60_000  # rectangles over the pictures of a page, about 20 MB
 Rectangle = Sequence[float]  # x0, y0, x1, y1 in pixels of the original
 
 
@@ -111,6 +112,20 @@ def stage(picture: Picture, marks: str = "", *, dim: bool = False, evidence: Ite
 def mark(rect: Rectangle, colour: str, opacity: float, tip: str) -> str:
     """A coloured rectangle; pointing at it says ``tip``."""
     return f'<rect {place(rect)} fill="{colour}" fill-opacity="{opacity:.2f}" data-tip="{escape(tip)}"/>'
+
+
+def refuse_many(marks: int) -> None:
+    """Refuse what a browser would choke on: a long context in every layer.
+
+    Raises:
+        OutputError: more marks than ``MOST_MARKS``.
+    """
+    if marks > MOST_MARKS:
+        raise OutputError(
+            f"{marks:,} cells to draw",
+            f"at most {MOST_MARKS:,}",
+            "choose some layers: view(result.sel(layer=[0, 8, 16]))",
+        )
 
 
 def place(rect: Rectangle) -> str:

@@ -17,7 +17,7 @@ import xarray as xr
 
 from mech.axes import EXAMPLE, LAYER
 from mech.errors import OutputError
-from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, stage, styles
+from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, refuse_many, stage, styles
 from mech.views.overlay import gradient, heat
 from mech.views.page import View, escape, table, tabs
 from mech.views.patching import diverging_bar
@@ -56,6 +56,7 @@ def lens_view(
     if f"tracked_{measure}" in one:
         for i, word in enumerate(one["tracked"].values.tolist()):
             shown[f"“{word}”"] = (one[f"tracked_{measure}"].values[..., i], False)
+    refuse_many(len(shown) * one.sizes[series] * len(placed))
     panels = {}
     for name, (values, written) in shown.items():
         if len(placed):

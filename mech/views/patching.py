@@ -24,7 +24,7 @@ import xarray as xr
 from mech.axes import EXAMPLE, TOKEN
 from mech.errors import OutputError
 from mech.views.heatmap import map_height, step
-from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, stage, styles
+from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, refuse_many, stage, styles
 from mech.views.intervals import mean_interval
 from mech.views.page import View, chart, escape
 
@@ -243,6 +243,7 @@ def _places(
 def _over(found: _Effects, places: Places, pictures: Sequence[Picture], evidence: Sequence[Sequence[float]]) -> str:
     """Every row of effects over the pictures, in one scale."""
     reach, drawn = found.reach, []
+    refuse_many(len(found.rows) * sum(map(len, places.values())))
     homes = sorted({home for there in places.values() for home, _ in there})  # frames may have no token of their own
     for row, name in enumerate(found.rows):
         for k in homes:
