@@ -9,11 +9,13 @@ import torch
 from mech.data.haystacks import haystacks
 from mech.data.regions import Box
 from mech.errors import ExperimentError, InputError, PointError
+from mech.experiments import patching_sweeps
 from mech.experiments.metrics import KL, LogitDiff, LogProb, Probability, Rank
 from mech.experiments.patching import activation_patching
 from mech.experiments.patching_plan import POINTS
 from mech.experiments.patching_sweeps import KEYS
 from mech.model import HookedMLLM
+from mech.model.resume import Continuation
 from mech.reference import planted, tiny, tiny_processors
 from mech.results import load, save
 
@@ -187,6 +189,24 @@ def test_where_it_cannot_be_run_on_each_cell_is_a_forward(name):
     np.testing.assert_allclose(found.effect[:, -1], 1, atol=1e-9)  # the last stream is all there is
     with pytest.raises(ExperimentError, match=LITERAL[name]):
         activation_patching(model, *pair(model), METRIC, method="wavefront")
+
+
+@pytest.mark.parametrize("positions", ["last", "image"])
+@pytest.mark.parametrize("few", [0, 64])
+def test_a_model_that_is_run_on_wrongly_is_found_out(llava, positions, few, monkeypatch):
+    """An unchanged variant that does not give the kept run's logits, beside the others or by itself, ends it."""
+    finish = Continuation.finish
+    monkeypatch.setattr(patching_sweeps, "FEW", few)
+    monkeypatch.setattr(Continuation, "finish", lambda self, x, rows: finish(self, x, rows).roll(1, -1))
+    done = []
+    found = activation_patching(
+        llava, *pair(llava), METRIC, positions=positions, layers=[0, 2], progress=lambda n, total: done.append(n)
+    )
+    assert found.algorithm == "literal" and "differs from it by" in found.reason
+    assert done == [*range(1, found.effect.size + 1)]
+    monkeypatch.undo()
+    right = activation_patching(llava, *pair(llava), METRIC, positions=positions, layers=[0, 2], method="literal")
+    np.testing.assert_array_equal(found.metric, right.metric)
 
 
 def test_vision_and_projector_points(llava):

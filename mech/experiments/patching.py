@@ -185,7 +185,14 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
         source_logits = model(source, logits_to_keep=at)
     if silent := [name for name in plan.names if name not in written]:
         raise ExperimentError(f"nothing passed through {silent[0]!r}", "inputs with a picture", "choose another point")
-    kept, reason = None, "asked for"
+    kept, values, reason = None, None, "asked for"
+
+    def refused(error: NotResumable) -> str:
+        if method == "wavefront":
+            raise ExperimentError(f"method='wavefront': {error}", "a model and sweep it is exact for",
+                                  "use method='auto'") from None  # fmt: skip
+        return str(error)
+
     if method != "literal":
         try:
             if plan.point not in POINTS:
@@ -193,13 +200,8 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
             if any(len(cell.layers) > 1 for cell in plan.cells):
                 raise NotResumable("several layers are patched at once")
             kept = kept_run(model, base, plan.reads)
-            rows = [_row(model, kept, i, reading) for i, reading in enumerate(plan.readings)]
-            rows[0].faithful()
         except NotResumable as error:
-            kept, reason = None, str(error)
-            if method == "wavefront":
-                raise ExperimentError(f"method='wavefront': {error}", "a model and sweep it is exact for",
-                                      "use method='auto'") from None  # fmt: skip
+            reason = refused(error)
     base_logits = model(base, logits_to_keep=at) if kept is None else kept.logits
     clean_logits = source_logits if direction == "denoise" else base_logits
     scores = [plan.scores(logits, clean_logits) for logits in (source_logits, base_logits)]
@@ -210,22 +212,27 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
     if plan.confirm is not None:
         cells, estimate = _screened(model, plan, (base, source), masks, clean_logits)
         forwards += 4
-    if kept is None:
+    if kept is not None:
+        found = []
+        try:
+            rows = [_row(model, kept, i, reading) for i, reading in enumerate(plan.readings)]
+            for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
+                mine = {name: value[i : i + 1] for name, value in written.items()}
+                clean_row = clean_logits[i, plan.places[i]]
+                sweep = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in masks])
+                score = lambda x, r=reading, c=clean_row: r.score(x, c)  # noqa: E731
+                found.append(sweep.measure(cells, score, lambda: tick(1), check=i == 0))
+            values = torch.stack(found)
+            whole = len(kept.layers) * kept.last.shape[0] * kept.last.shape[1]
+            algorithm, reason, forwards = "wavefront", "", forwards + sum(row.row_layers for row in rows) / whole
+        except NotResumable as error:
+            reason = refused(error)
+    if values is None:
         values = literal(
             model, base, plan.point, cells, masks, written, plan.reads,
             lambda logits: plan.scores(logits, clean_logits), lambda: tick(len(base)),
         )  # fmt: skip
         algorithm, forwards = "literal", forwards + len(cells)
-    else:
-        found = []
-        for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
-            mine = {name: value[i : i + 1] for name, value in written.items()}
-            clean_row = clean_logits[i, plan.places[i]]
-            sweep = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in masks])
-            found.append(sweep.measure(cells, lambda x, r=reading, c=clean_row: r.score(x, c), lambda: tick(1)))
-        values = torch.stack(found)
-        whole = len(kept.layers) * kept.last.shape[0] * kept.last.shape[1]
-        algorithm, reason, forwards = "wavefront", "", forwards + sum(row.row_layers for row in rows) / whole
     if plan.confirm is not None:
         every = values.new_full((len(base), len(plan.cells)), float("nan"))
         every[:, [plan.cells.index(cell) for cell in cells]] = values

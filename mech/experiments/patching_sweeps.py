@@ -36,6 +36,8 @@ QUERIES = ("attn.hook_q", "attn.hook_rot_q", "attn.hook_attn_scores", "attn.hook
 KEYS = ("attn.hook_k", "attn.hook_rot_k", "attn.hook_v")
 SQUARE = ("attn.hook_attn_scores", "attn.hook_pattern")  # [batch head query_pos key_pos]
 
+FEW = 64  # rows that may be run once more, unchanged, beside the variants: cheaper than a pass of their own
+
 Measure = Callable[[Float[Tensor, "variant read vocab"]], Float[Tensor, " variant"]]
 
 
@@ -126,19 +128,37 @@ class Wavefront:
     source: Mapping[str, Tensor]
     regions: Sequence[Bool[Tensor, " pos"]]
 
-    def measure(self, cells: Sequence[Cell], measure: Measure, tick: Callable[[], None]) -> Float[Tensor, " cell"]:
-        """The metric of every cell. Memory: streams of ``resume.ROWS`` rows, or of one column of cells."""
+    def measure(
+        self, cells: Sequence[Cell], measure: Measure, tick: Callable[[], None], check: bool = False
+    ) -> Float[Tensor, " cell"]:
+        """The metric of every cell. Memory: streams of ``resume.ROWS`` rows, or of one column of cells.
+
+        Raises:
+            NotResumable: ``check``, and running on an unchanged variant is not the kept run. Before any cell.
+        """
         found: dict[int, Tensor] = {}
-        for group in self._groups(cells):
-            logits = self._pass(cells, group)
+        groups = self._groups(cells)
+        first, stop = self.row.span(min(map(self._first, self.regions)))
+        along = check and stop - first <= FEW
+        if check and not along:
+            self.row.faithful()
+        for group in groups:
+            logits = self._pass(cells, group, along)
+            if along:
+                self.row.agree(logits[0])
+                logits, along = logits[1:], False
             for index, value in zip(group, measure(logits), strict=True):
                 found[index] = value
                 tick()
         return torch.stack([found[index] for index in range(len(cells))])
 
+    @staticmethod
+    def _first(region: Bool[Tensor, " pos"]) -> int:
+        return int(region.int().argmax()) if region.any() else len(region) - 1
+
     def _groups(self, cells: Sequence[Cell]) -> list[list[int]]:
         """Cells that go through the layers together: those that begin at about the same row, in any layer."""
-        firsts = [int(region.int().argmax()) if region.any() else len(region) - 1 for region in self.regions]
+        firsts = [self._first(region) for region in self.regions]
         columns: dict[tuple[int, int, int], list[int]] = {}
         for index, cell in enumerate(cells):
             columns.setdefault((firsts[cell.region], cell.region, -1 if cell.head is None else cell.head), []).append(
@@ -155,8 +175,11 @@ class Wavefront:
             groups[-1] += column
         return [sorted(group, key=lambda i: cells[i].layers) for group in groups]
 
-    def _pass(self, cells: Sequence[Cell], group: Sequence[int]) -> Float[Tensor, "cell read vocab"]:
-        """One pass through the layers; ``group`` is in the order of its layers, so births are at the end."""
+    def _pass(self, cells: Sequence[Cell], group: Sequence[int], along: bool) -> Float[Tensor, "cell read vocab"]:
+        """One pass through the layers; ``group`` is in the order of its layers, so births are at the end.
+
+        With ``along`` an unchanged variant goes before them.
+        """
         row, device = self.row, self.row.reads.device
         shift = ENTRY.get(self.point, 0)
         chosen = torch.stack([self.regions[cells[index].region] for index in group])
@@ -164,7 +187,7 @@ class Wavefront:
         first, stop = row.span(int(changed.min()) if len(changed) else len(chosen[0]) - 1)
         rows = torch.arange(first, stop, device=device)
         last = len(row) - 1
-        x: Tensor | None = None
+        x: Tensor | None = row.stream(0)[None, rows] if along else None
         for layer in range(len(row) + 1):
             born = [i for i, index in enumerate(group) if cells[index].layers == (layer - shift,)]
             if born and self.point in ENTRY:

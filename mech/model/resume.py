@@ -181,7 +181,14 @@ class Continuation:
         x = self.stream(0)[None, rows]
         for layer in range(len(self) - 1):
             x = self.run(layer, x, rows)
-        again = self.logits(self.finish(x, rows))[0]
+        self.agree(self.logits(self.finish(x, rows))[0])
+
+    def agree(self, again: Float[Tensor, "read vocab"]) -> None:
+        """Compare the logits of an unchanged variant with the kept ones.
+
+        Raises:
+            NotResumable: as in ``faithful``.
+        """
         places = torch.tensor([self.kept.reads.index(read) for read in self.reads.tolist()])
         kept = self.kept.logits[self.example, places.to(again.device)]
         gap = float((again - kept).abs().max())
