@@ -170,7 +170,7 @@ def test_words_stand_in_their_cells():
         (lambda: view(fabricated_grid(), colour="red"), "colour= with patching_grid"),
         (lambda: view(fabricated_circuit(), looks=fabricated_looks()), "looks without a picture"),
         (lambda: view(edges() * 0), "without edges"),
-        (lambda: view(xr.concat([lens()] * 8000, "layer"), on=fabricated_sample()), r"64,000 cells to draw"),
+        (lambda: view(lens().isel(layer=[0] * 16000), on=fabricated_sample()), r"64,000 cells to draw"),
         (lambda: view(fabricated_attention().isel(query=[0, 1])), "attention over"),
         (lambda: view(fabricated_grid().expand_dims(head=2)), "a sweep over"),
     ],

@@ -124,7 +124,7 @@ def refuse_many(marks: int) -> None:
         raise OutputError(
             f"{marks:,} cells to draw",
             f"at most {MOST_MARKS:,}",
-            "choose some layers: view(result.sel(layer=[0, 8, 16]))",
+            "choose layers: view(result.sel(layer=[0, 8, 16]))",
         )
 
 
