@@ -144,8 +144,9 @@ def _prepared(
 
 def _another(samples: Samples, i: int) -> str:
     """The question of the next sample, all around, that asks something else than sample ``i``."""
-    own, rest = samples[i].question, (*samples[i + 1 :], *samples[:i])
-    return next((sample.question for sample in rest if sample.question.strip() != own.strip()), "")
+    listed = list(samples)
+    others = (sample.question for sample in (*listed[i + 1 :], *listed[:i]))
+    return next((question for question in others if question.strip() != listed[i].question.strip()), "")
 
 
 def _check(named: Mapping[str, Score], samples: Samples) -> None:
