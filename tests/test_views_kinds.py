@@ -14,6 +14,7 @@ from fabricated import (
     fabricated_grid,
     fabricated_looks,
     fabricated_sample,
+    fabricated_study,
 )
 from test_views import Page
 
@@ -268,6 +269,10 @@ def test_saved_results_are_drawn_without_a_model(mech, tmp_path):
         code, out, err = mech("view", str(tmp_path / words[0]), *words[1:])
         assert code == 0, err
         assert inside in Path(out.strip()).read_text(encoding="utf-8")
+    study = fabricated_study(tmp_path / "study", models=(("toy", "llava", 2, 4),), domains=("pages",), n=4, draws=2)
+    code, out, _ = mech("view", str(study), "--out", str(tmp_path / "again.html"))
+    assert code == 0 and out.strip() == str(tmp_path / "again.html") and (study / "report.html").exists()
+    assert mech("view", str(study / "toy" / "pages" / "looks.nc"))[0] == 0, "its pictures lie beside it"
     for words, said in (
         ((str(tmp_path / "none.nc"),), "none.nc"),
         ((str(tmp_path),), "summary.json"),
