@@ -277,7 +277,7 @@ def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
     if recipe.longest:
         record["longer"] = [
             {"domain": domain, "n_pictures": n, "visual_tokens": n * TOKENS[domain],
-             "accuracy": held_out_accuracy(model, processor, domain, 200, n_pictures=n)}
+             "accuracy": held_out_accuracy(model, processor, domain, 100, n_pictures=n)}
             for domain in recipe.domains if domain in haystacks.LONG
             for n in (recipe.longest // TOKENS[domain] // part for part in (4, 2, 1))
         ]  # fmt: skip
