@@ -96,9 +96,9 @@ def decode_runs(kv_heads: int, tokens: int) -> dict[str, Callable[[], Any]]:
     q, k, v = layer(kv_heads, tokens + 600)
     cache = SplitCache.__new__(SplitCache)  # what a layer asks of it is ``near``
     cache.near = near_of(tokens)
-    sparse, plan = SplitLayer(cache, plan_of(kv_heads), None), None
+    sparse = SplitLayer(cache, plan_of(kv_heads), None)
     sparse.update(k[:, :, :tokens], v[:, :, :tokens])
-    sparse.given = plan
+    sparse.given = None
     held_k, held_v, default = k.clone(), v.clone(), DynamicCache()
     default.update(k[:, :, :tokens], v[:, :, :tokens], 0)
     at = {"reserved": tokens}

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 import mech
 from mech.errors import ExperimentError, UnsupportedModel
@@ -190,6 +191,21 @@ def test_every_way_of_generating(models, phase):
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert streamed[-1] is None and len(streamed) > 5
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "llama4"])
+@pytest.mark.parametrize("keep_text", [False, True])
+def test_other_caches_and_none_give_the_same(models, name, keep_text):
+    """Hugging Face's default cache (windowed layers drop keys), a static one (longer than what was read), and none."""
+    model = models(name)
+    inputs = batch(model)
+    with mech.localize(model, policy(model, keep_text=keep_text)) as fast:
+        expected = fast.generate(inputs, max_new_tokens=9)
+        theirs = DynamicCache(config=model.hf_model.config.get_text_config(decoder=True))
+        assert torch.equal(fast.generate(inputs, max_new_tokens=9, past_key_values=theirs), expected)
+        assert torch.equal(fast.generate(inputs, max_new_tokens=9, use_cache=False), expected)
+        if name == "llava":
+            assert torch.equal(fast.generate(inputs, max_new_tokens=9, cache_implementation="static"), expected)
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "llama4", "qwen3_vl"])

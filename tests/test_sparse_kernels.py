@@ -1,5 +1,7 @@
 """The pieces of sparse inference: masks, budgets, kernels and stores against their literal definitions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -217,8 +219,8 @@ def test_a_ring_is_the_end_of_what_was_appended(sizes):
         at += size
         if linear is not None:
             assert torch.equal(linear[0], k[:, :, linear[2] : at]) and linear[2] == max(0, at - size - 8)
-        positions = ring.positions()
         held, values, mask = ring.now(None)
+        positions = ring.positions() if at > 8 else torch.arange(at).expand(2, -1)
         for row, first in ((0, 0), (1, 3)):
             seen = torch.ones(held.shape[2], dtype=torch.bool) if mask is None else mask[row, 0, 0]
             expected = {p for p in range(at) if p >= at - 8 or first <= p < first + 2}
@@ -226,6 +228,7 @@ def test_a_ring_is_the_end_of_what_was_appended(sizes):
             assert torch.equal(held[row][:, seen], k[row][:, positions[row][seen]])
             assert torch.equal(values[row][:, seen], v[row][:, positions[row][seen]])
     assert torch.equal(grown.k, k) and torch.equal(grown.v, v)
+    positions = ring.positions()
     ring.select(torch.tensor([1, 0]))
     assert torch.equal(ring.positions(), positions.flip(0))
 
@@ -250,3 +253,25 @@ def test_near_heads_alone_take_any_start():
     part = call(q[:, :, 120:], k, v, mask, causal=False, start=120)
     found = split_heads(part, made, Plan.of(torch.zeros(4, dtype=torch.bool), 4))
     torch.testing.assert_close(found, whole[:, 120:], atol=2e-6, rtol=1e-5)
+
+
+# -- benchmarks --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_timed_is_the_policy(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import sparse
+
+    chosen, near_to = sparse.policy().dense(0, 16), sparse.near_of(700)
+    for kv_heads in (16, 4):
+        q, k, v = sparse.layer(kv_heads, 700)
+        runs = sparse.prefill_runs(kv_heads, 700)
+        expected = by_definition(sparse.call_of(q, k, v), near_to, chosen)
+        torch.testing.assert_close(runs["sparse"](), expected, atol=2e-6, rtol=1e-5)
+        dense = runs["dense"]().transpose(1, 2)
+        torch.testing.assert_close(expected[:, :, 5], dense[:, :, 5], atol=2e-6, rtol=1e-5)
+        steps = sparse.decode_runs(kv_heads, 400)
+        one = {name: run() for name, run in steps.items()}
+        torch.testing.assert_close(one["reserved"], one["default"])
+        torch.testing.assert_close(one["sparse"][:, :, 5], one["default"][:, :, 5], atol=2e-6, rtol=1e-5)
+        assert (one["sparse"] - one["default"])[:, :, 0].abs().max() > 1e-3

@@ -169,7 +169,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             raise UnsupportedModel(f"{self.name} cannot generate", "a model with a generation config")
         asked = {key: given.pop(key) for key in list(given) if hasattr(stock, key)}
         config = generation_config(stock, {"max_new_tokens": max_new_tokens, **asked}, self._pad_token_id())
-        with self._narrowing(inputs, given, max_new_tokens), self._attached():
+        with self._narrowing(inputs, given, config), self._attached():
             run: Any = self.hf_model.generate
             ids = run(**given, generation_config=config)
         return ids[:, given["input_ids"].shape[1] :]

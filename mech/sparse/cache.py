@@ -123,7 +123,7 @@ class Ring:
     def _pin(self, k: Tensor, v: Tensor) -> None:
         if self.near is None or (not self.near.policy.keep_text and self.seen >= self.near.sinks_end):
             return
-        near = self.near.of_batch(len(k))
+        near = self.near.to(k.device).of_batch(len(k))
         stop = self.seen + k.shape[2]
         at = near.listed(self.seen, stop)
         if not at.shape[1]:
@@ -145,7 +145,10 @@ class Ring:
     def now(self, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask of everything the newest position sees."""
         k, v = self._held.k, self._held.v
-        full = self.seen >= self.window and self._last_pin <= self.seen - 1 - self.window and not self._padded
+        if self.seen <= self.window:  # the ring has not come round: all of it in order, pinned keys included
+            here = slice(self.seen)
+            return k[:, :, here], v[:, :, here], mask if mask is None else mask[..., here]
+        full = self._last_pin <= self.seen - 1 - self.window and not self._padded
         if mask is None and full:
             return k, v, None
         at = self.positions()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache
 
 from mech.errors import ExperimentError, UnsupportedModel
@@ -89,7 +90,8 @@ class Localized:
         found = {index: getattr(layer, "sliding_window", None) for index, layer in enumerate(layers)}
         self.windows: dict[int, int] = {index: window for index, window in found.items() if window is not None}
         self._near: Near | None = None
-        self._cache: SplitCache | None = None
+        self._cache: SplitCache | None = None  # of the run
+        self._nbytes = 0
         self._layers = []
         for record in model.text_attention():
             if record.cross:
@@ -135,9 +137,12 @@ class Localized:
         """``HookedMLLM.generate_text`` under the policy."""
         return self._open().model.generate_text(inputs, **options)
 
-    def cache(self) -> SplitCache:
-        """An empty KV cache, for ``past_key_values=``; the first forward with it is the prompt."""
-        split = self.policy.phase != "prefill" and not any(record.heard() for record in self._layers)
+    def cache(self, split: bool = True) -> SplitCache:
+        """An empty KV cache, for ``past_key_values=``; the first forward with it is the prompt.
+
+        With ``split=False``, or while somebody hooks or observes attention, it keeps every key of every head.
+        """
+        split &= self.policy.phase != "prefill" and not any(record.heard() for record in self._layers)
         return SplitCache(self._config, {r.layer: r.narrow.plan for r in self._layers}, split)  # pyright: ignore
 
     def budgets(self, length: int, text: int = 0) -> Budgets:
@@ -147,25 +152,28 @@ class Localized:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values that the last generation held at its end; 0 before there was one."""
-        return 0 if self._cache is None else self._cache.nbytes
+        return self._nbytes
 
     # -- what the model asks of it ------------------------------------------------------------------------------------
 
     @contextmanager
-    def running(self, inputs: Any, given: dict[str, Any], new_tokens: int | None = None) -> Iterator[None]:
-        """One run: the model calls this around it. ``new_tokens`` are those a generation may add, else None."""
-        if new_tokens is not None and given.get("past_key_values") is None and given.get("use_cache") is not False:
-            given["past_key_values"] = self.cache()
+    def running(self, inputs: Any, given: dict[str, Any], config: GenerationConfig | None = None) -> Iterator[None]:
+        """One run: the model calls this around it. ``config`` is that of a generation, which gets a cache here."""
         cache = given.get("past_key_values")
-        begun = isinstance(cache, SplitCache) and cache.near is not None
-        near = cache.near if begun else self._begin(inputs, given, cache, new_tokens)  # pyright: ignore
-        before, self._near = self._near, near
-        if isinstance(cache, SplitCache):
-            cache.near, self._cache = near, cache
+        begun = cache.near if isinstance(cache, SplitCache) else None
+        new_tokens = None if config is None else config.max_new_tokens or 0
+        near = self._begin(inputs, given, cache, new_tokens) if begun is None else begun
+        if config is not None and cache is None and config.use_cache and not config.cache_implementation:
+            given["past_key_values"] = cache = self.cache(split=not near.in_reach)
+        before = self._near, self._cache
+        self._near, self._cache = near, cache if isinstance(cache, SplitCache) else None
+        if self._cache is not None:
+            self._cache.near = near
         try:
             yield
+            self._nbytes = self._nbytes if self._cache is None else self._cache.nbytes
         finally:
-            self._near = before
+            self._near, self._cache = before
 
     def _begin(self, inputs: Any, given: dict[str, Any], cache: Cache | None, new_tokens: int | None) -> Near:
         ids, mask = given["input_ids"], given.get("attention_mask")
@@ -197,9 +205,11 @@ class Localized:
         if longest <= reach:
             _notice(
                 f"{longest} tokens are within {self.policy.sinks} sinks and a window of {self.policy.window}: "
-                "every head sees everything, and the run is dense"
+                "every head sees everything, and the run is dense",
+                stacklevel=7,
             )
-        return Near(self.policy, first, prompt, text if self.policy.keep_text else None)
+        in_reach = new_tokens is not None and longest <= self.policy.window
+        return Near(self.policy, first, prompt, text if self.policy.keep_text else None, in_reach)
 
     def _check_question(self, layouts: Any) -> None:
         if self.policy.keep_text or len(self.policy.dense_heads) == self.model.cfg.n_heads * len(self._layers):
@@ -232,8 +242,10 @@ class LocalLayer:
     def attend(self, call: AttentionCall, dropout: float) -> Float[Tensor, "batch pos head d_head"] | None:
         """z, or None where no head is local."""
         near = self._near(call)
+        if near.in_reach:
+            return None
         cache = self.owner._cache
-        layer = None if cache is None or cache.near is not self.owner._near else cache.layers[call.layer]
+        layer = None if cache is None else cache.layers[call.layer]
         if isinstance(layer, SplitLayer) and (z := layer.attend(call, dropout)) is not None:
             return z
         if bool(self.dense.all()):
@@ -253,5 +265,5 @@ class LocalLayer:
         return near.to(call.q.device).of_batch(len(call.q))
 
 
-def _notice(text: str) -> None:
-    warnings.warn(text, StillDense, stacklevel=4)
+def _notice(text: str, stacklevel: int = 4) -> None:
+    warnings.warn(text, StillDense, stacklevel=stacklevel)

@@ -33,12 +33,14 @@ class Near:
         first: position of each row's first token.
         prompt: where each row's prompt ends; what comes then is decoding, a teacher-forced answer too.
         text: which positions are text, for ``keep_text``; those behind them are, because they are written.
+        in_reach: whether the whole run is no longer than the window, so that no head is kept from anything.
     """
 
     policy: Policy
     first: Int[Tensor, " batch"]
     prompt: Int[Tensor, " batch"]
     text: Bool[Tensor, "batch pos"] | None = None
+    in_reach: bool = False
     _pins: dict[int, Int[Tensor, "batch pin"]] = field(default_factory=dict, repr=False)
 
     def of_batch(self, batch: int) -> "Near":
@@ -46,8 +48,9 @@ class Near:
         times = batch // len(self.first)
         if times <= 1:
             return self
-        repeated = [None if x is None else x.repeat_interleave(times, 0) for x in (self.first, self.prompt, self.text)]
-        return Near(self.policy, *repeated)  # pyright: ignore[reportArgumentType]
+        first, prompt = (x.repeat_interleave(times, 0) for x in (self.first, self.prompt))
+        text = None if self.text is None else self.text.repeat_interleave(times, 0)
+        return Near(self.policy, first, prompt, text, self.in_reach)
 
     def local_rows(self, rows: Int[Tensor, " row"]) -> Bool[Tensor, "batch row"]:
         """In which rows the policy's phase makes heads local."""
@@ -104,7 +107,7 @@ class Near:
         if self.first.device == device:
             return self
         text = None if self.text is None else self.text.to(device)
-        return Near(self.policy, self.first.to(device), self.prompt.to(device), text)
+        return Near(self.policy, self.first.to(device), self.prompt.to(device), text, self.in_reach)
 
 
 def _listed(chosen: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pin"]:
