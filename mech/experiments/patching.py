@@ -58,7 +58,7 @@ def activation_patching(
     layers: Sequence[int] | None = None,
     direction: str = "denoise",
     method: str = "auto",
-    confirm: int | float = 0.1,
+    confirm: int | float = 0.15,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """The metric after each patch, and how far it went from the corrupted run's (0) to the clean run's (1).

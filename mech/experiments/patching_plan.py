@@ -150,7 +150,7 @@ class Plan:
             return confirm
         if isinstance(confirm, float) and 0 < confirm < 1:
             return max(1, round(confirm * n))
-        raise ExperimentError(f"confirm={confirm!r} of {n} cells", f"1 to {n}, or a share between 0 and 1", "use 0.1")
+        raise ExperimentError(f"confirm={confirm!r} of {n} cells", f"1 to {n}, or a share between 0 and 1", "use 0.15")
 
     def scores(self, logits: Tensor, clean: Tensor) -> Tensor:
         """The metric of every row of a batch."""
