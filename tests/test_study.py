@@ -47,7 +47,7 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert finished.name == "report.html" and finished.stat().st_size > 1_000_000
     place = Study(folder)
     for domain in WHAT["domains"]:
-        assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks", "causal"))
+        assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks", "scores", "causal"))
     effects = place.get("llava-s/grounding/ablation")
     assert set(effects["method"].values) == {"none", "mean", "zero", "resample", "uniform", "paper"}
     facts = json.loads((folder / "summary.json").read_text())["models"]["llava-s"]
@@ -55,6 +55,10 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert facts["agreement"]["domains"] == ["grounding", "documents"]
     assert sum(map(len, facts["domains"]["grounding"]["causal"]["quadrants"].values())) == 48
     assert finished.read_text().count("Does looking mean mattering?") == 2
+    assert finished.read_text().count("Do the scores of the literature name the same heads?") == 2
+    agreed = facts["domains"]["grounding"]["scores"]
+    assert len(agreed["names"]) == len(agreed["spearman"]) == 9
+    assert agreed["jaccard_low"][0][1] <= agreed["jaccard"][0][1] <= agreed["jaccard_high"][0][1]
     sparse = json.loads((folder / "summary.json").read_text())["acceleration"]["llava-s"]
     assert sparse["domain"] in WHAT["domains"] and sparse["speed"] and 'id="sparse"' in finished.read_text()
     find, test = (set(place.get(f"llava-s/grounding/{kind}")["example"].values) for kind in ("ram", "ablation"))
