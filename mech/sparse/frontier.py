@@ -143,13 +143,13 @@ def acceleration(
     for name, ranking in ranked(model, find, choices, local, set(made), batch_size, seed, say):
         made[name] = ranking
     todo = settings(model, made, choices, shares, n_random, seed)
-    parts = []
+    parts: list[xr.Dataset] = []
     for part in measured(model, samples, todo, local, batch_size):
         parts.append(part)
         say("settings", len(parts), len(todo))
     joined = xr.concat(parts, dim=CONDITION)
     if turns:
-        speeds = speed_dataset(model, samples[0], timed(todo), local.policy, turns=turns)
+        speeds = speed_dataset(model, next(iter(samples)), timed(todo), local.policy, turns=turns)
         joined = xr.merge([joined, speeds], combine_attrs="no_conflicts")
     return joined.assign_attrs(about(model, samples, find, local, seed))
 
@@ -221,7 +221,7 @@ def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *
     ids = tuple(sample.id for sample in samples)
     values = np.stack(lost)
     return Ranking(
-        values.mean(0), values, "lost", model.name, ", ".join(samples.domains), ids, model.cfg.attention_layers
+        values.mean(0), values, "lost", str(model.name), ", ".join(samples.domains), ids, model.cfg.attention_layers
     )
 
 

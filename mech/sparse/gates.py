@@ -113,7 +113,7 @@ def learned_gates(
                 progress(step + 1, steps)
     mean = (total / steps).repeat_interleave(model.cfg.n_heads // groups, dim=1).double().numpy()
     named = tuple(sample.id for sample in samples if sample.id)
-    return Ranking(mean, None, "gate", model.name, ", ".join(samples.domains), named, layers)
+    return Ranking(mean, None, "gate", str(model.name), ", ".join(samples.domains), named, layers)
 
 
 def _asked(inputs: Inputs) -> Tensor:

@@ -44,7 +44,7 @@ def acceleration_in(
         place.put(f"{key}/rankings", xr.Dataset(maps, {"layer": list(model.cfg.attention_layers)}))
     saved = place.get(f"{key}/rankings")
     rankings = {
-        str(name): Ranking(values.values, None, str(name), model.name, layers=model.cfg.attention_layers)
+        str(name): Ranking(values.values, None, str(name), str(model.name), layers=model.cfg.attention_layers)
         for name, values in saved.data_vars.items()
     }
     todo = settings(model, rankings, choices, shares, n_random, seed)
@@ -57,7 +57,7 @@ def acceleration_in(
         place.finish(f"{key}/settings", len(todo), CONDITION, **about(model, test, find, local, seed))
     if not place.done(f"{key}/speed"):
         tell("speed", 0, 1)
-        place.put(f"{key}/speed", speed_dataset(model, test[0], timed(todo), local.policy))
+        place.put(f"{key}/speed", speed_dataset(model, next(iter(test)), timed(todo), local.policy))
         tell("speed", 1, 1)
     return joined(place, key)
 

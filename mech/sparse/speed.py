@@ -59,23 +59,23 @@ def speed_dataset(
     def prefill() -> Any:
         return model(inputs, mm_encoder_outputs=dict(seen), logits_to_keep=1)
 
-    runs: dict[Any, Callable[[], Any]] = {"dense": prefill}
+    runs: dict[str, Callable[[], Any]] = {"dense": prefill}
     for share, policy in policies.items():
-        runs[share] = _localized(model, policy, prefill)
+        runs[str(share)] = _localized(model, policy, prefill)
     read = taking_turns(runs, turns)
 
     steps = {"default": _decoding(model, inputs, seen, None), "reserved": _decoding(model, inputs, seen, reserved)}
-    steps |= {share: _decoding(model, inputs, seen, policy) for share, policy in policies.items()}
+    steps |= {str(share): _decoding(model, inputs, seen, policy) for share, policy in policies.items()}
     written = taking_turns({name: run for name, (run, _) in steps.items()}, turns)
     held = {name: size for name, (_, size) in steps.items()}
 
-    shares = list(policies)
+    shares, names = list(policies), [str(share) for share in policies]
     budgets = [policy.budgets(model.cfg, len(whole.layout)) for policy in policies.values()]
     data = {
-        "prefill_speed": (("timed", "turn"), np.stack([read["dense"] / read[s] for s in shares])),
-        "decode_speed": (("timed", "turn"), np.stack([written["reserved"] / written[s] for s in shares])),
-        "decode_speed_default": (("timed", "turn"), np.stack([written["default"] / written[s] for s in shares])),
-        "kv_measured": (("timed",), np.array([held[s] / held["default"] for s in shares])),
+        "prefill_speed": (("timed", "turn"), np.stack([read["dense"] / read[name] for name in names])),
+        "decode_speed": (("timed", "turn"), np.stack([written["reserved"] / written[name] for name in names])),
+        "decode_speed_default": (("timed", "turn"), np.stack([written["default"] / written[name] for name in names])),
+        "kv_measured": (("timed",), np.array([held[name] / held["default"] for name in names])),
         "prefill_bound": (("timed",), np.array([budget.prefill_bound for budget in budgets])),
         "decode_bound": (("timed",), np.array([budget.decode_bound for budget in budgets])),
     }
