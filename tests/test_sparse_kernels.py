@@ -9,10 +9,10 @@ from mech.errors import ExperimentError
 from mech.experiments.ranking import Ranking
 from mech.model import AttentionCall
 from mech.model.families import ModelConfig
-from mech.sparse.cache import Grown, Ring
 from mech.sparse.kernels import Plan, by_definition, merged, split_heads
 from mech.sparse.masks import Near
 from mech.sparse.policy import Policy
+from mech.sparse.stores import Grown, Ring
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -183,13 +183,14 @@ def test_two_disjoint_sets_of_keys_merge_into_one_softmax():
     torch.testing.assert_close(merged(*parts), scores.softmax(-1) @ v)
 
 
-def test_half_precision_is_near():
-    q, k, v = (x.bfloat16() for x in attended(1, 8, 4))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float64, 1e-12)])
+def test_every_precision(dtype, tolerance):
+    q, k, v = (x.to(dtype) for x in attended(1, 8, 4))
     chosen, made = torch.tensor([True] + [False] * 7), near(Policy(sinks=4, window=20))
     one = call(q, k, v)
     found, expected = split_heads(one, made, Plan.of(chosen, 4)), by_definition(one, made, chosen)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 @CUDA

@@ -189,13 +189,14 @@ def near_heads(
     """The call's heads as local ones over these keys, written into ``out``."""
     rows, policy = call.q.shape[2], near.policy
     out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3]) if out is None else out
-    block = BLOCK[call.q.device.type]
+    block = BLOCK.get(call.q.device.type, BLOCK["cpu"])
+    kernel = call.q.is_cpu or (call.q.is_cuda and call.q.dtype in (torch.float16, torch.bfloat16))
     plain = call.mask is None and call.causal and call.fused and not policy.keep_text and not dropout
     grads = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
     # From `first` on every row sees all sinks and a whole window.
     first = policy.window + policy.sinks
     stop = first + max(0, rows - first) // block * block
-    if not plain or grads or (call.q.is_cuda and call.q.dtype == torch.float32):
+    if not (kernel and plain) or grads:
         stop = first = 0
     elif first < stop:
         (_windowed_on_gpu if call.q.is_cuda else _windowed)(call, keys, policy.window, first, stop, out)
@@ -213,6 +214,11 @@ def _block(call: AttentionCall, keys: Keys, window: int, begin: int, end: int, o
     ahead = 0 if call.mask is None and call.causal else window - 1
     low = max(keys.start, call.query_start + begin - window + 1)
     high = min(keys.start + keys.k.shape[2], call.query_start + end + ahead)
+    if call.mask is not None:
+        next_one = call.query_start + end
+        coming = call.mask[:, :, begin:end, next_one - keys.mask_start : high - keys.mask_start]
+        if not (coming if coming.dtype == torch.bool else coming > torch.finfo(coming.dtype).min / 2).any():
+            high = min(high, next_one)  # the layer does not look ahead here
     here = slice(low - keys.start, high - keys.start)
     k = torch.cat([keys.pinned_k, keys.k[:, :, here]], dim=2)
     v = torch.cat([keys.pinned_v, keys.v[:, :, here]], dim=2)
