@@ -295,12 +295,16 @@ def test_the_recommended_setting_is_the_smallest_that_surely_keeps_accuracy():
 
 def test_sentences_turn_with_the_numbers():
     agreeing = kinds(fabricated())
-    assert set(agreeing) == {"sparse", "dense wins", "faster"} and not any(against for _, against in agreeing.values())
+    assert set(agreeing) == {"sparse", "dense wins", "no input", "faster"} and not any(
+        against for _, against in agreeing.values()
+    )
     assert "5 of 100 KV heads (5%)" in agreeing["sparse"][0] and "0 of 4 random sets" in agreeing["dense wins"][0]
     useless = kinds(fabricated(ram=0.25))
-    assert useless["not sparse"][1] and useless["dense draws"][1] and useless["dense beaten"][1]
+    assert useless["not sparse"][1] and useless["dense draws"][1]
     assert "by causal effect" in useless["dense beaten"][0] or "by reach" in useless["dense beaten"][0]
-    assert "75 points" in useless["input"][0]
+    paying = kinds(fabricated(reach=0.5))
+    assert "50%, a difference of 50 points" in paying["input"][0] and "no input" not in paying
+    assert "not shown to pay" in kinds(fabricated(dynamic=0.98))["no input"][0]
     assert kinds(fabricated(vision=0.3))["dense others"][0].startswith("Dense heads chosen by attention on all visual")
     window = kinds(fabricated(window=1.0))
     assert window["window"][1] and "dense wins" not in window  # nothing to win
