@@ -100,7 +100,8 @@ def _too_large(given: str) -> InputError:
 
 
 def _unreadable(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"{str(path)!r} cannot be read as a picture", "an image file", str(error))
+    reason = getattr(error, "strerror", None) or str(error)
+    return InputError(f"{str(path)!r} cannot be read as a picture ({reason})", "an image file", "check path and format")
 
 
 def pictures(given: Any, name: str = "images") -> list[Image.Image]:
