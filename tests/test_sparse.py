@@ -292,6 +292,18 @@ def test_layers_that_look_outside_say_that_they_stay_dense(models):
         pass
 
 
+def test_keys_that_are_changed_after_caching_are_refused(models):
+    model = models("llava")
+    ids = torch.randint(200, 240, (1, 30), generator=torch.Generator().manual_seed(0)) % model.cfg.vocab
+    with mech.localize(model, policy(model)) as fast:
+        cache = fast.cache()
+        fast({"input_ids": ids}, past_key_values=cache, use_cache=True)
+        update = cache.layers[1].update
+        cache.layers[1].update = lambda k, v, *args: tuple(x * 1.0 for x in update(k, v, *args))
+        with pytest.raises(UnsupportedModel, match="keys that layer 1 changes"):
+            fast({"input_ids": ids[:, :1]}, past_key_values=cache, use_cache=True)
+
+
 @pytest.mark.parametrize("heads, message", [([(3, 0)], "layer 3"), ([(0, 4)], "head 4"), ([(0, -1)], "head -1")])
 def test_heads_of_another_model_are_refused(models, heads, message):
     with pytest.raises(ExperimentError, match=message):

@@ -222,24 +222,26 @@ def _block(call: AttentionCall, keys: Keys, window: int, begin: int, end: int, o
     here = slice(low - keys.start, high - keys.start)
     k = torch.cat([keys.pinned_k, keys.k[:, :, here]], dim=2)
     v = torch.cat([keys.pinned_v, keys.v[:, :, here]], dim=2)
-    rows, cols = (torch.arange(*ends, device=out.device) for ends in ((begin, end), (low, high)))
-    mask = _block_mask(call, rows, cols, keys, window)
+    mask = _block_mask(call, (begin, end), (low, high), keys, window)
     out[:, :, begin:end] = fused(call, call.q[:, :, begin:end], k, v, mask, dropout=dropout)
 
 
-def _block_mask(call: AttentionCall, rows: Tensor, cols: Tensor, keys: Keys, window: int) -> Tensor:
-    """What a block of rows sees of the pinned keys and of its window, as one mask over both."""
-    at, pins = call.query_start + rows, keys.pins[:, None, None, :]
-    inside = ((at[:, None] - cols).abs() < window)[None, None]
+def _block_mask(
+    call: AttentionCall, rows: tuple[int, int], cols: tuple[int, int], keys: Keys, window: int
+) -> Bool[Tensor, "batch #head row key"] | Float[Tensor, "batch #head row key"]:
+    """What a block of rows sees of the pinned keys and of the window's positions, as one mask over both."""
+    at = call.query_start + torch.arange(*rows, device=call.q.device)[:, None]
+    places, pins = torch.arange(*cols, device=call.q.device), keys.pins[:, None, None, :]
+    inside = ((at - places).abs() < window)[None, None]
     # In the window a pinned key is there already.
-    pinned = ((at[:, None] - pins).abs() >= window) & (pins >= 0)
+    pinned = ((at - pins).abs() >= window) & (pins >= 0)
     if call.mask is None:
         if call.causal:
-            inside, pinned = inside & (cols <= at[:, None]), pinned & (pins <= at[:, None])
+            inside, pinned = inside & (places <= at), pinned & (pins <= at)
         return torch.cat([pinned, inside.expand(len(pinned), -1, -1, -1)], dim=-1)
-    own = call.mask[:, :, rows].expand(max(len(call.mask), len(pins)), -1, -1, -1)
+    own = call.mask[:, :, slice(*rows)].expand(max(len(call.mask), len(pins)), -1, -1, -1)
     of_pins = own.gather(3, (pins - keys.mask_start).clamp(min=0).expand(*own.shape[:3], -1))
-    own = torch.cat([of_pins, own[..., cols - keys.mask_start]], dim=-1)
+    own = torch.cat([of_pins, own[..., cols[0] - keys.mask_start : cols[1] - keys.mask_start]], dim=-1)
     seen = torch.cat([pinned.expand(len(own), -1, -1, -1), inside.expand(len(own), -1, -1, -1)], dim=-1)
     return own & seen if own.dtype == torch.bool else own.masked_fill(~seen, float("-inf"))
 
