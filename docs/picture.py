@@ -35,4 +35,4 @@ def picture(study: Path) -> View:
 
 
 if __name__ == "__main__":
-    print(picture(Path(sys.argv[1])).save(Path(__file__).with_name("report.png"), width=1160, scale=1))
+    print(picture(Path(sys.argv[1])).save(Path(__file__).with_name("report.png"), width=1160, scale=0.95))
