@@ -139,42 +139,48 @@ class SplitLayer(WholeLayer):
             )  # fmt: skip
         assert self._cache.near is not None
         near, plan = self._cache.near.to(call.q.device).of_batch(len(call.q)), self._plan
+        if call.q.shape[2] == 1:
+            return self._row(call, near, plan, dropout)
         linear, self.linear = self.linear, {}
-        one, parts = call.q.shape[2] == 1, []
+        parts = []
         if len(plan.whole):
-            parts.append(self._whole_heads(call, near, plan, linear.get("dense"), dropout))
-        if self.local is not None:
-            mine = take(call, plan.local_heads)
-            if one:
-                parts.append(fused(mine, mine.q, *self.local.now(call.mask), dropout=dropout))
-            else:
-                parts.append(near_heads(mine, Keys(*linear["local"], *self.local.pinned), near, None, dropout))
-        return torch.cat(parts, dim=1)[:, plan.inverse].transpose(1, 2)
-
-    def _whole_heads(
-        self, call: AttentionCall, near: Near, plan: Plan, linear: tuple[Tensor, Tensor, int] | None, dropout: float
-    ) -> Float[Tensor, "batch head pos d_head"]:
-        """The heads of groups that are kept whole: dense ones, and local ones beside them."""
-        if linear is None:
-            packed = take(call, plan.packed.flatten())
-            z = fused(packed, packed.q, *self.dense.now(call.mask), dropout=dropout)[:, plan.slots]
-        else:
-            k, v, start = linear
+            k, v, start = linear["dense"]
             own = replace(call, mask=None if call.mask is None else call.mask[..., start:])
             groups = torch.searchsorted(plan.whole, plan.dense_groups)
             z = dense_heads(take(own, plan.dense), k[:, groups], v[:, groups], dropout)
-        if len(plan.dense) == len(plan.whole_heads):
-            return z
+            if len(plan.dense) < len(plan.whole_heads):
+                beside = near_heads(take(call, plan.whole_heads), Keys.of(k, v, start, near), near, None, dropout)
+                z = beside.index_copy(1, plan.inside, z)
+            parts.append(z)
+        if self.local is not None:
+            keys = Keys(*linear["local"], *self.local.pinned)
+            parts.append(near_heads(take(call, plan.local_heads), keys, near, None, dropout))
+        return torch.cat(parts, dim=1)[:, plan.inverse].transpose(1, 2)
+
+    def _row(
+        self, call: AttentionCall, near: Near, plan: Plan, dropout: float
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """z of a single query row: what generation does for every token, so as few calls as can be."""
+        parts, q, dense = [], call.q[:, plan.row], plan.packed.numel()
+        if dense:
+            parts.append(fused(_own(call, plan.row[:dense]), q[:, :dense], *self.dense.now(call.mask), dropout=dropout))
+        if self.local is not None:
+            parts.append(fused(_own(call, plan.row[dense:]), q[:, dense:], *self.local.now(call.mask), dropout=dropout))
+        if len(plan.dense) < len(plan.whole_heads):
+            parts.append(self._beside(call, near, plan, dropout))
+        return torch.cat(parts, dim=1)[:, plan.back].transpose(1, 2)
+
+    def _beside(
+        self, call: AttentionCall, near: Near, plan: Plan, dropout: float
+    ) -> Float[Tensor, "batch head pos d_head"]:
+        """All heads of groups that are kept whole, as local ones."""
         mine, policy = take(call, plan.whole_heads), near.policy
-        plain = linear is None and call.mask is None and not policy.keep_text
+        plain = call.mask is None and not policy.keep_text
         if plain and isinstance(self.dense, Grown) and self.seen >= policy.sinks + policy.window:
             sinks, window = slice(policy.sinks), slice(-policy.window, None)
             k, v = (torch.cat([x[:, :, sinks], x[:, :, window]], dim=2) for x in (self.dense.k, self.dense.v))
-            every = fused(mine, mine.q, k, v, None, dropout=dropout)
-        else:
-            keys = Keys.of(*(linear or self.dense.ordered()), near)
-            every = near_heads(mine, keys, near, None, dropout)
-        return every.index_copy_(1, plan.inside, z)
+            return fused(mine, mine.q, k, v, None, dropout=dropout)
+        return near_heads(mine, Keys.of(*self.dense.ordered(), near), near, None, dropout)
 
     def _start(self, near: Near, device: torch.device) -> None:
         if self.split:
@@ -185,15 +191,21 @@ class SplitLayer(WholeLayer):
             self.local = Ring(min(near.policy.window, self._own or near.policy.window), near)
 
     def _take(self, k: Tensor, v: Tensor, read: bool) -> None:
-        groups = {"dense": self._plan.whole, "local": self._plan.local}
-        for name, store in (("dense", self.dense), ("local", self.local)):
-            if store is None or not len(groups[name]):
+        whole, k, v = len(self._plan.whole), k[:, self._plan.groups], v[:, self._plan.groups]
+        for name, store, own in (
+            ("dense", self.dense, slice(whole)),
+            ("local", self.local, slice(whole, None)),
+        ):
+            if store is None or not k[:, own].shape[1]:
                 continue
-            own = k[:, groups[name]], v[:, groups[name]]
             if read:
-                self.linear[name] = store.extend(*own)
+                self.linear[name] = store.extend(k[:, own], v[:, own])
             else:
-                store.append(*own)
+                store.append(k[:, own], v[:, own])
+
+
+def _own(call: AttentionCall, heads: Tensor) -> AttentionCall:
+    return call if call.sinks is None else replace(call, sinks=call.sinks[heads])
 
 
 class SplitCache(DynamicCache):

@@ -46,6 +46,9 @@ class Plan:
             throughout, for picking copies keys.
         near_heads: all query heads of these.
         inverse: where each query head stands in ``whole_heads`` and ``local_heads``.
+        groups: key/value heads in the order ``whole``, ``local``.
+        row: query heads in the order ``packed``, ``local_heads``: for a single query row.
+        back: where each query head stands first in ``row`` and, behind it, ``whole_heads``.
     """
 
     dense: Int[Tensor, " head"]
@@ -53,13 +56,15 @@ class Plan:
     whole: Int[Tensor, " kv_head"]
     whole_heads: Int[Tensor, " head"]
     packed: Int[Tensor, "kv_head head"]
-    slots: Int[Tensor, " head"]
     local: Int[Tensor, " kv_head"]
     local_heads: Int[Tensor, " head"]
     inside: Int[Tensor, " head"]
     near: Int[Tensor, " kv_head"]
     near_heads: Int[Tensor, " head"]
     inverse: Int[Tensor, " head"]
+    groups: Int[Tensor, " kv_head"]
+    row: Int[Tensor, " head"]
+    back: Int[Tensor, " head"]
 
     @classmethod
     def of(cls, dense: Bool[Tensor, " head"], n_groups: int) -> "Plan":
@@ -71,19 +76,24 @@ class Plan:
         counts = by_group.sum(1)[whole]
         ends, place = counts.cumsum(0)[:, None], torch.arange(int(counts.max()) if len(counts) else 0)
         listed = _places(dense)
+        packed = listed[torch.minimum(ends - counts[:, None] + place, ends - 1)]
+        row = torch.cat([packed.flatten(), heads[~whole].flatten()])
+        order = torch.cat([row, heads[whole].flatten()]).tolist()
         return cls(
             dense=listed,
             dense_groups=listed // heads.shape[1],
             whole=_places(whole),
             whole_heads=heads[whole].flatten(),
-            packed=listed[torch.minimum(ends - counts[:, None] + place, ends - 1)],
-            slots=_places((place < counts[:, None]).flatten()),
+            packed=packed,
             local=_places(~whole),
             local_heads=heads[~whole].flatten(),
             inside=_places(by_group[whole].flatten()),
             near=_places(near),
             near_heads=heads[near].flatten(),
             inverse=torch.argsort(torch.cat([heads[whole].flatten(), heads[~whole].flatten()])),
+            groups=torch.cat([_places(whole), _places(~whole)]),
+            row=row,
+            back=torch.tensor([order.index(head) for head in range(len(dense))]),
         )
 
     def to(self, device: torch.device) -> "Plan":
