@@ -110,7 +110,8 @@ def _map(rng: np.random.Generator, n_layers: int, n_heads: int) -> np.ndarray:
 
 def _ablation(rng: np.random.Generator, methods: tuple[str, ...], n: int, draws: int, total: int):
     rows = [("none", "none", 0.0, 0, 0, 0.98)]
-    harm = {"top": 0.85, "bottom": 0.3, "middle": 0.06, "random": 0.15, "layer_matched": 0.25}
+    harm = {"top": 0.85, "bottom": 0.3, "middle": 0.06, "random": 0.15, "layer_matched": 0.25,
+            "by vision_mass": 0.5, "by mm_retrieval": 0.6}  # fmt: skip
     for method in methods:
         for fraction in FRACTIONS:
             for band, worst in harm.items():

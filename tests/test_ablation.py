@@ -14,7 +14,8 @@ from mech.experiments.findings import KINDS, findings, headlines
 from mech.experiments.heads import retrieval_attention_mass
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking import Head, rank_heads
-from mech.experiments.summary import summarise_domain
+from mech.experiments.sinks import attention_sinks
+from mech.experiments.summary import summarise_domain, summarise_effects
 from mech.interventions import Ablate, intervene, reference_activations
 from mech.model import HookedMLLM
 
@@ -101,6 +102,33 @@ def test_conditions_are_every_combination_once(ram):
         conditions(ranking, to="zeros")
     with pytest.raises(ExperimentError, match="use 'top'"):
         conditions(ranking, bands=["tops"])
+
+
+def test_a_ranking_by_another_score_is_a_band(model, halves, ram):
+    find, test = halves
+    sinks = rank_heads(attention_sinks(model, find, by="attention"), "sink_mass")
+    vision, ranking = rank_heads(ram, "vision_mass"), rank_heads(ram)
+    effects = ablation(model, test, ranking, to="zero", bands=("top", vision, sinks), fractions=(0.05, 0.1))
+    assert effects["band"].values.tolist() == ["none", *(b for b in ("top", "by vision_mass", "by sink_mass")
+                                                         for _ in range(2))]  # fmt: skip
+    with intervene(model, Ablate(heads=vision.top(0.1), to="zero")) as without:
+        alone = ask(without, quiz(model, test))
+    row = effects["logit_diff"].values[(effects["band"] == "by vision_mass") & (effects["n_heads"] == 5)]
+    np.testing.assert_allclose(row[0], alone["logit_diff"], atol=1e-3)
+    assert {entry["band"] for entry in summarise_effects(effects)["ablation"]} == {*effects["band"].values} - {"none"}
+
+
+def test_bands_that_cannot_be_are_refused(model, halves, ram):
+    ranking, vision = rank_heads(ram), rank_heads(ram, "vision_mass")
+    with pytest.raises(ExperimentError, match="two bands of one name"):
+        conditions(ranking, bands=[vision, vision])
+    with pytest.raises(ExperimentError, match="every head scores 0"):
+        conditions(ranking, bands=[rank_heads(ram["ram"].rename("sink_mass") * 0)])
+    with pytest.raises(ExperimentError, match="rank the heads of one model"):
+        conditions(ranking, bands=[rank_heads(ram["vision_mass"][:, :3])])
+    seen = rank_heads(retrieval_attention_mass(model, halves[1][:2]), "vision_mass")
+    with pytest.raises(ExperimentError, match="found the heads"):
+        ablation(model, halves[1], ranking, to="zero", bands=["top", seen])
 
 
 def test_the_result_names_every_condition_and_starts_with_the_baseline(model, halves, effects):
@@ -198,6 +226,11 @@ def test_findings_turn_with_the_numbers():
     assert bottom and bottom[0]["against_papers"]
     assert said(fabricated(drops={"layer_matched": 0.5}), "belongs to the layers")[0]["against_papers"]
     assert said(fabricated(drops={"random": 0.3}), "no harmless control")
+    assert not said(fabricated(drops={"by vision_mass": 0.1}), "most at visual tokens")
+    seeing = fabricated(drops={"by vision_mass": 0.4}, scores={
+        "names": ["ram", "vision_mass"], "n_top": 5, "jaccard": [[1, 3 / 7], [3 / 7, 1]],
+        "jaccard_high": [[1, 1], [1, 1]], "jaccard_null": [[0, 0], [0, 0]]})  # fmt: skip
+    assert said(seeing, "5 heads that look most at visual tokens of any kind costs 40 points", "share 3 of 5.")
     assert said(fabricated(half_mass_share=0.5), "50 of 100 heads (50%)")[0]["against_papers"]
 
 

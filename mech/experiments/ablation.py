@@ -4,8 +4,15 @@ A band says *which* heads: the top of the ranking, its bottom, its middle, rando
 heads in each layer as the top one. Only against those controls does a drop say anything about the *ranking*. The
 method says *how* (see ``mech.interventions``): results of different methods are never pooled.
 
-    ranking = rank_heads(retrieval_attention_mass(model, train))
-    effects = ablation(model, test, ranking, reference=train, to="mean", fractions=(1, 0.05, 0.2))
+    ram = retrieval_attention_mass(model, train)
+    effects = ablation(model, test, rank_heads(ram), reference=train, to="mean", fractions=(1, 0.05, 0.2))
+
+A band may also be another ranking, and is then its top: heads that look at any visual token, or at sinks, are controls
+for "it is only that these heads look at the picture", or "at something".
+
+    others = rank_heads(ram, "vision_mass"), rank_heads(attention_sinks(model, train), "sink_mass")
+    effects = ablation(model, test, rank_heads(ram), reference=train, bands=("top", "random", *others))
+    effects.isel(condition=effects["band"] == "by vision_mass")
 
 The samples that found the heads must not be those that test them: they are compared by their ids.
 """
@@ -49,7 +56,7 @@ def conditions(
     ranking: Ranking,
     *,
     to: str | Sequence[str] = "mean",
-    bands: Sequence[str] = BANDS,
+    bands: Sequence[str | Ranking] = BANDS,
     fractions: Sequence[int | float] = FRACTIONS,
     n_random: int = 20,
     seed: int = 0,
@@ -59,26 +66,53 @@ def conditions(
     Args:
         ranking: which heads are at the top.
         to: one method or several.
-        bands: which of ``top``, ``bottom``, ``middle``, ``random``, ``layer_matched``.
+        bands: which of ``top``, ``bottom``, ``middle``, ``random``, ``layer_matched``; and rankings by other scores,
+            whose top heads are the band ``by SCORE``, such as ``by vision_mass``.
         fractions: an int is a number of heads, a float a share of all heads (at least one head).
         n_random: how many random sets of each size; fewer where there are not so many.
         seed: of the random sets. The same sets are used for every method.
 
     ``layer_matched`` is left out where the top heads fill their layers.
+
+    Raises:
+        ExperimentError: an unknown method or band; a ranking of other heads, of none above the others, or two by one
+            score.
     """
     methods = (to,) if isinstance(to, str) else tuple(to)
-    for given, known in ((methods, METHODS), (bands, BANDS)):
+    others = {f"by {band.score}": band for band in bands if isinstance(band, Ranking)}
+    words = [band for band in bands if isinstance(band, str)]
+    if len(others) + len(words) < len(bands):
+        raise ExperimentError(
+            f"two bands of one name, beside {', '.join(others)}", "each once", "rename the array before rank_heads"
+        )
+    for name, other in others.items():
+        _comparable(name, other, ranking)
+    for given, known in ((methods, METHODS), (words, BANDS)):
         for word in given:
             if word not in known:
                 raise ExperimentError(f"{word!r} is no method or band", ", ".join(known), suggestion(word, known))
     found: dict[Condition, None] = {}
     for method in methods:
-        for band in bands:
+        for band in (*words, *others):
             for size in fractions:
                 count = ranking.count(size)
-                for draw, heads in enumerate(_sets(ranking, band, count, n_random, seed)):
+                sets = [others[band].top(count)] if band in others else _sets(ranking, band, count, n_random, seed)
+                for draw, heads in enumerate(sets):
                     found[Condition(method, band, count / len(ranking), tuple(heads), draw)] = None
     return list(found)
+
+
+def _comparable(name: str, other: Ranking, ranking: Ranking) -> None:
+    if (other.layers, other.n_heads) != (ranking.layers, ranking.n_heads):
+        raise ExperimentError(
+            f"band {name!r} of {other.n_layers} x {other.n_heads} heads",
+            f"{ranking.n_layers} x {ranking.n_heads}, as the ranking has",
+            "rank the heads of one model",
+        )
+    if other.mean.max() == other.mean.min():  # no sinks, for instance: the top would be the first heads there are
+        raise ExperimentError(
+            f"band {name!r}, where every head scores {other.mean.max():.3g}", "heads that differ", "leave it out"
+        )
 
 
 def _sets(ranking: Ranking, band: str, count: int, n_random: int, seed: int) -> Sequence[Sequence[Head]]:
@@ -99,7 +133,7 @@ def ablation(
     *,
     reference: Samples | Reference | None = None,
     to: str | Sequence[str] = "mean",
-    bands: Sequence[str] = BANDS,
+    bands: Sequence[str | Ranking] = BANDS,
     fractions: Sequence[int | float] = FRACTIONS,
     n_random: int = 20,
     positions: str = "all",
@@ -135,7 +169,8 @@ def ablation(
                 if isinstance(ranking, Ranking) else ranking)  # fmt: skip
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
     if isinstance(ranking, Ranking):
-        refuse_ranking(ranking, model, samples)
+        for one in (ranking, *(band for band in bands if isinstance(band, Ranking))):
+            refuse_ranking(one, model, samples)
     if reference is not None and not isinstance(reference, Reference):
         reference = Samples(reference)
         refuse_overlap(samples, [s.id for s in reference], "are the reference")

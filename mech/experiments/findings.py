@@ -31,6 +31,7 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
                 _concentration,
                 _weak,
                 _necessity,
+                _vision,
                 _redundancy,
                 _halving,
                 _low_ranked,
@@ -85,6 +86,7 @@ KINDS = {
     "needed": "The heads with the highest RAM are needed more than random heads",
     "not needed": "The heads with the highest RAM are not shown to be needed more than random heads",
     "layers": "Random heads of the same layers cost at least half as much as the heads with the highest RAM",
+    "vision": "Heads that look at visual tokens of any kind cost at least half as much as those with the highest RAM",
     "redundant": "Heads stand in for one another: a set costs more than its size times its first head",
     "halving": "A top set that was tried halves accuracy",
     "not halving": "Accuracy stays above half without the largest top set",
@@ -163,6 +165,34 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
             "top heads: much of the effect belongs to the layers, not to these heads.",
             True,
         )
+
+
+def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    """Is it the evidence, or would heads do that look at anything visual?"""
+    top = _at(numbers, "mean", "top", TOP)
+    vision = _at(numbers, "mean", "by vision_mass", TOP)
+    if top is None or vision is None or vision["n_heads"] != top["n_heads"] or _too_weak(numbers):
+        return
+    cost, theirs = top["accuracy_drop"], vision["accuracy_drop"]
+    if cost["low"] > 0 and cost["mean"] >= MATTERS and theirs["mean"] >= 0.5 * cost["mean"]:
+        shared = _shared(numbers, "ram", "vision_mass")
+        same = "" if shared is None else f"; the two sets share {shared} of {top['n_heads']}"
+        yield (
+            "vision",
+            f"Mean-ablating the {_are(vision['n_heads'], 'head', 'that looks', 'that look')} most at visual tokens of "
+            f"any kind costs {_points(theirs)}, at least half as much as those with the highest RAM ({_points(cost)})"
+            f"{same}.",
+            False,
+        )
+
+
+def _shared(numbers: Mapping[str, Any], one: str, other: str) -> int | None:
+    """How many heads the tops by two scores share, from their Jaccard index ``s / (2 n - s)``."""
+    found = numbers.get("scores")
+    if not found or not {one, other} <= set(found["names"]):
+        return None
+    jaccard = found["jaccard"][found["names"].index(one)][found["names"].index(other)]
+    return round(2 * found["n_top"] * jaccard / (1 + jaccard))
 
 
 def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:

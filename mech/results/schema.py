@@ -32,7 +32,7 @@ from mech.errors import OutputError, suggestion
 
 VERSION = 1
 METHODS = ("none", "mean", "zero", "resample", "uniform", "paper")
-BANDS = ("none", "top", "bottom", "middle", "random", "layer_matched")
+BANDS = ("none", "top", "bottom", "middle", "random", "layer_matched", "by SCORE")  # the last: tops by another score
 LOOK_FACTS = ("question", "answer", "prediction", "pictures", "evidence")
 
 Kind = Literal["ram", "ablation", "looks"]
@@ -246,7 +246,7 @@ def _names(values: Sequence[str]) -> np.ndarray:
 
 def _check_words(dataset: xr.Dataset, coord: str, known: tuple[str, ...]) -> None:
     for word in np.unique(dataset[coord].values.astype(str)):
-        if word not in known:
+        if word not in known and not (coord == "band" and word.startswith("by ")):
             raise OutputError(f"a condition has {coord}={str(word)!r}", ", ".join(known), suggestion(str(word), known))
 
 

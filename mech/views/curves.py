@@ -3,13 +3,13 @@
     ablation_curves(dataset)                 # one panel for each method of ablation
     ablation_curves(dataset, "logit_diff")
 
-Lines are the named bands (top, bottom, middle of the ranking; bars: 95% bootstrap interval over the samples). Shaded is
-where random sets of the same size fall, from the lowest to the highest draw: an effect inside the shade is no effect
-of the *ranking*. Layer-matched random sets have as many heads in each layer as the top set, so they also rule out
-"those layers matter". The dotted line is the model as it is.
+Lines are the named bands (top, bottom, middle of the ranking, tops by other scores; bars: 95% bootstrap interval over
+the samples). Shaded is where random sets of the same size fall, from the lowest to the highest draw: an effect inside
+the shade is no effect of the *ranking*. Layer-matched random sets have as many heads in each layer as the top set, so
+they also rule out "those layers matter". The dotted line is the model as it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +34,11 @@ BANDS = {
     "middle": ("middle", "triangle-up", "dashdot"),
     "random": ("random sets (lowest to highest draw)", "circle", "solid"),
     "layer_matched": ("random, same layers as the top", "circle", "dot"),
+    "by vision_mass": ("vision heads (look at any visual token)", "cross", "longdash"),
+    "by sink_mass": ("sink heads", "x", "longdashdot"),
 }
 DRAWN = ("random", "layer_matched")
-COLOURS = {"layer_matched": "matched"}
+COLOURS = {"layer_matched": "matched", "by vision_mass": "vision", "by sink_mass": "sink"}
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,22 @@ def methods(found: Sequence[Effect]) -> list[str]:
     return [m for m in METHODS if m in there] + [m for m in there if m not in METHODS]
 
 
+def in_order(bands: Iterable[str]) -> list[str]:
+    """The bands there are, each once, in the order of BANDS; the unablated model is none."""
+    there = dict.fromkeys(band for band in bands if band != "none")
+    return [band for band in BANDS if band in there] + [band for band in there if band not in BANDS]
+
+
+def looks_like(band: str) -> tuple[str, str, str]:
+    """Name, marker and dash of a band; rankings by any score can be one."""
+    return BANDS.get(band, (f"top {band}", "star", "longdash"))
+
+
 def legend(found: Sequence[Effect]) -> str:
     """One legend for all panels."""
     items = [_key("none", "unablated model", "dot")] if baseline(found) else []
     there = {effect.band for effect in found}
-    items += [_key(band, BANDS[band][0], BANDS[band][2]) for band in BANDS if band in there]
+    items += [_key(band, looks_like(band)[0], looks_like(band)[2]) for band in in_order(there)]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -123,11 +136,12 @@ def method_panels(found: Sequence[Effect], measure: str) -> str:
 def overview(places: Mapping[str, Sequence[Effect]], method: str, fraction: float) -> str:
     """One row for each place (a model and domain): the model as it is, without the top, bottom and random heads."""
     traces = []
-    for band in (*BANDS, "none"):
+    bands = in_order(effect.band for found in places.values() for effect in found)
+    for band in (*bands, "none"):
         picked = [(row, nearest(found, method, band, fraction)) for row, found in enumerate(places.values())]
         there = [(row, effect) for row, effect in picked if effect is not None]
         if there:
-            traces.append(_dots(there, band))
+            traces.append(_dots(there, band, bands))
     rows = range(len(places))
     lines = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": r + 0.5, "y1": r + 0.5} for r in rows[:-1]]
     layout = {
@@ -153,12 +167,12 @@ def nearest(found: Sequence[Effect], method: str, band: str, fraction: float) ->
     return min(there, key=lambda effect: abs(effect.fraction - fraction), default=None)
 
 
-def _dots(there: list[tuple[int, Effect]], band: str) -> dict:
-    colour = f"@{COLOURS.get(band, band)}"
+def _dots(there: list[tuple[int, Effect]], band: str, bands: Sequence[str]) -> dict:
+    colour = f"@{_colour(band)}"
     drawn = band in DRAWN
     # The bands of a row lie under each other, the unablated model across all of them.
-    offset = (list(BANDS).index(band) - (len(BANDS) - 1) / 2) * 0.16 if band in BANDS else 0.0
-    symbol, size = (BANDS[band][1], 7 if drawn else 10) if band in BANDS else ("line-ns-open", 56)
+    offset = (bands.index(band) - (len(bands) - 1) / 2) * 0.8 / len(bands) if band in bands else 0.0
+    symbol, size = (looks_like(band)[1], 7 if drawn else 10) if band in bands else ("line-ns-open", 56)
     trace = {
         "type": "scatter",
         "mode": "markers",
@@ -166,9 +180,9 @@ def _dots(there: list[tuple[int, Effect]], band: str) -> dict:
         "y": [row + offset for row, _ in there],
         "text": [_says(effect, "accuracy") for _, effect in there],
         "hovertemplate": "%{text}<extra></extra>",
-        "marker": {"symbol": symbol, "size": size, "color": colour, "line": {"width": 0 if band in BANDS else 2}},
+        "marker": {"symbol": symbol, "size": size, "color": colour, "line": {"width": 0 if band in bands else 2}},
     }
-    if band in BANDS:
+    if band in bands:
         trace["error_x"] = {
             "type": "data",
             "symmetric": False,
@@ -198,8 +212,8 @@ def _panel(found: Sequence[Effect], method: str, measure: str, span: tuple[float
                 "hovertemplate": f"{_says(base, measure)}<extra></extra>",
             }
         )
-    # Shades first, so that the lines lie over them.
-    for band in (*reversed(DRAWN), "middle", "bottom", "top"):
+    # Shades first, so that the lines lie over them; the top of the ranking over all.
+    for band in sorted(in_order(effect.band for effect in found)[::-1], key=lambda band: band not in DRAWN):
         line = sorted((e for e in found if e.method == method and e.band == band), key=lambda e: e.fraction)
         if line:
             traces += _shade(line, band) if band in DRAWN else []
@@ -227,8 +241,8 @@ def _panel(found: Sequence[Effect], method: str, measure: str, span: tuple[float
 
 
 def _line(line: list[Effect], band: str, measure: str) -> dict:
-    _, symbol, dash = BANDS[band]
-    colour = f"@{COLOURS.get(band, band)}"
+    _, symbol, dash = looks_like(band)
+    colour = f"@{_colour(band)}"
     trace = {
         "type": "scatter",
         "mode": "lines+markers",
@@ -253,7 +267,7 @@ def _line(line: list[Effect], band: str, measure: str) -> dict:
 
 
 def _shade(line: list[Effect], band: str) -> list[dict]:
-    colour = COLOURS.get(band, band)
+    colour = _colour(band)
     edge = {"type": "scatter", "mode": "lines", "x": [effect.fraction for effect in line], "hoverinfo": "skip"}
     edge["line"] = {"width": 0}
     low = edge | {"y": [effect.low for effect in line]}
@@ -267,7 +281,7 @@ def _says(effect: Effect, measure: str) -> str:
     if effect.method == "none":
         return f"<b>unablated</b><br>{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval {span}"
     heads = f"{effect.n_heads} head{'s' if effect.n_heads > 1 else ''} ({_percent(effect.fraction)})"
-    name = escape(BANDS.get(effect.band, (effect.band,))[0].split(" (")[0])
+    name = escape(looks_like(effect.band)[0].split(" (")[0])
     if effect.band in DRAWN or effect.draws > 1:
         return f"<b>{name}</b>, {heads}<br>median of {effect.draws} draws {shown(effect.mean)}<br>draws from {span}"
     return f"<b>{name}</b>, {heads}<br>{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval {span}"
@@ -296,17 +310,32 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
+def _colour(band: str) -> str:
+    """The variable of page.css."""
+    return COLOURS.get(band, band) if band in BANDS or band == "none" else "accent"
+
+
 def _key(band: str, name: str, dash: str) -> str:
-    colour = COLOURS.get(band, band)
-    lines = {"solid": "", "dash": "6 4", "dot": "2 3", "dashdot": "7 3 2 3"}
+    colour = _colour(band)
+    lines = {
+        "solid": "",
+        "dash": "6 4",
+        "dot": "2 3",
+        "dashdot": "7 3 2 3",
+        "longdash": "9 3",
+        "longdashdot": "9 3 2 3",
+    }
     shapes = {
         "diamond": "M15 1L21 7L15 13L9 7Z",
         "square": "M10 2H20V12H10Z",
         "triangle-up": "M15 1L21 12H9Z",
         "circle": "M12 7a3 3 0 1 0 6 0a3 3 0 1 0 -6 0Z",
+        "cross": "M13 1H17V5H21V9H17V13H13V9H9V5H13Z",
+        "x": "M11 1L15 5L19 1L21 3L17 7L21 11L19 13L15 9L11 13L9 11L13 7L9 3Z",
+        "star": "M15 0L17 5L22 5L18 8L20 13L15 10L10 13L12 8L8 5L13 5Z",
     }
     shade = f'<rect width="30" height="14" fill="var(--{colour}-soft)"/>' if band in DRAWN else ""
-    mark = f'<path d="{shapes[BANDS[band][1]]}" fill="var(--{colour})"/>' if band in BANDS else ""
+    mark = f'<path d="{shapes[looks_like(band)[1]]}" fill="var(--{colour})"/>' if band != "none" else ""
     stroke = f'stroke="var(--{colour})" stroke-width="2" stroke-dasharray="{lines[dash]}"'
     picture = f'<svg viewBox="0 0 30 14" aria-hidden="true">{shade}<path d="M0 7H30" {stroke}/>{mark}</svg>'
     return f"<li>{picture}{escape(name)}</li>"

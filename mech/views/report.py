@@ -284,7 +284,7 @@ def _effects_table(facts: Mapping[str, Any]) -> str:
     for entry in facts["ablation"]:
         rows_of.setdefault((entry["method"], entry["fraction"]), {})[entry["band"]] = entry
     tests = {(test["method"], test["fraction"]): test for test in facts.get("tests", [])}
-    bands = [band for band in curves.BANDS if any(band in row for row in rows_of.values())]
+    bands = curves.in_order(band for row in rows_of.values() for band in row)
     rows = []
     for (method, fraction), row in rows_of.items():
         heads = next(iter(row.values()))["n_heads"]
@@ -292,7 +292,7 @@ def _effects_table(facts: Mapping[str, Any]) -> str:
         p = "–" if test is None else f"{_p(test['p_adjusted'])} <small>({_p(test['p_value'])})</small>"
         drops = [_points(row[band]["accuracy_drop"]) if band in row else "–" for band in bands]
         rows.append([f"{escape(method)}, {fraction:.3g}", str(heads), *drops, p])
-    names = [band.replace("_", "-") for band in bands]
+    names = [escape(band.replace("_", "-")) for band in bands]
     head = ["method, share", "heads", *names, "p top vs random"]
     caption = "Drop of accuracy in percentage points, paired, with 95% intervals. p: corrected (as computed)."
     return f"<details><summary>All effects as a table</summary>{table(head, rows, caption)}</details>"
