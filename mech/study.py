@@ -49,7 +49,7 @@ from mech.experiments.summary import (
 from mech.interventions import METHODS, reference_activations
 from mech.model import HookedMLLM
 from mech.results import Study, look_facts, provenance, write_json
-from mech.sparse.frontier import Local, default_window, refuse_covered
+from mech.sparse.frontier import local_for
 from mech.sparse.localize import localize
 from mech.sparse.resumable import acceleration_in
 
@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 SHOWN = 4  # heads of each band that are drawn over the pictures
 FINDING = 6  # samples that order heads for the causal report
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
-LONG = {"reference:qwen-long": 24}  # models of long contexts, and the pages they are accelerated on
+LONG = {"reference:qwen-long": 16}  # models of long contexts, and the pages they are accelerated on
 RANKING = 0.375  # of the samples choose the dense heads, the others test them
 
 
@@ -242,7 +242,7 @@ def one_domain(
         place.put(f"{key}/ram", scores)
     ram = place.get(f"{key}/ram")
     ranking = rank_heads(ram, domain=key.rsplit("/", 1)[-1])
-    todo = plan(ranking, settings)
+    todo = plan(ranking, settings, rank_heads(ram, "vision_mass"))
     missing = place.missing(f"{key}/ablation", len(todo))
     if missing:
         bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed)
@@ -319,12 +319,11 @@ def accelerated(
 ) -> dict[str, Any]:
     """Sparse inference of one model, computed or found; nothing where it cannot be tried."""
     find, test = samples.split(RANKING, settings.seed)
-    local = Local(window=default_window(model, test), gate_steps=24)
     options: dict[str, Any] = dict(
         shares=settings.shares, n_random=4, batch_size=settings.batch_size, seed=settings.seed, say=say
     )
     try:
-        refuse_covered(model, test, local)
+        local = local_for(model, test, gate_steps=24)
         localize(model, local.policy).close()
     except (ExperimentError, UnsupportedModel):  # prompts within the window; layers that share keys and values
         return {}
@@ -345,8 +344,11 @@ def accelerated_long(place: Study, domains: Sequence[str] | None, settings: Sett
     return found
 
 
-def plan(ranking: Ranking, settings: Settings) -> list[Condition]:
-    """The conditions of a study, the baseline first: all bands and sizes by mean ablation, fewer for other methods."""
+def plan(ranking: Ranking, settings: Settings, vision: Ranking) -> list[Condition]:
+    """The conditions of a study, the baseline first: all bands and sizes by mean ablation, fewer for other methods.
+
+    ``vision`` orders heads by their attention on all visual tokens; its top twentieth is one more control.
+    """
     options = dict(n_random=settings.n_random, seed=settings.seed)
     first, *others = settings.methods
     sized = [band for band in BANDS if band != "layer_matched"]
@@ -354,6 +356,7 @@ def plan(ranking: Ranking, settings: Settings) -> list[Condition]:
     todo += conditions(ranking, to=first, bands=["layer_matched"], fractions=[0.05], **options)
     todo += conditions(ranking, to=others, bands=["top", "bottom"], fractions=settings.other_fractions, **options)
     todo += conditions(ranking, to=others, bands=["random"], fractions=settings.other_fractions[:1], **options)
+    todo += conditions(ranking, to=first, bands=[vision], fractions=[0.05], **options)
     return [BASELINE, *dict.fromkeys(todo)]
 
 

@@ -16,7 +16,7 @@ from mech.experiments.ranking import Head, Ranking
 from mech.reference import tiny, tiny_processors
 from mech.results import Study, load, save
 from mech.sparse.dynamic import Dynamic, chosen, localize_dynamic, reach, reach_of
-from mech.sparse.frontier import CHOICES, Local, acceleration, default_window, measured, settings, timed
+from mech.sparse.frontier import CHOICES, Local, acceleration, local_for, measured, settings, timed
 from mech.sparse.gates import learned_gates
 from mech.sparse.groups import expanded, grouped, lowest_groups
 from mech.sparse.localize import localize
@@ -203,7 +203,8 @@ def test_what_would_say_nothing_is_refused_before_any_forward(model, halves):
         acceleration(model, test, find=find, choices=("casual",))
     with pytest.raises(ExperimentError, match="of 3 x 4 heads"):
         acceleration(model, test, find=find, rankings={"ram": Ranking(np.zeros((3, 4)))})
-    assert default_window(model, test) % 8 == 0 and 16 <= default_window(model, test) <= 32
+    window = local_for(model, test).window
+    assert window % 8 == 0 and 16 <= window <= 32
 
 
 def test_a_result_comes_back_from_a_file(found, tmp_path):

@@ -110,7 +110,7 @@ def acceleration(
         model: a hooked model.
         samples: they test.
         find: other samples, with evidence and counterfactuals, that rank the heads.
-        window, sinks: what local heads see; by default the window of ``default_window``.
+        window, sinks: what local heads see; by default the window of ``local_for``.
         choices: which of ``CHOICES``.
         shares: of the KV groups that stay dense; an int is a number of groups.
         n_random: random sets at every share.
@@ -137,8 +137,7 @@ def acceleration(
     refuse_overlap(samples, [sample.id for sample in find], "rank the heads")
     for ranking in (rankings or {}).values():
         refuse_ranking(ranking, model, samples)
-    local = Local(sinks, default_window(model, samples) if window is None else window)
-    refuse_covered(model, samples, local)
+    local = local_for(model, samples, sinks=sinks, window=window)
     made = dict(rankings or {})
     for name, ranking in ranked(model, find, choices, local, set(made), batch_size, seed, say):
         made[name] = ranking
@@ -154,25 +153,29 @@ def acceleration(
     return joined.assign_attrs(about(model, samples, find, local, seed))
 
 
-def default_window(model: HookedMLLM, samples: Samples) -> int:
-    """The smallest multiple of 8 that holds the question, all behind it, and a sixteenth of the longest sample."""
-    layouts = [model.inputs_of(sample, answer=True).layout for sample in samples]
-    tail = max(len(layout) - int(layout.positions("question")[0]) for layout in layouts)
-    return -(-max(tail, max(map(len, layouts)) // 16) // 8) * 8
+def local_for(
+    model: HookedMLLM, samples: Samples, *, sinks: int = 4, window: int | None = None, **options: Any
+) -> Local:
+    """What local heads see of these samples.
 
-
-def refuse_covered(model: HookedMLLM, samples: Samples, local: Local) -> None:
-    """Refuse a window that leaves nothing out.
+    Args:
+        window: by default the smallest multiple of 8 that holds the question, all behind it, and a sixteenth of the
+            longest sample.
+        options: the other attributes of ``Local``.
 
     Raises:
-        ExperimentError: a sample within sinks and window.
+        ExperimentError: a sample within sinks and window: nothing would be left out.
     """
-    shortest = min(len(model.inputs_of(sample).layout) for sample in samples)
-    if shortest <= local.sinks + local.window:
+    layouts = [model.inputs_of(sample, answer=True).layout for sample in samples]
+    if window is None:
+        tail = max(len(layout) - int(layout.positions("question")[0]) for layout in layouts)
+        window = -(-max(tail, max(map(len, layouts)) // 16) // 8) * 8
+    if min(map(len, layouts)) <= sinks + window + 1:
         raise ExperimentError(
-            f"a window of {local.window} and {local.sinks} sinks for a sample of {shortest} tokens",
+            f"a window of {window} and {sinks} sinks for a sample of {min(map(len, layouts))} tokens",
             "longer samples: here every head sees everything, and the model is dense", "make the window smaller",
         )  # fmt: skip
+    return Local(sinks, window, **options)
 
 
 def ranked(
@@ -267,7 +270,7 @@ def measured(
 ) -> Iterator[xr.Dataset]:
     """The settings one by one, each a dataset of its own: what a study saves as it goes."""
     questions = quiz(model, samples, batch_size)
-    lengths = [len(model.inputs_of(sample, answer=True).layout) for sample in samples]
+    lengths = [row for batch in questions.batches for row in batch.tensors["attention_mask"].sum(1).tolist()]
     length, maps = int(np.median(lengths)), None
     for setting in todo:
         policy = Policy(setting.heads, local.sinks, local.window)
