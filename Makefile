@@ -52,7 +52,7 @@ training/%/card.json:
 training/qwen-long/card.json: training/qwen-s/card.json  # it goes on from there
 
 clean:
-	rm -rf $(VENV) study training docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) study training docs/_build docs/api docs/howto docs/notebooks build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock pins every package. The CPU build of torch is taken where the index has one: the default one brings
