@@ -38,7 +38,6 @@ nb_ipywidgets_js = {}  # they would come from a CDN
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-smartquotes = False  # "--data" is no dash
 python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False

@@ -97,7 +97,8 @@ def _commands() -> str:
 def _option(option) -> str:
     names = ", ".join(f"`{word}`" for word in option.opts)
     default = "" if option.default is None or option.default is False else f"`{option.default}`"
-    return f"| {names} | {getattr(option, 'help', '') or ''} | {default} |"
+    meaning = re.sub(r"(?<![`\w])(--[\w-]+)", r"`\1`", getattr(option, "help", "") or "")
+    return f"| {names} | {meaning} | {default} |"
 
 
 def _api() -> dict[str, str]:
@@ -154,7 +155,7 @@ def readable(app, what: str, name: str, obj, options, lines: list[str]) -> None:
     for i, line in enumerate(lines):
         begins = bool(line.strip()) and not (i and lines[i - 1].strip())
         if begins:
-            was, code = code, what == "module" and line.startswith("    ") and not listed
+            was, code = code, line.startswith("    ") and not listed
             if code and not was:
                 found += ["::", ""]
         if line.strip() and not line.startswith(" "):
