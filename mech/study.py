@@ -87,7 +87,7 @@ class Settings:
     fractions: tuple[int | float, ...] = (1, 0.02, 0.05, 0.1, 0.2)
     other_fractions: tuple[int | float, ...] = (0.05, 0.2)
     methods: tuple[str, ...] = METHODS
-    shares: tuple[int | float, ...] = (0.02, 0.05, 0.1, 0.25)
+    shares: tuple[int | float, ...] = (0.02, 0.08, 0.25)
     seed: int = 0
     batch_size: int = 16
 
