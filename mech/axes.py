@@ -48,4 +48,6 @@ WORDS = {
     "x": "a column of pixels",
     "patch": "one patch of pixels, where the processor cuts pictures itself",
     "depth": "relative depth in the model, 0 at the first layer, 1 behind the last",
+    "timed": "a share of dense heads whose speed was measured",
+    "turn": "one of the times that runs took turns, when they were timed",
 }
