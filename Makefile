@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check mech tests benchmarks docs
 	$(BIN)/pyright
 
-# The documentation, with every notebook run anew (some minutes): docs/_build/html/index.html, to be read without
+# The documentation, with every notebook run anew (three to four minutes): docs/_build/html/index.html, to be read without
 # the network.
 docs: $(VENV)/docs
 	rm -rf docs/_build
