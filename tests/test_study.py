@@ -50,6 +50,7 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
         assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks", "scores", "causal"))
     effects = place.get("llava-s/grounding/ablation")
     assert set(effects["method"].values) == {"none", "mean", "zero", "resample", "uniform", "paper"}
+    assert (effects["band"] == "by vision_mass").sum() == 1 and "vision heads" in finished.read_text()
     facts = json.loads((folder / "summary.json").read_text())["models"]["llava-s"]
     assert len(facts["domains"]["grounding"]["ranking"]) == facts["n_layers"] * facts["n_heads"] == 48
     assert facts["agreement"]["domains"] == ["grounding", "documents"]

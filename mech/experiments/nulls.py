@@ -14,6 +14,11 @@ larger.
 Samples that ask the same are one draw and not several: a random head that happens to match the word "red" with red
 pixels does so in every picture. Pairs are therefore pairs of *questions*, and all that two questions say counts once.
 
+Labels are shuffled between pictures, not within one. A box moved to where another picture has its evidence meets the
+right place now and then, and its own question gains by that: heads that retrieve are named, and rightly. Where it may
+never meet it, only other questions gain, and none of them ever is. Neither is a null. A question that goes with its
+box into another picture is one: there it is as wrong as any other.
+
 What it does not say: whether the head is needed (``mech.ablation``), or how strong it is (``mech.rank_heads``).
 """
 
@@ -34,6 +39,7 @@ from mech.experiments.scores_named import Score, score_called
 from mech.model import HookedMLLM
 
 MOST_ENUMERATED = 12  # pairs of questions: 4,096 ways to exchange them
+ROUNDING = 1e-6  # of float32 sums, as a share of the highest score
 
 
 def retrieval_test(
@@ -54,7 +60,8 @@ def retrieval_test(
     ask them. If attention to evidence does not depend on which question is asked, or does so by chance, exchanging the
     two changes the sign of D and nothing else: signs are flipped, and the largest ``sum D / sqrt(sum D^2)`` over heads
     is compared (max-T), so that the probability of naming *any* head where there is none is at most ``alpha``, exactly,
-    whatever the dependence between heads. Questions that share a word are taken as different ones.
+    whatever the dependence between heads. Differences within rounding are 0. Questions that share a word are taken as
+    different ones.
 
     Sign: ``difference`` is positive when the right question makes the head look. Unit: that of the score.
 
@@ -102,6 +109,8 @@ def retrieval_test(
     gain = asked.values - swapped.values
     difference = gain.reshape(len(pairs), 2, *gain.shape[1:]).sum(axis=1)
     together = np.stack([difference[[draw == one for one in asked_by]].sum(axis=0) for draw in draws])
+    # t has no scale: what is within rounding of the scores would count as much as a head that looks elsewhere.
+    together[np.abs(together) < ROUNDING * np.abs(asked.values).max()] = 0
     p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed).reshape(difference.shape[1:])
     mean = difference.mean(axis=0) / 2
     layers = asked[LAYER].values

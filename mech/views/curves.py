@@ -312,7 +312,7 @@ def _percent(share: float) -> str:
 
 def _colour(band: str) -> str:
     """The variable of page.css."""
-    return COLOURS.get(band, band) if band in BANDS or band == "none" else "accent"
+    return COLOURS.get(band, band) if band in BANDS or band == "none" else "ink"
 
 
 def _key(band: str, name: str, dash: str) -> str:
