@@ -46,8 +46,8 @@ def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str
     even = float(data["even"])
     caption = (
         f"Every point is a head, means over {data.sizes['example']} test samples with 95% intervals; the corrupted "
-        f"runs see {escape(data.attrs.get('corruption', 'counterfactuals'))}; labelled: the largest effects. Dotted: what even "
-        f"attention would give ({even:.3f}) and the smallest effect that counts "
+        f"runs see {escape(data.attrs.get('corruption', 'counterfactuals'))}; labelled: the largest effects. Dotted: "
+        f"what even attention would give ({even:.3f}) and the smallest effect that counts "
         f"({float(data.attrs['threshold']):.0%})."
     )
     parts = [
