@@ -415,7 +415,8 @@ def _scales(summary: Mapping[str, Any]) -> Said:
             "scales",
             f"Retrieval (RAM beyond what even attention gives) sits at {centre_a:.0%} of the depth of {a} and at "
             f"{centre_b:.0%} of that of {b} (mean over {n} domain{'s' * (n != 1)}); their depth profiles overlap by "
-            f"{sum(p['overlap'] for p in pairs) / n:.0%}.",
+            f"{sum(p['overlap'] for p in pairs) / n:.0%} (heads dealt to random places: "
+            f"{sum(p['overlap_null'] for p in pairs) / n:.0%}).",
             False,
         )
 

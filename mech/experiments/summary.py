@@ -22,7 +22,7 @@ top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 /
            "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
         "agreement": {"domains", "spearman", "jaccard", "jaccard_null"}}},
      "acceleration": {MODEL: ``mech.experiments.acceleration.summarise``},   sparse inference, on one domain each
-     "scales": {"pairs": [{"a", "b", "domain", "overlap", "pearson", "centre_a", "centre_b"}, ...]},
+     "scales": {"pairs": [{"a", "b", "domain", "overlap", "overlap_null", "pearson", "centre_a", "centre_b"}, ...]},
      "findings": [{"kind", "text", "model", "domain", "against_papers"}, ...],
      "headlines": the same, one for each kind,
      "provenance": {...}}                                                 I = {"mean", "low", "high"}
@@ -144,8 +144,9 @@ def summarise_scales(rankings: Mapping[str, Mapping[str, Ranking]]) -> dict[str,
                 if domain in rankings[b] and all(rankings[m][domain].mean.any() for m in (a, b)):
                     found = scale_agreement(rankings[a][domain], rankings[b][domain])
                     overlap, pearson = float(found["overlap"]), float(found["pearson"])
+                    null = float(found["overlap_null"])
                     centre_a, centre_b = (float(centre) for centre in found["centre"])
-                    pairs.append({"a": a, "b": b, "domain": domain, "overlap": overlap,
+                    pairs.append({"a": a, "b": b, "domain": domain, "overlap": overlap, "overlap_null": null,
                                   "pearson": None if np.isnan(pearson) else pearson,
                                   "centre_a": centre_a, "centre_b": centre_b})  # fmt: skip
     return {"pairs": pairs}
