@@ -32,7 +32,7 @@ $(VENV)/docs: $(READY) requirements-docs.lock
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformerlens.py --seconds 25
-	$(BIN)/python benchmarks/sweeps.py --repeats 1
+	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/paths.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/fullsize.py --config qwen3-vl-8b --tokens 600 2000 --seconds 5

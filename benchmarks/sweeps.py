@@ -1,6 +1,6 @@
 """Activation patching of every head, by one wavefront, over a forward for every head.
 
-    python benchmarks/sweeps.py                          # the bars: 600 and 2,000 tokens, about ten minutes
+    python benchmarks/sweeps.py                          # the bars: 600 and 2,000 tokens, about fifteen minutes
     python benchmarks/sweeps.py --only last1 last16      # two minutes
     python benchmarks/sweeps.py --only transformerlens screened
 
@@ -65,15 +65,16 @@ def over_forwards(tokens: int, names: list[str], repeats: int) -> None:
     stock()
     for name in names:
         run, where = sweep(model, clean, corrupted, places[name]), places[name]
-        turns = 1 if name == "early" else repeats
+        whole = lambda where=where: activation_patching(model, clean, corrupted, METRIC, positions=where)  # noqa: E731
+        if name == "last16":
+            whole()
         ratios, wholes = [], []
-        for _ in range(turns):
+        for _ in range(repeats):
             forward, taken = seconds(stock), seconds(run)
             forward = (forward + seconds(stock)) / 2
             ratios.append(SIZE**2 * forward / taken)
             if name == "last16":
-                wholes.append(seconds(lambda where=where: activation_patching(
-                    model, clean, corrupted, METRIC, positions=where)) / forward)  # fmt: skip
+                wholes.append(seconds(whole) / forward)
         record(
             f"sweep_{name}_{tokens}", statistics.median(ratios), unit="x", bar=bars[name] if tokens == 600 else "",
             compared_with="one SDPA forward for each of 144 heads", what=f"z of all 144 heads at {said[name]}",

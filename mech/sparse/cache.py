@@ -161,14 +161,14 @@ class SplitLayer(WholeLayer):
         self, call: AttentionCall, near: Near, plan: Plan, dropout: float
     ) -> Float[Tensor, "batch pos head d_head"]:
         """z of a single query row: what generation does for every token, so as few calls as can be."""
-        parts, q, dense = [], call.q[:, plan.row], plan.packed.numel()
+        parts, q, dense = [], call.q.index_select(1, plan.row), plan.packed.numel()
         if dense:
             parts.append(fused(_own(call, plan.row[:dense]), q[:, :dense], *self.dense.now(call.mask), dropout=dropout))
         if self.local is not None:
             parts.append(fused(_own(call, plan.row[dense:]), q[:, dense:], *self.local.now(call.mask), dropout=dropout))
         if len(plan.dense) < len(plan.whole_heads):
             parts.append(self._beside(call, near, plan, dropout))
-        return torch.cat(parts, dim=1)[:, plan.back].transpose(1, 2)
+        return torch.cat(parts, dim=1).index_select(1, plan.back).transpose(1, 2)
 
     def _beside(
         self, call: AttentionCall, near: Near, plan: Plan, dropout: float
@@ -191,7 +191,8 @@ class SplitLayer(WholeLayer):
             self.local = Ring(min(near.policy.window, self._own or near.policy.window), near)
 
     def _take(self, k: Tensor, v: Tensor, read: bool) -> None:
-        whole, k, v = len(self._plan.whole), k[:, self._plan.groups], v[:, self._plan.groups]
+        groups, whole = self._plan.groups, self._plan.whole.numel()
+        k, v = k.index_select(1, groups), v.index_select(1, groups)
         for name, store, own in (
             ("dense", self.dense, slice(whole)),
             ("local", self.local, slice(whole, None)),
