@@ -359,3 +359,13 @@ def test_other_contradictions_are_refused(models):
     clean, other = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
     with mech.localize(model, window=64), pytest.raises(UnsupportedModel, match="close\\(\\)"):
         mech.activation_patching(model, clean, other, mech.LogitDiff(5, 6), positions="last")
+
+
+def test_a_split_cache_in_the_bare_model_is_refused():
+    model = HookedMLLM.from_hf(tiny.model("llava"), processor("llava"))
+    inputs = model.inputs("Which digit?", images=[noise(16, 16, 0)])
+    with (
+        mech.localize(model, dense_heads=[(0, 0)], window=16) as fast,
+        pytest.raises(UnsupportedModel, match="bare Hugging Face model"),
+    ):
+        model.hf_model(**inputs.tensors, past_key_values=fast.cache(), use_cache=True)

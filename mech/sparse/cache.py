@@ -105,7 +105,11 @@ class SplitLayer(WholeLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         near, before, new = self._cache.near, self.seen, key_states.shape[2]
-        assert near is not None
+        if near is None:
+            raise UnsupportedModel(
+                "a split cache in a run of the bare Hugging Face model", "a run through the localized model",
+                "call fast(inputs, past_key_values=cache), or fast.generate",
+            )  # fmt: skip
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.split or near.policy.phase == "both":
