@@ -127,7 +127,7 @@ def _over_transformerlens(tokens: int, repeats: int) -> float:
     known = ours()
     capture()
     ratios = []
-    for turn in range(repeats if tokens > 1000 else repeats + 2):
+    for turn in range(repeats if tokens > 1000 else 3 * repeats):
         cells = [(layer, turn % SIZE) for layer in (0, 5, 11)]
         if turn == 0:
             for layer, head in cells:  # the same numbers, or the ratio says nothing

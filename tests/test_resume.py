@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mech.model import HookedMLLM, resume
-from mech.model.kept import NotResumable, kept_run
+from mech.model.kept import NotResumable, kept_run, last_mlp_at
 from mech.model.resume import Continuation
 from mech.reference import tiny, tiny_processors
 
@@ -70,6 +70,40 @@ def test_what_cannot_be_run_on_says_why(name):
     model = opened(name)
     with pytest.raises(NotResumable, match=REFUSED[name]):
         kept_run(model, batch(model), [-1 + batch(model).tensors["input_ids"].shape[1]])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_mlp_runs_for_the_rows_that_are_read_and_their_logits_stay(name):
+    model = opened(name)
+    inputs = batch(model)
+    length = inputs.tensors["input_ids"].shape[1]
+    reads = [length - 3, length - 1]
+    close = {"atol": 1e-4 if name in SINGLE else 1e-10, "rtol": 0}
+    whole = model(inputs, logits_to_keep=torch.tensor(reads))
+    run = kept_run(model, inputs, reads)
+    torch.testing.assert_close(run.logits, whole, **close)
+    known = run.last[0].isfinite().all(-1)
+    assert known.nonzero()[:, 0].tolist() == reads
+
+
+@pytest.mark.parametrize("point", ["blocks.2.mlp.hook_post", "blocks.2.hook_resid_post", "ln_final.hook_normalized"])
+def test_who_listens_behind_the_last_mlp_sees_every_row(llava, point):
+    inputs = batch(llava)
+    with last_mlp_at(llava, [3]):
+        narrow = llava.run_with_cache(inputs, names_filter=point, logits_to_keep=torch.tensor([3]))[1][point]
+    torch.testing.assert_close(narrow, llava.run_with_cache(inputs, names_filter=point)[1][point], rtol=0, atol=0)
+    torch.testing.assert_close(llava(inputs), llava(inputs), rtol=0, atol=0)  # and nothing stays behind
+
+
+def test_a_stream_that_is_written_in_place_between_layers_is_refused(llava):
+    handle = llava.hf_model.model.language_model.layers[1].register_forward_pre_hook(
+        lambda module, args: (args[0].add_(1), None)[1]
+    )
+    try:
+        with pytest.raises(NotResumable, match="behind layer 0 is written in place"):
+            row_of(llava)
+    finally:
+        handle.remove()
 
 
 def test_small_chunks_change_nothing(llava, monkeypatch):

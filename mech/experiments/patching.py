@@ -37,7 +37,7 @@ from mech.experiments.patching_sweeps import Cell, Wavefront, literal
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
-from mech.model.kept import KeptRun, NotResumable, kept_run
+from mech.model.kept import KeptRun, NotResumable, Shelf, kept_run, last_mlp_at
 from mech.model.resume import Continuation
 from mech.results import provenance
 
@@ -181,7 +181,9 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
     base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
     at = torch.as_tensor(plan.reads, device=model.device)
     written: dict[str, Tensor] = {}
-    with model.hooks([(name, lambda value, hook: written.update({hook.name: value})) for name in plan.names]):
+    shelf = Shelf(len(plan.names))
+    keep = [(name, lambda value, hook: written.update({hook.name: shelf.put(value)})) for name in plan.names]
+    with model.hooks(keep), last_mlp_at(model, plan.reads):
         source_logits = model(source, logits_to_keep=at)
     if silent := [name for name in plan.names if name not in written]:
         raise ExperimentError(f"nothing passed through {silent[0]!r}", "inputs with a picture", "choose another point")

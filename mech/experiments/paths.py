@@ -41,7 +41,7 @@ from mech.experiments.paths_runs import Walk, literal, norms_of, put
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
-from mech.model.kept import NotResumable, kept_run
+from mech.model.kept import NotResumable, Shelf, kept_run, last_mlp_at
 from mech.model.points import point_name
 from mech.model.resume import Continuation
 from mech.results import provenance
@@ -220,9 +220,9 @@ class Pair:
         self._base, self._source = base, {}
         at = torch.as_tensor(plan.reads, device=model.device)
         names = sorted({node.point for node in senders})
-        with model.hooks(
-            [(name, lambda value, hook: self._source.update({hook.name: value.clone()})) for name in names]
-        ):
+        shelf = Shelf(len(names))
+        keep = [(name, lambda value, hook: self._source.update({hook.name: shelf.put(value)})) for name in names]
+        with model.hooks(keep), last_mlp_at(model, plan.reads):
             source_logits = model(source, logits_to_keep=at)
         self._rows, self.algorithm, self.reason, kept = [], "literal", "asked for", None
         if method != "literal":

@@ -309,6 +309,13 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         ) from None
 
 
+def part_at(module: nn.Module | None, path: str) -> Any:
+    """What lies at a path below a module, None where there is nothing."""
+    for name in path.split("."):
+        module = getattr(module, name, None)  # type: ignore[assignment]
+    return module
+
+
 def check_tensors(given: Mapping[str, Any], family: Family) -> None:
     """Refuse tensors that the model would accept and silently take for something else.
 

@@ -7,7 +7,8 @@ A layer is kept as it was called: the stream, the other arguments, and what its 
 could not be called again on some rows alone is refused here, with the reason.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mech.model.attention import AttentionCall
-from mech.model.families import layers_of, module_at
+from mech.model.families import layers_of, module_at, part_at
 from mech.model.hooked import HookedMLLM
-from mech.model.points import hooked
+from mech.model.points import hooked, point_name
 
 _ROWLESS = (type(None), bool, int, float, str)
 _SLICED = ("position_embeddings", "position_ids", "cache_position")
+_BEHIND_LAST_MLP = ("mlp.hook_post", "hook_mlp_out", "hook_resid_post")
 REPLACED = ("attention_mask", "past_key_values", "past_key_value")
 
 
@@ -50,13 +52,38 @@ class LayerRun:
 
 @dataclass(frozen=True, eq=False)
 class KeptRun:
-    """One forward of a batch: every text layer, the stream that leaves the last one, and the logits at ``reads``."""
+    """One forward of a batch: every text layer, the stream that leaves the last one, and the logits at ``reads``.
+
+    ``last`` is known at ``reads`` alone and NaN elsewhere, see ``last_mlp_at``.
+    """
 
     layers: tuple[LayerRun, ...]
     last: Float[Tensor, "batch pos d_model"]
     reads: tuple[int, ...]
     logits: Float[Tensor, "batch read vocab"]
     shaped: Callable[[Tensor], Tensor]  # what becomes of the unembedding's output: most often nothing
+
+
+class Shelf:
+    """Copies of what passes in a forward and is wanted behind it, ``count`` of one shape in one block of memory.
+
+        shelf = Shelf(layers)
+        z = shelf.put(z)
+
+    A tensor that is kept where it was made lies between those that a layer frees. On a CPU memory is then given back
+    to the system and taken anew in every layer, which took a tenth of a forward; a copy takes a hundredth.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._free: dict[tuple, list[Tensor]] = {}
+
+    def put(self, value: Tensor) -> Tensor:
+        """The copy, without its gradient."""
+        key = (value.shape, value.dtype, value.device)
+        if not self._free.get(key):
+            self._free[key] = list(value.new_empty((self.count, *value.shape)))
+        return self._free[key].pop().copy_(value.detach())
 
 
 @torch.no_grad()
@@ -75,17 +102,20 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
     calls: dict[int, list[AttentionCall]] = {}
     given: dict[int, tuple] = {}
     added: dict[int, Tensor | None] = {}
-    streams: list[tuple[Tensor, int]] = []  # each with its version: what is kept must not be written into afterwards
-    left: list[Tensor] = []
+    streams: list[Tensor] = []
+    left: list[tuple[Tensor, int]] = []
+    shelf = Shelf(len(layers) + 1)
 
     def keep(stream: Tensor) -> Tensor:
         index = len(streams) - 1
-        if left and left[0] is not stream:
-            change = stream - left[0]
+        if left and left[0][0] is not stream:
+            change = stream - left[0][0]
             added[index] = change if change.any() else None
+        elif left and left[0][1] != stream._version:
+            raise NotResumable(f"the stream behind layer {index} is written in place")
         left.clear()
-        streams.append((stream, stream._version))
-        return stream
+        streams.append(shelf.put(stream))
+        return streams[-1]
 
     def enter(index: int) -> Callable:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -95,25 +125,27 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
         return before
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        left.append(output[0] if isinstance(output, tuple) else output)
+        stream = output[0] if isinstance(output, tuple) else output
+        left.append((stream, stream._version))
 
     def look(call: AttentionCall) -> None:
         # Queries are made anew while running on; only their shape is asked for.
-        calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape)))
+        kept = {name: shelf.put(getattr(call, name)) for name in "kvz"}
+        calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape), **kept))
 
     handles = [norm.register_forward_pre_hook(lambda module, args: (keep(args[0]), None)[1])]
     for index, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
         handles.append(layer.register_forward_hook(leave))
     try:
-        with model.attending(look):
+        with model.attending(look), last_mlp_at(model, reads):
             logits = model(inputs, logits_to_keep=torch.as_tensor(reads, device=model.device))
     finally:
         for handle in handles:
             handle.remove()
-    if len(streams) != len(layers) + 1 or any(stream._version != version for stream, version in streams):
-        raise NotResumable("the stream between layers is written in place")
-    kept, final = [], streams[-1][0]
+    if len(streams) != len(layers) + 1:
+        raise NotResumable(f"{len(streams) - 1} layers ran, of {len(layers)}")
+    kept, final = [], streams[-1]
     for index in range(len(layers)):
         args, kwargs, stream = given[index]
         _refuse(index, args, kwargs, stream, calls.get(index, []))
@@ -121,6 +153,47 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
     unembed: Any = module_at(model.hf_model, model.family.unembed)
     shaped = _shape_of(model, unembed(norm(final[:, list(reads)])), logits)
     return KeptRun(tuple(kept), final, tuple(reads), logits, shaped)
+
+
+@contextmanager
+def last_mlp_at(model: HookedMLLM, reads: Sequence[int]) -> Iterator[None]:
+    """While open, the last layer's MLP runs for some rows alone, unless somebody listens there or behind it.
+
+    For runs of which logits at ``reads`` and what lies before that MLP are wanted: two thirds of a layer are saved. The
+    stream that leaves the layer is NaN in the other rows, so that whatever reads them shows.
+    """
+    last = model.cfg.n_layers - 1
+    behind = ("ln_final.hook_normalized", *(point_name(p, last) for p in _BEHIND_LAST_MLP))
+    points = [model.hook_dict[name] for name in behind if name in model.hook_dict]
+    module = part_at(layers_of(model.hf_model, model.family.text)[last], model.family.text.mlp)
+    if module is None:
+        yield
+        return
+    shapes: list[torch.Size] = []
+    at = torch.as_tensor(reads, device=model.device)
+
+    def narrow(module: nn.Module, args: tuple) -> tuple | None:
+        if not args or args[0].ndim != 3 or hooked(points):
+            return None
+        shapes.append(args[0].shape)
+        return args[0][:, at.to(args[0].device)], *args[1:]
+
+    def widen(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not shapes:
+            return None
+        some, *more = output if isinstance(output, tuple) else (output,)
+        shape = shapes.pop()
+        whole = some.new_full(shape, float("nan"))
+        whole[:, at.to(some.device)] = some.reshape(shape[0], -1, shape[2])
+        whole = whole.flatten(0, 1) if some.ndim == 2 else whole  # experts may flatten the batch
+        return (whole, *more) if isinstance(output, tuple) else whole
+
+    handles = [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _shape_of(model: HookedMLLM, unembedded: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:

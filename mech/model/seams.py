@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from mech.model.families import Family, ModelConfig, Stack, layers_of, live_vision_layers, module_at
+from mech.model.families import Family, ModelConfig, Stack, layers_of, live_vision_layers, module_at, part_at
 from mech.model.points import LAYER_POINTS, behind_features, fire, point_name
 
 INSIDE_ATTENTION = ("attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern")
@@ -240,7 +240,7 @@ def _layer_seams(block: nn.Module, stack: Stack, d_head: int, step: Step) -> dic
     offered: dict[str, Any] = {"hook_resid_pre": ("in", block, {})}
 
     def at(point: str, side: str, module: nn.Module | None, path: str, **options: Any) -> None:
-        if point in stack.absent and (module is None or not path or _optional(module, path) is None):
+        if point in stack.absent and (module is None or not path or part_at(module, path) is None):
             offered[point] = stack.absent[point]
         else:
             assert module is not None
@@ -253,7 +253,7 @@ def _layer_seams(block: nn.Module, stack: Stack, d_head: int, step: Step) -> dic
         path = next(path for path in stack.attn if getattr(block, path, None) is attn)
         width = getattr(attn, "head_dim", d_head)
         projections: Any = {
-            letter: _optional(attn, name)
+            letter: part_at(attn, name)
             for letter, name in zip("qkvo", (stack.q, stack.k, stack.v, stack.o), strict=True)
         }
         heads = projections["o"].in_features // width
@@ -281,13 +281,6 @@ def _layer_seams(block: nn.Module, stack: Stack, d_head: int, step: Step) -> dic
     at("mlp.hook_post", "in", getattr(block, stack.mlp, None), stack.down)
     at("hook_mlp_out", "out", block, stack.mlp_out or stack.mlp, gain=_gain(stack.mlp_gain, block))
     return offered
-
-
-def _optional(module: nn.Module, path: str) -> Any:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _gain(of_layer: Callable | None, block: nn.Module) -> Callable[[], Tensor | None] | None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mech.errors import InputError, UnsupportedModel
-from mech.model.families import Family, layers_of, module_at
+from mech.model.families import Family, layers_of, module_at, part_at
 from mech.model.seams import attention_of, head_weights
 
 
@@ -35,8 +35,8 @@ class NamedWeights:
         """``blocks[layer].attn.W_O``, ``.attn.b_O``, ``.mlp.W_out``, ``.mlp.b_out``; None where a layer has none."""
         stack, found = self.family.text, []
         for layer in layers_of(self.hf_model, stack):
-            attention, mlp_module = attention_of(layer, stack), _optional(layer, stack.mlp)
-            o, down = _optional(attention, stack.o), _optional(mlp_module, stack.down)
+            attention, mlp_module = attention_of(layer, stack), part_at(layer, stack.mlp)
+            o, down = part_at(attention, stack.o), part_at(mlp_module, stack.down)
             heads = (
                 None
                 if o is None or not o.weight.is_floating_point()
@@ -102,7 +102,7 @@ class NamedWeights:
         block = layers_of(self.hf_model, self.family.text)[layer]
         if mlp_input:
             return module_at(block, self.family.text.mid)
-        found = _optional(block, "input_layernorm")
+        found = part_at(block, "input_layernorm")
         if found is None:
             raise UnsupportedModel(
                 f"layer {layer} of {self.family.model_type} has no norm before its attention",
@@ -142,11 +142,3 @@ def frozen_norm(norm: nn.Module, stream: Float[Tensor, "*batch d_model"]) -> Cal
     normed = norm(stream).to(wide) - bias
     scale = spread(stream).norm(dim=-1, keepdim=True) / normed.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     return lambda parts: (spread(parts) / scale).to(parts.dtype)
-
-
-def _optional(module: nn.Module | None, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)  # type: ignore[assignment]
-        if module is None:
-            return None
-    return module

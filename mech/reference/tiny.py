@@ -278,7 +278,7 @@ def _llama4() -> Llama4Config:
         "projector_output_dim": 40, "vision_output_dim": 40,
     }  # fmt: skip
     text = {
-        **_SIZES, "intermediate_size_mlp": D_MLP, "moe_layers": [1], "num_local_experts": 4,
+        **_SIZES, "intermediate_size_mlp": D_MLP, "moe_layers": [2], "num_local_experts": 4,
         "no_rope_layers": [1, 0, 1], "attention_chunk_size": 8,
     }  # fmt: skip
     return Llama4Config(

@@ -12,6 +12,7 @@ does not say is recorded as None. Two records of the same run differ only in ``d
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -182,9 +183,12 @@ def _accelerator(device: Any) -> str | None:
     return torch.cuda.get_device_name(device)
 
 
+_installed = functools.cache(importlib.metadata.version)  # reading metadata takes milliseconds
+
+
 def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(package)
+        return _installed(package)
     except importlib.metadata.PackageNotFoundError:
         return getattr(sys.modules.get(package.replace("-", "_")), "__version__", None)
 
