@@ -12,7 +12,9 @@ from transformers import LlavaForConditionalGeneration
 from mech.errors import ExperimentError
 from mech.experiments.metrics import KL, LogitDiff
 from mech.experiments.patching import activation_patching
-from mech.experiments.paths import path_patching
+from mech.experiments.paths import Pair, path_patching
+from mech.experiments.paths_plan import Node, Part
+from mech.experiments.paths_runs import Walk
 from mech.inputs import TEXT, Inputs, TokenLayout
 from mech.model import HookedMLLM
 from mech.model.weights import frozen_norm
@@ -61,6 +63,60 @@ def test_the_walk_is_whole_forwards(name, freeze):
     found = both_ways(model, *pair(model), METRIC, senders=SENDERS, receivers=RECEIVERS, freeze=freeze)
     assert np.isnan(found.effect.sel(sender="late", receiver="q")).all()
     assert (abs(found.effect).max(("example", "sender")) > 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "cohere2_vision", "qwen3_vl", "scaled"])
+@pytest.mark.parametrize("freeze", [("attention", "mlp"), ("attention", "mlp", "norm")], ids=str)
+def test_single_senders_are_added_to_the_stream_unless_a_layer_scales_it(name, freeze, monkeypatch):
+    model = opened("llava" if name == "scaled" else name)
+    added = []
+    run = Walk._direct_run
+    monkeypatch.setattr(Walk, "_direct_run", lambda *args: (added.append(1), run(*args))[1])
+    if name == "scaled":
+        model.hf_model.model.language_model.layers[1].register_forward_hook(lambda module, args, out: 0.5 * out)
+    places = {"all": "all", "picture": "image", "last": "last"}
+    senders = ["mlp.0", (0, 1), "embed", (1, 2), "mlp.1", (2, 0)]
+    receivers = ["logits", "L2H1.q", "L1K0.v", "L2K1.k", "mlp.2", "L0H0.q", "mlp.0"]
+    found = both_ways(
+        model, *pair(model), METRIC, senders=senders, receivers=receivers, freeze=freeze, regions=places,
+        receiver_regions={"all": "all", "last": "last"},
+    )  # fmt: skip
+    assert bool(added) == (name != "scaled")
+    assert (abs(found.effect).sel(region="all", receiver_region="all").max(("example", "sender")) > 1e-6).all()
+
+
+def cost_of_the_next_receiver(llava):
+    clean, corrupted = pair(llava, QUESTIONS[:1])
+    kept = Pair.of(llava, clean, corrupted, METRIC, "denoise", 0)
+    kept.run([Node("head", 0, 1), Node("mlp", 0)])
+    everywhere = torch.ones(1, len(clean.layouts[0]), dtype=torch.bool)
+    senders = [Part((node,), everywhere) for node in (Node("head", 0, 1), Node("mlp", 0))]
+    costs = []
+    for _ in range(3):
+        before = kept.forwards
+        kept.metric(senders, [Part((Node("q", 2, 1),), everywhere)], frozenset(("attention", "mlp")))
+        costs.append(kept.forwards - before)
+    assert costs[1] == costs[2]  # the first looks whether layers pass on what is added
+    return costs[1]
+
+
+def test_what_senders_add_is_kept_for_the_next_receiver(llava, monkeypatch):
+    within = cost_of_the_next_receiver(llava)
+    monkeypatch.setattr("mech.experiments.paths_runs.CARRIED", 0)
+    assert within < cost_of_the_next_receiver(llava)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_vl"])
+def test_with_everything_frozen_what_a_group_does_is_the_sum(name):
+    model = opened(name)
+    alone = ["embed", "mlp.0", (0, 1), "mlp.1", (1, 2)]
+    found = both_ways(
+        model, *pair(model), METRIC, senders={"all": alone, **{str(s): [s] for s in alone}},
+        freeze=("attention", "mlp", "norm"),
+    )  # fmt: skip
+    moved = found.metric - found.corrupted
+    np.testing.assert_allclose(moved[:, 0], moved[:, 1:].sum("sender"), rtol=1e-9, atol=1e-12)
+    assert (abs(moved).sel(sender=["all", "mlp.1", "(1, 2)"]).max("example") > 1e-9).all()
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

@@ -23,6 +23,7 @@ What it does not do: find which paths to ask for (``circuits.trace_circuit``), n
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,7 @@ class Pair:
         keep = [(name, lambda value, hook: self._source.update({hook.name: shelf.put(value)})) for name in names]
         with model.hooks(keep), last_mlp_at(model, plan.reads):
             source_logits = model(source, logits_to_keep=at)
+        self._walks: dict[tuple[int, frozenset[str]], Walk] = {}
         self._rows, self.algorithm, self.reason, kept = [], "literal", "asked for", None
         if method != "literal":
             try:
@@ -259,10 +261,11 @@ class Pair:
             return found
         found, before = [], sum(row.row_layers for row in self._rows)
         for i, (row, reading) in enumerate(zip(self._rows, plan.readings, strict=True)):
-            mine = {name: value[i : i + 1] for name, value in self._source.items()}
-            clean = self._clean_logits[i, plan.places[i]]
-            walk = Walk(row, mine, i, freeze, lambda x, r=reading, c=clean: r.score(x, c), self._before[i])
-            found.append(walk.scores(senders, receivers))
+            if (i, freeze) not in self._walks:
+                mine = {name: value[i : i + 1] for name, value in self._source.items()}
+                score = partial(reading.score, clean=self._clean_logits[i, plan.places[i]])
+                self._walks[i, freeze] = Walk(row, mine, i, freeze, score, self._before[i])
+            found.append(self._walks[i, freeze].scores(senders, receivers))
         whole = len(self._rows[0]) * self._rows[0].kept.last.shape[0] * self._rows[0].kept.last.shape[1]
         self.forwards += (sum(row.row_layers for row in self._rows) - before) / whole
         return torch.stack(found)

@@ -5,6 +5,9 @@ source; what is frozen keeps the base's value, the rest is computed anew, and th
 *receiving run* is the base run with that input in place, and all behind it computed anew. For the logits the first run
 is all there is.
 
+With attention and MLPs frozen what a sender adds to the stream arrives as it left. ``Walk`` then computes it once, and
+adds it to the base run's stream before each receiver (where a layer does scale the stream, it walks through).
+
 ``literal`` runs the whole model for each. ``Walk`` runs on from a kept run (``mech.model.resume``). With attention
 frozen nothing moves between positions on the way, so that the path run of all senders is one growing batch of the few
 rows at which sender and receiver meet, and no attention is computed. The first row of that batch is the base run
@@ -14,7 +17,7 @@ itself: it is what frozen parts are read off.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +33,7 @@ from mech.model.resume import ROWS, Continuation
 from mech.model.weights import frozen_norm
 
 Hooks = list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]]
+CARRIED = 2**25  # numbers that are kept of what senders add to one example's stream
 Score = Callable[[Float[Tensor, "variant read vocab"]], Float[Tensor, " variant"]]
 
 
@@ -45,20 +49,28 @@ def norms_of(model: HookedMLLM) -> list[nn.Module]:
 
 @contextmanager
 def frozen_norms(norms: Iterable[nn.Module], held: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """While open, norms have the scale that they have at ``held``; what is missing there is read off the first row."""
+    """While open, norms have the scale that they have at ``held``; what is missing there is read off the first row.
 
-    def linear(module: Any, args: tuple, output: Tensor) -> Tensor:
-        at = held.setdefault(module, args[0][:1].detach())
-        change = args[0] - at
-        # `forward`, as a call would come back here. Rows of padding may be zero, where a norm has no scale.
-        return module.forward(at) + torch.where(change == 0, 0, frozen_norm(module.forward, at)(change))
+    Their ``forward`` is replaced: a hook would come behind those that write what a norm puts out (Gemma's post-norms).
+    """
+    own = {norm: (norm.forward, vars(norm).get("forward")) for norm in norms}
 
-    handles = [norm.register_forward_hook(linear) for norm in norms]
+    def linear(norm: nn.Module, stream: Tensor) -> Tensor:
+        plain, at = own[norm][0], held.setdefault(norm, stream[:1].detach())
+        change = stream - at
+        # Rows of padding may be zero, where a norm has no scale.
+        return plain(at) + torch.where(change == 0, 0, frozen_norm(plain, at)(change))
+
     try:
+        for norm in own:
+            norm.forward = partial(linear, norm)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for norm, (_, replaced) in own.items():
+            if replaced is None:
+                del norm.forward
+            else:
+                norm.forward = replaced
 
 
 @dataclass(eq=False)
@@ -81,9 +93,11 @@ class Walk:
     score: Score
     before: Tensor
     _norms: list[nn.Module] = field(init=False, repr=False)
+    _added: dict[Node, tuple[Tensor, Tensor]] = field(init=False, repr=False)  # rows, and what is added there
 
     def __post_init__(self):
         self._norms = norms_of(self.row.model) if "norm" in self.freeze else []
+        self._added = {}
 
     @torch.no_grad()
     def scores(self, senders: Sequence[Part], receivers: Sequence[Part]) -> Float[Tensor, "sender receiver"]:
@@ -134,6 +148,8 @@ class Walk:
         """
         row, layers = self.row, len(self.row)
         nodes = {node for receiver in receivers for node in receiver.nodes}
+        if self._unchanged and all(len(sender.nodes) == 1 for sender in senders):
+            return self._direct_run(senders, nodes, rows)
         end = max(node.layer for node in nodes)
         seen: dict[Node, Tensor] = {}
         keys = "z" if "attention" in self.freeze else "own"
@@ -146,10 +162,73 @@ class Walk:
             hooks = self._path_hooks(layer, senders[:born], rows, nodes, seen)
             with frozen_norms(self._norms, {}):
                 x = row.run(layer, x, rows, keys=keys, hooks=hooks)
-        whole = {
-            node: torch.cat((v[1:], v[:1].expand(len(senders) + 1 - len(v), *v.shape[1:]))) for node, v in seen.items()
-        }
-        return whole, x if end == layers else None
+        return _for_all(seen, len(senders)), x if end == layers else None
+
+    @cached_property
+    def _unchanged(self) -> bool:
+        """Whether all is frozen, and every layer then passes on what was added to the stream as it is."""
+        if not {"attention", "mlp"} <= self.freeze:
+            return False
+        row, rows = self.row, self.row.reads[-1:]
+        for layer in range(len(row)):
+            x = row.stream(layer)[None, rows].repeat(2, 1, 1)
+            x[1] += x[0].flip(-1)
+            out = row.run(layer, x, rows, keys="z", hooks=self._path_hooks(layer, [], rows, set(), {}))
+            change = (out[1] - out[0]) - (x[1] - x[0])
+            if change.abs().max() > 32 * torch.finfo(x.dtype).eps * out.abs().max():
+                return False
+        return True
+
+    def _direct_run(
+        self, senders: Sequence[Part], nodes: set[Node], rows: Int[Tensor, " row"]
+    ) -> tuple[dict[Node, Tensor], Tensor | None]:
+        """``_path_run`` of single senders where ``_unchanged``."""
+        row, added, seen = self.row, self._carried(senders, rows), {}
+        from_layer = torch.tensor([s.layer - (s.nodes[0].kind == "embed") for s in senders], device=rows.device)
+        for layer in sorted({node.layer for node in nodes} - {len(row)}):
+            here = {node for node in nodes if node.layer == layer}
+            born = int((from_layer <= layer).sum())
+            x = row.stream(layer)[None, rows].repeat(born + 1, 1, 1)
+            x[1:] += torch.where((from_layer < layer)[:born, None, None], added[:born], 0)
+            hooks = self._path_hooks(layer, senders[:born], rows, here, seen)
+            with frozen_norms(self._norms, {}):
+                if Node("mlp", layer) in here:
+                    row.run(layer, x, rows, keys="z", hooks=hooks)
+                else:
+                    row.project(layer, x, rows, _recording(list(here), seen))
+        stream = None
+        if any(node.kind == "logits" for node in nodes):
+            stream = row.stream(len(row))[None, rows].repeat(len(senders) + 1, 1, 1)
+            stream[1:] += added
+        return _for_all(seen, len(senders)), stream
+
+    def _carried(self, senders: Sequence[Part], rows: Int[Tensor, " row"]) -> Float[Tensor, "sender row d_model"]:
+        """What each of these single senders adds to the stream where it is switched."""
+        row, missing = self.row, {}
+        for sender in senders:
+            (node,) = sender.nodes
+            if node.kind != "embed" and not torch.isin(rows, self._added.get(node, (rows[:0],))[0]).all():
+                missing.setdefault(node.layer, {})[node] = None
+        everywhere = torch.ones_like(senders[0].where)
+        fresh = {}
+        for layer, nodes in missing.items():
+            x = row.stream(layer)[None, rows].expand(len(nodes) + 1, -1, -1)
+            hooks = self._path_hooks(layer, [Part((node,), everywhere) for node in nodes], rows, set(), {})
+            with frozen_norms(self._norms, {}):
+                out = row.run(layer, x, rows, keys="z", hooks=hooks)
+            fresh |= {node: (rows, change) for node, change in zip(nodes, out[1:] - out[:1], strict=True)}
+        found = row.stream(0).new_zeros(len(senders), len(rows), row.stream(0).shape[-1])
+        for change, sender in zip(found, senders, strict=True):
+            (node,) = sender.nodes
+            chosen = sender.where[self.example].to(rows.device)[rows]
+            if node.kind == "embed":
+                change[chosen] = self.source[node.point][0, rows[chosen]] - row.stream(0)[rows[chosen]]
+            else:
+                known, value = fresh.get(node) or self._added[node]
+                change[chosen] = value[torch.searchsorted(known, rows[chosen])]
+        if sum(value.numel() for _, value in [*self._added.values(), *fresh.values()]) <= CARRIED:
+            self._added |= fresh
+        return found
 
     def _embed(self, x: Tensor, senders: Sequence[Part], rows: Tensor) -> None:
         for variant, sender in enumerate(senders, 1):
@@ -202,16 +281,18 @@ class Walk:
         self, receiver: Part, seen: Mapping[Node, Tensor], count: int, rows: Tensor
     ) -> Float[Tensor, " variant"]:
         """The metric with what a receiver reads on each path in place."""
-        row, last = self.row, len(self.row) - 1
-        at = receiver.where[self.example].to(rows.device)[rows].nonzero()[:, 0]
-        if not len(at):
-            return self.before.repeat(count)
-        changed, layer = rows[at], receiver.layer
-        first, stop = row.span(int(changed[0]))
-        span = torch.arange(first, stop, device=rows.device)
+        row, layer, last = self.row, receiver.layer, len(self.row) - 1
         kinds = {node.kind for node in receiver.nodes if node.layer == layer}
         # What reads keys and values, or comes behind attention, changes in this layer nothing but its own rows.
         keys = "z" if kinds == {"mlp"} else "kept" if kinds <= {"q", "mlp"} else "own"
+        at = receiver.where[self.example].to(rows.device)[rows].nonzero()[:, 0]
+        if layer == last and keys != "own":
+            at = at[torch.isin(rows[at], row.reads)]
+        if not len(at):
+            return self.before.repeat(count)
+        changed = rows[at]
+        first, stop = row.span(int(changed[0]))
+        span = torch.arange(first, stop, device=rows.device)
         found = []
         for part in torch.arange(count).split(max(1, ROWS // len(span))):
 
@@ -221,7 +302,9 @@ class Walk:
 
             if keys == "own":
                 x = row.stream(layer)[None, span].expand(len(part), -1, -1)
-                x = row.run(layer, x, span, hooks=hooks(layer, changed - first))
+                written = hooks(layer, changed - first)
+                alone = layer == last and kinds <= {"k", "v"}
+                x = row.finish(x, span, written) if alone else row.run(layer, x, span, hooks=written)
             else:
                 x = row.stream(layer)[None, changed].expand(len(part), -1, -1)
                 own = row.run(layer, x, changed, keys=keys, hooks=hooks(layer, torch.arange(len(at))))
@@ -235,6 +318,11 @@ class Walk:
                 x = x[:, row.reads - first]
             found.append(self.score(row.logits(x)))
         return torch.cat(found)
+
+
+def _for_all(seen: Mapping[Node, Tensor], count: int) -> dict[Node, Tensor]:
+    """What receivers read, by sender: those that come behind them leave them as they are."""
+    return {node: torch.cat((v[1:], v[:1].expand(count + 1 - len(v), *v.shape[1:]))) for node, v in seen.items()}
 
 
 def _recording(receivers: Sequence[Node], seen: dict[Node, Tensor]) -> Hooks:

@@ -41,7 +41,7 @@ from mech.model.encoding import pictures_seen
 from mech.model.families import check_tensors, family_of, layers_of, module_at, sizes
 from mech.model.generation import generation_config
 from mech.model.loading import open_checkpoint
-from mech.model.points import NamesFilter, cache_hook, hooked, point_name, select
+from mech.model.points import NamesFilter, cache_hook, point_name, select
 from mech.model.weights import NamedWeights
 
 
@@ -205,7 +205,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
     def remove_all_hook_fns(self, *args: Any, **options: Any) -> None:
         """TransformerLens' own, which visits every point after every run, for the points that have hooks."""
         for point in self.hook_dict.values():
-            if hooked((point,)):
+            if point.fwd_hooks or point.bwd_hooks:
                 point.remove_hooks(*args, **options)
 
     def run_with_cache(
@@ -359,7 +359,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             # Each is put before the hooks that are there, so the last to be attached fires first.
             for seam in reversed(self._seams):
                 point = self.hook_dict[seam.point]
-                if hooked((point,)):
+                if point.fwd_hooks or point.bwd_hooks:
                     handles.append(seam.attach(point))
             for module, record in self._layers:
                 record.active = record.wanted()

@@ -145,17 +145,39 @@ class Continuation:
         return self._with_added(layer, torch.cat(out) if len(out) > 1 else out[0], rows)
 
     @torch.no_grad()
+    def project(
+        self,
+        layer: int,
+        x: Float[Tensor, "variant row d_model"],
+        rows: Int[Tensor, " row"],
+        hooks: Sequence[tuple[str, Callable]] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values a layer makes of the stream, queries for who hooks them; nothing behind is computed."""
+        found = []
+
+        def stop(call: AttentionCall) -> Tensor:
+            found.append((call.k, call.v))
+            raise _Enough
+
+        with self._given(layer, stop, hooks), suppress(_Enough):
+            self._layer(layer, x, rows)
+        return found[0]
+
+    @torch.no_grad()
     def finish(
-        self, x: Float[Tensor, "variant row d_model"], rows: Int[Tensor, " row"]
+        self,
+        x: Float[Tensor, "variant row d_model"],
+        rows: Int[Tensor, " row"],
+        hooks: Sequence[tuple[str, Callable]] = (),
     ) -> Float[Tensor, "variant read d_model"]:
-        """The last layer for the read rows alone: the other rows only give their keys and values."""
+        """The last layer for the read rows alone: the others only give their keys and values, which hooks may write."""
         layer = len(self) - 1
         reads, first = self.reads, int(rows[0])
         if len(reads) == len(rows):
-            return self.run(layer, x, rows)
+            return self.run(layer, x, rows, hooks=hooks)
         out = []
-        for part in x.split(self.at_once(rows)):
-            known = self._keys_alone(layer, part, rows)
+        for part in x.split(len(x) if hooks else self.at_once(rows)):
+            known = self.project(layer, part, rows, hooks)
             attend = self._own(layer, reads, first, known)
             with self._given(layer, attend, ()):
                 out.append(self._layer(layer, part[:, reads - first], reads))
@@ -237,18 +259,6 @@ class Continuation:
                 yield
         finally:
             record.resume = None
-
-    def _keys_alone(self, layer: int, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values a layer makes of the stream; nothing behind them is computed."""
-        found = []
-
-        def stop(call: AttentionCall) -> Tensor:
-            found.append((call.k, call.v))
-            raise _Enough
-
-        with self._given(layer, stop, ()), suppress(_Enough):
-            self._layer(layer, x, rows)
-        return found[0]
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
