@@ -1,5 +1,5 @@
-"""The command line: ``mech study``, ``mech rank``, ``mech ablate``, ``mech patch``, ``mech paths``, ``mech view``,
-``mech check``.
+"""The command line: ``mech study``, ``mech rank``, ``mech ablate``, ``mech transfer``, ``mech patch``,
+``mech paths``, ``mech view``, ``mech check``.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
@@ -7,12 +7,13 @@ printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and l
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mech import cli_accelerate, cli_claims, cli_data, cli_patching, cli_view
+from mech import cli_accelerate, cli_claims, cli_data, cli_patching, cli_transfer, cli_view
 from mech.errors import ExperimentError, MechError, suggestion
 from mech.terminal import (
     AsJson,
@@ -20,10 +21,12 @@ from mech.terminal import (
     Domain,
     Model,
     Quiet,
+    Revision,
     Root,
     Seed,
     chosen,
     domain_names,
+    open_model,
     opened,
     print_table,
     progress,
@@ -71,8 +74,14 @@ def study(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", help="May be given again. Default: the reference models.", autocompletion=reference_names
+            "--model",
+            "-m",
+            help="May be given again, also as NAME@REVISION. Default: the reference models.",
+            autocompletion=reference_names,
         ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Of the one --model; NAME@REVISION where there are several.")
     ] = None,
     domain: Annotated[
         list[str] | None,
@@ -96,6 +105,12 @@ def study(
 
     if samples < 8:
         raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
+    if revision is not None:
+        if len(model or ()) != 1:
+            raise ExperimentError(
+                f"--revision {revision} with {len(model or ())} models", "one --model", "write each as NAME@REVISION"
+            )
+        model = [f"{model[0]}@{revision}"]
     settings = Settings(
         n_find=samples // 2, n_test=samples - samples // 2, n_random=n_random, seed=seed, batch_size=batch_size
     )
@@ -120,6 +135,7 @@ def study(
 )
 def rank(
     model: Model = "reference:llava-s",
+    revision: Revision = None,
     domain: Domain = None,
     data: Data = None,
     root: Root = None,
@@ -140,7 +156,7 @@ def rank(
     passes(names)  # refuses an unknown score before anything is opened
     target = writable(out) if out is not None else None
     some, called = chosen(data, root, domain, samples, seed)
-    hooked = mech.HookedMLLM.from_pretrained(model)
+    hooked = open_model(model, revision)
     with progress(quiet or as_json) as say:
         scores = mech.head_scores(hooked, some, names, seed=seed, progress=lambda i, n: say("attention", i, n))
     rankings = {name: mech.rank_heads(scores, name) for name in names}
@@ -161,7 +177,7 @@ def rank(
     for name, ranking in rankings.items():
         interval = ranking.interval()
         print_table(
-            f"{model} on {called}: {name} ({scores[name].attrs['unit']}), {len(some)} samples",
+            f"{hooked.name} on {called}: {name} ({scores[name].attrs['unit']}), {len(some)} samples",
             ("rank", "head", name, "95% interval"),
             [
                 (
@@ -193,9 +209,13 @@ def _agreed(agree: Any, name: str, one: str, other: str) -> str:
     return f"{float(pair[name]):.2f}{between}"
 
 
-@app.command(epilog="[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]")
+@app.command(
+    epilog="[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]\n\n"
+    "[bold]mech ablate --band top --band random --band vision --band sinks[/]  is it only that they look at pictures?"
+)
 def ablate(
     model: Model = "reference:llava-s",
+    revision: Revision = None,
     domain: Domain = None,
     data: Data = None,
     root: Root = None,
@@ -204,6 +224,13 @@ def ablate(
     ] = None,
     fraction: Annotated[
         list[float] | None, typer.Option(help="Share of all heads, or from 1 on their number; repeatable.")
+    ] = None,
+    band: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="top, bottom, middle, random, layer_matched (default: these five); vision or sinks, the heads that "
+            "look most at pictures or at tokens with more than 30% of the attention; may be given again."
+        ),
     ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
@@ -218,6 +245,7 @@ def ablate(
 ) -> None:
     """Ablate bands of heads, and say what each costs beside random heads."""
     import mech
+    from mech.experiments.ablation import BANDS
     from mech.experiments.summary import summarise_effects
     from mech.interventions import METHODS, POSITIONS
     from mech.results import save
@@ -225,14 +253,15 @@ def ablate(
     if samples < 8:
         raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
     methods, sizes = to or ["mean"], [int(f) if f >= 1 and f.is_integer() else f for f in fraction or (0.05, 0.2)]
-    for given, known in ((methods, METHODS), ([positions], POSITIONS)):
+    bands: list[Any] = list(dict.fromkeys(band or BANDS))
+    for given, known in ((methods, METHODS), ([positions], POSITIONS), (bands, (*BANDS, "vision", "sinks"))):
         for word in given:
             if word not in known:
                 raise ExperimentError(f"{word!r}", ", ".join(known), suggestion(word, known))
     some, called = chosen(data, root, domain, samples, seed)
     find, test = some.split(0.5, seed)
     target = writable(out) if out is not None else None
-    hooked = mech.HookedMLLM.from_pretrained(model)
+    hooked = open_model(model, revision)
     with progress(quiet or as_json) as say:
         if heads is None:
             ranking = mech.rank_heads(
@@ -247,12 +276,16 @@ def ablate(
                     "samples that did not find the heads",
                     "give another --seed",
                 )
+        for word, score in (("vision", "vision_mass"), ("sinks", "sink_mass")):
+            if word in bands:
+                bands[bands.index(word)] = mech.rank_heads(_looking(hooked, find, word, say), score)
         effects = mech.ablation(
             hooked,
             test,
             ranking,
             reference=find,
             to=methods,
+            bands=bands,
             fractions=sizes,
             n_random=n_random,
             positions=positions,
@@ -272,15 +305,24 @@ def ablate(
         cells = (entry["method"], entry["band"], str(entry["n_heads"]), f"{entry['accuracy']['mean']:.1%}")
         rows.append((*cells, f"{100 * drop['mean']:.1f} ({100 * drop['low']:.1f} to {100 * drop['high']:.1f})"))
     print_table(
-        f"{model} on {called}: accuracy {base:.1%} without ablation, {len(test)} samples",
+        f"{hooked.name} on {called}: accuracy {base:.1%} without ablation, {len(test)} samples",
         ("method", "band", "heads", "accuracy", "drop in points (95%)"),
         rows,
     )
 
 
+def _looking(hooked: Any, find: Any, word: str, say: Any) -> Any:
+    """Where heads look besides the evidence: at pictures, or at sinks."""
+    import mech
+
+    measure = partial(mech.attention_sinks, by="attention") if word == "sinks" else mech.retrieval_attention_mass
+    return measure(hooked, find, progress=lambda i, n: say(word, i, n))
+
+
 app.command(epilog=cli_patching.PATCH)(cli_patching.patch)
 app.command(epilog=cli_patching.PATHS)(cli_patching.paths)
 app.command(epilog=cli_accelerate.EPILOG)(cli_accelerate.accelerate)
+app.command(epilog=cli_transfer.EPILOG)(cli_transfer.transfer)
 app.command(epilog=cli_view.VIEW)(cli_view.view)
 app.command(epilog=cli_data.DATA)(cli_data.data)
 app.command(epilog=cli_claims.EPILOG)(cli_claims.claims)

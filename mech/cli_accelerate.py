@@ -7,7 +7,21 @@ from typing import Annotated, Any
 import typer
 
 from mech.errors import ExperimentError, OutputError
-from mech.terminal import AsJson, Data, Domain, Model, Quiet, Root, Seed, chosen, print_table, progress, writable
+from mech.terminal import (
+    AsJson,
+    Data,
+    Domain,
+    Model,
+    Quiet,
+    Revision,
+    Root,
+    Seed,
+    chosen,
+    open_model,
+    print_table,
+    progress,
+    writable,
+)
 
 EPILOG = (
     "[bold]mech accelerate -m reference:llava-m --share 0.02 --share 0.1[/]\n\n"
@@ -17,6 +31,7 @@ EPILOG = (
 
 def accelerate(
     model: Model = "reference:llava-s",
+    revision: Revision = None,
     domain: Domain = None,
     data: Data = None,
     root: Root = None,
@@ -62,7 +77,7 @@ def accelerate(
     sizes = [int(one) if one >= 1 and one.is_integer() else one for one in share or SHARES]
     some, called = _samples(data, root, domain, pictures, samples, seed)
     find, test = some.split(0.25, seed)
-    hooked = mech.HookedMLLM.from_pretrained(model)
+    hooked = open_model(model, revision)
     with progress(quiet or as_json) as say:
         found = mech.acceleration(
             hooked, test, find=find, window=window, sinks=sinks, choices=choice or CHOICES, shares=sizes,
@@ -78,7 +93,7 @@ def accelerate(
         return
     local = f"the others see {facts['sinks']} + {facts['window']} of {facts['length']} tokens"
     dense, alone = facts["dense"]["mean"], facts["window_only"]["accuracy"]["mean"]
-    title = f"{model} on {called}: dense {dense:.1%}, window alone {alone:.1%} ({len(test)} samples; {local})"
+    title = f"{hooked.name} on {called}: dense {dense:.1%}, window alone {alone:.1%} ({len(test)} samples; {local})"
     columns = ("KV heads dense", "chosen by", "accuracy", "loss in points (95%)", "attention work", "cache")
     print_table(title, columns, [_row(entry) for entry in facts["curve"]])
     print(*(text for _, text, _ in sentences(facts)), sep="\n")

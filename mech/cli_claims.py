@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from mech.errors import ExperimentError, suggestion
-from mech.terminal import AsJson, Data, Domain, Model, Quiet, Root, Seed, chosen, progress, writable
+from mech.terminal import (
+    AsJson,
+    Data,
+    Domain,
+    Model,
+    Quiet,
+    Revision,
+    Root,
+    Seed,
+    chosen,
+    open_model,
+    progress,
+    writable,
+)
 
 EPILOG = (
     "[bold]mech claims -m reference:qwen-s -d video[/]\n\n"
@@ -17,6 +30,7 @@ EPILOG = (
 
 def claims(
     model: Model = "reference:llava-s",
+    revision: Revision = None,
     domain: Domain = None,
     data: Data = None,
     root: Root = None,
@@ -38,7 +52,7 @@ def claims(
             raise ExperimentError(f"no point is called {name!r}", ", ".join(KNOWN), suggestion(name, KNOWN))
     target = writable(out) if out is not None else None
     used, where = chosen(data, root, domain, samples, seed)
-    hooked = mech.HookedMLLM.from_pretrained(model)
+    hooked = open_model(model, revision)
     with progress(quiet or as_json) as say:
         found = mech.published_claims(
             hooked, used, only, n_random=n_random, seed=seed, progress=lambda i, n: say("points", i, n)
@@ -48,4 +62,4 @@ def claims(
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    print(f"{model} on {where}, {len(used)} samples", *found.sentences(), sep="\n\n")
+    print(f"{hooked.name} on {where}, {len(used)} samples", *found.sentences(), sep="\n\n")

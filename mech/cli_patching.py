@@ -11,8 +11,23 @@ from typing import Annotated, Any
 
 import typer
 
-from mech.errors import ExperimentError, OutputError
-from mech.terminal import AsJson, Data, Domain, Model, Quiet, Root, Seed, chosen, print_table, progress, writable
+from mech.errors import ExperimentError
+from mech.terminal import (
+    AsJson,
+    Data,
+    Domain,
+    Model,
+    Quiet,
+    Revision,
+    Root,
+    Seed,
+    chosen,
+    open_model,
+    picture_or_data,
+    print_table,
+    progress,
+    save_or_draw,
+)
 
 PATCH = (
     "[bold]mech patch -m reference:llava-s --positions question --direction noise[/]\n\n"
@@ -28,6 +43,7 @@ Shown = Annotated[int, typer.Option(help="How many rows to print.")]
 
 def patch(
     model: Model = "reference:llava-s",
+    revision: Revision = None,
     domain: Domain = None,
     data: Data = None,
     root: Root = None,
@@ -52,9 +68,9 @@ def patch(
     """Activation patching: which head, layer, position or region carries what the counterfactual changes."""
     import mech
 
-    target = _picture_or_data(out)
+    target = picture_or_data(out)
     some, called = chosen(data, root, domain, samples, seed)
-    hooked = mech.HookedMLLM.from_pretrained(model)
+    hooked = open_model(model, revision)
     pairs, called = _paired(hooked, some, called)
     axes = tuple(over or ("layer", "head"))
     with progress(quiet or as_json) as say:
@@ -63,11 +79,12 @@ def patch(
             regions=_regions(hooked, pairs, regions), direction=direction,
             progress=lambda i, n: say("patching", i, n),
         )  # fmt: skip
-    _print_effects(found, f"{model} on {called}: {point}, {direction}", target, top, as_json)
+    _print_effects(found, f"{hooked.name} on {called}: {point}, {direction}", target, top, as_json)
 
 
 def paths(
     model: Model = "reference:llava-s",
+    revision: Revision = None,
     domain: Domain = None,
     data: Data = None,
     root: Root = None,
@@ -91,9 +108,9 @@ def paths(
     """Path patching: through which paths heads and MLPs act, with what lies between held fixed."""
     import mech
 
-    target = _picture_or_data(out)
+    target = picture_or_data(out)
     some, called = chosen(data, root, domain, samples, seed)
-    hooked = mech.HookedMLLM.from_pretrained(model)
+    hooked = open_model(model, revision)
     pairs, called = _paired(hooked, some, called)
     every = [f"L{layer}H{head}" for layer in hooked.cfg.attention_layers for head in range(hooked.cfg.n_heads)]
     frozen = tuple(freeze or ("attention", "mlp"))
@@ -103,7 +120,7 @@ def paths(
             receivers="logits" if receiver in (None, ["logits"]) else receiver,
             progress=lambda i, n: say("samples", i, n),
         )  # fmt: skip
-    _print_effects(found, f"{model} on {called}: {', '.join(frozen)} held, {direction}", target, top, as_json)
+    _print_effects(found, f"{hooked.name} on {called}: {', '.join(frozen)} held, {direction}", target, top, as_json)
 
 
 def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
@@ -138,21 +155,9 @@ def _regions(hooked: Any, data: Any, wanted: str | None) -> dict[str, Any] | Non
     return cells[0]
 
 
-def _picture_or_data(out: Path | None) -> Path | None:
-    if out is not None and out.suffix not in (".nc", ".html", ".png", ".pdf", ".svg"):
-        raise OutputError(f"--out {out.name}", "a name that ends in .nc, .html, .png, .pdf or .svg", "choose one")
-    return writable(out) if out is not None else None
-
-
 def _print_effects(found: Any, title: str, target: Path | None, top: int, as_json: bool) -> None:
     """The cells whose effect is farthest from none, or all of them as JSON."""
-    import mech
-    from mech.results import save
-
-    if target is not None and target.suffix == ".nc":
-        save(found, target)
-    elif target is not None:
-        mech.view(found).save(target)
+    save_or_draw(found, target)
     mean = found["effect"].mean("example")
     none = 1.0 if found.attrs.get("direction") == "noise" else 0.0
     cells = [

@@ -105,7 +105,7 @@ def study(
 
     Args:
         folder: where everything is saved.
-        models: reference models, folders or hub ids.
+        models: reference models, folders or hub ids; ``NAME@REVISION`` for a checkpoint of one.
         domains: haystack domains; by default those a reference model was trained for, all that take images otherwise.
         data: samples of your own in place of the haystacks.
         settings: see ``Settings``.
@@ -126,6 +126,8 @@ def study(
 
     settings = settings or Settings()
     say = progress or (lambda what, done, total: None)
+    for name in models:
+        split_revision(name)  # refuses a bad one before anything is opened
     shorts = {name: short_name(name) for name in models}
     if len(set(shorts.values())) < len(models) or not models:
         raise ExperimentError(f"models {list(models)}", "at least one, each with a name of its own", "rename a folder")
@@ -141,7 +143,7 @@ def study(
         summary: dict[str, Any] = {"schema": 1, "models": {}, "acceleration": {}}
         retrieval: dict[str, dict[str, Ranking]] = {}
         for name, short in shorts.items():
-            model = HookedMLLM.from_pretrained(name)
+            model = open_model(name)
             wanted = samples_of(model, name, domains, data, settings)
             if not wanted:  # it takes no video, and nothing else was asked for
                 continue
@@ -173,6 +175,33 @@ def study(
         summary["provenance"] = {s: records[s] for s in dict.fromkeys([*summary["models"], *summary["acceleration"]])}
         write_json(summary, place.path / "summary.json")
         return report(place.path)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A model's name and its revision: ``NAME@REVISION``, or a name alone.
+
+    Raises:
+        ExperimentError: a revision of a folder.
+        UnsupportedModel: a reference model without this revision.
+    """
+    base, _, revision = name.rpartition("@")
+    if not base or Path(name).expanduser().is_dir():
+        return name, None
+    if Path(base).expanduser().is_dir():
+        raise ExperimentError(
+            f"revision {revision!r} of the folder {base}", "a hub id or a reference model", "leave the revision out"
+        )
+    if base.startswith(reference.PREFIX) and revision != "main":
+        reference.checkpoint(base, revision)
+    return base, revision
+
+
+def open_model(name: str) -> HookedMLLM:
+    """Open a model by ``NAME`` or ``NAME@REVISION``: results carry the revision in the model's name."""
+    base, revision = split_revision(name)
+    model = HookedMLLM.from_pretrained(base, revision=revision)
+    model.name = name
+    return model
 
 
 def short_name(name: str) -> str:
@@ -223,7 +252,7 @@ def samples_of(
                 )
             check_domain(domain)
         return {domain: of_it for domain, of_it in found.items() if takes_video or not next(iter(of_it)).video}
-    learnt = reference.card(name)["domains"] if name.startswith(reference.PREFIX) else DOMAINS
+    learnt = reference.card(split_revision(name)[0])["domains"] if name.startswith(reference.PREFIX) else DOMAINS
     wanted = tuple(domains or learnt)
     n = settings.n_find + settings.n_test
     return {domain: haystacks(domain, n, settings.seed) for domain in wanted if takes_video or domain != "video"}

@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs, so ``mech --help`` answers at o
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from mech.errors import ExperimentError, OutputError, suggestion
 
 if TYPE_CHECKING:
     from mech.data.samples import Samples
+    from mech.model import HookedMLLM
 
 
 def reference_names(incomplete: str) -> list[str]:
@@ -30,6 +31,12 @@ def domain_names(incomplete: str) -> list[str]:
 Model = Annotated[
     str,
     typer.Option("--model", "-m", help="A reference model, a folder or a hub id.", autocompletion=reference_names),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision", help="Branch, tag or commit of a hub id; step of training of a reference model (step2300)."
+    ),
 ]
 Domain = Annotated[
     str | None,
@@ -74,6 +81,13 @@ class progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def open_model(model: str, revision: str | None) -> "HookedMLLM":
+    """The model of ``--model`` at ``--revision``; it is called MODEL@REVISION then."""
+    from mech.study import open_model
+
+    return open_model(model if revision is None else f"{model}@{revision}")
 
 
 def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed: int) -> "tuple[Samples, str]":
@@ -124,6 +138,24 @@ def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
         if str(one.message).startswith(f"{name}:"):
             print(f"mech: {one.message}", file=sys.stderr)
     return samples
+
+
+def picture_or_data(out: Path | None) -> Path | None:
+    """The path to save a result (.nc) or its picture at, asked before the work."""
+    if out is not None and out.suffix not in (".nc", ".html", ".png", ".pdf", ".svg"):
+        raise OutputError(f"--out {out.name}", "a name that ends in .nc, .html, .png, .pdf or .svg", "choose one")
+    return writable(out) if out is not None else None
+
+
+def save_or_draw(found: Any, target: Path | None) -> None:
+    """Save a result, or its picture, as the path's ending says."""
+    import mech
+    from mech.results import save
+
+    if target is not None and target.suffix == ".nc":
+        save(found, target)
+    elif target is not None:
+        mech.view(found).save(target)
 
 
 def writable(path: Path) -> Path:

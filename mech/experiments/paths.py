@@ -23,7 +23,6 @@ What it does not do: find which paths to ask for (``circuits.trace_circuit``), n
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -263,8 +262,9 @@ class Pair:
         for i, (row, reading) in enumerate(zip(self._rows, plan.readings, strict=True)):
             if (i, freeze) not in self._walks:
                 mine = {name: value[i : i + 1] for name, value in self._source.items()}
-                score = partial(reading.score, clean=self._clean_logits[i, plan.places[i]])
-                self._walks[i, freeze] = Walk(row, mine, i, freeze, score, self._before[i])
+                clean = self._clean_logits[i, plan.places[i]]
+                walk = Walk(row, mine, i, freeze, lambda x, r=reading, c=clean: r.score(x, c), self._before[i])
+                self._walks[i, freeze] = walk
             found.append(self._walks[i, freeze].scores(senders, receivers))
         whole = len(self._rows[0]) * self._rows[0].kept.last.shape[0] * self._rows[0].kept.last.shape[1]
         self.forwards += (sum(row.row_layers for row in self._rows) - before) / whole

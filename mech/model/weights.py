@@ -115,7 +115,9 @@ class NamedWeights:
 
 
 @torch.no_grad()
-def frozen_norm(norm: nn.Module, stream: Float[Tensor, "*batch d_model"]) -> Callable[[Tensor], Tensor]:
+def frozen_norm(
+    norm: Callable[[Tensor], Tensor], stream: Float[Tensor, "*batch d_model"]
+) -> Callable[[Tensor], Tensor]:
     """The linear map that a norm is at ``stream``: its scale is taken from there, its weight is its own.
 
     Works for every norm of the form ``weight * (x - centre * mean(x)) / scale(x) + bias``, whatever its weight is
