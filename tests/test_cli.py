@@ -16,6 +16,7 @@ import pytest
         ["study", "--help"],
         ["rank", "--help"],
         ["ablate", "--help"],
+        ["transfer", "--help"],
         ["patch", "--help"],
         ["paths", "--help"],
         ["view", "--help"],
@@ -70,7 +71,17 @@ def test_progress_is_on_standard_error_and_absent_when_quiet(mech, quiet):
         (["rank", "-m", "reference:lava-s"], "use 'reference:llava-s'"),
         (["rank", "--out", "/nowhere/at/all.json"], "cannot be written"),
         (["ablate", "--to", "men"], "use 'mean'"),
+        (["ablate", "--band", "sink"], "use 'sinks'"),
+        (["rank", "-m", "reference:llava-s-seed1", "--revision", "step230"], "use 'step2300'"),
+        (["rank", "-m", "reference:llava-s", "--revision", "step2300"], "leave revision out"),
+        (["rank", "-m", "mech", "--revision", "step2300"], "of the folder mech"),
         (["study", "--samples", "2"], "at least 8"),
+        (["study", "--revision", "step2300"], "write each as NAME@REVISION"),
+        (["study", "-m", "reference:llava-s", "-m", "reference:llava-s-seed1@step230"], "use 'step2300'"),
+        (["transfer", "-d", "pages"], "give --domain again"),
+        (["transfer", "--to", "men"], "use 'mean'"),
+        (["transfer", "--samples", "4"], "at least 8"),
+        (["transfer", "--n-random", "1"], "at least 2"),
         (["patch", "--point", "attn.hook_zz"], "hook_z"),
         (["patch", "--out", "grid.gif"], "ends in .nc, .html, .png, .pdf or .svg"),
         (["paths", "--samples", "1", "--sender", "L9H2"], "L9H2"),
@@ -153,6 +164,36 @@ def test_ablate_says_what_each_band_costs(mech, tmp_path):
     found = json.loads(out)
     assert {entry["method"] for entry in found["ablation"]} == {"mean", "zero"}
     assert {entry["band"] for entry in found["ablation"]} == {"top", "bottom", "middle", "random", "layer_matched"}
+
+
+def test_ablate_takes_heads_that_look_at_pictures_or_sinks_as_bands(mech):
+    words = ["--band", "sinks", "--band", "top", "--band", "vision", "--samples", "8", "--fraction", "1"]
+    code, out, _ = mech("ablate", *words, "--json")
+    assert code == 0
+    assert {entry["band"] for entry in json.loads(out)["ablation"]} == {"top", "by vision_mass", "by sink_mass"}
+
+
+def test_a_revision_is_opened_and_named(mech):
+    words = ["rank", "-m", "reference:llava-s-seed1", "--samples", "4", "--json"]
+    last, early = (json.loads(mech(*words, *more)[1]) for more in ((), ("--revision", "step2200")))
+    assert last["model"] == "reference:llava-s-seed1" and early["model"] == "reference:llava-s-seed1@step2200"
+    assert last["heads"] != early["heads"]
+
+
+def test_transfer_says_what_the_heads_of_each_domain_cost_on_each(mech, tmp_path):
+    words = ["transfer", "-d", "grounding", "-d", "pages", "--samples", "8", "--n-random", "2", "--fraction", "2"]
+    code, out, _ = mech(*words, "-q", "--out", str(tmp_path / "t.html"))
+    assert code == 0 and "without 2 heads" in out and [line.split()[0] for line in out.splitlines()[2:]] == [
+        "grounding", "pages", "random"
+    ]  # fmt: skip
+    assert (tmp_path / "t.html").read_text().startswith("<!doctype html>")
+    code, out, err = mech(*words, "--json", "--out", str(tmp_path / "t.nc"))
+    found = json.loads(out)
+    assert (
+        code == 0 and err == "" and (tmp_path / "t.nc").exists() and list(found["accuracy"]) == ["grounding", "pages"]
+    )
+    assert len(found["lost"]) == 4 and len(found["random"]) == 2
+    assert all(cell["lost_low"] <= cell["lost"] <= cell["lost_high"] for cell in found["lost"])
 
 
 def test_patch_names_the_cells_that_carry_the_answer(mech, tmp_path):
