@@ -46,7 +46,7 @@ def asked(model):
         ("lfm2_vl", "blocks.2.attn.hook_pattern", "a short convolution: no heads"),
         ("gemma4", "blocks.2.attn.hook_k", "keys and values of an earlier layer"),
         ("gemma4", "blocks.2.attn.hook_v", "keys and values of an earlier layer"),
-        ("llama4", "blocks.1.mlp.hook_post", "mixture of experts"),
+        ("llama4", "blocks.2.mlp.hook_post", "mixture of experts"),
     ],
 )
 def test_a_point_that_a_layer_lacks_is_refused_with_the_reason(models, name, point, reason):

@@ -117,8 +117,8 @@ def test_results_of_other_weights_are_not_mixed_in(finished, tmp_path, monkeypat
     shutil.copytree(finished.parent, folder)
     opened = module.HookedMLLM.from_pretrained
 
-    def retrained(name):
-        model = opened(name)
+    def retrained(name, **options):
+        model = opened(name, **options)
         with torch.no_grad():
             model.hf_model.lm_head.weight.mul_(1.01)
         return model
