@@ -132,8 +132,8 @@ def test_positions_are_known_where_the_cache_of_a_window_has_dropped_keys(models
 def test_experts_put_out_rows_of_the_batch(models):
     model = models("llama4")
     both = model.collate([asked(model), model.inputs(QUESTION, images=[noise(20, 20, 1)])])
-    _, cache = model.run_with_cache(both, names_filter=["blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid"])
-    assert cache["blocks.1.hook_mlp_out"].shape == cache["blocks.1.hook_resid_mid"].shape
+    _, cache = model.run_with_cache(both, names_filter=["blocks.2.hook_mlp_out", "blocks.2.hook_resid_mid"])
+    assert cache["blocks.2.hook_mlp_out"].shape == cache["blocks.2.hook_resid_mid"].shape
 
 
 def test_a_projector_that_runs_image_by_image_is_one_point(models):
@@ -192,7 +192,7 @@ GRADIENTS = {
     "qwen3_5": ["blocks.1.attn.hook_q", "blocks.1.attn.hook_z", "blocks.0.hook_attn_out", "blocks.1.attn.hook_result"],
     "gemma4": ["blocks.0.attn.hook_v", "vision.blocks.1.attn.hook_v", "vision.blocks.1.attn.hook_result"],
     "gemma4_large": ["blocks.0.attn.hook_k", "blocks.1.hook_mlp_out"],
-    "llama4": ["blocks.1.hook_mlp_out", "vision.blocks.0.hook_resid_pre"],
+    "llama4": ["blocks.2.hook_mlp_out", "vision.blocks.0.hook_resid_pre"],
     "mllama": ["blocks.1.attn.hook_k", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_pattern",
                "vision.blocks.3.hook_attn_out", "hook_embed"],
     "lfm2_vl": ["projector.hook_out", "blocks.0.hook_attn_out"],
