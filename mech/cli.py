@@ -106,7 +106,7 @@ def study(
     if samples < 8:
         raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
     if revision is not None:
-        if len(model or ()) != 1:
+        if model is None or len(model) != 1:
             raise ExperimentError(
                 f"--revision {revision} with {len(model or ())} models", "one --model", "write each as NAME@REVISION"
             )
