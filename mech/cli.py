@@ -24,6 +24,7 @@ from mech.terminal import (
     Revision,
     Root,
     Seed,
+    at_least,
     chosen,
     domain_names,
     open_model,
@@ -31,6 +32,7 @@ from mech.terminal import (
     print_table,
     progress,
     reference_names,
+    share_or_number,
     writable,
 )
 
@@ -103,8 +105,7 @@ def study(
     from mech.study import DEFAULT_MODELS, Settings
     from mech.study import study as run
 
-    if samples < 8:
-        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
+    at_least("--samples", samples, 8)
     if revision is not None:
         if model is None or len(model) != 1:
             raise ExperimentError(
@@ -250,9 +251,8 @@ def ablate(
     from mech.interventions import METHODS, POSITIONS
     from mech.results import save
 
-    if samples < 8:
-        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
-    methods, sizes = to or ["mean"], [int(f) if f >= 1 and f.is_integer() else f for f in fraction or (0.05, 0.2)]
+    at_least("--samples", samples, 8)
+    methods, sizes = to or ["mean"], [share_or_number(f) for f in fraction or (0.05, 0.2)]
     bands: list[Any] = list(dict.fromkeys(band or BANDS))
     for given, known in ((methods, METHODS), ([positions], POSITIONS), (bands, (*BANDS, "vision", "sinks"))):
         for word in given:

@@ -16,10 +16,12 @@ from mech.terminal import (
     Revision,
     Root,
     Seed,
+    at_least,
     chosen,
     open_model,
     print_table,
     progress,
+    share_or_number,
     writable,
 )
 
@@ -67,14 +69,13 @@ def accelerate(
     from mech.results import save
     from mech.sparse.frontier import CHOICES, SHARES
 
-    if samples < 16:
-        raise ExperimentError(f"--samples {samples}", "at least 16", "leave it out for the default")
+    at_least("--samples", samples, 16)
     if not 0 < margin < 1:
         raise ExperimentError(f"--margin {margin}", "a share between 0 and 1", "use 0.1 for ten points")
     if out is not None and out.suffix not in (".nc", ".html"):
         raise OutputError(f"--out {out.name}", "a name that ends in .nc or .html", "choose one of the two")
     target = writable(out) if out is not None else None
-    sizes = [int(one) if one >= 1 and one.is_integer() else one for one in share or SHARES]
+    sizes = [share_or_number(one) for one in share or SHARES]
     some, called = _samples(data, root, domain, pictures, samples, seed)
     find, test = some.split(0.25, seed)
     hooked = open_model(model, revision)

@@ -17,6 +17,7 @@ from mech.terminal import (
     Data,
     Domain,
     Model,
+    PictureOrData,
     Quiet,
     Revision,
     Root,
@@ -58,9 +59,7 @@ def patch(
     direction: Direction = "denoise",
     samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
     top: Shown = 10,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
-    ] = None,
+    out: PictureOrData = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -98,9 +97,7 @@ def paths(
     direction: Direction = "denoise",
     samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
     top: Shown = 10,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
-    ] = None,
+    out: PictureOrData = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -1,7 +1,6 @@
 """``mech transfer``: do the heads of one domain serve another."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,10 +10,12 @@ from mech.terminal import (
     AsJson,
     Data,
     Model,
+    PictureOrData,
     Quiet,
     Revision,
     Root,
     Seed,
+    at_least,
     chosen,
     domain_names,
     open_model,
@@ -23,6 +24,7 @@ from mech.terminal import (
     print_table,
     progress,
     save_or_draw,
+    share_or_number,
 )
 
 EPILOG = (
@@ -49,9 +51,7 @@ def transfer(
     to: Annotated[str, typer.Option(help="mean, zero, resample, uniform or paper.")] = "mean",
     samples: Annotated[int, typer.Option(help="Of each domain: half find heads, half test them.")] = 48,
     n_random: Annotated[int, typer.Option(help="Random sets of as many heads.")] = 20,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
-    ] = None,
+    out: PictureOrData = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -60,10 +60,8 @@ def transfer(
     import mech
     from mech.interventions import METHODS
 
-    if samples < 8:
-        raise ExperimentError(f"--samples {samples}", "at least 8", "leave it out for the default")
-    if n_random < 2:
-        raise ExperimentError(f"--n-random {n_random}", "at least 2", "leave it out for the default")
+    at_least("--samples", samples, 8)
+    at_least("--n-random", n_random, 2)
     if to not in METHODS:
         raise ExperimentError(f"--to {to}", ", ".join(METHODS), suggestion(to, METHODS))
     target = picture_or_data(out)
@@ -76,7 +74,7 @@ def transfer(
     hooked = open_model(model, revision)
     with progress(quiet or as_json) as say:
         found = mech.transfer(
-            hooked, find, test, k=int(fraction) if fraction >= 1 and fraction.is_integer() else fraction, to=to,
+            hooked, find, test, k=share_or_number(fraction), to=to,
             n_random=n_random, seed=seed, progress=lambda i, n: say("ablation", i, n),
         )  # fmt: skip
     save_or_draw(found, target)

@@ -38,6 +38,9 @@ Revision = Annotated[
         "--revision", help="Branch, tag or commit of a hub id; step of training of a reference model (step2300)."
     ),
 ]
+PictureOrData = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
+]
 Domain = Annotated[
     str | None,
     typer.Option(
@@ -156,6 +159,17 @@ def save_or_draw(found: Any, target: Path | None) -> None:
         save(found, target)
     elif target is not None:
         mech.view(found).save(target)
+
+
+def at_least(option: str, value: int, least: int) -> None:
+    """Refuse an option's number that is too small to say anything."""
+    if value < least:
+        raise ExperimentError(f"{option} {value}", f"at least {least}", "leave it out for the default")
+
+
+def share_or_number(value: float) -> float:
+    """A share of all heads; from 1 on, whole numbers are numbers of heads."""
+    return int(value) if value >= 1 and value.is_integer() else value
 
 
 def writable(path: Path) -> Path:

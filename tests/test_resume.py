@@ -95,6 +95,17 @@ def test_who_listens_behind_the_last_mlp_sees_every_row(llava, point):
     torch.testing.assert_close(llava(inputs), llava(inputs), rtol=0, atol=0)  # and nothing stays behind
 
 
+def test_a_hook_of_torchs_own_on_the_last_mlp_sees_every_row(llava):
+    inputs, seen = batch(llava), []
+    mlp = llava.hf_model.model.language_model.layers[-1].mlp
+    handle = mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    try:
+        kept_run(llava, inputs, [3])
+    finally:
+        handle.remove()
+    assert seen == [inputs.tensors["input_ids"].shape[1]]
+
+
 def test_a_stream_that_is_written_in_place_between_layers_is_refused(llava):
     handle = llava.hf_model.model.language_model.layers[1].register_forward_pre_hook(
         lambda module, args: (args[0].add_(1), None)[1]

@@ -148,7 +148,7 @@ class Walk:
         """
         row, layers = self.row, len(self.row)
         nodes = {node for receiver in receivers for node in receiver.nodes}
-        if self._unchanged and all(len(sender.nodes) == 1 for sender in senders):
+        if all(len(sender.nodes) == 1 for sender in senders) and self._unchanged:
             return self._direct_run(senders, nodes, rows)
         end = max(node.layer for node in nodes)
         seen: dict[Node, Tensor] = {}
@@ -190,10 +190,9 @@ class Walk:
             born = int((from_layer <= layer).sum())
             x = row.stream(layer)[None, rows].repeat(born + 1, 1, 1)
             x[1:] += torch.where((from_layer < layer)[:born, None, None], added[:born], 0)
-            hooks = self._path_hooks(layer, senders[:born], rows, here, seen)
             with frozen_norms(self._norms, {}):
                 if Node("mlp", layer) in here:
-                    row.run(layer, x, rows, keys="z", hooks=hooks)
+                    row.run(layer, x, rows, keys="z", hooks=self._path_hooks(layer, senders[:born], rows, here, seen))
                 else:
                     row.project(layer, x, rows, _recording(list(here), seen))
         stream = None

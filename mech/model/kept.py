@@ -71,7 +71,8 @@ class Shelf:
         z = shelf.put(z)
 
     A tensor that is kept where it was made lies between those that a layer frees. On a CPU memory is then given back
-    to the system and taken anew in every layer, which took a tenth of a forward; a copy takes a hundredth.
+    to the system and taken anew in every layer: four times the page faults of a copy in a block. Elsewhere each copy is
+    for itself, as layers may lie on several devices.
     """
 
     def __init__(self, count: int):
@@ -80,7 +81,9 @@ class Shelf:
 
     def put(self, value: Tensor) -> Tensor:
         """The copy, without its gradient."""
-        key = (value.shape, value.dtype, value.device)
+        if value.device.type != "cpu":
+            return value.detach().clone()
+        key = (value.shape, value.dtype)
         if not self._free.get(key):
             self._free[key] = list(value.new_empty((self.count, *value.shape)))
         return self._free[key].pop().copy_(value.detach())
@@ -159,6 +162,8 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
 def last_mlp_at(model: HookedMLLM, reads: Sequence[int]) -> Iterator[None]:
     """While open, the last layer's MLP runs for some rows alone, unless somebody listens there or behind it.
 
+    Hooks of torch's own inside that MLP count as listening: they may count rows.
+
     For runs of which logits at ``reads`` and what lies before that MLP are wanted: two thirds of a layer are saved. The
     stream that leaves the layer is NaN in the other rows, so that whatever reads them shows.
     """
@@ -166,7 +171,7 @@ def last_mlp_at(model: HookedMLLM, reads: Sequence[int]) -> Iterator[None]:
     behind = ("ln_final.hook_normalized", *(point_name(p, last) for p in _BEHIND_LAST_MLP))
     points = [model.hook_dict[name] for name in behind if name in model.hook_dict]
     module = part_at(layers_of(model.hf_model, model.family.text)[last], model.family.text.mlp)
-    if module is None:
+    if module is None or any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         yield
         return
     shapes: list[torch.Size] = []
