@@ -17,8 +17,8 @@ import torch
 from models import evidence, llava, question
 from record import added_memory, interleaved, one_thread, ratio, record
 
-from mech.experiments.attention_mass import attention_mass
-from mech.experiments.heads import evidence_mass
+from mech.experiments.attention.mass import attention_mass
+from mech.experiments.scores.ram import evidence_mass
 from mech.model import HookedMLLM
 
 SETS = ("image", "question", "text", "last")  # and four single keys: eight sets

@@ -17,7 +17,7 @@ from models import layout
 from record import interleaved, one_thread, ratio, record
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from mech.experiments.heads import evidence_mass
+from mech.experiments.scores.ram import evidence_mass
 from mech.inputs import Inputs
 from mech.interventions import Ablate, intervene
 from mech.model import HookedMLLM

@@ -15,7 +15,7 @@ import numpy as np
 from record import one_thread, record
 from sweeps import METRIC, SIZE, opened, seconds
 
-from mech.experiments.paths import path_patching
+from mech.experiments.paths.path_patching import path_patching
 
 RECEIVERS, BELOW = ("logits", "L11H0.q"), SIZE * (SIZE - 1)
 

@@ -23,12 +23,12 @@ from models import llava, question
 from record import one_thread, record
 
 from mech.experiments.metrics import LogitDiff
-from mech.experiments.patching import activation_patching
-from mech.experiments.patching_plan import Plan
-from mech.experiments.patching_sweeps import Wavefront
+from mech.experiments.patching.activation import activation_patching
+from mech.experiments.patching.plan import Plan
+from mech.experiments.patching.sweeps import Wavefront
 from mech.model import HookedMLLM
-from mech.model.kept import kept_run
-from mech.model.resume import Continuation
+from mech.model.partial.cached_run import kept_run
+from mech.model.partial.continuation import Continuation
 
 SIZE, METRIC, OVER = 12, LogitDiff(5, 6), ("layer", "head")
 

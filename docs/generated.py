@@ -18,7 +18,7 @@ import typer
 import mech
 from mech import axes
 from mech.cli import app
-from mech.model.check import family_table
+from mech.model.checks.run import family_table
 
 DOCS = Path(__file__).parent
 HOW_TO = (
@@ -42,8 +42,16 @@ PAGES = (
     ("results", "Results, views and the study", "Labelled arrays, files and pictures.", ("mech",)),
 )  # fmt: skip
 # Modules that are worth a place though no public name lives in them.
-MODULES = ("mech.reference.planted", "mech.model.check", "mech.model.points", "mech.results.store", "mech.study",
-           "mech.experiments.summary", "mech.experiments.selection", "mech.experiments.statistics")  # fmt: skip
+MODULES = (
+    "mech.reference.planted",
+    "mech.model.checks.run",
+    "mech.model.points",
+    "mech.results.store",
+    "mech.study",
+    "mech.experiments.findings.summary",
+    "mech.experiments.ranking.selection",
+    "mech.experiments.statistics",
+)
 
 
 # What is markup as it stands (literals, emphasis, bullets, lists of parameters), or a sign that is none.

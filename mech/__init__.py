@@ -22,11 +22,11 @@ __version__ = "0.1.0"
 _NAMES = {
     "Ablate": "mech.interventions",
     "Box": "mech.data.regions",
-    "CausalReport": "mech.experiments.causal",
-    "Circuit": "mech.experiments.circuits",
+    "CausalReport": "mech.experiments.causal.report",
+    "Circuit": "mech.experiments.paths.circuits",
     "Custom": "mech.interventions",
     "Frames": "mech.data.regions",
-    "Head": "mech.experiments.ranking",
+    "Head": "mech.experiments.ranking.ranking",
     "HookedMLLM": "mech.model",
     "Inputs": "mech.inputs",
     "KL": "mech.experiments.metrics",
@@ -40,63 +40,63 @@ _NAMES = {
     "Policy": "mech.sparse.policy",
     "Probability": "mech.experiments.metrics",
     "Rank": "mech.experiments.metrics",
-    "Ranking": "mech.experiments.ranking",
+    "Ranking": "mech.experiments.ranking.ranking",
     "Sample": "mech.data.samples",
     "Samples": "mech.data.samples",
     "Scale": "mech.interventions",
-    "Score": "mech.experiments.scores",
+    "Score": "mech.experiments.scores.measure",
     "Study": "mech.results",
     "TokenLayout": "mech.inputs",
-    "ablation": "mech.experiments.ablation",
-    "acceleration": "mech.sparse.frontier",
-    "activation_patching": "mech.experiments.patching",
-    "agreement": "mech.experiments.stability",
+    "ablation": "mech.experiments.ablation.ablation",
+    "acceleration": "mech.sparse.frontier.acceleration",
+    "activation_patching": "mech.experiments.patching.activation",
+    "agreement": "mech.experiments.ranking.agreement",
     "asking": "mech.interventions.corruption",
-    "attention_from": "mech.experiments.heads",
-    "attention_mass": "mech.experiments.attention_mass",
-    "attention_sinks": "mech.experiments.sinks",
-    "attribution": "mech.experiments.attribution",
-    "causal_report": "mech.experiments.causal",
-    "edge_attribution": "mech.experiments.attribution_edges",
-    "evidence_retrieval": "mech.experiments.retrieval",
+    "attention_from": "mech.experiments.attention.maps",
+    "attention_mass": "mech.experiments.attention.mass",
+    "attention_sinks": "mech.experiments.scores.sinks",
+    "attribution": "mech.experiments.attribution.nodes",
+    "causal_report": "mech.experiments.causal.report",
+    "edge_attribution": "mech.experiments.attribution.edges",
+    "evidence_retrieval": "mech.experiments.scores.evidence_retrieval",
     "haystacks": "mech.data.haystacks",
-    "head_scores": "mech.experiments.scores",
+    "head_scores": "mech.experiments.scores.measure",
     "hub_samples": "mech.data.hub",
-    "input_attribution": "mech.experiments.attribution_inputs",
+    "input_attribution": "mech.experiments.attribution.inputs",
     "intervene": "mech.interventions",
-    "key_coverage": "mech.experiments.coverage",
+    "key_coverage": "mech.experiments.scores.coverage",
     "learned_gates": "mech.sparse.gates",
     "localize_dynamic": "mech.sparse.dynamic",
     "localize": "mech.sparse.localize",
-    "logit_attribution": "mech.experiments.logit_attribution",
-    "logit_lens": "mech.experiments.lenses",
-    "looks": "mech.experiments.looks",
-    "ov_reading": "mech.experiments.lenses",
-    "path_patching": "mech.experiments.paths",
-    "prune_heads": "mech.sparse.pruning",
-    "pruning_report": "mech.sparse.pruning_report",
+    "logit_attribution": "mech.experiments.attribution.logits",
+    "logit_lens": "mech.experiments.attribution.lenses",
+    "looks": "mech.experiments.attention.maps",
+    "ov_reading": "mech.experiments.attribution.lenses",
+    "path_patching": "mech.experiments.paths.path_patching",
+    "prune_heads": "mech.sparse.pruning.prune",
+    "pruning_report": "mech.sparse.pruning.report",
     "published_claims": "mech.papers",
-    "rank_heads": "mech.experiments.ranking",
-    "read_heads": "mech.experiments.stability",
+    "rank_heads": "mech.experiments.ranking.ranking",
+    "read_heads": "mech.experiments.ranking.agreement",
     "read_samples": "mech.data.jsonl",
     "reference_activations": "mech.interventions",
     "report": "mech.views",
-    "retrieval_attention_mass": "mech.experiments.heads",
-    "retrieval_table": "mech.experiments.retrieval",
-    "retrieval_test": "mech.experiments.nulls",
-    "sample_curve": "mech.experiments.stability",
-    "scale_agreement": "mech.experiments.stability",
-    "seed_agreement": "mech.experiments.stability",
-    "sink_tokens": "mech.experiments.sinks",
-    "steering": "mech.experiments.steering",
-    "steering_table": "mech.experiments.steering",
+    "retrieval_attention_mass": "mech.experiments.scores.ram",
+    "retrieval_table": "mech.experiments.scores.evidence_retrieval",
+    "retrieval_test": "mech.experiments.scores.null_test",
+    "sample_curve": "mech.experiments.ranking.agreement",
+    "scale_agreement": "mech.experiments.ranking.agreement",
+    "seed_agreement": "mech.experiments.ranking.agreement",
+    "sink_tokens": "mech.experiments.scores.sinks",
+    "steering": "mech.experiments.ablation.steering",
+    "steering_table": "mech.experiments.ablation.steering",
     "tag_leak": "mech.papers",
-    "token_attention": "mech.experiments.token_attention",
-    "top_edges": "mech.experiments.attribution_edges",
-    "trace_circuit": "mech.experiments.circuits",
-    "transfer": "mech.experiments.transfer",
+    "token_attention": "mech.experiments.attention.tokens",
+    "top_edges": "mech.experiments.attribution.edges",
+    "trace_circuit": "mech.experiments.paths.circuits",
+    "transfer": "mech.experiments.ablation.transfer",
     "view": "mech.views",
-    "with_counterfactuals": "mech.experiments.blanking",
+    "with_counterfactuals": "mech.interventions.counterfactuals",
     "without_evidence": "mech.interventions.corruption",
     "without_pictures": "mech.interventions.corruption",
     "write_samples": "mech.data.jsonl_writing",
@@ -116,50 +116,49 @@ if TYPE_CHECKING:
     from mech.data.samples import Sample as Sample
     from mech.data.samples import Samples as Samples
     from mech.errors import MechError as MechError
-    from mech.experiments.ablation import ablation as ablation
-    from mech.experiments.attention_mass import attention_mass as attention_mass
-    from mech.experiments.attribution import attribution as attribution
-    from mech.experiments.attribution_edges import edge_attribution as edge_attribution
-    from mech.experiments.attribution_edges import top_edges as top_edges
-    from mech.experiments.attribution_inputs import input_attribution as input_attribution
-    from mech.experiments.blanking import with_counterfactuals as with_counterfactuals
-    from mech.experiments.causal import CausalReport as CausalReport
-    from mech.experiments.causal import causal_report as causal_report
-    from mech.experiments.circuits import Circuit as Circuit
-    from mech.experiments.circuits import trace_circuit as trace_circuit
-    from mech.experiments.coverage import key_coverage as key_coverage
-    from mech.experiments.heads import attention_from as attention_from
-    from mech.experiments.heads import retrieval_attention_mass as retrieval_attention_mass
-    from mech.experiments.lenses import logit_lens as logit_lens
-    from mech.experiments.lenses import ov_reading as ov_reading
-    from mech.experiments.logit_attribution import logit_attribution as logit_attribution
-    from mech.experiments.looks import looks as looks
+    from mech.experiments.ablation.ablation import ablation as ablation
+    from mech.experiments.ablation.steering import steering as steering
+    from mech.experiments.ablation.steering import steering_table as steering_table
+    from mech.experiments.ablation.transfer import transfer as transfer
+    from mech.experiments.attention.maps import attention_from as attention_from
+    from mech.experiments.attention.maps import looks as looks
+    from mech.experiments.attention.mass import attention_mass as attention_mass
+    from mech.experiments.attention.tokens import token_attention as token_attention
+    from mech.experiments.attribution.edges import edge_attribution as edge_attribution
+    from mech.experiments.attribution.edges import top_edges as top_edges
+    from mech.experiments.attribution.inputs import input_attribution as input_attribution
+    from mech.experiments.attribution.lenses import logit_lens as logit_lens
+    from mech.experiments.attribution.lenses import ov_reading as ov_reading
+    from mech.experiments.attribution.logits import logit_attribution as logit_attribution
+    from mech.experiments.attribution.nodes import attribution as attribution
+    from mech.experiments.causal.report import CausalReport as CausalReport
+    from mech.experiments.causal.report import causal_report as causal_report
     from mech.experiments.metrics import KL as KL
     from mech.experiments.metrics import LogitDiff as LogitDiff
     from mech.experiments.metrics import LogProb as LogProb
     from mech.experiments.metrics import Probability as Probability
     from mech.experiments.metrics import Rank as Rank
-    from mech.experiments.nulls import retrieval_test as retrieval_test
-    from mech.experiments.patching import activation_patching as activation_patching
-    from mech.experiments.paths import path_patching as path_patching
-    from mech.experiments.ranking import Head as Head
-    from mech.experiments.ranking import Ranking as Ranking
-    from mech.experiments.ranking import rank_heads as rank_heads
-    from mech.experiments.retrieval import evidence_retrieval as evidence_retrieval
-    from mech.experiments.retrieval import retrieval_table as retrieval_table
-    from mech.experiments.scores import Score as Score
-    from mech.experiments.scores import head_scores as head_scores
-    from mech.experiments.sinks import attention_sinks as attention_sinks
-    from mech.experiments.sinks import sink_tokens as sink_tokens
-    from mech.experiments.stability import agreement as agreement
-    from mech.experiments.stability import read_heads as read_heads
-    from mech.experiments.stability import sample_curve as sample_curve
-    from mech.experiments.stability import scale_agreement as scale_agreement
-    from mech.experiments.stability import seed_agreement as seed_agreement
-    from mech.experiments.steering import steering as steering
-    from mech.experiments.steering import steering_table as steering_table
-    from mech.experiments.token_attention import token_attention as token_attention
-    from mech.experiments.transfer import transfer as transfer
+    from mech.experiments.patching.activation import activation_patching as activation_patching
+    from mech.experiments.paths.circuits import Circuit as Circuit
+    from mech.experiments.paths.circuits import trace_circuit as trace_circuit
+    from mech.experiments.paths.path_patching import path_patching as path_patching
+    from mech.experiments.ranking.agreement import agreement as agreement
+    from mech.experiments.ranking.agreement import read_heads as read_heads
+    from mech.experiments.ranking.agreement import sample_curve as sample_curve
+    from mech.experiments.ranking.agreement import scale_agreement as scale_agreement
+    from mech.experiments.ranking.agreement import seed_agreement as seed_agreement
+    from mech.experiments.ranking.ranking import Head as Head
+    from mech.experiments.ranking.ranking import Ranking as Ranking
+    from mech.experiments.ranking.ranking import rank_heads as rank_heads
+    from mech.experiments.scores.coverage import key_coverage as key_coverage
+    from mech.experiments.scores.evidence_retrieval import evidence_retrieval as evidence_retrieval
+    from mech.experiments.scores.evidence_retrieval import retrieval_table as retrieval_table
+    from mech.experiments.scores.measure import Score as Score
+    from mech.experiments.scores.measure import head_scores as head_scores
+    from mech.experiments.scores.null_test import retrieval_test as retrieval_test
+    from mech.experiments.scores.ram import retrieval_attention_mass as retrieval_attention_mass
+    from mech.experiments.scores.sinks import attention_sinks as attention_sinks
+    from mech.experiments.scores.sinks import sink_tokens as sink_tokens
     from mech.inputs import Inputs as Inputs
     from mech.inputs import TokenLayout as TokenLayout
     from mech.interventions import Ablate as Ablate
@@ -172,17 +171,18 @@ if TYPE_CHECKING:
     from mech.interventions.corruption import asking as asking
     from mech.interventions.corruption import without_evidence as without_evidence
     from mech.interventions.corruption import without_pictures as without_pictures
+    from mech.interventions.counterfactuals import with_counterfactuals as with_counterfactuals
     from mech.model import HookedMLLM as HookedMLLM
     from mech.papers import published_claims as published_claims
     from mech.papers import tag_leak as tag_leak
     from mech.results import Study as Study
     from mech.sparse.dynamic import localize_dynamic as localize_dynamic
-    from mech.sparse.frontier import acceleration as acceleration
+    from mech.sparse.frontier.acceleration import acceleration as acceleration
     from mech.sparse.gates import learned_gates as learned_gates
     from mech.sparse.localize import localize as localize
     from mech.sparse.policy import Policy as Policy
-    from mech.sparse.pruning import prune_heads as prune_heads
-    from mech.sparse.pruning_report import pruning_report as pruning_report
+    from mech.sparse.pruning.prune import prune_heads as prune_heads
+    from mech.sparse.pruning.report import pruning_report as pruning_report
     from mech.views import report as report
     from mech.views import view as view
 

@@ -29,29 +29,30 @@ from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.jsonl import check_domain
 from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
-from mech.experiments import acceleration
-from mech.experiments.ablation import BANDS, BASELINE, Condition, ablated, conditions, refuse_overlap
-from mech.experiments.blanking import with_counterfactuals
-from mech.experiments.causal import CausalReport, causal_report
-from mech.experiments.findings import findings, headlines
-from mech.experiments.heads import retrieval_attention_mass
-from mech.experiments.looks import looks
-from mech.experiments.metrics import quiz
-from mech.experiments.ranking import Ranking, rank_heads
-from mech.experiments.scores import PUBLISHED, head_scores
-from mech.experiments.summary import (
+from mech.experiments.ablation.ablation import BANDS, BASELINE, Condition, ablated, conditions
+from mech.experiments.attention.maps import looks
+from mech.experiments.causal.report import CausalReport, causal_report
+from mech.experiments.findings import acceleration
+from mech.experiments.findings.sentences import findings, headlines
+from mech.experiments.findings.summary import (
     above_null,
     summarise_agreement,
     summarise_domain,
     summarise_scales,
     summarise_scores,
 )
+from mech.experiments.metrics import quiz
+from mech.experiments.ranking.checks import refuse_overlap
+from mech.experiments.ranking.ranking import Ranking, rank_heads
+from mech.experiments.scores.measure import PUBLISHED, head_scores
+from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.interventions import METHODS, reference_activations
+from mech.interventions.counterfactuals import with_counterfactuals
 from mech.model import HookedMLLM
 from mech.results import Study, look_facts, provenance, write_json
-from mech.sparse.frontier import local_for
+from mech.sparse.frontier.acceleration import local_for
+from mech.sparse.frontier.resumable import acceleration_in
 from mech.sparse.localize import localize
-from mech.sparse.resumable import acceleration_in
 
 Progress = Callable[[str, int, int], None]
 SHOWN = 4  # heads of each band that are drawn over the pictures

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from mech.data.regions import Box
 from mech.data.samples import Sample
-from mech.experiments.circuits import Circuit, Edge
+from mech.experiments.paths.circuits import Circuit, Edge
 from mech.results import ablation_dataset, looks_dataset, ram_dataset, save
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2)

@@ -27,7 +27,7 @@ ORDER = [
     "papers",
     "views",
 ]
-PROGRAMS = {"study.py", "terminal.py", "__init__.py", *(path.name for path in ROOT.glob("cli*.py"))}
+PROGRAMS = {"study.py", "__init__.py", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("cli/*.py"))}
 
 
 def imports(path: Path) -> set[str]:
@@ -69,6 +69,59 @@ def test_every_public_name_can_be_had():
         _ = mech.ablatoin
 
 
+# The same inside experiments: a folder or file imports nothing of those that come after it.
+EXPERIMENTS = ["metrics", "gradients", "statistics", "effects", "ranking", "attention", "scores"]
+EXPERIMENTS += ["ablation", "patching", "paths", "attribution", "causal", "findings"]
+
+
+def module(path: Path) -> str:
+    return ".".join(("mech", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def files_imported(path: Path, known: set[str]) -> set[str]:
+    """The files of mech that a file imports, also inside functions and for type checkers alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def test_no_circle_of_files():
+    import networkx as nx
+
+    files = {module(path): path for path in ROOT.rglob("*.py")}
+    del files["mech"]  # the public names, which commands and notebooks import from
+    graph = nx.DiGraph((name, other) for name, path in files.items() for other in files_imported(path, set(files)))
+    circles = [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
+    assert not circles and not list(nx.selfloop_edges(graph))
+
+
+def test_experiments_build_on_one_another_one_way():
+    files = {module(path): path for path in (ROOT / "experiments").rglob("*.py")}
+    for name, path in files.items():
+        own, *_ = name.removeprefix("mech.experiments").lstrip(".").split(".")
+        for other in files_imported(path, set(files)):
+            theirs = other.split(".")[2] if other.count(".") > 1 else ""
+            assert not own or theirs == own or EXPERIMENTS.index(theirs) < EXPERIMENTS.index(own), f"{name} -> {other}"
+
+
 def test_every_folder_says_what_it_does():
-    for folder in [ROOT, *(p for p in ROOT.iterdir() if (p / "__init__.py").exists())]:
-        assert len(ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")) or "")) > 60
+    for folder in {path.parent for path in ROOT.rglob("*.py")}:
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        assert len(said) > 60, folder
+
+
+def test_no_folder_is_crowded():
+    for folder in {path.parent for path in ROOT.rglob("*.py")}:
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 12, folder
+
+
+def test_tests_lie_where_the_code_does():
+    here = Path(__file__).parent
+    for path in here.rglob("test_*.py"):
+        assert (ROOT / path.parent.relative_to(here)).is_dir(), path

@@ -64,7 +64,7 @@ def test_views_in_the_documentation_share_one_copy_of_plotly(tmp_path, monkeypat
     monkeypatch.syspath_prepend(ROOT / "docs")
     import frames
 
-    from mech.views.page import View, chart
+    from mech.views.drawing.page import View, chart
 
     view = View("Two points", chart([{"x": [1, 2], "y": [3, 4]}], {}, height=200, label="points"), height=321)
     page = frames.lightened(f"<p>{view._repr_html_()}</p>", tmp_path, "../")

@@ -2,7 +2,7 @@
 
 from mech.inputs.batch import Inputs, collate
 from mech.inputs.canvas import Canvas
-from mech.inputs.geometry import FAMILIES, Family, Geometry, geometry_of
+from mech.inputs.families.family import FAMILIES, Family, Geometry, geometry_of
 from mech.inputs.layout import IMAGE, PADDING, TEXT, VIDEO, TokenLayout
 from mech.inputs.processor import Processor, load_processor
 from mech.inputs.prompts import build, encode

@@ -8,7 +8,7 @@
     layout.overlay(image, Box(12, 30, 40, 58))     # a picture of it
 
 Positions count padding, so that they index the tensors of the batch. The layout holds no tensor and knows no model; a
-token's rectangle is where its patch was cut, not all it has seen (see ``mech.inputs.geometry``).
+token's rectangle is where its patch was cut, not all it has seen (see ``mech.inputs.families.family``).
 """
 
 from collections.abc import Mapping, Sequence

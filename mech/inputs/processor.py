@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mech.errors import InputError, UnsupportedModel
-from mech.inputs.geometry import Geometry, geometry_of
+from mech.inputs.families.family import Geometry, geometry_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Processor:
     Attributes:
         tokenizer: a fast Hugging Face tokenizer (spans come from its character offsets).
         image_processor: a Hugging Face image processor.
-        chat_template: jinja; where a checkpoint has none, its family's (``mech.inputs.geometry.FAMILIES``).
+        chat_template: jinja; where a checkpoint has none, its family's (``mech.inputs.families.family.FAMILIES``).
         geometry: which pixels each visual token stands for.
         image_token: the placeholder of an image in a prompt.
         video_token: the placeholder of a video, if the family takes any.
@@ -185,7 +185,7 @@ def _on_pil(image_processor: Any) -> Any:
         return image_processor
     import transformers
 
-    from mech.inputs.pil import OWN
+    from mech.inputs.families.pil import OWN
 
     name = type(image_processor).__name__.removesuffix("Fast") + "Pil"
     kind = OWN.get(name) or getattr(transformers, name, None)
@@ -276,7 +276,7 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
 
 def _own_class(name: str, revision: str | None) -> Any:
     """Our image processor where transformers has none on PIL, else ``None``."""
-    from mech.inputs.pil import OWN
+    from mech.inputs.families.pil import OWN
 
     settings = _settings(name, revision, "image_processor", "preprocessor_config.json")
     stored = settings.get("image_processor_type", "")

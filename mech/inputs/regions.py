@@ -7,22 +7,38 @@ nearly always in the coordinates of another size.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.errors import RegionError
-
-if TYPE_CHECKING:
-    from mech.inputs.layout import TokenLayout
 
 # Shares of a token's area below this are rounding, not overlap.
 _ROUNDING = 1e-9
 
 
-def covered(layout: "TokenLayout", region: Region, image: int | None, coverage: float) -> Bool[np.ndarray, " pos"]:
+class Layout(Protocol):
+    """What a region has to know of a ``TokenLayout``: the picture and the pixels of every visual token."""
+
+    @property
+    def rect(self) -> Float[np.ndarray, "pos 4"]: ...
+    @property
+    def image(self) -> Int[np.ndarray, " pos"]: ...
+    @property
+    def frame(self) -> Int[np.ndarray, " pos"]: ...
+    @property
+    def images(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def frames_per_token(self) -> int: ...
+    @property
+    def memory(self) -> object: ...
+    @property
+    def has_video(self) -> bool: ...
+
+
+def covered(layout: Layout, region: Region, image: int | None, coverage: float) -> Bool[np.ndarray, " pos"]:
     """Which positions a region covers; ``image`` overrides the image that a box or a mask names."""
     if isinstance(region, Frames):
         found = whole_frames(layout, region.indices, region)
@@ -46,9 +62,7 @@ def covered(layout: "TokenLayout", region: Region, image: int | None, coverage: 
     return found
 
 
-def _place(
-    layout: "TokenLayout", region: Box | Mask, image: int | None
-) -> tuple[Bool[np.ndarray, " pos"], tuple[int, int]]:
+def _place(layout: Layout, region: Box | Mask, image: int | None) -> tuple[Bool[np.ndarray, " pos"], tuple[int, int]]:
     """The visual tokens of the image or frame that a region lies in, and its size.
 
     A token of several frames shows the same rectangle in each of them, and is covered if it is covered in one.
@@ -59,9 +73,7 @@ def _place(
     return whole_frames(layout, [region.frame], region), layout.images[region.frame]
 
 
-def whole_images(
-    layout: "TokenLayout", indices: Sequence[int], region: Region | None = None
-) -> Bool[np.ndarray, " pos"]:
+def whole_images(layout: Layout, indices: Sequence[int], region: Region | None = None) -> Bool[np.ndarray, " pos"]:
     """All visual tokens of some images."""
     given = repr(region) if region is not None else f"image {indices[0]}"
     if layout.has_video:
@@ -86,9 +98,7 @@ def whole_images(
     return np.isin(layout.image, indices)
 
 
-def whole_frames(
-    layout: "TokenLayout", indices: Sequence[int], region: Region | None = None
-) -> Bool[np.ndarray, " pos"]:
+def whole_frames(layout: Layout, indices: Sequence[int], region: Region | None = None) -> Bool[np.ndarray, " pos"]:
     """All visual tokens of some frames; a temporal patch holds several frames, and counts if it holds any of them."""
     given = repr(region) if region is not None else f"frame {indices[0]}"
     if not layout.has_video:

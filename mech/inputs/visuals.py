@@ -1,6 +1,6 @@
 """Pictures and frames -> the vision tower's tensors, and for every placeholder the pieces it stands for.
 
-Pixels come from the Hugging Face image processors. What they made must be what ``mech.inputs.geometry`` expects;
+Pixels come from the Hugging Face image processors. What they made must be what ``mech.inputs.families.family`` expects;
 otherwise nothing is returned.
 """
 

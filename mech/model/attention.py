@@ -37,8 +37,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from mech.errors import InputError, UnsupportedModel
+from mech.model.hook_sites import INSIDE_ATTENTION, Step
 from mech.model.points import checked, fire, hooked
-from mech.model.seams import INSIDE_ATTENTION, Step
 
 IMPLEMENTATION = "mech"
 

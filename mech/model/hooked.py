@@ -35,10 +35,10 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
 from mech.errors import InputError, MechError, PointError, UnsupportedModel
-from mech.model import attention, seams
+from mech.model import attention, hook_sites
+from mech.model.architectures.families import check_tensors, family_of, layers_of, module_at, sizes
 from mech.model.cache import ActivationCache
 from mech.model.encoding import pictures_seen
-from mech.model.families import check_tensors, family_of, layers_of, module_at, sizes
 from mech.model.generation import generation_config
 from mech.model.loading import open_checkpoint
 from mech.model.points import NamesFilter, cache_hook, point_name, select
@@ -62,8 +62,8 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         self._processor = processor
         self._running = False
         self.narrowed: Any = None  # what ``mech.localize`` made of it, while that is open
-        self._step = seams.Step()
-        offered, self._refused, live = seams.offered(hf_model, self.family, self.cfg, self._step)
+        self._step = hook_sites.Step()
+        offered, self._refused, live = hook_sites.offered(hf_model, self.family, self.cfg, self._step)
         # Kept in plain dicts, not as submodules: the Hugging Face modules must not be renamed or listed twice.
         self.hook_dict = {seam if isinstance(seam, str) else seam.point: HookPoint() for seam in offered}
         for point, hook_point in self.hook_dict.items():
@@ -72,7 +72,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         self._seams = [seam for seam in offered if not isinstance(seam, str)]
         self._observers: dict[str, list[attention.Observer]] = {"text": [], "vision": []}
         self._layers = [*self._attention_layers("vision", live), *self._attention_layers("text", self.cfg.n_layers)]
-        self.cfg = seams.measured(self.cfg, self._layers, self._seams)
+        self.cfg = hook_sites.measured(self.cfg, self._layers, self._seams)
         self._stock_attention = _attention_names(hf_model)
         for module, record in self._layers:
             attention.register(module, record)
@@ -323,14 +323,14 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         row = getattr(self.family, stack)
         found = []
         for index, layer in enumerate(layers_of(self.hf_model, row)[:count] if row else ()):
-            module = seams.attention_of(layer, row)
+            module = hook_sites.attention_of(layer, row)
             if module is None:
                 continue
             if attention.owner_of(module) is not None:
                 raise UnsupportedModel(
                     "this Hugging Face model is wrapped already", "one HookedMLLM for each model", "unwrap() the other"
                 )
-            inside = {p: self.hook_dict[point_name(p, index, stack)] for p in seams.INSIDE_ATTENTION}
+            inside = {p: self.hook_dict[point_name(p, index, stack)] for p in hook_sites.INSIDE_ATTENTION}
             record = attention.LayerRecord(stack, index, ref(self), inside, self._observers[stack])
             if stack == "text":
                 record.step, record.cross = self._step, module is getattr(layer, row.cross, None)
@@ -365,7 +365,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
                 record.active = record.wanted()
                 keyword = getattr(self.family, record.stack).windows
                 if record.active and keyword:
-                    merge = seams.merge_windows(keyword, partial(setattr, record, "windows"))
+                    merge = hook_sites.merge_windows(keyword, partial(setattr, record, "windows"))
                     handles.append(module.register_forward_pre_hook(merge, prepend=True, with_kwargs=True))
             yield
         finally:

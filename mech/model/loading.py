@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from transformers.utils import logging as transformers_logging
 
 from mech.errors import InputError, UnsupportedModel
-from mech.model.families import RECIPE, PartialSupport, family_of
+from mech.model.architectures.families import RECIPE, PartialSupport, family_of
 
 REFERENCE = "reference:"
 

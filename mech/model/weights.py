@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mech.errors import InputError, UnsupportedModel
-from mech.model.families import Family, layers_of, module_at, part_at
-from mech.model.seams import attention_of, head_weights
+from mech.model.architectures.families import layers_of, module_at, part_at
+from mech.model.architectures.stack import Family
+from mech.model.hook_sites import attention_of, head_weights
 
 
 class NamedWeights:

@@ -16,10 +16,10 @@ import xarray as xr
 
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
-from mech.experiments.ablation import refuse_overlap
-from mech.experiments.heads import retrieval_attention_mass
 from mech.experiments.metrics import Quiz, ask, quiz
-from mech.experiments.ranking import Heads, Ranking, rank_heads
+from mech.experiments.ranking.checks import refuse_overlap
+from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
+from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.statistics import (
     Interval,
     bootstrap_interval,

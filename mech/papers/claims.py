@@ -7,7 +7,7 @@ from typing import Any
 
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, MechError, suggestion
-from mech.experiments.heads import Progress
+from mech.experiments.scores.ram import Progress
 from mech.model import HookedMLLM
 from mech.papers.bench import Bench, Point
 from mech.papers.disputes import DISPUTES

@@ -5,9 +5,9 @@ from itertools import combinations
 
 import numpy as np
 
-from mech.experiments.ranking import rank_heads
-from mech.experiments.scores import head_scores
-from mech.experiments.stability import agreement
+from mech.experiments.ranking.agreement import agreement
+from mech.experiments.ranking.ranking import rank_heads
+from mech.experiments.scores.measure import head_scores
 from mech.interventions import METHODS
 from mech.papers.bench import Bench, Point, beyond_random, drop, heads_in, points
 

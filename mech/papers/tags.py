@@ -23,9 +23,9 @@ from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.regions import Box, Mask, Pages, Region
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
-from mech.experiments.attention_rows import in_batches
-from mech.experiments.heads import evidence_mass
-from mech.experiments.scores import NULL_QUESTION
+from mech.experiments.attention.rows import in_batches
+from mech.experiments.scores.measure import NULL_QUESTION
+from mech.experiments.scores.ram import evidence_mass
 from mech.inputs import Inputs, encode
 from mech.model import HookedMLLM
 from mech.results import provenance

@@ -11,13 +11,13 @@ import mech.sparse.localize as sparse
 from mech.data.regions import Box, Frames, Pages, Region
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
-from mech.experiments.coverage import key_coverage
-from mech.experiments.heads import evidence_mass, retrieval_attention_mass
 from mech.experiments.metrics import ask, quiz
-from mech.experiments.ranking import Heads, Ranking, rank_heads
-from mech.experiments.scores import Score, head_scores
-from mech.experiments.sinks import attention_sinks
-from mech.experiments.stability import agreement, sample_curve
+from mech.experiments.ranking.agreement import agreement, sample_curve
+from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
+from mech.experiments.scores.coverage import key_coverage
+from mech.experiments.scores.measure import Score, head_scores
+from mech.experiments.scores.ram import evidence_mass, retrieval_attention_mass
+from mech.experiments.scores.sinks import attention_sinks
 from mech.experiments.statistics import holm, spearman
 from mech.interventions import METHODS, Ablate, intervene, reference_activations
 from mech.papers.bench import ALPHA, MATTERS, Bench, Point, beyond_random, drop, heads_in, interval, p, points

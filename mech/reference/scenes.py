@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from mech.data.regions import Box
 from mech.data.samples import Sample
-from mech.reference.planting import CELL, COLOURS, SIDE
+from mech.reference.planted.planting import CELL, COLOURS, SIDE
 
 GREY = "grey"  # no colour: what an empty half of a cell shows
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, InputError, UnsupportedModel
-from mech.experiments.ranking import Ranking, head_count
+from mech.experiments.ranking.ranking import Ranking, head_count
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance

@@ -24,7 +24,7 @@ from torch import Tensor
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
 from mech.experiments.gradients import still
-from mech.experiments.ranking import Ranking
+from mech.experiments.ranking.ranking import Ranking
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.sparse.kernels import by_definition

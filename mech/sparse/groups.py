@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from mech.errors import ExperimentError
-from mech.experiments.ranking import Head, Heads, Ranking
-from mech.model.families import ModelConfig
+from mech.experiments.ranking.ranking import Head, Heads, Ranking
+from mech.model.architectures.families import ModelConfig
 from mech.sparse.policy import refuse_other_ranking
 
 

@@ -20,9 +20,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mech.errors import ExperimentError, suggestion
-from mech.experiments.ranking import Head, Heads, Ranking
+from mech.experiments.ranking.ranking import Head, Heads, Ranking
 from mech.interventions.specs import check_heads
-from mech.model.families import ModelConfig
+from mech.model.architectures.families import ModelConfig
 
 PHASES = ("prefill", "decode", "both")
 

@@ -22,14 +22,14 @@ from mech.views.attention import attention_view
 from mech.views.causal import causal_view
 from mech.views.circuit import circuit_view
 from mech.views.curves import ablation_curves
+from mech.views.drawing.page import View
 from mech.views.frontier import frontier_view
 from mech.views.heatmap import head_maps, ram_map
 from mech.views.lens import lens_view
 from mech.views.objects import inputs_view, layout_view, sample_view, samples_view
 from mech.views.overlay import looks
-from mech.views.page import View
 from mech.views.patching import attribution_map, patching_grid
-from mech.views.report import report
+from mech.views.report.report import report
 from mech.views.sets import retrieval_view, steering_view
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.views.page import View, chart, escape, table, tabs
+from mech.views.drawing.page import View, chart, escape, table, tabs
 
 BESIDE = 5  # names up to which two matrices stand side by side
 LINES = ("@top", "@bottom", "@middle", "@matched", "@random", "@accent")

@@ -14,7 +14,7 @@ import xarray as xr
 
 from mech.axes import HEAD, LAYER
 from mech.errors import OutputError
-from mech.views.page import View, escape, tabs
+from mech.views.drawing.page import View, escape, tabs
 
 MOST = 64  # groups on a side: 8 heads of 600 x 600 are 57 MB of JSON
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.views.intervals import mean_interval
-from mech.views.page import View, chart, escape, table, tabs
+from mech.views.drawing.intervals import mean_interval
+from mech.views.drawing.page import View, chart, escape, table, tabs
 
 QUADRANTS = {
     "looks and matters": ("@top", "diamond"),

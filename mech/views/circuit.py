@@ -21,11 +21,11 @@ import xarray as xr
 
 from mech.axes import EXAMPLE
 from mech.errors import OutputError
-from mech.views.graph import NODE, READS, Arrow, called, drawing, key_of, parts_of, thumbnails
-from mech.views.images import evidence_on, pictures_on, styles
-from mech.views.intervals import mean_interval
+from mech.views.drawing.graph import NODE, READS, Arrow, called, drawing, key_of, parts_of, thumbnails
+from mech.views.drawing.images import evidence_on, pictures_on, styles
+from mech.views.drawing.intervals import mean_interval
+from mech.views.drawing.page import View, escape, table
 from mech.views.overlay import look_of_head
-from mech.views.page import View, escape, table
 
 STRONGEST = 30  # paths that are drawn of a result that has all of them
 LEAST = 0.005  # share of the gap: below it nothing is drawn

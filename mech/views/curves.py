@@ -17,8 +17,8 @@ import xarray as xr
 
 from mech.axes import CONDITION, EXAMPLE
 from mech.errors import OutputError
-from mech.views.intervals import mean_interval
-from mech.views.page import View, chart, escape, tabs
+from mech.views.drawing.intervals import mean_interval
+from mech.views.drawing.page import View, chart, escape, tabs
 
 MEASURES = {"accuracy": "accuracy", "logit_diff": "logit difference (right minus wrong)"}
 METHODS = {

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.experiments.acceleration import MARGIN, NAMES, sentences, summarise
-from mech.views.page import View, chart, escape, table
+from mech.experiments.findings.acceleration import MARGIN, NAMES, sentences, summarise
+from mech.views.drawing.page import View, chart, escape, table
 
 # choice: colour, symbol, dash
 LINES = {

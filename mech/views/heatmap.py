@@ -18,8 +18,8 @@ from jaxtyping import Float
 
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.errors import OutputError
-from mech.views.intervals import mean_interval
-from mech.views.page import View, chart, escape, tabs
+from mech.views.drawing.intervals import mean_interval
+from mech.views.drawing.page import View, chart, escape, tabs
 
 OUTLINED = 0.05
 

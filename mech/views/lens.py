@@ -17,9 +17,9 @@ import xarray as xr
 
 from mech.axes import EXAMPLE, LAYER
 from mech.errors import OutputError
-from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, refuse_many, stage, styles
+from mech.views.drawing.images import Picture, cell, evidence_on, mark, owners, pictures_on, refuse_many, stage, styles
+from mech.views.drawing.page import View, escape, table, tabs
 from mech.views.overlay import gradient, heat
-from mech.views.page import View, escape, table, tabs
 from mech.views.patching import diverging_bar
 
 if TYPE_CHECKING:

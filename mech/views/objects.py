@@ -11,8 +11,8 @@ import numpy as np
 
 from mech.data.samples import Sample, Samples
 from mech.errors import OutputError
-from mech.views.images import Picture, evidence_on, mark, owners, pictures_on, stage, styles
-from mech.views.page import View, escape, table
+from mech.views.drawing.images import Picture, evidence_on, mark, owners, pictures_on, stage, styles
+from mech.views.drawing.page import View, escape, table
 
 if TYPE_CHECKING:
     from mech.inputs import Inputs, TokenLayout

@@ -24,8 +24,8 @@ import xarray as xr
 from mech.data.samples import Sample, pictures_of
 from mech.errors import OutputError
 from mech.results.schema import check, look_facts
-from mech.views.images import Picture, embedded, mark, stage, styles
-from mech.views.page import View, escape
+from mech.views.drawing.images import Picture, embedded, mark, stage, styles
+from mech.views.drawing.page import View, escape
 
 BAND_TITLES = {"top": "Top heads of the ranking", "bottom": "Bottom heads of the ranking"}
 HEAT = ("#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf")

@@ -23,10 +23,10 @@ import xarray as xr
 
 from mech.axes import EXAMPLE, TOKEN
 from mech.errors import OutputError
+from mech.views.drawing.images import Picture, cell, evidence_on, mark, owners, pictures_on, refuse_many, stage, styles
+from mech.views.drawing.intervals import mean_interval
+from mech.views.drawing.page import View, chart, escape
 from mech.views.heatmap import map_height, step
-from mech.views.images import Picture, cell, evidence_on, mark, owners, pictures_on, refuse_many, stage, styles
-from mech.views.intervals import mean_interval
-from mech.views.page import View, chart, escape
 
 if TYPE_CHECKING:
     from mech.inputs import TokenLayout

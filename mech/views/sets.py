@@ -14,8 +14,8 @@ import xarray as xr
 
 from mech.axes import EXAMPLE
 from mech.views.curves import MEASURES
-from mech.views.intervals import mean_interval
-from mech.views.page import View, chart, escape, tabs
+from mech.views.drawing.intervals import mean_interval
+from mech.views.drawing.page import View, chart, escape, tabs
 
 COLOURS = {"top": "top", "bottom": "bottom", "random": "random", "vision": "matched", "all": "middle"}
 

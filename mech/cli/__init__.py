@@ -1,0 +1,73 @@
+"""The command line, one file a command: ``mech study``, ``rank``, ``ablate``, ``transfer``, ``patch``, ``paths``,
+``accelerate``, ``claims``, ``check``, ``data``, ``view``. What commands share is in ``options``.
+
+Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
+printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mech.cli import ablate, accelerate, check, claims, data, patching, rank, study, transfer, view
+from mech.errors import MechError
+
+INTERRUPTED = 130  # what a shell calls a program that ended by Ctrl-C
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Mechanistic interpretability of multimodal LLMs: which attention heads fetch the visual evidence, "
+    "and are they needed?",
+    epilog="Exit codes: 0 done; 1 a check failed; 2 a mistake that can be mended, with what to do; "
+    "130 stopped by Ctrl-C (a study goes on when the same command is given again).",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"mech {version('mech')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands in front of a command."""
+
+
+for _command, _epilog in (
+    (study.study, study.EPILOG),
+    (rank.rank, rank.EPILOG),
+    (ablate.ablate, ablate.EPILOG),
+    (patching.patch, patching.PATCH),
+    (patching.paths, patching.PATHS),
+    (accelerate.accelerate, accelerate.EPILOG),
+    (transfer.transfer, transfer.EPILOG),
+    (view.view, view.EPILOG),
+    (data.data, data.EPILOG),
+    (claims.claims, claims.EPILOG),
+    (check.check, check.EPILOG),
+):
+    app.command(epilog=_epilog)(_command)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is said in three lines."""
+    try:
+        app()
+    except MechError as error:
+        print(f"mech: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("\nmech: stopped. A study goes on when the same command is given again.", file=sys.stderr)
+        raise

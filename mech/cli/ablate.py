@@ -1,0 +1,121 @@
+"""``mech ablate``: what bands of heads cost when they are ablated, beside random heads."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mech.cli import options
+from mech.errors import ExperimentError, suggestion
+
+EPILOG = (
+    "[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]\n\n"
+    "[bold]mech ablate --band top --band random --band vision --band sinks[/]  is it only that they look at pictures?"
+)
+
+
+def ablate(
+    model: options.Model = "reference:llava-s",
+    revision: options.Revision = None,
+    domain: options.Domain = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    to: Annotated[
+        list[str] | None, typer.Option(help="mean, zero, resample, uniform, paper; may be given again.")
+    ] = None,
+    fraction: Annotated[
+        list[float] | None, typer.Option(help="Share of all heads, or from 1 on their number; repeatable.")
+    ] = None,
+    band: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="top, bottom, middle, random, layer_matched (default: these five); vision or sinks, the heads that "
+            "look most at pictures or at tokens with more than 30% of the attention; may be given again."
+        ),
+    ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Half find heads (or make the reference), half test them.")] = 96,
+    n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 20,
+    positions: Annotated[str, typer.Option(help="all, question, last, image or text.")] = "all",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Save every sample's result (netCDF).")] = None,
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Ablate bands of heads, and say what each costs beside random heads."""
+    import mech
+    from mech.experiments.ablation.ablation import BANDS
+    from mech.experiments.findings.summary import summarise_effects
+    from mech.interventions import METHODS, POSITIONS
+    from mech.results import save
+
+    options.at_least("--samples", samples, 8)
+    methods, sizes = to or ["mean"], [options.share_or_number(f) for f in fraction or (0.05, 0.2)]
+    bands: list[Any] = list(dict.fromkeys(band or BANDS))
+    for given, known in ((methods, METHODS), ([positions], POSITIONS), (bands, (*BANDS, "vision", "sinks"))):
+        for word in given:
+            if word not in known:
+                raise ExperimentError(f"{word!r}", ", ".join(known), suggestion(word, known))
+    some, called = options.chosen(data, root, domain, samples, seed)
+    find, test = some.split(0.5, seed)
+    target = options.writable(out) if out is not None else None
+    hooked = options.open_model(model, revision)
+    with options.progress(quiet or as_json) as say:
+        if heads is None:
+            ranking = mech.rank_heads(
+                mech.retrieval_attention_mass(hooked, find, progress=lambda i, n: say("attention", i, n))
+            )
+        else:
+            ranking = mech.Ranking.from_json(heads)
+            test = test.where(lambda sample: sample.id not in ranking.examples)
+            if len(test) < 4:
+                raise ExperimentError(
+                    f"{heads} was found on all but {len(test)} of these samples",
+                    "samples that did not find the heads",
+                    "give another --seed",
+                )
+        for word, score in (("vision", "vision_mass"), ("sinks", "sink_mass")):
+            if word in bands:
+                bands[bands.index(word)] = mech.rank_heads(_looking(hooked, find, word, say), score)
+        effects = mech.ablation(
+            hooked,
+            test,
+            ranking,
+            reference=find,
+            to=methods,
+            bands=bands,
+            fractions=sizes,
+            n_random=n_random,
+            positions=positions,
+            seed=seed,
+            progress=lambda i, n: say("ablation", i, n),
+        )
+    if target is not None:
+        save(effects, target)
+    numbers = summarise_effects(effects)
+    if as_json:
+        print(json.dumps(numbers))
+        return
+    base = numbers["baseline"]["accuracy"]["mean"]
+    rows = []
+    for entry in numbers["ablation"]:
+        drop = entry["accuracy_drop"]
+        cells = (entry["method"], entry["band"], str(entry["n_heads"]), f"{entry['accuracy']['mean']:.1%}")
+        rows.append((*cells, f"{100 * drop['mean']:.1f} ({100 * drop['low']:.1f} to {100 * drop['high']:.1f})"))
+    options.print_table(
+        f"{hooked.name} on {called}: accuracy {base:.1%} without ablation, {len(test)} samples",
+        ("method", "band", "heads", "accuracy", "drop in points (95%)"),
+        rows,
+    )
+
+
+def _looking(hooked: Any, find: Any, word: str, say: Any) -> Any:
+    """Where heads look besides the evidence: at pictures, or at sinks."""
+    import mech
+
+    measure = partial(mech.attention_sinks, by="attention") if word == "sinks" else mech.retrieval_attention_mass
+    return measure(hooked, find, progress=lambda i, n: say(word, i, n))

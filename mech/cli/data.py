@@ -1,0 +1,75 @@
+"""``mech data``: check samples of your own before a model is opened, or ask what is known of the published sets."""
+
+import json
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mech.cli import options
+
+if TYPE_CHECKING:
+    from mech.data.samples import Samples
+
+EPILOG = (
+    "[bold]mech data mine.jsonl[/]  checks every line, and says what is there (docs/data.md)\n\n"
+    "[bold]mech data[/]  the published sets\n\n[bold]mech data visual-cot[/]  all that is known of one"
+)
+
+
+def data(
+    what: Annotated[str | None, typer.Argument(help="A .jsonl file, or the name of a published set.")] = None,
+    root: options.Root = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Check a file of samples; without one, list the published sets, or say all about one of them."""
+    import mech
+    from mech.data import hub
+
+    if what is None:
+        rows = [hub.source(name) for name in hub.names()]
+        if as_json:
+            print(json.dumps([_said(row) for row in rows]))
+            return
+        cells = [(row.name, row.hub or "-", "yes" if row.root else "-", row.evidence) for row in rows]
+        options.print_table("Published sets", ("name", "hub", "root=", "evidence"), cells)
+    elif what.endswith(".jsonl") or Path(what).exists():
+        found = _counted(mech.read_samples(what, root))
+        if as_json:
+            print(json.dumps(found))
+            return
+        cells = [(name, *(_cell(value) for value in counts.values())) for name, counts in found.items()]
+        options.print_table(f"{what}: every line can be used", ("domain", *next(iter(found.values()))), cells)
+    else:
+        said = _said(hub.source(what))
+        print(json.dumps(said) if as_json else "\n".join(f"{name:9} {value}" for name, value in said.items() if value))
+
+
+def _said(row: Any) -> dict[str, Any]:
+    return {one.name: getattr(row, one.name) for one in fields(row) if one.name != "read"}
+
+
+def _counted(samples: "Samples") -> dict[str, dict[str, Any]]:
+    """What each domain holds."""
+    found = {}
+    for domain in samples.domains:
+        some = samples.where(lambda sample, domain=domain: sample.domain == domain)
+        shown = [picture for sample in some for picture in sample.images or sample.video]
+        sizes = [f"{width} x {height}" for width, height in sorted({picture.size for picture in shown})]
+        found[domain] = {
+            "samples": len(some),
+            "pictures": len(shown),
+            "sizes": sizes if len(sizes) <= 2 else [sizes[0], "...", sizes[-1]],
+            "evidence": dict(Counter(type(region).__name__ for sample in some for region in sample.evidence)),
+            "without evidence": sum(not sample.evidence for sample in some),
+            "counterfactuals": sum(sample.counterfactual is not None for sample in some),
+        }
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items()) or "-"
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,202 @@
+"""What the commands share: options, the samples they mean, progress, tables, and whether a file can be written.
+
+Nothing heavy is imported before a command runs, so ``mech --help`` answers at once.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mech.errors import ExperimentError, OutputError, suggestion
+
+if TYPE_CHECKING:
+    from mech.data.samples import Samples
+    from mech.model import HookedMLLM
+
+
+def reference_names(incomplete: str) -> list[str]:
+    """What the tab key offers for a model."""
+    folders = sorted((Path(__file__).parents[1] / "reference" / "weights").glob("*/config.json"))
+    return [name for folder in folders if (name := f"reference:{folder.parent.name}").startswith(incomplete)]
+
+
+def domain_names(incomplete: str) -> list[str]:
+    """What the tab key offers for a domain."""
+    return [name for name in ("grounding", "documents", "pages", "video") if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A reference model, a folder or a hub id.", autocompletion=reference_names),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision", help="Branch, tag or commit of a hub id; step of training of a reference model (step2300)."
+    ),
+]
+PictureOrData = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
+]
+Domain = Annotated[
+    str | None,
+    typer.Option(
+        "--domain",
+        "-d",
+        help="grounding (the default), documents, pages, video; or of --data.",
+        autocompletion=domain_names,
+    ),
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Samples of your own (mine.jsonl), or a published set (refcocog:200).")
+]
+Root = Annotated[Path | None, typer.Option("--root", help="The folder with the pictures of --data, if not beside it.")]
+Seed = Annotated[int, typer.Option(help="Of samples and random sets.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+class progress:
+    """A progress bar with the time left, on standard error; nothing when quiet."""
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.bar, self.tasks = quiet, None, {}
+
+    def __enter__(self):
+        if not self.quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.bar.start()
+        return self
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.bar is not None:
+            if what not in self.tasks:
+                self.tasks[what] = self.bar.add_task(what, total=total)
+            self.bar.update(self.tasks[what], completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def open_model(model: str, revision: str | None) -> "HookedMLLM":
+    """The model of ``--model`` at ``--revision``; it is called MODEL@REVISION then."""
+    from mech.study import open_model
+
+    return open_model(model if revision is None else f"{model}@{revision}")
+
+
+def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed: int) -> "tuple[Samples, str]":
+    """The samples that the options mean, ``n`` at most, and what to call them.
+
+    Raises:
+        ExperimentError: ``data`` is neither a file nor a published set, or has no such domain.
+    """
+    import mech
+
+    if data is None:
+        if root is not None:
+            raise ExperimentError("--root without --data", "--data, whose pictures are there", "add --data")
+        return mech.haystacks(domain or "grounding", n, seed), domain or "grounding"
+    samples = opened(data, root, n, seed)
+    if domain is not None:
+        known = samples.domains
+        samples = samples.where(lambda sample: sample.domain == domain)
+        if not len(samples):
+            raise ExperimentError(
+                f"no domain of {data} is called {domain!r}", ", ".join(known), suggestion(domain, known)
+            )
+    return samples, domain or ", ".join(samples.domains)
+
+
+def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
+    """``n`` samples of each domain of a JSON-lines file, or of a published set; ``refcocog:200`` says how many.
+
+    Bad records of a published set are passed over and counted on standard error; bad lines of a file are refused.
+    """
+    import mech
+    from mech.data.hub import names
+
+    path, (name, _, count) = Path(data).expanduser(), data.partition(":")
+    if path.suffix == ".jsonl" or path.exists():
+        return mech.read_samples(path, root, n=n, seed=seed)
+    if name not in names():
+        raise ExperimentError(
+            f"--data {data} is neither a file nor a published set", f"a .jsonl file, or one of {', '.join(names())}",
+            suggestion(name, names()),
+        )  # fmt: skip
+    if count and not (count.isdigit() and int(count)):
+        raise ExperimentError(f"--data {data}", "a number of samples behind the colon", f"write {name}:200")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        samples = mech.hub_samples(name, int(count or n), seed, root=root, skip_bad=True)
+    for one in said:
+        if str(one.message).startswith(f"{name}:"):
+            print(f"mech: {one.message}", file=sys.stderr)
+    return samples
+
+
+def picture_or_data(out: Path | None) -> Path | None:
+    """The path to save a result (.nc) or its picture at, asked before the work."""
+    if out is not None and out.suffix not in (".nc", ".html", ".png", ".pdf", ".svg"):
+        raise OutputError(f"--out {out.name}", "a name that ends in .nc, .html, .png, .pdf or .svg", "choose one")
+    return writable(out) if out is not None else None
+
+
+def save_or_draw(found: Any, target: Path | None) -> None:
+    """Save a result, or its picture, as the path's ending says."""
+    import mech
+    from mech.results import save
+
+    if target is not None and target.suffix == ".nc":
+        save(found, target)
+    elif target is not None:
+        mech.view(found).save(target)
+
+
+def at_least(option: str, value: int, least: int) -> None:
+    """Refuse an option's number that is too small to say anything."""
+    if value < least:
+        raise ExperimentError(f"{option} {value}", f"at least {least}", "leave it out for the default")
+
+
+def share_or_number(value: float) -> float:
+    """A share of all heads; from 1 on, whole numbers are numbers of heads."""
+    return int(value) if value >= 1 and value.is_integer() else value
+
+
+def writable(path: Path) -> Path:
+    """The path, if its folder is there and can be written: asked before the work, not after."""
+    import os
+
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise OutputError(f"{path} cannot be written", "a file in a folder that exists", "choose another --out")
+    return path
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table with lines in a terminal, aligned words elsewhere: what is piped is not cut to a terminal's width."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        print(title)
+        for row in (columns, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

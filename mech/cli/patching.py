@@ -1,0 +1,161 @@
+"""``mech patch`` and ``mech paths``: activation and path patching from the command line.
+
+Samples are generated with their counterfactuals, one is patched from the other, and the cells (or paths) that move the
+answer most are printed, or all of them as JSON; ``--out`` saves the result as netCDF or as a picture.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mech.cli import options
+from mech.errors import ExperimentError
+
+PATCH = (
+    "[bold]mech patch -m reference:llava-s --positions question --direction noise[/]\n\n"
+    "[bold]mech patch --point hook_resid_post --over layer --over region --regions 6x6 --out grid.html[/]"
+)
+PATHS = (
+    "[bold]mech paths -m reference:llava-s --freeze attention --freeze mlp[/]  the direct path of every head\n\n"
+    "[bold]mech paths --sender L0H2 --sender mlp.0 --receiver L3K4.v --direction noise[/]"
+)
+Direction = Annotated[str, typer.Option(help="denoise (what is sufficient) or noise (what is necessary).")]
+Shown = Annotated[int, typer.Option(help="How many rows to print.")]
+
+
+def patch(
+    model: options.Model = "reference:llava-s",
+    revision: options.Revision = None,
+    domain: options.Domain = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    point: Annotated[str, typer.Option(help="An activation point without its layer.")] = "attn.hook_z",
+    over: Annotated[
+        list[str] | None, typer.Option(help="layer, head, kv_head, position or region; repeatable.")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="all, question, last, image or text.")] = "all",
+    regions: Annotated[
+        str | None, typer.Option(help="For --over region: cells of the picture (6x6), or names (image,question,last).")
+    ] = None,
+    direction: Direction = "denoise",
+    samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
+    top: Shown = 10,
+    out: options.PictureOrData = None,
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Activation patching: which head, layer, position or region carries what the counterfactual changes."""
+    import mech
+
+    target = options.picture_or_data(out)
+    some, called = options.chosen(data, root, domain, samples, seed)
+    hooked = options.open_model(model, revision)
+    pairs, called = _paired(hooked, some, called)
+    axes = tuple(over or ("layer", "head"))
+    with options.progress(quiet or as_json) as say:
+        found = mech.activation_patching(
+            hooked, list(pairs), None, _difference(pairs), point=point, over=axes, positions=positions,
+            regions=_regions(hooked, pairs, regions), direction=direction,
+            progress=lambda i, n: say("patching", i, n),
+        )  # fmt: skip
+    _print_effects(found, f"{hooked.name} on {called}: {point}, {direction}", target, top, as_json)
+
+
+def paths(
+    model: options.Model = "reference:llava-s",
+    revision: options.Revision = None,
+    domain: options.Domain = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    sender: Annotated[
+        list[str] | None, typer.Option(help="L0H2, mlp.0 or embed; repeatable. Default: every head.")
+    ] = None,
+    receiver: Annotated[
+        list[str] | None, typer.Option(help="logits, L3H4.q, L3K4.k, L3K4.v, mlp.3; repeatable.")
+    ] = None,
+    freeze: Annotated[list[str] | None, typer.Option(help="attention, mlp, norm; repeatable.")] = None,
+    direction: Direction = "denoise",
+    samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
+    top: Shown = 10,
+    out: options.PictureOrData = None,
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Path patching: through which paths heads and MLPs act, with what lies between held fixed."""
+    import mech
+
+    target = options.picture_or_data(out)
+    some, called = options.chosen(data, root, domain, samples, seed)
+    hooked = options.open_model(model, revision)
+    pairs, called = _paired(hooked, some, called)
+    every = [f"L{layer}H{head}" for layer in hooked.cfg.attention_layers for head in range(hooked.cfg.n_heads)]
+    frozen = tuple(freeze or ("attention", "mlp"))
+    with options.progress(quiet or as_json) as say:
+        found = mech.path_patching(
+            hooked, list(pairs), None, _difference(pairs), senders=sender or every, freeze=frozen, direction=direction,
+            receivers="logits" if receiver in (None, ["logits"]) else receiver,
+            progress=lambda i, n: say("samples", i, n),
+        )  # fmt: skip
+    _print_effects(found, f"{hooked.name} on {called}: {', '.join(frozen)} held, {direction}", target, top, as_json)
+
+
+def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
+    """The samples with a counterfactual each, made by blanking where there is none, and what to call them then."""
+    import mech
+
+    if all(sample.counterfactual for sample in samples):
+        return samples, called
+    return mech.with_counterfactuals(hooked, samples), f"{called}, evidence blanked"
+
+
+def _difference(data: Any) -> Any:
+    """Logit of each sample's answer minus that of its counterfactual."""
+    import mech
+
+    return mech.LogitDiff([sample.answer for sample in data], [sample.counterfactual.answer for sample in data])
+
+
+def _regions(hooked: Any, data: Any, wanted: str | None) -> dict[str, Any] | None:
+    """Cells of the first picture, or named spans; None where none are asked for."""
+    if wanted is None:
+        return None
+    rows, cross, cols = wanted.partition("x")
+    if not (cross and rows.isdigit() and cols.isdigit()):
+        return {name.strip(): name.strip() for name in wanted.split(",")}
+    cells = [hooked.inputs_of(sample).layout.cells(int(rows), int(cols)) for sample in data]
+    if any(other != cells[0] for other in cells):
+        raise ExperimentError(
+            f"--regions {wanted} for pictures at different positions", "pictures at the same positions",
+            "pass --samples 1",
+        )  # fmt: skip
+    return cells[0]
+
+
+def _print_effects(found: Any, title: str, target: Path | None, top: int, as_json: bool) -> None:
+    """The cells whose effect is farthest from none, or all of them as JSON."""
+    options.save_or_draw(found, target)
+    mean = found["effect"].mean("example")
+    none = 1.0 if found.attrs.get("direction") == "noise" else 0.0
+    cells = [
+        {**{str(axis): value.item() for axis, value in zip(mean.dims, at, strict=True)}, "effect": float(value)}
+        for at, value in zip(
+            itertools.product(*(mean[axis].values for axis in mean.dims)), mean.values.ravel(), strict=True
+        )
+    ]
+    if as_json:
+        attrs = {name: value for name, value in found.attrs.items() if isinstance(value, str | int | float)}
+        print(
+            json.dumps({**attrs, "cells": [c if c["effect"] == c["effect"] else {**c, "effect": None} for c in cells]})
+        )
+        return
+    known = [cell for cell in cells if cell["effect"] == cell["effect"]]
+    best = sorted(known, key=lambda cell: -abs(cell["effect"] - none))[:top]
+    rows = [(*(str(cell[str(axis)]) for axis in mean.dims), f"{cell['effect']:.3f}") for cell in best]
+    n = found.sizes["example"]
+    note = f"{title} ({n} sample{'s' * (n > 1)}; 0 as the counterfactual, 1 as the sample)"
+    options.print_table(note, (*map(str, mean.dims), "effect"), rows)

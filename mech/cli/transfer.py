@@ -1,0 +1,91 @@
+"""``mech transfer``: do the heads of one domain serve another."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from mech.cli import options
+from mech.errors import ExperimentError, suggestion
+
+EPILOG = (
+    "[bold]mech transfer -m reference:llava-m --out transfer.html[/]\n\n"
+    "[bold]mech transfer -m reference:qwen-s -d pages -d video --fraction 3[/]  three heads of each"
+)
+
+
+def transfer(
+    model: options.Model = "reference:llava-s",
+    revision: options.Revision = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--domain",
+            "-d",
+            help="Two or more. Default: grounding, documents and pages, or all of --data.",
+            autocompletion=options.domain_names,
+        ),
+    ] = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    fraction: Annotated[float, typer.Option(help="Share of all heads, or from 1 on their number.")] = 0.05,
+    to: Annotated[str, typer.Option(help="mean, zero, resample, uniform or paper.")] = "mean",
+    samples: Annotated[int, typer.Option(help="Of each domain: half find heads, half test them.")] = 48,
+    n_random: Annotated[int, typer.Option(help="Random sets of as many heads.")] = 20,
+    out: options.PictureOrData = None,
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Ablate the top heads of every domain on every domain: one circuit for all, or one for each?"""
+    import mech
+    from mech.interventions import METHODS
+
+    options.at_least("--samples", samples, 8)
+    options.at_least("--n-random", n_random, 2)
+    if to not in METHODS:
+        raise ExperimentError(f"--to {to}", ", ".join(METHODS), suggestion(to, METHODS))
+    target = options.picture_or_data(out)
+    known = ("grounding", "documents", "pages") if data is None else options.opened(data, root, samples, seed).domains
+    tasks = tuple(dict.fromkeys(domain or known))
+    if len(tasks) < 2:
+        raise ExperimentError(f"one domain, {tasks[0]!r}", "two or more", "give --domain again")
+    halves = {task: options.chosen(data, root, task, samples, seed)[0].split(0.5, seed) for task in tasks}
+    find, test = ({task: half[i] for task, half in halves.items()} for i in (0, 1))
+    hooked = options.open_model(model, revision)
+    with options.progress(quiet or as_json) as say:
+        found = mech.transfer(
+            hooked, find, test, k=options.share_or_number(fraction), to=to,
+            n_random=n_random, seed=seed, progress=lambda i, n: say("ablation", i, n),
+        )  # fmt: skip
+    options.save_or_draw(found, target)
+    base = found["accuracy"].isel(condition=0).mean("example")
+    if as_json:
+        print(json.dumps(_said(found, base)))
+        return
+    rows = [(str(task), *_cells(found.sel(found_on=task), "lost")) for task in found["found_on"].values]
+    rows.append(("random", *_cells(found, "random_lost")))
+    options.print_table(
+        f"{hooked.name}: points of accuracy lost (95%) without {found.attrs['n_heads']} heads",
+        ("found on", *(f"on {task} ({float(base.sel(tested_on=task)):.1%})" for task in tasks)),
+        rows,
+    )
+
+
+def _cells(found: Any, name: str) -> list[str]:
+    """What is lost on each domain, in points, with its interval."""
+    columns = zip(*(100 * found[name + end].values + 0.0 for end in ("", "_low", "_high")), strict=True)
+    return [f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in columns]
+
+
+def _said(found: Any, base: Any) -> dict[str, Any]:
+    """Every pair of domains, random heads and no ablation, as JSON."""
+    tasks = [str(task) for task in found["tested_on"].values]
+    cells = found[["lost", "lost_low", "lost_high", "p"]].to_dataframe().reset_index().to_dict("records")
+    chance = found[["random_lost", "random_lost_low", "random_lost_high"]].to_dataframe().reset_index()
+    return {
+        **{name: found.attrs[name] for name in ("model", "method", "n_heads")},
+        "accuracy": dict(zip(tasks, base.values.tolist(), strict=True)),
+        "lost": cells,
+        "random": chance.to_dict("records"),
+    }

@@ -1,0 +1,73 @@
+"""``mech view``: the picture of anything that was saved, without any model.
+
+A netCDF file of a result, a study folder, or the JSON of a ranking or a circuit becomes a complete offline page, or a
+figure for a paper.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mech.cli import options
+from mech.errors import OutputError
+
+EPILOG = (
+    "[bold]mech view study[/]  the report of a study, made again\n\n"
+    "[bold]mech view study/llava-s/grounding/ablation.nc --out ablation.pdf --width 520[/]  for one column\n\n"
+    "[bold]mech view grid.nc --on photo.png --out grid.png[/]  effects drawn over the picture"
+)
+
+
+def view(
+    file: Annotated[Path, typer.Argument(help="A .nc file, a study folder, or a ranking or circuit (.json).")],
+    on: Annotated[
+        list[Path] | None,
+        typer.Option("--on", help="The picture to draw over; repeatable, in the order of the images."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help=".html, .png, .pdf or .svg; by default a page beside the file.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Of a figure, in CSS pixels.")] = 1000,
+    scale: Annotated[float, typer.Option(help="PNG pixels for a CSS pixel.")] = 2.0,
+    title: Annotated[str | None, typer.Option(help="Stands above the page.")] = None,
+) -> None:
+    """Draw a saved result: an offline page, or a figure for a paper. No model is needed."""
+    from mech import views
+
+    if file.is_dir():
+        page = views.report(file)
+        if out is not None:
+            if out.suffix not in (".html", ".htm"):
+                raise OutputError(
+                    f"--out {out.name} for a whole study", "a name that ends in .html", "view one .nc file"
+                )
+            page = Path(shutil.copyfile(page, options.writable(out)))
+        print(page)
+        return
+    target = options.writable(out if out is not None else file.with_suffix(".html"))
+    named = {"title": title} if title else {}
+    pictures = None if not on else on[0] if len(on) == 1 else list(on)
+    drawn = views.view(_read(file), on=pictures, folder=None if on else file.parent, **named)
+    print(drawn.save(target, width=width, scale=scale))
+
+
+def _read(file: Path) -> Any:
+    """What a file holds."""
+    if file.suffix != ".json":
+        from mech.results import load
+
+        return load(file)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file} cannot be read ({error})", "a file that mech wrote") from error
+    if isinstance(record, dict) and "found" in record:
+        from mech.experiments.paths.circuits import Circuit
+
+        return Circuit.from_json(record)
+    from mech.experiments.ranking.ranking import Ranking
+
+    return Ranking.from_json(record if isinstance(record, dict) else {})

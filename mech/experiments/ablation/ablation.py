@@ -1,0 +1,236 @@
+"""Do the heads matter? Bands of a ranking are ablated, and accuracy and logit difference are measured.
+
+A band says *which* heads: the top of the ranking, its bottom, its middle, random sets, and random sets with as many
+heads in each layer as the top one. Only against those controls does a drop say anything about the *ranking*. The
+method says *how* (see ``mech.interventions``): results of different methods are never pooled.
+
+    ram = retrieval_attention_mass(model, train)
+    effects = ablation(model, test, rank_heads(ram), reference=train, to="mean", fractions=(1, 0.05, 0.2))
+
+A band may also be another ranking, and is then its top: heads that look at any visual token, or at sinks, are controls
+for "it is only that these heads look at the picture", or "at something".
+
+    others = rank_heads(ram, "vision_mass"), rank_heads(attention_sinks(model, train), "sink_mass")
+    effects = ablation(model, test, rank_heads(ram), reference=train, bands=("top", "random", *others))
+    effects.isel(condition=effects["band"] == "by vision_mass")
+
+The samples that found the heads must not be those that test them: they are compared by their ids.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import xarray as xr
+
+from mech.axes import CONDITION
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.metrics import Quiz, ask, quiz
+from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.ranking import Head, Ranking
+from mech.interventions import METHODS, Ablate, Reference, intervene, reference_activations
+from mech.model import HookedMLLM
+from mech.results import ablation_dataset, provenance
+
+BANDS = ("top", "bottom", "middle", "random", "layer_matched")
+FRACTIONS = (1, 0.02, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One set of heads, ablated in one way; ``draw`` numbers the random sets of a band."""
+
+    method: str
+    band: str
+    fraction: float
+    heads: tuple[Head, ...]
+    draw: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.method}/{self.band}/{self.fraction:g}/{self.draw}"
+
+
+BASELINE = Condition("none", "none", 0.0, ())
+
+
+def conditions(
+    ranking: Ranking,
+    *,
+    to: str | Sequence[str] = "mean",
+    bands: Sequence[str | Ranking] = BANDS,
+    fractions: Sequence[int | float] = FRACTIONS,
+    n_random: int = 20,
+    seed: int = 0,
+) -> list[Condition]:
+    """Every combination of method, band and size, as a list that can be joined, cut and counted before it is run.
+
+    Args:
+        ranking: which heads are at the top.
+        to: one method or several.
+        bands: which of ``top``, ``bottom``, ``middle``, ``random``, ``layer_matched``; and rankings by other scores,
+            whose top heads are the band ``by SCORE``, such as ``by vision_mass``.
+        fractions: an int is a number of heads, a float a share of all heads (at least one head).
+        n_random: how many random sets of each size; fewer where there are not so many.
+        seed: of the random sets. The same sets are used for every method.
+
+    ``layer_matched`` is left out where the top heads fill their layers.
+
+    Raises:
+        ExperimentError: an unknown method or band; a ranking of other heads, of none above the others, or two by one
+            score.
+    """
+    methods = (to,) if isinstance(to, str) else tuple(to)
+    others = {f"by {band.score}": band for band in bands if isinstance(band, Ranking)}
+    words = [band for band in bands if isinstance(band, str)]
+    if len(others) + len(words) < len(bands):
+        raise ExperimentError(
+            f"two bands of one name, beside {', '.join(others)}", "each once", "rename the array before rank_heads"
+        )
+    for name, other in others.items():
+        _comparable(name, other, ranking)
+    for given, known in ((methods, METHODS), (words, BANDS)):
+        for word in given:
+            if word not in known:
+                raise ExperimentError(f"{word!r} is no method or band", ", ".join(known), suggestion(word, known))
+    found: dict[Condition, None] = {}
+    for method in methods:
+        for band in (*words, *others):
+            for size in fractions:
+                count = ranking.count(size)
+                sets = [others[band].top(count)] if band in others else _sets(ranking, band, count, n_random, seed)
+                for draw, heads in enumerate(sets):
+                    found[Condition(method, band, count / len(ranking), tuple(heads), draw)] = None
+    return list(found)
+
+
+def _comparable(name: str, other: Ranking, ranking: Ranking) -> None:
+    if (other.layers, other.n_heads) != (ranking.layers, ranking.n_heads):
+        raise ExperimentError(
+            f"band {name!r} of {other.n_layers} x {other.n_heads} heads",
+            f"{ranking.n_layers} x {ranking.n_heads}, as the ranking has",
+            "rank the heads of one model",
+        )
+    if other.mean.max() == other.mean.min():  # no sinks, for instance: the top would be the first heads there are
+        raise ExperimentError(
+            f"band {name!r}, where every head scores {other.mean.max():.3g}", "heads that differ", "leave it out"
+        )
+
+
+def _sets(ranking: Ranking, band: str, count: int, n_random: int, seed: int) -> Sequence[Sequence[Head]]:
+    if band == "random":
+        return ranking.random(count, n_random, seed)
+    if band == "layer_matched":
+        try:
+            return ranking.layer_matched(ranking.top(count), n_random, seed)
+        except ExperimentError:  # the top heads fill their layers: there is nothing to match them with
+            return []
+    return [{"top": ranking.top, "bottom": ranking.bottom, "middle": ranking.middle}[band](count)]
+
+
+def ablation(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    ranking: Ranking | Sequence[Condition],
+    *,
+    reference: Samples | Reference | None = None,
+    to: str | Sequence[str] = "mean",
+    bands: Sequence[str | Ranking] = BANDS,
+    fractions: Sequence[int | float] = FRACTIONS,
+    n_random: int = 20,
+    positions: str = "all",
+    phase: str = "both",
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Accuracy and logit difference of every sample under every condition, the unablated baseline first.
+
+    Sign: higher is better, so what a condition costs is baseline minus condition. Unit: accuracy is 0 or 1 per
+    sample, the logit difference is in logits (right minus counterfactual answer).
+
+    Args:
+        model: a hooked model.
+        samples: the samples to test on.
+        ranking: the heads in order, or a list of ``conditions`` made before.
+        reference: samples (or their activations) that ``mean`` and ``resample`` draw from; not ``samples``.
+        to, bands, fractions, n_random, seed: see ``conditions``.
+        positions, phase: see ``Ablate``.
+        batch_size: samples per forward.
+        progress: called with (conditions done, conditions in all).
+
+    Raises:
+        ExperimentError: a sample found the heads or is in the reference; no reference where one is needed.
+
+    Cost: one forward per sample and condition; ``reference`` one per sample, once.
+
+    References: arXiv 2606.05843 (bands; ``paper``), 2407.08734 (methods disagree), 2309.16042 (logit difference).
+    """
+    samples = Samples(samples)
+    todo = list(conditions(ranking, to=to, bands=bands, fractions=fractions, n_random=n_random, seed=seed)
+                if isinstance(ranking, Ranking) else ranking)  # fmt: skip
+    todo = [BASELINE, *(c for c in todo if c != BASELINE)]
+    if isinstance(ranking, Ranking):
+        for one in (ranking, *(band for band in bands if isinstance(band, Ranking))):
+            refuse_ranking(one, model, samples)
+    if reference is not None and not isinstance(reference, Reference):
+        reference = Samples(reference)
+        refuse_overlap(samples, [s.id for s in reference], "are the reference")
+    for condition in todo[1:]:
+        _spec(condition, reference, positions, phase, seed).check(model)
+    if isinstance(reference, Samples):
+        reference = reference_activations(model, reference, batch_size=batch_size, seed=seed)
+    questions = quiz(model, samples, batch_size)
+    parts: list[xr.Dataset] = []
+    for part in ablated(model, questions, todo, reference=reference, positions=positions, phase=phase, seed=seed):
+        parts.append(part)
+        if progress:
+            progress(len(parts), len(todo))
+    joined = xr.concat(parts, dim=CONDITION)
+    joined.attrs.update(
+        model=model.name,
+        domain=", ".join(samples.domains),
+        positions=positions,
+        phase=phase,
+        provenance=provenance(model, samples, positions=positions, phase=phase, seed=seed),
+    )
+    return joined
+
+
+def ablated(
+    model: HookedMLLM,
+    questions: Quiz,
+    todo: Sequence[Condition],
+    *,
+    reference: Reference | None,
+    positions: str = "all",
+    phase: str = "both",
+    seed: int = 0,
+) -> Iterator[xr.Dataset]:
+    """The conditions one by one, each a dataset of its own: what a study saves as it goes."""
+    for condition in todo:
+        if condition == BASELINE:
+            scores = ask(model, questions)
+        else:
+            with intervene(model, _spec(condition, reference, positions, phase, seed)) as without:
+                scores = ask(without, questions)
+        yield ablation_dataset(
+            scores["accuracy"][None],
+            scores["logit_diff"][None],
+            method=[condition.method],
+            band=[condition.band],
+            fraction=[condition.fraction],
+            n_heads=[len(condition.heads)],
+            draw=[condition.draw],
+            examples=questions.examples,
+        )
+
+
+def _spec(condition: Condition, reference: Samples | Reference | None, positions: str, phase: str, seed: int) -> Ablate:
+    return Ablate(
+        heads=condition.heads,
+        to=condition.method,
+        positions=positions,
+        phase=phase,
+        reference=reference,
+        seed=seed,
+    )

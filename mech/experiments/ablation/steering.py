@@ -1,0 +1,149 @@
+"""Steering: turn heads up or down, and see what becomes of the answer.
+
+    curve = steering(model, test, ranking, factors=(0, 0.5, 1, 2, 4))
+    curve["accuracy"].mean("example")               # (set, factor); factor 1 is the model as it is
+    steering_table(curve)                           # by band and factor, with intervals
+
+The output of a set of heads (z, before W_O) is multiplied by a factor, in every forward alike: 0 is zero ablation, 1
+changes nothing, and more than 1 makes the heads louder. A head that carries evidence should raise the answer's lead as
+it is turned up; random heads of the same number are the control. Far from 1 the stream is one that the model has never
+seen, and every set of heads does harm.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from mech.axes import EXAMPLE
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.metrics import ask, quiz
+from mech.experiments.ranking.checks import refuse_ranking
+from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.scores.ram import Progress
+from mech.experiments.statistics import bootstrap_interval, two_way_bootstrap
+from mech.interventions import Scale, intervene
+from mech.model import HookedMLLM
+from mech.results import provenance
+
+BANDS = ("top", "bottom", "random")
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
+BAND, FACTOR = "band", "factor"
+
+
+def steering(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    ranking: Ranking,
+    *,
+    factors: Sequence[float] = FACTORS,
+    heads: int | float = 0.05,
+    bands: Sequence[str] = BANDS,
+    n_random: int = 5,
+    positions: str = "all",
+    phase: str = "both",
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Accuracy and logit difference of every sample while heads are scaled by each factor.
+
+    Sign: higher is better. Unit: accuracy is 0 or 1 per sample; logits, right minus counterfactual answer.
+
+    Args:
+        model: a hooked model.
+        samples: to test on, other ones than those that found the heads.
+        ranking: which heads are at the top.
+        factors: what their output is multiplied by; 1 is measured once, without any intervention.
+        heads: how many, see ``Ranking.count``.
+        bands: which of ``"top"``, ``"bottom"``, ``"random"``.
+        n_random: random sets.
+        positions, phase: see ``Scale``.
+        seed: of the random sets.
+        batch_size: samples per forward.
+        progress: called with (runs done, runs in all).
+
+    Returns:
+        ``accuracy`` and ``logit_diff`` over (set, factor, example), with the band and the draw of each set.
+
+    Raises:
+        ExperimentError: unknown words, factors that are not finite or come twice, heads that were found on these
+            samples or of another model.
+
+    Cost: one forward per sample, set and factor.
+    """
+    samples = Samples(samples)
+    factors = [float(factor) for factor in factors]
+    for band in bands:
+        if band not in BANDS:
+            raise ExperimentError(f"no band is called {band!r}", ", ".join(BANDS), suggestion(band, BANDS))
+    if not factors or not bands or len(set(factors)) < len(factors) or not np.isfinite(factors).all():
+        raise ExperimentError(
+            f"factors {factors} of bands {list(bands)}", "different finite numbers, at least one band", "use (0, 1, 2)"
+        )
+    if not len(samples):
+        raise ExperimentError("no samples", "at least one", "pass some")
+    refuse_ranking(ranking, model, samples)
+    sets = [
+        (band, draw, chosen)
+        for band in bands
+        for draw, chosen in enumerate(_heads(ranking, band, heads, n_random, seed))
+    ]
+    for _, _, chosen in sets:
+        Scale(chosen, factors[0], positions=positions, phase=phase).check(model)
+    questions = quiz(model, samples, batch_size)
+    plain = ask(model, questions)
+    parts = {name: np.empty((len(sets), len(factors), len(questions))) for name in plain}
+    for row, (_, _, chosen) in enumerate(sets):
+        for column, factor in enumerate(factors):
+            measured = plain
+            if factor != 1:
+                with intervene(model, Scale(chosen, factor, positions=positions, phase=phase)) as steered:
+                    measured = ask(steered, questions)
+            for name, value in measured.items():
+                parts[name][row, column] = value
+            if progress:
+                progress(row * len(factors) + column + 1, len(sets) * len(factors))
+    curve = xr.Dataset(
+        {name: (("set", FACTOR, EXAMPLE), value) for name, value in parts.items()},
+        {
+            BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
+            "draw": ("set", np.array([draw for _, draw, _ in sets])),
+            "heads": ("set", np.array([" ".join(map(str, chosen)) for *_, chosen in sets], dtype=str)),
+            FACTOR: factors,
+            EXAMPLE: list(questions.examples),
+        },
+        {
+            "kind": "steering",
+            "model": model.name,
+            "domain": ", ".join(samples.domains),
+            "n_heads": ranking.count(heads),
+            "positions": positions,
+            "phase": phase,
+            "provenance": provenance(model, samples, seed=seed, positions=positions, phase=phase),
+        },
+    )
+    curve["accuracy"].attrs = {"unit": "share of answers, 0 or 1 per example", "sign": "more: better"}
+    curve["logit_diff"].attrs = {"unit": "logits, right minus wrong answer", "sign": "more: better"}
+    return curve
+
+
+def steering_table(curve: xr.Dataset, measure: str = "logit_diff") -> list[dict[str, float | str]]:
+    """``{"band", "factor", "mean", "low", "high"}`` of every band and factor: 95% over samples, and random sets."""
+    if measure not in curve:
+        raise ExperimentError(f"measure={measure!r}", "accuracy or logit_diff", suggestion(measure, map(str, curve)))
+    table: list[dict[str, float | str]] = []
+    for band in dict.fromkeys(map(str, curve[BAND].values)):
+        here = curve[measure].isel(set=np.flatnonzero(curve[BAND].values == band))
+        for factor in curve[FACTOR].values:
+            value = here.sel(factor=factor).values
+            interval = two_way_bootstrap(value) if len(value) > 1 else bootstrap_interval(value[0])
+            table.append({"band": band, "factor": float(factor), **interval.as_dict()})
+    return table
+
+
+def _heads(ranking: Ranking, band: str, heads: int | float, n_random: int, seed: int) -> Sequence[Heads]:
+    if band == "random":
+        return ranking.random(heads, n_random, seed)
+    return [ranking.top(heads) if band == "top" else ranking.bottom(heads)]

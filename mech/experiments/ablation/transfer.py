@@ -1,0 +1,207 @@
+"""Do the heads of one task serve another: heads found on A, ablated on B.
+
+    find, test = {...}, {...}                                     # name -> Samples, apart from each other
+    found = transfer(model, find, test, k=5)
+    found.lost.to_pandas()                                        # rows: found on; columns: tested on
+    found.lost - found.random_lost                                # against random heads of the same number
+
+A row that costs much in every column is a general reading circuit; a diagonal is one circuit for each task. Which of
+them it is cannot be told from rankings that agree: heads can look alike everywhere and matter in one place only.
+
+Specificity has two sides. *Other tasks*: name some in ``find`` and ``test`` whose samples have no evidence (a text
+question with a blank picture, say): they find no heads, and what is lost on them is no retrieval. *The form of the
+answer*: ``in_form`` says how often a model without the heads still gives one of the answers that occur in this task.
+A model that cannot find the evidence any more names a wrong one; a model that is broken says something else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from mech.axes import CONDITION
+from mech.data.samples import Samples
+from mech.errors import ExperimentError
+from mech.experiments.ablation.ablation import BASELINE, Condition, conditions
+from mech.experiments.metrics import Quiz, ask, quiz
+from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.ranking import Ranking, rank_heads
+from mech.experiments.scores.ram import retrieval_attention_mass
+from mech.experiments.statistics import paired_bootstrap, permutation_test, two_way_bootstrap
+from mech.interventions import Ablate, intervene, reference_activations
+from mech.model import HookedMLLM
+from mech.results import provenance
+
+MEASURES = ("accuracy", "logit_diff", "in_form")
+
+
+def transfer(
+    model: HookedMLLM,
+    find: Mapping[str, Samples],
+    test: Mapping[str, Samples],
+    *,
+    rankings: Mapping[str, Ranking] | None = None,
+    k: int | float = 0.05,
+    to: str = "mean",
+    n_random: int = 20,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The top heads of every task, and random heads, ablated on every task.
+
+    ``lost[A, B] = mean over examples of B of (accuracy - accuracy without the top heads of A)``
+
+    Sign: positive when the heads are needed. Unit: share of answers; -1 to 1.
+
+    Args:
+        model: a hooked model.
+        find: samples by task. Those of a task rank its heads, if they have evidence, and are the reference of its
+            ablation (what a head says on average *on this task*).
+        test: samples by task, none of them in ``find``; the tasks of ``find`` or some of them.
+        rankings: by name, in place of those by RAM on ``find``: of this model, by another score or at another step.
+        k: heads of each set: a number or a share.
+        to: the method, see ``Ablate``.
+        n_random: random sets of as many heads. The same ones are used for every task.
+        seed: of the random sets and resamples.
+        batch_size: samples per forward.
+        progress: called with (conditions done, conditions in all).
+
+    Returns:
+        ``accuracy`` (0 or 1), ``logit_diff`` (logits, answer minus counterfactual answer) and ``in_form`` (0 or 1) over
+        (tested_on, condition, example): unablated (``band`` "none"), without the top heads of a task (``band`` its
+        name), without random ones (``band`` "random"). Tasks with fewer examples end in nan; ``example_id`` names
+        all. From the accuracy: ``lost`` over (found_on, tested_on) with ``lost_low``, ``lost_high`` (95%, paired
+        bootstrap over examples); ``random_lost`` over (tested_on) with its interval over examples and sets; ``p`` over
+        (found_on, tested_on), the rank of the top set among the random ones, not corrected for the number of cells.
+
+    Raises:
+        ExperimentError: samples that find and test, a task to test without samples to find, no task with evidence,
+            fewer than two examples or random sets, a ranking of another model.
+
+    Cost: one forward of each sample of ``find`` for RAM and one for the reference; ``1 + tasks + n_random`` of each
+    sample of ``test``.
+
+    References: arXiv 2606.05843 (domains compared by rank correlation only; nothing is transferred there).
+    """
+    _check(find, test, n_random)
+    rankings = dict(rankings or _ranked(model, find, batch_size))
+    for name, ranking in rankings.items():
+        if ranking.model and ranking.model != model.name:
+            raise ExperimentError(
+                f"a ranking of {ranking.model} for {model.name} ({name!r})",
+                "one of this model: heads of two trainings share only their numbers",
+                "rank the heads of this model, or compare the two with seed_agreement",
+            )
+        for samples in test.values():
+            refuse_ranking(ranking, model, samples)
+    first = next(iter(rankings.values()))
+    tops = [Condition(to, name, one.count(k) / len(one), one.top(k)) for name, one in rankings.items()]
+    todo = [BASELINE, *tops, *conditions(first, to=to, bands=["random"], fractions=[k], n_random=n_random, seed=seed)]
+    parts: list[xr.Dataset] = []
+    for task, samples in test.items():
+        reference = reference_activations(model, find[task], batch_size=batch_size, seed=seed)
+        questions = quiz(model, samples, batch_size)
+        rows = []
+        for condition in todo:
+            rows.append(_asked(model, questions, condition, reference, seed))
+            if progress:
+                progress(len(parts) * len(todo) + len(rows), len(test) * len(todo))
+        values = {name: ((CONDITION, "example"), np.stack([row[name] for row in rows])) for name in MEASURES}
+        ids = {"example_id": ("example", np.array(questions.examples, dtype=object))}
+        parts.append(xr.Dataset(values, ids))
+    padded = [part.pad(example=(0, max(map(len, test.values())) - part.sizes["example"])) for part in parts]
+    joined = xr.concat(padded, dim=xr.Variable("tested_on", list(test)))
+    joined = joined.assign_coords(
+        example_id=joined["example_id"].fillna("").astype(str),
+        band=(CONDITION, [condition.band for condition in todo]),
+        draw=(CONDITION, [condition.draw for condition in todo]),
+    )
+    joined.attrs.update(
+        model=model.name, method=to, n_heads=len(tops[0].heads), unit="share of answers", sign="positive: needed",
+        provenance=provenance(model, {"find": _joined(find), "test": _joined(test)}, seed=seed),
+    )  # fmt: skip
+    return joined.merge(_summary(joined, list(rankings), seed))
+
+
+def _summary(found: xr.Dataset, names: list[str], seed: int) -> xr.Dataset:
+    cells: dict[str, list[Any]] = {name: [] for name in ("lost", "lost_low", "lost_high", "p")}
+    chance: dict[str, list[float]] = {name: [] for name in ("random_lost", "random_lost_low", "random_lost_high")}
+    for task in found["tested_on"].values:
+        accuracy = found["accuracy"].sel(tested_on=task).dropna("example")
+        bands = accuracy["band"].values
+        (full,) = accuracy.values[bands == "none"]
+        random = full - accuracy.values[bands == "random"]
+        by_chance = two_way_bootstrap(random, seed=seed)
+        for name, value in zip(chance, (by_chance.mean, by_chance.low, by_chance.high), strict=True):
+            chance[name].append(value)
+        tops = [accuracy.values[bands == name][0] for name in names]
+        lost = [paired_bootstrap(full, top, seed=seed) for top in tops]
+        p = [permutation_test(full - top, random, over="sets").p_value for top in tops]
+        columns = ([one.mean for one in lost], [one.low for one in lost], [one.high for one in lost], p)
+        for name, column in zip(cells, columns, strict=True):
+            cells[name].append(column)
+    values = {name: (("found_on", "tested_on"), np.array(columns).T) for name, columns in cells.items()}
+    return xr.Dataset({**values, **{name: ("tested_on", row) for name, row in chance.items()}}, {"found_on": names})
+
+
+def _asked(
+    model: HookedMLLM, questions: Quiz, condition: Condition, reference: Any, seed: int
+) -> dict[str, np.ndarray]:
+    """``ask``, and whether the first token said is that of any answer of these questions."""
+    said: list[torch.Tensor] = []
+
+    def listening(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def listened(*args: Any, **options: Any) -> torch.Tensor:
+            logits = forward(*args, **options)
+            said.extend(logits.argmax(-1).cpu())
+            return logits
+
+        return listened
+
+    if condition == BASELINE:
+        scores = ask(listening(model), questions)
+    else:
+        spec = Ablate(heads=condition.heads, to=condition.method, reference=reference, seed=seed)
+        with intervene(model, spec) as without:
+            scores = ask(listening(without), questions)
+    # Rows end with the answer: its first token is said one row before it.
+    begins = [int(row[-len(answer) - 1]) for row, answer in zip(said, questions.answers, strict=True)]
+    known = {answer[0] for answer in questions.answers}
+    return {**scores, "in_form": np.array([float(token in known) for token in begins])}
+
+
+def _ranked(model: HookedMLLM, find: Mapping[str, Samples], batch_size: int) -> dict[str, Ranking]:
+    located = {name: samples for name, samples in find.items() if all(sample.evidence for sample in samples)}
+    if not located:
+        raise ExperimentError("no task whose samples have evidence", "at least one", "set Sample.evidence")
+    scores = {name: retrieval_attention_mass(model, one, batch_size=batch_size) for name, one in located.items()}
+    return {name: rank_heads(score, domain=name) for name, score in scores.items()}
+
+
+def _check(find: Mapping[str, Samples], test: Mapping[str, Samples], n_random: int) -> None:
+    if lacking := [name for name in test if name not in find]:
+        raise ExperimentError(
+            f"the task {lacking[0]!r} is tested and has no samples in find",
+            "samples of every task in find: its reference",
+            "split them: find[name], test[name] = samples.split(0.5)",
+        )
+    if reserved := {"none", "random"} & {*find}:
+        raise ExperimentError(f"a task called {min(reserved)!r}", "another name: it is that of a control")
+    few = [name for name, samples in test.items() if len(samples) < 2]
+    if few or not test:
+        raise ExperimentError(
+            f"{len(test[few[0]])} examples of {few[0]!r}" if few else "no tasks to test",
+            "at least two examples of each",
+        )
+    if n_random < 2:
+        raise ExperimentError(f"n_random={n_random}", "at least two random sets", "use 20")
+    everything = [sample.id for samples in find.values() for sample in samples]
+    for samples in test.values():
+        refuse_overlap(samples, everything, "are in find")
+
+
+def _joined(tasks: Mapping[str, Samples]) -> Samples:
+    return Samples([sample for samples in tasks.values() for sample in samples])

@@ -1,0 +1,117 @@
+"""The attention of every head on every key, and the maps of a few heads over the pictures of a few samples.
+
+    found = looks(model, samples[:3], ranking)           # the first four heads and the last four
+    mech.view(found, on=samples[:3])                     # drawn over the pictures, side by side
+    looks(model, samples[:1], ranking, bands={"circuit": circuit.heads})
+
+The numbers behind the picture are those of RAM: attention after the softmax, averaged over the question's tokens. It
+measures nothing over samples; for that see ``retrieval_attention_mass``.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+
+from mech.data.samples import Sample, Samples, outlines, pictures_of
+from mech.errors import ExperimentError
+from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
+from mech.experiments.ranking.ranking import Head, Ranking
+from mech.inputs import Inputs
+from mech.model import HookedMLLM
+from mech.results import looks_dataset
+
+
+@torch.no_grad()
+def attention_from(
+    model: HookedMLLM, inputs: Inputs, queries: str = "question"
+) -> Float[torch.Tensor, "batch layer head key_pos"]:
+    """The attention of every text head, averaged over the query rows; layers are those of ``cfg.attention_layers``.
+
+    Where visual tokens are in a memory (``cfg.cross_layers``), keys are the memory's, and zero in other layers.
+
+    Cost: one forward and the query rows; memory ``layers x heads x S`` per row of the batch.
+    """
+    weight = row_weights(inputs, queries).to(model.device)
+    rows = weight.sum(0).nonzero().flatten()
+    found = read_rows(model, inputs, rows, lambda call, pattern: {"mean": mean_rows(pattern, weight[:, rows])})
+    return found["mean"]
+
+
+def looks(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    ranking: Ranking,
+    *,
+    k: int = 4,
+    bands: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    queries: str = "question",
+) -> xr.Dataset:
+    """The attention of some heads on every visual token of some samples.
+
+    ``attention[head, y] = mean over x in queries of A[x, y]``.
+
+    Sign: the higher, the more the question looks at this token. Unit: attention mass, between 0 and 1.
+
+    Args:
+        model: a hooked model.
+        samples: a few of them; their pictures are drawn.
+        ranking: names the heads, and their mean RAM.
+        k: heads of the top and of the bottom of the ranking.
+        bands: other heads, by the name they stand under.
+        queries: which rows look, as in ``retrieval_attention_mass``.
+
+    Returns:
+        A dataset of kind "looks" (``mech.results.looks_dataset``): ``attention`` over (look, shown, token), with the
+        rectangle of each token, and for each look its question, answer, prediction and evidence.
+
+    Raises:
+        ExperimentError: no samples, no heads, or a head the ranking does not know.
+
+    Cost: one forward and one short generation for each sample.
+    """
+    named = {"top": ranking.top(k), "bottom": ranking.bottom(k)} if bands is None else bands
+    heads = [Head(*head) for band in named.values() for head in band]
+    known = set(ranking.heads)
+    if not len(samples) or not heads:
+        raise ExperimentError(f"{len(samples)} samples and {len(heads)} heads", "at least one of each", "pass some")
+    if strange := [head for head in heads if head not in known]:
+        raise ExperimentError(f"there is no head {strange[0]}", "heads of the ranking", "see ranking.heads")
+    seen, rects, owners, facts = [], [], [], []
+    for i, sample in enumerate(samples):
+        inputs = model.inputs_of(sample)
+        layout, attention = inputs.layout.visual, attention_from(model, inputs, queries)[0].cpu().numpy()
+        tokens, pace = layout.positions("image"), layout.frames_per_token
+        seen.append(np.stack([attention[ranking.layers.index(layer), head, tokens] for layer, head in heads]))
+        rects.append(layout.rect[tokens])
+        owners.append((layout.frame // pace if sample.video else layout.image)[tokens])
+        said = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
+        facts.append(
+            {
+                "question": sample.question,
+                "answer": sample.answer,
+                "prediction": said,
+                "pictures": [f"look{i}_{n}.png" for n in range(len(pictures_of(sample, pace)))],
+                "evidence": outlines(sample, pace),
+            }
+        )
+    width = max(len(rect) for rect in rects)
+    return looks_dataset(
+        np.stack([_padded(one, width, 0.0, axis=1) for one in seen]),
+        np.stack([_padded(one, width, np.nan, axis=0) for one in rects]),
+        np.stack([_padded(one, width, -1, axis=0) for one in owners]),
+        facts,
+        shown_layer=[head.layer for head in heads],
+        shown_head=[head.head for head in heads],
+        shown_band=[name for name, band in named.items() for _ in band],
+        shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
+        model=model.name,
+    )
+
+
+def _padded(values: np.ndarray, width: int, fill: float, axis: int) -> np.ndarray:
+    room = [(0, 0)] * values.ndim
+    room[axis] = (0, width - values.shape[axis])
+    return np.pad(values, room, constant_values=fill)

@@ -1,0 +1,311 @@
+"""Attribution patching: an estimate of every cell of a patching sweep from a few forwards and backwards.
+
+    metric = LogitDiff(sample.answer, sample.counterfactual.answer)
+    found  = attribution(model, clean, corrupted, metric, over=("layer", "head"))
+    found.effect.mean("example")                # like activation_patching's, in the same units
+    found.attrs["rank_correlation"]             # with exact patching, on a sample of cells: is it to be trusted?
+    tokens = input_attribution(model, clean, metric, over="visual")
+
+An estimate is first order: the change of an activation times the metric's slope there. Saturated softmaxes, and sets of
+which any one is enough, have a slope of zero and an effect that is not. Three remedies are here: queries and keys are
+sent through their softmax exactly (``qk_fix``), slopes can be averaged on a path between the two runs (``ig_steps``),
+and every result is compared with exact patching (``check``).
+
+What it does not do: edges (``attribution_edges``), exact effects (``patching``).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.samples import Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints
+from mech.experiments.metrics import Metric
+from mech.experiments.patching.plan import Given, Plan, alike, in_tower, pairs_of, said
+from mech.experiments.patching.sweeps import KEYS, SQUARE, literal, names_of
+from mech.experiments.statistics import spearman
+from mech.inputs import Inputs
+from mech.inputs.layout import Where
+from mech.model import AttentionCall, HookedMLLM
+from mech.results import provenance
+
+DIRECTIONS = ("denoise", "noise")
+PATHS = ("embed", "point")
+SOFTMAXED = ("attn.hook_q", "attn.hook_rot_q", "attn.hook_k", "attn.hook_rot_k")
+
+
+def attribution(
+    model: HookedMLLM,
+    clean: Given,
+    corrupted: Given | None,
+    metric: Metric,
+    *,
+    point: str = "attn.hook_z",
+    over: Sequence[str] = (LAYER, HEAD),
+    positions: Where = "all",
+    regions: Sequence[Where] | None = None,
+    layers: Sequence[int] | None = None,
+    ig_steps: int = 0,
+    path: str = "embed",
+    qk_fix: bool = True,
+    direction: str = "denoise",
+    check: int = 8,
+    seed: int = 0,
+) -> xr.Dataset:
+    """The estimated effect of every patch of ``activation_patching``, with its own check against the exact one.
+
+    ``metric = base + sum over the cell's places of (source - base) . d metric / d activation``, with the slope at the
+    run that is patched into, or its mean along a path to the other run; ``effect`` is normalised as there.
+
+    Sign: denoising, more is more sufficient; noising, less is more necessary. Unit: share of the gap.
+
+    Args:
+        model, clean, corrupted, metric, point, over, positions, regions, layers: as in ``activation_patching``.
+        ig_steps: 0 for the slope at the run itself, else the number of midpoints on the path.
+        path: ``"embed"``: the embeddings (visual ones included) go from one run to the other; ``"point"``: the point's
+            activations do, one layer at a time, all positions together. Features added between layers (DeepStack)
+            stay those of the run that is patched into.
+        qk_fix: at queries and keys, recompute the attention of what is patched exactly and use the slope at the
+            pattern, in place of the slope at the query or key. Not used with ``ig_steps``.
+        direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
+        check: how many random cells are also patched exactly, 0 for none.
+        seed: of these cells.
+
+    Returns:
+        ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example; ``exact`` and
+        ``estimate``, effects over (example, check), with the coordinate ``cell``. Attributes: ``rank_correlation``
+        (Spearman, over all that was checked), ``worst`` (the largest misses), ``forwards`` and ``backwards``.
+
+    Raises:
+        ExperimentError: as ``activation_patching``; a metric without a gradient. Before any forward.
+
+    Cost: two forwards (noising: three) and one backward for each pair of inputs; with steps as many forwards and
+    backwards more (``path="point"``: for each layer), and a forward for each checked cell. ``qk_fix`` adds two explicit
+    attentions for each layer at queries, and at keys one for each layer and region, a group of heads at a time.
+    Memory: the activations of the text stack from the first point on.
+
+    References: Nanda 2023 (attribution patching); arXiv 2310.10348; 2403.00745 (q/k fix: AtP*; keys of a whole region
+    are patched together here); 2403.17806 (integrated gradients; we take midpoints instead of right ends); 2506.09047.
+    """
+    for name, value, known in (("direction", direction, DIRECTIONS), ("path", path, PATHS)):
+        if value not in known:
+            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
+    for name, count in (("ig_steps", ig_steps), ("check", check)):
+        if count < 0:
+            raise ExperimentError(f"{name}={count}", "0 or more", f"leave {name} out")
+    pairs = pairs_of(model, clean, corrupted)
+    plans, example = [], 0
+    for one, other in pairs:
+        plans.append(Plan.of(model, one, other, metric, point, tuple(over), positions, regions, layers, example))
+        check_smooth(model, plans[-1].readings, metric)
+        if model.cfg.cross_layers and point in KEYS:
+            raise ExperimentError(
+                f"{point!r} of {model.name}, where keys are not positions in some layers", "a point of positions",
+                "use attn.hook_z",
+            )  # fmt: skip
+        if len(one) > 1 and (point.startswith("vision.") or point == "projector.hook_out"):
+            raise ExperimentError(
+                f"{len(one)} rows at {point!r}, where pictures of all rows are one batch", "one row at a time",
+                "pass the rows as a list",
+            )  # fmt: skip
+        example += len(one)
+    alike(plans, over)
+    cells = np.random.default_rng(seed).permutation(len(plans[0].cells))[:check]
+    fixed = qk_fix and ig_steps == 0 and point.removeprefix("vision.") in SOFTMAXED
+    parts = [_estimated(model, plan, direction, ig_steps, path, fixed, cells) for plan in plans]
+    estimate, exact, ours, theirs = (torch.cat(v).double().cpu().numpy() for v in zip(*parts, strict=True))
+    clean_scores, corrupted_scores = (theirs, ours) if direction == "denoise" else (ours, theirs)
+    effect, exact_effect = (normalised(values, clean_scores, corrupted_scores) for values in (estimate, exact))
+    shape, coords = plans[0].axes(regions)
+    labels = [_label(index, list(over), shape, coords) for index in cells]
+    settings = {"point": point, "positions": said(positions), "direction": direction, "ig_steps": ig_steps}
+    settings |= {"path": path if ig_steps else "none", "qk_fix": int(fixed)}
+    passes = ig_steps * (len(plans[0].names) if path == "point" else 1) or 1
+    share = {"unit": "share of the gap between the runs", "sign": "0: as the corrupted run, 1: as the clean run"}
+    return xr.Dataset(
+        {
+            "effect": ((EXAMPLE, *over), effect.reshape(-1, *shape), share),
+            "metric": ((EXAMPLE, *over), estimate.reshape(-1, *shape), {"unit": metric.unit}),
+            "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
+            "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
+            **checked(effect[:, cells], exact_effect),
+        },
+        {EXAMPLE: np.arange(len(effect)), **coords, "cell": ("check", labels)},
+        {
+            "model": model.name,
+            **settings,
+            "measure": repr(metric),
+            **agreement_of(effect[:, cells], exact_effect, labels),
+            "forwards": (2 + (direction == "noise") + passes * (ig_steps > 0) + len(cells)) * len(plans),
+            "backwards": (1 + passes * (ig_steps > 0)) * len(plans),
+            "provenance": provenance(
+                model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, over=list(over),
+                **settings,
+            ),
+        },
+    )  # fmt: skip
+
+
+def normalised(values: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
+    """Metrics as shares of the gap; nan where the two runs score alike."""
+    gap = clean - corrupted
+    gap = np.where(gap == 0, np.nan, gap).reshape(-1, *[1] * (values.ndim - 1))
+    return (values - corrupted.reshape(gap.shape)) / gap
+
+
+def checked(estimate: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
+    """The two variables that compare an estimate with exact patching."""
+    share = {"unit": "share of the gap between the runs"}
+    return {"estimate": ((EXAMPLE, "check"), estimate, share), "exact": ((EXAMPLE, "check"), exact, share)}
+
+
+def agreement_of(estimate: np.ndarray, exact: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    """How well estimates agree with exact effects: rank correlation, and the largest misses in words."""
+    known = ~np.isnan(exact + estimate)
+    enough = known.sum() >= 3
+    miss = np.where(known, abs(exact - estimate), -1.0)
+    worst = np.dstack(np.unravel_index(np.argsort(-miss, axis=None)[:3], miss.shape))[0] if miss.size else []
+    return {
+        "rank_correlation": spearman(estimate[known], exact[known]) if enough else float("nan"),
+        "worst": "; ".join(
+            f"{labels[cell]} of example {row}: exact {exact[row, cell]:.3g}, estimate {estimate[row, cell]:.3g}"
+            for row, cell in worst
+            if known[row, cell]
+        ),
+    }
+
+
+def _label(index: int, over: Sequence[str], shape: Sequence[int], coords: dict[str, Any]) -> str:
+    places = np.unravel_index(index, tuple(shape)) if shape else ()
+    return ", ".join(f"{axis} {coords[axis][place]}" for axis, place in zip(over, places, strict=True)) or "everything"
+
+
+def _estimated(
+    model: HookedMLLM, plan: Plan, direction: str, steps: int, path: str, fixed: bool, sample: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Estimated metric of every cell, exact metric of the sampled ones, and the metric of the base and the source."""
+    base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
+    at = torch.as_tensor(plan.reads, device=model.device)
+    bare, stack = plan.point.removeprefix("vision."), "vision" if plan.point.startswith("vision.") else "text"
+    layers = [int(name.split("blocks.")[1].split(".")[0]) for name in plan.names] if fixed else []
+    seen: dict[int, AttentionCall] = {}
+    embed = ["hook_embed"] if steps and path == "embed" and plan.point != "hook_embed" else []
+    with torch.no_grad(), model.attending(lambda call: seen.update({call.layer: call}) if fixed else None, stack):
+        logits, cache = model.run_with_cache(source, names_filter=[*plan.names, *embed], logits_to_keep=at)
+    if direction == "noise":  # the clean run is the one that is patched into
+        with torch.no_grad():
+            clean_logits = model(base, logits_to_keep=at)
+    else:
+        clean_logits = logits
+
+    def score(run: Inputs) -> Tensor:
+        return plan.scores(model(run, logits_to_keep=at), clean_logits)
+
+    here = differentiate(model, base, [*plan.names, *embed], score, attention=stack if fixed else None, layers=layers)
+    if steps:
+        _along_path(model, base, here, cache, plan.names, score, steps, path)
+    where = [in_tower(plan, mask, dict(cache)) for mask in plan.regions]
+    masks = torch.stack(where).to(model.device)
+    if bare != plan.point or plan.point == "projector.hook_out":  # pictures of one row: their tokens are its own
+        masks = masks.reshape(len(masks), 1, -1)
+    sums = {}
+    for index, name in enumerate(plan.names):
+        if not fixed:
+            sums[name] = _summed(_first_order(cache[name], here, name), masks)
+            continue
+        layer = layers[index]
+        inside = here.calls[layer], seen[layer], here.slopes[layer]
+        sums[name] = _summed(_of_queries(*inside), masks) if bare.endswith("q") else _of_keys(*inside, masks)
+    values = []
+    for cell in plan.cells:
+        parts = [sums[name][:, cell.region] for name in names_of(plan.point, cell.layers)]
+        values.append(sum(part.sum(-1) if cell.head is None else part[:, cell.head] for part in parts))
+    estimate = here.scores[:, None] + torch.stack(values, 1).to(here.scores)
+    chosen = [plan.cells[index] for index in sample]
+    exact = here.scores.new_zeros(len(base), 0)
+    if chosen:
+        exact = literal(model, base, plan.point, chosen, where, dict(cache), plan.reads,
+                        lambda found: plan.scores(found, clean_logits), lambda: None)  # fmt: skip
+    return estimate, exact, here.scores, plan.scores(logits, clean_logits)
+
+
+def _along_path(
+    model: HookedMLLM, base: Inputs, here: Slopes, source: Any, names: Sequence[str], score: Callable, steps: int,
+    path: str,
+) -> None:  # fmt: skip
+    """Put the mean slope on the path in place of the slope at the base."""
+    ours = dict(here.values)
+    groups = [(["hook_embed"], list(names))] if path == "embed" else [([name], [name]) for name in names]
+    for moved, read in groups:
+        total = {name: torch.zeros_like(here.slopes[name]) for name in read}
+        for share in midpoints(steps):
+            edits = [between(name, ours[name], source[name], share) for name in moved]
+            step = differentiate(model, base, read, score, edits=edits)
+            for name in read:
+                total[name] += step.slopes[name] / steps
+        here.slopes.update(total)
+
+
+def _first_order(source: Tensor, here: Slopes, name: str) -> Float[Tensor, "row pos head"]:
+    """Change times slope at every place; points without heads have one."""
+    wide = torch.promote_types(source.dtype, torch.float32)
+    product = ((source.to(wide) - here.values[name].to(wide)) * here.slopes[name].to(wide)).sum(-1)
+    if name.endswith(SQUARE):
+        return product.transpose(1, 2)
+    if name == "projector.hook_out":
+        return product[None, :, None]
+    return product if here.values[name].ndim == 4 else product[..., None]
+
+
+def _summed(local: Float[Tensor, "row pos head"], masks: Tensor) -> Float[Tensor, "batch region head"]:
+    if masks.shape[1] == 1 and local.shape[0] > 1:  # several tiles or windows of one row
+        local = local.reshape(1, -1, local.shape[-1])
+    if masks.shape[-1] != local.shape[1]:
+        masks = masks[..., :1].expand(-1, -1, local.shape[1])
+    return torch.einsum("rbp,bph->brh", masks.to(local), local)
+
+
+def _groups(call: AttentionCall, slope: Float[Tensor, "batch pos head d_head"]) -> Any:
+    """One key head at a time: its attention, which query heads share it, and the slope at their pattern."""
+    size = call.q.shape[1] // call.k.shape[1]
+    for kv in range(call.k.shape[1]):
+        heads = slice(kv * size, (kv + 1) * size)
+        one = replace(
+            call, q=call.q[:, heads], k=call.k[:, kv : kv + 1], v=call.v[:, kv : kv + 1],
+            sinks=None if call.sinks is None else call.sinks[heads],
+        )  # fmt: skip
+        # z = pattern @ v, so the slope at the pattern is a product, and no pattern has to be kept for the backward.
+        yield kv, heads, one, torch.einsum("bqhd,bkd->bhqk", slope[:, :, heads], one.v[:, 0])
+
+
+def _of_queries(call: AttentionCall, other: AttentionCall, slope: Tensor) -> Float[Tensor, "batch pos head"]:
+    """What the pattern that each patched query would make, does by the slope of the pattern."""
+    rows = torch.arange(call.q.shape[2], device=call.q.device)
+    found = []
+    for _, heads, one, slopes in _groups(call, slope):
+        change = replace(one, q=other.q[:, heads]).rows(rows) - one.rows(rows)
+        found.append((change * slopes).sum(-1))
+    return torch.cat(found, 1).transpose(1, 2)
+
+
+def _of_keys(
+    call: AttentionCall, other: AttentionCall, slope: Tensor, masks: Tensor
+) -> Float[Tensor, "batch region kv_head"]:
+    """The same for keys: all keys of a region are patched together, and every query's softmax is computed anew."""
+    rows = torch.arange(call.q.shape[2], device=call.q.device)
+    where = masks.expand(-1, len(call.q), call.k.shape[2])[:, :, None, :, None].to(call.k.device)
+    found = []
+    for kv, _, one, slopes in _groups(call, slope):
+        before, theirs = one.rows(rows), other.k[:, kv : kv + 1]
+        changes = (replace(one, k=torch.where(region, theirs, one.k)).rows(rows) - before for region in where)
+        found.append(torch.stack([(change * slopes).sum((1, 2, 3)) for change in changes], 1))
+    effect = torch.stack(found, -1)
+    return effect if masks.shape[1] == len(call.q) else effect.sum(0, keepdim=True)

@@ -1,0 +1,402 @@
+"""Does looking mean mattering? Every head's RAM beside what it does, with intervals, tests, sets and paths.
+
+    find, test = samples.split(0.5)
+    report = causal_report(model, test, find=find)
+    report.heads                        # [layer, head]: ram, lost, recovered, direct, mediated, ablated, quadrant, ...
+    report.smallest                     # heads whose loss halves the answer, by greedy search, by RAM, at random
+    report.paths[1, 0].carrier          # "through the values of L4H2"
+    print(*report.sentences(), sep="\\n")
+
+The samples need counterfactuals: the same layout with other evidence, and so another answer. A head is *necessary* if
+the answer is lost when the head says what it says on the counterfactual (noising), and *sufficient* if that head alone,
+saying what it says on the sample, brings the answer back (denoising). All effects are shares of the gap between the
+two runs, in the logit difference. Samples that find heads (``find``: the ranking, the order of sets) never test them.
+
+What this does not say: what a head does on questions of another kind; nor anything of heads that say the same in both
+runs (ablation sees those, patching does not).
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.data.samples import Sample, Samples
+from mech.experiments.causal.mediation import HeadPath, looked, path_of
+from mech.experiments.causal.runs import Runs
+from mech.experiments.causal.sets import greedy, set_curves, sizes_of, smallest
+from mech.experiments.metrics import ask, quiz
+from mech.experiments.patching.activation import activation_patching
+from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.ranking import Head, Ranking, rank_heads
+from mech.experiments.scores.ram import retrieval_attention_mass
+from mech.experiments.statistics import (
+    benjamini_hochberg,
+    bootstrap_interval,
+    bootstrap_means,
+    holm,
+    sign_flip_test,
+    spearman,
+)
+from mech.interventions import Ablate, Reference, intervene, reference_activations
+from mech.model import HookedMLLM
+from mech.model.partial.cached_run import NotResumable
+from mech.notebook import Shown
+from mech.results import load, provenance, save
+
+QUADRANTS = ("looks and matters", "looks, does not matter", "matters, does not look", "neither")
+LOOKS = 0.05  # a head looks if this much of the attention that even attention puts elsewhere is on the evidence
+HALF, BACK = 0.5, 0.9  # of the gap: lost by the smallest set, and recovered by it
+CANDIDATES = 16  # heads among which the greedy search chooses
+Progress = Callable[[str, int, int], None]
+
+
+def causal_report(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    ranking: Ranking | None = None,
+    *,
+    find: Samples | Sequence[Sample] | None = None,
+    reference: Samples | Reference | None = None,
+    method: str | None = "mean",
+    threshold: float = 0.02,
+    alpha: float = 0.05,
+    n_random: int = 3,
+    n_boot: int = 2000,
+    n_paths: int = 4,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> "CausalReport":
+    """RAM against causal effect for every head, the sets the answer hangs on, and the paths of heads that matter.
+
+    ``lost = (clean - noised) / gap``, ``recovered = (denoised - corrupted) / gap`` with ``gap`` the mean over samples
+    of clean minus corrupted; ``direct`` is ``lost`` when only the final norm sees the head's change, ``mediated`` the
+    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *looks* if its RAM is above what even
+    attention would give by a twentieth of the rest, and its interval above that; it *matters* if ``lost`` or
+    ``recovered`` is at least ``threshold`` and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all
+    heads and both directions).
+
+    Sign: positive if the answer needs it. Unit: share of the gap in logit difference.
+
+    Args:
+        model: a hooked model.
+        samples: with counterfactuals; they test. Without ``find`` they are split in halves, and one half finds.
+        ranking: where heads look, from other samples than ``samples``; by RAM on ``find`` if None.
+        find: samples that rank heads and order sets.
+        reference: of the ablation; ``find`` if None.
+        method: of the ablation of single heads, see ``Ablate``; None to leave it out.
+        threshold: the smallest effect that matters.
+        alpha: of the tests.
+        n_random: random orders of heads beside the two greedy ones and that of the ranking.
+        n_boot: resamples of each interval.
+        n_paths: heads whose paths are followed: those that matter without looking first.
+        batch_size, seed: as everywhere.
+        progress: called with (what, done, in all).
+
+    Raises:
+        ExperimentError: samples without a counterfactual, samples that found the heads, or a model that does not tell
+            samples from counterfactuals.
+
+    Cost: for each test sample three sweeps over all heads (noising, denoising, ablation) and two for each to find.
+
+    References: arXiv 2404.15255 (noising and denoising), 2211.00593 (direct effects, faithfulness, completeness),
+    2307.15771 (self-repair). Completeness is the loss here, not the difference to the whole model's.
+    """
+    say = progress or (lambda what, done, total: None)
+    samples = Samples(samples)
+    if find is None:
+        find, samples = samples.split(0.5, seed)
+    find = Samples(find)
+    refuse_overlap(samples, [sample.id for sample in find], "find the heads")
+    if ranking is None:
+        ranking = rank_heads(retrieval_attention_mass(model, find, batch_size=batch_size))
+    refuse_ranking(ranking, model, samples)
+    ordered = _ordered(Runs.of(model, find, batch_size), ranking, say)
+    runs = Runs.of(model, samples, batch_size)
+    each = {"lost": _swept(runs, "noise", say), "recovered": _swept(runs, "denoise", say)}
+    reason = ""
+    try:
+        each["direct"] = runs.direct()
+        each["mediated"] = each["lost"] - each["direct"]
+    except NotResumable as error:
+        reason = str(error)
+    if method is not None:
+        bank = reference_activations(model, find, batch_size=batch_size, seed=seed) if reference is None else reference
+        each["ablated"] = _ablated(runs, method, bank, batch_size, seed, say)
+    heads = _heads(runs, ranking, each, threshold, alpha, n_boot, seed)
+    singles = {head: float(heads["lost"].values[ranking.layers.index(head.layer), head.head]) for head in ranking.heads}
+    drawn = {f"random {i}": drawn for i, drawn in enumerate(ranking.random(len(ranking) // 2, n_random, seed))}
+    orders = {**ordered, "ram": ranking.heads, **drawn}
+    curves = set_curves(runs, orders, sizes_of(len(ranking)), singles)
+    paths: list[HeadPath] = []
+    if not reason:
+        looks = looked(runs)
+        for head in _followed(heads, n_paths):
+            paths.append(path_of(runs, head, looks, threshold))
+            say("paths", len(paths), n_paths)
+    agreement = _agreement(ranking.mean, each["lost"], n_boot, seed)
+    dims = ("example", "layer", "head")
+    whole = xr.merge([heads, curves, xr.Dataset({f"{name}_each": (dims, value) for name, value in each.items()})])
+    whole = whole.assign_coords(example=[sample.id or str(i) for i, sample in enumerate(samples)])
+    whole.attrs.update(
+        kind="causal", model=model.name, domain=", ".join(samples.domains), method=method or "none",
+        threshold=threshold, alpha=alpha, gap=runs.gap, score=ranking.score, n_find=len(find), no_paths=reason,
+        unit="share of the gap in logit difference between clean and corrupted runs",
+        sign="positive: the answer needs it",
+        agreement=json.dumps(agreement), paths=json.dumps([path.to_json() for path in paths]),
+        members=json.dumps({name: [list(head) for head in some] for name, some in orders.items()}),
+        provenance=provenance(model, {"find": find, "test": samples}, seed=seed, method=method, threshold=threshold),
+    )  # fmt: skip
+    return CausalReport(whole)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalReport(Shown):
+    """What ``causal_report`` found, all of it in one dataset."""
+
+    dataset: xr.Dataset
+
+    @property
+    def heads(self) -> xr.Dataset:
+        """Every head: ``ram``, ``ram_rank``, the effects with ``_low`` and ``_high``, p-values, ``quadrant``."""
+        return self.dataset[[name for name, v in self.dataset.data_vars.items() if v.dims == ("layer", "head")]]
+
+    @property
+    def sets(self) -> xr.Dataset:
+        """``set_lost``, ``set_recovered``, ``set_singles`` by order and size.
+
+        "effect" is the greedy order of what is lost, "restoring" that of what is recovered.
+        """
+        return self.dataset[["set_lost", "set_recovered", "set_singles"]]
+
+    @cached_property
+    def paths(self) -> dict[tuple[int, int], HeadPath]:
+        """How the heads act that were followed."""
+        found = [HeadPath.from_json(value) for value in json.loads(self.dataset.attrs["paths"])]
+        return {(path.layer, path.head): path for path in found}
+
+    @property
+    def agreement(self) -> dict[str, float | None]:
+        """Spearman correlation of RAM and ``lost`` over heads, with its interval over samples; None if undefined."""
+        return json.loads(self.dataset.attrs["agreement"])
+
+    @property
+    def smallest(self) -> dict[str, dict[str, int | None]]:
+        """By order the smallest sets tried that lose half of the gap, and that recover nine tenths of it."""
+        return {"lost": smallest(self.sets, "lost", HALF), "recovered": smallest(self.sets, "recovered", BACK)}
+
+    def members(self, order: str, size: int) -> list[Head]:
+        """The heads of a set."""
+        return [Head(*head) for head in json.loads(self.dataset.attrs["members"])[order][:size]]
+
+    def quadrant(self, name: str) -> list[Head]:
+        """The heads of one of ``QUADRANTS``, the largest effect first."""
+        heads = self.heads
+        size = np.maximum(np.abs(heads["lost"].values), np.abs(heads["recovered"].values))
+        chosen = np.argwhere(heads["quadrant"].values == name)
+        layers = heads["layer"].values
+        return [Head(int(layers[i]), int(j)) for i, j in sorted(chosen.tolist(), key=lambda at: -size[tuple(at)])]
+
+    @property
+    def stand_ins(self) -> dict[Head, Head]:
+        """Heads whose answer grows when another is noised -> that other head: self-repair, seen on its path."""
+        return {
+            Head(leg.layer, leg.head): Head(path.layer, path.head)
+            for path in self.paths.values()
+            for leg in path.through
+            if leg.head is not None and leg.effect < 0 < path.direct
+        }
+
+    def sentences(self) -> list[str]:
+        """The report in words."""
+        heads, attrs = self.heads, self.dataset.attrs
+        counts = {name: len(self.quadrant(name)) for name in QUADRANTS}
+        said = [f"{attrs['model']} on {attrs['domain']}: of {heads['ram'].size} heads "
+                + "; ".join(f"{n} {_plural(name, n)}" for name, n in counts.items()) + "."]  # fmt: skip
+        # The smallest p of a sign-flip test is 2 / 2^n, and the correction is over all heads in both directions.
+        n, needed = self.dataset.sizes["example"], math.ceil(math.log2(4 * heads["ram"].size / attrs["alpha"]))
+        if n < needed:
+            said.append(f"{n} samples are too few to show that one head by itself matters: that takes {needed}.")
+        if self.agreement["mean"] is not None:
+            mean, low, high = (self.agreement[name] for name in ("mean", "low", "high"))
+            said.append(f"RAM and loss correlate over heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}].")
+        for what, sizes in self.smallest.items():
+            share = HALF if what == "lost" else BACK
+            found = ", ".join(f"{size or 'none tried'} ({order})" for order, size in sizes.items())
+            said.append(f"Smallest set with {share:.0%} {what}: {found}.")
+        said += [self.describe(path) for path in self.paths.values()]
+        said += [f"{head} stands in for {other}." for head, other in self.stand_ins.items()]
+        return said
+
+    def describe(self, path: HeadPath) -> str:
+        """One head in a sentence: where it looks, what it is worth, and the way its effect takes."""
+        one = self.heads.sel(layer=path.layer, head=path.head)
+        lost, low, high = (100 * float(one[name]) + 0.0 for name in ("lost", "lost_low", "lost_high"))
+        text = (
+            f"L{path.layer}H{path.head} (RAM {float(one['ram']):.2f}, rank {int(one['ram_rank'])} of "
+            f"{self.heads['ram'].size}): noised, {lost:.0f}% [{low:.0f}, {high:.0f}] of the gap is lost; alone it "
+            f"brings {float(one['recovered']):.0%} back. It acts {path.carrier}"
+        )
+        if not any(abs(effect) >= self.dataset.attrs["threshold"] for effect in path.acts.values()):
+            return text + "."
+        read = max(path.reads, key=lambda region: path.reads[region], default="")
+        reading = f", where it reads the {PLACES[read]} ({path.reads[read]:.0%} of its attention)" if read else ""
+        return f"{text}, from the {PLACES[path.where]}{reading}."
+
+    def facts(self) -> dict[str, Any]:
+        """What a study's summary holds of it, in plain numbers."""
+        heads, attrs = self.heads, self.dataset.attrs
+        together, size = self.sets["set_lost"].sel(order="effect"), self.smallest["lost"]["effect"]
+        size = size or int(self.sets["size"][-1])
+        worth = bootstrap_interval(together.sel(size=size).values).as_dict()
+        alone = float(self.sets["set_singles"].sel(order="effect", size=size))
+        return {
+            "n_test": self.dataset.sizes["example"],
+            "corruption": attrs.get("corruption", "counterfactuals"),
+            "quadrants": {name: [list(head) for head in self.quadrant(name)] for name in QUADRANTS},
+            "necessary_blind": [
+                list(h) for h in self.quadrant(QUADRANTS[2]) if bool(heads["necessary"].sel(layer=h.layer, head=h.head))
+            ],
+            "agreement": self.agreement,
+            "smallest": self.smallest,
+            "set": {"size": size, "heads": [list(h) for h in self.members("effect", size)], "together": worth,
+                    "alone": alone},
+            "even": float(self.dataset["even"]),
+            "threshold": attrs["threshold"],
+            "stand_ins": [[list(head), list(other)] for head, other in self.stand_ins.items()],
+            "paths": [{"head": list(at), "carrier": path.carrier, "text": self.describe(path)}
+                      for at, path in self.paths.items()],
+        }  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write the dataset (netCDF)."""
+        save(self.dataset, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CausalReport":
+        """Read what ``save`` wrote."""
+        return cls(load(path))
+
+    def __repr__(self) -> str:
+        return f"CausalReport({self.sentences()[0]})"
+
+
+PLACES = {"last": "last token", "evidence": "evidence", "picture": "rest of the picture", "question": "question",
+          "template": "template"}  # fmt: skip
+
+
+def _plural(name: str, n: int) -> str:
+    return name if n == 1 else name.replace("looks", "look").replace("matters", "matter").replace("does not", "do not")
+
+
+def _swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
+    clean, corrupted = ([pair[side] for pair in runs.pairs] for side in (0, 1))
+    swept = activation_patching(
+        runs.model, clean, corrupted, runs.metric, direction=direction,
+        progress=lambda done, total: say({"noise": "noising", "denoise": "denoising"}[direction], done, total),
+    )  # fmt: skip
+    if direction == "noise":
+        return (swept["clean"] - swept["metric"]).values / runs.gap
+    return (swept["metric"] - swept["corrupted"]).values / runs.gap
+
+
+def _ordered(runs: Runs, ranking: Ranking, say: Progress) -> dict[str, list[Head]]:
+    """All heads in two orders, on the samples that find: first by greedy search, then by single effects."""
+    try:
+        direct = np.abs(runs.direct().mean(0))
+    except NotResumable:
+        direct = np.zeros((len(ranking.layers), ranking.n_heads))
+
+    def at(values: np.ndarray, head: Head) -> float:
+        return float(values[ranking.layers.index(head.layer), head.head])
+
+    orders = {}
+    for name, direction, effect, share in (
+        ("effect", "noise", runs.lost, HALF),
+        ("restoring", "denoise", runs.recovered, BACK),
+    ):
+        single = _swept(runs, direction, lambda what, done, total: say("finding", done, total)).mean(0)
+        by_effect = sorted(ranking.heads, key=lambda head, single=single: -at(np.abs(single) + direct, head))
+        found = greedy(effect, by_effect[:CANDIDATES], share, tie=lambda head: at(direct, head))
+        orders[name] = found + [head for head in by_effect if head not in found]
+    return orders
+
+
+def _ablated(runs: Runs, method: str, bank: Any, batch_size: int, seed: int, say: Progress) -> np.ndarray:
+    """The loss when one head is ablated, head by head."""
+    model = runs.model
+    questions = quiz(model, runs.samples, batch_size)
+    base, found = ask(model, questions)["logit_diff"], []
+    for layer in model.cfg.attention_layers:
+        for head in range(model.cfg.n_heads):
+            with intervene(model, Ablate(heads=[(layer, head)], to=method, reference=bank, seed=seed)) as without:
+                found.append((base - ask(without, questions)["logit_diff"]) / runs.gap)
+        say("ablating", len(found), len(model.cfg.attention_layers) * model.cfg.n_heads)
+    return np.array(found).T.reshape(len(base), len(model.cfg.attention_layers), model.cfg.n_heads)
+
+
+def _heads(
+    runs: Runs, ranking: Ranking, each: dict[str, np.ndarray], threshold: float, alpha: float, n_boot: int, seed: int
+) -> xr.Dataset:
+    """Every head's numbers, tests and quadrant."""
+    rank = np.empty(ranking.mean.shape, dtype=int)
+    for place, head in enumerate(ranking.heads, start=1):
+        rank[ranking.layers.index(head.layer), head.head] = place
+    found: dict[str, np.ndarray] = {"ram": ranking.mean, "ram_rank": rank}
+    for name, values in each.items():
+        interval = bootstrap_interval(values, n_resamples=n_boot, seed=seed)
+        found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    p = np.stack([sign_flip_test(each[name], seed=seed) for name in ("lost", "recovered")])
+    for name, raw, strict, loose in zip(("lost", "recovered"), p, holm(p), benjamini_hochberg(p), strict=True):
+        found |= {f"{name}_p": raw, f"{name}_p_holm": strict, f"{name}_p_bh": loose}
+    shown = {n: (np.abs(found[n]) >= threshold) & (found[f"{n}_p_bh"] < alpha) for n in ("lost", "recovered")}
+    found["necessary"] = shown["lost"] & (found["lost"] > 0)
+    found["sufficient"] = shown["recovered"] & (found["recovered"] > 0)
+    found["hinders"] = (shown["lost"] & (found["lost"] < 0)) | (shown["recovered"] & (found["recovered"] < 0))
+    null = _even(runs)
+    low = ranking.mean if ranking.per_example is None else bootstrap_interval(ranking.per_example, seed=seed).low
+    looks, matters = (ranking.mean - null >= LOOKS * (1 - null)) & (low > null), shown["lost"] | shown["recovered"]
+    found["quadrant"] = np.select([looks & matters, looks, matters], QUADRANTS[:3], QUADRANTS[3])
+    coords = {"layer": list(ranking.layers), "head": np.arange(ranking.n_heads)}
+    data = {name: (("layer", "head"), values) for name, values in found.items()}
+    return xr.Dataset({**data, "even": null}, coords)
+
+
+def _even(runs: Runs) -> float:
+    """The RAM of a head that looks everywhere alike: evidence over visible keys, averaged over the question."""
+    shares = []
+    for batch in runs.batches:
+        real = sum(mask.int() for mask in batch.regions.values()).cumsum(1)  # type: ignore[union-attr]
+        share = batch.regions["evidence"].cumsum(1) / real.clamp(min=1)
+        for row, layout in enumerate(batch.inputs[0].layouts):
+            shares.append(float(share[row, layout.positions("question")].mean()))
+    return float(np.mean(shares))
+
+
+def _followed(heads: xr.Dataset, n: int) -> list[Head]:
+    """Heads that matter: at most ``n``, those that do not look first, then by their effect."""
+    size = np.maximum(np.abs(heads["lost"].values), np.abs(heads["recovered"].values))
+    matters = np.isin(heads["quadrant"].values, ("looks and matters", "matters, does not look"))
+    blind = heads["quadrant"].values == "matters, does not look"
+    order = sorted(np.argwhere(matters).tolist(), key=lambda at: (not blind[tuple(at)], -size[tuple(at)]))
+    looking = [at for at in order if not blind[tuple(at)]]
+    chosen = order[: max(1, n - min(1, len(looking)))]
+    chosen += [at for at in looking if at not in chosen][: n - len(chosen)]  # one that looks, to compare with
+    return [Head(int(heads["layer"].values[i]), int(j)) for i, j in chosen[:n]]
+
+
+def _agreement(ram: np.ndarray, lost: np.ndarray, n_boot: int, seed: int) -> dict[str, float | None]:
+    lost = np.round(lost, 4)  # rounding must not rank heads that do nothing
+    mean = spearman(ram, lost.mean(0))
+    if np.isnan(mean):
+        return {"mean": None, "low": None, "high": None}
+    draws = [spearman(ram, one) for one in bootstrap_means(lost, min(n_boot, 1000), seed).round(4)]
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return {"mean": mean, "low": float(low), "high": float(high)}

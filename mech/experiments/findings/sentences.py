@@ -1,0 +1,437 @@
+"""What a study found, in sentences. Every sentence is computed from the summary, whichever way the numbers fall.
+
+Each rule below reads the numbers of one model on one domain (or of one model, or of all) and says what they show,
+with the interval; where that contradicts arXiv 2606.05843 the finding is flagged. A rule that has nothing to say
+says nothing. No rule knows which model it reads. ``headlines`` counts in how many places each kind of finding was made.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mech.experiments.effects import p_is as _p
+from mech.experiments.effects import points as _points
+from mech.experiments.findings import acceleration
+
+ALPHA = 0.05
+MATTERS = 0.05  # a drop in accuracy that is worth a sentence
+FLOOR = 0.2  # below this accuracy nothing can be lost
+TOP = 0.05
+CONTROLS = ("vision_mass", "localization")  # scores that ask for no evidence
+
+Finding = dict[str, Any]
+
+
+def findings(summary: Mapping[str, Any]) -> list[Finding]:
+    """All sentences, models in their order, what holds across domains and models last."""
+    said = []
+    for model, facts in summary["models"].items():
+        for domain, numbers in facts["domains"].items():
+            n_heads = facts["n_layers"] * facts["n_heads"]
+            for rule in (
+                _concentration,
+                _weak,
+                _necessity,
+                _vision,
+                _redundancy,
+                _halving,
+                _low_ranked,
+                _methods,
+                _scores,
+                *CAUSAL,
+            ):
+                said += [_finding(model, domain, *one) for one in rule(numbers, n_heads)]
+        said += [_finding(model, None, *one) for one in _domains(facts)]
+    for model, facts in summary.get("acceleration", {}).items():
+        said += [_finding(model, facts["domain"], *one) for one in acceleration.sentences(facts)]
+    said += [_finding(None, None, *one) for one in _scales(summary)]
+    return said
+
+
+def headlines(found: list[Finding]) -> list[Finding]:
+    """One sentence for each kind of finding, saying in how many places (a model on a domain) it was made, and where.
+
+    What is said of a whole model or of all models is one place each and is kept as it is.
+    """
+    said = []
+    for kind, phrase in KINDS.items():
+        made = [f for f in found if f["kind"] == kind]
+        # Sparse inference is tried in a few places only.
+        tried = [f for f in found if (f["kind"] in acceleration.KINDS) == (kind in acceleration.KINDS)]
+        places = list(dict.fromkeys((f["model"], f["domain"]) for f in tried if f["domain"]))
+        if made and made[0]["domain"]:
+            here = list(dict.fromkeys((f["model"], f["domain"]) for f in made))
+            text = f"{phrase}: in {len(here)} of {len(places)} places ({_listed(here, places)})."
+            said.append(_finding(None, None, kind, text, any(f["against_papers"] for f in made)))
+        else:
+            said += made
+    return said
+
+
+def _listed(here: list[tuple[str, str]], places: list[tuple[str, str]]) -> str:
+    """``llava-s on all domains; llava-m on grounding, documents``."""
+    words = []
+    for model in dict.fromkeys(model for model, _ in here):
+        domains = [domain for name, domain in here if name == model]
+        everywhere = len(domains) == sum(name == model for name, _ in places) > 1
+        words.append(f"{model} on {'all domains' if everywhere else ', '.join(domains)}")
+    return "; ".join(words)
+
+
+def _finding(model: str | None, domain: str | None, kind: str, text: str, against: bool) -> Finding:
+    return {"kind": kind, "text": text, "model": model, "domain": domain, "against_papers": against}
+
+
+# What each kind of finding says, without its numbers; the order is that of the headlines.
+KINDS = {
+    "needed": "The heads with the highest RAM are needed more than random heads",
+    "not needed": "The heads with the highest RAM are not shown to be needed more than random heads",
+    "layers": "Random heads of the same layers cost at least half as much as the heads with the highest RAM",
+    "vision": "Heads that look at visual tokens of any kind cost at least half as much as those with the highest RAM",
+    "redundant": "Heads stand in for one another: a set costs more than its size times its first head",
+    "halving": "A top set that was tried halves accuracy",
+    "not halving": "Accuracy stays above half without the largest top set",
+    "low": "Low-ranked heads matter too",
+    "random": "Random heads are no harmless control",
+    "methods": "The method of ablation decides how much the same heads matter",
+    "scores": "Scores of the literature name other heads than RAM does",
+    "blind": "Heads that do not look at the evidence are necessary",
+    "idle": "Most heads that look at the evidence do not matter",
+    "order": "RAM does not order heads by their causal effect",
+    "ordered": "RAM orders heads by their causal effect",
+    "repair": "Heads repair each other: together they are worth more than the sum of what they are worth alone",
+    "stand-in": "A head stands in for another that is lost",
+    "carried": "Half of the answer hangs on a twentieth of the heads or less",
+    "concentrated": "A quarter of the heads or less holds half of all retrieval attention mass",
+    "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",
+    "weak": "The model is too weak for ablation to show anything",
+    **acceleration.KINDS,
+    "domains": "",
+    "scales": "",
+}
+Said = Iterator[tuple[str, str, bool]]
+
+
+def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    layer, head, best = numbers["ranking"][0]
+    share, null = numbers["half_mass_share"], numbers["size_null"]
+    if not 0 < share <= 1:  # no head has any mass
+        return
+    half = round(share * n_heads)
+    text = (
+        f"{half} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; the first is "
+        f"L{layer}H{head} with RAM {best:.2g}, where a head that looks everywhere alike would have {null:.2g}."
+    )
+    # The papers find 4-10% of the heads with half of the mass.
+    spread = share > 0.25
+    yield "spread" if spread else "concentrated", text, spread
+
+
+def _weak(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    right = numbers["baseline"]["accuracy"]
+    if _too_weak(numbers):
+        yield (
+            "weak",
+            f"The model answers only {right['mean']:.0%} here: ablation cannot show what its heads are needed for.",
+            False,
+        )
+
+
+def _too_weak(numbers: Mapping[str, Any]) -> bool:
+    return numbers["baseline"]["accuracy"]["low"] < FLOOR
+
+
+def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    top, random = _at(numbers, "mean", "top", TOP), _at(numbers, "mean", "random", TOP)
+    if top is None or random is None or _too_weak(numbers):
+        return
+    test = next((t for t in numbers["tests"] if t["method"] == "mean" and t["n_heads"] == top["n_heads"]), None)
+    if test is None:
+        return
+    needed = test["p_adjusted"] < ALPHA
+    verdict = "they are needed more than random heads are" if needed else "they are not shown to be needed more"
+    as_costly = round(test["p_sets"] * (random["draws"] + 1)) - 1
+    yield (
+        "needed" if needed else "not needed",
+        f"Mean-ablating {_heads(top, 'highest')} costs {_points(top['accuracy_drop'])} of accuracy, as many random "
+        f"heads {_points(random['accuracy_drop'])}: {verdict} (sign-flip permutation test over samples: p "
+        f"{_p(test['p_adjusted'])} after Holm; {as_costly} of {random['draws']} random sets cost as much).",
+        top["accuracy_drop"]["high"] < MATTERS,
+    )
+    matched = _at(numbers, "mean", "layer_matched", TOP)
+    if needed and matched and matched["accuracy_drop"]["mean"] >= 0.5 * top["accuracy_drop"]["mean"]:
+        yield (
+            "layers",
+            f"Random heads of the same layers cost {_points(matched['accuracy_drop'])}, at least half as much as the "
+            "top heads: much of the effect belongs to the layers, not to these heads.",
+            True,
+        )
+
+
+def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    """Is it the evidence, or would heads do that look at anything visual?"""
+    top = _at(numbers, "mean", "top", TOP)
+    vision = _at(numbers, "mean", "by vision_mass", TOP)
+    if top is None or vision is None or vision["n_heads"] != top["n_heads"] or _too_weak(numbers):
+        return
+    cost, theirs = top["accuracy_drop"], vision["accuracy_drop"]
+    if cost["low"] > 0 and cost["mean"] >= MATTERS and theirs["mean"] >= 0.5 * cost["mean"]:
+        shared = _shared(numbers, "ram", "vision_mass")
+        same = "" if shared is None else f"; the two sets share {shared} of {top['n_heads']}"
+        yield (
+            "vision",
+            f"Mean-ablating the {_are(vision['n_heads'], 'head', 'that looks', 'that look')} most at visual tokens of "
+            f"any kind costs {_points(theirs)}, at least half as much as those with the highest RAM ({_points(cost)})"
+            f"{same}.",
+            False,
+        )
+
+
+def _shared(numbers: Mapping[str, Any], one: str, other: str) -> int | None:
+    """How many heads the tops by two scores share, from their Jaccard index ``s / (2 n - s)``."""
+    found = numbers.get("scores")
+    if not found or not {one, other} <= set(found["names"]):
+        return None
+    jaccard = found["jaccard"][found["names"].index(one)][found["names"].index(other)]
+    return round(2 * found["n_top"] * jaccard / (1 + jaccard))
+
+
+def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    """Together they cost more than k times the first: single effects do not add up to that of the set."""
+    tops = _sizes(numbers, "mean", "top")
+    if not tops or tops[0]["n_heads"] != 1 or _too_weak(numbers):
+        return
+    single = tops[0]
+    for several in tops[1:]:
+        if several["n_heads"] * max(0.0, single["accuracy_drop"]["high"]) < several["accuracy_drop"]["low"]:
+            yield (
+                "redundant",
+                f"Heads stand in for one another: without the highest-ranked head alone accuracy falls by "
+                f"{_points(single['accuracy_drop'])}, without the first {several['n_heads']} by "
+                f"{_points(several['accuracy_drop'])}, more than {several['n_heads']} times as much. The effect of a "
+                "single head says little about its part.",
+                False,
+            )
+            return
+
+
+def _halving(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    base, tops = numbers["baseline"]["accuracy"]["mean"], _sizes(numbers, "mean", "top")
+    if not tops or _too_weak(numbers):
+        return
+    enough = next((e for e in tops if e["accuracy"]["mean"] <= base / 2), None)
+    if enough:
+        size = f"{enough['n_heads']} of {n_heads} heads"
+        yield "halving", f"The smallest top set tried that halves accuracy ({base:.0%}) holds {size}.", False
+    else:
+        most = tops[-1]
+        text = (
+            f"Even without the top {most['fraction']:.0%} of the heads accuracy stays above half of its {base:.0%} "
+            f"(at {most['accuracy']['mean']:.0%})."
+        )
+        yield "not halving", text, True
+
+
+def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    if _too_weak(numbers):
+        return
+    for entry in _sizes(numbers, "mean", "bottom"):
+        drop = entry["accuracy_drop"]
+        if drop["low"] > 0 and drop["mean"] >= MATTERS:
+            yield (
+                "low",
+                f"Low-ranked heads matter too: mean-ablating {_heads(entry, 'lowest')} costs {_points(drop)} of "
+                "accuracy. RAM does not see what they do; patching can.",
+                True,
+            )
+            break
+    random = _sizes(numbers, "mean", "random")
+    if random and random[-1]["accuracy_drop"]["low"] > MATTERS:
+        worst = random[-1]
+        yield (
+            "random",
+            f"Random heads are no harmless control: {worst['n_heads']} of them ({worst['fraction']:.0%}) cost "
+            f"{_points(worst['accuracy_drop'])} on average.",
+            False,
+        )
+
+
+def _methods(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    methods = dict.fromkeys(e["method"] for e in numbers["ablation"])
+    found = {method: _at(numbers, method, "top", TOP) for method in methods}
+    drops = {method: entry["accuracy_drop"] for method, entry in found.items() if entry}
+    if len(drops) < 2 or _too_weak(numbers):
+        return
+    least = min(drops, key=lambda method: drops[method]["mean"])
+    most = max(drops, key=lambda method: drops[method]["mean"])
+    if drops[least]["high"] < drops[most]["low"]:
+        text = (
+            f"The method decides how much the same top heads matter: {most} ablation costs {_points(drops[most])}, "
+            f"{least} ablation {_points(drops[least])}."
+        )
+        yield "methods", text, False
+
+
+def _scores(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    """Published scores whose top set surely shares less than half with that of RAM; controls are no such scores."""
+    found = numbers.get("scores")
+    if not found or "ram" not in found["names"]:
+        return
+    at, others = found["names"].index("ram"), [n for n in found["names"] if n not in ("ram", *CONTROLS)]
+    shared = {name: found["jaccard"][at][found["names"].index(name)] for name in others}
+    apart = [name for name in others if found["jaccard_high"][at][found["names"].index(name)] < 0.5]
+    if apart:
+        listed = ", ".join(f"{name} {shared[name]:.2f}" for name in apart)
+        yield (
+            "scores",
+            f"{len(apart)} of {len(others)} other scores of the literature name other heads: their top "
+            f"{found['n_top']} overlap with those of RAM by less than half (Jaccard; {listed}; chance "
+            f"{found['jaccard_null'][0][0]:.2f}).",
+            False,
+        )
+
+
+def _causal(numbers: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What patching found; nothing where it could not be asked or the model is too weak."""
+    found = numbers.get("causal")
+    return found if found and "quadrants" in found and not _too_weak(numbers) else None
+
+
+def _blind(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found or not found["necessary_blind"]:
+        return
+    blind, worst = found["necessary_blind"], [path["text"] for path in found["paths"]
+                                              if path["head"] in found["necessary_blind"]]  # fmt: skip
+    text = (
+        f"{_are(len(blind), 'head')} necessary without looking at the evidence (RAM not clearly above what even "
+        f"attention gives): {_names(blind)}. {' '.join(worst[:2])}"
+    )
+    yield "blind", text.strip(), True
+
+
+def _idle(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    both, idle = (found["quadrants"][name] for name in ("looks and matters", "looks, does not matter"))
+    if len(idle) > len(both):
+        text = (
+            f"Of {len(both) + len(idle)} heads that look at the evidence, {len(idle)} change the answer by less than "
+            f"{found['threshold']:.0%} of the gap, or not surely, when they are patched one by one."
+        )
+        yield "idle", text, True
+
+
+def _order(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found or found["agreement"]["mean"] is None:
+        return
+    mean, low, high = (found["agreement"][name] for name in ("mean", "low", "high"))
+    against = high < 0.5
+    if not against and low < 0.5:
+        return
+    text = (
+        "RAM and causal effect (the share of the answer lost when a head is patched from the counterfactual) correlate "
+        f"over all heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}]."
+    )
+    yield "order" if against else "ordered", text, against
+
+
+def _repair(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    some, worth = found["set"], found["set"]["together"]
+    if some["size"] > 1 and worth["low"] > some["alone"] + MATTERS:
+        text = (
+            f"{_names(some['heads'])} are worth {some['alone']:.0%} of the gap as a sum of single effects, but lose "
+            f"{worth['mean']:.0%} [{worth['low']:.0%}, {worth['high']:.0%}] together: one by one, others repair it."
+        )
+        yield "repair", text, False
+    for head, other in found["stand_ins"]:
+        yield (
+            "stand-in",
+            f"{_names([head])} stands in for {_names([other])}: it says more of the answer without it.",
+            False,
+        )
+
+
+def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    size, by_ram = (found["smallest"]["lost"][order] for order in ("effect", "ram"))
+    if size is None or size > max(1, round(TOP * n_heads)):
+        return
+    back = found["smallest"]["recovered"]["restoring"]
+    text = (
+        f"{_are(size, 'head', 'carries', 'carry')} half of the answer ({_names(found['set']['heads'])}, found by "
+        f"patching on other samples); by RAM it takes {'more than was tried' if by_ram is None else by_ram}. "
+        f"{'No set that was tried' if back is None else f'{back} restored alone'} "
+        f"bring{'s' if back in (None, 1) else ''} nine tenths of it back."
+    )
+    yield "carried", text, False
+
+
+CAUSAL = (_blind, _idle, _order, _repair, _carried)
+
+
+def _names(heads: list[list[int]]) -> str:
+    shown = [f"L{layer}H{head}" for layer, head in heads[:6]]
+    return ", ".join(shown) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
+
+
+def _are(n: int, noun: str, one: str = "is", many: str = "are") -> str:
+    return f"{n} {noun}{'s' * (n != 1)} {one if n == 1 else many}"
+
+
+def _domains(facts: Mapping[str, Any]) -> Said:
+    found = facts.get("agreement")
+    if not found or len(found["domains"]) < 2:
+        return
+    pairs = [(i, j) for i in range(len(found["domains"])) for j in range(i)]
+    rank = [found["spearman"][i][j] for i, j in pairs]
+    if any(value is None or value != value for value in rank):  # a ranking without any order
+        return
+    shared = [found["jaccard"][i][j] for i, j in pairs]
+    null = sum(found["jaccard_null"][i][j] for i, j in pairs) / len(pairs)
+    text = (
+        f"Across {len(found['domains'])} domains the whole rankings correlate with Spearman {min(rank):.2f} to "
+        f"{max(rank):.2f}, and the top {found['n_top']} heads overlap by Jaccard {min(shared):.2f} to "
+        f"{max(shared):.2f} (chance: {null:.2f})."
+    )
+    # The paper reports 0.79 to 0.92.
+    yield "domains", text, min(rank) < 0.79
+
+
+def _scales(summary: Mapping[str, Any]) -> Said:
+    by_models: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for pair in summary["scales"]["pairs"]:
+        by_models.setdefault((pair["a"], pair["b"]), []).append(pair)
+    for (a, b), pairs in by_models.items():
+        n = len(pairs)
+        centre_a, centre_b = sum(p["centre_a"] for p in pairs) / n, sum(p["centre_b"] for p in pairs) / n
+        yield (
+            "scales",
+            f"Retrieval (RAM beyond what even attention gives) sits at {centre_a:.0%} of the depth of {a} and at "
+            f"{centre_b:.0%} of that of {b} (mean over {n} domain{'s' * (n != 1)}); their depth profiles overlap by "
+            f"{sum(p['overlap'] for p in pairs) / n:.0%} (heads dealt to random places: "
+            f"{sum(p['overlap_null'] for p in pairs) / n:.0%}).",
+            False,
+        )
+
+
+def _sizes(numbers: Mapping[str, Any], method: str, band: str) -> list[Mapping[str, Any]]:
+    """The entries of a band, smallest first."""
+    entries = [e for e in numbers["ablation"] if e["method"] == method and e["band"] == band]
+    return sorted(entries, key=lambda e: e["n_heads"])
+
+
+def _at(numbers: Mapping[str, Any], method: str, band: str, fraction: float) -> Mapping[str, Any] | None:
+    """The entry of a band whose size is nearest to ``fraction``; sentences name the size they speak of."""
+    return min(_sizes(numbers, method, band), key=lambda e: abs(e["fraction"] - fraction), default=None)
+
+
+def _heads(entry: Mapping[str, Any], which: str) -> str:
+    n = entry["n_heads"]
+    return f"the {f'{n} heads' if n > 1 else 'head'} with the {which} RAM ({entry['fraction']:.0%})"

@@ -1,0 +1,152 @@
+"""A study's results in numbers: ``summary.json``.
+
+Effects are *drops*: baseline minus ablated, paired by sample, so that a positive number means the heads were needed.
+Intervals are bootstrap intervals over samples; for bands with several random sets over samples and sets. The tests
+ask whether the top heads cost more than random sets of the same size. ``p_value`` is about new samples, and is
+corrected (Holm, ``p_adjusted``) over all sizes and methods of one model on one domain; ``p_sets`` is the rank of the
+top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 / (1 + sets) and is not corrected.
+
+    {"schema": 1,
+     "models": {MODEL: {"n_layers", "n_heads", "family",
+        "domains": {DOMAIN: {"n_find", "n_test",
+           "baseline": {"accuracy": I, "logit_diff": I},
+           "ranking": [[layer, head, score], ...],                       best first
+           "half_mass_share": share of the heads that hold half of all RAM,
+           "size_null": what a head scores that looks everywhere alike,
+           "ablation": [{"method", "band", "fraction", "n_heads", "draws",
+                         "accuracy": I, "accuracy_drop": I, "logit_diff_drop": I or null}, ...],
+           "tests": [{"method", "fraction", "n_heads", "statistic", "p_value", "p_adjusted",
+                      "p_sets", "smallest_p_sets"}, ...],
+           "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices of every pair of scores;
+                     ``_low`` and ``_high`` are 95% intervals over samples,
+           "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
+        "agreement": {"domains", "spearman", "jaccard", "jaccard_null"}}},
+     "acceleration": {MODEL: ``acceleration.summarise``},   sparse inference, on one domain each
+     "scales": {"pairs": [{"a", "b", "domain", "overlap", "overlap_null", "pearson", "centre_a", "centre_b"}, ...]},
+     "findings": [{"kind", "text", "model", "domain", "against_papers"}, ...],
+     "headlines": the same, one for each kind,
+     "provenance": {...}}                                                 I = {"mean", "low", "high"}
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.axes import CONDITION
+from mech.experiments.effects import drop, interval, share
+from mech.experiments.ranking.agreement import agreement, scale_agreement
+from mech.experiments.ranking.ranking import Ranking, rank_heads
+from mech.experiments.statistics import (
+    holm,
+    permutation_test,
+    proportion_interval,
+)
+
+TOP = 0.05  # the share of heads that the literature calls CoRe
+
+
+def summarise_domain(ranking: Ranking, ram: xr.Dataset, effects: xr.Dataset) -> dict[str, Any]:
+    """One model on one domain: the ranking, the effect of every band, the tests."""
+    return {
+        "n_find": ram.sizes["example"],
+        "n_test": effects.sizes["example"],
+        "ranking": [[layer, head, round(score, 6)] for layer, head, score in ranking.table],
+        "half_mass_share": ranking.half_mass_share(),
+        "size_null": float(ram["size_null"].mean()),
+        **summarise_effects(effects),
+    }
+
+
+def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
+    """What an ablation found: ``baseline``, ``ablation`` and ``tests`` of the schema above."""
+    baseline = effects.isel({CONDITION: 0})
+    right, margin = baseline["accuracy"].values, baseline["logit_diff"].values
+    entries, tests = [], []
+    for (method, band, n_heads), group in bands(effects):
+        entries.append(
+            {
+                "method": method,
+                "band": band,
+                "fraction": float(group["fraction"][0]),
+                "n_heads": n_heads,
+                "draws": group.sizes[CONDITION],
+                "accuracy": share(group["accuracy"].values),
+                "accuracy_drop": drop(right, group["accuracy"].values),
+                "logit_diff_drop": interval(margin - group["logit_diff"].values),
+            }
+        )
+    for (method, band, n_heads), group in bands(effects):
+        random = _select(effects, method, "random", n_heads)
+        if band == "top" and random.sizes[CONDITION]:
+            drops = right - group["accuracy"].values[0], right - random["accuracy"].values
+            examples, sets = permutation_test(*drops, over="examples"), permutation_test(*drops, over="sets")
+            tests.append(
+                {
+                    "method": method,
+                    "fraction": float(group["fraction"][0]),
+                    "n_heads": n_heads,
+                    "statistic": examples.statistic,
+                    "p_value": examples.p_value,
+                    "p_sets": sets.p_value,
+                    "smallest_p_sets": sets.smallest_p,
+                }
+            )
+    for test, adjusted in zip(tests, holm(np.array([test["p_value"] for test in tests])), strict=True):
+        test["p_adjusted"] = float(adjusted)
+    return {
+        "baseline": {"accuracy": proportion_interval(right).as_dict(), "logit_diff": interval(margin[None])},
+        "ablation": entries,
+        "tests": tests,
+    }
+
+
+def bands(effects: xr.Dataset) -> Iterator[tuple[tuple[str, str, int], xr.Dataset]]:
+    """The conditions of an ablation result, those that differ only in their draw together."""
+    keys = zip(effects["method"].values, effects["band"].values, effects["n_heads"].values, strict=True)
+    for method, band, n_heads in dict.fromkeys((str(m), str(b), int(n)) for m, b, n in keys if b != "none"):
+        yield (method, band, n_heads), _select(effects, method, band, n_heads)
+
+
+def _select(effects: xr.Dataset, method: str, band: str, n_heads: int) -> xr.Dataset:
+    chosen = (effects["method"] == method) & (effects["band"] == band) & (effects["n_heads"] == n_heads)
+    return effects.isel({CONDITION: np.flatnonzero(chosen.values)})
+
+
+def summarise_agreement(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
+    """How far the rankings of one model agree across domains, whole maps and top sets."""
+    found = agreement(rankings, TOP)
+    matrices = {name: found[name].values.tolist() for name in ("spearman", "jaccard", "jaccard_null", "overlap_p")}
+    return {"domains": list(rankings), "n_top": int(found.attrs["n_top"]), **matrices}
+
+
+def summarise_scores(scores: xr.Dataset, n_resamples: int = 500) -> dict[str, Any]:
+    """How far the rankings by several scores agree, on one model and domain; intervals over samples."""
+    found = agreement({str(name): rank_heads(scores, str(name)) for name in scores}, TOP, n_resamples)
+    matrices = {str(name): values.values.tolist() for name, values in found.items()}
+    return {"names": [str(name) for name in scores], "n_top": int(found.attrs["n_top"]), **matrices}
+
+
+def above_null(ram: xr.Dataset) -> Ranking:
+    """The ranking by RAM beyond what even attention would give: summed over many heads that floor would dominate."""
+    score = (ram["ram"] - ram["size_null"]).mean("example").clip(min=0)
+    return rank_heads(score.rename("ram_above_null"), model=str(ram.attrs.get("model", "")))
+
+
+def summarise_scales(rankings: Mapping[str, Mapping[str, Ranking]]) -> dict[str, Any]:
+    """How far models agree on the relative depth of retrieval (of ``above_null``), pair by pair, domain by domain."""
+    pairs = []
+    names = list(rankings)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            for domain in rankings[a]:
+                if domain in rankings[b] and all(rankings[m][domain].mean.any() for m in (a, b)):
+                    found = scale_agreement(rankings[a][domain], rankings[b][domain])
+                    overlap, pearson = float(found["overlap"]), float(found["pearson"])
+                    null = float(found["overlap_null"])
+                    centre_a, centre_b = (float(centre) for centre in found["centre"])
+                    pairs.append({"a": a, "b": b, "domain": domain, "overlap": overlap, "overlap_null": null,
+                                  "pearson": None if np.isnan(pearson) else pearson,
+                                  "centre_a": centre_a, "centre_b": centre_b})  # fmt: skip
+    return {"pairs": pairs}

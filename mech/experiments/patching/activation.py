@@ -1,0 +1,259 @@
+"""Activation patching: which head, layer, position or region carries what differs between two runs.
+
+    clean, corrupted = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
+    metric = LogitDiff(sample.answer, sample.counterfactual.answer)
+    heads = activation_patching(model, clean, corrupted, metric, over=("layer", "head"), positions="question")
+    grid  = activation_patching(model, clean, corrupted, metric, point="hook_resid_post", over=("layer", "region"),
+                                regions=clean.layout.cells(6, 6))
+    heads.effect.mean("example")
+
+Denoising writes activations of the clean run into the corrupted one and shows what is *sufficient*; noising does the
+reverse and shows what is *necessary*. In both, 0 is the corrupted run's metric and 1 the clean run's, so that
+denoising begins at 0 and noising at 1.
+
+Sweeps are exact. In text stacks whose layers can be run on from the middle all cells share one pass
+(``patching_sweeps.Wavefront``); everywhere else each cell is a forward of its own. The result says which it was.
+
+What it does not do: patch *paths* (``mech.experiments.paths.path_patching``), nor estimate (``patching_candidates``).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.samples import Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.metrics import Metric, Reading
+from mech.experiments.patching.candidates import estimates
+from mech.experiments.patching.plan import POINTS, Given, Plan, Regions, alike, in_tower, pairs_of, said
+from mech.experiments.patching.sweeps import Cell, Wavefront, literal
+from mech.inputs import Inputs
+from mech.inputs.layout import Where
+from mech.model import HookedMLLM
+from mech.model.partial.cached_run import KeptRun, NotResumable, Shelf, kept_run, last_mlp_at
+from mech.model.partial.continuation import Continuation
+from mech.results import provenance
+
+METHODS = ("auto", "wavefront", "literal", "screened")
+DIRECTIONS = ("denoise", "noise")
+
+
+def activation_patching(
+    model: HookedMLLM,
+    clean: Given,
+    corrupted: Given | None,
+    metric: Metric,
+    *,
+    point: str = "attn.hook_z",
+    over: Sequence[str] = (LAYER, HEAD),
+    positions: Where = "all",
+    regions: Regions | None = None,
+    layers: Sequence[int] | None = None,
+    direction: str = "denoise",
+    method: str = "auto",
+    confirm: int | float = 0.15,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The metric after each patch, and how far it went from the corrupted run's (0) to the clean run's (1).
+
+    ``effect = (metric - corrupted) / (clean - corrupted)``, for both directions; nan where the two runs score alike.
+
+    Sign: denoising, more is more sufficient; noising, less is more necessary. Unit: share of the gap.
+
+    Args:
+        model: a hooked model.
+        clean: ``Inputs`` (any number of rows), a ``Sample``, or a list of either.
+        corrupted: the same with the evidence changed and the layout kept; None for the samples' counterfactuals.
+        metric: see ``mech.experiments.metrics``.
+        point: an activation point without its layer (``"hook_resid_post"``, ``"attn.hook_v"``), with ``vision.`` in
+            front for the vision stack; or ``"hook_embed"``, ``"projector.hook_out"``.
+        over: the axes of the sweep, in the order of the result: ``layer``, ``head`` (``kv_head`` at keys and values),
+            ``position`` or ``region``. What is not named is patched all at once.
+        positions: where, in words of ``TokenLayout.positions``; with ``position`` in ``over`` each of them by itself.
+            At the vision stack only ``"all"``.
+        regions: for ``region`` in ``over``: each is anything that ``TokenLayout.positions`` takes; a mapping names them
+            (``layout.cells(6, 6)``, ``layout.words("question")``).
+        layers: which layers; all by default.
+        direction: ``"denoise"`` or ``"noise"``.
+        method: ``"wavefront"`` and ``"literal"`` force an algorithm; both give the same. ``"screened"`` estimates all
+            cells from gradients (``patching_candidates``) and patches only those with the largest estimates: worth it
+            for early visual positions, where an exact sweep has little to share.
+        confirm: how many cells (int) or which share of them (float) a screened sweep patches.
+        progress: called with (cells done, cells in all), all examples counted.
+
+    Returns:
+        ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example. Attributes say
+        point, positions, direction, algorithm (and why, where it is not the wavefront) and the cost in forwards.
+        A screened sweep has nan where nothing was patched, and ``confirmed`` and ``estimate`` (of ``effect``) beside.
+
+    Raises:
+        ExperimentError: layouts that differ (with the first difference), axes the point does not have, or an answer
+            that cannot be read off the inputs. Before any forward.
+        PointError: the point is misspelt or not live in this model.
+
+    Cost: two forwards and, for a wavefront, what is in ``attrs["forwards"]``; literally, a forward for each cell.
+        Screening adds two forwards and two backwards (counted as four forwards).
+
+    References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions). The normalisation is that
+    of arXiv 2406.16320 in both directions; there the noised run is scored against the clean one.
+    """
+    pairs = pairs_of(model, clean, corrupted)
+    for name, value, known in (("direction", direction, DIRECTIONS), ("method", method, METHODS)):
+        if value not in known:
+            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
+    plans, example = [], 0
+    for one, other in pairs:
+        plan = Plan.of(model, one, other, metric, point, tuple(over), positions, regions, layers, example)
+        plans.append(plan)
+        example += len(one)
+    alike(plans, over)
+    if method == "screened":
+        plans = [replace(plan, confirm=plan.count(confirm)) for plan in plans]
+    total, done = sum((plan.confirm or len(plan.cells)) * len(plan.clean) for plan in plans), itertools.count(1)
+
+    def tick(times: int = 1) -> None:
+        for _ in range(times):
+            count = next(done)
+            if progress:
+                progress(count, total)
+
+    parts = [_swept(model, plan, direction, method, tick) for plan in plans]
+    shape, coords = plans[0].axes(regions)
+    values, clean_scores, corrupted_scores = (torch.cat(v).double().cpu().numpy() for v in zip(*(
+        (part.values, part.clean, part.corrupted) for part in parts), strict=True))  # fmt: skip
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = clean_scores - corrupted_scores
+        effect = (values - corrupted_scores[:, None]) / np.where(gap == 0, np.nan, gap)[:, None]
+    dims = (EXAMPLE, *over)
+    data: dict[str, Any] = {
+        "effect": (dims, effect.reshape(-1, *shape), {"unit": "share of the gap between the runs",
+                                                      "sign": "0: as the corrupted run, 1: as the clean run"}),
+        "metric": (dims, values.reshape(-1, *shape), {"unit": metric.unit}),
+        "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
+        "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
+    }  # fmt: skip
+    if method == "screened":
+        estimate = torch.cat([part.estimate for part in parts if part.estimate is not None]).double().cpu().numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            start = 0.0 if direction == "denoise" else 1.0
+            estimate = start + estimate / np.where(gap == 0, np.nan, gap)[:, None]
+        data["estimate"] = (dims, estimate.reshape(-1, *shape), dict(data["effect"][2]))
+        data["confirmed"] = (dims, np.isfinite(values).reshape(-1, *shape))
+    settings: dict[str, Any] = {"point": point, "positions": said(positions), "direction": direction}
+    settings |= {"algorithm": parts[0].algorithm, "reason": parts[0].reason}
+    return xr.Dataset(
+        data,
+        {EXAMPLE: np.arange(len(values)), **coords},
+        {
+            "model": model.name,
+            **settings,
+            "measure": repr(metric),
+            "forwards": sum(part.forwards for part in parts),
+            "provenance": provenance(
+                model, clean if isinstance(clean, Samples) else None, metric=metric, over=list(over), **settings
+            ),
+        },
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What came of one pair: the metric of every cell, and of the two runs."""
+
+    values: Tensor
+    clean: Tensor
+    corrupted: Tensor
+    algorithm: str
+    reason: str
+    forwards: float
+    estimate: Tensor | None = None
+
+
+@torch.no_grad()
+def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Callable[[int], None]) -> _Part:
+    base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
+    at = torch.as_tensor(plan.reads, device=model.device)
+    written: dict[str, Tensor] = {}
+    shelf = Shelf(len(plan.names))
+    keep = [(name, lambda value, hook: written.update({hook.name: shelf.put(value)})) for name in plan.names]
+    with model.hooks(keep), last_mlp_at(model, plan.reads):
+        source_logits = model(source, logits_to_keep=at)
+    if silent := [name for name in plan.names if name not in written]:
+        raise ExperimentError(f"nothing passed through {silent[0]!r}", "inputs with a picture", "choose another point")
+    kept, values, reason = None, None, "asked for"
+
+    def refused(error: NotResumable) -> str:
+        if method == "wavefront":
+            raise ExperimentError(f"method='wavefront': {error}", "a model and sweep it is exact for",
+                                  "use method='auto'") from None  # fmt: skip
+        return str(error)
+
+    if method != "literal":
+        try:
+            if plan.point not in POINTS:
+                raise NotResumable(f"{plan.point} lies before the text layers")
+            if any(len(cell.layers) > 1 for cell in plan.cells):
+                raise NotResumable("several layers are patched at once")
+            kept = kept_run(model, base, plan.reads)
+        except NotResumable as error:
+            reason = refused(error)
+    base_logits = model(base, logits_to_keep=at) if kept is None else kept.logits
+    clean_logits = source_logits if direction == "denoise" else base_logits
+    scores = [plan.scores(logits, clean_logits) for logits in (source_logits, base_logits)]
+    if direction == "noise":
+        scores.reverse()
+    masks = [in_tower(plan, mask, written) for mask in plan.regions]
+    cells, estimate, forwards = plan.cells, None, 2.0
+    if plan.confirm is not None:
+        cells, estimate = _screened(model, plan, (base, source), masks, clean_logits)
+        forwards += 4
+    if kept is not None:
+        found = []
+        try:
+            rows = [_row(model, kept, i, reading) for i, reading in enumerate(plan.readings)]
+            for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
+                mine = {name: value[i : i + 1] for name, value in written.items()}
+                clean_row = clean_logits[i, plan.places[i]]
+                sweep = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in masks])
+                score = lambda x, r=reading, c=clean_row: r.score(x, c)  # noqa: E731
+                found.append(sweep.measure(cells, score, lambda: tick(1), check=i == 0))
+            values = torch.stack(found)
+            whole = len(kept.layers) * kept.last.shape[0] * kept.last.shape[1]
+            algorithm, reason, forwards = "wavefront", "", forwards + sum(row.row_layers for row in rows) / whole
+        except NotResumable as error:
+            reason = refused(error)
+    if values is None:
+        values = literal(
+            model, base, plan.point, cells, masks, written, plan.reads,
+            lambda logits: plan.scores(logits, clean_logits), lambda: tick(len(base)),
+        )  # fmt: skip
+        algorithm, forwards = "literal", forwards + len(cells)
+    if plan.confirm is not None:
+        every = values.new_full((len(base), len(plan.cells)), float("nan"))
+        every[:, [plan.cells.index(cell) for cell in cells]] = values
+        values = every
+    return _Part(values, scores[0], scores[1], algorithm, reason, forwards, estimate)
+
+
+def _screened(
+    model: HookedMLLM, plan: Plan, runs: tuple[Inputs, Inputs], masks: list[Tensor], clean_logits: Tensor
+) -> tuple[list[Cell], Tensor]:
+    """The cells to be patched, and the estimates of all."""
+    at = torch.as_tensor(plan.reads, device=model.device)
+    estimate = estimates(
+        model, *runs, plan.point, plan.cells, masks, plan.names,
+        lambda run: plan.scores(model(run, logits_to_keep=at), clean_logits),
+    )  # fmt: skip
+    best = estimate.abs().mean(0).argsort(descending=True)[: plan.confirm]
+    return [plan.cells[index] for index in sorted(best.tolist())], estimate
+
+
+def _row(model: HookedMLLM, kept: KeptRun, example: int, reading: Reading) -> Continuation:
+    return Continuation(model, kept, example, torch.tensor(reading.positions, device=model.device))

@@ -1,0 +1,236 @@
+"""What a patching sweep is asked to do, checked and resolved before any forward: pairs of runs, cells, positions.
+
+A *cell* of the sweep is one patch. ``Plan.of`` turns the axes of the sweep, regions of a picture and names of spans
+into cells and masks of positions, and refuses what would compare things that do not correspond.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mech.axes import HEAD, LAYER
+from mech.data.samples import Sample
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.metrics import Metric, Reading
+from mech.experiments.patching.sweeps import BEHIND_ATTENTION, ENTRY, KEYS, QUERIES, Cell, names_of
+from mech.inputs import Inputs
+from mech.inputs.layout import Where
+from mech.model import HookedMLLM
+
+KV_HEAD, POSITION, REGION = "kv_head", "position", "region"
+POINTS = (*ENTRY, *BEHIND_ATTENTION, *QUERIES, *KEYS)
+GLOBAL = ("hook_embed", "projector.hook_out")
+Regions = Mapping[str, Where] | Sequence[Where]
+Given = Inputs | Sample | Sequence[Inputs] | Sequence[Sample]
+
+
+def pairs_of(model: HookedMLLM, clean: Given, corrupted: Given | None) -> list[tuple[Inputs, Inputs]]:
+    """Clean and corrupted inputs of one layout each, built from samples where samples were given."""
+    ours = [clean] if isinstance(clean, Inputs | Sample) else list(clean)
+    if corrupted is None:
+        missing = [one for one in ours if not isinstance(one, Sample) or one.counterfactual is None]
+        if missing:
+            raise ExperimentError(
+                "nothing corrupted was given", "samples with a counterfactual, or corrupted inputs", "pass corrupted"
+            )
+        theirs: list[Any] = [one.counterfactual for one in ours if isinstance(one, Sample)]
+    else:
+        theirs = [corrupted] if isinstance(corrupted, Inputs | Sample) else list(corrupted)
+    if len(ours) != len(theirs) or not ours:
+        raise ExperimentError(f"{len(ours)} clean and {len(theirs)} corrupted inputs", "as many of each, at least one")
+    pairs = []
+    for one, other in zip(ours, theirs, strict=True):
+        pair = [model.inputs_of(given) if isinstance(given, Sample) else given for given in (one, other)]
+        pair[0].check_same_layout(pair[1])
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One pair of runs, checked and resolved to positions and cells; nothing has been run yet."""
+
+    clean: Inputs
+    corrupted: Inputs
+    point: str
+    over: tuple[str, ...]
+    sizes: dict[str, list[int]]
+    cells: list[Cell]
+    regions: list[Tensor]
+    readings: list[Reading]
+    names: list[str]
+    confirm: int | None = None  # how many cells are patched, where not all are
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedMLLM,
+        clean: Inputs,
+        corrupted: Inputs,
+        metric: Metric,
+        point: str,
+        over: tuple[str, ...],
+        positions: Where,
+        regions: Regions | None,
+        layers: Sequence[int] | None,
+        example: int,
+    ) -> "Plan":
+        vision = point.startswith("vision.")
+        bare = point.removeprefix("vision.")
+        if point not in GLOBAL and bare not in POINTS:
+            raise ExperimentError(
+                f"point={point!r}", f"one of {', '.join((*POINTS, *GLOBAL))}", suggestion(bare, POINTS)
+            )
+        axes = _axes_of(bare, point in GLOBAL)
+        wrong = [axis for axis in over if axis not in axes]
+        if wrong or len(set(over)) < len(over) or {POSITION, REGION} <= set(over):
+            raise ExperimentError(
+                f"over={over!r} at {point!r}", f"different axes out of {', '.join(axes)}; position or region", ""
+            )
+        if (regions is not None) != (REGION in over):
+            raise ExperimentError(
+                f"over={over!r} with regions={'given' if regions is not None else None}",
+                "regions=[...] and 'region' in over, or neither", "pass both",
+            )  # fmt: skip
+        if vision and (positions != "all" or regions is not None):
+            raise ExperimentError(
+                "positions or regions at the vision stack", "positions='all'", "use point='projector.hook_out'"
+            )
+        count = model.cfg.vision_layers if vision else model.cfg.n_layers
+        chosen = _layers(model, bare, vision, layers, count) if point not in GLOBAL else []
+        names = names_of(point, chosen)
+        model.select(names)
+        masks, places = _regions(clean, positions, regions, POSITION in over and not vision)
+        heads = {HEAD: model.cfg.vision_heads if vision else model.cfg.n_heads, KV_HEAD: model.cfg.n_kv_heads}
+        sizes = {
+            LAYER: chosen,
+            **{axis: list(range(size)) for axis, size in heads.items()},
+            POSITION: places,
+            REGION: list(range(len(masks))),
+        }
+        cells = []
+        for values in itertools.product(*(range(len(sizes[axis])) for axis in over)):
+            at = dict(zip(over, values, strict=True))
+            cells.append(
+                Cell(
+                    (chosen[at[LAYER]],) if LAYER in at else tuple(chosen),
+                    at.get(HEAD, at.get(KV_HEAD)),
+                    at.get(POSITION, at.get(REGION, 0)),
+                )
+            )
+        readings = [metric.reading(model, layout, example + i) for i, layout in enumerate(clean.layouts)]
+        return cls(clean, corrupted, point, over, {a: sizes[a] for a in over}, cells, masks, readings, names)
+
+    def axes(self, regions: Regions | None) -> tuple[list[int], dict[str, Any]]:
+        """Lengths of the result's axes and their coordinates."""
+        coords: dict[str, Any] = dict(self.sizes)
+        if regions is not None:
+            coords[REGION] = list(regions) if isinstance(regions, Mapping) else [said(region) for region in regions]
+        return [len(values) for values in self.sizes.values()], coords
+
+    @property
+    def reads(self) -> list[int]:
+        """Every position that some example's metric reads."""
+        return sorted({position for reading in self.readings for position in reading.positions})
+
+    @property
+    def places(self) -> list[list[int]]:
+        """Of every example the places of its positions among ``reads``."""
+        return [[self.reads.index(p) for p in reading.positions] for reading in self.readings]
+
+    def count(self, confirm: int | float) -> int:
+        """How many cells ``confirm`` means: a number, or a share of them (at least one)."""
+        n = len(self.cells)
+        if isinstance(confirm, int) and 1 <= confirm <= n:
+            return confirm
+        if isinstance(confirm, float) and 0 < confirm < 1:
+            return max(1, round(confirm * n))
+        raise ExperimentError(f"confirm={confirm!r} of {n} cells", f"1 to {n}, or a share between 0 and 1", "use 0.15")
+
+    def scores(self, logits: Tensor, clean: Tensor) -> Tensor:
+        """The metric of every row of a batch."""
+        found = [r.score(logits[i : i + 1, at], clean[i, at])
+                 for i, (r, at) in enumerate(zip(self.readings, self.places, strict=True))]  # fmt: skip
+        return torch.cat(found)
+
+
+def _axes_of(point: str, is_global: bool) -> tuple[str, ...]:
+    if is_global:
+        return (POSITION, REGION)
+    heads = (KV_HEAD,) if point in KEYS else (HEAD,) if point.startswith("attn.") else ()
+    return (LAYER, *heads, POSITION, REGION)
+
+
+def _layers(model: HookedMLLM, point: str, vision: bool, layers: Sequence[int] | None, count: int) -> list[int]:
+    """The layers meant, by default all that have the point."""
+    if layers is None:
+        live = set(model.points())
+        found = [i for i in range(count) if names_of(f"{'vision.' * vision}{point}", [i])[0] in live]
+        return found or [0]  # refused by name, with the reason
+    listed = [int(layer) for layer in layers]
+    if not listed or len(set(listed)) < len(listed) or not all(0 <= layer < count for layer in listed):
+        raise ExperimentError(f"layers={listed}", f"different layers from 0 to {count - 1}", "count layers from 0")
+    return listed
+
+
+def _regions(clean: Inputs, positions: Where, regions: Regions | None, each: bool) -> tuple[list[Tensor], list[int]]:
+    """The sets of positions as masks over (row, position), and the positions if each is a set of its own."""
+
+    def mask(where: Where) -> Tensor:
+        chosen = torch.zeros(len(clean), len(clean.layouts[0]), dtype=torch.bool)
+        for row, layout in enumerate(clean.layouts):
+            chosen[row, torch.as_tensor(layout.positions(where))] = True
+        return chosen
+
+    if regions is not None:
+        if not len(regions):
+            raise ExperimentError("regions=[]", "at least one region", "pass layout.cells(6, 6), or boxes")
+        return [mask(region) for region in (regions.values() if isinstance(regions, Mapping) else regions)], []
+    whole = mask(positions)
+    if not each:
+        return [whole], []
+    if (whole != whole[:1]).any():
+        raise ExperimentError(
+            "rows whose positions lie at different places", "the same positions in every row",
+            "sweep over regions, or pass the rows as a list",
+        )  # fmt: skip
+    places = whole[0].nonzero()[:, 0].tolist()
+    return [mask([place]) for place in places], places
+
+
+def alike(plans: Sequence[Plan], over: Sequence[str]) -> None:
+    if POSITION in over and any(plan.sizes[POSITION] != plans[0].sizes[POSITION] for plan in plans):
+        raise ExperimentError(
+            "examples whose positions lie at different places", "the same positions in every example",
+            "sweep over regions instead of positions",
+        )  # fmt: skip
+
+
+def in_tower(plan: Plan, mask: Tensor, written: dict[str, Tensor]) -> Tensor:
+    """A mask over (row, position) as a mask over what a point of the tower or the projector counts."""
+    if plan.point.startswith("vision."):
+        length = next(iter(written.values())).shape[1]
+        return torch.ones(1, length, dtype=torch.bool)
+    if plan.point != "projector.hook_out":
+        return mask
+    visual = torch.stack([torch.as_tensor((layout.kind == 1) | (layout.kind == 2)) for layout in plan.clean.layouts])
+    chosen = mask[visual]
+    if len(chosen) != len(written[plan.point]):
+        raise ExperimentError(
+            f"{len(written[plan.point])} projected features for {len(chosen)} visual positions",
+            "one for each", "use point='hook_embed', which is patched at the same positions",
+        )  # fmt: skip
+    return chosen
+
+
+def said(where: Where) -> str:
+    """A region in words, for a coordinate or an attribute."""
+    if isinstance(where, str):
+        return where
+    listed = np.asarray(where).tolist() if isinstance(where, np.ndarray) else where
+    return repr(listed)

@@ -1,0 +1,437 @@
+"""From the logits back to the picture: the heads, MLPs and inputs through which an answer comes about.
+
+    circuit = trace_circuit(model, samples, LogitDiff(answers, wrong), threshold=0.02)
+    circuit.heads                                   # (L1H0, L0H3)
+    print(circuit.describe(ranking))                # "L1H0 does not look (RAM 0.00) but matters: ..."
+    circuit.faithfulness(model, samples, metric)    # what is kept when everything else is switched off
+    circuit.graph                                   # a networkx.DiGraph: embed:evidence -> L0H3 -> L1H0 -> logits
+
+Which parts write what the logits read? Those of which the direct path carries enough, in every example and not by
+chance, become receivers: what feeds their queries, keys and values? And so on, down to the embeddings of the evidence,
+of the rest of the picture, of the question and of the template.
+
+What it does not do: find paths of which only a set matters (two heads that do the same work, each dispensable, are
+missed when noising and found when denoising); draw.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from mech.axes import EXAMPLE
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, OutputError
+from mech.experiments.metrics import Metric
+from mech.experiments.patching.plan import Given, pairs_of
+from mech.experiments.paths.ends import LETTERS, Node, Part, ends_of, mask_of
+from mech.experiments.paths.path_patching import DIRECTIONS, Pair, heads_and_mlps
+from mech.experiments.ranking.ranking import Head, Ranking
+from mech.experiments.statistics import benjamini_hochberg, bootstrap_interval, permutation_test
+from mech.inputs import Inputs
+from mech.inputs.layout import IMAGE, PADDING, VIDEO
+from mech.model import HookedMLLM
+from mech.notebook import Shown
+from mech.results import provenance, write_json
+from mech.results.provenance import jsonable
+
+LEAVES = ("evidence", "picture", "question", "template")
+DIRECT = frozenset(("attention", "mlp"))
+LOOKS = 0.05  # RAM below which a head is said not to look
+_READS = {"q": "queries come", "k": "keys come", "v": "values come", "": "input comes"}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A direct path that matters.
+
+    Attributes:
+        sender: ``"L0H3"``, ``"mlp.1"`` or ``"embed:evidence"``.
+        receiver: ``"logits"``, ``"L4H0.q"``, ``"L4K0.v"`` or ``"mlp.1"``.
+        effect: mean share of the gap between the runs that switching this path alone moves; positive: it carries what
+            makes the clean answer.
+        low, high: its 95% interval; both the effect where there is one example.
+        p_value: two-sided, corrected for all senders that were tried; nan where none was asked for.
+        at: region at which the sender's writing matters most; "" where it is the position that is read.
+    """
+
+    sender: str
+    receiver: str
+    effect: float
+    low: float
+    high: float
+    p_value: float = float("nan")
+    at: str = ""
+
+    @property
+    def through(self) -> str:
+        """q, k, v, or "" for an MLP and the logits."""
+        return self.receiver.split(".")[1] if self.receiver.startswith("L") else ""
+
+
+@dataclass(frozen=True)
+class Circuit(Shown):
+    """What ``trace_circuit`` found. ``groups`` counts the query heads to a key/value head of each layer."""
+
+    model: str
+    start: str
+    direction: str
+    n_examples: int
+    groups: tuple[int, ...]
+    found: tuple[Edge, ...] = field(repr=False)
+    unfollowed: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def edges(self, receiver: str | None = None) -> tuple[Edge, ...]:
+        """All edges, the strongest first; or those into one part, such as ``"L4H0"`` or ``"logits"``."""
+        chosen = [e for e in self.found if receiver is None or receiver in self._targets(e)]
+        return tuple(sorted(chosen, key=lambda edge: -abs(edge.effect)))
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """Nodes with ``kind`` and ``layer`` (where to draw them), edges with ``effect`` and ``through`` (by letter)."""
+        graph = nx.DiGraph()
+        for edge in self.edges():
+            for target in self._targets(edge):
+                for name in (edge.sender, target):
+                    graph.add_node(name, **_drawn(name))
+                if not graph.has_edge(edge.sender, target):
+                    graph.add_edge(edge.sender, target, effect=edge.effect, through={})
+                graph.edges[edge.sender, target]["through"][edge.through] = edge.effect
+        if "logits" in graph:
+            graph.nodes["logits"]["layer"] = 1 + max(drawn["layer"] for drawn in graph.nodes.values())
+        return graph
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The heads in it, by layer."""
+        return tuple(sorted(_head(name) for name in {edge.sender for edge in self.found} if name.startswith("L")))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All senders, the strongest first."""
+        return tuple(dict.fromkeys(edge.sender for edge in self.edges()))
+
+    def _targets(self, edge: Edge) -> tuple[str, ...]:
+        """The parts that read what an edge carries: under shared keys all heads of the group that are here."""
+        name = edge.receiver.split(".")[0] if edge.receiver.startswith("L") else edge.receiver
+        if "K" not in name:
+            return (name,)
+        layer, kv = map(int, name[1:].split("K"))
+        return tuple(str(head) for head in self.heads if head.layer == layer and head.head // self.groups[layer] == kv)
+
+    def describe(self, ranking: Ranking | None = None) -> str:
+        """A sentence for each part, from the one that is read last; with a ranking also whether it looks."""
+        lines = []
+        parts = [name for name in self.nodes if not name.startswith("embed")]
+        for name in sorted(parts, key=lambda name: -_drawn(name)["layer"]):
+            out = [edge for edge in self.edges() if edge.sender == name]
+            inside = [edge for edge in self.edges(name)]
+            said = f"{name}{_looks(name, ranking)} writes to " + ", ".join(
+                f"{_reader(e)} ({e.effect:+.2f}{f', at the {e.at}' if e.at else ''})" for e in out
+            )
+            for letter in ("q", "k", "v", ""):
+                if feeding := [e for e in inside if e.through == letter]:
+                    sources = ", ".join(f"{e.sender.replace('embed:', 'the ')} ({e.effect:+.2f})" for e in feeding)
+                    said += f"; its {_READS[letter]} from {sources}"
+            lines.append(said + ".")
+        return "\n".join(lines) or f"Nothing carries enough to {self.start}."
+
+    @torch.no_grad()
+    def faithfulness(
+        self, model: HookedMLLM, clean: Given, metric: Metric, *, corrupted: Given | None = None
+    ) -> Float[xr.DataArray, " example"]:
+        """The share of the clean run's metric that is left when every other head and MLP puts out the corrupted run's.
+
+        ``(metric - corrupted) / (clean - corrupted)``: 1 is a circuit that does the whole work, 0 one that does none.
+        Unit: share of the gap. Cost: three forwards for each pair.
+        """
+        kept = {node: str(node) in self.nodes for node in heads_and_mlps(model)}
+        values, example = [], 0
+        for one, other in pairs_of(model, clean, corrupted):
+            pair = Pair.of(model, one, other, metric, "noise", example)
+            pair.run([node for node in kept], "literal")
+            values.append(pair.without([node for node, inside in kept.items() if not inside]))
+            example += len(one)
+        share = torch.cat(values).double().cpu().numpy()
+        return xr.DataArray(share, dims=(EXAMPLE,), attrs={"unit": "share of the gap between the runs"})
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Everything in plain values; with ``path`` it is written as well."""
+        value = {**asdict(self), "found": [asdict(edge) for edge in self.found]}
+        value = {key: jsonable(part) for key, part in value.items()}
+        if path is not None:
+            write_json(value, path)
+        return value
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> "Circuit":
+        """A circuit from what ``to_json`` gave: a path or the dict."""
+        try:
+            given = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+            numbers = ("effect", "low", "high", "p_value")  # json has no nan
+            found = tuple(Edge(**{**edge, **{key: _number(edge[key]) for key in numbers}}) for edge in given["found"])
+            return cls(
+                **{**given, "found": found, "unfollowed": tuple(given["unfollowed"]), "groups": tuple(given["groups"])}
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"no circuit can be read ({error!r})", "what Circuit.to_json gave") from error
+
+
+def trace_circuit(
+    model: HookedMLLM,
+    clean: Given,
+    metric: Metric,
+    *,
+    corrupted: Given | None = None,
+    start: str = "logits",
+    threshold: float = 0.02,
+    heads: Sequence[tuple[int, int]] | None = None,
+    max_nodes: int = 24,
+    alpha: float | None = 0.05,
+    direction: str = "noise",
+    seed: int = 0,
+) -> Circuit:
+    """Walk back from what the metric reads, over the direct paths that carry enough, to the inputs.
+
+    Direct: attention and MLPs between the ends keep their value; behind the receiver all is computed anew. An edge is
+    kept when its mean effect is at least ``threshold`` (either sign) and differs from zero over examples: sign-flip
+    permutation, two-sided, corrected over all senders into this receiver (Benjamini-Hochberg).
+
+    Sign: positive carries what makes the clean answer, in both directions. Unit: share of the gap.
+
+    Args:
+        model: a hooked model.
+        clean: ``Samples`` (their counterfactuals are the corrupted runs, their evidence is a leaf of its own), inputs,
+            or a list of them.
+        metric: see ``mech.experiments.metrics``.
+        corrupted: as in ``path_patching``.
+        start: the first receiver.
+        threshold: the least share of the gap.
+        heads: the heads that may be in the circuit; all by default. MLPs always may.
+        max_nodes: how many heads and MLPs are followed, the strongest first; the others are in ``unfollowed``.
+        alpha: of the corrected p-values; None for the threshold alone.
+        direction: ``"noise"`` (what the clean run needs) or ``"denoise"`` (what the corrupted one lacks).
+        seed: of the permutations and the intervals.
+
+    Raises:
+        ExperimentError: too few examples for ``alpha`` (the message says how many it takes), a start that does not
+            exist, or whatever ``path_patching`` refuses, before any forward; an example whose two runs score alike.
+
+    Cost: two forwards for each pair, and those of ``path_patching`` from all heads to each receiver: keys and values
+    of every position are the dear ones. Memory: the kept runs of all pairs (a KV cache and some streams each).
+
+    References: Wang et al. 2022, arXiv 2211.00593 (by hand); Conmy et al. 2023, arXiv 2304.14997 (automatic, by
+    removing edges from the whole graph; here edges are added, and tested over examples).
+    """
+    if direction not in DIRECTIONS:
+        raise ExperimentError(f"direction={direction!r}", " or ".join(map(repr, DIRECTIONS)))
+    if threshold <= 0 or max_nodes < 1:
+        raise ExperimentError(f"threshold={threshold}, max_nodes={max_nodes}", "both positive", "use 0.02 and 24")
+    (first,) = ends_of(model, "receivers", [start])[start]
+    every = heads_and_mlps(model)
+    if heads is not None:
+        asked = {node for group in ends_of(model, "senders", list(heads)).values() for node in group}
+        every = [node for node in every if node.kind == "mlp" or node in asked]
+    runs, example = [], 0
+    given = [clean] if isinstance(clean, Inputs | Sample) else list(clean)
+    for one, (mine, other) in zip(given, pairs_of(model, clean, corrupted), strict=True):
+        pair = Pair.of(model, mine, other, metric, direction, example)
+        runs.append(_Run(pair, _leaves(mine, one if isinstance(one, Sample) else None)))
+        example += len(mine)
+    _check_power(example, len(every) + len(LEAVES), alpha)
+    for run in runs:
+        run.pair.run([*every, Node("embed")])
+    if any(bool((run.pair.gap == 0).any()) for run in runs):
+        raise ExperimentError("an example whose two runs score alike", "a gap to have a share of", "drop it")
+    queue, followed, unfollowed, found = [(first, 1.0)], set(), [], []
+    seen = {first}
+    while queue:
+        receiver, _ = queue.pop(0)
+        for edge, node in _into(receiver, every, runs, threshold, alpha, seed):
+            found.append(edge)
+            if node is None or node in followed:
+                continue
+            if len(followed) == max_nodes:
+                unfollowed.append(str(node))
+                continue
+            followed.add(node)
+            for reading in _readers(model, node):
+                if reading not in seen:
+                    seen.add(reading)
+                    queue.append((reading, abs(edge.effect)))
+        queue.sort(key=lambda entry: (-entry[0].layer, -entry[1]))
+    record = provenance(
+        model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, start=start,
+        threshold=threshold, alpha=alpha, direction=direction, max_nodes=max_nodes,
+    )  # fmt: skip
+    return Circuit(
+        str(model.name),
+        start,
+        direction,
+        example,
+        _groups(model),
+        tuple(found),
+        tuple(dict.fromkeys(unfollowed)),
+        record,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A pair of runs, and the leaves of the circuit in it."""
+
+    pair: Pair
+    leaves: Mapping[str, Tensor]
+
+    def shares(self, senders: Sequence[Part], receiver: Part) -> Float[np.ndarray, "batch sender"]:
+        """The share of the gap that each sender's direct path into the receiver carries."""
+        pair = self.pair
+        moved = pair.metric(senders, [receiver], DIRECT)[:, :, 0]
+        start = pair.corrupted if pair.direction == "denoise" else pair.clean
+        assert start is not None
+        share = (moved - start[:, None]) / pair.gap[:, None]
+        return (share if pair.direction == "denoise" else -share).double().cpu().numpy()
+
+    @property
+    def everywhere(self) -> Tensor:
+        return mask_of(self.pair.plan.clean, "all")
+
+
+def _into(
+    receiver: Node, every: Sequence[Node], runs: Sequence[_Run], threshold: float, alpha: float | None, seed: int
+) -> list[tuple[Edge, Node | None]]:
+    """The edges into a receiver that are kept, the strongest first, each with the node it comes from."""
+    nodes = [node for node in every if node.stage < receiver.stage]
+    leaves = [name for name in LEAVES if any(name in run.leaves for run in runs)]
+    rows = []
+    for run in runs:
+        nothing = torch.zeros_like(run.everywhere)
+        senders = [Part((node,), run.everywhere) for node in nodes]
+        senders += [Part((Node("embed"),), run.leaves.get(name, nothing)) for name in leaves]
+        rows.append(run.shares(senders, Part((receiver,), run.everywhere)))
+    effects = np.concatenate(rows)
+    mean = effects.mean(0)
+    large = [int(i) for i in np.argsort(-abs(mean)) if abs(mean[i]) >= threshold]
+    p_values = np.ones(len(mean))  # the others were looked at too, and count in the correction
+    if alpha is not None:
+        for i in large:
+            p_values[i] = _p_value(effects[:, i], len(mean), alpha, seed)
+        p_values = benjamini_hochberg(p_values)
+    kept = []
+    for i in large:
+        if alpha is not None and p_values[i] > alpha:
+            continue
+        node = nodes[i] if i < len(nodes) else None
+        low = high = float(mean[i])
+        if len(effects) > 1:
+            interval = bootstrap_interval(effects[:, i], seed=seed)
+            low, high = float(interval.low), float(interval.high)
+        name = str(node) if node is not None else f"embed:{leaves[i - len(nodes)]}"
+        at = _at(node, receiver, runs) if node is not None else ""
+        p_value = float(p_values[i]) if alpha is not None else float("nan")
+        kept.append((Edge(name, str(receiver), float(mean[i]), low, high, p_value, at), node))
+    return kept
+
+
+def _at(node: Node, receiver: Node, runs: Sequence[_Run]) -> str:
+    """The region at which most of what an edge carries is written."""
+    if receiver.kind == "logits":
+        return ""
+    names = [name for name in LEAVES if any(name in run.leaves for run in runs)]
+    rows = []
+    for run in runs:
+        nothing = torch.zeros_like(run.everywhere)
+        senders = [Part((node,), run.leaves.get(name, nothing)) for name in names]
+        rows.append(run.shares(senders, Part((receiver,), run.everywhere)))
+    return names[int(np.argmax(abs(np.concatenate(rows).mean(0))))]
+
+
+def _leaves(inputs: Inputs, sample: Sample | None) -> dict[str, Tensor]:
+    """The parts of the prompt, which share no position: evidence, rest of the picture, question, template."""
+    kinds = torch.stack([torch.as_tensor(layout.kind) for layout in inputs.layouts])
+    picture = (kinds == IMAGE) | (kinds == VIDEO)
+    question = torch.zeros_like(picture)
+    for row, layout in enumerate(inputs.layouts):
+        question[row, list(layout.spans.get("question", ()))] = True
+    evidence = torch.zeros_like(picture)
+    if sample is not None and sample.evidence:
+        evidence = mask_of(inputs, sample.evidence) & picture
+    template = (kinds != PADDING) & ~picture & ~question
+    parts = dict(zip(LEAVES, (evidence, picture & ~evidence, question & ~picture, template), strict=True))
+    return {name: mask for name, mask in parts.items() if mask.any()}
+
+
+def _readers(model: HookedMLLM, node: Node) -> list[Node]:
+    """What a part of the circuit reads with."""
+    if node.kind == "mlp":
+        return [node]
+    kv, live = node.index // _groups(model)[node.layer], set(model.points())
+    readers = [Node(letter, node.layer, node.index if letter == "q" else kv) for letter in LETTERS]
+    return [reader for reader in readers if reader.point in live]  # a layer may have another's keys
+
+
+def _groups(model: HookedMLLM) -> tuple[int, ...]:
+    return tuple(model.cfg.n_heads // max(1, kv_heads) for kv_heads in model.cfg.kv_heads)
+
+
+def _p_value(values: Float[np.ndarray, " example"], tests: int, alpha: float, seed: int) -> float:
+    """Two-sided, by sign flips; as many of them as the correction over ``tests`` needs."""
+    flips = max(10_000, int(4 * tests / alpha))
+    nothing = np.zeros((1, len(values)))
+    sides = [permutation_test(side, nothing, n_permutations=flips, seed=seed).p_value for side in (values, -values)]
+    return min(1.0, 2 * min(sides))
+
+
+def _check_power(examples: int, tests: int, alpha: float | None) -> None:
+    """Refuse a test that could not find a single edge: flips of n signs give no p below 2 / 2^n."""
+    if alpha is None:
+        return
+    if not 0 < alpha < 1:
+        raise ExperimentError(f"alpha={alpha}", "between 0 and 1, or None", "use 0.05")
+    needed = int(np.ceil(1 + np.log2(tests / alpha)))
+    if examples < needed:
+        raise ExperimentError(
+            f"{examples} examples, and {tests} senders to test at alpha={alpha}", f"at least {needed} examples",
+            "give more samples, or alpha=None for the threshold alone",
+        )  # fmt: skip
+
+
+def _head(name: str) -> Head:
+    layer, head = name[1:].split("H")
+    return Head(int(layer), int(head))
+
+
+def _drawn(name: str) -> dict[str, Any]:
+    kind = name.split(":")[0].split(".")[0]
+    if kind in ("embed", "logits"):
+        return {"kind": kind, "layer": -1}
+    return {"kind": "mlp", "layer": int(name[4:])} if kind == "mlp" else {"kind": "head", "layer": _head(name).layer}
+
+
+def _reader(edge: Edge) -> str:
+    if not edge.through:
+        return edge.receiver
+    return f"the {_READS[edge.through].split()[0]} of {edge.receiver.split('.')[0]}"
+
+
+def _looks(name: str, ranking: Ranking | None) -> str:
+    if ranking is None or not name.startswith("L"):
+        return ""
+    mass = float(ranking.scores().sel(layer=_head(name).layer, head=_head(name).head))
+    if mass < LOOKS:
+        return f" does not look (RAM {mass:.2f}) but matters: it"
+    return f" looks (RAM {mass:.2f}) and matters: it"
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)

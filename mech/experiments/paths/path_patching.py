@@ -1,0 +1,303 @@
+"""Path patching: not whether a head matters, but through what.
+
+    clean, corrupted = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
+    metric = LogitDiff(sample.answer, sample.counterfactual.answer)
+    direct  = path_patching(model, clean, corrupted, metric, senders=ranking.top(0.05))          # to the logits
+    queries = path_patching(model, clean, corrupted, metric, senders=["L1H3", "mlp.1", "embed"], receivers=["L4H0.q"],
+                            regions={"picture": "image", "question": "question"})
+    queries.effect.mean("example")                                   # sender, receiver, region
+
+A path leads from what a sender writes to what a receiver reads. Two runs decide what it carries (arXiv 2211.00593,
+2304.05969): in the first the sender puts out what it does in the other run, what is frozen keeps its value, the rest
+is computed anew, and the receiver's input is recorded; in the second the receiver has that input and nothing else is
+different before it. What is frozen is an argument, because the answer depends on it:
+
+* ``("attention", "mlp")``: the *direct* edge. Nothing between the ends answers.
+* ``("attention",)``: paths through MLPs count, paths through other heads do not.
+* ``()``: every way there is; to the logits this is activation patching.
+* with ``"norm"`` also the scales of all norms on the way are held, so that parts are additive.
+
+What it does not do: find which paths to ask for (``circuits.trace_circuit``), nor estimate
+(``attribution_edges.edge_attribution``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from mech.axes import EXAMPLE
+from mech.data.samples import Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.metrics import Metric
+from mech.experiments.patching.plan import Given, Plan, pairs_of, said
+from mech.experiments.paths.ends import Ends, Node, Part, ends_of, frozen_of, mask_of
+from mech.experiments.paths.walk import Walk, literal, norms_of, put
+from mech.inputs import Inputs
+from mech.inputs.layout import Where
+from mech.model import HookedMLLM
+from mech.model.partial.cached_run import NotResumable, Shelf, kept_run, last_mlp_at
+from mech.model.partial.continuation import Continuation
+from mech.model.points import point_name
+from mech.results import provenance
+
+METHODS = ("auto", "walk", "literal")
+DIRECTIONS = ("denoise", "noise")
+
+
+def path_patching(
+    model: HookedMLLM,
+    clean: Given,
+    corrupted: Given | None,
+    metric: Metric,
+    *,
+    senders: Ends,
+    receivers: str | Ends = "logits",
+    freeze: Sequence[str] = ("attention",),
+    positions: Where = "all",
+    regions: Mapping[str, Where] | None = None,
+    receiver_positions: Where = "all",
+    receiver_regions: Mapping[str, Where] | None = None,
+    direction: str = "denoise",
+    method: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The metric after each path is switched, and how far it went from the corrupted run's (0) to the clean run's (1).
+
+    ``effect = (metric - corrupted) / (clean - corrupted)``, for both directions; nan where the two runs score alike or
+    the receiver does not lie behind the sender.
+
+    Sign: denoising, more is more sufficient (nothing: 0); noising, less is more necessary (nothing: 1). Unit: share
+    of the gap.
+
+    Args:
+        model: a hooked model.
+        clean: ``Inputs`` (any number of rows), a ``Sample``, or a list of either.
+        corrupted: the same with the evidence changed and the layout kept; None for the samples' counterfactuals.
+        metric: see ``mech.experiments.metrics``.
+        senders: heads (pairs, or ``"L2H5"``), ``"mlp.2"``, ``"embed"`` (the stream that enters the first layer). A
+            mapping names groups that are switched together: ``{"movers": [(4, 0), (4, 3)]}``.
+        receivers: ``"logits"``, or some of ``"L4H0.q"``, ``"L4K0.k"``, ``"L4K0.v"`` (keys and values by key/value
+            head: what they change, all query heads of the group see), ``"mlp.4"``; groups as for senders.
+        freeze: what keeps its value on the way to the receiver: any of ``"attention"`` (outputs of attention),
+            ``"mlp"`` (outputs of MLPs) and ``"norm"`` (scales of the norms at the stream; those of queries and keys lie
+            behind a receiver). Behind the receiver nothing is frozen.
+        positions: where the sender is switched, in words of ``TokenLayout.positions``.
+        regions: several such places by name, each for itself: a dimension ``region``.
+        receiver_positions: where the receiver is switched. The logits are read where the metric reads them.
+        receiver_regions: several such places by name: a dimension ``receiver_region``.
+        direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
+        method: ``"walk"`` and ``"literal"`` force an algorithm; both give the same.
+        progress: called with (pairs of runs done, pairs in all).
+
+    Returns:
+        ``effect`` and ``metric`` over (example, sender, receiver), then the regions asked for; ``clean`` and
+        ``corrupted`` over example. Attributes say what was frozen, the algorithm (and why, where it is not the walk)
+        and the cost in forwards.
+
+    Raises:
+        ExperimentError: an end that does not exist, layouts that differ, or an answer that cannot be read off the
+            inputs. Before any forward.
+        PointError: a point that an end needs is not live in this model.
+
+    Cost: two forwards and, for the walk, what is in ``attrs["forwards"]``: with attention frozen next to nothing for
+    the logits and for queries of few positions; literally, a forward for each sender and one for each pair with a
+    receiver other than the logits.
+
+    References: Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969. Wang et al. freeze
+    attention and let MLPs answer, as the default here does.
+    """
+    for name, value, known in (("direction", direction, DIRECTIONS), ("method", method, METHODS)):
+        if value not in known:
+            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
+    held = frozen_of(freeze)
+    if "norm" in held:
+        norms_of(model)  # refuses a model whose norms are not known
+    sending = ends_of(model, "senders", senders)
+    receiving = ends_of(model, "receivers", [receivers] if isinstance(receivers, str) else receivers)
+    places: Any = {"": positions} if regions is None else dict(regions)
+    ends: Any = {"": receiver_positions} if receiver_regions is None else dict(receiver_regions)
+    for name, given in (("regions", places), ("receiver_regions", ends)):
+        if not given:
+            raise ExperimentError(f"{name}={{}}", "at least one region", f"leave {name} out")
+    nodes = [node for group in sending.values() for node in group]
+    pairs, parts, example = pairs_of(model, clean, corrupted), [], 0
+    switched = []
+    for one, other in pairs:
+        switched.append(Pair.of(model, one, other, metric, direction, example))
+        parts.append((
+            [Part(group, mask) for group in sending.values() for mask in [mask_of(one, w) for w in places.values()]],
+            [Part(group, mask) for group in receiving.values() for mask in [mask_of(one, w) for w in ends.values()]],
+        ))  # fmt: skip
+        example += len(one)
+    values = []
+    for pair, (froms, tos) in zip(switched, parts, strict=True):
+        pair.run(nodes, method)
+        values.append(pair.metric(froms, tos, held))
+        if progress:
+            progress(len(values), len(pairs))
+    froms, tos = parts[0]
+    shape = (len(sending), len(places), len(receiving), len(ends))
+    raw = torch.cat(values).double().cpu().numpy()
+    exists = np.array([[sender.reaches(receiver) for receiver in tos] for sender in froms])
+    raw = np.where(exists, raw, np.nan).reshape(-1, *shape).transpose(0, 1, 3, 2, 4)
+    clean_scores, corrupted_scores = (
+        torch.cat([getattr(pair, name) for pair in switched]).double().cpu().numpy() for name in ("clean", "corrupted")
+    )
+    gap = np.where(clean_scores == corrupted_scores, np.nan, clean_scores - corrupted_scores)
+    effect = (raw - corrupted_scores.reshape(-1, 1, 1, 1, 1)) / gap.reshape(-1, 1, 1, 1, 1)
+    axes = {"sender": list(sending), "receiver": list(receiving), "region": list(places), "receiver_region": list(ends)}
+    single = [name for name, given in (("region", regions), ("receiver_region", receiver_regions)) if given is None]
+    drop = tuple(list(axes).index(name) + 1 for name in single)
+    dims = (EXAMPLE, *(name for name in axes if name not in single))
+    settings = {"freeze": sorted(held), "direction": direction, "positions": said(positions)}
+    settings |= {"receiver_positions": said(receiver_positions)}
+    settings |= {"algorithm": switched[0].algorithm, "reason": switched[0].reason}
+    return xr.Dataset(
+        {
+            "effect": (dims, effect.squeeze(drop), {"unit": "share of the gap between the runs",
+                                                    "sign": "0: as the corrupted run, 1: as the clean run"}),
+            "metric": (dims, raw.squeeze(drop), {"unit": metric.unit}),
+            "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
+            "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
+        },
+        {EXAMPLE: np.arange(len(raw)), **{name: axes[name] for name in dims[1:]}},
+        {
+            "model": model.name,
+            **settings,
+            "measure": repr(metric),
+            "forwards": float(sum(pair.forwards for pair in switched)),
+            "provenance": provenance(
+                model, clean if isinstance(clean, Samples) else None, metric=metric,
+                senders={name: [str(node) for node in group] for name, group in sending.items()},
+                receivers={name: [str(node) for node in group] for name, group in receiving.items()},
+                regions={name: said(where) for name, where in places.items()}, **settings,
+            ),
+        },
+    )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Pair:
+    """A clean and a corrupted run of the same layout between which paths are switched.
+
+    Made by ``of`` without running anything; ``run`` keeps both runs, ``metric`` may then be asked any number of times.
+    """
+
+    model: HookedMLLM
+    plan: Plan
+    direction: str
+    forwards: float = 0.0
+    algorithm: str = ""
+    reason: str = ""
+    clean: Tensor | None = None
+    corrupted: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, model: HookedMLLM, clean: Inputs, corrupted: Inputs, metric: Metric, direction: str, example: int
+    ) -> "Pair":
+        """A pair whose metric can be read; ``example`` counts the rows before it."""
+        plan = Plan.of(model, clean, corrupted, metric, "hook_resid_pre", (), "all", None, [0], example)
+        return cls(model, plan, direction)
+
+    @torch.no_grad()
+    def run(self, senders: Sequence[Node], method: str = "auto") -> None:
+        """Run both, and keep what these senders put out in the source.
+
+        Raises:
+            ExperimentError: ``method="walk"`` where the model cannot be run on from the middle.
+        """
+        model, plan = self.model, self.plan
+        base, source = plan.corrupted, plan.clean
+        if self.direction == "noise":
+            base, source = source, base
+        self._base, self._source = base, {}
+        at = torch.as_tensor(plan.reads, device=model.device)
+        names = sorted({node.point for node in senders})
+        shelf = Shelf(len(names))
+        keep = [(name, lambda value, hook: self._source.update({hook.name: shelf.put(value)})) for name in names]
+        with model.hooks(keep), last_mlp_at(model, plan.reads):
+            source_logits = model(source, logits_to_keep=at)
+        self._walks: dict[tuple[int, frozenset[str]], Walk] = {}
+        self._rows, self.algorithm, self.reason, kept = [], "literal", "asked for", None
+        if method != "literal":
+            try:
+                kept = kept_run(model, base, plan.reads)
+                self._rows = [Continuation(model, kept, i, torch.tensor(reading.positions, device=model.device))
+                              for i, reading in enumerate(plan.readings)]  # fmt: skip
+                self._rows[0].faithful()
+                self.algorithm, self.reason = "walk", ""
+            except NotResumable as error:
+                kept, self._rows, self.reason = None, [], str(error)
+                if method == "walk":
+                    raise ExperimentError(f"method='walk': {error}", "a model for which it is exact",
+                                          "use method='auto'") from None  # fmt: skip
+        base_logits = model(base, logits_to_keep=at) if kept is None else kept.logits
+        self._clean_logits = source_logits if self.direction == "denoise" else base_logits
+        self._before, there = (plan.scores(logits, self._clean_logits) for logits in (base_logits, source_logits))
+        self.corrupted, self.clean = (self._before, there) if self.direction == "denoise" else (there, self._before)
+        self.forwards += 2
+
+    def metric(
+        self, senders: Sequence[Part], receivers: Sequence[Part], freeze: frozenset[str]
+    ) -> Float[Tensor, "batch sender receiver"]:
+        """The metric with each path switched; that of the base run where there is no path."""
+        model, plan = self.model, self.plan
+        if not self._rows:
+            at = torch.as_tensor(plan.reads, device=model.device)
+
+            def score(run: Inputs) -> Tensor:
+                return plan.scores(model(run, logits_to_keep=at), self._clean_logits)
+
+            found, forwards = literal(model, self._base, self._source, freeze, senders, receivers, score)
+            self.forwards += forwards
+            return found
+        found, before = [], sum(row.row_layers for row in self._rows)
+        for i, (row, reading) in enumerate(zip(self._rows, plan.readings, strict=True)):
+            if (i, freeze) not in self._walks:
+                mine = {name: value[i : i + 1] for name, value in self._source.items()}
+                clean = self._clean_logits[i, plan.places[i]]
+                walk = Walk(row, mine, i, freeze, lambda x, r=reading, c=clean: r.score(x, c), self._before[i])
+                self._walks[i, freeze] = walk
+            found.append(self._walks[i, freeze].scores(senders, receivers))
+        whole = len(self._rows[0]) * self._rows[0].kept.last.shape[0] * self._rows[0].kept.last.shape[1]
+        self.forwards += (sum(row.row_layers for row in self._rows) - before) / whole
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def without(self, nodes: Sequence[Node]) -> Float[Tensor, " batch"]:
+        """The share of the gap that is left when all of these put out what they do in the other run."""
+        everywhere = torch.ones(len(self._base), len(self._base.layouts[0]), dtype=torch.bool)
+        hooks = []
+        for node in nodes:
+            values = self._source[node.point]
+            hooks.append(put(node, everywhere, values[:, :, node.index] if node.kind == "head" else values))
+        at = torch.as_tensor(self.plan.reads, device=self.model.device)
+        with self.model.hooks(hooks):
+            found = self.plan.scores(self.model(self._base, logits_to_keep=at), self._clean_logits)
+        self.forwards += 1
+        assert self.corrupted is not None
+        return (found - self.corrupted) / self.gap
+
+    @property
+    def gap(self) -> Float[Tensor, " batch"]:
+        """Metric of the clean run less that of the corrupted one."""
+        assert self.clean is not None and self.corrupted is not None
+        return self.clean - self.corrupted
+
+
+def heads_and_mlps(model: HookedMLLM) -> list[Node]:
+    """Every head and every MLP of the text stack that can be a sender."""
+    live, found = set(model.points()), []
+    for layer in range(model.cfg.n_layers):
+        if point_name("attn.hook_z", layer) in live:
+            found += [Node("head", layer, head) for head in range(model.cfg.n_heads)]
+        if point_name("hook_mlp_out", layer) in live:
+            found.append(Node("mlp", layer))
+    return found

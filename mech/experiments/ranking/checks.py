@@ -1,0 +1,30 @@
+"""What an experiment refuses before its first forward: heads of another model, samples that chose what they test."""
+
+from collections.abc import Sequence
+
+from mech.data.samples import Samples
+from mech.errors import ExperimentError
+from mech.experiments.ranking.ranking import Ranking
+from mech.model import HookedMLLM
+
+
+def refuse_ranking(ranking: Ranking, model: HookedMLLM, samples: Samples) -> None:
+    """Refuse heads of another model, and heads that were found on the samples to test."""
+    refuse_overlap(samples, ranking.examples, "found the heads")
+    if (ranking.layers, ranking.n_heads) != (model.cfg.attention_layers, model.cfg.n_heads):
+        raise ExperimentError(
+            f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
+            f"{len(model.cfg.attention_layers)} x {model.cfg.n_heads}, as {model.name} has",
+            "rank the heads of this model",
+        )
+
+
+def refuse_overlap(samples: Samples, others: Sequence[str], what: str) -> None:
+    """Refuse samples that are tested on what they were chosen by; they are compared by their ids."""
+    shared = [sample.id for sample in samples if sample.id and sample.id in set(others)]
+    if shared:
+        raise ExperimentError(
+            f"{len(shared)} of the samples to test {what}, the first is {shared[0]!r}",
+            "samples that were not used before",
+            "use find, test = samples.split(0.5)",
+        )

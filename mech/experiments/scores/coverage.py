@@ -1,0 +1,110 @@
+"""How much of the evidence the most attended keys hold: KeyTokenRatio of a head, and Coverage of a set of heads.
+
+    found = key_coverage(model, samples, {"top": ranking.top(15), "bottom": ranking.bottom(15)})
+    found["key_token_ratio"], found["coverage"].sel(set="top")
+
+Unlike RAM these count tokens, not mass: a head that reads one token of a large box with all its attention has a high
+RAM and a low ratio.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
+from mech.experiments.ranking.ranking import head_count
+from mech.inputs.layout import PADDING
+from mech.model import AttentionCall, HookedMLLM
+from mech.results import provenance
+
+
+@torch.no_grad()
+def key_coverage(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    sets: Mapping[str, Iterable[tuple[int, int]]] | None = None,
+    *,
+    keys: int | float = 0.05,
+    batch_size: int = 8,
+) -> xr.Dataset:
+    """``KeyTokenRatio = |T n E| / |E|`` of every head, and ``Coverage(G) = |union over G of T n E| / |E|`` of sets.
+
+    ``T`` are the keys, of the whole sequence, to which a head pays most attention, averaged over the question's rows;
+    ``E`` the evidence.
+
+    Sign: the higher, the more of the evidence is among the most attended keys. Unit: share of evidence tokens. Chance
+    is about ``keys`` for one head; of a set it grows with its size, so compare sets of one size.
+
+    Args:
+        samples: with evidence.
+        sets: name -> heads.
+        keys: how many keys T holds: a share of the sequence, or a number.
+        batch_size: samples per forward.
+
+    Returns:
+        ``key_token_ratio`` over example, layer, head; ``coverage`` over example, set.
+
+    Raises:
+        ExperimentError: no samples, one without evidence, or a head that the model does not have.
+
+    Cost: one forward per sample, and the question's rows.
+
+    References: arXiv 2606.05843 (top 5% of the keys).
+    """
+    samples, layers = Samples(samples), list(model.cfg.attention_layers)
+    lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
+    if lacking or not len(samples):
+        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}" if lacking else "no samples"
+        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    chosen = {name: [(int(layer), int(head)) for layer, head in heads] for name, heads in (sets or {}).items()}
+    for name, heads in chosen.items():
+        if not heads or any(layer not in layers or not 0 <= head < model.cfg.n_heads for layer, head in heads):
+            raise ExperimentError(f"the set {name!r} of {heads[:4]}", f"heads of {model.name}", "use ranking.top(15)")
+    prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
+    evidence = [row.layout.visual.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
+    parts = []
+    for batch, rows in in_batches(prepared, batch_size):
+        inputs = model.collate(batch)
+        weight = row_weights(inputs, "question").to(model.device)
+        at = weight.sum(0).nonzero().flatten()
+        shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
+        found = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
+
+        def read(call: AttentionCall, pattern: torch.Tensor, inputs=inputs, weight=weight, at=at, found=found) -> dict:
+            mean = mean_rows(pattern, weight[:, at])
+            hit = torch.zeros(*mean.shape[:2], max(map(len, found)), device=mean.device)
+            for row, (here, layout) in enumerate(zip(found, inputs.layouts, strict=True)):
+                real = int((layout.visual.kind != PADDING).sum())
+                best = mean[row].topk(head_count(keys, real), dim=-1).indices
+                among = torch.zeros_like(mean[row]).scatter_(1, best, 1.0)
+                hit[row, :, : len(here)] = among[:, torch.as_tensor(here, device=mean.device)]
+            return {"hit": hit}
+
+        hits = read_rows(model, inputs, at, read)["hit"].cpu().numpy()
+        parts += [hit[..., : len(here)] for hit, here in zip(hits, found, strict=True)]
+    ratio = np.stack([hit.mean(-1) for hit in parts])
+    covered = [
+        [np.any([hit[layers.index(layer), head] for layer, head in heads], axis=0).mean() for heads in chosen.values()]
+        for hit in parts
+    ]
+    result = xr.Dataset(
+        {
+            "key_token_ratio": ((EXAMPLE, LAYER, HEAD), ratio),
+            "coverage": ((EXAMPLE, "set"), np.array(covered).reshape(len(samples), len(chosen))),
+        },
+        {
+            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+            LAYER: layers,
+            HEAD: np.arange(ratio.shape[2]),
+            "set": np.array(list(chosen), dtype=str),
+        },
+        {"model": model.name, "keys": keys, "provenance": provenance(model, samples, keys=keys)},
+    )
+    for name in result.data_vars:
+        result[name].attrs = {"unit": "share of evidence tokens", "sign": "more: more of the evidence is attended most"}
+    return result

@@ -1,0 +1,320 @@
+"""Evidence retrieval: can a few heads find the right page, frame or part of a picture by where they look?
+
+    found = evidence_retrieval(model, test, ranking, over="pages")
+    retrieval_table(found)                          # hit@k, recall@k and MRR of every band, with intervals and tests
+    evidence_retrieval(model, test, ranking, over="cells", grid=(4, 4))
+
+Every candidate (a page, a frame, a cell of the picture) is scored by the attention that a set of heads pays to it under
+the question, and the candidates are put in order. Nothing is trained: a good order says that the heads point at the
+evidence, not only that they look at it more than others do. Top heads stand beside as many bottom heads, random
+heads, vision heads and all heads, and beside the order of chance, on samples that did not find them.
+
+What it does not say: that the model *uses* what these heads see (``mech.ablation``).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+
+from mech.axes import EXAMPLE
+from mech.data.regions import Frames, Pages
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
+from mech.experiments.ranking.checks import refuse_ranking
+from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.scores.ram import Progress
+from mech.experiments.statistics import bootstrap_interval, holm, permutation_test, two_way_bootstrap
+from mech.inputs import TokenLayout
+from mech.model import AttentionCall, HookedMLLM
+from mech.results import provenance
+
+OVER = ("pages", "frames", "cells")
+REDUCE = ("mean", "sum")
+BAND, RANK_K = "band", "k"
+
+
+@torch.no_grad()
+def evidence_retrieval(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    ranking: Ranking | Mapping[str, Iterable[tuple[int, int]]],
+    *,
+    over: str | None = None,
+    grid: tuple[int, int] = (4, 4),
+    heads: int | float = 0.05,
+    ks: Sequence[int] = (1, 2, 5),
+    reduce: str = "mean",
+    n_random: int = 20,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """How high heads put the candidates that hold the evidence, sample by sample and set by set.
+
+    ``score(c) = sum over heads of mean over question rows of mean (or sum) over tokens y of c of A[x, y]``; candidates
+    are ordered by it, those of equal score share their places. ``hit@k`` is 1 if one of the first k holds evidence,
+    ``recall@k`` the share of the evidence's candidates among them, ``reciprocal_rank`` one over the place of the first.
+
+    Sign: higher is better. Unit: shares.
+
+    Args:
+        model: a hooked model.
+        samples: with evidence, other ones than those that found the heads.
+        ranking: of this model: its top, bottom and random ``heads`` are compared, with vision heads (of the
+            same number, by attention to all visual tokens on the samples that are tested: a control that sees more
+            than it should) and all heads. Or sets of heads by name.
+        over: what is retrieved: ``"pages"`` (whole pictures), ``"frames"`` (of a video), ``"cells"`` of the picture;
+            by default pages where there are several, frames of a video, and cells else.
+        grid: rows and columns of the cells.
+        heads: how many heads a set holds, see ``Ranking.count``.
+        ks: how many of the first candidates count.
+        reduce: ``"mean"`` per token, or ``"sum"``, which favours large candidates.
+        n_random: random sets.
+        seed: of the random sets.
+        batch_size: samples per forward.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        ``reciprocal_rank`` (set, example), ``hit`` and ``recall`` (set, k, example), with the band and the draw of
+        each set; of an order by chance ``chance_rr`` (example), ``chance_hit`` and ``chance_recall`` (k, example);
+        ``n_candidates`` and ``n_right`` (example).
+
+    Raises:
+        ExperimentError: no evidence, fewer than two candidates or none without evidence, heads of another model or
+            found on these samples, unknown words.
+
+    Cost: one forward per sample, and the question's rows.
+
+    References: arXiv 2506.09944 (QRHead); 2503.06287 (localization heads).
+    """
+    samples = Samples(samples)
+    _check(model, samples, ranking, over, ks, reduce)
+    over = _natural(samples) if over is None else over
+    rows = [model.inputs_of(sample).to("cpu") for sample in samples]
+    candidates = [_candidates(row.layout.visual, over, grid) for row in rows]
+    right = [
+        _right(row.layout.visual, sample, found) for row, sample, found in zip(rows, samples, candidates, strict=True)
+    ]
+    attention: list[Float[np.ndarray, "layer head candidate"]] = []
+    for batch, indices in in_batches(rows, batch_size):
+        inputs = model.collate(batch)
+        weight = row_weights(inputs, "question").to(model.device)
+        at = weight.sum(0).nonzero().flatten()
+        most, length = max(len(candidates[i]) for i in indices), len(inputs.layouts[0].visual)
+        member = torch.zeros(len(batch), length, most, device=model.device)
+        for row, index in enumerate(indices):
+            left = length - len(rows[index].layout.visual)
+            for place, tokens in enumerate(candidates[index]):
+                member[row, torch.as_tensor(tokens + left), place] = 1 / len(tokens) if reduce == "mean" else 1
+
+        def read(call: AttentionCall, pattern: torch.Tensor, weight=weight, at=at, member=member) -> dict:
+            mean = mean_rows(pattern, weight[:, at])
+            return {"candidate": torch.einsum("bhk,bkc->bhc", mean, member.to(mean))}
+
+        mass = read_rows(model, inputs, at, read)["candidate"].cpu().numpy()
+        attention += [one[..., : len(candidates[i])] for one, i in zip(mass, indices, strict=True)]
+        if progress:
+            progress(indices[-1] + 1, len(samples))
+    chosen = _sets(model, ranking, heads, n_random, seed, attention, candidates, reduce)
+    found = _dataset(chosen, samples, attention, right, model.cfg.attention_layers, ks)
+    found.attrs = {
+        "kind": "retrieval", "model": model.name, "domain": ", ".join(samples.domains), "over": over, "reduce": reduce,
+        "provenance": provenance(model, samples, over=over, reduce=reduce, seed=seed),
+    }  # fmt: skip
+    return found
+
+
+def retrieval_table(found: xr.Dataset) -> list[dict[str, float | str | int]]:
+    """Every band of ``evidence_retrieval`` as a row: means with intervals over samples (and random sets), and p-values.
+
+    ``p_value`` is of the top band's reciprocal rank against the random sets, over samples (sign flips); of other
+    bands it is the same test, and ``p_adjusted`` is Holm's over all of them. Chance is the last row.
+    """
+    random = found["reciprocal_rank"].values[found[BAND].values == "random"]
+    table: list[dict[str, float | str | int]] = []
+    for band in dict.fromkeys(map(str, found[BAND].values)):
+        here = found.isel(set=np.flatnonzero(found[BAND].values == band))
+        row: dict[str, float | str | int] = {
+            "band": band,
+            "n_heads": int(here["n_heads"][0]),
+            "sets": here.sizes["set"],
+        }
+        for name, value in _measures(here):
+            interval = two_way_bootstrap(value) if len(value) > 1 else bootstrap_interval(value[0])
+            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        if band != "random" and len(random):
+            row["p_value"] = permutation_test(here["reciprocal_rank"].values.mean(0), random).p_value
+        table.append(row)
+    tested = [row for row in table if "p_value" in row]
+    for row, adjusted in zip(tested, holm(np.array([row["p_value"] for row in tested])), strict=True):
+        row["p_adjusted"] = float(adjusted)
+    chance: dict[str, float | str | int] = {
+        "band": "chance",
+        "n_heads": 0,
+        "sets": 0,
+        "mrr": float(found["chance_rr"].mean()),
+    }
+    for k in found[RANK_K].values:
+        for name in ("hit", "recall"):
+            chance[f"{name}@{k}"] = float(found[f"chance_{name}"].sel(k=k).mean())
+    return [*table, chance]
+
+
+def _measures(here: xr.Dataset) -> list[tuple[str, np.ndarray]]:
+    at_k = [(f"{name}@{k}", here[name].sel(k=k).values) for k in here[RANK_K].values for name in ("hit", "recall")]
+    return [("mrr", here["reciprocal_rank"].values), *at_k]
+
+
+def _check(
+    model: HookedMLLM,
+    samples: Samples,
+    ranking: Ranking | Mapping[str, Iterable[tuple[int, int]]],
+    over: str | None,
+    ks: Sequence[int],
+    reduce: str,
+) -> None:
+    for given, words in ((over, OVER), (reduce, REDUCE)):
+        if given is not None and given not in words:
+            raise ExperimentError(f"{given!r}", ", ".join(words), suggestion(given, words))
+    if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
+        raise ExperimentError(f"ks={list(ks)}", "different numbers of at least 1", "use ks=(1, 2, 5)")
+    lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
+    if lacking or not len(samples):
+        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}" if lacking else "no samples"
+        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    if isinstance(ranking, Ranking):
+        refuse_ranking(ranking, model, samples)
+    elif not ranking or any(
+        not set(map(tuple, heads)) or not set(map(tuple, heads)) <= _all(model) for heads in map(list, ranking.values())
+    ):
+        raise ExperimentError(f"sets {ranking!r}", f"heads of {model.name} by name", 'use {"mine": [(3, 2)]}')
+
+
+def _all(model: HookedMLLM) -> set[tuple[int, int]]:
+    return {(layer, head) for layer in model.cfg.attention_layers for head in range(model.cfg.n_heads)}
+
+
+def _natural(samples: Samples) -> str:
+    if any(sample.video for sample in samples):
+        return "frames"
+    return "pages" if all(len(sample.images) > 1 for sample in samples) else "cells"
+
+
+def _candidates(layout: TokenLayout, over: str, grid: tuple[int, int]) -> list[np.ndarray]:
+    """The tokens of each candidate. A token of several frames is one candidate."""
+    if over == "frames":
+        starts = range(0, len(layout.images), layout.frames_per_token) if layout.has_video else ()
+        found = [layout.positions(Frames(start)) for start in starts]
+    elif layout.has_video:
+        raise ExperimentError(f"over={over!r} of a video", "frames", 'use over="frames"')
+    elif over == "pages":
+        found = [layout.positions(Pages(page)) for page in range(len(layout.images))]
+    else:
+        cells = [layout.cells(*grid, image=image) for image in range(len(layout.images))]
+        found = [np.asarray(tokens) for one in cells for tokens in one.values()]
+    if len(found) < 2:
+        raise ExperimentError(f"{len(found)} candidates (over={over!r})", "at least two to choose from", 'over="cells"')
+    return found
+
+
+def _right(layout: TokenLayout, sample: Sample, candidates: list[np.ndarray]) -> Bool[np.ndarray, " candidate"]:
+    """Which candidates hold evidence; of a box over several cells those that hold most of it."""
+    evidence = layout.positions(sample.evidence)
+    shared = np.array([np.isin(tokens, evidence).sum() for tokens in candidates])
+    whole = any(isinstance(region, Pages | Frames) for region in sample.evidence)
+    right = shared > 0 if whole else shared == max(shared.max(), 1)
+    if right.all() or not right.any():
+        raise ExperimentError(
+            f"evidence of sample {sample.id!r} in {right.sum()} of {len(candidates)} candidates",
+            "candidates with and without evidence", "choose other candidates: over=, grid=",
+        )  # fmt: skip
+    return right
+
+
+def _sets(
+    model: HookedMLLM,
+    ranking: Ranking | Mapping[str, Iterable[tuple[int, int]]],
+    heads: int | float,
+    n_random: int,
+    seed: int,
+    attention: list[np.ndarray],
+    candidates: list[list[np.ndarray]],
+    reduce: str,
+) -> list[tuple[str, int, Heads]]:
+    """(band, draw, heads) of every set that is tried."""
+    if not isinstance(ranking, Ranking):
+        return [(str(name), 0, tuple(map(tuple, given))) for name, given in ranking.items()]  # type: ignore[misc]
+    count = ranking.count(heads)
+    sizes = [[len(tokens) if reduce == "mean" else 1 for tokens in one] for one in candidates]
+    seen = np.mean([(one * size).sum(-1) for one, size in zip(attention, sizes, strict=True)], axis=0)
+    vision = Ranking(seen, score="vision_mass", layers=ranking.layers)
+    found = [("top", 0, ranking.top(count)), ("bottom", 0, ranking.bottom(count)), ("vision", 0, vision.top(count))]
+    found += [("random", draw, drawn) for draw, drawn in enumerate(ranking.random(count, n_random, seed))]
+    return [*found, ("all", 0, ranking.heads)]
+
+
+def _dataset(
+    sets: list[tuple[str, int, Heads]],
+    samples: Samples,
+    attention: list[np.ndarray],
+    right: list[Bool[np.ndarray, " candidate"]],
+    layers: Sequence[int],
+    ks: Sequence[int],
+) -> xr.Dataset:
+    place = {layer: i for i, layer in enumerate(layers)}
+    rr, hit, recall = np.zeros((len(sets), len(samples))), *np.zeros((2, len(sets), len(ks), len(samples)))
+    for row, (_, _, heads) in enumerate(sets):
+        at = tuple(np.array([(place[layer], head) for layer, head in heads]).T)
+        for column, (mass, gold) in enumerate(zip(attention, right, strict=True)):
+            rr[row, column], hit[row, :, column], recall[row, :, column] = _judged(mass[at].sum(0), gold, ks)
+    chance = [_judged(np.zeros(len(gold)), gold, ks) for gold in right]
+    by_k = ("set", RANK_K, EXAMPLE)
+    found = xr.Dataset(
+        {
+            "reciprocal_rank": (("set", EXAMPLE), rr),
+            "hit": (by_k, hit),
+            "recall": (by_k, recall),
+            "chance_rr": (EXAMPLE, np.array([one[0] for one in chance])),
+            "chance_hit": ((RANK_K, EXAMPLE), np.array([one[1] for one in chance]).T),
+            "chance_recall": ((RANK_K, EXAMPLE), np.array([one[2] for one in chance]).T),
+            "n_candidates": (EXAMPLE, np.array([len(gold) for gold in right])),
+            "n_right": (EXAMPLE, np.array([int(gold.sum()) for gold in right])),
+        },
+        {
+            BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
+            "draw": ("set", np.array([draw for _, draw, _ in sets])),
+            "n_heads": ("set", np.array([len(heads) for *_, heads in sets])),
+            RANK_K: list(ks),
+            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+        },
+    )
+    for name in found.data_vars:
+        found[name].attrs = {"unit": "candidates" if str(name).startswith("n_") else "share", "sign": "more: better"}
+    return found
+
+
+def _judged(
+    score: Float[np.ndarray, " candidate"], right: Bool[np.ndarray, " candidate"], ks: Sequence[int]
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Reciprocal rank, hit@k and recall@k: the expected ones, where candidates of equal score come in any order."""
+    n = len(score)
+    rr, none_yet, hit, recall = 0.0, 1.0, np.zeros(n), np.zeros(n)
+    done, found = 0, 0.0
+    for value in np.unique(score)[::-1]:
+        tied = score == value
+        size, good = int(tied.sum()), int((tied & right).sum())
+        none = 1.0  # that none of the first j of these holds evidence
+        for j in range(1, size + 1):
+            bad_left = size - good - (j - 1)
+            here = 1 - max(bad_left, 0) / (size - (j - 1)) if none > 0 else 1.0
+            rr += none_yet * none * here / (done + j)
+            none *= 1 - here
+            hit[done + j - 1] = 1 - none_yet * none
+            recall[done + j - 1] = found + good * j / size
+        none_yet, done, found = none_yet * none, done + size, found + good
+    at = np.minimum(np.asarray(ks), n) - 1
+    return rr, hit[at], recall[at] / right.sum()

@@ -1,0 +1,235 @@
+"""The scores by which the literature ranks heads, side by side: RAM and its relatives, from as few passes as possible.
+
+    found = head_scores(model, samples, ("ram", "mm_retrieval", "retrieval_head"))
+    found["mm_retrieval"]                            # example, layer, head; attrs say unit, definition and source
+    rankings = {name: rank_heads(found, name) for name in found}
+    agreement(rankings, k=0.05)                      # do they name the same heads?
+
+    head_scores(model, samples, {"mine": Score("last", "share", calibrate="shifted")})
+
+A score is one frozen ``Score``: which query rows look (``queries``), what becomes of a row's attention (``reduce``),
+what it is compared with (``calibrate``), and what becomes of an example (``aggregate``); the mean over rows, then over
+examples, is the score of a head. ``PUBLISHED`` names those of the papers, each with its source and where it differs
+here.
+
+What scores do not say is whether a head matters (``mech.ablation``), or beats chance (``mech.retrieval_test``).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.attention.rows import in_batches
+from mech.experiments.ranking.ranking import head_count
+from mech.experiments.scores.localization import localized
+from mech.experiments.scores.published import NULL, PUBLISHED, QUESTION, Pass, Score, named_scores, passes
+from mech.experiments.scores.ram import Progress
+from mech.experiments.scores.reading import Prepared, prepared, read_pass, trimmed
+from mech.model import HookedMLLM
+from mech.results import provenance
+
+__all__ = ["PUBLISHED", "Pass", "Score", "head_scores", "passes"]
+NULL_QUESTION = "N/A"
+REGION_DRAWS = 8  # same-size random regions for each example
+
+
+@torch.no_grad()
+def head_scores(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    scores: str | Sequence[str] | Mapping[str, Score] = ("ram",),
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    sink_tau: float = 20.0,
+    max_new_tokens: int = 8,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Any scores of every text head, sample by sample, from shared passes.
+
+    ``score[i, l, h] = mean over rows x of reduce(A[l, h, x, :], E_i) - null``; see ``Score``.
+
+    Sign: the higher, the more the head retrieves. Unit: ``attrs["unit"]`` of each variable.
+
+    Args:
+        samples: with evidence where a score asks for it, with answers for ``"answer"`` rows.
+        scores: names of ``PUBLISHED``, or name -> ``Score``.
+        batch_size: samples per forward.
+        seed: of the random regions.
+        sink_tau: a key is a sink of a layer if the largest entry of its RMS-normed state is at least this.
+        max_new_tokens: of ``"generated"``, greedy; the text it gives is teacher-forced.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        One variable for each score, with dims example, layer, head; layers with no visual token in reach score 0.
+
+    Raises:
+        ExperimentError: an unknown score; no evidence, no answer, nothing generated, no room for a region elsewhere.
+        RegionError: evidence outside its image, or that covers no token.
+
+    Cost: ``len(passes(scores))`` forwards per sample (``attrs["passes"]``), the vision stack in the first of them only,
+    plus the query rows of the attention.
+
+    References: ``attrs["source"]`` of each variable; sinks: arXiv 2503.03321 (tau = 20), where sink dimensions are
+    fixed per model and any dimension counts here.
+    """
+    named, samples = named_scores(scores), Samples(samples)
+    _check(named, samples)
+    plan = passes(named)
+    rows = _prepared(model, samples, named, plan, batch_size, seed, max_new_tokens)
+    parts: dict[str, list[np.ndarray]] = {}
+    for _, batch in in_batches(samples, batch_size):
+        found: dict[str, Tensor] = {}
+        null: dict[str, Tensor] = {}
+        pictures = None
+        for step, names in plan.items():
+            here = [rows[step][i] for i in batch]
+            inputs = model.collate([row.inputs for row in here])
+            if pictures is not None:  # every pass shows the same pictures: they are read once
+                text = {key: value for key, value in inputs.tensors.items() if not key.startswith("pixel_values")}
+                inputs = replace(inputs, tensors=text)
+            elif len(plan) > 1:
+                inputs, pictures = model.encode_pictures(inputs)
+            asked = {name: named[name] for name in names}
+            own = step.asked == QUESTION
+            (found if own else null).update(read_pass(model, inputs, here, asked, sink_tau, pictures))
+        for name, value in found.items():
+            value = value - null[name] if name in null else value
+            if name in named and named[name].reduce == "trimmed":
+                step = next(step for step in plan if name in plan[step])
+                value = trimmed(value, [rows[step][i].evidence for i in batch])
+            parts.setdefault(name, []).append(value.cpu().numpy())
+        if progress:
+            progress(batch[-1] + 1, len(samples))
+    values = {name: np.concatenate(found) for name, found in parts.items()}
+    return _dataset(model, samples, named, values, plan, seed)
+
+
+def _prepared(
+    model: HookedMLLM,
+    samples: Samples,
+    named: Mapping[str, Score],
+    plan: Mapping[Pass, tuple[str, ...]],
+    batch_size: int,
+    seed: int,
+    max_new_tokens: int,
+) -> dict[Pass, list[Prepared]]:
+    """The rows of every pass. All that can be refused is refused before the first forward."""
+    rows: dict[Pass, list[Prepared]] = {}
+    said: list[str] = []
+    for step in sorted(plan, key=lambda step: step.text == "generated"):  # known only behind a forward, so last
+        scores = [named[name] for name in plan[step]]
+        draws = REGION_DRAWS if any(score.calibrate in ("random", "shifted") for score in scores) else 0
+        if step.text == "generated" and not said:
+            said = _generated(model, samples, batch_size, max_new_tokens)
+        rows[step] = []
+        for i, sample in enumerate(samples):
+            asked = replace(
+                sample,
+                question={QUESTION: sample.question, NULL: NULL_QUESTION}.get(step.asked) or _another(samples, i),
+                answer=said[i] if step.text == "generated" else sample.answer,
+            )
+            evidence = sample.evidence if any(score.on == "evidence" for score in scores) else ()
+            inputs = model.inputs_of(asked, answer=bool(step.text)).to("cpu")
+            rows[step].append(prepared(inputs, evidence, draws, [seed, i]))
+    return rows
+
+
+def _another(samples: Samples, i: int) -> str:
+    """The question of the next sample, all around, that asks something else than sample ``i``."""
+    listed = list(samples)
+    others = (sample.question for sample in (*listed[i + 1 :], *listed[:i]))
+    return next((question for question in others if question.strip() != listed[i].question.strip()), "")
+
+
+def _check(named: Mapping[str, Score], samples: Samples) -> None:
+    if not len(samples):
+        raise ExperimentError("no samples", "at least one", "pass some")
+    if any(score.calibrate == "other_question" for score in named.values()) and not _another(samples, 0):
+        raise ExperimentError(
+            f"{len(samples)} samples that ask the same", "samples that ask different things",
+            'calibrate by "null_question"',
+        )  # fmt: skip
+    needs = (
+        ("evidence", lambda score: score.on == "evidence", lambda sample: sample.evidence),
+        ("answer", lambda score: score.queries == "answer", lambda sample: sample.answer.strip()),
+    )
+    for what, asks, has in needs:
+        lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not has(sample)]
+        asking = [name for name, score in named.items() if asks(score)]
+        if lacking and asking:
+            raise ExperimentError(
+                f"{len(lacking)} samples have no {what}, the first is {lacking[0]!r}",
+                f"samples with {what}, which {asking[0]!r} asks for",
+                f"set Sample.{what}, or choose scores without it (vision_mass, localization)",
+            )
+
+
+def _generated(model: HookedMLLM, samples: Samples, batch_size: int, max_new_tokens: int) -> list[str]:
+    said: list[str] = []
+    rows = [model.inputs_of(sample).to("cpu") for sample in samples]
+    for row, sample in zip(rows, samples, strict=True):
+        if sample.evidence:
+            row.layout.visual.positions(sample.evidence)  # refuses what covers no token before anything is generated
+    for batch, _ in in_batches(rows, batch_size):
+        said += model.generate_text(model.collate(batch), max_new_tokens=max_new_tokens)
+    if silent := [sample.id or str(i) for i, (sample, text) in enumerate(zip(samples, said, strict=True)) if not text]:
+        raise ExperimentError(
+            f"nothing was generated for {len(silent)} samples, the first is {silent[0]!r}",
+            "an answer whose rows can be read",
+            'score the rows of the right answer instead: queries="answer"',
+        )
+    return said
+
+
+def _dataset(
+    model: HookedMLLM,
+    samples: Samples,
+    named: Mapping[str, Score],
+    values: Mapping[str, np.ndarray],
+    plan: Mapping[Pass, tuple[str, ...]],
+    seed: int,
+) -> xr.Dataset:
+    found = xr.Dataset(
+        coords={
+            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+            LAYER: list(model.cfg.attention_layers),
+            HEAD: np.arange(values[next(iter(named))].shape[2]),
+        },
+        attrs={
+            "model": model.name,
+            "domain": ", ".join(samples.domains),
+            "passes": [str(step) for step in plan],
+            "provenance": provenance(model, samples, seed=seed, scores={name: repr(s) for name, s in named.items()}),
+        },
+    )
+    for name, score in named.items():
+        value = values[name].astype(np.float64)
+        top = min(score.top, value[0].size) if isinstance(score.top, int) else score.top
+        if score.reduce == "entropy":
+            value = localized(value, values[f"{name}/mass"], top)
+        elif score.aggregate == "frequency":
+            value = _among_the_top(value, head_count(top, value[0].size))
+        found[name] = ((EXAMPLE, LAYER, HEAD), value)
+        found[name].attrs = {
+            "unit": score.unit,
+            "sign": "more: the head retrieves more",
+            "definition": score.definition,
+            "source": score.source,
+            "passes": [str(step) for step, names in plan.items() if name in names],
+        }
+    return found
+
+
+def _among_the_top(value: np.ndarray, count: int) -> np.ndarray:
+    # Heads that tie for the last place are all out: where no head hits, the first heads of layer 0 must not count.
+    ordered = np.sort(value.reshape(len(value), -1), axis=1)[:, ::-1]
+    best_outside = ordered[:, count] if count < ordered.shape[1] else np.full(len(value), -np.inf)
+    return (value > best_outside[:, None, None]).astype(np.float64)

@@ -1,0 +1,162 @@
+"""Are there retrieval heads at all? A test that says no, at the rate it claims, where there can be none.
+
+    found = retrieval_test(model, samples)              # or score="vera", or any Score of the question's rows
+    found["p_value"].sel(layer=3, head=5)               # corrected over all heads
+    found.attrs["heads"]                                # [[layer, head], ...] beyond chance; [] for none
+
+Every ranking has a first head, also that of random weights. A head above its size null is no answer: a random head may
+prefer pictures to text, or near tokens to far ones, and beats even attention by that alone. Nor is a region elsewhere:
+a head that looks at every object, whatever is asked, prefers evidence to background. What makes a head *retrieve* is
+that its attention to the evidence depends on the question that asks for it. So samples are paired, the questions of a
+pair are exchanged, and the two sums are compared; where attention does not follow the question, either is as likely the
+larger.
+
+Samples that ask the same are one draw and not several: a random head that happens to match the word "red" with red
+pixels does so in every picture. Pairs are therefore pairs of *questions*, and all that two questions say counts once.
+
+Labels are shuffled between pictures, not within one. A box moved to where another picture has its evidence meets the
+right place now and then, and its own question gains by that: heads that retrieve are named, and rightly. Where it may
+never meet it, only other questions gain, and none of them ever is. Neither is a null. A question that goes with its
+box into another picture is one: there it is as wrong as any other.
+
+What it does not say: whether the head is needed (``mech.ablation``), or how strong it is (``mech.rank_heads``).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from mech.axes import HEAD, LAYER
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.scores.measure import head_scores
+from mech.experiments.scores.published import Score, score_called
+from mech.experiments.scores.ram import Progress
+from mech.model import HookedMLLM
+
+MOST_ENUMERATED = 12  # pairs of questions: 4,096 ways to exchange them
+ROUNDING = 1e-6  # of float32 sums, as a share of the highest score
+
+
+def retrieval_test(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    score: str | Score = "ram",
+    *,
+    alpha: float = 0.05,
+    n_permutations: int = 4000,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Which heads look at the evidence *because* it was asked for, corrected over all heads.
+
+    For a pair of samples (1, 2), ``D = s(q1, E1) + s(q2, E2) - s(q2, E1) - s(q1, E2)`` with ``s(q, E)`` the score of a
+    head on evidence E, in E's own picture, under question q; ``D`` of two questions is the sum over the samples that
+    ask them. If attention to evidence does not depend on which question is asked, or does so by chance, exchanging the
+    two changes the sign of D and nothing else: signs are flipped, and the largest ``sum D / sqrt(sum D^2)`` over heads
+    is compared (max-T), so that the probability of naming *any* head where there is none is at most ``alpha``, exactly,
+    whatever the dependence between heads. Differences within rounding are 0. Questions that share a word are taken as
+    different ones.
+
+    Sign: ``difference`` is positive when the right question makes the head look. Unit: that of the score.
+
+    Args:
+        samples: with evidence, asking many different things; questions are paired at random, and with them samples.
+        score: a name of ``PUBLISHED`` or a ``Score``, read at the question's rows or the last one, on evidence.
+        alpha: below it a head is named.
+        n_permutations: sign flips drawn beyond 12 pairs of questions; up to there all are enumerated.
+        batch_size: samples per forward.
+        seed: of pairs and flips.
+        progress: called with (samples done, samples in all), for each of the two readings.
+
+    Returns:
+        ``difference`` (mean of D / 2) and ``p_value`` (adjusted, one-sided) over layer, head; ``attrs``: ``heads``
+        named, best first, ``n_pairs`` (of samples), ``n_questions`` (pairs of them), ``smallest_p``, ``alpha``.
+
+    Raises:
+        ExperimentError: a score that cannot depend on the question so; too few different questions for ``alpha``.
+
+    Cost: two passes of the score.
+
+    References: Westfall & Young 1993 (max-T); Phipson & Smyth 2010, arXiv 1603.05766 (permutation p-values).
+    """
+    one = score if isinstance(score, Score) else score_called(score)
+    if one.queries not in ("question", "last") or one.on != "evidence" or one.aggregate != "mean":
+        raise ExperimentError(
+            f"{one!r}", 'queries="question" or "last", on="evidence", aggregate="mean"', 'use score="ram"'
+        )
+    pairs = question_pairs(samples, seed)
+    asked_by = [frozenset((one.question.strip(), two.question.strip())) for one, two in pairs]
+    draws = list(dict.fromkeys(asked_by))
+    smallest = 1 / (2 ** len(draws) if len(draws) <= MOST_ENUMERATED else n_permutations + 1)
+    if smallest > alpha:
+        raise ExperimentError(
+            f"{len(draws)} pairs of different questions, {n_permutations} permutations",
+            f"a smallest p-value of {alpha} or less, not {smallest:.3g}",
+            "give more samples, that ask more different things",
+        )
+    own = [sample for pair in pairs for sample in pair]
+    other = [replace(a, question=b.question) for pair in pairs for a, b in (pair, pair[::-1])]
+    asked, swapped = (
+        head_scores(model, rows, {"score": one}, batch_size=batch_size, seed=seed, progress=progress)["score"]
+        for rows in (own, other)
+    )
+    gain = asked.values - swapped.values
+    difference = gain.reshape(len(pairs), 2, *gain.shape[1:]).sum(axis=1)
+    together = np.stack([difference[[draw == one for one in asked_by]].sum(axis=0) for draw in draws])
+    # t has no scale: what is within rounding of the scores would count as much as a head that looks elsewhere.
+    together[np.abs(together) < ROUNDING * np.abs(asked.values).max()] = 0
+    p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed).reshape(difference.shape[1:])
+    mean = difference.mean(axis=0) / 2
+    layers = asked[LAYER].values
+    best = sorted(map(tuple, np.argwhere(p_value <= alpha).tolist()), key=lambda at: (p_value[at], -mean[at]))
+    return xr.Dataset(
+        {"difference": ((LAYER, HEAD), mean), "p_value": ((LAYER, HEAD), p_value)},
+        {LAYER: layers, HEAD: asked[HEAD].values},
+        {
+            "heads": [[int(layers[row]), head] for row, head in best],
+            "n_pairs": len(pairs),
+            "n_questions": len(draws),
+            "smallest_p": smallest,
+            "alpha": alpha,
+            "model": model.name,
+            "score": one.definition,
+        },
+    )
+
+
+def question_pairs(samples: Samples | Sequence[Sample], seed: int = 0) -> list[tuple[Sample, Sample]]:
+    """Disjoint pairs of samples that ask different things, each question with one other; the rest is left out.
+
+    Questions are paired at random among those that are asked as often, so that few samples find no partner.
+    """
+    rng, asking = random.Random(seed), {}
+    for sample in rng.sample(list(samples), len(samples)):
+        asking.setdefault(sample.question.strip(), []).append(sample)
+    groups = sorted(asking.values(), key=len, reverse=True)  # stable: at random among those of one size
+    return [pair for one, two in zip(groups[::2], groups[1::2], strict=False) for pair in zip(one, two, strict=False)]
+
+
+def max_t(
+    difference: Float[np.ndarray, "pair head"], n_permutations: int = 4000, seed: int = 0
+) -> Float[np.ndarray, " head"]:
+    """One-sided p-values of every head's mean difference under sign flips, adjusted by the largest over heads.
+
+    ``p_h = share of flips f with max_g t_g(f) >= t_h``, the flips that changes nothing included, so that it is never 0.
+    """
+    # A flip leaves the sum of squares as it is, so that t is its own standard error away from nothing.
+    size = np.sqrt((difference**2).sum(axis=0))
+    scaled = np.divide(difference, size, out=np.zeros_like(difference, dtype=float), where=size > 0)
+    n = len(difference)
+    if n <= MOST_ENUMERATED:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        drawn = np.random.default_rng(seed).integers(0, 2, (n_permutations, n))
+        signs = np.concatenate([np.ones((1, n)), 1.0 - 2.0 * drawn])
+    largest = (signs @ scaled).max(axis=1)
+    return (largest[:, None] >= scaled.sum(axis=0) - 1e-9).mean(axis=0)

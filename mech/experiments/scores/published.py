@@ -1,0 +1,187 @@
+"""What a head score is: one frozen ``Score``, those of the papers by name, and the forwards that a set of them costs.
+
+    PUBLISHED["mm_retrieval"].source            # the paper, and what differs from it here
+    passes(("ram", "mm_retrieval"))             # {question: both, null question: mm_retrieval}
+
+``scores.py`` measures them; nothing here knows of models.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.ranking.ranking import head_count
+
+OUTPUT = ("answer", "generated")
+QUESTION, NULL, OTHER = "question", "null question", "other question"  # what a pass asks
+SUBTRACTED = {"null_question": NULL, "other_question": OTHER}  # calibrations that cost a pass of their own
+WORDS: dict[str, tuple[str, ...]] = {
+    "queries": ("question", "last", *OUTPUT),
+    "reduce": ("sum", "mean", "hit", "hit_size", "share", "value_norm", "trimmed", "entropy"),
+    "aggregate": ("mean", "frequency"),
+    "calibrate": ("none", "null_question", "other_question", "size", "random", "shifted", "no_sinks"),
+    "on": ("evidence", "image"),
+}
+UNITS = {
+    "sum": "attention mass",
+    "mean": "attention mass per token",
+    "hit": "share of query rows",
+    "hit_size": "share of query rows per token",
+    "share": "share of visual attention mass",
+    "value_norm": "share of value-norm-weighted attention",
+    "trimmed": "attention mass",
+    "entropy": "share of examples",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One way to score a head by its attention ``A`` [query x, key y]; ``E`` are the tokens it is scored on.
+
+    Sign: the higher, the more the head retrieves. Unit: ``UNITS[reduce]``; of a calibrated score a difference of it;
+    of ``frequency`` a share of examples.
+
+    Attributes:
+        queries: rows x: ``"question"``; ``"last"`` token of the prompt; ``"answer"``, the rows that *predict* each
+            token of the right answer (teacher-forced); ``"generated"``, those that predict what the model says.
+        reduce: of a row: ``"sum"`` of A over E; ``"mean"`` (sum / |E|); ``"hit"``, 1 if the argmax over all keys lies
+            in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens, 0 where a window holds
+            none); ``"value_norm"`` (A times the norm of the value, sum over E / sum over all keys); ``"trimmed"``, the
+            sum over E without tokens more than two deviations below E's mean; ``"entropy"``, low entropy in space (see
+            ``localization.py``).
+        aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head is among the ``top`` of
+            this example, else 0; heads that tie for the last place are out.
+        calibrate: what is subtracted: nothing; the same under ``"null_question"`` ("N/A") or ``"other_question"`` (that
+            of the next sample that asks something else, of this one's picture); ``"size"``, what attention
+            spread evenly over visible keys gives (for a hit: an argmax at random); ``"random"``, the mean of regions of
+            the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens. Or
+            ``"no_sinks"``: keys with massive activations get no attention.
+        on: ``"evidence"``, or ``"image"``: all visual tokens (then evidence is not asked for).
+        top: heads that count in ``frequency``, a number (all where there are fewer) or a share.
+        source: paper, and what differs from it.
+    """
+
+    queries: str = "question"
+    reduce: str = "sum"
+    aggregate: str = "mean"
+    calibrate: str = "none"
+    on: str = "evidence"
+    top: int | float = 0.05
+    source: str = ""
+
+    def __post_init__(self):
+        for field, words in WORDS.items():
+            if (given := getattr(self, field)) not in words:
+                raise ExperimentError(
+                    f"a score with {field}={given!r}", ", ".join(words), suggestion(str(given), words)
+                )
+        head_count(self.top, 10**6)
+        for wrong, expected in (
+            (self.reduce == "trimmed" and self.calibrate not in ("none", *SUBTRACTED), "no null but a question"),
+            (self.on == "image" and self.calibrate in ("random", "shifted"), "evidence: all tokens are nowhere else"),
+            (
+                self.reduce == "entropy"
+                and (self.on, self.aggregate, self.calibrate) != ("image", "frequency", "none"),
+                'on="image", aggregate="frequency", calibrate="none"',
+            ),
+        ):
+            if wrong:
+                raise ExperimentError(f"{self!r}", f"with reduce={self.reduce!r}, on={self.on!r}: {expected}")
+
+    @property
+    def unit(self) -> str:
+        if self.aggregate == "frequency":
+            return "share of examples"
+        return UNITS[self.reduce] + ("" if self.calibrate in ("none", "no_sinks") else ", difference to its null")
+
+    @property
+    def definition(self) -> str:
+        """The four words in one line."""
+        return f"{self.queries} rows, {self.reduce} on {self.on}, {self.aggregate} of examples, null: {self.calibrate}"
+
+
+PUBLISHED: dict[str, Score] = {
+    "ram": Score(source="arXiv 2606.05843, Eq. 1"),
+    "mm_retrieval": Score(calibrate="null_question", source="MMRetHead, arXiv 2605.27243"),
+    "visual_retrieval": Score("answer", source="arXiv 2608.27417; of its variants output tokens, sum, mean"),
+    "retrieval_head": Score(
+        "generated",
+        "hit",
+        source="arXiv 2404.15574; a visual token cannot be copied, so that the key need not equal the generated token, "
+        "and hits are shares of generated tokens instead of shares of the needle",
+    ),
+    "sparse_mm": Score(
+        "answer",
+        "hit_size",
+        source="arXiv 2506.05344; the evidence stands for the box of every answer token, in place of one OCR box each",
+    ),
+    "vera": Score(reduce="share", source="arXiv 2602.10146; the question's rows look, as for RAM"),
+    "qr_head": Score(
+        reduce="trimmed",
+        calibrate="null_question",
+        source="arXiv 2506.09944; the evidence in place of the gold document",
+    ),
+    "localization": Score(
+        "last",
+        "entropy",
+        "frequency",
+        on="image",
+        top=10,
+        source="arXiv 2503.06287; the elbow is taken over these examples, and components do not cross pictures",
+    ),
+    "vision_mass": Score(on="image", source="the 'vision heads' comparator of arXiv 2606.05843"),
+}
+
+
+def score_called(name: str) -> Score:
+    """A published score by its name.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    if name not in PUBLISHED:
+        raise ExperimentError(f"no score is called {name!r}", ", ".join(PUBLISHED), suggestion(name, PUBLISHED))
+    return PUBLISHED[name]
+
+
+class Pass(NamedTuple):
+    """One forward per sample: what is asked, and which text stands behind the prompt."""
+
+    asked: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.asked + (f" + {self.text}" if self.text else "")
+
+
+def passes(scores: Sequence[str] | Mapping[str, Score]) -> dict[Pass, tuple[str, ...]]:
+    """The forwards per sample that a set of scores costs, and which scores read each of them.
+
+    What follows a prompt does not change what its rows see, so that rows of the prompt are read from the pass with the
+    answer where there is one. ``"generated"`` also costs the generation itself.
+    """
+    named = named_scores(scores)
+    plan: dict[Pass, list[str]] = {}
+    for asked in (QUESTION, NULL, OTHER):
+        texts = {
+            name: score.queries if score.queries in OUTPUT else ""
+            for name, score in named.items()
+            if asked in (QUESTION, SUBTRACTED.get(score.calibrate))
+        }
+        fullest = next((text for text in OUTPUT if text in texts.values()), "")
+        for name, text in texts.items():
+            plan.setdefault(Pass(asked, text or fullest), []).append(name)
+    return {key: tuple(names) for key, names in plan.items()}
+
+
+def named_scores(scores: str | Sequence[str] | Mapping[str, Score]) -> dict[str, Score]:
+    """Scores by name: of ``PUBLISHED``, or as given.
+
+    Raises:
+        ExperimentError: none, or an unknown name.
+    """
+    names = [scores] if isinstance(scores, str) else list(scores)
+    if not names:
+        raise ExperimentError("no scores", "at least one", f"choose from {', '.join(PUBLISHED)}")
+    return dict(scores) if isinstance(scores, Mapping) else {name: score_called(name) for name in names}

@@ -1,0 +1,124 @@
+"""Where every head attends: Retrieval Attention Mass.
+
+A head *retrieves* when the tokens of the question look at the visual tokens that hold the answer. Retrieval Attention
+Mass measures just that, for every head of every layer, from one ordinary forward pass per sample: the fused kernel
+computes the forward, and only the question's rows of the attention matrix are computed once more beside it. No head's
+``S x S`` attention is ever made.
+
+Other scores of the literature, and controls, are variants of the same reading: ``mech.head_scores``. What RAM does not
+say is whether the head matters: that is ``mech.experiments.ablation.ablation``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
+from mech.inputs import Inputs
+from mech.model import AttentionCall, HookedMLLM
+from mech.results import provenance, ram_dataset
+
+Progress = Callable[[int, int], None]
+
+
+def retrieval_attention_mass(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    *,
+    queries: str = "question",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Retrieval Attention Mass of every text head, sample by sample.
+
+    ``RAM = mean over x in queries of ( sum over y in evidence of A[x, y] )`` with ``A`` the head's attention after the
+    softmax, in the layer's own mask.
+
+    Sign: the higher, the more the question looks at the evidence. Unit: attention mass, between 0 and 1.
+
+    Args:
+        samples: each with evidence; its tokens are found through the layout, any overlap counts.
+        queries: which rows look: ``"question"`` (the published definition), ``"last"``, ``"text"``.
+        batch_size: samples per forward.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        ``ram`` and ``vision_mass`` (the same sum over *all* visual tokens) with dims example, layer, head;
+        ``size_null`` (what a head would score that looks everywhere alike: the mean over the query rows of evidence
+        keys over visible keys) and ``n_evidence`` (tokens) with dim example.
+
+    Raises:
+        ExperimentError: a sample without evidence.
+        RegionError: evidence outside its image, or that covers no token.
+
+    Cost: one forward per sample, plus the query rows of the attention: O(|queries| x S) per head.
+
+    References: arXiv 2606.05843, Eq. 1.
+    """
+    samples = Samples(samples)
+    missing = [s.id or str(i) for i, s in enumerate(samples) if not s.evidence]
+    if missing or not len(samples):
+        what = f"{len(missing)} samples have no evidence, the first is {missing[0]!r}" if missing else "no samples"
+        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
+    # All evidence is looked up before the first forward; pixels wait on the CPU for their batch.
+    prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
+    evidence = [row.layout.visual.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
+    done = 0
+    for batch, rows in in_batches(prepared, batch_size):
+        inputs = model.collate(batch)
+        # Left padding moves the sequence; a memory of visual tokens is as it was.
+        shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
+        keys = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
+        masses, sizes = evidence_mass(model, inputs, keys, queries)
+        parts["ram"].append(masses[:, 0].cpu().numpy())
+        parts["vision_mass"].append(masses[:, 1].cpu().numpy())
+        parts["size_null"].append(sizes.cpu().numpy())
+        parts["n_evidence"].append(np.array([len(k) for k in keys]))
+        done += len(batch)
+        if progress:
+            progress(done, len(prepared))
+    return ram_dataset(
+        **{name: np.concatenate(values) for name, values in parts.items()},
+        layers=model.cfg.attention_layers,
+        examples=[sample.id or str(i) for i, sample in enumerate(samples)],
+        model=model.name,
+        domain=", ".join(samples.domains),
+        queries=queries,
+        provenance=provenance(model, samples, queries=queries),
+    )
+
+
+@torch.no_grad()
+def evidence_mass(
+    model: HookedMLLM, inputs: Inputs, keys: Sequence[np.ndarray], queries: str = "question"
+) -> tuple[Float[torch.Tensor, "batch 2 layer head"], Float[torch.Tensor, " batch"]]:
+    """One batch of ``retrieval_attention_mass``: the mass on ``keys[row]`` and on all visual tokens; the size null.
+
+    For evidence given as positions, or inputs that were not made from samples. Layers are ``cfg.attention_layers``.
+    Where visual tokens are in a memory that some layers look at, ``keys`` count it, and the other layers score 0: no
+    visual token is in their reach. Cost: as there.
+    """
+    weight = row_weights(inputs, queries).to(model.device)
+    rows = weight.sum(0).nonzero().flatten()
+    target = torch.zeros(len(inputs), 2, len(inputs.layouts[0].visual), device=model.device)
+    for row, (found, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
+        target[row, 0, torch.as_tensor(found)] = 1
+        target[row, 1, torch.as_tensor(layout.visual.positions("image"))] = 1
+    sizes: list[torch.Tensor] = []
+
+    def read(call: AttentionCall, pattern: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not sizes:
+            visible = replace(call, narrow=None).visible(rows)[:, 0].to(target)
+            share = torch.einsum("brk,bk->br", visible, target[:, 0]) / visible.sum(-1).clamp(min=1)
+            sizes.append((share * weight[:, rows]).sum(-1))
+        mean = mean_rows(pattern, weight[:, rows])
+        return {"mass": torch.einsum("bhk,bsk->bhs", mean, target.to(mean))}
+
+    return read_rows(model, inputs, rows, read)["mass"].permute(0, 3, 1, 2), sizes[0]

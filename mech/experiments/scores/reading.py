@@ -1,0 +1,219 @@
+"""How one pass of a batch becomes numbers: the query rows, the token sets they are scored on, and the reductions.
+
+``head_scores`` (``scores.py``) plans passes and combines them; here is what happens inside one. Each reduction is
+written once, for any attention: applied to attention spread evenly over visible keys it gives its own size null.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mech.data.regions import Region
+from mech.errors import ExperimentError
+from mech.experiments.attention.rows import mean_rows, read_rows
+from mech.experiments.scores.localization import spatial_entropy
+from mech.experiments.scores.published import Score
+from mech.inputs import Inputs, TokenLayout
+from mech.model import AttentionCall, HookedMLLM
+
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One example of a pass: its inputs, its evidence, and regions of the same size elsewhere (positions)."""
+
+    inputs: Inputs
+    evidence: np.ndarray
+    shifted: np.ndarray
+    random: tuple[np.ndarray, ...]
+
+
+def prepared(inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[int]) -> Prepared:
+    """Find the evidence of one row and, if asked for, where else a region of its shape fits.
+
+    The visual tokens are taken as a ring in reading order, on which the evidence is moved: a box stays a box but at the
+    border, frames stay frames, pages pages. Where pictures are cut, whole views and tiles are a ring each.
+
+    Raises:
+        ExperimentError: evidence for which there is no room elsewhere.
+    """
+    layout = inputs.layouts[0].visual
+    found = layout.positions(evidence) if len(evidence) else np.empty(0, dtype=int)
+    if not draws:
+        return Prepared(inputs, found, found, ())
+    visual, rng = layout.positions("image"), np.random.default_rng(seed)
+    moved = []
+    for ring in (visual[layout.view[visual] == 0], visual[layout.view[visual] != 0]):
+        here = np.flatnonzero(np.isin(ring, found))
+        if not len(here):
+            continue
+        inside = np.zeros(len(ring))
+        inside[here] = 1
+        overlap = np.fft.irfft(np.abs(np.fft.rfft(inside)) ** 2, len(ring))
+        free = np.flatnonzero(overlap < 0.5)
+        if not len(free):
+            raise ExperimentError(
+                f"evidence of {len(here)} in {len(ring)} visual tokens, with no room for a region like it elsewhere",
+                "evidence smaller than half of the visual tokens",
+                'calibrate by "size" or "null_question"',
+            )
+        half = free[np.argmin(np.abs(free - len(ring) / 2))]
+        moved.append([ring[(here + step) % len(ring)] for step in (half, *rng.choice(free, draws))])
+    shifted, *drawn = (np.sort(np.concatenate(parts)) for parts in zip(*moved, strict=True))
+    return Prepared(inputs, found, shifted, tuple(drawn))
+
+
+@torch.no_grad()
+def read_pass(
+    model: HookedMLLM,
+    inputs: Inputs,
+    rows: Sequence[Prepared],
+    scores: Mapping[str, Score],
+    sink_tau: float,
+    pictures: Mapping[str, Any] | None = None,
+) -> dict[str, Float[Tensor, "batch layer head *rest"]]:
+    """One forward of a batch (``inputs`` are its collated rows): every score, averaged over its rows, null subtracted.
+
+    ``trimmed`` gives the attention on each evidence token instead ([... token], padded with zeros); ``entropy`` also
+    gives the image mass, under ``name/mass``.
+    """
+    shift = [len(a.visual) - len(row.inputs.layouts[0].visual) for a, row in zip(inputs.layouts, rows, strict=True)]
+    keys, device = len(inputs.layouts[0].visual), model.device
+
+    def marked(positions: Sequence[np.ndarray]) -> Float[Tensor, "batch key_pos"]:
+        mask = torch.zeros(len(rows), keys, device=device)
+        for row, (found, left) in enumerate(zip(positions, shift, strict=True)):
+            mask[row, torch.as_tensor(found + left, device=device)] = 1
+        return mask
+
+    image = marked([row.inputs.layouts[0].visual.positions("image") for row in rows])
+    evidence = marked([row.evidence for row in rows])
+    weights = {name: _weight(inputs.layouts, score.queries).to(device) for name, score in scores.items()}
+    at = torch.stack(list(weights.values())).sum((0, 1)).nonzero().flatten()
+    regions = {"shifted": [marked([row.shifted for row in rows])]}
+    regions["random"] = [marked(found) for found in zip(*(row.random for row in rows), strict=True)]
+    calibrated = {score.calibrate for score in scores.values()}
+    sinks: dict[int, Bool[Tensor, "batch key_pos"]] = {}
+
+    def read(call: AttentionCall, pattern: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        visible = call.visible(at).to(pattern)
+        even = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+        norms = torch.linalg.vector_norm(call.v, dim=-1, dtype=pattern.dtype)
+        norms = norms.repeat_interleave(pattern.shape[1] // norms.shape[1], dim=1)
+        for name, score in scores.items():
+            weight = weights[name][:, at]
+            on = (image if score.on == "image" else evidence).to(pattern)
+            looked = pattern
+            if score.calibrate == "no_sinks":
+                looked = pattern.masked_fill(sinks[call.layer].to(pattern.device)[:, None, None], 0.0)
+            if score.reduce in ("trimmed", "entropy"):
+                mean = mean_rows(looked, weight)
+                if score.reduce == "trimmed":
+                    found[name] = _each(mean, [row.evidence + left for row, left in zip(rows, shift, strict=True)])
+                else:
+                    found[name] = _entropies(mean, inputs.layouts)
+                    found[f"{name}/mass"] = torch.einsum("bhk,bk->bh", mean, on)
+                continue
+            value = _reduced(score.reduce, looked, on, image, norms)
+            if score.calibrate == "size":
+                value = value - _reduced(score.reduce, even, on, image, norms, even=True)
+            elif score.calibrate in regions:
+                others = [_reduced(score.reduce, looked, o.to(on), image, norms) for o in regions[score.calibrate]]
+                value = value - torch.stack(others).mean(0)
+            found[name] = torch.einsum("bhr,br->bh", value, weight.to(value))
+        return found
+
+    with ExitStack() as stack:
+        if "no_sinks" in calibrated:
+            stack.enter_context(model.hooks(_watching(model, inputs, sinks, sink_tau)))
+        return read_rows(model, inputs, at, read, pictures)
+
+
+def trimmed(
+    each: Float[Tensor, "batch layer head token"], evidence: Sequence[np.ndarray]
+) -> Float[Tensor, "batch layer head"]:
+    """The sum over evidence tokens but those more than two deviations below their mean (ICR, arXiv 2410.02642)."""
+    kept = []
+    for values, tokens in zip(each, evidence, strict=True):
+        values = values[..., : len(tokens)]
+        low = values.mean(-1, keepdim=True) - 2 * values.std(-1, keepdim=True, correction=0)
+        kept.append(values.masked_fill(values < low, 0.0).sum(-1))
+    return torch.stack(kept)
+
+
+def _weight(layouts: Sequence[TokenLayout], queries: str) -> Float[Tensor, "batch pos"]:
+    """1 / |rows| on the rows of each example. A token is predicted one row before its own."""
+    weight = torch.zeros(len(layouts), len(layouts[0]))
+    for row, layout in enumerate(layouts):
+        answer = np.asarray(layout.spans.get("answer", ()), dtype=int)
+        if queries in ("answer", "generated"):
+            at = answer - 1
+        elif queries == "last" and len(answer):
+            at = answer[:1] - 1
+        else:
+            at = layout.positions(queries)
+        weight[row, torch.as_tensor(at)] = 1 / len(at)
+    return weight
+
+
+def _reduced(
+    reduce: str,
+    pattern: Float[Tensor, "batch head row key_pos"],
+    on: Float[Tensor, "batch key_pos"],
+    image: Float[Tensor, "batch key_pos"],
+    norms: Float[Tensor, "batch head key_pos"],
+    even: bool = False,
+) -> Float[Tensor, "batch head row"]:
+    size = on.sum(-1)[:, None, None]
+    if reduce == "value_norm":
+        weighted = pattern * norms[:, :, None]
+        return torch.einsum("bhrk,bk->bhr", weighted, on) / weighted.sum(-1).clamp(min=_TINY)
+    mass = torch.einsum("bhrk,bk->bhr", pattern, on)
+    if reduce == "share":
+        return mass / torch.einsum("bhrk,bk->bhr", pattern, image.to(pattern)).clamp(min=_TINY)
+    if reduce in ("hit", "hit_size"):
+        # Of even attention every visible key is the largest: a hit is as likely as the mass.
+        best = pattern.argmax(-1)
+        hit = mass if even else on.gather(1, best.flatten(1)).view_as(best)
+        return hit / size if reduce == "hit_size" else hit
+    return mass / size if reduce == "mean" else mass
+
+
+def _each(mean: Float[Tensor, "batch head key_pos"], positions: Sequence[np.ndarray]) -> Tensor:
+    each = mean.new_zeros(*mean.shape[:2], max(map(len, positions)))
+    for row, found in enumerate(positions):
+        each[row, :, : len(found)] = mean[row][:, torch.as_tensor(found, device=mean.device)]
+    return each
+
+
+def _entropies(mean: Float[Tensor, "batch head key_pos"], layouts: Sequence[TokenLayout]) -> Tensor:
+    found = []
+    for values, layout in zip(mean.cpu().numpy(), layouts, strict=True):
+        visual = layout.visual
+        found.append(spatial_entropy(values[:, visual.positions("image")], visual))
+    return torch.as_tensor(np.array(found))
+
+
+def _watching(model: HookedMLLM, inputs: Inputs, sinks: dict[int, Tensor], tau: float) -> list[tuple[str, Any]]:
+    """Hooks that note which keys of each layer are sinks: their state has one entry far above its root mean square."""
+    if inputs.layouts[0].memory is not None:
+        raise ExperimentError(
+            "sinks in a memory of visual tokens", "visual tokens in the sequence", "choose another calibration"
+        )
+
+    def watch(layer: int):
+        def note(stream: Tensor, hook: Any) -> None:
+            wide = stream.float()
+            sinks[layer] = wide.abs().amax(-1) >= tau * wide.pow(2).mean(-1).sqrt().clamp(min=_TINY)
+
+        return note
+
+    return [(f"blocks.{layer}.hook_resid_pre", watch(layer)) for layer in model.cfg.attention_layers]

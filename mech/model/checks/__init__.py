@@ -1,0 +1,38 @@
+"""What must be true of every wrapped model, as functions: ``law(model, batches)`` yields ``Finding``s.
+
+    batches = make_batches(model)
+    for finding in parity(model, batches):
+        print(finding.where, finding.ok, finding.deviation)
+
+``LAWS`` lists them; ``mech.model.checks.run`` runs them, on a checkpoint or on tiny random models of every family. The
+oracle is the stock Hugging Face model wherever there is one: run with SDPA, or with a torch hook of these files' own.
+Deviations are the largest difference over real (not padded) positions, relative to the largest value of the clean run
+or to 1.
+
+Laws look at all layers only with ``full=True``. Otherwise they look at the first and the last layer of every kind (a
+kind is a set of points and a type of attention), which keeps a model of billions of parameters affordable: costs are
+stated with ``s`` for the number of layers looked at in both stacks, and nothing larger than one layer's activations
+is held at a time. What they do not know is whether the weights are right, or what a chat template should say.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mech.model.checks.geometry import geometry
+from mech.model.checks.points import liveness, meaning, names
+from mech.model.checks.running import cleanliness, encoding, generation, padding, parity
+from mech.model.checks.trial import Batches, Finding, make_batches
+
+LAWS: dict[str, Callable[[Any, Batches], Iterator[Finding]]] = {
+    "parity": parity,
+    "names": names,
+    "liveness": liveness,
+    "meaning": meaning,
+    "padding": padding,
+    "generation": generation,
+    "encoding": encoding,
+    "cleanliness": cleanliness,
+    "geometry": geometry,
+}
+
+__all__ = ["LAWS", "Batches", "Finding", "make_batches"]

@@ -1,0 +1,197 @@
+"""Is this wrapped model right? ``mech check MODEL`` runs every law of ``mech.model.checks`` and says what fails where.
+
+    report = check("Qwen/Qwen2.5-VL-3B-Instruct")       # a hub id, a folder, "reference:llava-m" or a HookedMLLM
+    print(report)                                       # one line a law, and every failing point with its deviation
+    assert report.ok
+
+    for report in check_families():                     # tiny random models of every family, offline
+        print(report)
+
+A model is checked before it is believed: that idle logits are transformers' own, that writing a point reaches the
+logits, that padding, generation and geometry are what they say. What it does not do: judge weights or prompts.
+``family_table()`` is the table of families in the documentation.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mech.model.checks import LAWS, Batches, Finding, make_batches
+from mech.model.checks.running import unwrapping
+from mech.model.hooked import HookedMLLM
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found for one model, law by law."""
+
+    model: str
+    family: str
+    findings: dict[str, tuple[Finding, ...]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures()
+
+    def failures(self) -> list[tuple[str, Finding]]:
+        """(law, finding) of everything that failed."""
+        return [(law, one) for law, found in self.findings.items() for one in found if one.ok is False]
+
+    def inapplicable(self) -> list[tuple[str, Finding]]:
+        """(law, finding) of everything that has no meaning for this model; the finding says why."""
+        return [(law, one) for law, found in self.findings.items() for one in found if one.ok is None]
+
+    def cell(self, law: str) -> str:
+        """The verdict in a word: "ok 3e-07" (the worst deviation), "FAIL 2 of 60" or "n/a"."""
+        found = self.findings[law]
+        failed = sum(one.ok is False for one in found)
+        if failed:
+            return f"FAIL {failed} of {len(found)}"
+        held = [one.deviation for one in found if one.ok]
+        if not held:
+            return "n/a"
+        return f"ok {max(held):.0e}" if max(held) else "ok"
+
+    def notes(self) -> list[str]:
+        """Every failure, and what does not apply, a line each."""
+        lines = [f"{self.model}: {law} FAILED at {one.where}: {one.says}" for law, one in self.failures()]
+        return lines + [f"{self.model}: {law}, {one.where}: n/a, {one.says}" for law, one in self.inapplicable()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values; of what holds only the worst deviation of each law."""
+        return {
+            "model": self.model,
+            "family": self.family,
+            "ok": self.ok,
+            "laws": {law: self.cell(law) for law in self.findings},
+            "failures": [
+                {"law": law, "where": one.where, "deviation": one.deviation, "says": one.says}
+                for law, one in self.failures()
+            ],
+            "not_applicable": [
+                {"law": law, "where": one.where, "reason": one.says} for law, one in self.inapplicable()
+            ],
+        }
+
+    def __str__(self) -> str:
+        verdicts = [f"  {law:12s} {self.cell(law)}" for law in self.findings]
+        return "\n".join([f"{self.model} ({self.family})", *verdicts, *self.notes()])
+
+
+def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Progress = lambda *_: None) -> Report:
+    """Run every law on one model.
+
+    Args:
+        model: a wrapped model, which stays wrapped, or what ``HookedMLLM.from_pretrained`` takes; what is opened here
+            is unwrapped in the end, to see that it comes back as it was.
+        full: all layers; otherwise the first and the last layer of every kind.
+        progress: called with (what, laws done, laws).
+
+    Raises:
+        UnsupportedModel: it cannot be opened.
+
+    Cost: about 50 forwards and 28 for each layer looked at (two to four in each stack of most models), on a batch of
+    three rows with three small pictures; one layer's activations are held at a time.
+    """
+    opened = not isinstance(model, HookedMLLM)
+    wrapped = HookedMLLM.from_pretrained(model) if not isinstance(model, HookedMLLM) else model
+    return _checked(wrapped, full, {**LAWS, "unwrapping": unwrapping} if opened else LAWS, progress)
+
+
+def check_families(progress: Progress = lambda *_: None) -> Iterator[Report]:
+    """Run every law, at every layer, on a tiny random model of each variant in ``mech.reference.tiny.models.NAMES``.
+
+    Cost: about two seconds a variant on one core; no file and no network.
+    """
+    from mech.reference.tiny import models as tiny
+    from mech.reference.tiny import processors as tiny_processors
+
+    for index, name in enumerate(tiny.NAMES):
+        wrapped = HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name), name=name)
+        yield _checked(wrapped, True, {**LAWS, "unwrapping": unwrapping}, lambda *_: None)
+        progress("families", index + 1, len(tiny.NAMES))
+
+
+def _checked(model: HookedMLLM, full: bool, laws: dict[str, Any], progress: Progress) -> Report:
+    findings: dict[str, tuple[Finding, ...]] = {}
+    with torch.no_grad():
+        batches = make_batches(model, full)
+        for index, (name, law) in enumerate(laws.items()):
+            findings[name] = tuple(_found(law, model, batches))
+            progress("laws", index + 1, len(laws))
+    return Report(str(model.name), model.cfg.family, findings)
+
+
+def _found(law: Any, model: HookedMLLM, batches: Batches) -> Iterator[Finding]:
+    try:
+        yield from law(model, batches)
+    # Whatever a broken model raises is what was looked for, and must not hide the other laws.
+    except Exception as error:
+        yield Finding("an exception", False, float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+# What the rows are called where checkpoints are published.
+CALLED = {
+    "cohere2_vision": "Command A Vision, Aya Vision 2",
+    "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4",
+    "glm46v": "GLM-4.6V",
+    "glm4v": "GLM-4.1V",
+    "glm4v_moe": "GLM-4.5V",
+    "idefics3": "Idefics3",
+    "internvl": "InternVL 2.5 to 3.5 (-hf)",
+    "lfm2_vl": "LFM2-VL",
+    "llama4": "Llama 4",
+    "llava": "LLaVA-1.5, Pixtral",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "mistral3": "Mistral Small 3.1",
+    "mllama": "Llama 3.2 Vision",
+    "paligemma": "PaliGemma 1 and 2",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_5_moe": "Qwen3.5 MoE",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL MoE",
+    "smolvlm": "SmolVLM",
+}
+
+
+def family_rows() -> list[dict[str, Any]]:
+    """The architectures that are known, from the rows of engine, inputs and tiny models."""
+    from mech.inputs.families.family import FAMILIES
+    from mech.model.architectures.rows import ROWS
+    from mech.reference.tiny import models as tiny
+
+    pairs: dict[str, list[str]] = {}
+    for make in tiny.MODELS.values():
+        config: Any = make()
+        text, vision = config.text_config.model_type, config.vision_config.model_type.removesuffix("_vision_model")
+        pairs.setdefault(config.model_type, []).append(f"{text} + {vision}")
+    found = []
+    for kind in sorted(ROWS):
+        row = FAMILIES.get(kind)
+        takes = [] if row is None else ["images", "video"] if row.video else ["images"]
+        checked = list(dict.fromkeys(pairs.get(kind, [])))
+        found.append({"models": CALLED.get(kind, kind), "model_type": kind, "takes": takes, "checked": checked})
+    return found
+
+
+def family_table() -> str:
+    """``family_rows`` as a Markdown table."""
+    lines = [
+        "| models | `model_type` | `model.inputs` takes | checked text + vision models |",
+        "|---|---|---|---|",
+    ]
+    for row in family_rows():
+        takes, checked = (", ".join(row[name]) for name in ("takes", "checked"))
+        cells = (row["models"], f"`{row['model_type']}`", takes or "no pictures yet, tensors only", checked or "none")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

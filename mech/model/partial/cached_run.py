@@ -1,0 +1,238 @@
+"""One forward of a model, kept so that variants of it can be run on from any text layer (``resume.py``).
+
+    run = kept_run(model, inputs, reads=[last])
+    run.layers[3].stream, run.layers[3].call.k       # what entered layer 3, and the keys it made
+
+A layer is kept as it was called: the stream, the other arguments, and what its attention saw. A model whose layers
+could not be called again on some rows alone is refused here, with the reason.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mech.model.architectures.families import layers_of, module_at, part_at
+from mech.model.attention import AttentionCall
+from mech.model.hooked import HookedMLLM
+from mech.model.points import hooked, point_name
+
+_ROWLESS = (type(None), bool, int, float, str)
+_SLICED = ("position_embeddings", "position_ids", "cache_position")
+_BEHIND_LAST_MLP = ("mlp.hook_post", "hook_mlp_out", "hook_resid_post")
+REPLACED = ("attention_mask", "past_key_values", "past_key_value")
+
+
+class NotResumable(Exception):
+    """This model or run cannot be continued from the middle exactly; the message is the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRun:
+    """What one text layer was given and did.
+
+    Attributes:
+        args: positional arguments behind the stream.
+        kwargs: keyword arguments.
+        stream: the residual stream that entered.
+        call: what its attention saw and produced; of the queries only the shape.
+        added: what the model adds to the stream behind the layer (DeepStack), None for nothing.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    stream: Float[Tensor, "batch pos d_model"]
+    call: AttentionCall
+    added: Float[Tensor, "batch pos d_model"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRun:
+    """One forward of a batch: every text layer, the stream that leaves the last one, and the logits at ``reads``.
+
+    ``last`` is known at ``reads`` alone and NaN elsewhere, see ``last_mlp_at``.
+    """
+
+    layers: tuple[LayerRun, ...]
+    last: Float[Tensor, "batch pos d_model"]
+    reads: tuple[int, ...]
+    logits: Float[Tensor, "batch read vocab"]
+    shaped: Callable[[Tensor], Tensor]  # what becomes of the unembedding's output: most often nothing
+
+
+class Shelf:
+    """Copies of what passes in a forward and is wanted behind it, ``count`` of one shape in one block of memory.
+
+        shelf = Shelf(layers)
+        z = shelf.put(z)
+
+    A tensor that is kept where it was made lies between those that a layer frees. On a CPU memory is then given back
+    to the system and taken anew in every layer: four times the page faults of a copy in a block. Elsewhere each copy is
+    for itself, as layers may lie on several devices.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._free: dict[tuple, list[Tensor]] = {}
+
+    def put(self, value: Tensor) -> Tensor:
+        """The copy, without its gradient."""
+        if value.device.type != "cpu":
+            return value.detach().clone()
+        key = (value.shape, value.dtype)
+        if not self._free.get(key):
+            self._free[key] = list(value.new_empty((self.count, *value.shape)))
+        return self._free[key].pop().copy_(value.detach())
+
+
+@torch.no_grad()
+def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
+    """Run ``inputs`` once and keep what continuing needs: per layer the stream, queries, keys, values and z.
+
+    Raises:
+        NotResumable: a layer whose work is not its own self-attention and row by row, or hooks on the model.
+
+    Cost: one forward; memory of a KV cache and of three streams a layer.
+    """
+    if hooked(model.hook_dict.values()) or any(record.observers for _, record in model._layers):
+        raise NotResumable("there are hooks on the model")
+    layers = layers_of(model.hf_model, model.family.text)
+    norm = module_at(model.hf_model, model.family.final_norm)
+    calls: dict[int, list[AttentionCall]] = {}
+    given: dict[int, tuple] = {}
+    added: dict[int, Tensor | None] = {}
+    streams: list[Tensor] = []
+    left: list[tuple[Tensor, int]] = []
+    shelf = Shelf(len(layers) + 1)
+
+    def keep(stream: Tensor) -> Tensor:
+        index = len(streams) - 1
+        if left and left[0][0] is not stream:
+            change = stream - left[0][0]
+            added[index] = change if change.any() else None
+        elif left and left[0][1] != stream._version:
+            raise NotResumable(f"the stream behind layer {index} is written in place")
+        left.clear()
+        streams.append(shelf.put(stream))
+        return streams[-1]
+
+    def enter(index: int) -> Callable:
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            stream = keep(args[0] if args else kwargs["hidden_states"])
+            given[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}, stream)
+
+        return before
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        left.append((stream, stream._version))
+
+    def look(call: AttentionCall) -> None:
+        # Queries are made anew while running on; only their shape is asked for.
+        kept = {name: shelf.put(getattr(call, name)) for name in "kvz"}
+        calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape), **kept))
+
+    handles = [norm.register_forward_pre_hook(lambda module, args: (keep(args[0]), None)[1])]
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave))
+    try:
+        with model.attending(look), last_mlp_at(model, reads):
+            logits = model(inputs, logits_to_keep=torch.as_tensor(reads, device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(streams) != len(layers) + 1:
+        raise NotResumable(f"{len(streams) - 1} layers ran, of {len(layers)}")
+    kept, final = [], streams[-1]
+    for index in range(len(layers)):
+        args, kwargs, stream = given[index]
+        _refuse(index, args, kwargs, stream, calls.get(index, []))
+        kept.append(LayerRun(args, kwargs, stream, calls[index][0], added.get(index)))
+    unembed: Any = module_at(model.hf_model, model.family.unembed)
+    shaped = _shape_of(model, unembed(norm(final[:, list(reads)])), logits)
+    return KeptRun(tuple(kept), final, tuple(reads), logits, shaped)
+
+
+@contextmanager
+def last_mlp_at(model: HookedMLLM, reads: Sequence[int]) -> Iterator[None]:
+    """While open, the last layer's MLP runs for some rows alone, unless somebody listens there or behind it.
+
+    Hooks of torch's own inside that MLP count as listening: they may count rows.
+
+    For runs of which logits at ``reads`` and what lies before that MLP are wanted: two thirds of a layer are saved. The
+    stream that leaves the layer is NaN in the other rows, so that whatever reads them shows.
+    """
+    last = model.cfg.n_layers - 1
+    behind = ("ln_final.hook_normalized", *(point_name(p, last) for p in _BEHIND_LAST_MLP))
+    points = [model.hook_dict[name] for name in behind if name in model.hook_dict]
+    module = part_at(layers_of(model.hf_model, model.family.text)[last], model.family.text.mlp)
+    if module is None or any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        yield
+        return
+    shapes: list[torch.Size] = []
+    at = torch.as_tensor(reads, device=model.device)
+
+    def narrow(module: nn.Module, args: tuple) -> tuple | None:
+        if not args or args[0].ndim != 3 or hooked(points):
+            return None
+        shapes.append(args[0].shape)
+        return args[0][:, at.to(args[0].device)], *args[1:]
+
+    def widen(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not shapes:
+            return None
+        some, *more = output if isinstance(output, tuple) else (output,)
+        shape = shapes.pop()
+        whole = some.new_full(shape, float("nan"))
+        whole[:, at.to(some.device)] = some.reshape(shape[0], -1, shape[2])
+        whole = whole.flatten(0, 1) if some.ndim == 2 else whole  # experts may flatten the batch
+        return (whole, *more) if isinstance(output, tuple) else whole
+
+    handles = [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shape_of(model: HookedMLLM, unembedded: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the model does to the unembedding's output. It is tried: a config may name what its model leaves out."""
+    config = model.hf_model.config.get_text_config()
+    scale, cap = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "final_logit_softcapping"))
+    shapes = (lambda x: x, lambda x: x * scale, lambda x: torch.tanh(x / cap) * cap)
+    gaps = [float((shape(unembedded) - logits).abs().max()) for shape in shapes]
+    if min(gaps) <= tolerance(logits):
+        return shapes[gaps.index(min(gaps))]
+    raise NotResumable("the logits are not the unembedding of the final norm")
+
+
+def tolerance(logits: Tensor) -> float:
+    """What rounding may move logits by."""
+    # Norms and rotations compute in single precision in many models, whatever the dtype of the rest.
+    eps = max(torch.finfo(kind).eps for kind in (logits.dtype, torch.float32))
+    return float(logits.abs().max()) * 32 * eps**0.75
+
+
+def _refuse(index: int, args: tuple, kwargs: dict, stream: Tensor, calls: list[AttentionCall]) -> None:
+    """Refuse a layer that cannot be run on some rows alone."""
+    if len(calls) != 1:
+        raise NotResumable(f"layer {index} calls attention {len(calls)} times")
+    call = calls[0]
+    if call.k.shape[2] != stream.shape[1] or call.q.shape[2] != stream.shape[1] or call.q.shape[0] != stream.shape[0]:
+        raise NotResumable(f"layer {index} does not attend to its own positions")
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        raise NotResumable(f"layer {index} adds a bias to its scores")
+    if call.cross:
+        raise NotResumable(f"layer {index} attends to another sequence")
+    for name, value in kwargs.items():
+        if name not in (*_SLICED, *REPLACED) and not isinstance(value, _ROWLESS):
+            raise NotResumable(f"layer {index} is given {name!r}, which is not known to be cut to rows")
+    for value in args:
+        if not isinstance(value, _ROWLESS) and not (isinstance(value, Tensor) and value.shape[:2] == stream.shape[:2]):
+            raise NotResumable(f"layer {index} is given an argument that is not known to be cut to rows")

@@ -1,0 +1,374 @@
+"""Run on from the middle: one run of the model is kept, and variants of it are continued from any text layer.
+
+    run = kept_run(model, inputs, reads=[last])              # one forward
+    row = Continuation(model, run, example=0)
+    first, stop = row.span(changed=40)                       # the rows that a change at position 40 can reach
+    x = row.stream(3)[first:stop].expand(n, -1, -1).clone()  # n variants of the stream that enters layer 3
+    ... write into x ...
+    for layer in range(3, len(run.layers)):
+        x = row.run(layer, x, rows=torch.arange(first, stop))
+    logits = row.logits(x[:, -1:])
+
+Every layer is the stock Hugging Face module, called with the arguments it had in the kept run, cut to the rows that
+are run; so norms, M-RoPE, post-norms and experts are the model's own. Only attention is told where its keys are: the
+keys and values before the first row are those of the kept run, held once for all variants, the others are each
+variant's own. Masks are the rows of the layer's own mask.
+
+What it does not do: layers whose outputs depend on earlier rows otherwise than through their own self-attention
+(linear attention, keys shared between layers, cross-attention) are refused with ``NotResumable``, as is everything
+that could not be cut to rows. ``Continuation.faithful`` compares an unchanged variant with the kept run.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mech.model.architectures.families import layers_of, module_at
+from mech.model.attention import AttentionCall, softmax, stepwise
+from mech.model.hooked import HookedMLLM
+from mech.model.partial.cached_run import REPLACED, KeptRun, NotResumable, tolerance
+from mech.model.points import hooked
+
+ROWS = 16384  # rows of the stream that are held at once; a single variant may have more
+CPU_ROWS = 2048  # rows in one call of a layer on a CPU: what is computed of them stays in its caches
+SCORES = 2**21  # attention scores held at once where they are computed step by step
+
+
+Attend = Callable[[AttentionCall], Tensor]
+
+
+@dataclass(eq=False)
+class Continuation:
+    """One example of a kept run, ready to be run on from any layer.
+
+    ``row_layers`` counts the rows that have passed a layer since the beginning: what the continuing cost.
+    """
+
+    model: HookedMLLM
+    kept: KeptRun
+    example: int
+    reads: Int[Tensor, " read"]
+    row_layers: int = 0
+    _modules: list[nn.Module] = field(init=False, repr=False)
+    _attention: dict[int, tuple[nn.Module, Any]] = field(init=False, repr=False)
+    _causal: bool = field(init=False, repr=False)
+    _needed: Tensor | None = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self._modules = layers_of(self.model.hf_model, self.model.family.text)
+        self._attention = {r.layer: (module, r) for module, r in self.model._layers if r.stack == "text"}
+        self._causal = all(layer.call.mask is None and layer.call.causal for layer in self.kept.layers)
+        self._needed = None if self._causal else self._reach()
+
+    def __len__(self) -> int:
+        return len(self.kept.layers)
+
+    def stream(self, layer: int) -> Float[Tensor, "pos d_model"]:
+        """The residual stream that enters a layer; that behind the last one for ``layer == len(self)``."""
+        return (self.kept.last if layer == len(self) else self.kept.layers[layer].stream)[self.example]
+
+    def added(self, layer: int) -> Float[Tensor, "pos d_model"] | None:
+        """What the model adds to the stream behind a layer."""
+        added = self.kept.layers[layer].added
+        return None if added is None else added[self.example]
+
+    def span(self, changed: int) -> tuple[int, int]:
+        """First row, and the row behind the last, of what has to be run when ``changed`` is the first changed row.
+
+        Under a causal mask this is from the change to the last row that is read. Where earlier rows may look ahead
+        (bidirectional image blocks) it begins with the first that sees a changed one.
+        """
+        first = min(changed, int(self.reads.min()))
+        if self._needed is None:
+            stop = int(self.reads.max()) + 1
+        else:
+            useful = self._needed.any(1)
+            stop = int(useful.nonzero().max()) + 1
+            while True:  # rows before `first` that matter and see a row behind it
+                seeing = self._needed[:first, first:].any(1).nonzero()
+                if not len(seeing):
+                    break
+                first = int(seeing.min())
+        # A short prefix costs less than the explicit mask that cutting it off would need.
+        return (0 if self._causal and first * 16 < stop else first), stop
+
+    def _reach(self) -> Tensor:
+        """Which keys each row sees in some layer, for the rows from which a read row can be reached, and no others."""
+        length = self.kept.last.shape[1]
+        seen = torch.eye(length, dtype=torch.bool, device=self.kept.last.device)
+        for mask in {id(layer.call.mask): layer.call for layer in self.kept.layers}.values():
+            visible = mask.visible(torch.arange(length))
+            seen |= visible[self.example if len(visible) > 1 else 0, 0]
+        wanted = torch.zeros(length, dtype=torch.bool, device=seen.device)
+        wanted[self.reads] = True
+        while (more := seen[wanted].any(0) | wanted).sum() > wanted.sum():
+            wanted = more
+        return seen & wanted[:, None]
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(
+        self,
+        layer: int,
+        x: Float[Tensor, "variant row d_model"],
+        rows: Int[Tensor, " row"],
+        *,
+        keys: str = "own",
+        fresh: int = 0,
+        hooks: Sequence[tuple[str, Callable]] = (),
+    ) -> Float[Tensor, "variant row d_model"]:
+        """One stock layer, and what the model adds behind it, for some rows of many variants.
+
+        Args:
+            layer: which.
+            x: the stream of the variants at ``rows``.
+            rows: their positions; one stretch without gaps for ``keys="own"``.
+            keys: ``"own"``: keys and values of ``rows`` are the variants' own, earlier ones those of the kept run;
+                ``"kept"``: all are those of the kept run; ``"z"``: attention is not computed, heads put out what they
+                did in the kept run.
+            fresh: how many variants at the end are still the kept run, so that their heads put out what they did.
+            hooks: (point, hook) pairs of this layer; the hooks see variants in place of a batch.
+        """
+        attend = {"own": self._own, "kept": self._onto_kept, "z": self._z}[keys](layer, rows, int(rows[0]))
+        if fresh:
+            attend = self._but(fresh, attend, self._z(layer, rows, 0))
+        step = len(x) if hooks else self.at_once(rows)
+        with self._given(layer, attend, hooks):
+            out = [self._layer(layer, part, rows) for part in x.split(max(1, step))]
+        return self._with_added(layer, torch.cat(out) if len(out) > 1 else out[0], rows)
+
+    @torch.no_grad()
+    def project(
+        self,
+        layer: int,
+        x: Float[Tensor, "variant row d_model"],
+        rows: Int[Tensor, " row"],
+        hooks: Sequence[tuple[str, Callable]] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values a layer makes of the stream, queries for who hooks them; nothing behind is computed."""
+        found = []
+
+        def stop(call: AttentionCall) -> Tensor:
+            found.append((call.k, call.v))
+            raise _Enough
+
+        with self._given(layer, stop, hooks), suppress(_Enough):
+            self._layer(layer, x, rows)
+        return found[0]
+
+    @torch.no_grad()
+    def finish(
+        self,
+        x: Float[Tensor, "variant row d_model"],
+        rows: Int[Tensor, " row"],
+        hooks: Sequence[tuple[str, Callable]] = (),
+    ) -> Float[Tensor, "variant read d_model"]:
+        """The last layer for the read rows alone: the others only give their keys and values, which hooks may write."""
+        layer = len(self) - 1
+        reads, first = self.reads, int(rows[0])
+        if len(reads) == len(rows):
+            return self.run(layer, x, rows, hooks=hooks)
+        out = []
+        for part in x.split(len(x) if hooks else self.at_once(rows)):
+            known = self.project(layer, part, rows, hooks)
+            attend = self._own(layer, reads, first, known)
+            with self._given(layer, attend, ()):
+                out.append(self._layer(layer, part[:, reads - first], reads))
+        return self._with_added(layer, torch.cat(out), reads)
+
+    @torch.no_grad()
+    def logits(self, x: Float[Tensor, "variant read d_model"]) -> Float[Tensor, "variant read vocab"]:
+        """Final norm and unembedding of rows behind the last layer."""
+        model = self.model
+        unembed: Any = module_at(model.hf_model, model.family.unembed)
+        return self.kept.shaped(unembed(module_at(model.hf_model, model.family.final_norm)(x)))
+
+    def faithful(self) -> None:
+        """Run the read rows, unchanged, through every layer and compare with the kept logits.
+
+        Raises:
+            NotResumable: they differ by more than rounding, so something in this model is not what it seems.
+
+        Cost: as many rows as are read.
+        """
+        first, stop = self.span(int(self.reads.max()))
+        rows = torch.arange(first, stop, device=self.reads.device)
+        x = self.stream(0)[None, rows]
+        for layer in range(len(self) - 1):
+            x = self.run(layer, x, rows)
+        self.agree(self.logits(self.finish(x, rows))[0])
+
+    def agree(self, again: Float[Tensor, "read vocab"]) -> None:
+        """Compare the logits of an unchanged variant with the kept ones.
+
+        Raises:
+            NotResumable: as in ``faithful``.
+        """
+        places = torch.tensor([self.kept.reads.index(read) for read in self.reads.tolist()])
+        kept = self.kept.logits[self.example, places.to(again.device)]
+        gap = float((again - kept).abs().max())
+        if not gap <= tolerance(kept):
+            raise NotResumable(f"running on from the kept run differs from it by {gap:.2g} in the logits")
+
+    def at_once(self, rows: Int[Tensor, " row"]) -> int:
+        """How many variants go through a layer in one call."""
+        return max(1, (CPU_ROWS if rows.device.type == "cpu" else ROWS) // len(rows))
+
+    def _layer(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
+        kept = self.kept.layers[layer]
+        self.row_layers += len(x) * len(rows)
+        args = [v[self._one(v), rows] if isinstance(v, Tensor) else v for v in kept.args]
+        output = self._modules[layer](x, *args, **self._kwargs(kept.kwargs, rows))
+        return output[0] if isinstance(output, tuple) else output
+
+    def _one(self, value: Tensor, dim: int = 0) -> slice:
+        return slice(self.example, self.example + 1) if value.shape[dim] > 1 else slice(None)
+
+    def _kwargs(self, kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+        """The keyword arguments of the kept run, for one example and some rows."""
+        cut = {name: None if name in REPLACED else value for name, value in kwargs.items()}
+        turns = cut.get("position_embeddings")
+        if isinstance(turns, Tensor):
+            cut["position_embeddings"] = turns[..., self._one(turns, -3), rows, :]
+        elif turns is not None:
+            cut["position_embeddings"] = tuple(turn[..., self._one(turn, -3), rows, :] for turn in turns)
+        if (ids := cut.get("position_ids")) is not None:
+            cut["position_ids"] = ids[..., self._one(ids, -2), rows]
+        if (places := cut.get("cache_position")) is not None:
+            cut["cache_position"] = places[rows]
+        return cut
+
+    def _with_added(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
+        added = self.added(layer)
+        return x if added is None else x + added[rows]
+
+    @contextmanager
+    def _given(self, layer: int, attend: Attend, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+        record = self._attention[layer][1]
+        record.resume = attend
+        try:
+            # Hooks are taken away by looking at every point: for none, that is not worth it.
+            with self.model.hooks(list(hooks)) if hooks else nullcontext(), self.model._attached():
+                yield
+        finally:
+            record.resume = None
+
+    # -- attention ----------------------------------------------------------------------------------------------------
+
+    def _call(self, layer: int) -> AttentionCall:
+        """The kept attention of this example."""
+        call = self.kept.layers[layer].call
+        one = self._one(call.q)
+        mask = call.mask if call.mask is None else call.mask[self._one(call.mask)]
+        return replace(call, q=call.q[one], k=call.k[one], v=call.v[one], z=call.z[one], mask=mask)
+
+    def _z(self, layer: int, rows: Tensor, first: int) -> Attend:
+        z = self._call(layer).z[:, rows]
+        return lambda call: z.expand(len(call.q), -1, -1, -1)
+
+    @staticmethod
+    def _but(fresh: int, attend: Attend, unchanged: Attend) -> Attend:
+        """``attend`` for all variants but the last ``fresh``, which have nothing to compute."""
+
+        def both(call: AttentionCall) -> Tensor:
+            old, new = (replace(call, q=call.q[at], k=call.k[at], v=call.v[at])
+                        for at in (slice(None, -fresh), slice(-fresh, None)))  # fmt: skip
+            return torch.cat((attend(old), unchanged(new)))
+
+        return both
+
+    def _onto_kept(self, layer: int, rows: Tensor, first: int) -> Attend:
+        kept, record = self._call(layer), self._attention[layer][1]
+        seen = kept.visible(rows)
+
+        def attend(call: AttentionCall) -> Tensor:
+            if not kept.fused or hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
+                n = len(call.q)
+                whole = replace(call, k=kept.k.expand(n, -1, -1, -1), v=kept.v.expand(n, -1, -1, -1), mask=seen)
+                return stepwise(whole, record)
+            return _onto(call.q, kept.k[0], kept.v[0], None, seen[0, 0], kept.scale)
+
+        return attend
+
+    def _own(self, layer: int, rows: Tensor, first: int, known: tuple[Tensor, Tensor] | None = None) -> Attend:
+        """Keys before ``first`` from the kept run, then the variants' own: those of the call, or ``known`` ones."""
+        kept, (module, record) = self._call(layer), self._attention[layer]
+
+        def attend(call: AttentionCall) -> Tensor:
+            own = known or (call.k, call.v)
+            if first == 0 and self._causal and kept.fused and known is None:
+                return sdpa_attention_forward(module, call.q, *own, None, scaling=kept.scale)[0]
+            seen = kept.visible(rows)[..., : first + own[0].shape[2]]
+            before = kept.k[:, :, :first], kept.v[:, :, :first]
+            if kept.fused and (known or first > 4 * len(rows)):
+                return _onto(call.q, before[0][0], before[1][0], own, seen[0, 0], kept.scale)
+            n = len(call.q)
+            k, v = (torch.cat((old.expand(n, -1, -1, -1), new), 2) for old, new in zip(before, own, strict=True))
+            if not kept.fused:
+                return stepwise(replace(call, k=k, v=v, mask=seen), record)
+            if self._causal and first < len(rows):
+                # Rows of zeros in front cost less than a mask, with which no kernel skips what lies ahead.
+                padded = torch.nn.functional.pad(call.q, (0, 0, first, 0))
+                return sdpa_attention_forward(module, padded, k, v, None, scaling=kept.scale)[0][:, first:]
+            return sdpa_attention_forward(module, call.q, k, v, seen, scaling=kept.scale, is_causal=False)[0]
+
+        return attend
+
+
+class _Enough(Exception):
+    """The keys and values are known: nothing else of this layer is wanted."""
+
+
+def _onto(
+    q: Float[Tensor, "variant head row d_head"],
+    k: Float[Tensor, "kv_head key_pos d_head"],
+    v: Float[Tensor, "kv_head key_pos d_head"],
+    own: tuple[Tensor, Tensor] | None,
+    seen: Tensor,
+    scale: float,
+) -> Float[Tensor, "variant row head d_head"]:
+    """Attention of all variants to keys that they share, and to keys of their own behind them, in one softmax.
+
+    The variants are folded into the rows of one product per key head, so that shared keys are read once. Memory is
+    bounded by ``SCORES``, or by one variant.
+    """
+    variants, heads, rows, width = q.shape
+    kv_heads, shared = k.shape[:2]
+    keys, grouped_rows = seen.shape[-1], heads // kv_heads * rows  # query heads of one key head are rows of it
+    wide = torch.promote_types(q.dtype, torch.float32)
+    hidden = ~seen
+    # A mask over what all may see, and the care for rows that see nothing, would each be another pass over the scores.
+    masked, normalised = bool(hidden[:, :shared].any()), softmax if bool(hidden.all(-1).any()) else _plain_softmax
+    parts = []
+    step = max(1, SCORES // (heads * rows * keys))
+    for start in range(0, variants, step):
+        part = q[start : start + step].to(wide) * scale
+        n = len(part)
+        grouped = part.reshape(n, kv_heads, grouped_rows, width)
+        folded = grouped.transpose(0, 1).reshape(kv_heads, n * grouped_rows, width)
+        scores = (folded @ k.to(wide).transpose(-1, -2)).unflatten(1, (n, grouped_rows)).transpose(0, 1)
+        if own is not None:
+            mine = own[0][start : start + step].to(wide)
+            ahead = (grouped @ mine.transpose(-1, -2)).reshape(n, heads, rows, -1)
+            ahead = ahead.masked_fill_(hidden[:, shared:], float("-inf")).reshape(n, kv_heads, grouped_rows, -1)
+            scores = torch.cat((scores, ahead), -1)
+        scores = scores.reshape(n, heads, rows, keys)
+        pattern = normalised(scores.masked_fill(hidden, float("-inf")) if masked else scores)
+        pattern = pattern.to(v.dtype).reshape(n, kv_heads, grouped_rows, keys)
+        folded = pattern[..., :shared].transpose(0, 1).reshape(kv_heads, n * grouped_rows, shared)
+        z = (folded @ v).unflatten(1, (n, grouped_rows)).transpose(0, 1)
+        if own is not None:
+            z = z + pattern[..., shared:] @ own[1][start : start + step]
+        parts.append(z.reshape(n, heads, rows, width).transpose(1, 2))
+    return torch.cat(parts)
+
+
+def _plain_softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, -1)

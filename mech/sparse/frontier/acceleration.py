@@ -1,0 +1,331 @@
+"""Accuracy, speed and memory of sparse inference, for several ways to choose the dense heads, at equal budget.
+
+    found = mech.acceleration(model, test, find=find, window=64)
+    mech.view(found)                                       # accuracy, cache and speed against the heads that are kept
+    mech.experiments.findings.acceleration.summarise(found)         # numbers, tests, the recommended setting
+
+The dense heads are whole KV groups, so at one *share* every ranking costs the same attention FLOPs and the same bytes
+of cache. What is compared is only *which* groups stay dense:
+
+=============  =====================================================================================================
+``ram``        those that look at the evidence (CoRe heads)
+``bottom``     those with the lowest RAM
+``random``     several random sets
+``vision``     those that look at visual tokens of any kind
+``causal``     those that cost most of the answer when they say what they say on the counterfactual
+``gates``      those whose learned gate stays open (DuoAttention)
+``reach``      those whose output at the question depends on what is far, averaged over samples; no evidence asked
+``dynamic``    the same, chosen for every input anew; its set differs from input to input, its size does not
+=============  =====================================================================================================
+
+``window`` keeps no head dense, ``dense`` all. Samples that rank the heads never test them. What a share saves is
+counted (``flops``, ``kv_bytes``: shares of the dense model) and, apart from it, measured (``speed``).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.axes import CONDITION, EXAMPLE
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.metrics import LogitDiff, Quiz, ask, quiz
+from mech.experiments.patching.activation import activation_patching
+from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
+from mech.experiments.scores.ram import retrieval_attention_mass
+from mech.model import HookedMLLM
+from mech.results import provenance
+from mech.sparse.dynamic import chosen, reach
+from mech.sparse.frontier.speed import speed_dataset
+from mech.sparse.gates import learned_gates
+from mech.sparse.groups import expanded, grouped
+from mech.sparse.localize import localize
+from mech.sparse.policy import Policy
+
+CHOICES = ("ram", "bottom", "random", "vision", "causal", "gates", "reach", "dynamic")
+SHARES = (0.05, 0.1, 0.25, 0.5)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One set of dense KV groups; ``draw`` numbers the random sets. ``dynamic`` sets are chosen when they are run."""
+
+    choice: str
+    share: float
+    n_kv_heads: int
+    heads: Heads = ()
+    draw: int = 0
+
+
+@dataclass(frozen=True)
+class Local:
+    """What local heads see, and how heads are ranked.
+
+    Attributes:
+        sinks, window: as in ``Policy``.
+        n_causal: samples of ``find`` that are patched for ``causal``.
+        gate_steps: optimiser steps for ``gates``.
+        layers: layers ``dynamic`` and ``reach`` read; all if None.
+    """
+
+    sinks: int = 4
+    window: int = 256
+    n_causal: int = 6
+    gate_steps: int = 40
+    layers: int | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that keeps no head dense."""
+        return Policy((), self.sinks, self.window)
+
+
+def acceleration(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    *,
+    find: Samples | Sequence[Sample],
+    window: int | None = None,
+    sinks: int = 4,
+    choices: Sequence[str] = CHOICES,
+    shares: Sequence[int | float] = SHARES,
+    n_random: int = 4,
+    rankings: dict[str, Ranking] | None = None,
+    batch_size: int = 4,
+    turns: int = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Accuracy of every sample under every way to choose dense heads, at equal budgets; speed and cache beside it.
+
+    Sign: higher is better. Unit: accuracy is 0 or 1 per sample, the logit difference in logits; speeds are how many
+    times faster than dense on this machine.
+
+    Args:
+        model: a hooked model.
+        samples: they test.
+        find: other samples, with evidence and counterfactuals, that rank the heads.
+        window, sinks: what local heads see; by default the window of ``local_for``.
+        choices: which of ``CHOICES``.
+        shares: of the KV groups that stay dense; an int is a number of groups.
+        n_random: random sets at every share.
+        rankings: rankings that are there already, by their name in ``CHOICES``; the others are made on ``find``.
+        batch_size: samples per forward.
+        turns: how often everything is timed; 0 leaves speed out.
+        seed: of random sets and gates.
+        progress: called with (what, done, in all).
+
+    Raises:
+        ExperimentError: a sample that ranks and tests, a ranking of another model, an unknown choice, or a window that
+            covers all of a sample.
+
+    Cost: one (sparse) forward per test sample and setting; for the rankings on ``find`` one forward a sample each for
+    RAM and reach, for ``causal`` what ``activation_patching`` costs, for ``gates`` about 160 forwards and as many back.
+
+    References: arXiv 2606.05843 (dense heads from RAM), 2410.10819 (gates; sinks and window by KV head).
+    """
+    say = progress or (lambda what, done, total: None)
+    samples, find = Samples(samples), Samples(find)
+    for choice in choices:
+        if choice not in CHOICES:
+            raise ExperimentError(f"choices={choice!r}", ", ".join(CHOICES), suggestion(choice, CHOICES))
+    refuse_overlap(samples, [sample.id for sample in find], "rank the heads")
+    for ranking in (rankings or {}).values():
+        refuse_ranking(ranking, model, samples)
+    local = local_for(model, samples, sinks=sinks, window=window)
+    made = dict(rankings or {})
+    for name, ranking in ranked(model, find, choices, local, set(made), batch_size, seed, say):
+        made[name] = ranking
+    todo = settings(model, made, choices, shares, n_random, seed)
+    parts: list[xr.Dataset] = []
+    for part in measured(model, samples, todo, local, batch_size):
+        parts.append(part)
+        say("settings", len(parts), len(todo))
+    joined = xr.concat(parts, dim=CONDITION)
+    if turns:
+        speeds = speed_dataset(model, next(iter(samples)), timed(todo), local.policy, turns=turns)
+        joined = xr.merge([joined, speeds], combine_attrs="no_conflicts")
+    return joined.assign_attrs(about(model, samples, find, local, seed))
+
+
+def local_for(
+    model: HookedMLLM, samples: Samples, *, sinks: int = 4, window: int | None = None, **options: Any
+) -> Local:
+    """What local heads see of these samples.
+
+    Args:
+        window: by default the smallest multiple of 8 that holds the question, all behind it, and a sixteenth of the
+            longest sample.
+        options: the other attributes of ``Local``.
+
+    Raises:
+        ExperimentError: a sample within sinks and window: nothing would be left out.
+    """
+    layouts = [model.inputs_of(sample, answer=True).layout for sample in samples]
+    if window is None:
+        tail = max(len(layout) - int(layout.positions("question")[0]) for layout in layouts)
+        window = -(-max(tail, max(map(len, layouts)) // 16) // 8) * 8
+    if min(map(len, layouts)) <= sinks + window + 1:
+        raise ExperimentError(
+            f"a window of {window} and {sinks} sinks for a sample of {min(map(len, layouts))} tokens",
+            "longer samples: here every head sees everything, and the model is dense", "make the window smaller",
+        )  # fmt: skip
+    return Local(sinks, window, **options)
+
+
+def ranked(
+    model: HookedMLLM,
+    find: Samples,
+    choices: Sequence[str],
+    local: Local,
+    known: set[str],
+    batch_size: int,
+    seed: int,
+    say: Progress,
+) -> Iterator[tuple[str, Ranking]]:
+    """The rankings that ``choices`` need and that are not ``known``, each as soon as it is there."""
+    wanted = set(choices) - known
+    if wanted & {"ram", "bottom", "vision", "random"} and not {"ram", "vision"} <= known:
+        looks = retrieval_attention_mass(model, find, batch_size=batch_size, progress=lambda i, n: say("RAM", i, n))
+        for name, score in (("ram", "ram"), ("vision", "vision_mass")):
+            if name not in known:
+                yield name, rank_heads(looks, score)
+    if "reach" in wanted:
+        options: dict[str, Any] = {"sinks": local.sinks, "window": local.window, "layers": local.layers}
+        yield "reach", rank_heads(reach(model, find, progress=lambda i, n: say("reach", i, n), **options), "reach")
+    if "causal" in wanted:
+        yield "causal", causal_ranking(model, find[: local.n_causal], say)
+    if "gates" in wanted:
+        yield "gates", learned_gates(
+            model, find, sinks=local.sinks, window=local.window, steps=local.gate_steps, seed=seed,
+            progress=lambda i, n: say("gates", i, n),
+        )  # fmt: skip
+
+
+def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *_: None) -> Ranking:
+    """Heads by what the answer loses when one head says, from the question on, what it says on the counterfactual."""
+    lost = []
+    for i, sample in enumerate(samples, start=1):
+        if sample.counterfactual is None:
+            raise ExperimentError(
+                f"sample {sample.id!r} without a counterfactual", "one for each", "leave out 'causal'"
+            )
+        layout = model.inputs_of(sample).layout
+        metric = LogitDiff([sample.answer], [sample.counterfactual.answer])
+        behind = range(int(layout.positions("question")[0]), len(layout))
+        found = activation_patching(model, [sample], None, metric, direction="noise", positions=list(behind))
+        lost.append((1 - found["effect"]).values[0])
+        say("causal", i, len(samples))
+    ids = tuple(sample.id for sample in samples)
+    values = np.stack(lost)
+    return Ranking(
+        values.mean(0), values, "lost", str(model.name), ", ".join(samples.domains), ids, model.cfg.attention_layers
+    )
+
+
+def settings(
+    model: HookedMLLM,
+    rankings: dict[str, Ranking],
+    choices: Sequence[str],
+    shares: Sequence[int | float],
+    n_random: int,
+    seed: int,
+) -> list[Setting]:
+    """Every choice at every share, the dense model and the window alone first."""
+    cfg = model.cfg
+    groups = {name: grouped(ranking, cfg) for name, ranking in rankings.items()}
+    total = len(cfg.attention_layers) * cfg.n_kv_heads
+    every = expanded([(layer, g) for layer in cfg.attention_layers for g in range(cfg.n_kv_heads)], cfg)
+    todo = [Setting("dense", 1.0, total, every), Setting("window", 0.0, 0)]
+    any_of_them = next(iter(groups.values()))
+    for n in dict.fromkeys(any_of_them.count(share) for share in shares):
+        for choice in choices:
+            sets: Sequence[Heads] = [()]
+            if choice == "random":
+                sets = any_of_them.random(n, n_random, seed)
+            elif choice != "dynamic":
+                of = groups["ram" if choice == "bottom" else choice]
+                sets = [of.bottom(n) if choice == "bottom" else of.top(n)]
+            for draw, some in enumerate(sets):
+                todo.append(Setting(choice, n / total, n, expanded(some, cfg), draw))
+    return todo
+
+
+def timed(todo: Sequence[Setting]) -> dict[float, Heads]:
+    """One set for each share, whose speed stands for all of them: by RAM where there is one."""
+    static = [one for one in todo if one.choice not in ("dense", "dynamic")]
+    static.sort(key=lambda one: one.choice != "ram")
+    return {
+        share: next(one.heads for one in static if one.share == share) for share in sorted({s.share for s in static})
+    }
+
+
+def measured(
+    model: HookedMLLM, samples: Samples, todo: Sequence[Setting], local: Local, batch_size: int = 4
+) -> Iterator[xr.Dataset]:
+    """The settings one by one, each a dataset of its own: what a study saves as it goes."""
+    questions = quiz(model, samples, batch_size)
+    lengths = [row for batch in questions.batches for row in batch.tensors["attention_mask"].sum(1).tolist()]
+    length, maps = int(np.median(lengths)), None
+    for setting in todo:
+        policy = Policy(setting.heads, local.sinks, local.window)
+        if setting.choice == "dense":
+            scores = ask(model, questions)
+        elif setting.choice == "dynamic":
+            if maps is None:  # once for all shares
+                options: dict[str, Any] = {"sinks": local.sinks, "window": local.window, "layers": local.layers}
+                maps = reach(model, samples, **options)["reach"].values
+                singles = quiz(model, samples, 1)
+            policies = [chosen(model, scored, setting.n_kv_heads, local.policy) for scored in maps]
+            scores = _one_by_one(model, singles, policies)
+            policy = policies[0]  # all have as many groups
+        else:
+            with localize(model, policy) as fast:
+                scores = ask(fast, questions)
+        budget = policy.budgets(model.cfg, length)
+        yield _dataset(setting, scores, budget.flops, budget.kv_bytes, questions.examples, length)
+
+
+def _one_by_one(model: HookedMLLM, questions: Quiz, policies: Sequence[Policy]) -> dict[str, np.ndarray]:
+    """Every sample under a policy of its own."""
+    found = []
+    for i, policy in enumerate(policies):
+        one = replace(
+            questions, examples=questions.examples[i : i + 1], batches=questions.batches[i : i + 1],
+            pictures=questions.pictures[i : i + 1], answers=questions.answers[i : i + 1],
+            forks=questions.forks[i : i + 1], wrong=questions.wrong[i : i + 1],
+        )  # fmt: skip
+        with localize(model, policy) as fast:
+            found.append(ask(fast, one))
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+
+def _dataset(
+    setting: Setting, scores: dict[str, np.ndarray], flops: float, kv_bytes: float, ids: Sequence[str], length: int
+) -> xr.Dataset:
+    coords: dict[str, Any] = {EXAMPLE: (EXAMPLE, np.asarray(ids, dtype=str))}
+    facts = {"choice": setting.choice, "share": setting.share, "n_kv_heads": setting.n_kv_heads, "draw": setting.draw,
+             "flops": flops, "kv_bytes": kv_bytes}  # fmt: skip
+    coords |= {name: (CONDITION, np.array([value])) for name, value in facts.items()}
+    data = xr.Dataset({name: ((CONDITION, EXAMPLE), values[None]) for name, values in scores.items()}, coords)
+    data["accuracy"].attrs.update(unit="share of answers, 0 or 1 per example", sign="more: better")
+    data["logit_diff"].attrs.update(unit="logits, right minus wrong answer", sign="more: better")
+    data["flops"].attrs.update(unit="share of the dense model's attention FLOPs of prefill", sign="less: cheaper")
+    data["kv_bytes"].attrs.update(unit="share of the dense model's KV bytes", sign="less: smaller")
+    return data.assign_attrs(kind="acceleration", length=length)
+
+
+def about(model: HookedMLLM, samples: Samples, find: Samples, local: Local, seed: int) -> dict[str, Any]:
+    """What belongs to a whole result."""
+    cfg = model.cfg
+    return {
+        "kind": "acceleration", "model": model.name, "domain": ", ".join(samples.domains), "sinks": local.sinks,
+        "window": local.window, "n_find": len(find), "n_heads": len(cfg.attention_layers) * cfg.n_heads,
+        "n_kv_heads": len(cfg.attention_layers) * cfg.n_kv_heads,
+        "provenance": provenance(model, {"find": find, "test": samples}, seed=seed, local=local),
+    }  # fmt: skip

@@ -1,0 +1,235 @@
+"""Complete offline pages: the skeleton every picture of `mech` is shown in, and ``View``, a picture that shows itself.
+
+    view = ram_map(dataset)
+    view                          # in Jupyter: an isolated frame, no network
+    view.save("ram.html")         # a page that needs nothing beside itself
+    view.save("ram.pdf")          # for papers; also .png and .svg (see ``figures``)
+
+A chart is a plain plotly dictionary; ``chart`` puts it into the page as JSON and ``page.js`` draws it when its
+panel is open. Colours in it are names of variables of ``page.css`` (``"@top"``), so a chart turns dark with the page.
+The page forbids every request in its own content security policy: a mistake here cannot become a call to a server.
+
+What is here knows nothing about heads, studies or models. Text of users must come through ``escape``.
+"""
+
+import base64
+import gzip
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape as _escape
+from importlib.resources import files
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mech.errors import OutputError
+from mech.views.drawing.figures import KINDS, draw
+
+TALLEST = 1000
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+# A page may be joined from several views: the numbers only have to differ within one page.
+_panel_number = count(1)
+
+
+def escape(text: object) -> str:
+    """``text`` as it may stand in HTML, in an attribute, and in a label of plotly (which reads tags too)."""
+    return _escape(str(text), quote=True)
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture with its title, ready for Jupyter or for a file.
+
+    ``height`` is that of the frame in Jupyter, in pixels, up to ``TALLEST``, from where on it scrolls; a saved page
+    takes what it needs.
+    """
+
+    title: str
+    body: str
+    height: int = 480
+
+    def html(self, paper: bool = False) -> str:
+        """The whole page; ``paper`` is how it is drawn for papers: white, no title, no buttons, every panel open."""
+        return page(self.title, self.body, alone=True, paper=paper)
+
+    def save(self, path: str | Path, *, width: int = 1000, scale: float = 2) -> Path:
+        """Write a complete offline page (``.html``), or a figure (``.png``, ``.pdf``, ``.svg``); the path is returned.
+
+        Args:
+            path: its ending says which.
+            width: of a figure, in CSS pixels. What is drawn wide is for two columns; 520 fits one.
+            scale: PNG pixels for a CSS pixel.
+
+        Raises:
+            OutputError: another ending, a place that cannot be written, or no browser to draw figures with.
+        """
+        path = Path(path)
+        if path.suffix in (".html", ".htm"):
+            return write(path, self.html())
+        if path.suffix in KINDS:
+            return write(path, draw(self.html(paper=True), path.suffix, width=width, scale=scale))
+        raise OutputError(
+            f"a view cannot be saved as {path.name!r}", f"a name that ends in .html, {', '.join(KINDS)}",
+            "save('view.html')",
+        )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        # A frame keeps our style and the notebook's apart; the bundle goes in compressed, or ten views make 50 MB.
+        inner = escape(page(self.title, self.body, alone=True, compressed=True))
+        style = f"width:100%;height:{min(self.height, TALLEST)}px;border:0;border-radius:8px"
+        title = escape(self.title)
+        may = "allow-scripts allow-downloads"
+        return f'<iframe srcdoc="{inner}" style="{style}" title="{title}" sandbox="{may}"></iframe>'
+
+
+def page(title: str, body: str, *, alone: bool = False, compressed: bool = False, paper: bool = False) -> str:
+    """A complete HTML document around ``body``; plotly comes along only where a chart needs it."""
+    script = _plotly(compressed) if 'class="plot"' in body else "<script>mechStart()</script>"
+    if paper:
+        script += f"\n<script>\n{asset('figure.js')}</script>"
+    return (
+        f'<!doctype html>\n<html lang="en"{" class=paper" if paper else ""}>\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{asset('page.css')}</style>\n</head>\n"
+        f"<body{' class=alone' if alone else ''}>\n<main>\n{body}\n</main>\n"
+        f"<script>\n{asset('page.js')}</script>\n{script}\n</body>\n</html>\n"
+    )
+
+
+def chart(data: Sequence[Mapping], layout: Mapping, *, height: int, label: str) -> str:
+    """A plotly chart as HTML.
+
+    Args:
+        data, layout: what plotly takes, colours as ``"@variable"``.
+        height: in pixels; the width is that of the place.
+        label: what the chart shows, for those who do not see it.
+    """
+    axis = {
+        "gridcolor": "@rule",
+        "zerolinecolor": "@rule",
+        "linecolor": "@rule",
+        "automargin": True,
+        "fixedrange": True,
+    }
+    whole = {
+        "font": {"size": 13, "color": "@ink"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 8, "r": 8, "t": 10, "b": 8},
+        "showlegend": False,
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "@soft", "activecolor": "@ink"},
+        "dragmode": False,
+        "hovermode": "closest",
+        "hoverlabel": {
+            "bgcolor": "@card",
+            "bordercolor": "@soft",
+            "align": "left",
+            "font": {"size": 13, "color": "@ink"},
+        },
+        **layout,
+    }
+    for name in ("xaxis", "yaxis"):
+        whole[name] = axis | dict(layout.get(name, {}))
+        if "title" in whole[name]:
+            whole[name]["title"] = {"text": whole[name]["title"], "font": {"size": 13}, "standoff": 8}
+    figure = json.dumps({"data": list(data), "layout": whole}, default=_plain, allow_nan=False)
+    # "<" in JSON would end the script element (or open a comment in it).
+    figure = figure.replace("<", "\\u003c")
+    return (
+        f'<div class="plot" style="height:{height}px" role="img" aria-label="{escape(label)}"></div>'
+        f'<script type="application/json">{figure}</script>'
+    )
+
+
+def tabs(panels: Mapping[str, str], label: str) -> str:
+    """Several panels in one place, the first one shown; a single panel gets no bar."""
+    if len(panels) == 1:
+        return next(iter(panels.values()))
+    bar, bodies = [], []
+    for i, (name, body) in enumerate(panels.items()):
+        key = f"panel-{next(_panel_number)}"
+        bar.append(
+            f'<button role="tab" id="{key}-tab" aria-controls="{key}" aria-selected="{"false" if i else "true"}"'
+            f' tabindex="{-1 if i else 0}">{escape(name)}</button>'
+        )
+        hidden = " hidden" if i else ""
+        # On paper there are no buttons: the name stands above its panel.
+        named = f'<h4 class="on-paper">{escape(name)}</h4>{body}'
+        bodies.append(f'<div role="tabpanel" id="{key}" aria-labelledby="{key}-tab"{hidden}>{named}</div>')
+    head = f'<div class="bar" role="tablist" aria-label="{escape(label)}">{"".join(bar)}</div>'
+    return f'<div class="tabs">{head}{"".join(bodies)}</div>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """A table whose first column names the row. Cells are HTML already: escape what users wrote."""
+    top = "".join(f"<th{'' if i else ' class=left'}>{cell}</th>" for i, cell in enumerate(head))
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{c}</td>" if i else f"<th>{c}</th>" for i, c in enumerate(row)) + "</tr>" for row in rows
+    )
+    # Above the table and not in it: a caption would scroll away with a wide table.
+    above = f'<p class="soft">{caption}</p>' if caption else ""
+    return f'{above}<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write the file whole or not at all."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content.encode() if isinstance(content, str) else content)
+        # Temporary files are made for their owner only; a page is for everybody the folder is for.
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written ({reason})", "a writable place", "choose another path") from error
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """numpy to JSON; nan to null, which plotly leaves out."""
+    if hasattr(value, "tolist"):
+        return _finite(value.tolist())
+    raise TypeError(f"{type(value).__name__} cannot stand in a chart")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@cache
+def asset(name: str) -> str:
+    """A file that lies beside this one: style or script of the pages."""
+    return files("mech.views.drawing").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly(compressed: bool) -> str:
+    # Imported here: it takes a moment, and pages without a chart do not need it.
+    from plotly.offline import get_plotlyjs
+
+    code = get_plotlyjs()
+    if not compressed:
+        return f"<script>{code}</script>\n<script>mechStart()</script>"
+    packed = base64.b64encode(gzip.compress(code.encode(), mtime=0)).decode()
+    return (
+        f'<script type="text/plain" id="plotly">{packed}</script>\n<script>(async () => {{\n'
+        'const bytes = Uint8Array.from(atob(document.getElementById("plotly").textContent), c => c.charCodeAt(0));\n'
+        'const code = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));\n'
+        'const script = document.createElement("script");\nscript.textContent = await new Response(code).text();\n'
+        "document.head.append(script);\nmechStart();\n})()</script>"
+    )
