@@ -27,7 +27,7 @@ from mech.experiments.patching.activation import activation_patching
 from mech.experiments.patching.plan import Plan
 from mech.experiments.patching.sweeps import Wavefront
 from mech.model import HookedMLLM
-from mech.model.partial.cached_run import kept_run
+from mech.model.partial.cached_run import cached_run
 from mech.model.partial.continuation import Continuation
 
 SIZE, METRIC, OVER = 12, LogitDiff(5, 6), ("layer", "head")
@@ -48,7 +48,7 @@ def opened(tokens: int):
 def sweep(model, clean, corrupted, where) -> Callable[[], Any]:
     """The wavefront alone, from kept runs to the metric of every head."""
     plan = Plan.of(model, clean, corrupted, METRIC, "attn.hook_z", OVER, where, None, None, 0)
-    row = Continuation(model, kept_run(model, corrupted, plan.reads), 0, torch.tensor(plan.reads))
+    row = Continuation(model, cached_run(model, corrupted, plan.reads), 0, torch.tensor(plan.reads))
     cache = model.run_with_cache(clean, names_filter=plan.names, logits_to_keep=1)[1]
     wavefront = Wavefront(row, plan.point, dict(cache), [region[0] for region in plan.regions])
     return lambda: wavefront.measure(plan.cells, lambda x: x[:, 0, 5] - x[:, 0, 6], lambda: None)

@@ -80,7 +80,7 @@ def _grouped(mean: Float[Tensor, "batch kv_head pos d_head"], call: AttentionCal
 def _mean_of_visible(call: AttentionCall) -> Float[Tensor, "batch kv_head pos d_head"]:
     start, stop = span(call)
     v = call.v.float()
-    if call.mask is None and call.causal and call.narrow is None:
+    if call.mask is None and call.causal and call.head_mask is None:
         count = torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
         return (v.cumsum(2) / count)[:, :, start:stop]
     means = []
@@ -101,7 +101,7 @@ def _mean_of_all(call: AttentionCall, prompt_end: Int[Tensor, " batch"]) -> Floa
     """Every row of the prompt sees the whole prompt; a row behind it sees what has been written by then."""
     start, stop = span(call)
     # The last row sees every key that is not padding.
-    real = replace(call, narrow=None).visible([call.q.shape[2] - 1])[..., 0, :, None].float()
+    real = replace(call, head_mask=None).visible([call.q.shape[2] - 1])[..., 0, :, None].float()
     mean = (call.v.float() * real).cumsum(2) / real.cumsum(2).clamp(min=1)
     rows = torch.arange(start, stop, device=mean.device)
     if call.cross:  # all of a memory is there from the first row on

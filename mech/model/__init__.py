@@ -3,7 +3,7 @@
 Knows architectures, activations and attention. Knows nothing of samples' evidence, experiments or results.
 """
 
-from mech.model.attention import AttentionCall, Carry
+from mech.model.attention import AttentionCall, KeySums
 from mech.model.hooked import HookedMLLM
 
-__all__ = ["AttentionCall", "Carry", "HookedMLLM"]
+__all__ = ["AttentionCall", "HookedMLLM", "KeySums"]

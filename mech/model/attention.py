@@ -11,14 +11,14 @@ Three ways through it:
   can compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
 * the layer's scores or pattern are hooked: the arithmetic is done step by step, for that layer only.
 
-A layer whose heads may look at less than its mask allows (``Narrowing``) computes z in a way of its own in place of
+A layer whose heads may look at less than its mask allows (``HeadMask``) computes z in a way of its own in place of
 SDPA; for who observes or hooks it, every head then has a mask of its own.
 
 Where SDPA cannot compute a layer (a softcap, sinks) the first two do without it: ``_eager``.
 
 Which wrapped model a layer belongs to is found through a weak mapping from the layer's attention module to its
 ``LayerRecord``. The record is active only while that model's own forward runs. It knows nothing of module paths
-(``families.py``) nor of the points outside attention (``seams.py``).
+(``families.py``) nor of the points outside attention (``sites.py``).
 """
 
 import sys
@@ -61,8 +61,8 @@ class AttentionCall:
         cross: whether the keys are a memory outside the sequence (the tiles of an image) and not its positions.
         softcap: bound c of the scores, ``c tanh(scores / c)`` before the mask (Gemma2); None for none.
         sinks: logits of each head's attention sink, which takes its share of the softmax and no value; None for none.
-        narrow: which of the keys that the mask lets through each head sees; None for all.
-        carried: for a ``Carry``, the attention-weighted sums of its columns, ``[batch pos head column]``.
+        head_mask: which of the keys that the mask lets through each head sees; None for all.
+        carried: for a ``KeySums``, the attention-weighted sums of its columns, ``[batch pos head column]``.
     """
 
     stack: str
@@ -78,7 +78,7 @@ class AttentionCall:
     cross: bool = False
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
-    narrow: "Narrowing | None" = None
+    head_mask: "HeadMask | None" = None
     carried: Float[Tensor, "batch pos head column"] | None = None
 
     @property
@@ -94,7 +94,7 @@ class AttentionCall:
         index = torch.as_tensor(rows, device=self.q.device, dtype=torch.long)
         index = torch.where(index < 0, index + self.q.shape[2], index)
         seen = self._visible_to_all(index)
-        return seen if self.narrow is None else seen & self.narrow.seen(self, index)
+        return seen if self.head_mask is None else seen & self.head_mask.seen(self, index)
 
     def _visible_to_all(self, index: Tensor) -> Bool[Tensor, "batch 1 rows key_pos"]:
         batch, keys = len(self.q), self.k.shape[2]
@@ -130,7 +130,7 @@ class AttentionCall:
         return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
 
 
-class Narrowing(Protocol):
+class HeadMask(Protocol):
     """What narrows the heads of a layer (``mech.sparse``)."""
 
     def seen(self, call: AttentionCall, rows: Tensor) -> Bool[Tensor, "batch head rows key_pos"]:
@@ -146,10 +146,10 @@ Observer = Callable[[AttentionCall], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Carry:
+class KeySums:
     """An observer for which attention carries numbers of its own from every key: ``call.carried``.
 
-        model.attending(Carry(columns, fn))
+        model.attending(KeySums(columns, fn))
 
     The columns are appended to the values, so one fused call gives z and them: with the indicator vectors of token
     sets as columns, the attention that *every* query pays to each set. They come in the model's own precision, and z
@@ -174,7 +174,7 @@ class LayerRecord:
     observers: list[Observer] = field(default_factory=list)
     active: bool = False
     resume: Callable[[AttentionCall], Tensor] | None = None  # computes z while variants are run on (``resume.py``)
-    narrow: Narrowing | None = None
+    head_mask: HeadMask | None = None
     step: Step | None = None  # of the text stack
     cross: bool = False
     windows: Tensor | None = None  # boundaries of the attention windows that are computed in one call
@@ -184,12 +184,12 @@ class LayerRecord:
         """What a layer has that nobody listens to, where the arithmetic is done here all the same."""
         return cls("", 0, lambda: None, {point: HookPoint() for point in INSIDE_ATTENTION})
 
-    def heard(self) -> bool:
+    def has_listeners(self) -> bool:
         """Whether somebody listens inside."""
         return bool(self.observers) or hooked(self.points.values())
 
     def wanted(self) -> bool:
-        return self.resume is not None or self.narrow is not None or self.heard()
+        return self.resume is not None or self.head_mask is not None or self.has_listeners()
 
 
 _records: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
@@ -254,21 +254,21 @@ def attention(
         cross=record.cross,
         softcap=softcap,
         sinks=sinks,
-        narrow=record.narrow,
+        head_mask=record.head_mask,
     )
     if record.resume is not None:
-        if record.narrow is not None:
+        if record.head_mask is not None:
             raise UnsupportedModel(
                 "a sweep that runs on from kept activations of localized heads", "heads that see all their layer does",
                 "close() what mech.localize returned, or take method='literal'",
             )  # fmt: skip
         return record.resume(call), None
     # The keys of cross attention are no positions of the sequence, so nothing is carried from them.
-    carries = [observer for observer in record.observers if isinstance(observer, Carry) and not record.cross]
+    carries = [observer for observer in record.observers if isinstance(observer, KeySums) and not record.cross]
     run = _widened(call, carries) if carries else call
     if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
         z = stepwise(run, record, dropout)
-    elif record.narrow is not None and (narrowed := record.narrow.attend(run, dropout)) is not None:
+    elif record.head_mask is not None and (narrowed := record.head_mask.attend(run, dropout)) is not None:
         z = narrowed
     elif not call.fused:
         z = _eager(module, run, record, options)
@@ -280,7 +280,7 @@ def attention(
         z, *sums = z.split([value.shape[-1], *(c.columns.shape[-1] for c in carries), _padding(carries)], dim=-1)
         z, carried = z.contiguous(), dict(zip(carries, sums, strict=False))
     for observe in record.observers:
-        mine = carried.get(observe) if isinstance(observe, Carry) else None
+        mine = carried.get(observe) if isinstance(observe, KeySums) else None
         replaced = observe(replace(call, z=z, carried=mine))
         if replaced is not None:
             name = f"attending, {record.stack} layer {record.layer}"
@@ -288,7 +288,7 @@ def attention(
     return z, None
 
 
-def _widened(call: AttentionCall, carries: Sequence[Carry]) -> AttentionCall:
+def _widened(call: AttentionCall, carries: Sequence[KeySums]) -> AttentionCall:
     """The call with the columns behind the values; zeros behind queries and keys leave their products as they are."""
     batch, kv_heads, keys, _ = call.v.shape
     columns = torch.cat([carry.columns for carry in carries], dim=-1)
@@ -308,7 +308,7 @@ def _widened(call: AttentionCall, carries: Sequence[Carry]) -> AttentionCall:
     )
 
 
-def _padding(carries: Sequence[Carry]) -> int:
+def _padding(carries: Sequence[KeySums]) -> int:
     # The fused GPU kernels take head sizes that are multiples of eight.
     return -sum(carry.columns.shape[-1] for carry in carries) % 8
 

@@ -1,13 +1,13 @@
 """Where each activation point meets the Hugging Face model.
 
-A ``Seam`` says: this point is the input (or the output) of this module, seen in this shape. Seams are data; a torch
+A ``HookSite`` says: this point is the input (or the output) of this module, seen in this shape. Seams are data; a torch
 hook exists only while the wrapped model runs and only for points that somebody hooked, so an idle model carries none
 and nothing can be left behind by an exception.
 
 Hooks are registered with ``prepend=True``: at their first forward, transformers' models install hooks of their own
 that capture outputs, and LLaVA's projector reads what those captured. A hook behind them changes nothing.
 
-``hook_rot_q``, ``hook_rot_k``, ``hook_attn_scores`` and ``hook_pattern`` have no seam: they live inside the attention
+``hook_rot_q``, ``hook_rot_k``, ``hook_attn_scores`` and ``hook_pattern`` have no site: they live inside the attention
 function (``attention.py``).
 """
 
@@ -55,7 +55,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Seam:
+class HookSite:
     """One point at one module.
 
     Attributes:
@@ -142,14 +142,14 @@ class _Features:
     the instance, until ``remove()``.
     """
 
-    def __init__(self, seam: Seam, point: HookPoint):
-        self.owner: Any = seam.module
+    def __init__(self, site: HookSite, point: HookPoint):
+        self.owner: Any = site.module
         stock = self.owner.get_image_features
 
         def features(*args: Any, **kwargs: Any) -> Any:
             output = stock(*args, **kwargs)
             parts = output.pooler_output
-            written = seam.run(point, torch.cat(list(parts)))
+            written = site.run(point, torch.cat(list(parts)))
             output.pooler_output = list(written.split([len(part) for part in parts]))
             return output
 
@@ -159,35 +159,35 @@ class _Features:
         del self.owner.get_image_features
 
 
-def _on_input(seam: Seam, point: HookPoint, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _on_input(site: HookSite, point: HookPoint, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if args:
-        return (seam.run(point, args[0]), *args[1:]), kwargs
+        return (site.run(point, args[0]), *args[1:]), kwargs
     # The stream comes first, whatever it is called: Llama4's tower says hidden_state.
-    name = seam.argument if seam.argument in kwargs else next(iter(kwargs))
-    return args, {**kwargs, name: seam.run(point, kwargs[name])}
+    name = site.argument if site.argument in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: site.run(point, kwargs[name])}
 
 
-def _on_stream(seam: Seam, point: HookPoint, module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _on_stream(site: HookSite, point: HookPoint, module: nn.Module, args: tuple, kwargs: dict) -> None:
     # The layer adds this very tensor back after the MLP. Writing into it is the one way that reaches both branches
     # without rounding; the hooks get a copy, so that what they keep is not what is overwritten.
-    stream = args[0] if args else kwargs[seam.argument]
-    stream.copy_(seam.run(point, stream.clone()))
+    stream = args[0] if args else kwargs[site.argument]
+    stream.copy_(site.run(point, stream.clone()))
 
 
-def _on_output(seam: Seam, point: HookPoint, module: nn.Module, args: tuple, output: Any) -> Any:
+def _on_output(site: HookSite, point: HookPoint, module: nn.Module, args: tuple, output: Any) -> Any:
     if isinstance(output, Tensor):
-        return seam.run(point, output)
+        return site.run(point, output)
     if isinstance(output, tuple):
         # Llama4's experts flatten the batch; their input still has it.
         rows = output[0].reshape(args[0].shape) if output[0].ndim == 2 and args[0].ndim == 3 else output[0]
-        return (seam.run(point, rows), *output[1:])
-    output.pooler_output = seam.run(point, output.pooler_output)
+        return (site.run(point, rows), *output[1:])
+    output.pooler_output = site.run(point, output.pooler_output)
     return output
 
 
-def _on_heads(seam: Seam, point: HookPoint, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    z = seam.view(args[0])
-    result = torch.einsum("bphd,hdm->bphm", z, head_weights(module, seam.heads))
+def _on_heads(site: HookSite, point: HookPoint, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    z = site.view(args[0])
+    result = torch.einsum("bphd,hdm->bphm", z, head_weights(module, site.heads))
     # A copy: a hook may write in place, and what it wrote must still differ from what was there.
     before = result.detach().clone()
     written = fire(point, result)
@@ -206,7 +206,7 @@ def head_weights(projection: nn.Module, heads: int) -> Tensor:
 
 def stack_seams(
     model: nn.Module, stack: Stack, kind: str, layers: int, d_head: int, step: Step
-) -> tuple[list[Seam | str], dict[str, str]]:
+) -> tuple[list[HookSite | str], dict[str, str]]:
     """What one stack's first ``layers`` layers offer.
 
     Args:
@@ -218,11 +218,11 @@ def stack_seams(
         step: what the text stack is doing.
 
     Returns:
-        The seams in the order in which they fire (a bare name for a point inside the attention function), and the
+        The sites in the order in which they fire (a bare name for a point inside the attention function), and the
         points that do not exist with the reason.
     """
     blocks = layers_of(model, stack)
-    found: list[Seam | str] = []
+    found: list[HookSite | str] = []
     refused: dict[str, str] = {}
     for index, block in enumerate(blocks[:layers]):
         behind = block
@@ -238,12 +238,12 @@ def stack_seams(
             elif at is None:
                 found.append(name)
             else:
-                found.append(Seam(name, at[1], at[0], **at[2]))
+                found.append(HookSite(name, at[1], at[0], **at[2]))
     return found, refused
 
 
 def _layer_seams(block: nn.Module, stack: Stack, d_head: int, step: Step) -> dict[str, Any]:
-    """Point -> (side, module, options of the seam), None inside the attention function, or why there is none."""
+    """Point -> (side, module, options of the site), None inside the attention function, or why there is none."""
     attn = attention_of(block, stack)
     offered: dict[str, Any] = {"hook_resid_pre": ("in", block, {})}
 
@@ -311,9 +311,9 @@ def attention_of(block: nn.Module, stack: Stack) -> nn.Module | None:
 
 def offered(
     model: nn.Module, family: Family, cfg: ModelConfig, step: Step
-) -> tuple[list[Seam | str], dict[str, str], int]:
+) -> tuple[list[HookSite | str], dict[str, str], int]:
     """What a model offers in the order of firing, what is refused and why, and how many vision layers are live."""
-    found: list[Seam | str] = []
+    found: list[HookSite | str] = []
     refused: dict[str, str] = {}
     live = 0
     if family.vision is not None:
@@ -326,7 +326,7 @@ def offered(
     return [*found, *between, *text, *behind], refused | none, live
 
 
-def measured(cfg: ModelConfig, layers: list[tuple[nn.Module, Any]], seams: list[Seam]) -> ModelConfig:
+def measured(cfg: ModelConfig, layers: list[tuple[nn.Module, Any]], sites: list[HookSite]) -> ModelConfig:
     """The sizes, with those that only the modules know; ``layers`` are the attention modules with their records."""
     text = {record.layer: (module, record) for module, record in layers if record.stack == "text"}
     groups = cfg.n_heads // cfg.n_kv_heads
@@ -335,9 +335,9 @@ def measured(cfg: ModelConfig, layers: list[tuple[nn.Module, Any]], seams: list[
         layer: cfg.n_heads // getattr(module, "num_key_value_groups", groups) for layer, (module, _) in text.items()
     }
     d_mlp: dict[bool, int] = {}
-    for seam in seams:
-        if seam.point.endswith("mlp.hook_post"):
-            d_mlp.setdefault(seam.point.startswith("vision."), getattr(seam.module, "in_features", 0))
+    for site in sites:
+        if site.point.endswith("mlp.hook_post"):
+            d_mlp.setdefault(site.point.startswith("vision."), getattr(site.module, "in_features", 0))
     every = range(cfg.n_layers)
     return replace(
         cfg,
@@ -350,18 +350,18 @@ def measured(cfg: ModelConfig, layers: list[tuple[nn.Module, Any]], seams: list[
     )
 
 
-def joining_seams(model: nn.Module, family: Family) -> tuple[list[Seam], list[Seam]]:
-    """The seams between the stacks, and those behind them."""
+def joining_seams(model: nn.Module, family: Family) -> tuple[list[HookSite], list[HookSite]]:
+    """The sites between the stacks, and those behind them."""
     root, embed = family.text.root, family.text.embed
     between = [
-        Seam("hook_embed", module_at(model, f"{root}.{embed}"), "out")
+        HookSite("hook_embed", module_at(model, f"{root}.{embed}"), "out")
         if embed
-        else Seam("hook_embed", module_at(model, root), "in", argument="inputs_embeds")
+        else HookSite("hook_embed", module_at(model, root), "in", argument="inputs_embeds")
     ]
     if family.projector:
         side = "features" if family.apart else "out"
-        between.insert(0, Seam("projector.hook_out", module_at(model, family.projector), side, flat=True))
-    return between, [Seam("ln_final.hook_normalized", module_at(model, family.final_norm), "out")]
+        between.insert(0, HookSite("projector.hook_out", module_at(model, family.projector), side, flat=True))
+    return between, [HookSite("ln_final.hook_normalized", module_at(model, family.final_norm), "out")]
 
 
 def merge_windows(keyword: str, store: Callable[[Tensor], None]) -> Callable:

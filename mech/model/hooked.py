@@ -61,18 +61,18 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             processor.check_belongs(hf_model.config)
         self._processor = processor
         self._running = False
-        self.narrowed: Any = None  # what ``mech.localize`` made of it, while that is open
+        self.localized: Any = None  # what ``mech.localize`` made of it, while that is open
         self._step = hook_sites.Step()
         offered, self._refused, live = hook_sites.offered(hf_model, self.family, self.cfg, self._step)
         # Kept in plain dicts, not as submodules: the Hugging Face modules must not be renamed or listed twice.
-        self.hook_dict = {seam if isinstance(seam, str) else seam.point: HookPoint() for seam in offered}
+        self.hook_dict = {site if isinstance(site, str) else site.point: HookPoint() for site in offered}
         for point, hook_point in self.hook_dict.items():
             hook_point.name = point
         self.mod_dict = dict(self.hook_dict)
-        self._seams = [seam for seam in offered if not isinstance(seam, str)]
+        self._sites = [site for site in offered if not isinstance(site, str)]
         self._observers: dict[str, list[attention.Observer]] = {"text": [], "vision": []}
         self._layers = [*self._attention_layers("vision", live), *self._attention_layers("text", self.cfg.n_layers)]
-        self.cfg = hook_sites.measured(self.cfg, self._layers, self._seams)
+        self.cfg = hook_sites.measured(self.cfg, self._layers, self._sites)
         self._stock_attention = _attention_names(hf_model)
         for module, record in self._layers:
             attention.register(module, record)
@@ -121,7 +121,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             attention.forget(module)
         if self._layers:
             self.hf_model.set_attn_implementation(self._stock_attention)
-        self._layers, self._seams = [], []
+        self._layers, self._sites = [], []
         return self.hf_model
 
     def __repr__(self) -> str:
@@ -138,7 +138,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         given = self._tensors(inputs, tensors)
         if "past_key_values" not in given:
             given.setdefault("use_cache", False)
-        with self._narrowing(inputs, given), self._attached():
+        with self._localized_run(inputs, given), self._attached():
             return self.hf_model(**given).logits
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             raise UnsupportedModel(f"{self.name} cannot generate", "a model with a generation config")
         asked = {key: given.pop(key) for key in list(given) if hasattr(stock, key)}
         config = generation_config(stock, {"max_new_tokens": max_new_tokens, **asked}, self._pad_token_id())
-        with self._narrowing(inputs, given, config), self._attached():
+        with self._localized_run(inputs, given, config), self._attached():
             run: Any = self.hf_model.generate
             ids = run(**given, generation_config=config)
         return ids[:, given["input_ids"].shape[1] :]
@@ -341,8 +341,8 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         """What the attention function knows of the text layers that have heads."""
         return [record for _, record in self._layers if record.stack == "text"]
 
-    def _narrowing(self, *run: Any) -> AbstractContextManager:
-        return nullcontext() if self.narrowed is None else self.narrowed.running(*run)
+    def _localized_run(self, *run: Any) -> AbstractContextManager:
+        return nullcontext() if self.localized is None else self.localized.running(*run)
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
@@ -357,10 +357,10 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             root = module_at(self.hf_model, self.family.text.root)
             handles.append(root.register_forward_pre_hook(self._step.begin, prepend=True, with_kwargs=True))
             # Each is put before the hooks that are there, so the last to be attached fires first.
-            for seam in reversed(self._seams):
-                point = self.hook_dict[seam.point]
+            for site in reversed(self._sites):
+                point = self.hook_dict[site.point]
                 if point.fwd_hooks or point.bwd_hooks:
-                    handles.append(seam.attach(point))
+                    handles.append(site.attach(point))
             for module, record in self._layers:
                 record.active = record.wanted()
                 keyword = getattr(self.family, record.stack).windows

@@ -23,7 +23,7 @@ from mech.errors import UnsupportedModel
 from mech.model import AttentionCall
 from mech.sparse.kernels import Keys, Plan, dense_heads, fused, near_heads, take
 from mech.sparse.masks import Near
-from mech.sparse.stores import Grown, Ring, Store
+from mech.sparse.stores import FullStore, RingStore, Store
 
 
 class WholeLayer(CacheLayerMixin):
@@ -35,7 +35,7 @@ class WholeLayer(CacheLayerMixin):
     def __init__(self, sliding: bool = False):
         super().__init__()
         self.is_sliding, self.seen = sliding, 0
-        self.whole = Grown()
+        self.whole = FullStore()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -94,8 +94,8 @@ class SplitLayer(WholeLayer):
         super().__init__(sliding_window is not None)
         self._cache, self._plan, self._own = cache, plan, sliding_window
         self.split = False
-        self.dense: Store = Grown()
-        self.local: Ring | None = None
+        self.dense: Store = FullStore()
+        self.local: RingStore | None = None
         self.given: Tensor | None = None  # the keys of this step, as they were handed back
         self.linear: dict[str, tuple[Tensor, Tensor, int]] = {}  # of a step of several tokens: everything in order
 
@@ -124,7 +124,7 @@ class SplitLayer(WholeLayer):
         if self.seen >= int(near.prompt.max()):
             self._start(near, key_states.device)
             self._take(k, v, False)
-            self.whole = Grown()
+            self.whole = FullStore()
         return k, v
 
     def attend(self, call: AttentionCall, dropout: float = 0.0) -> Float[Tensor, "batch pos head d_head"] | None:
@@ -180,7 +180,7 @@ class SplitLayer(WholeLayer):
         """All heads of groups that are kept whole, as local ones."""
         mine, policy = take(call, plan.whole_heads), near.policy
         plain = call.mask is None and not policy.keep_text
-        if plain and isinstance(self.dense, Grown) and self.seen >= policy.sinks + policy.window:
+        if plain and isinstance(self.dense, FullStore) and self.seen >= policy.sinks + policy.window:
             sinks, window = slice(policy.sinks), slice(-policy.window, None)
             k, v = (torch.cat([x[:, :, sinks], x[:, :, window]], dim=2) for x in (self.dense.k, self.dense.v))
             return fused(mine, mine.q, k, v, None, dropout=dropout)
@@ -190,9 +190,9 @@ class SplitLayer(WholeLayer):
         if self.split:
             return
         self.split, self._plan = True, self._plan.to(device)
-        self.dense = Grown() if self._own is None else Ring(self._own, None)
+        self.dense = FullStore() if self._own is None else RingStore(self._own, None)
         if len(self._plan.local):
-            self.local = Ring(min(near.policy.window, self._own or near.policy.window), near)
+            self.local = RingStore(min(near.policy.window, self._own or near.policy.window), near)
 
     def _take(self, k: Tensor, v: Tensor, read: bool) -> None:
         groups, whole = self._plan.groups, self._plan.whole.numel()

@@ -139,7 +139,7 @@ def by_definition(
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Every head over every key, under a mask of its own, some rows at a time."""
     keys = start_of(call) + torch.arange(call.k.shape[2], device=call.q.device)
-    plain, parts = replace(call, narrow=None), []
+    plain, parts = replace(call, head_mask=None), []
     for rows in torch.arange(call.q.shape[2], device=call.q.device).split(128):
         seen = near.heads(call.query_start + rows, keys, dense) & plain.visible(rows)
         if call.mask is not None and call.mask.dtype != torch.bool:
@@ -175,7 +175,7 @@ def take(call: AttentionCall, heads: Int[Tensor, " head"]) -> AttentionCall:
         q=call.q[:, heads],
         mask=mask if mask is None or mask.shape[1] == 1 else mask[:, heads],
         sinks=None if call.sinks is None else call.sinks[heads],
-        narrow=None,
+        head_mask=None,
     )
 
 
@@ -321,7 +321,7 @@ def fused(
     """The call's heads over some keys, as the layer computes them: its scale, softcap and sinks."""
     batch, n_heads, rows, _ = q.shape
     if not call.fused:
-        own = replace(call, q=q, k=k, v=v, mask=mask, causal=causal, query_start=0, narrow=None)
+        own = replace(call, q=q, k=k, v=v, mask=mask, causal=causal, query_start=0, head_mask=None)
         return stepwise(own, _SILENT, dropout).transpose(1, 2)
     options: dict[str, Any] = {"scale": call.scale, "dropout_p": dropout}
     if rows == 1 and n_heads != k.shape[1] and (mask is None or mask.shape[1] == 1):

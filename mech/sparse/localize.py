@@ -78,7 +78,7 @@ class Localized:
     def __init__(self, model: HookedMLLM, policy: Policy):
         self.model, self.policy = model, policy
         policy.check(model)
-        if model.narrowed is not None:
+        if model.localized is not None:
             raise ExperimentError(f"{model.name} is localized already", "one policy at a time", "close() the other")
         self._config = model.hf_model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=self._config).layers
@@ -98,9 +98,9 @@ class Localized:
                 _notice(f"layer {record.layer} looks at visual tokens outside the sequence: it stays dense")
                 continue
             heads = policy.dense(record.layer, model.cfg.n_heads)
-            record.narrow = LocalLayer(self, heads, Plan.of(heads, model.cfg.kv_heads[record.layer]))
+            record.head_mask = LocalLayer(self, heads, Plan.of(heads, model.cfg.kv_heads[record.layer]))
             self._layers.append(record)
-        model.narrowed = self
+        model.localized = self
 
     def __enter__(self) -> "Localized":
         return self
@@ -110,13 +110,13 @@ class Localized:
 
     def close(self) -> None:
         """Give the model back as it was; closing twice does nothing."""
-        if self.model.narrowed is self:
-            self.model.narrowed = None
+        if self.model.localized is self:
+            self.model.localized = None
             for record in self._layers:
-                record.narrow = None
+                record.head_mask = None
 
     def __repr__(self) -> str:
-        state = "" if self.model.narrowed is self else ", closed"
+        state = "" if self.model.localized is self else ", closed"
         return f"Localized({self.model.name}, {self.policy!r}{state})"
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ class Localized:
 
         With ``split=False``, or while somebody hooks or observes attention, it keeps every key of every head.
         """
-        split &= self.policy.phase != "prefill" and not any(record.heard() for record in self._layers)
-        return SplitCache(self._config, {r.layer: r.narrow.plan for r in self._layers}, split)  # pyright: ignore
+        split &= self.policy.phase != "prefill" and not any(record.has_listeners() for record in self._layers)
+        return SplitCache(self._config, {r.layer: r.head_mask.plan for r in self._layers}, split)  # pyright: ignore
 
     def budgets(self, length: int, text: int = 0) -> Budgets:
         """``Policy.budgets`` for this model's layers."""
@@ -223,7 +223,7 @@ class Localized:
             )
 
     def _open(self) -> "Localized":
-        if self.model.narrowed is not self:
+        if self.model.localized is not self:
             raise ExperimentError(f"{self!r} was closed", "one that is open", "call mech.localize again")
         return self
 

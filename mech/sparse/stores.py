@@ -1,12 +1,12 @@
 """What a cache layer holds of some KV groups: every key, or the pinned ones and a ring of the last ``window``.
 
-    store = Ring(window, near)
+    store = RingStore(window, near)
     store.append(k, v)                   # the keys of the next positions
     k, v, mask = store.now(mask)         # all that the newest position sees
     k, v, start = store.extend(k, v)     # the same for several tokens: what they see, in order, they included
 
-Both take and give the same, so a layer need not know which it has. ``Grown`` has a reserve of a sixteenth, so that a
-token costs no copy of what is held; what is reserved counts as held.
+Both take and give the same, so a layer need not know which it has. ``FullStore`` has a reserve of a sixteenth, so that
+a token costs no copy of what is held; what is reserved counts as held.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from mech.sparse.masks import Near
 
 
-class Grown:
+class FullStore:
     """Keys and values of some KV groups, as long as what was appended, in a larger reserve."""
 
     def __init__(self, reserve: int = 64):
@@ -81,13 +81,13 @@ class Grown:
                 setattr(self, name, held[rows.to(held.device)])
 
 
-class Ring:
+class RingStore:
     """The last ``window`` keys of some KV groups in a ring, and behind it the pinned ones."""
 
     def __init__(self, window: int, near: Near | None):
         self.window, self.near, self.seen = window, near, 0
         reserve = 64 if near is not None and near.policy.keep_text else 0
-        self._held = Grown(reserve)
+        self._held = FullStore(reserve)
         self.pins: Int[Tensor, "batch pin"] | None = None
         self._last_pin, self._padded = -1, False
 
@@ -188,4 +188,4 @@ class Ring:
             self.pins = self.pins[rows.to(self.pins.device)]
 
 
-Store = Grown | Ring
+Store = FullStore | RingStore

@@ -49,19 +49,19 @@ def failures(law, model):
 
 
 def broken(model, point, **changes):
-    """The model with one seam that is not where it should be."""
-    model._seams = [replace(seam, **changes) if seam.point == point else seam for seam in model._seams]
+    """The model with one site that is not where it should be."""
+    model._sites = [replace(site, **changes) if site.point == point else site for site in model._sites]
     return model
 
 
 def test_a_dead_point_is_named(monkeypatch):
-    attach = hook_sites.Seam.attach
+    attach = hook_sites.HookSite.attach
     dead = "blocks.2.hook_attn_out"
     nowhere = torch.nn.Identity()
     monkeypatch.setattr(
-        hook_sites.Seam,
+        hook_sites.HookSite,
         "attach",
-        lambda seam, point: attach(replace(seam, module=nowhere) if seam.point == dead else seam, point),
+        lambda site, point: attach(replace(site, module=nowhere) if site.point == dead else site, point),
     )
     for law in ("names", "liveness"):
         assert [one.where for one in failures(LAWS[law], wrapped())] == [dead]

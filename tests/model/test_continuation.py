@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mech.model import HookedMLLM
-from mech.model.partial.cached_run import NotResumable, kept_run, last_mlp_at
+from mech.model.partial.cached_run import NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
 from mech.reference.tiny import models as tiny
 from mech.reference.tiny import processors as tiny_processors
@@ -38,7 +38,7 @@ def batch(model):
 def row_of(model, example=0, read=-1):
     inputs = batch(model)
     read += inputs.tensors["input_ids"].shape[1]
-    return Continuation(model, kept_run(model, inputs, [read]), example, torch.tensor([read]))
+    return Continuation(model, cached_run(model, inputs, [read]), example, torch.tensor([read]))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_an_unchanged_variant_is_the_kept_run(name):
 def test_what_cannot_be_run_on_says_why(name):
     model = opened(name)
     with pytest.raises(NotResumable, match=REFUSED[name]):
-        kept_run(model, batch(model), [-1 + batch(model).tensors["input_ids"].shape[1]])
+        cached_run(model, batch(model), [-1 + batch(model).tensors["input_ids"].shape[1]])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,7 +81,7 @@ def test_the_last_mlp_runs_for_the_rows_that_are_read_and_their_logits_stay(name
     reads = [length - 3, length - 1]
     close = {"atol": 1e-4 if name in SINGLE else 1e-10, "rtol": 0}
     whole = model(inputs, logits_to_keep=torch.tensor(reads))
-    run = kept_run(model, inputs, reads)
+    run = cached_run(model, inputs, reads)
     torch.testing.assert_close(run.logits, whole, **close)
     known = run.last[0].isfinite().all(-1)
     assert known.nonzero()[:, 0].tolist() == reads
@@ -101,7 +101,7 @@ def test_a_hook_of_torchs_own_on_the_last_mlp_sees_every_row(llava):
     mlp = llava.hf_model.model.language_model.layers[-1].mlp
     handle = mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     try:
-        kept_run(llava, inputs, [3])
+        cached_run(llava, inputs, [3])
     finally:
         handle.remove()
     assert seen == [inputs.tensors["input_ids"].shape[1]]

@@ -57,10 +57,10 @@ def test_unwrap_restores_the_attention_implementation_that_was_chosen(name, stoc
 def test_idle_runs_attach_nothing_and_only_hooked_layers_compute_stepwise(name, monkeypatch):
     model, batch = HookedMLLM.from_hf(tiny.model(name)), tensors(name)
     fused, attached = [], []
-    sdpa, attach = attention.sdpa_attention_forward, hook_sites.Seam.attach
+    sdpa, attach = attention.sdpa_attention_forward, hook_sites.HookSite.attach
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: fused.append(1) or sdpa(*a, **k))
     monkeypatch.setattr(
-        hook_sites.Seam, "attach", lambda seam, point: attached.append(seam.point) or attach(seam, point)
+        hook_sites.HookSite, "attach", lambda site, point: attached.append(site.point) or attach(site, point)
     )
     model(batch)
     idle = len(fused)

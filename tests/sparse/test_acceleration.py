@@ -123,7 +123,7 @@ def test_a_dynamic_model_is_the_model_localized_for_this_input(model, halves):
         with localize(model, policy) as by_hand:
             wanted, text = by_hand(inputs), by_hand.generate_text(inputs, max_new_tokens=2)
         assert torch.equal(fast(inputs), wanted) and fast.generate_text(inputs, max_new_tokens=2) == text
-    assert model.narrowed is None and "3 KV heads" in repr(fast)
+    assert model.localized is None and "3 KV heads" in repr(fast)
     best = chosen(model, np.eye(6, 8), 1, Policy(window=WINDOW)).dense_heads
     assert best == (Head(0, 0), Head(0, 1))
     with pytest.raises(ExperimentError, match="an int from 1 to 24"):

@@ -252,7 +252,7 @@ def test_leaving_restores_the_model_also_after_an_exception(models):
         with model.hooks([("blocks.2.hook_resid_post", stop)]):
             model.generate(inputs, max_new_tokens=3)
     assert torch.equal(model(inputs), plain)
-    assert model.narrowed is None and all(record.narrow is None for record in model.text_attention())
+    assert model.localized is None and all(record.head_mask is None for record in model.text_attention())
     fast = mech.localize(model, policy(model))
     fast.close()
     fast.close()
@@ -284,7 +284,7 @@ def test_experiments_see_the_localized_heads(models):
 def test_a_family_that_shares_keys_is_refused(models):
     with pytest.raises(UnsupportedModel, match="share keys and values"):
         mech.localize(models("gemma4"), window=8)
-    assert models("gemma4").narrowed is None
+    assert models("gemma4").localized is None
 
 
 def test_layers_that_look_outside_say_that_they_stay_dense(models):

@@ -12,7 +12,7 @@ from mech.model.architectures.families import ModelConfig
 from mech.sparse.kernels import Plan, by_definition, merged, split_heads
 from mech.sparse.masks import Near
 from mech.sparse.policy import Policy
-from mech.sparse.stores import Grown, Ring
+from mech.sparse.stores import FullStore, RingStore
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -212,7 +212,7 @@ def test_the_gpu_computes_what_the_cpu_does(dtype, groups):
 def test_a_ring_is_the_end_of_what_was_appended(sizes):
     policy = Policy(sinks=2, window=8)
     k, v = numbers(2, 3, sum(sizes), 4), numbers(2, 3, sum(sizes), 4, seed=1)
-    ring, grown, at = Ring(8, near(policy, 2, first=[0, 3])), Grown(), 0
+    ring, grown, at = RingStore(8, near(policy, 2, first=[0, 3])), FullStore(), 0
     for size in sizes:
         step = k[:, :, at : at + size], v[:, :, at : at + size]
         grown.append(*step)
@@ -235,7 +235,7 @@ def test_a_ring_is_the_end_of_what_was_appended(sizes):
 
 
 def test_a_growing_store_reserves_a_sixteenth():
-    grown = Grown()
+    grown = FullStore()
     grown.append(numbers(1, 1, 3200, 4), numbers(1, 1, 3200, 4))
     assert grown.nbytes == 2 * 4 * 4 * (3200 + 200)
     before = grown.k.data_ptr()

@@ -3,7 +3,7 @@
     mass = attention_mass(model, inputs, {"image": "image", "evidence": sample.evidence})
     mass.sel(layer=3, head=5, set="evidence")            # one number for each query position
 
-The sets' indicator vectors ride behind the values through the model's own fused kernel (``mech.model.Carry``), so no
+The sets' indicator vectors ride behind the values through the model's own fused kernel (``mech.model.KeySums``), so no
 ``S x S`` attention is made and masks, windows and shared key/value heads are the kernel's own. RAM asks the same of the
 question's rows only (``mech.retrieval_attention_mass``); which single key a query looks at is ``mech.attention_from``.
 """
@@ -16,7 +16,7 @@ import xarray as xr
 from mech.errors import ExperimentError
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
-from mech.model import AttentionCall, Carry, HookedMLLM
+from mech.model import AttentionCall, HookedMLLM, KeySums
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def attention_mass(
         mass = call.carried.transpose(1, 2) * weight.to(call.carried)[:, None, :, None]
         seen[call.layer] = (mass if queries == "all" else mass.sum(2)).float().cpu()
 
-    with model.attending(Carry(columns.to(model.device), keep)):
+    with model.attending(KeySums(columns.to(model.device), keep)):
         model(inputs, logits_to_keep=1)
     layers = sorted(seen)
     return xr.DataArray(

@@ -340,15 +340,15 @@ class _Run:
                 return score(base)
             finally:
                 handle.remove()
-        seam = _seam(model, node)
-        other = seam.view(seam.module(model.norm(node.layer)(streams[node.layer] + change)))[:, :, node.index]
+        site = _seam(model, node)
+        other = site.view(site.module(model.norm(node.layer)(streams[node.layer] + change)))[:, :, node.index]
 
         def write(value: Tensor, hook: HookPoint) -> Tensor:
             value = value.clone()
             value[:, :, node.index] = other
             return value
 
-        with model.hooks([(seam.point, write)]):
+        with model.hooks([(site.point, write)]):
             return score(base)
 
 
@@ -383,11 +383,11 @@ class _Written:
 
 def _seam(model: HookedMLLM, node: _Node) -> Any:
     name = point_name(f"attn.hook_{node.kind}", node.layer)
-    return next(seam for seam in model._seams if seam.point == name)
+    return next(site for site in model._sites if site.point == name)
 
 
 def _rows_of(model: HookedMLLM, node: _Node) -> Float[Tensor, "d_head d_model"]:
     """The part of the projection that makes this head's query, key or value."""
-    seam = _seam(model, node)
-    rows = seam._own(seam.module.weight.detach().T.unflatten(-1, (seam.heads, -1)))
+    site = _seam(model, node)
+    rows = site._own(site.module.weight.detach().T.unflatten(-1, (site.heads, -1)))
     return rows[:, node.index].T

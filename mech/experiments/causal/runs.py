@@ -23,7 +23,7 @@ from mech.experiments.metrics import LogitDiff, Reading
 from mech.experiments.patching.plan import pairs_of
 from mech.inputs import Inputs, TokenLayout
 from mech.model import HookedMLLM
-from mech.model.partial.cached_run import kept_run
+from mech.model.partial.cached_run import cached_run
 from mech.model.partial.continuation import Continuation
 
 Pairs = Sequence[tuple[int, int]]
@@ -149,7 +149,7 @@ class Runs:
         for batch, cache in zip(self.batches, others, strict=True):
             reads = sorted({p for reading in batch.readings for p in reading.positions})
             seen = {"mm_encoder_outputs": dict(batch.seen[0])}
-            kept = kept_run(self.model, {**batch.inputs[0].tensors, **seen}, reads)
+            kept = cached_run(self.model, {**batch.inputs[0].tensors, **seen}, reads)
             for row, reading in enumerate(batch.readings):
                 rows = torch.tensor(reading.positions, device=self.model.device)
                 scores = _straight(Continuation(self.model, kept, row, rows), cache, row, reading)

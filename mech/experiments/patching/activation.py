@@ -37,7 +37,7 @@ from mech.experiments.patching.sweeps import Cell, Wavefront, literal
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
-from mech.model.partial.cached_run import KeptRun, NotResumable, Shelf, kept_run, last_mlp_at
+from mech.model.partial.cached_run import BufferPool, CachedRun, NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
 from mech.results import provenance
 
@@ -181,8 +181,8 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
     base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
     at = torch.as_tensor(plan.reads, device=model.device)
     written: dict[str, Tensor] = {}
-    shelf = Shelf(len(plan.names))
-    keep = [(name, lambda value, hook: written.update({hook.name: shelf.put(value)})) for name in plan.names]
+    pool = BufferPool(len(plan.names))
+    keep = [(name, lambda value, hook: written.update({hook.name: pool.put(value)})) for name in plan.names]
     with model.hooks(keep), last_mlp_at(model, plan.reads):
         source_logits = model(source, logits_to_keep=at)
     if silent := [name for name in plan.names if name not in written]:
@@ -201,7 +201,7 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
                 raise NotResumable(f"{plan.point} lies before the text layers")
             if any(len(cell.layers) > 1 for cell in plan.cells):
                 raise NotResumable("several layers are patched at once")
-            kept = kept_run(model, base, plan.reads)
+            kept = cached_run(model, base, plan.reads)
         except NotResumable as error:
             reason = refused(error)
     base_logits = model(base, logits_to_keep=at) if kept is None else kept.logits
@@ -255,5 +255,5 @@ def _screened(
     return [plan.cells[index] for index in sorted(best.tolist())], estimate
 
 
-def _row(model: HookedMLLM, kept: KeptRun, example: int, reading: Reading) -> Continuation:
+def _row(model: HookedMLLM, kept: CachedRun, example: int, reading: Reading) -> Continuation:
     return Continuation(model, kept, example, torch.tensor(reading.positions, device=model.device))

@@ -8,7 +8,7 @@ and does, for a group of cells, a single pass through the layers with one growin
 
 * a cell is *born* at its layer. Where the point lies behind attention (z, attn_out, resid_mid, the MLP) or acts on
   queries only (q, scores, pattern), nothing but the patched rows can change in that layer: only they are run through
-  the stock layer, with the keys of the kept run. Keys and values change every later row, so there the layer is run on
+  the stock layer, with the keys of the cached run. Keys and values change every later row, so there the layer is run on
   all of them. A patch of the stream is written into it;
 * everything behind is run once for all cells that are born already, for the rows that can have changed, against the
   clean keys and values of the earlier ones (``mech.model.partial``); the last layer only for the rows that are read.
@@ -134,7 +134,7 @@ class Wavefront:
         """The metric of every cell. Memory: streams of ``resume.ROWS`` rows, or of one column of cells.
 
         Raises:
-            NotResumable: ``check``, and running on an unchanged variant is not the kept run. Before any cell.
+            NotResumable: ``check``, and running on an unchanged variant is not the cached run. Before any cell.
         """
         found: dict[int, Tensor] = {}
         groups = self._groups(cells)
@@ -240,7 +240,7 @@ class Wavefront:
         ):  # few rows: a layer's weights are read once for old and new variants
             chosen = torch.nn.functional.pad(chosen, (0, 0, len(x), 0))
             edit = _edit(source, chosen, some if some is None else [0] * len(x) + some, name)
-            return row.run(layer, torch.cat((x, entering)), rows, fresh=n, hooks=[(name, edit)])
+            return row.run(layer, torch.cat((x, entering)), rows, n_unchanged=n, hooks=[(name, edit)])
         new = row.stream(layer + 1)[None, rows].repeat(n, 1, 1)
         if len(places):
             keys = "z" if after_attention else "kept" if local else "own"

@@ -228,7 +228,7 @@ def trace_circuit(
             exist, or whatever ``path_patching`` refuses, before any forward; an example whose two runs score alike.
 
     Cost: two forwards for each pair, and those of ``path_patching`` from all heads to each receiver: keys and values
-    of every position are the dear ones. Memory: the kept runs of all pairs (a KV cache and some streams each).
+    of every position are the dear ones. Memory: the cached runs of all pairs (a KV cache and some streams each).
 
     References: Wang et al. 2022, arXiv 2211.00593 (by hand); Conmy et al. 2023, arXiv 2304.14997 (automatic, by
     removing edges from the whole graph; here edges are added, and tested over examples).

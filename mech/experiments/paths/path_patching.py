@@ -41,7 +41,7 @@ from mech.experiments.paths.walk import Walk, literal, norms_of, put
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
-from mech.model.partial.cached_run import NotResumable, Shelf, kept_run, last_mlp_at
+from mech.model.partial.cached_run import BufferPool, NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
 from mech.model.points import point_name
 from mech.results import provenance
@@ -220,15 +220,15 @@ class Pair:
         self._base, self._source = base, {}
         at = torch.as_tensor(plan.reads, device=model.device)
         names = sorted({node.point for node in senders})
-        shelf = Shelf(len(names))
-        keep = [(name, lambda value, hook: self._source.update({hook.name: shelf.put(value)})) for name in names]
+        pool = BufferPool(len(names))
+        keep = [(name, lambda value, hook: self._source.update({hook.name: pool.put(value)})) for name in names]
         with model.hooks(keep), last_mlp_at(model, plan.reads):
             source_logits = model(source, logits_to_keep=at)
         self._walks: dict[tuple[int, frozenset[str]], Walk] = {}
         self._rows, self.algorithm, self.reason, kept = [], "literal", "asked for", None
         if method != "literal":
             try:
-                kept = kept_run(model, base, plan.reads)
+                kept = cached_run(model, base, plan.reads)
                 self._rows = [Continuation(model, kept, i, torch.tensor(reading.positions, device=model.device))
                               for i, reading in enumerate(plan.readings)]  # fmt: skip
                 self._rows[0].faithful()

@@ -8,7 +8,7 @@ is all there is.
 With attention and MLPs frozen what a sender adds to the stream arrives as it left. ``Walk`` then computes it once, and
 adds it to the base run's stream before each receiver (where a layer does scale the stream, it walks through).
 
-``literal`` runs the whole model for each. ``Walk`` runs on from a kept run (``mech.model.partial``). With attention
+``literal`` runs the whole model for each. ``Walk`` runs on from a cached run (``mech.model.partial``). With attention
 frozen nothing moves between positions on the way, so that the path run of all senders is one growing batch of the few
 rows at which sender and receiver meet, and no attention is computed. The first row of that batch is the base run
 itself: it is what frozen parts are read off.

@@ -241,7 +241,7 @@ def scale_agreement(
     middles = [(np.arange(ranking.n_layers) + 0.5) / ranking.n_layers for ranking in (a, b)]
     centres = [float(_profile(r.mean, r.n_layers) @ middle) for r, middle in zip((a, b), middles, strict=True)]
     overlap = float(np.minimum(*shares).sum())
-    deals = [np.minimum(shares[0], _profile(dealt, n_bins)).sum() for dealt in _dealt(b.mean, n_permutations, seed)]
+    deals = [np.minimum(shares[0], _profile(dealt, n_bins)).sum() for dealt in _permuted(b.mean, n_permutations, seed)]
     even = n_bins < 3 or np.ptp(shares, axis=1).min() < 1e-12
     pearson = float("nan") if even else float(np.corrcoef(shares)[0, 1])
     names = [a.model or "a", b.model or "b"] if a.model != b.model else ["a", "b"]
@@ -301,7 +301,7 @@ def seed_agreement(
     found = scale_agreement(a, b, n_permutations=n_permutations, seed=seed)
     one = np.sort(a.mean, axis=1)
     alike = spearman(one, np.sort(b.mean, axis=1))
-    deals = [spearman(one, np.sort(dealt, axis=1)) for dealt in _dealt(b.mean, n_permutations, seed)]
+    deals = [spearman(one, np.sort(dealt, axis=1)) for dealt in _permuted(b.mean, n_permutations, seed)]
     found = found.assign(
         sorted_spearman=alike, sorted_spearman_null=float(np.mean(deals)), sorted_spearman_p=_tail(alike, deals)
     )
@@ -336,7 +336,7 @@ def _profile(scores: np.ndarray, n_bins: int) -> np.ndarray:
     return np.diff(np.interp(np.linspace(0, 1, n_bins + 1), edges, cumulated))
 
 
-def _dealt(scores: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
+def _permuted(scores: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
     """The scores of all heads, dealt to random places ``n`` times."""
     if n < 1:
         raise ExperimentError(f"n_permutations={n}", "a positive number", "use 200")

@@ -115,7 +115,7 @@ def evidence_mass(
 
     def read(call: AttentionCall, pattern: torch.Tensor) -> dict[str, torch.Tensor]:
         if not sizes:
-            visible = replace(call, narrow=None).visible(rows)[:, 0].to(target)
+            visible = replace(call, head_mask=None).visible(rows)[:, 0].to(target)
             share = torch.einsum("brk,bk->br", visible, target[:, 0]) / visible.sum(-1).clamp(min=1)
             sizes.append((share * weight[:, rows]).sum(-1))
         mean = mean_rows(pattern, weight[:, rows])

@@ -17,7 +17,7 @@ Two questions decide whether a row is enough:
 An architecture without a row still opens when its text stack is written like a known one: its text points are there,
 its vision points are not, and a ``PartialSupport`` warning says so.
 
-This file does not know how a point is hooked (``seams.py``) nor how pictures become tensors (``mech.inputs``).
+This file does not know how a point is hooked (``sites.py``) nor how pictures become tensors (``mech.inputs``).
 """
 
 import warnings

@@ -106,7 +106,7 @@ def meaning(model: Any, batches: Batches) -> Iterator[Finding]:
 def _edit_of_z(model: Any, batches: Batches, prefix: str, stack: str, layer: int) -> Iterator[Finding]:
     batch = batches.padded
     name = f"{prefix}attn.hook_z"
-    seam = next(seam for seam in model._seams if seam.point == name)
+    site = next(site for site in model._sites if site.point == name)
     returned, seen = [], []
 
     def observe(call: attention.AttentionCall) -> None:
@@ -121,11 +121,11 @@ def _edit_of_z(model: Any, batches: Batches, prefix: str, stack: str, layer: int
 
     def halve_columns(module: Any, args: tuple) -> tuple:
         z = args[0].clone()
-        z[..., -z.shape[-1] // seam.heads :] *= -0.5
+        z[..., -z.shape[-1] // site.heads :] *= -0.5
         return (z, *args[1:])
 
     with stock_attention(model):
-        handle = seam.module.register_forward_pre_hook(halve_columns)
+        handle = site.module.register_forward_pre_hook(halve_columns)
         try:
             plain = model.hf_model(**placed(model, batch), use_cache=False).logits
         finally:

@@ -1,6 +1,6 @@
 """One forward of a model, kept so that variants of it can be run on from any text layer (``resume.py``).
 
-    run = kept_run(model, inputs, reads=[last])
+    run = cached_run(model, inputs, reads=[last])
     run.layers[3].stream, run.layers[3].call.k       # what entered layer 3, and the keys it made
 
 A layer is kept as it was called: the stream, the other arguments, and what its attention saw. A model whose layers
@@ -51,7 +51,7 @@ class LayerRun:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptRun:
+class CachedRun:
     """One forward of a batch: every text layer, the stream that leaves the last one, and the logits at ``reads``.
 
     ``last`` is known at ``reads`` alone and NaN elsewhere, see ``last_mlp_at``.
@@ -64,11 +64,11 @@ class KeptRun:
     shaped: Callable[[Tensor], Tensor]  # what becomes of the unembedding's output: most often nothing
 
 
-class Shelf:
+class BufferPool:
     """Copies of what passes in a forward and is wanted behind it, ``count`` of one shape in one block of memory.
 
-        shelf = Shelf(layers)
-        z = shelf.put(z)
+        pool = BufferPool(layers)
+        z = pool.put(z)
 
     A tensor that is kept where it was made lies between those that a layer frees. On a CPU memory is then given back
     to the system and taken anew in every layer: four times the page faults of a copy in a block. Elsewhere each copy is
@@ -90,7 +90,7 @@ class Shelf:
 
 
 @torch.no_grad()
-def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
+def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRun:
     """Run ``inputs`` once and keep what continuing needs: per layer the stream, queries, keys, values and z.
 
     Raises:
@@ -107,7 +107,7 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
     added: dict[int, Tensor | None] = {}
     streams: list[Tensor] = []
     left: list[tuple[Tensor, int]] = []
-    shelf = Shelf(len(layers) + 1)
+    pool = BufferPool(len(layers) + 1)
 
     def keep(stream: Tensor) -> Tensor:
         index = len(streams) - 1
@@ -117,7 +117,7 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
         elif left and left[0][1] != stream._version:
             raise NotResumable(f"the stream behind layer {index} is written in place")
         left.clear()
-        streams.append(shelf.put(stream))
+        streams.append(pool.put(stream))
         return streams[-1]
 
     def enter(index: int) -> Callable:
@@ -133,7 +133,7 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
 
     def look(call: AttentionCall) -> None:
         # Queries are made anew while running on; only their shape is asked for.
-        kept = {name: shelf.put(getattr(call, name)) for name in "kvz"}
+        kept = {name: pool.put(getattr(call, name)) for name in "kvz"}
         calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape), **kept))
 
     handles = [norm.register_forward_pre_hook(lambda module, args: (keep(args[0]), None)[1])]
@@ -155,7 +155,7 @@ def kept_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> KeptRun:
         kept.append(LayerRun(args, kwargs, stream, calls[index][0], added.get(index)))
     unembed: Any = module_at(model.hf_model, model.family.unembed)
     shaped = _shape_of(model, unembed(norm(final[:, list(reads)])), logits)
-    return KeptRun(tuple(kept), final, tuple(reads), logits, shaped)
+    return CachedRun(tuple(kept), final, tuple(reads), logits, shaped)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Run on from the middle: one run of the model is kept, and variants of it are continued from any text layer.
 
-    run = kept_run(model, inputs, reads=[last])              # one forward
+    run = cached_run(model, inputs, reads=[last])              # one forward
     row = Continuation(model, run, example=0)
     first, stop = row.span(changed=40)                       # the rows that a change at position 40 can reach
     x = row.stream(3)[first:stop].expand(n, -1, -1).clone()  # n variants of the stream that enters layer 3
@@ -9,14 +9,14 @@
         x = row.run(layer, x, rows=torch.arange(first, stop))
     logits = row.logits(x[:, -1:])
 
-Every layer is the stock Hugging Face module, called with the arguments it had in the kept run, cut to the rows that
+Every layer is the stock Hugging Face module, called with the arguments it had in the cached run, cut to the rows that
 are run; so norms, M-RoPE, post-norms and experts are the model's own. Only attention is told where its keys are: the
-keys and values before the first row are those of the kept run, held once for all variants, the others are each
+keys and values before the first row are those of the cached run, held once for all variants, the others are each
 variant's own. Masks are the rows of the layer's own mask.
 
 What it does not do: layers whose outputs depend on earlier rows otherwise than through their own self-attention
 (linear attention, keys shared between layers, cross-attention) are refused with ``NotResumable``, as is everything
-that could not be cut to rows. ``Continuation.faithful`` compares an unchanged variant with the kept run.
+that could not be cut to rows. ``Continuation.faithful`` compares an unchanged variant with the cached run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mech.model.architectures.families import layers_of, module_at
 from mech.model.attention import AttentionCall, softmax, stepwise
 from mech.model.hooked import HookedMLLM
-from mech.model.partial.cached_run import REPLACED, KeptRun, NotResumable, tolerance
+from mech.model.partial.cached_run import REPLACED, CachedRun, NotResumable, tolerance
 from mech.model.points import hooked
 
 ROWS = 16384  # rows of the stream that are held at once; a single variant may have more
@@ -45,13 +45,13 @@ Attend = Callable[[AttentionCall], Tensor]
 
 @dataclass(eq=False)
 class Continuation:
-    """One example of a kept run, ready to be run on from any layer.
+    """One example of a cached run, ready to be run on from any layer.
 
     ``row_layers`` counts the rows that have passed a layer since the beginning: what the continuing cost.
     """
 
     model: HookedMLLM
-    kept: KeptRun
+    kept: CachedRun
     example: int
     reads: Int[Tensor, " read"]
     row_layers: int = 0
@@ -121,7 +121,7 @@ class Continuation:
         rows: Int[Tensor, " row"],
         *,
         keys: str = "own",
-        fresh: int = 0,
+        n_unchanged: int = 0,
         hooks: Sequence[tuple[str, Callable]] = (),
     ) -> Float[Tensor, "variant row d_model"]:
         """One stock layer, and what the model adds behind it, for some rows of many variants.
@@ -130,15 +130,15 @@ class Continuation:
             layer: which.
             x: the stream of the variants at ``rows``.
             rows: their positions; one stretch without gaps for ``keys="own"``.
-            keys: ``"own"``: keys and values of ``rows`` are the variants' own, earlier ones those of the kept run;
-                ``"kept"``: all are those of the kept run; ``"z"``: attention is not computed, heads put out what they
-                did in the kept run.
-            fresh: how many variants at the end are still the kept run, so that their heads put out what they did.
+            keys: ``"own"``: keys and values of ``rows`` are the variants' own, earlier ones those of the cached run;
+                ``"kept"``: all are those of the cached run; ``"z"``: attention is not computed, heads put out what they
+                did in the cached run.
+            n_unchanged: how many variants at the end are still the cached run, so that their heads put out what they did.
             hooks: (point, hook) pairs of this layer; the hooks see variants in place of a batch.
         """
         attend = {"own": self._own, "kept": self._onto_kept, "z": self._z}[keys](layer, rows, int(rows[0]))
-        if fresh:
-            attend = self._but(fresh, attend, self._z(layer, rows, 0))
+        if n_unchanged:
+            attend = self._split_unchanged(n_unchanged, attend, self._z(layer, rows, 0))
         step = len(x) if hooks else self.at_once(rows)
         with self._given(layer, attend, hooks):
             out = [self._layer(layer, part, rows) for part in x.split(max(1, step))]
@@ -215,7 +215,7 @@ class Continuation:
         kept = self.kept.logits[self.example, places.to(again.device)]
         gap = float((again - kept).abs().max())
         if not gap <= tolerance(kept):
-            raise NotResumable(f"running on from the kept run differs from it by {gap:.2g} in the logits")
+            raise NotResumable(f"running on from the cached run differs from it by {gap:.2g} in the logits")
 
     def at_once(self, rows: Int[Tensor, " row"]) -> int:
         """How many variants go through a layer in one call."""
@@ -232,7 +232,7 @@ class Continuation:
         return slice(self.example, self.example + 1) if value.shape[dim] > 1 else slice(None)
 
     def _kwargs(self, kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-        """The keyword arguments of the kept run, for one example and some rows."""
+        """The keyword arguments of the cached run, for one example and some rows."""
         cut = {name: None if name in REPLACED else value for name, value in kwargs.items()}
         turns = cut.get("position_embeddings")
         if isinstance(turns, Tensor):
@@ -274,12 +274,12 @@ class Continuation:
         return lambda call: z.expand(len(call.q), -1, -1, -1)
 
     @staticmethod
-    def _but(fresh: int, attend: Attend, unchanged: Attend) -> Attend:
-        """``attend`` for all variants but the last ``fresh``, which have nothing to compute."""
+    def _split_unchanged(n_unchanged: int, attend: Attend, unchanged: Attend) -> Attend:
+        """``attend`` for all variants but the last ``n_unchanged``, which have nothing to compute."""
 
         def both(call: AttentionCall) -> Tensor:
             old, new = (replace(call, q=call.q[at], k=call.k[at], v=call.v[at])
-                        for at in (slice(None, -fresh), slice(-fresh, None)))  # fmt: skip
+                        for at in (slice(None, -n_unchanged), slice(-n_unchanged, None)))  # fmt: skip
             return torch.cat((attend(old), unchanged(new)))
 
         return both
@@ -298,7 +298,7 @@ class Continuation:
         return attend
 
     def _own(self, layer: int, rows: Tensor, first: int, known: tuple[Tensor, Tensor] | None = None) -> Attend:
-        """Keys before ``first`` from the kept run, then the variants' own: those of the call, or ``known`` ones."""
+        """Keys before ``first`` from the cached run, then the variants' own: those of the call, or ``known`` ones."""
         kept, (module, record) = self._call(layer), self._attention[layer]
 
         def attend(call: AttentionCall) -> Tensor:

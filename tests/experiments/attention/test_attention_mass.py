@@ -6,7 +6,7 @@ import torch
 
 from mech.errors import ExperimentError, InputError
 from mech.experiments.attention.mass import attention_mass
-from mech.model import Carry, HookedMLLM
+from mech.model import HookedMLLM, KeySums
 from mech.reference.tiny import models as tiny
 from mech.reference.tiny import processors as tiny_processors
 
@@ -68,7 +68,7 @@ def test_what_is_carried_beside_hooked_patterns_and_other_observers(opened):
     def keep(name):
         return lambda call: seen.update({(name, call.layer): call.carried})
 
-    carry = Carry(first, keep("first")), Carry(second, keep("second"))
+    carry = KeySums(first, keep("first")), KeySums(second, keep("second"))
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
     with torch.no_grad(), model.attending(carry[0]), model.attending(carry[1]), model.attending(keep("plain")):
         logits, cache = model.run_with_cache(inputs, names_filter=names)
@@ -89,7 +89,7 @@ def test_carrying_moves_the_logits_by_rounding_alone(opened):
     real = inputs.tensors["attention_mask"].bool()
     with torch.no_grad():
         before = model(inputs)
-        with model.attending(Carry(torch.ones(*inputs.shape, 3), lambda call: None)):
+        with model.attending(KeySums(torch.ones(*inputs.shape, 3), lambda call: None)):
             after = model(inputs)
     torch.testing.assert_close(after[real], before[real], atol=1e-5 * float(before.abs().max()), rtol=0)
 
@@ -101,6 +101,6 @@ def test_sets_that_cannot_be_are_refused(opened):
             attention_mass(model, inputs, sets)
     with (
         pytest.raises(InputError, match="for every key"),
-        model.attending(Carry(torch.ones(1, 3, 1), lambda call: None)),
+        model.attending(KeySums(torch.ones(1, 3, 1), lambda call: None)),
     ):
         model(inputs)
