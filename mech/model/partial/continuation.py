@@ -133,7 +133,7 @@ class Continuation:
             keys: ``"own"``: keys and values of ``rows`` are the variants' own, earlier ones those of the cached run;
                 ``"kept"``: all are those of the cached run; ``"z"``: attention is not computed, heads put out what they
                 did in the cached run.
-            n_unchanged: how many variants at the end are still the cached run, so that their heads put out what they did.
+            n_unchanged: how many variants at the end are still the cached run, whose heads put out what they did.
             hooks: (point, hook) pairs of this layer; the hooks see variants in place of a batch.
         """
         attend = {"own": self._own, "kept": self._onto_kept, "z": self._z}[keys](layer, rows, int(rows[0]))
