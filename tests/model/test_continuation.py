@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mech.model import HookedMLLM
+from mech.model.partial import continuation
 from mech.model.partial.cached_run import NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
 from mech.reference.tiny import models as tiny
