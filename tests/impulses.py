@@ -12,7 +12,7 @@ from PIL import Image
 
 from mech.data.regions import Box
 from mech.inputs import Inputs, TokenLayout
-from mech.reference.tiny import models as tiny
+from mech.reference import tiny
 
 _OUT = ("out_proj", "attention.projection_layer", "attn.proj", "o_proj", "o_proj.linear")
 

@@ -5,8 +5,7 @@ import torch
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.sweeps import KEYS
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 METRIC = LogitDiff(300, 301)
 QUESTIONS = ("What is shown here?", "Which digit is in the red frame?")

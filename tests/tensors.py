@@ -8,8 +8,8 @@ import functools
 
 import torch
 
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny.tokenizer import SPECIAL, VOCAB
+from mech.reference import tiny
+from mech.reference.tiny_tokenizer import SPECIAL, VOCAB
 
 SIDE = tiny.SIDE
 QWEN_GRIDS = ((4, 4), (6, 4), (8, 8))  # patches (rows, columns) of the first, second, third image of a row

@@ -93,7 +93,7 @@ def main(folder: str) -> None:
     import transformers
 
     from mech.inputs import build
-    from mech.reference.tiny import processors as tiny_processors
+    from mech.reference import tiny_processors
 
     def same_settings(kind: type, name: str, **options):
         stored = tiny_processors.image_processor(name).to_dict()

@@ -11,7 +11,7 @@ from mech.data.pictures import picture, pictures
 from mech.data.regions import Box, Frames, Mask
 from mech.errors import InputError, MechError, RegionError
 from mech.inputs import build, encode
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny_processors
 
 noise = tiny_processors.noise
 FAMILIES = tuple(tiny_processors.IMAGE_PROCESSORS)

@@ -23,9 +23,8 @@ from transformers_source import functions
 from mech.data.regions import Box, Frames, Mask
 from mech.errors import InputError, RegionError, UnsupportedModel
 from mech.inputs import TEXT, VIDEO, Processor, build, collate, load_processor
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
-from mech.reference.tiny.tokenizer import token_id, tokenizer
+from mech.reference import tiny, tiny_processors
+from mech.reference.tiny_tokenizer import token_id, tokenizer
 
 NAMES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "llava_pixtral", "mistral3", "gemma4",

@@ -19,9 +19,8 @@ from transformers_source import functions
 from mech.data.regions import Box, Frames
 from mech.errors import InputError, RegionError, UnsupportedModel
 from mech.inputs import VIDEO, build, collate, load_processor
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
-from mech.reference.tiny.tokenizer import tokenizer
+from mech.reference import tiny, tiny_processors
+from mech.reference.tiny_tokenizer import tokenizer
 
 NAMES = (
     "llava", "llava_siglip", "llava_qwen3", "llava_next", "llava_onevision", "internvl", "gemma3", "paligemma",

@@ -13,9 +13,8 @@ from mech.errors import InputError, RegionError, UnsupportedModel
 from mech.inputs import IMAGE, build, geometry_of
 from mech.inputs.canvas import Canvas
 from mech.inputs.families.fixed import fixed_canvas
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
-from mech.reference.tiny.processors import image_processor, noise
+from mech.reference import tiny, tiny_processors
+from mech.reference.tiny_processors import image_processor, noise
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 

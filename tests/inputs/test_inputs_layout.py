@@ -12,8 +12,8 @@ from mech.data.regions import Box, Frames, Mask, Pages
 from mech.errors import RegionError
 from mech.inputs import PADDING, TEXT, TokenLayout, build
 from mech.inputs.canvas import Canvas
-from mech.reference.tiny import processors as tiny_processors
-from mech.reference.tiny.processors import noise
+from mech.reference import tiny_processors
+from mech.reference.tiny_processors import noise
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 

@@ -14,10 +14,9 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from mech.data.regions import Frames
 from mech.errors import InputError, UnsupportedModel
 from mech.inputs import Inputs, Processor, build, collate, encode, load_processor
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
-from mech.reference.tiny.processors import image_processor, noise
-from mech.reference.tiny.tokenizer import tokenizer
+from mech.reference import tiny, tiny_processors
+from mech.reference.tiny_processors import image_processor, noise
+from mech.reference.tiny_tokenizer import tokenizer
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 

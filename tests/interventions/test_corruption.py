@@ -13,8 +13,7 @@ from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
 from mech.interventions.corruption import WAYS, asking, without_evidence, without_pictures
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 
 @pytest.fixture(scope="module")

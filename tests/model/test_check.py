@@ -14,8 +14,7 @@ from mech.model.architectures.rows import ROWS
 from mech.model.checks import LAWS, make_batches
 from mech.model.checks.run import CALLED, check, family_table
 from mech.model.checks.running import unwrapping
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 README = Path(__file__).parents[2] / "README.md"
 # What has no meaning for a family, by the first word of the place; whatever else is left out is a failure.

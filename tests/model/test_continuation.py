@@ -7,8 +7,7 @@ from mech.model import HookedMLLM
 from mech.model.partial import continuation
 from mech.model.partial.cached_run import NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 REFUSED = {
     "qwen3_5": "calls attention 0 times",

@@ -10,7 +10,7 @@ from tensors import FEW, placeholder, tensors
 from mech.errors import MechError, PointError
 from mech.model import HookedMLLM
 from mech.model.attention import attention
-from mech.reference.tiny import models as tiny
+from mech.reference import tiny
 
 ROWS = ((2, 5), (1, 3), (0, 6))
 

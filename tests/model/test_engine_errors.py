@@ -21,8 +21,7 @@ from transformers import (
 from mech.errors import InputError, PointError, UnsupportedModel
 from mech.model import HookedMLLM, loading
 from mech.model.architectures.families import PartialSupport
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.interventions import Ablate, intervene, reference_activations
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny.processors import noise, processor
+from mech.reference import tiny
+from mech.reference.tiny_processors import noise, processor
 
 QUESTION = "Which digit is red?"
 

@@ -8,8 +8,7 @@ import torch
 
 from mech.data.samples import Sample
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 FAMILIES = ["llava", "gemma3", "qwen2_5_vl"]
 

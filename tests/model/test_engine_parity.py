@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from mech.errors import UnsupportedModel
 from mech.model import HookedMLLM, attention, hook_sites
-from mech.reference.tiny import models as tiny
+from mech.reference import tiny
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -8,8 +8,7 @@ from mech.experiments.attention.mass import attention_mass
 from mech.experiments.scores.ram import evidence_mass
 from mech.model import HookedMLLM
 from mech.model.checks import LAWS, make_batches
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 # Plain, DeepStack and M-RoPE, post-norms and windows.
 CASES = [("llava", torch.bfloat16), ("llava", torch.float16), ("qwen3_vl", torch.bfloat16), ("gemma3", torch.float16)]

@@ -8,8 +8,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 from mech.errors import MechError
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 PICTURES = [tiny_processors.noise(16, 16, seed) for seed in range(2)]
 

@@ -14,9 +14,9 @@ from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.inputs import IMAGE, PADDING, encode
 from mech.interventions import Ablate, Knockout, intervene, reference_activations
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny.processors import noise, processor
-from mech.reference.tiny.tokenizer import token_id
+from mech.reference import tiny
+from mech.reference.tiny_processors import noise, processor
+from mech.reference.tiny_tokenizer import token_id
 
 CROSS, TILE, PER_TILE = 1, 16, 17
 SIZES = [(16, 16), (32, 32), (64, 16), (13, 70), (5, 5), (200, 31), (33, 17)]

@@ -15,9 +15,7 @@ from mech.papers.boxes import published_tokens, right_tokens, simulated_iou
 from mech.papers.claims import KNOWN
 from mech.papers.tags import among_others, tagged
 from mech.papers.weaknesses import _grown, low_ranked, never_ablated
-from mech.reference import planted
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import planted, tiny, tiny_processors
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import mech
 from mech.errors import ExperimentError, InputError
 from mech.experiments.findings import acceleration as said
 from mech.experiments.ranking.ranking import Head, Ranking
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 from mech.results import Study, load, save
 from mech.sparse.dynamic import Dynamic, chosen, localize_dynamic, reach, reach_of
 from mech.sparse.frontier.acceleration import CHOICES, Local, acceleration, local_for, measured, settings, timed

@@ -13,8 +13,7 @@ from transformers import AutoModelForImageTextToText
 import mech
 from mech.errors import ExperimentError, UnsupportedModel
 from mech.interventions import Ablate, intervene, reference_activations
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 from mech.sparse.groups import lowest_groups
 from mech.sparse.pruning.prune import prune_heads
 

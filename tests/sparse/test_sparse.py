@@ -11,8 +11,8 @@ from mech.errors import ExperimentError, UnsupportedModel
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.interventions import Ablate, intervene
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny.processors import noise, processor
+from mech.reference import tiny
+from mech.reference.tiny_processors import noise, processor
 from mech.sparse.policy import Policy, StillDense
 
 QUESTIONS = ("Which digit is red?", "Which is red?")

@@ -38,7 +38,7 @@ class PartialSupport(UserWarning):
 
 RECIPE = (
     "add a Row (and a Stack, if its text or vision model has none) to mech/model/architectures/rows.py, a tiny "
-    "config to mech/reference/tiny/models.py, and run `mech check`"
+    "config to mech/reference/tiny.py, and run `mech check`"
 )
 
 

@@ -2,7 +2,7 @@
 
 To open a new architecture, add a ``Row`` with the roots of its stacks; where its text or vision model (the
 ``model_type`` of ``text_config`` or ``vision_config``) is new too, add a ``Stack``. What the fields mean stands in
-``families.py``. Then add a tiny config of it to ``mech/reference/tiny/models.py`` and run ``mech check``.
+``families.py``. Then add a tiny config of it to ``mech/reference/tiny.py`` and run ``mech check``.
 """
 
 from collections.abc import Iterable

@@ -105,12 +105,11 @@ def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Progr
 
 
 def check_families(progress: Progress = lambda *_: None) -> Iterator[Report]:
-    """Run every law, at every layer, on a tiny random model of each variant in ``mech.reference.tiny.models.NAMES``.
+    """Run every law, at every layer, on a tiny random model of each variant in ``mech.reference.tiny.NAMES``.
 
     Cost: about two seconds a variant on one core; no file and no network.
     """
-    from mech.reference.tiny import models as tiny
-    from mech.reference.tiny import processors as tiny_processors
+    from mech.reference import tiny, tiny_processors
 
     for index, name in enumerate(tiny.NAMES):
         wrapped = HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name), name=name)
@@ -168,7 +167,7 @@ def family_rows() -> list[dict[str, Any]]:
     """The architectures that are known, from the rows of engine, inputs and tiny models."""
     from mech.inputs.families.family import FAMILIES
     from mech.model.architectures.rows import ROWS
-    from mech.reference.tiny import models as tiny
+    from mech.reference import tiny
 
     pairs: dict[str, list[str]] = {}
     for make in tiny.MODELS.values():

@@ -7,8 +7,7 @@ import torch
 from mech.errors import ExperimentError, InputError
 from mech.experiments.attention.mass import attention_mass
 from mech.model import HookedMLLM, KeySums
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 PICTURES = [tiny_processors.noise(16, 16, seed) for seed in range(2)]
 # Shared key/value heads, windows of vision and text, image tokens that see each other, per-layer windows.

@@ -15,8 +15,7 @@ from mech.experiments.gradients import differentiate
 from mech.experiments.metrics import LogitDiff, Rank
 from mech.experiments.patching.activation import activation_patching
 from mech.model import HookedMLLM
-from mech.reference import planted
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import planted, tiny_processors
 
 FAMILIES = ("llava", "qwen3_vl", "gemma3")  # plain; grouped, M-RoPE, DeepStack; post-norms and windows
 POINTS = ("attn.hook_z", "attn.hook_q", "attn.hook_rot_k", "attn.hook_v", "attn.hook_pattern", "hook_resid_post")

@@ -10,10 +10,8 @@ from mech.experiments.attribution.lenses import logit_lens, ov_reading
 from mech.experiments.attribution.logits import PARTS, logit_attribution
 from mech.experiments.metrics import LogitDiff, LogProb
 from mech.model import HookedMLLM
-from mech.reference import planted
+from mech.reference import planted, tiny, tiny_processors
 from mech.reference.planted import planting
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
 
 RIGHT, WRONG = 101, 103
 METRIC = LogitDiff(RIGHT, WRONG)

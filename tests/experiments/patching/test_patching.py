@@ -16,8 +16,7 @@ from mech.experiments.patching.activation import activation_patching
 from mech.experiments.patching.plan import POINTS
 from mech.model import HookedMLLM
 from mech.model.partial.continuation import Continuation
-from mech.reference import planted
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import planted, tiny_processors
 from mech.results import load, save
 
 FAMILIES = ("llava", "llava_mistral", "qwen3_vl", "gemma3", "paligemma2", "glm4v", "qwen3_vl_moe")

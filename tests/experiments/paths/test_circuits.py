@@ -11,9 +11,7 @@ from mech.errors import ExperimentError, OutputError
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.paths.circuits import Circuit, trace_circuit
 from mech.experiments.ranking.ranking import Ranking
-from mech.reference import planted
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import planted, tiny, tiny_processors
 
 SAMPLES = 10
 

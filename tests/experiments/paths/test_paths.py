@@ -18,9 +18,7 @@ from mech.experiments.paths.walk import Walk
 from mech.inputs import TEXT, Inputs, TokenLayout
 from mech.model import HookedMLLM
 from mech.model.weights import frozen_norm
-from mech.reference import planted
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import planted, tiny, tiny_processors
 
 METRIC = LogitDiff(300, 301)
 QUESTIONS = ("What is shown here?", "Which digit is in the red frame?")

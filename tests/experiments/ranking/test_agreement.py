@@ -17,8 +17,7 @@ from mech.experiments.ranking.selection import above, elbow, elbow_count, lorenz
 from mech.experiments.scores.coverage import key_coverage
 from mech.experiments.statistics import jaccard_null
 from mech.model import HookedMLLM
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import tiny, tiny_processors
 
 DIMS = ("example", "layer", "head")
 SIGNAL = ((0, 3), (2, 1), (3, 7))

@@ -22,9 +22,7 @@ from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.scores.reading import prepared
 from mech.model import HookedMLLM
 from mech.model.points import hooked
-from mech.reference import planted
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import planted, tiny, tiny_processors
 from mech.results import load, save
 from mech.views.agreement import domain_agreement
 

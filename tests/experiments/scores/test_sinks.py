@@ -10,9 +10,7 @@ from mech.experiments.scores.measure import Score, head_scores
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.scores.sinks import KINDS, attention_sinks, sink_tokens
 from mech.model import HookedMLLM
-from mech.reference import planted
-from mech.reference.tiny import models as tiny
-from mech.reference.tiny import processors as tiny_processors
+from mech.reference import planted, tiny, tiny_processors
 
 DIM = 5
 

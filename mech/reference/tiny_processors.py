@@ -1,6 +1,6 @@
 """The processors of the tiny models: every family's own image processor at a tiny size, and the one tokenizer.
 
-processor("internvl")        # goes with mech.reference.tiny.models.model("internvl")
+processor("internvl")        # goes with mech.reference.tiny.model("internvl")
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from PIL import Image
 from mech.inputs import Processor
 from mech.inputs.families.lfm2 import Lfm2VlImageProcessorPil
 from mech.inputs.families.pil import Cohere2VisionImageProcessorPil, Llama4ImageProcessorPil
-from mech.reference.tiny.models import MODELS
-from mech.reference.tiny.tokenizer import tokenizer
+from mech.reference.tiny import MODELS
+from mech.reference.tiny_tokenizer import tokenizer
 
-SIDE, PATCH = 16, 4  # pixels of a tile and of a patch in the tiny towers; mech.reference.tiny.models has the same
+SIDE, PATCH = 16, 4  # pixels of a tile and of a patch in the tiny towers; mech.reference.tiny has the same
 _SQUARE = {"height": SIDE, "width": SIDE}
 _PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
 _ANYRES = {"size": _SQUARE, "crop_size": _SQUARE, "do_center_crop": False, "image_grid_pinpoints": _PINPOINTS}
@@ -33,7 +33,7 @@ _GEMMA4 = (
     {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70},  # the least it allows
 )
 
-# The image processor of each variant of mech.reference.tiny.models, and its settings.
+# The image processor of each variant of mech.reference.tiny, and its settings.
 IMAGE_PROCESSORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "llava": _CLIP,
     "llava_siglip": _SIGLIP,
@@ -91,7 +91,7 @@ def processor(name: str, images: Any = None, config: Any = None, **options: Any)
     """The processor of a variant.
 
     Args:
-        name: one of ``mech.reference.tiny.models.NAMES``.
+        name: one of ``mech.reference.tiny.NAMES``.
         images: an image processor in place of the variant's own.
         config: the model's config, in place of the variant's own.
         options: for ``Processor.from_hf``.

@@ -55,7 +55,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from mech.reference.tiny.tokenizer import VOCAB, token_id
+from mech.reference.tiny_tokenizer import VOCAB, token_id
 
 LAYERS, HEADS, KV_HEADS, D_MODEL, D_HEAD, D_MLP = 3, 4, 2, 32, 8, 48
 PATCH = 4  # pixels a side; families that merge or pool 2 x 2 patches and have a fixed image size use 2
