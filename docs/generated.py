@@ -18,7 +18,7 @@ import typer
 import mech
 from mech import axes
 from mech.cli import app
-from mech.model.checks.run import family_table
+from mech.model.check import family_table
 
 DOCS = Path(__file__).parent
 HOW_TO = (
@@ -44,7 +44,7 @@ PAGES = (
 # Modules that are worth a place though no public name lives in them.
 MODULES = (
     "mech.reference.planted",
-    "mech.model.checks.run",
+    "mech.model.check",
     "mech.model.points",
     "mech.results.store",
     "mech.study",

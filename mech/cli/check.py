@@ -25,7 +25,7 @@ def check(
 
     Without a model: the families that are known.
     """
-    from mech.model.checks import run as checking
+    from mech.model import check as checking
 
     if every == (model is not None):
         if every:

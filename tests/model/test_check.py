@@ -11,9 +11,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from mech.model import HookedMLLM, attention, hook_sites
 from mech.model.architectures.rows import ROWS
-from mech.model.checks import LAWS, make_batches
-from mech.model.checks.run import CALLED, check, family_table
-from mech.model.checks.running import unwrapping
+from mech.model.check.laws import LAWS, make_batches
+from mech.model.check.run import CALLED, check, family_table
+from mech.model.check.running import unwrapping
 from mech.reference import tiny, tiny_processors
 
 README = Path(__file__).parents[2] / "README.md"

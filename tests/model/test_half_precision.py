@@ -7,7 +7,7 @@ import torch
 from mech.experiments.attention.mass import attention_mass
 from mech.experiments.scores.ram import evidence_mass
 from mech.model import HookedMLLM
-from mech.model.checks import LAWS, make_batches
+from mech.model.check.laws import LAWS, make_batches
 from mech.reference import tiny, tiny_processors
 
 # Plain, DeepStack and M-RoPE, post-norms and windows.

@@ -4,7 +4,7 @@
     for finding in parity(model, batches):
         print(finding.where, finding.ok, finding.deviation)
 
-``LAWS`` lists them; ``mech.model.checks.run`` runs them, on a checkpoint or on tiny random models of every family. The
+``LAWS`` lists them; ``mech.model.check.run`` runs them, on a checkpoint or on tiny random models of every family. The
 oracle is the stock Hugging Face model wherever there is one: run with SDPA, or with a torch hook of these files' own.
 Deviations are the largest difference over real (not padded) positions, relative to the largest value of the clean run
 or to 1.
@@ -18,10 +18,10 @@ is held at a time. What they do not know is whether the weights are right, or wh
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mech.model.checks.geometry import geometry
-from mech.model.checks.points import liveness, meaning, names
-from mech.model.checks.running import cleanliness, encoding, generation, padding, parity
-from mech.model.checks.trial import Batches, Finding, make_batches
+from mech.model.check.geometry import geometry
+from mech.model.check.points import liveness, meaning, names
+from mech.model.check.running import cleanliness, encoding, generation, padding, parity
+from mech.model.check.trial import Batches, Finding, make_batches
 
 LAWS: dict[str, Callable[[Any, Batches], Iterator[Finding]]] = {
     "parity": parity,

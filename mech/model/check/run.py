@@ -1,4 +1,4 @@
-"""Is this wrapped model right? ``mech check MODEL`` runs every law of ``mech.model.checks`` and says what fails where.
+"""Is this wrapped model right? ``mech check MODEL`` runs every law of ``mech.model.check`` and says what fails where.
 
     report = check("Qwen/Qwen2.5-VL-3B-Instruct")       # a hub id, a folder, "reference:llava-m" or a HookedMLLM
     print(report)                                       # one line a law, and every failing point with its deviation
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from mech.model.checks import LAWS, Batches, Finding, make_batches
-from mech.model.checks.running import unwrapping
+from mech.model.check.laws import LAWS, Batches, Finding, make_batches
+from mech.model.check.running import unwrapping
 from mech.model.hooked import HookedMLLM
 
 Progress = Callable[[str, int, int], None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mech.model import attention
-from mech.model.checks.trial import (
+from mech.model.check.trial import (
     QUESTION,
     SIZES,
     Batches,

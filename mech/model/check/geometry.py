@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mech.data.regions import Box
-from mech.model.checks.trial import (
+from mech.model.check.trial import (
     QUESTION,
     SIZES,
     Batches,
