@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = {
     "lfm2_vl",
     "mistral3",
@@ -26,8 +26,8 @@ NAMES = {
 def test_inputs_are_those_of_the_torchvision_processors(tmp_path):
     """In a process of its own, which believes that torchvision is installed."""
     run = subprocess.run(
-        [sys.executable, HERE / "torchvision_oracle.py", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        [sys.executable, ROOT / "tests" / "support" / "torchvision_oracle.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
