@@ -20,7 +20,7 @@ PATCH = (
 )
 PATHS = (
     "[bold]mech paths -m reference:llava-s --freeze attention --freeze mlp[/]  the direct path of every head\n\n"
-    "[bold]mech paths --sender L0H2 --sender mlp.0 --receiver L3K4.v --direction noise[/]"
+    "[bold]mech paths --sender L0H2 --receiver mlp.0 --receiver L2K2.v --freeze attention --direction noise[/]"
 )
 Direction = Annotated[str, typer.Option(help="denoise (what is sufficient) or noise (what is necessary).")]
 Shown = Annotated[int, typer.Option(help="How many rows to print.")]
@@ -137,10 +137,9 @@ def _regions(hooked: Any, data: Any, wanted: str | None) -> dict[str, Any] | Non
 
 
 def _print_effects(found: Any, title: str, target: Path | None, top: int, as_json: bool) -> None:
-    """The cells whose effect is farthest from none, or all of them as JSON."""
+    """The cells with the largest effects, or all of them as JSON."""
     options.save_or_draw(found, target)
     mean = found["effect"].mean("example")
-    none = 1.0 if found.attrs.get("direction") == "noise" else 0.0
     cells = [
         {**{str(axis): value.item() for axis, value in zip(mean.dims, at, strict=True)}, "effect": float(value)}
         for at, value in zip(
@@ -154,8 +153,9 @@ def _print_effects(found: Any, title: str, target: Path | None, top: int, as_jso
         )
         return
     known = [cell for cell in cells if cell["effect"] == cell["effect"]]
-    best = sorted(known, key=lambda cell: -abs(cell["effect"] - none))[:top]
+    best = sorted(known, key=lambda cell: -abs(cell["effect"]))[:top]
     rows = [(*(str(cell[str(axis)]) for axis in mean.dims), f"{cell['effect']:.3f}") for cell in best]
     n = found.sizes["example"]
-    note = f"{title} ({n} sample{'s' * (n > 1)}; 0 as the counterfactual, 1 as the sample)"
+    whole = "the whole answer is lost" if found.attrs.get("direction") == "noise" else "the whole answer comes back"
+    note = f"{title} ({n} sample{'s' * (n > 1)}; effect 0: nothing changes, 1: {whole})"
     options.print_table(note, (*map(str, mean.dims), "effect"), rows)

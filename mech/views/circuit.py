@@ -26,6 +26,7 @@ from mech.views.drawing.images import evidence_on, pictures_on, styles
 from mech.views.drawing.intervals import mean_interval
 from mech.views.drawing.page import View, escape, table
 from mech.views.overlay import look_of_head
+from mech.views.patching import effects_from_zero
 
 STRONGEST = 30  # paths that are drawn of a result that has all of them
 LEAST = 0.005  # share of the gap: below it nothing is drawn
@@ -86,9 +87,7 @@ def _arrows(result: Any) -> list[Arrow]:
 
 def _measured(result: xr.Dataset) -> list[Arrow]:
     """The strongest paths of a dataset over sender and receiver; of several regions the strongest."""
-    effect = result["effect"].transpose(EXAMPLE, "sender", "receiver", ...)
-    if "freeze" in result.attrs and result.attrs.get("direction") == "noise":
-        effect = 1 - effect  # path patching counts what is left; here what is lost
+    effect = effects_from_zero(result).transpose(EXAMPLE, "sender", "receiver", ...)
     values = effect.values.reshape(*effect.shape[:3], -1)
     mean, low, high = mean_interval(values)
     places = [" at ".join(map(str, at)) for at in _product([effect[dim].values.tolist() for dim in effect.dims[3:]])]

@@ -5,10 +5,11 @@
     patching_grid(scores, on=image, layout=inputs.layout)  # over=(..., "position"), or regions that are positions
     attribution_map(found, on=image)                       # of ``input_attribution``
 
-The colour says how far the answer moved, centred on no effect (0 when denoising, 1 when noising): blue towards the
-clean run or beyond it, orange away from it. Cells are drawn where they lie; what lies nowhere in the picture (the
-question, the last token) stands in a grid beside. Pointing at a cell gives its value with a 95% bootstrap interval over
-the examples. What is measured on several examples is drawn over one of them: cells are places, not contents.
+The colour says how far the answer moved, centred on 0, no effect: blue towards the run that was patched from (the
+answer comes back when denoising, is lost when noising), orange away from it. Cells are drawn where they lie; what lies
+nowhere in the picture (the question, the last token) stands in a grid beside. Pointing at a cell gives its value with a
+95% bootstrap interval over the examples. What is measured on several examples is drawn over one of them: cells are
+places, not contents.
 """
 
 import base64
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from mech.inputs import TokenLayout
 
 PLACED = ("region", "position", TOKEN)  # axes that may lie in a picture
-NOTES = {"denoise": "0: nothing comes back; 1: the whole answer does.", "noise": "1: nothing is lost; 0: all is."}
+NOTES = {
+    "denoise": "0: nothing comes back; 1: the whole answer does.",
+    "noise": "0: nothing is lost; 1: the whole answer is.",
+}
 _BOX = re.compile(r"Box\(x0=([\d.]+), y0=([\d.]+), x1=([\d.]+), y1=([\d.]+), image=(\d+), frame=(\w+)\)")
 Places = Mapping[int, Sequence[tuple[int, Sequence[float]]]]  # index on the axis -> (picture, rectangle)
 
@@ -101,7 +105,7 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
         OutputError: a sweep over three axes, or a picture and no cell that lies in it.
     """
     attrs = result.attrs
-    found = _Effects.of(result["effect"], 1.0 if attrs.get("direction") == "noise" else 0.0, "share of the gap")
+    found = _Effects.of(effects_from_zero(result), 0.0, "share of the gap")
     said = [str(attrs[name]) for name in ("model", "point", "positions", "direction") if name in attrs]
     note = f"{escape(' · '.join(said))}. {NOTES.get(str(attrs.get('direction')), '')}"
     if "rank_correlation" in attrs:  # an estimate says how far it can be trusted
@@ -122,6 +126,16 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
     figures = len(found.rows) * len({home for there in places.values() for home, _ in there})
     height = 610 if figures == 1 else 140 + 265 * -(-figures // 4)
     return View(title, body, height=height + (map_height(len(found.rows)) + 40) * bool(rest))
+
+
+def effects_from_zero(result: xr.Dataset) -> xr.DataArray:
+    """The effects of a patching result with 0 as no effect.
+
+    Results that do not say what zero is were saved when noising counted what was left: 1 was no effect.
+    """
+    attrs = result.attrs
+    left = attrs.get("direction") == "noise" and "zero" not in attrs and "norm" not in attrs  # not edge attribution
+    return 1 - result["effect"] if left else result["effect"]
 
 
 def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "TokenLayout | None" = None) -> View:

@@ -211,8 +211,10 @@ def test_patch_names_the_cells_that_carry_the_answer(mech, tmp_path):
 def test_paths_names_what_reaches_the_logits(mech):
     code, out, _ = mech("paths", "--samples", "1", "--top", "2")
     assert code == 0 and "logits" in out and len(out.strip().splitlines()) == 4
-    code, out, _ = mech("paths", "--samples", "1", "--sender", "L0H2", "--receiver", "L3K4.v", "--json")
-    assert [cell["sender"] for cell in json.loads(out)["cells"]] == ["L0H2"]
+    words = ["--sender", "L0H2", "--receiver", "mlp.0", "--receiver", "L3K4.v", "--direction", "noise"]
+    code, out, _ = mech("paths", "--samples", "2", *words, "--json")
+    carried = {cell["receiver"]: cell["effect"] for cell in json.loads(out)["cells"]}
+    assert carried["mlp.0"] > 0.9 and abs(carried["L3K4.v"]) < 0.1  # the README's path, and one that carries nothing
 
 
 def test_the_families_are_a_table_or_json(mech):

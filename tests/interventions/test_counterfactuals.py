@@ -41,7 +41,7 @@ def test_heads_can_be_patched_from_it(model, lone):
     pairs = with_counterfactuals(model, lone)
     metric = mech.LogitDiff([s.answer for s in pairs], [s.counterfactual.answer for s in pairs])
     effect = mech.activation_patching(model, list(pairs), None, metric, direction="noise").effect.mean("example")
-    assert np.isfinite(effect.values).all() and effect.values.min() < 0.5  # some head is needed
+    assert np.isfinite(effect.values).all() and effect.values.max() > 0.5  # some head is needed
 
 
 def test_samples_with_a_counterfactual_are_kept_and_those_that_do_not_change_are_dropped(model, lone):

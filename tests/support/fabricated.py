@@ -237,10 +237,8 @@ def fabricated_grid(direction: str = "denoise") -> xr.Dataset:
     effect = np.random.default_rng(0).normal(0, 0.02, (5, 2, len(regions)))
     effect[:, 0, 5] += 0.9
     effect[:, 1, -1] -= 0.4
-    if direction == "noise":
-        effect = 1 - effect
     dims = {"example": np.arange(5), "layer": [0, 1], "region": regions}
-    attrs = {"model": "toy", "point": "hook_resid_pre", "direction": direction}
+    attrs = {"model": "toy", "point": "hook_resid_pre", "direction": direction, "zero": "no effect"}
     return xr.Dataset({"effect": (tuple(dims), effect)}, dims, attrs)
 
 

@@ -95,10 +95,12 @@ def test_a_page_may_hold_two_circuits():
 
 
 def test_colours_of_effects_are_centred_on_no_effect():
-    for direction, start in (("denoise", 0), ("noise", 1)):
-        (heat,) = Page(view(fabricated_grid(direction)).html()).charts[0]["data"]
-        assert heat["zmin"] + heat["zmax"] == pytest.approx(2 * start) and heat["colorscale"] == "@diverging"
-        assert np.isclose(heat["z"][0][5], 0.9 if start == 0 else 0.1, atol=0.03)
+    before = fabricated_grid("noise")  # saved when noising counted what was left
+    del before.attrs["zero"]
+    for grid in (fabricated_grid("denoise"), fabricated_grid("noise"), before.assign(effect=1 - before["effect"])):
+        (heat,) = Page(view(grid).html()).charts[0]["data"]
+        assert heat["zmin"] + heat["zmax"] == pytest.approx(0) and heat["colorscale"] == "@diverging"
+        assert np.isclose(heat["z"][0][5], 0.9, atol=0.03)
         assert heat["text"][0][5].startswith("<b>layer 0, region 1,1</b><br>effect ")
     (heat,) = Page(view(xr.DataArray([[-0.5, 0.2]], dims=("layer", "head"))).html()).charts[0]["data"]
     assert (heat["zmin"], heat["zmax"], heat["colorscale"]) == (-0.5, 0.5, "@diverging")
@@ -144,12 +146,13 @@ def test_edges_of_unshared_keys_belong_to_their_heads():
     assert "the 2 strongest paths" in text and 'stroke="var(--minus)"' in text
 
 
-def test_what_path_patching_leaves_is_shown_as_what_is_lost():
+def test_effects_of_paths_begin_at_zero_also_where_a_saved_result_counted_what_was_left():
     effect = xr.DataArray(np.full((3, 1, 1), 0.3), dims=("example", "sender", "receiver"))
     coords = {"sender": ["L0H0"], "receiver": ["logits"]}
-    for direction, shown in (("denoise", "+0.30"), ("noise", "+0.70")):
-        attrs = {"freeze": [], "direction": direction}
-        assert f"effect {shown}" in view(xr.Dataset({"effect": effect}, coords, attrs)).body
+    zero = {"zero": "no effect"}
+    for direction, said, shown in (("denoise", {}, 0.3), ("noise", zero, 0.3), ("noise", {}, 0.7)):
+        attrs = {"freeze": [], "direction": direction, **said}
+        assert f"effect {shown:+.2f}" in view(xr.Dataset({"effect": effect}, coords, attrs)).body
 
 
 def test_words_stand_in_their_cells():

@@ -119,7 +119,7 @@ def edge_attribution(
     estimate = np.stack([effect[:, s, r] for s, r in known], 1) if known else exact_effect
     labels = [f"{s} -> {r}" for s, r in sample]
     passes = ig_steps or 1
-    settings = {"direction": direction, "norm": norm, "ig_steps": ig_steps}
+    settings = {"direction": direction, "zero": "no effect", "norm": norm, "ig_steps": ig_steps}
     share = {"unit": "share of the gap between the runs", "sign": "positive: carries what makes the clean answer"}
     clean_scores, corrupted_scores = (theirs, ours) if direction == "denoise" else (ours, theirs)
     return xr.Dataset(

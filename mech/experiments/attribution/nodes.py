@@ -29,7 +29,7 @@ from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import Given, Plan, alike, in_tower, pairs_of, said
+from mech.experiments.patching.plan import EFFECT, Given, Plan, alike, effect_of, in_tower, pairs_of, said
 from mech.experiments.patching.sweeps import KEYS, SQUARE, literal, names_of
 from mech.experiments.statistics import spearman
 from mech.inputs import Inputs
@@ -65,7 +65,7 @@ def attribution(
     ``metric = base + sum over the cell's places of (source - base) . d metric / d activation``, with the slope at the
     run that is patched into, or its mean along a path to the other run; ``effect`` is normalised as there.
 
-    Sign: denoising, more is more sufficient; noising, less is more necessary. Unit: share of the gap.
+    Sign: more is more sufficient (denoising), more necessary (noising); 0 is no effect. Unit: share of the gap.
 
     Args:
         model, clean, corrupted, metric, point, over, positions, regions, layers: as in ``activation_patching``.
@@ -123,16 +123,23 @@ def attribution(
     parts = [_estimated(model, plan, direction, ig_steps, path, fixed, cells) for plan in plans]
     estimate, exact, ours, theirs = (torch.cat(v).double().cpu().numpy() for v in zip(*parts, strict=True))
     clean_scores, corrupted_scores = (theirs, ours) if direction == "denoise" else (ours, theirs)
-    effect, exact_effect = (normalised(values, clean_scores, corrupted_scores) for values in (estimate, exact))
+    effect, exact_effect = (
+        effect_of(values, clean_scores, corrupted_scores, direction) for values in (estimate, exact)
+    )
     shape, coords = plans[0].axes(regions)
     labels = [_label(index, list(over), shape, coords) for index in cells]
-    settings = {"point": point, "positions": said(positions), "direction": direction, "ig_steps": ig_steps}
+    settings = {
+        "point": point,
+        "positions": said(positions),
+        "direction": direction,
+        "zero": "no effect",
+        "ig_steps": ig_steps,
+    }
     settings |= {"path": path if ig_steps else "none", "qk_fix": int(fixed)}
     passes = ig_steps * (len(plans[0].names) if path == "point" else 1) or 1
-    share = {"unit": "share of the gap between the runs", "sign": "0: as the corrupted run, 1: as the clean run"}
     return xr.Dataset(
         {
-            "effect": ((EXAMPLE, *over), effect.reshape(-1, *shape), share),
+            "effect": ((EXAMPLE, *over), effect.reshape(-1, *shape), dict(EFFECT)),
             "metric": ((EXAMPLE, *over), estimate.reshape(-1, *shape), {"unit": metric.unit}),
             "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
             "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
@@ -152,13 +159,6 @@ def attribution(
             ),
         },
     )  # fmt: skip
-
-
-def normalised(values: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
-    """Metrics as shares of the gap; nan where the two runs score alike."""
-    gap = clean - corrupted
-    gap = np.where(gap == 0, np.nan, gap).reshape(-1, *[1] * (values.ndim - 1))
-    return (values - corrupted.reshape(gap.shape)) / gap
 
 
 def checked(estimate: np.ndarray, exact: np.ndarray) -> dict[str, Any]:

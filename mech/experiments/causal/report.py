@@ -303,7 +303,7 @@ def _swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
         progress=lambda done, total: say({"noise": "noising", "denoise": "denoising"}[direction], done, total),
     )  # fmt: skip
     if direction == "noise":
-        return (swept["clean"] - swept["metric"]).values / runs.gap
+        return (swept["clean"] - swept["metric"]).values / runs.gap  # of the *mean* gap, other than swept["effect"]
     return (swept["metric"] - swept["corrupted"]).values / runs.gap
 
 

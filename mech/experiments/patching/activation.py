@@ -8,8 +8,8 @@
     heads.effect.mean("example")
 
 Denoising writes activations of the clean run into the corrupted one and shows what is *sufficient*; noising does the
-reverse and shows what is *necessary*. In both, 0 is the corrupted run's metric and 1 the clean run's, so that
-denoising begins at 0 and noising at 1.
+reverse and shows what is *necessary*. In both, 0 is no effect; 1 is the whole answer brought back (denoising) or lost
+(noising).
 
 Sweeps are exact. In text stacks whose layers can be run on from the middle all cells share one pass
 (``patching_sweeps.Wavefront``); everywhere else each cell is a forward of its own. The result says which it was.
@@ -32,7 +32,18 @@ from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric, Reading
 from mech.experiments.patching.candidates import estimates
-from mech.experiments.patching.plan import POINTS, Given, Plan, Regions, alike, in_tower, pairs_of, said
+from mech.experiments.patching.plan import (
+    EFFECT,
+    POINTS,
+    Given,
+    Plan,
+    Regions,
+    alike,
+    effect_of,
+    in_tower,
+    pairs_of,
+    said,
+)
 from mech.experiments.patching.sweeps import Cell, Wavefront, literal
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
@@ -61,11 +72,12 @@ def activation_patching(
     confirm: int | float = 0.15,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """The metric after each patch, and how far it went from the corrupted run's (0) to the clean run's (1).
+    """The metric after each patch, and how far it went from the run that is patched into (0) to the other one (1).
 
-    ``effect = (metric - corrupted) / (clean - corrupted)``, for both directions; nan where the two runs score alike.
+    ``effect = (metric - corrupted) / (clean - corrupted)`` denoising, ``(clean - metric) / (clean - corrupted)``
+    noising; nan where the two runs score alike.
 
-    Sign: denoising, more is more sufficient; noising, less is more necessary. Unit: share of the gap.
+    Sign: more is more sufficient (denoising), more necessary (noising); 0 is no effect. Unit: share of the gap.
 
     Args:
         model: a hooked model.
@@ -101,8 +113,8 @@ def activation_patching(
     Cost: two forwards and, for a wavefront, what is in ``attrs["forwards"]``; literally, a forward for each cell.
         Screening adds two forwards and two backwards (counted as four forwards).
 
-    References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions). The normalisation is that
-    of arXiv 2406.16320 in both directions; there the noised run is scored against the clean one.
+    References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions), 2406.16320 (normalisation;
+    in both of its directions the corrupted run is 0).
     """
     pairs = pairs_of(model, clean, corrupted)
     for name, value, known in (("direction", direction, DIRECTIONS), ("method", method, METHODS)):
@@ -128,25 +140,26 @@ def activation_patching(
     shape, coords = plans[0].axes(regions)
     values, clean_scores, corrupted_scores = (torch.cat(v).double().cpu().numpy() for v in zip(*(
         (part.values, part.clean, part.corrupted) for part in parts), strict=True))  # fmt: skip
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gap = clean_scores - corrupted_scores
-        effect = (values - corrupted_scores[:, None]) / np.where(gap == 0, np.nan, gap)[:, None]
+    effect = effect_of(values, clean_scores, corrupted_scores, direction)
     dims = (EXAMPLE, *over)
     data: dict[str, Any] = {
-        "effect": (dims, effect.reshape(-1, *shape), {"unit": "share of the gap between the runs",
-                                                      "sign": "0: as the corrupted run, 1: as the clean run"}),
+        "effect": (dims, effect.reshape(-1, *shape), dict(EFFECT)),
         "metric": (dims, values.reshape(-1, *shape), {"unit": metric.unit}),
         "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
         "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
     }  # fmt: skip
     if method == "screened":
         estimate = torch.cat([part.estimate for part in parts if part.estimate is not None]).double().cpu().numpy()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            start = 0.0 if direction == "denoise" else 1.0
-            estimate = start + estimate / np.where(gap == 0, np.nan, gap)[:, None]
-        data["estimate"] = (dims, estimate.reshape(-1, *shape), dict(data["effect"][2]))
+        base = corrupted_scores if direction == "denoise" else clean_scores
+        estimate = effect_of(base[:, None] + estimate, clean_scores, corrupted_scores, direction)
+        data["estimate"] = (dims, estimate.reshape(-1, *shape), dict(EFFECT))
         data["confirmed"] = (dims, np.isfinite(values).reshape(-1, *shape))
-    settings: dict[str, Any] = {"point": point, "positions": said(positions), "direction": direction}
+    settings: dict[str, Any] = {
+        "point": point,
+        "positions": said(positions),
+        "direction": direction,
+        "zero": "no effect",
+    }
     settings |= {"algorithm": parts[0].algorithm, "reason": parts[0].reason}
     return xr.Dataset(
         data,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mech.axes import HEAD, LAYER
@@ -24,6 +25,7 @@ from mech.model import HookedMLLM
 
 KV_HEAD, POSITION, REGION = "kv_head", "position", "region"
 POINTS = (*ENTRY, *BEHIND_ATTENTION, *QUERIES, *KEYS)
+EFFECT = {"unit": "share of the gap between the runs", "sign": "0: no effect, 1: all that differs between the runs"}
 GLOBAL = ("hook_embed", "projector.hook_out")
 Regions = Mapping[str, Where] | Sequence[Where]
 Given = Inputs | Sample | Sequence[Inputs] | Sequence[Sample]
@@ -209,6 +211,21 @@ def alike(plans: Sequence[Plan], over: Sequence[str]) -> None:
             "examples whose positions lie at different places", "the same positions in every example",
             "sweep over regions instead of positions",
         )  # fmt: skip
+
+
+def effect_of(
+    metric: Float[np.ndarray, "example *cells"],
+    clean: Float[np.ndarray, " example"],
+    corrupted: Float[np.ndarray, " example"],
+    direction: str,
+) -> Float[np.ndarray, "example *cells"]:
+    """``(metric - base) / (source - base)``: 0 as the run that is patched into, 1 as the one it is patched from.
+
+    Denoising, the base is the corrupted run; noising, the clean one. nan where the two runs score alike.
+    """
+    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    gap = np.where(source == base, np.nan, source - base).reshape(-1, *[1] * (metric.ndim - 1))
+    return (metric - base.reshape(gap.shape)) / gap
 
 
 def in_tower(plan: Plan, mask: Tensor, written: dict[str, Tensor]) -> Tensor:

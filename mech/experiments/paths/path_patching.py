@@ -35,7 +35,7 @@ from mech.axes import EXAMPLE
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import Given, Plan, pairs_of, said
+from mech.experiments.patching.plan import EFFECT, Given, Plan, effect_of, pairs_of, said
 from mech.experiments.paths.ends import Ends, Node, Part, ends_of, frozen_of, mask_of
 from mech.experiments.paths.walk import Walk, literal, norms_of, put
 from mech.inputs import Inputs
@@ -67,13 +67,12 @@ def path_patching(
     method: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """The metric after each path is switched, and how far it went from the corrupted run's (0) to the clean run's (1).
+    """The metric after each path is switched, and how far it went from the run it is switched in (0) to the other (1).
 
-    ``effect = (metric - corrupted) / (clean - corrupted)``, for both directions; nan where the two runs score alike or
-    the receiver does not lie behind the sender.
+    ``effect = (metric - corrupted) / (clean - corrupted)`` denoising, ``(clean - metric) / (clean - corrupted)``
+    noising; nan where the two runs score alike or the receiver does not lie behind the sender.
 
-    Sign: denoising, more is more sufficient (nothing: 0); noising, less is more necessary (nothing: 1). Unit: share
-    of the gap.
+    Sign: more is more sufficient (denoising), more necessary (noising); 0 is no effect. Unit: share of the gap.
 
     Args:
         model: a hooked model.
@@ -149,19 +148,17 @@ def path_patching(
     clean_scores, corrupted_scores = (
         torch.cat([getattr(pair, name) for pair in switched]).double().cpu().numpy() for name in ("clean", "corrupted")
     )
-    gap = np.where(clean_scores == corrupted_scores, np.nan, clean_scores - corrupted_scores)
-    effect = (raw - corrupted_scores.reshape(-1, 1, 1, 1, 1)) / gap.reshape(-1, 1, 1, 1, 1)
+    effect = effect_of(raw, clean_scores, corrupted_scores, direction)
     axes = {"sender": list(sending), "receiver": list(receiving), "region": list(places), "receiver_region": list(ends)}
     single = [name for name, given in (("region", regions), ("receiver_region", receiver_regions)) if given is None]
     drop = tuple(list(axes).index(name) + 1 for name in single)
     dims = (EXAMPLE, *(name for name in axes if name not in single))
     settings = {"freeze": sorted(held), "direction": direction, "positions": said(positions)}
-    settings |= {"receiver_positions": said(receiver_positions)}
+    settings |= {"zero": "no effect", "receiver_positions": said(receiver_positions)}
     settings |= {"algorithm": switched[0].algorithm, "reason": switched[0].reason}
     return xr.Dataset(
         {
-            "effect": (dims, effect.squeeze(drop), {"unit": "share of the gap between the runs",
-                                                    "sign": "0: as the corrupted run, 1: as the clean run"}),
+            "effect": (dims, effect.squeeze(drop), dict(EFFECT)),
             "metric": (dims, raw.squeeze(drop), {"unit": metric.unit}),
             "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
             "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),

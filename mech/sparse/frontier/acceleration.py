@@ -219,7 +219,7 @@ def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *
         metric = LogitDiff([sample.answer], [sample.counterfactual.answer])
         behind = range(int(layout.positions("question")[0]), len(layout))
         found = activation_patching(model, [sample], None, metric, direction="noise", positions=list(behind))
-        lost.append((1 - found["effect"]).values[0])
+        lost.append(found["effect"].values[0])
         say("causal", i, len(samples))
     ids = tuple(sample.id for sample in samples)
     values = np.stack(lost)

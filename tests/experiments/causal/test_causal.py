@@ -223,10 +223,10 @@ def test_findings_are_made_of_the_facts():
 def test_a_grid_centres_its_colours_on_no_effect(tmp_path):
     key, model = opened("mover")
     metric = LogitDiff(key.sample.answer, key.sample.counterfactual.answer)
-    for direction, middle in (("denoise", 0), ("noise", 1)):
+    for direction in ("denoise", "noise"):
         swept = activation_patching(model, key.clean, key.corrupted, metric, direction=direction)
         body = view(swept).body
-        assert f'"zmin": {middle - 1:.1f}'[:9] in body and "colorscale" in body and "share of the gap" in body
+        assert '"zmin": -1.0' in body and "colorscale" in body and "share of the gap" in body
     words = activation_patching(
         model, key.clean, key.corrupted, metric, point="hook_resid_pre", over=("layer", "region"),
         regions={"<b>evil</b>": "image", "question": "question"},

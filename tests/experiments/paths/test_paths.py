@@ -248,7 +248,7 @@ def test_with_nothing_frozen_it_is_activation_patching(llava):
         paths = path_patching(llava, *both, METRIC, senders=senders, freeze=(), direction=direction)
         np.testing.assert_allclose(paths.metric[:, :, 0].values, heads.metric.values.reshape(2, -1), atol=1e-9)
         whole = path_patching(llava, *both, METRIC, senders=["embed"], freeze=(), direction=direction)
-        np.testing.assert_allclose(whole.effect, float(direction == "denoise"), atol=1e-9)
+        np.testing.assert_allclose(whole.effect, 1, atol=1e-9)
 
 
 def test_with_everything_frozen_senders_add_up_to_the_final_stream(llava):
@@ -314,7 +314,7 @@ def test_planted_paths_have_their_planted_effects(name, family):
                     assert heads[role][0] == 1 and end[-2:] in (".q", ".k", ".v")
                     continue
                 effect = known.truth.edges.get((role, end), planted.NOTHING)
-                expected = effect.recovered if direction == "denoise" else 1 - effect.lost
+                expected = effect.recovered if direction == "denoise" else effect.lost
                 assert value == pytest.approx(expected, abs=1e-3), (role, end, direction)
 
 
