@@ -25,6 +25,7 @@ _NAMES = {
     "CausalReport": "mech.experiments.causal.report",
     "Circuit": "mech.experiments.paths.circuits",
     "Custom": "mech.interventions",
+    "Distractor": "mech.data.samples",
     "Frames": "mech.data.regions",
     "Head": "mech.experiments.ranking.ranking",
     "HookedMLLM": "mech.model",
@@ -39,8 +40,10 @@ _NAMES = {
     "Patch": "mech.interventions",
     "Policy": "mech.sparse.policy",
     "Probability": "mech.experiments.metrics",
+    "PerRow": "mech.interventions",
     "Rank": "mech.experiments.metrics",
     "Ranking": "mech.experiments.ranking.ranking",
+    "Redirect": "mech.interventions",
     "Sample": "mech.data.samples",
     "Samples": "mech.data.samples",
     "Scale": "mech.interventions",
@@ -80,6 +83,8 @@ _NAMES = {
     "read_heads": "mech.experiments.ranking.agreement",
     "read_samples": "mech.data.jsonl",
     "reference_activations": "mech.interventions",
+    "redirection": "mech.experiments.ablation.redirection",
+    "redirection_table": "mech.experiments.ablation.redirection",
     "report": "mech.views",
     "retrieval_attention_mass": "mech.experiments.scores.ram",
     "retrieval_table": "mech.experiments.scores.evidence_retrieval",
@@ -113,10 +118,13 @@ if TYPE_CHECKING:
     from mech.data.regions import Frames as Frames
     from mech.data.regions import Mask as Mask
     from mech.data.regions import Pages as Pages
+    from mech.data.samples import Distractor as Distractor
     from mech.data.samples import Sample as Sample
     from mech.data.samples import Samples as Samples
     from mech.errors import MechError as MechError
     from mech.experiments.ablation.ablation import ablation as ablation
+    from mech.experiments.ablation.redirection import redirection as redirection
+    from mech.experiments.ablation.redirection import redirection_table as redirection_table
     from mech.experiments.ablation.steering import steering as steering
     from mech.experiments.ablation.steering import steering_table as steering_table
     from mech.experiments.ablation.transfer import transfer as transfer
@@ -165,6 +173,8 @@ if TYPE_CHECKING:
     from mech.interventions import Custom as Custom
     from mech.interventions import Knockout as Knockout
     from mech.interventions import Patch as Patch
+    from mech.interventions import PerRow as PerRow
+    from mech.interventions import Redirect as Redirect
     from mech.interventions import Scale as Scale
     from mech.interventions import intervene as intervene
     from mech.interventions import reference_activations as reference_activations

@@ -40,6 +40,7 @@ WORDS = {
     "place": "a place in a list, the best first",
     "tracked": "a token whose rank or logit was asked for",
     "factor": "what the output of heads is multiplied by",
+    "bias": "what is added to attention scores before the softmax",
     "band": "how a set of heads was chosen",
     "k": "how many of the first candidates count",
     "check": "one cell or edge whose estimate is compared with exact patching",

@@ -36,7 +36,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mech.data.regions import Box, Frames, Pages, Region
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Distractor, Sample, Samples
 from mech.errors import InputError, suggestion
 
 CELL = 16  # pixels; every object sits in a cell of this size, with a pixel of jitter
@@ -128,9 +128,23 @@ class Scene:
             return Pages(item.picture)
         if self.domain == "video":
             return Frames(item.picture, item.picture + 1)
-        if self.domain == "documents":
-            return Box(0, item.y, SIDE, item.y + CELL, image=item.picture)
-        return Box(item.x, item.y, item.x + 14, item.y + 14, image=item.picture)
+        return self.box(item)
+
+    def distractors(self, item: Item) -> tuple[Distractor, ...]:
+        """The other items that lie outside of this one's evidence and would be answered in another way."""
+        whole = self.domain in ("pages", "video")  # their evidence is all of a picture
+        return tuple(
+            Distractor(self.box(other), str(other.value))
+            for other in self.items
+            if other.value != item.value and other.key != item.key and not (whole and other.picture == item.picture)
+        )
+
+    def box(self, item: Item) -> Box:
+        """The pixels of an item alone: a frame, or a line."""
+        place = {"frame" if self.domain == "video" else "image": item.picture}
+        if self.domain in ("documents", "pages"):
+            return Box(0, item.y, SIDE, item.y + CELL, **place)
+        return Box(item.x, item.y, item.x + 14, item.y + 14, **place)
 
     def rewritten(self, index: int, value: int, glyph: int) -> "Scene":
         """The same scene with another digit at one item."""
@@ -150,6 +164,7 @@ class Scene:
             domain=self.domain,
             id=id,
             counterfactual=counterfactual,
+            distractors=self.distractors(item),
         )
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from mech.data.pictures import picture
 from mech.data.regions import Box, Frames, Mask, Pages, Region
-from mech.data.samples import Sample, Samples, drawn
+from mech.data.samples import Distractor, Sample, Samples, drawn
 from mech.errors import InputError, MechError, OutputError, RegionError, suggestion
 
 FIELDS = tuple(one.name for one in fields(Sample))
@@ -200,6 +200,8 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
         given["evidence"] = tuple(
             _region(one, i, pictures, bool(shown["video"]), folder) for i, one in enumerate(regions)
         )
+    with _at("distractors"):
+        given["distractors"] = _distractors(record.get("distractors", []), pictures, bool(shown["video"]), folder)
     sample = Sample(record["question"], record["answer"], **shown, **given)
     if not whole or record.get("counterfactual") is None:
         return sample
@@ -209,10 +211,26 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
             raise InputError(
                 repr(other)[:60], "an object with what differs", 'such as {"answer": ..., "images": [...]}'
             )
-        same = {name: value for name, value in record.items() if name not in ("id", "counterfactual", "meta")}
+        own = ("id", "counterfactual", "distractors", "meta")
+        same = {name: value for name, value in record.items() if name not in own}
         partner = _sample({**same, **other}, f"{sample.id}/counterfactual", sample.domain, folder, whole=False)
         _check_partner(sample, partner)
     return Sample(record["question"], record["answer"], **shown, **given, counterfactual=partner)
+
+
+def _distractors(given: Any, pictures: Sequence[Image.Image], video: bool, folder: _Folder) -> tuple[Distractor, ...]:
+    if not isinstance(given, list):
+        raise InputError(repr(given)[:60], "a list of regions with answers", '[{"box": [0, 0, 9, 9], "answer": "7"}]')
+    found = []
+    for i, one in enumerate(given):
+        with _at(f"[{i}]"):
+            if not isinstance(one, dict) or "answer" not in one:
+                raise InputError(repr(one)[:60], "a region with its answer", 'such as {"box": [...], "answer": "7"}')
+            with _at("answer"):
+                answer = _text(one["answer"])
+        region = {name: value for name, value in one.items() if name != "answer"}
+        found.append(Distractor(_region(region, i, pictures, video, folder), answer))
+    return tuple(found)
 
 
 def _check_partner(sample: Sample, partner: Sample) -> None:

@@ -65,6 +65,8 @@ def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
     if sample.video:
         record["fps"] = sample.fps
     record["evidence"] = [_written(region, folder) for region in sample.evidence]
+    if sample.distractors:
+        record["distractors"] = [{**_written(one.region, folder), "answer": one.answer} for one in sample.distractors]
     record["domain"] = sample.domain
     if sample.counterfactual is not None:
         other = _record(sample.counterfactual, sample.counterfactual.id or f"{id}/counterfactual", folder)

@@ -20,9 +20,19 @@ from mech.notebook import Shown
 
 
 @dataclass(frozen=True)
+class Distractor:
+    """A region that looks like evidence and is not: the answer to the same question asked of it."""
+
+    region: Region
+    answer: str
+
+
+@dataclass(frozen=True)
 class Sample(Shown):
     """One question with its evidence.
 
+    ``distractors`` are regions of the same pictures that answer the question asked of something else, each with another
+    answer: what heads are redirected to (``mech.redirection``), and what a contrastive score subtracts.
     ``counterfactual`` is the same layout with the evidence changed so that ``answer`` changes: the corrupted run of
     activation patching, and the wrong answer of a logit difference.
     """
@@ -36,6 +46,7 @@ class Sample(Shown):
     domain: str = "default"
     id: str = ""
     counterfactual: "Sample | None" = field(default=None, repr=False)
+    distractors: tuple[Distractor, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         if bool(self.images) == bool(self.video):

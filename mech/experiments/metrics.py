@@ -9,7 +9,7 @@ which positions it reads, so that only their logits are ever computed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +41,19 @@ class Quiz:
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    def batch(self, index: int) -> "Quiz":
+        """One batch of it, as a quiz of its own."""
+        start = sum(map(len, self.batches[:index]))
+        rows = slice(start, start + len(self.batches[index]))
+        return Quiz(
+            self.examples[rows],
+            self.batches[index : index + 1],
+            self.pictures[index : index + 1],
+            self.answers[rows],
+            self.forks[rows],
+            self.wrong[rows],
+        )
 
 
 def quiz(model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> Quiz:
@@ -81,19 +94,26 @@ def ask(forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], question
     answer's rows are unembedded.
     """
     accuracy, difference = [], []
+    for row, says in enumerate(answer_logits(forward, questions)):
+        answer, at, wrong = questions.answers[row], questions.forks[row], questions.wrong[row]
+        accuracy.append(float(says.argmax(-1).tolist() == list(answer)))
+        difference.append(float(says[at, answer[at]] - says[at, wrong]) if wrong >= 0 else float("nan"))
+    return {"accuracy": np.array(accuracy), "logit_diff": np.array(difference)}
+
+
+def answer_logits(
+    forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], questions: Quiz
+) -> Iterator[Float[torch.Tensor, "token vocab"]]:
+    """The logits that predict each token of each sample's answer, sample by sample."""
     row = 0
     for batch, pictures in zip(questions.batches, questions.pictures, strict=True):
         answers = questions.answers[row : row + len(batch)]
         keep = max(map(len, answers)) + 1
         logits = forward(batch, logits_to_keep=keep, mm_encoder_outputs=dict(pictures)).float().cpu()
-        for i, answer in enumerate(answers):
+        for said, answer in zip(logits, answers, strict=True):
             # Rows end with the answer; the token at place j is predicted one row earlier.
-            says = logits[i, keep - len(answer) - 1 : keep - 1]
-            accuracy.append(float(says.argmax(-1).tolist() == list(answer)))
-            at, wrong = questions.forks[row + i], questions.wrong[row + i]
-            difference.append(float(says[at, answer[at]] - says[at, wrong]) if wrong >= 0 else float("nan"))
+            yield said[keep - len(answer) - 1 : keep - 1]
         row += len(batch)
-    return {"accuracy": np.array(accuracy), "logit_diff": np.array(difference)}
 
 
 def _answer_ids(row: Inputs) -> tuple[int, ...]:

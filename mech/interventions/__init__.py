@@ -5,7 +5,19 @@ Knows models, inputs and samples (for reference activations). Knows nothing of b
 
 from mech.interventions.reference import Reference, reference_activations
 from mech.interventions.run import Intervened, intervene
-from mech.interventions.specs import METHODS, PHASES, POSITIONS, Ablate, Custom, Knockout, Patch, Scale, Spec
+from mech.interventions.specs import (
+    METHODS,
+    PHASES,
+    POSITIONS,
+    Ablate,
+    Custom,
+    Knockout,
+    Patch,
+    PerRow,
+    Redirect,
+    Scale,
+    Spec,
+)
 
 __all__ = [
     "METHODS",
@@ -16,6 +28,8 @@ __all__ = [
     "Intervened",
     "Knockout",
     "Patch",
+    "PerRow",
+    "Redirect",
     "Reference",
     "Scale",
     "Spec",

@@ -1,4 +1,4 @@
-"""What heads put out instead: the arithmetic of ``Ablate``, ``Scale`` and ``Knockout`` inside one attention call.
+"""What heads put out instead: the arithmetic of ``Ablate``, ``Knockout`` and ``Redirect`` inside one attention call.
 
 It works on an ``AttentionCall`` and never makes a query x key tensor of all rows at once.
 """
@@ -65,12 +65,39 @@ def knocked_out(
         kept = seen * ~key[:, None, None, :]
         cut = cut or bool(((seen - kept).sum(-1) > 0)[:, 0][query[:, part]].any())
         kept = kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
-        batch, n_heads, n_rows, keys = kept.shape
-        grouped = kept.reshape(batch, call.v.shape[1], -1, keys) @ call.v.to(kept)
-        new = grouped.reshape(batch, n_heads, n_rows, -1).transpose(1, 2).to(z)
         chosen = query[:, part, None, None] & heads[None, None, :, None]
-        z[:, part] = torch.where(chosen, new, z[:, part])
+        z[:, part] = torch.where(chosen, _mixed(kept, call, z), z[:, part])
     return z, cut
+
+
+def redirected(
+    call: AttentionCall,
+    z: Float[Tensor, "batch pos head d_head"],
+    query: Bool[Tensor, "batch pos"],
+    key: Bool[Tensor, "batch key_pos"],
+    bias: float,
+    heads: Bool[Tensor, " head"],
+) -> tuple[Float[Tensor, "batch pos head d_head"], bool]:
+    """z where the rows of ``query`` are pulled towards ``key``, and whether any of them can see it."""
+    z, pulled = z.clone(), False
+    rows = query.any(0).nonzero().flatten()
+    for part in rows.split(ROWS):
+        pattern = call.rows(part, bias=bias * key[:, None, None, :].to(torch.promote_types(z.dtype, torch.float32)))
+        reach = (call.visible(part) & key[:, None, None, :]).any(-1).any(1)
+        pulled = pulled or bool(reach[query[:, part]].any())
+        z[:, part] = torch.where(
+            query[:, part, None, None] & heads[None, None, :, None], _mixed(pattern, call, z), z[:, part]
+        )
+    return z, pulled
+
+
+def _mixed(
+    pattern: Float[Tensor, "batch head row key_pos"], call: AttentionCall, z: Tensor
+) -> Float[Tensor, "batch row head d_head"]:
+    """What heads put out under a pattern."""
+    batch, n_heads, n_rows, keys = pattern.shape
+    grouped = pattern.reshape(batch, call.v.shape[1], -1, keys) @ call.v.to(pattern)
+    return grouped.reshape(batch, n_heads, n_rows, -1).transpose(1, 2).to(z)
 
 
 def _grouped(mean: Float[Tensor, "batch kv_head pos d_head"], call: AttentionCall) -> Tensor:

@@ -4,9 +4,9 @@
         logits = ablated(inputs)
         text   = ablated.generate_text(inputs)      # the KV cache is on, the heads stay ablated
 
-``Ablate``, ``Scale`` and ``Knockout`` of heads act where a head's output leaves attention, before ``hook_z`` fires, so
-hooks and caches see what they made; the others write their points as hooks do. Specs that meet at one place act in the
-order in which they were given. Leaving the block leaves nothing behind.
+``Ablate``, ``Scale``, ``Knockout`` and ``Redirect`` of heads act where a head's output leaves attention, before
+``hook_z`` fires, so hooks and caches see what they made; the others write their points as hooks do. Specs that meet at
+one place act in the order in which they were given. Leaving the block leaves nothing behind.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mech.errors import ExperimentError
 from mech.inputs import Inputs
-from mech.interventions.heads import drawn, knocked_out, replacement, span
+from mech.interventions.heads import drawn, knocked_out, redirected, replacement, span
 from mech.interventions.reference import Reference, reference_activations
-from mech.interventions.specs import PATCHED, Ablate, Custom, Knockout, Patch, Scale, Spec, Z, names_of
+from mech.interventions.specs import PATCHED, Ablate, Custom, Knockout, Patch, Redirect, Scale, Spec, Z, names_of
 from mech.interventions.where import Plan, for_beams
 from mech.model import AttentionCall, HookedMLLM
 
@@ -43,7 +43,7 @@ def intervene(model: HookedMLLM, *specs: Spec) -> Iterator["Intervened"]:
     for spec in specs:
         if not isinstance(spec, Spec):
             raise ExperimentError(
-                f"an intervention of type {type(spec).__name__}", "Ablate, Patch, Knockout, Scale or Custom"
+                f"an intervention of type {type(spec).__name__}", "Ablate, Patch, Knockout, Redirect, Scale or Custom"
             )
         spec.check(model)
     intervened = Intervened(model, tuple(_ready(spec, model) for spec in specs))
@@ -125,9 +125,9 @@ class Intervened:
         for index, spec in enumerate(self.specs):
             if isinstance(spec, Ablate | Patch | Scale):
                 plan.prepare(spec.positions, getattr(spec, "phase", "both"))
-            elif isinstance(spec, Knockout):
+            elif isinstance(spec, Knockout | Redirect):
                 plan.prepare(spec.query, spec.phase)
-                plan.prepare(spec.key)
+                plan.prepare(spec.key if isinstance(spec, Knockout) else spec.to)
             if isinstance(spec, Patch):
                 self._sources[index] = self._source(spec, inputs)
         self._plan, self._fired, self._start, self._stop = plan, set(), 0, 0
@@ -170,10 +170,14 @@ class Intervened:
             if not where.any():
                 continue
             now = call.z if z is None else z
-            if isinstance(spec, Knockout):
-                keys = for_beams(self._plan.keys(spec.key, call), batch).to(where.device)
-                z, cut = knocked_out(call, now, where, keys, chosen)
-                if not cut:
+            if isinstance(spec, Knockout | Redirect):
+                to = spec.key if isinstance(spec, Knockout) else spec.to
+                keys = for_beams(self._plan.keys(to, call), batch).to(where.device)
+                if isinstance(spec, Knockout):
+                    z, acted = knocked_out(call, now, where, keys, chosen)
+                else:
+                    z, acted = redirected(call, now, where, keys, spec.bias, chosen)
+                if not acted:
                     continue
             else:
                 assert isinstance(spec, Ablate | Scale)
@@ -184,7 +188,7 @@ class Intervened:
 
     def _rows(self, spec: Any, start: int, stop: int, batch: int) -> Bool[Tensor, "batch pos"]:
         assert self._plan is not None
-        if isinstance(spec, Knockout):
+        if isinstance(spec, Knockout | Redirect):
             rows = self._plan.rows(spec.query, spec.phase, start, stop, written=("all", "text", "last"))
         else:
             rows = self._plan.rows(spec.positions, getattr(spec, "phase", "both"), start, stop)
@@ -234,7 +238,7 @@ class Intervened:
 
 def _head_mask(model: HookedMLLM, spec: Spec) -> Bool[Tensor, "layer head"] | None:
     """Which heads a spec changes inside attention; None if it does not act there."""
-    if not (isinstance(spec, Knockout | Scale) or (isinstance(spec, Ablate) and spec.point == Z)):
+    if not (isinstance(spec, Knockout | Redirect | Scale) or (isinstance(spec, Ablate) and spec.point == Z)):
         return None
     mask = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, dtype=torch.bool)
     for layer, head in spec.heads:

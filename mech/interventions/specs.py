@@ -4,6 +4,7 @@
     Ablate("hook_mlp_out", layers=[3], to="zero")                            # MLPs, attention layers, visual tokens
     Patch("attn.hook_z", source=other_inputs, heads=[(3, 2)])                # values of another run
     Knockout(query="question", key=Box(10, 10, 40, 40), layers=range(4, 9))  # who may not look at what
+    Redirect(heads=[(3, 2)], to=Box(10, 10, 40, 40), bias=8.0)               # where does the answer come from?
     Scale(heads=[(3, 2)], factor=2.0)                                        # steering
     Custom("blocks.3.hook_resid_post", fn)                                   # anything
 
@@ -43,6 +44,7 @@ PATCHED = {  # point -> which heads it has
     "attn.hook_result": "head", "attn.hook_pattern": "head", "attn.hook_attn_scores": "head",
     "attn.hook_k": "kv_head", "attn.hook_v": "kv_head",
 }  # fmt: skip
+LARGEST_BIAS = float(np.finfo(np.float16).max)
 Pairs = tuple[tuple[int, int], ...]
 Where = Any  # a name, a region, several regions, or positions: see TokenLayout.positions
 
@@ -244,6 +246,67 @@ class Knockout(Spec):
             check_layers(model, self.layers, Z)
 
 
+@dataclass(frozen=True)
+class PerRow:
+    """Other positions for each row of a batch: ``PerRow((Box(...), Box(...)))`` for two rows.
+
+    Attributes:
+        rows: what ``positions`` would be of each row, in order.
+    """
+
+    rows: tuple[Where, ...]
+
+    def __post_init__(self):
+        _set(self, rows=tuple(_frozen(where) for where in self.rows))
+
+
+@dataclass(frozen=True, init=False)
+class Redirect(Spec):
+    """Pull heads towards a region: a bias on their scores before the softmax, all else of the layer as it is.
+
+    ``pattern'[q, k] = softmax over k of (score[q, k] + bias [k in to])``. Where ablation asks whether an answer needs a
+    head, this asks whether the head decides *where the answer comes from*: if the answer turns into that of the region,
+    it does (Gaze heads, arXiv 2606.14703).
+
+    Attributes:
+        heads: (layer, head) pairs.
+        to: what they are pulled towards, positions of the prompt: a region, ``"image"``, or ``PerRow`` of them.
+        bias: in units of the scores (logits of attention); negative pushes away. At most 65,504 in size, so that it
+            means the same in every precision.
+        query: which rows are pulled, as ``positions`` of ``Ablate``; written tokens belong to "all", "text" and "last".
+        phase: as in ``Ablate``.
+    """
+
+    heads: Pairs = ()
+    to: Where = "image"
+    bias: float = 0.0
+    query: Where = "all"
+    phase: str = "both"
+
+    def __init__(
+        self,
+        heads: Iterable[tuple[int, int]],
+        to: Where,
+        bias: float,
+        *,
+        query: Where = "all",
+        phase: str = "both",
+    ):
+        _set(self, heads=_pairs(heads), to=_frozen(to), bias=float(bias), query=_frozen(query), phase=phase)
+
+    def check(self, model: Any) -> None:
+        self._refuse_unknown(phase=(self.phase, PHASES), **_named(self.query, "query"), **_named(self.to, "to"))
+        if not self.heads:
+            raise ExperimentError("Redirect with no heads", "at least one (layer, head)", "pass ranking.top(0.05)")
+        if not abs(self.bias) <= LARGEST_BIAS:  # nan as well
+            raise ExperimentError(
+                f"Redirect(bias={self.bias})",
+                f"a number between -{LARGEST_BIAS:.0f} and {LARGEST_BIAS:.0f}",
+                "scores of attention differ by some tens: try bias=8",
+            )
+        check_heads(model, self.heads)
+
+
 @dataclass(frozen=True, init=False)
 class Scale(Spec):
     """Multiply the output of heads: steering up (``factor > 1``), down, or off (0 is zero ablation).
@@ -332,6 +395,9 @@ def check_layers(model: Any, layers: tuple[int, ...], point: str) -> None:
 
 def _named(where: Where, name: str = "positions") -> dict[str, tuple[str, Iterable[str]]]:
     """A position given by name is checked at once; regions and numbers when the inputs are there."""
+    if isinstance(where, PerRow):
+        words = [one for one in where.rows if isinstance(one, str) and one not in POSITIONS]
+        return _named(words[0], name) if words else {}
     return {name: (where, POSITIONS)} if isinstance(where, str) else {}
 
 
@@ -349,7 +415,7 @@ def _ints(layers: Iterable[int]) -> tuple[int, ...]:
 
 
 def _frozen(where: Where) -> Where:
-    if isinstance(where, str | Box | Mask | Frames | Pages):
+    if isinstance(where, str | Box | Mask | Frames | Pages | PerRow):
         return where
     return tuple(one if isinstance(one, Box | Mask | Frames | Pages) else int(one) for one in where)
 

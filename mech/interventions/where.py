@@ -12,9 +12,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mech.data.regions import Box, Frames, Mask, Pages
+from mech.errors import ExperimentError
 from mech.inputs import PADDING, Inputs, TokenLayout
 from mech.interventions.reference import TEXT_KIND, kinds
-from mech.interventions.specs import Where
+from mech.interventions.specs import PerRow, Where
 from mech.model import AttentionCall
 
 N_DRAWS = 4096  # positions after which the sequence of draws repeats
@@ -38,7 +39,18 @@ class Plan:
 
     def prepare(self, where: Where, phase: str = "both") -> None:
         """Work a choice of positions out, so that a wrong one is refused before the run."""
-        self._chosen[repr(where), phase] = torch.stack([_chosen(where, phase, layout) for layout in self.layouts])
+        wanted = zip(self._by_row(where), self.layouts, strict=True)
+        self._chosen[repr(where), phase] = torch.stack([_chosen(one, phase, layout) for one, layout in wanted])
+
+    def _by_row(self, where: Where) -> Sequence[Where]:
+        rows = where.rows if isinstance(where, PerRow) else (where,) * len(self.layouts)
+        if len(rows) != len(self.layouts):
+            raise ExperimentError(
+                f"positions for {len(rows)} rows and inputs of {len(self.layouts)}",
+                "as many as the batch has rows",
+                "give one for each row, or one for all without PerRow",
+            )
+        return rows
 
     def rows(
         self, where: Where, phase: str, start: int, stop: int, written: Sequence[str] = ("all", "text")
@@ -54,7 +66,8 @@ class Plan:
         """Which keys of an attention call are meant; of its memory where the layer looks at one."""
         count = call.k.shape[2]
         if call.cross:
-            return torch.stack([_remembered(where, layout.visual) for layout in self.layouts])
+            wanted = zip(self._by_row(where), self.layouts, strict=True)
+            return torch.stack([_remembered(one, layout.visual) for one, layout in wanted])
         # A windowed layer's cache has dropped its first keys, and a static one has room for more than was read.
         start = max(0, call.query_start + call.q.shape[2] - count)
         return self.rows(where, "both", start, start + count)

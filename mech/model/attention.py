@@ -106,14 +106,19 @@ class AttentionCall:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         return seen.expand(batch, *seen.shape[1:])
 
-    def rows(self, positions: Sequence[int] | Tensor) -> Float[Tensor, "batch head rows key_pos"]:
-        """The exact post-softmax attention of these query rows, at least in float32.
+    def rows(
+        self,
+        positions: Sequence[int] | Tensor,
+        bias: Float[Tensor, "batch #head #rows key_pos"] | None = None,
+    ) -> Float[Tensor, "batch head rows key_pos"]:
+        """The exact post-softmax attention of these query rows, at least in float32; ``bias`` is added to the scores.
 
         Recomputed from q, k and the mask; a hook that wrote the pattern is not seen here. A row that may look at
         nothing (a padding row) is all zeros. Cost: ``len(positions) * key_pos * d_head`` per head.
         """
         index = torch.as_tensor(positions, device=self.q.device, dtype=torch.long)
-        return self._pattern(self._scores(index))
+        scores = self._scores(index)
+        return self._pattern(scores if bias is None else scores + bias)
 
     def _scores(self, index: Tensor) -> Tensor:
         scores = _dot(self.q[:, :, index], self.k, self.scale)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from PIL import Image, ImageDraw
 
 from mech.data.regions import Box
-from mech.data.samples import Sample
+from mech.data.samples import Distractor, Sample
 from mech.reference.planted.planting import CELL, COLOURS, SIDE
 
 GREY = "grey"  # no colour: what an empty half of a cell shows
@@ -31,13 +31,15 @@ def scene(corruption: str, words: str, rng: random.Random, name: str) -> Sample:
     # The evidence is the cell with the name; where keys are composed, the one behind it.
     behind = int(corruption == "order")
 
+    def box_of(pair: int) -> Box:
+        row, column = divmod(2 * pairs[pair] + behind, SIDE)
+        return Box.from_xywh(column * CELL, row * CELL, CELL, CELL)
+
     def shown(names: list[str], fills: list[str], asked: int) -> tuple[str, str, Box, Image.Image]:
         cells = {2 * pair: (names[i], fills[i]) for i, pair in enumerate(pairs)}
         cells |= {2 * pair + 1: (GREY, fills[4 + i]) for i, pair in enumerate(pairs)}
-        evidence, answer = 2 * pairs[asked] + behind, fills[4 * behind + asked]
-        row, column = divmod(evidence, SIDE)
-        box = Box.from_xywh(column * CELL, row * CELL, CELL, CELL)
-        return names[asked] + words, "none" if answer == GREY else answer, box, _picture(cells)
+        answer = fills[4 * behind + asked]
+        return names[asked] + words, "none" if answer == GREY else answer, box_of(asked), _picture(cells)
 
     changed = {
         "fill": (names, [fills[1], *fills[1:]], 0),
@@ -48,7 +50,11 @@ def scene(corruption: str, words: str, rng: random.Random, name: str) -> Sample:
     question, answer, box, picture = shown(names, fills, 0)
     theirs = shown(*changed[corruption])
     other = Sample(theirs[0], theirs[1], (theirs[3],), evidence=(theirs[2],), domain="planted", id=f"{name}-other")
-    return Sample(question, answer, (picture,), evidence=(box,), domain="planted", id=name, counterfactual=other)
+    elsewhere = tuple(Distractor(box_of(pair), fills[4 * behind + pair]) for pair in (1, 2, 3))
+    return Sample(
+        question, answer, (picture,), evidence=(box,), domain="planted", id=name, counterfactual=other,
+        distractors=elsewhere,
+    )  # fmt: skip
 
 
 def _picture(cells: Mapping[int, tuple[str, str]]) -> Image.Image:

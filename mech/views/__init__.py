@@ -30,7 +30,7 @@ from mech.views.objects import inputs_view, layout_view, sample_view, samples_vi
 from mech.views.overlay import looks
 from mech.views.patching import attribution_map, patching_grid
 from mech.views.report.report import report
-from mech.views.sets import retrieval_view, steering_view
+from mech.views.sets import redirection_view, retrieval_view, steering_view
 
 __all__ = [
     "View",
@@ -48,6 +48,7 @@ __all__ = [
     "looks",
     "patching_grid",
     "ram_map",
+    "redirection_view",
     "report",
     "retrieval_view",
     "sample_curve_view",
@@ -94,6 +95,8 @@ def _dataset_view(result: xr.Dataset) -> Any:
         return transfer_view
     if "factor" in dims:
         return steering_view
+    if "bias" in dims:
+        return redirection_view
     if "reciprocal_rank" in names:
         return retrieval_view
     if {"choice", "share"} <= set(map(str, result.variables)):

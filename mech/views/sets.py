@@ -1,6 +1,7 @@
 """Sets of heads against each other: steering curves, and how well each finds the evidence.
 
     steering_view(curve)         # accuracy and logit difference against the factor (``mech.steering``)
+    redirection_view(found)      # answers that follow the heads, against the bias (``mech.redirection``)
     retrieval_view(found)        # MRR and hit@k of every set, beside the order of chance (``mech.evidence_retrieval``)
 
 Named sets have 95% bootstrap intervals over the samples. Random sets are shown as the range from the lowest to the
@@ -27,42 +28,88 @@ def steering_view(result: xr.Dataset, title: str = "Heads turned down and up") -
         result: of ``steering``.
         title: stands above a saved page.
     """
-    factors, panels = result["factor"].values.astype(float), {}
-    for measure, name in MEASURES.items():
-        if bool(result[measure].isnull().all()):  # no sample has a counterfactual
-            continue
-        traces: list[dict[str, Any]] = []
-        for band, here in sorted(_by_band(result[measure]), key=lambda one: one[0] != "random"):  # the shade lies below
-            mean, low, high = _ends(here)
-            colour = f"@{COLOURS.get(band, 'accent')}"
-            line = {
-                "type": "scatter", "mode": "lines+markers", "x": factors, "y": mean, "name": band,
-                "line": {"color": colour, "width": 2}, "marker": {"size": 7, "color": colour},
-                "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
-                "hovertemplate": f"<b>{escape(band)}</b> times %{{x}}<br>%{{text}}<extra></extra>",
-            }  # fmt: skip
-            if len(here) > 1:
-                edge = {"type": "scatter", "mode": "lines", "x": factors, "hoverinfo": "skip", "line": {"width": 0},
-                        "showlegend": False}  # fmt: skip
-                traces += [edge | {"y": low}, edge | {"y": high, "fill": "tonexty", "fillcolor": "@random-soft"}]
-            else:
-                line["error_y"] = _bars(mean, low, high, colour)
-            traces.append(line)
-        layout = {
-            "showlegend": True,
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "margin": {"l": 8, "r": 8, "t": 44, "b": 8},
-            "xaxis": {"title": "factor of the heads' output (1: as it is)"},
-            "yaxis": {"title": name.split(" (")[0]},
-            "shapes": [{"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1,
-                        "line": {"color": "@none", "width": 1.5, "dash": "dot"}}],
-        }  # fmt: skip
-        panels[measure.replace("logit_diff", "logit difference")] = chart(
-            traces, layout, height=340, label=f"{name} against the factor of the heads' output"
+    panels = {
+        measure.replace("logit_diff", "logit difference"): _curves(
+            result[measure], "factor", "factor of the heads' output (1: as it is)", name, vertical=1
         )
-    count = result.attrs.get("n_heads", "")
-    body = f'<h3>{escape(title)}</h3><p class="soft">Sets of {count} heads.</p>{tabs(panels, "measure")}'
+        for measure, name in MEASURES.items()
+        if not bool(result[measure].isnull().all())  # where no sample has a counterfactual
+    }
+    return _of_sets(result, title, f"Sets of {result.attrs.get('n_heads', '')} heads.", panels)
+
+
+def redirection_view(result: xr.Dataset, title: str = "Heads pulled towards a distractor") -> View:
+    """Curves against the bias, a panel for each measure; the dotted line is the model as it is.
+
+    Args:
+        result: of ``redirection``.
+        title: stands above a saved page.
+    """
+    names = {
+        "redirected": "answers that became the distractor's (share)",
+        "kept": "answers that stayed right (share)",
+        "logit_diff": "distractor's answer minus own (logits)",
+    }
+    panels = {
+        measure.replace("logit_diff", "logit difference"): _curves(
+            result[measure], "bias", "bias on the distractor's tokens (logits of attention)", name,
+            horizontal=float(result[f"plain_{measure}"].mean()),
+        )
+        for measure, name in names.items()
+    }  # fmt: skip
+    note = (
+        f"Sets of {result.attrs.get('n_heads', '')} heads, and all heads. If the heads choose where the answer comes "
+    )
+    note += "from, their curve rises and that of random heads does not."
+    return _of_sets(result, title, note, panels)
+
+
+def _of_sets(result: xr.Dataset, title: str, note: str, panels: dict[str, str]) -> View:
+    body = f'<h3>{escape(title)}</h3><p class="soft">{escape(note)}</p>{tabs(panels, "measure")}'
     return View(title, body, height=470)
+
+
+def _curves(
+    measured: xr.DataArray,
+    axis: str,
+    what: str,
+    name: str,
+    *,
+    vertical: float | None = None,
+    horizontal: float | None = None,
+) -> str:
+    """A curve for every band along an axis; a dotted line where the model is as it is."""
+    along, traces = measured[axis].values.astype(float), []
+    for band, here in sorted(_by_band(measured), key=lambda one: one[0] != "random"):  # the shade lies below
+        mean, low, high = _ends(here)
+        colour = f"@{COLOURS.get(band, 'accent')}"
+        line: dict[str, Any] = {
+            "type": "scatter", "mode": "lines+markers", "x": along, "y": mean, "name": band,
+            "line": {"color": colour, "width": 2}, "marker": {"size": 7, "color": colour},
+            "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
+            "hovertemplate": f"<b>{escape(band)}</b>, {axis} %{{x}}<br>%{{text}}<extra></extra>",
+        }  # fmt: skip
+        if len(here) > 1:
+            edge = {"type": "scatter", "mode": "lines", "x": along, "hoverinfo": "skip", "line": {"width": 0},
+                    "showlegend": False}  # fmt: skip
+            traces += [edge | {"y": low}, edge | {"y": high, "fill": "tonexty", "fillcolor": "@random-soft"}]
+        else:
+            line["error_y"] = _bars(mean, low, high, colour)
+        traces.append(line)
+    dotted = {"type": "line", "line": {"color": "@none", "width": 1.5, "dash": "dot"}}
+    if vertical is not None:
+        dotted |= {"x0": vertical, "x1": vertical, "yref": "paper", "y0": 0, "y1": 1}
+    else:
+        dotted |= {"y0": horizontal, "y1": horizontal, "xref": "paper", "x0": 0, "x1": 1}
+    layout = {
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "margin": {"l": 8, "r": 8, "t": 44, "b": 8},
+        "xaxis": {"title": what},
+        "yaxis": {"title": name.split(" (")[0]},
+        "shapes": [dotted],
+    }
+    return chart(traces, layout, height=340, label=f"{name} against the {axis}")
 
 
 def retrieval_view(result: xr.Dataset, title: str = "Evidence found by where heads look") -> View:

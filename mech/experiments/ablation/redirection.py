@@ -1,0 +1,217 @@
+"""Redirection: pull heads towards another region, and see whether the answer follows.
+
+    found = redirection(model, test, ranking, bias=(2, 4, 8))
+    redirection_table(found)              # by band and bias: answers that became the distractor's, with intervals
+
+Ablation says that an answer *needs* a set of heads; redirection asks whether these heads decide where the answer comes
+from. Each sample names distractors: regions that would answer the same question asked of something else, with another
+answer. A bias is added to the heads' scores of one distractor's tokens before the softmax. If the answer turns into the
+distractor's, and does not when as many random heads are pulled, the heads are *sufficient* to choose the evidence.
+Pulling all heads is the third control: it shows what the bias does to the model as a whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import xarray as xr
+
+from mech.axes import EXAMPLE
+from mech.data.samples import Distractor, Sample, Samples
+from mech.errors import ExperimentError, suggestion
+from mech.experiments.effects import share
+from mech.experiments.metrics import Quiz, answer_logits, quiz
+from mech.experiments.ranking.checks import refuse_ranking
+from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.scores.ram import Progress
+from mech.interventions import PerRow, Redirect, intervene
+from mech.model import HookedMLLM
+from mech.results import provenance
+
+BANDS = ("top", "bottom", "random", "all")
+BIASES = (2.0, 4.0, 8.0, 16.0)
+BAND, BIAS = "band", "bias"
+
+
+def redirection(
+    model: HookedMLLM,
+    samples: Samples | Sequence[Sample],
+    ranking: Ranking,
+    *,
+    bias: Sequence[float] = BIASES,
+    heads: int | float = 0.05,
+    bands: Sequence[str] = BANDS,
+    n_random: int = 10,
+    query: str = "all",
+    phase: str = "both",
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """How often the answer becomes that of a region to which heads are pulled.
+
+    ``redirected[set, bias, example] = 1`` if, at the first token in which the two answers differ, the distractor's is
+    the most likely one; ``kept`` the same for the sample's own answer.
+
+    Sign: ``redirected`` and ``logit_diff``: more, the answer followed the heads. Unit: answers are 0 or 1 per sample;
+    logits, distractor's minus own answer.
+
+    Args:
+        model: a hooked model.
+        samples: to test on, with ``distractors``; one of each is drawn by ``seed``. Not those that found the heads.
+        ranking: which heads are at the top.
+        bias: what is added to the scores of the distractor's tokens; bias 0 is measured once, as ``plain``.
+        heads: how many, see ``Ranking.count``.
+        bands: which of ``"top"``, ``"bottom"``, ``"random"`` (none of them at the top) and ``"all"``.
+        n_random: random sets.
+        query, phase: which rows are pulled and when, see ``Redirect``.
+        seed: of the distractors and the random sets.
+        batch_size: samples per forward.
+        progress: called with (runs done, runs in all).
+
+    Returns:
+        ``redirected``, ``kept`` and ``logit_diff`` over (set, bias, example), with band, draw and heads of each set;
+        the same without intervention as ``plain_...`` over example: what chance and the model's errors give.
+
+    Raises:
+        ExperimentError: samples without distractors, an answer that equals the distractor's, unknown words, no bias or
+            one that comes twice, heads of another model or found on these samples.
+        RegionError: a distractor that covers no token.
+
+    Cost: one forward per sample, set and bias, and one without intervention.
+
+    References: Gaze heads, arXiv 2606.14703 (there the last token's rows, the top 100 heads, six panels).
+    """
+    samples = Samples(samples)
+    biases = [float(one) for one in bias]
+    for band in bands:
+        if band not in BANDS:
+            raise ExperimentError(f"no band is called {band!r}", ", ".join(BANDS), suggestion(band, BANDS))
+    if not biases or not bands or len(set(biases)) < len(biases) or not np.isfinite(biases).all():
+        raise ExperimentError(f"bias={biases} of bands {list(bands)}", "different finite numbers, at least one band")
+    refuse_ranking(ranking, model, samples)
+    chosen = _drawn(samples, seed)
+    sets = [
+        (band, draw, some) for band in bands for draw, some in enumerate(_heads(ranking, band, heads, n_random, seed))
+    ]
+    for *_, some in sets:
+        Redirect(some, "image", biases[0], query=query, phase=phase).check(model)
+    asked = [replace(s, counterfactual=replace(s, answer=d.answer, counterfactual=None)) for s, d in chosen]
+    for sample, target in chosen:
+        model.inputs_of(sample).layout.visual.positions(target.region)
+    questions = quiz(model, asked, batch_size)
+    if -1 in questions.wrong:
+        where = asked[questions.wrong.index(-1)]
+        raise ExperimentError(
+            f"sample {where.id!r} whose distractor's answer begins with all of {where.answer!r}",
+            "a distractor with another answer", "leave that distractor out",
+        )  # fmt: skip
+    plain = _answers(model, questions)
+    parts = {name: np.empty((len(sets), len(biases), len(questions))) for name in plain}
+    for row, (_, _, some) in enumerate(sets):
+        for column, strength in enumerate(biases):
+            for name, value in _pulled(model, questions, chosen, some, strength, query, phase).items():
+                parts[name][row, column] = value
+            if progress:
+                progress(row * len(biases) + column + 1, len(sets) * len(biases))
+    found = xr.Dataset(
+        {name: (("set", BIAS, EXAMPLE), value) for name, value in parts.items()}
+        | {f"plain_{name}": (EXAMPLE, value) for name, value in plain.items()},
+        {
+            BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
+            "draw": ("set", np.array([draw for _, draw, _ in sets])),
+            "heads": ("set", np.array([" ".join(map(str, some)) for *_, some in sets], dtype=str)),
+            BIAS: biases,
+            EXAMPLE: list(questions.examples),
+        },
+        {
+            "kind": "redirection",
+            "model": model.name,
+            "domain": ", ".join(samples.domains),
+            "n_heads": ranking.count(heads),
+            "query": query,
+            "phase": phase,
+            "provenance": provenance(model, samples, seed=seed, query=query, phase=phase),
+        },
+    )
+    for name in ("redirected", "kept"):
+        found[name].attrs = {"unit": "share of answers, 0 or 1 per example"}
+    found["redirected"].attrs["sign"] = "more: the answer followed the heads"
+    found["logit_diff"].attrs = {
+        "unit": "logits, distractor's minus own answer",
+        "sign": "more: towards the distractor",
+    }
+    return found
+
+
+def redirection_table(found: xr.Dataset) -> list[dict[str, float | str]]:
+    """Of every band and bias the share of redirected and of kept answers, with 95% intervals.
+
+    Over samples; of random heads over samples and sets.
+    """
+    table: list[dict[str, float | str]] = []
+    for band in dict.fromkeys(map(str, found[BAND].values)):
+        here = found.isel(set=np.flatnonzero(found[BAND].values == band))
+        for bias in found[BIAS].values:
+            row: dict[str, float | str] = {"band": band, "bias": float(bias)}
+            for name in ("redirected", "kept"):
+                bounds = share(here[name].sel(bias=bias).values)
+                assert bounds is not None  # no answer is missing
+                row |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
+            table.append(row)
+    return table
+
+
+def _drawn(samples: Samples, seed: int) -> list[tuple[Sample, Distractor]]:
+    """A distractor for every sample, drawn by the seed and the sample's place alone."""
+    lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.distractors]
+    if lacking or not len(samples):
+        raise ExperimentError(
+            f"{len(lacking)} samples without distractors, the first is {lacking[0]!r}" if lacking else "no samples",
+            "samples that name regions with other answers",
+            'set Sample(distractors=(Distractor(Box(...), "4"),)); haystacks have them',
+        )
+    draws = (np.random.default_rng([seed, i]).integers(len(s.distractors)) for i, s in enumerate(samples))
+    return [(sample, sample.distractors[draw]) for sample, draw in zip(samples, draws, strict=True)]
+
+
+def _heads(ranking: Ranking, band: str, heads: int | float, n_random: int, seed: int) -> Sequence[Heads]:
+    top = ranking.top(heads)
+    if band == "random":
+        return ranking.random(heads, n_random, seed, exclude=top)
+    return [{"top": top, "bottom": ranking.bottom(heads), "all": ranking.heads}[band]]
+
+
+def _pulled(
+    model: HookedMLLM,
+    questions: Quiz,
+    chosen: Sequence[tuple[Sample, Distractor]],
+    heads: Heads,
+    bias: float,
+    query: str,
+    phase: str,
+) -> dict[str, np.ndarray]:
+    """The answers while heads are pulled, batch by batch: each row towards its own distractor."""
+    parts, row = [], 0
+    for index, batch in enumerate(questions.batches):
+        rows = slice(row, row + len(batch))
+        to = PerRow(tuple(target.region for _, target in chosen[rows]))
+        with intervene(model, Redirect(heads, to, bias, query=query, phase=phase)) as pulled:
+            parts.append(_answers(pulled, questions.batch(index)))
+        row = rows.stop
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def _answers(forward: object, questions: Quiz) -> dict[str, np.ndarray]:
+    """Of each sample: is the distractor's answer the first, is its own, and by how many logits they differ."""
+    redirected, kept, difference = [], [], []
+    for row, says in enumerate(answer_logits(forward, questions)):  # type: ignore[arg-type]
+        at, wrong = questions.forks[row], questions.wrong[row]
+        right = questions.answers[row][at]
+        first = int(says[at].argmax())
+        redirected.append(float(first == wrong))
+        kept.append(float(first == right))
+        difference.append(float(says[at, wrong] - says[at, right]))
+    return {"redirected": np.array(redirected), "kept": np.array(kept), "logit_diff": np.array(difference)}
