@@ -304,10 +304,12 @@ def every_score(
         options: dict[str, Any] = dict(
             batch_size=settings.batch_size, seed=settings.seed, progress=partial(say, f"{key}: scores")
         )
+        known = {name: score for name, score in PUBLISHED.items()
+                 if score.calibrate != "distractors" or all(sample.distractors for sample in find)}  # fmt: skip
         try:
-            found = head_scores(model, find, tuple(PUBLISHED), **options)
+            found = head_scores(model, find, tuple(known), **options)
         except ExperimentError:  # a model that says nothing has no rows of what it says
-            spoken = [name for name, score in PUBLISHED.items() if score.queries != "generated"]
+            spoken = [name for name, score in known.items() if score.queries != "generated"]
             found = head_scores(model, find, spoken, **options)
         place.put(f"{key}/scores", found)
     return summarise_scores(place.get(f"{key}/scores"))

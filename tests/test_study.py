@@ -58,7 +58,7 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert finished.read_text().count("Does looking mean mattering?") == 2
     assert finished.read_text().count("Do the scores of the literature name the same heads?") == 2
     agreed = facts["domains"]["grounding"]["scores"]
-    assert len(agreed["names"]) == len(agreed["spearman"]) == 9
+    assert len(agreed["names"]) == len(agreed["spearman"]) == 11
     assert agreed["jaccard_low"][0][1] <= agreed["jaccard"][0][1] <= agreed["jaccard_high"][0][1]
     sparse = json.loads((folder / "summary.json").read_text())["acceleration"]["llava-s"]
     assert sparse["domain"] in WHAT["domains"] and sparse["speed"] and 'id="sparse"' in finished.read_text()

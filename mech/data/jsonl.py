@@ -211,8 +211,7 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
             raise InputError(
                 repr(other)[:60], "an object with what differs", 'such as {"answer": ..., "images": [...]}'
             )
-        own = ("id", "counterfactual", "distractors", "meta")
-        same = {name: value for name, value in record.items() if name not in own}
+        same = {name: value for name, value in record.items() if name not in ("id", "counterfactual", "meta")}
         partner = _sample({**same, **other}, f"{sample.id}/counterfactual", sample.domain, folder, whole=False)
         _check_partner(sample, partner)
     return Sample(record["question"], record["answer"], **shown, **given, counterfactual=partner)

@@ -60,9 +60,11 @@ class Sample(Shown):
         for picture in (*self.images, *self.video):
             sha.update(f"{picture.mode}{picture.size}".encode())
             sha.update(picture.tobytes())
-        for region in self.evidence:
+        for region in (*self.evidence, *(distractor.region for distractor in self.distractors)):
             if isinstance(region, Mask):
                 sha.update(f"{region.pixels.shape}".encode() + region.pixels.tobytes())
+        if self.distractors:
+            sha.update(repr(self.distractors).encode())
         if self.counterfactual is not None:
             sha.update(self.counterfactual.digest().encode())
         return sha.hexdigest()

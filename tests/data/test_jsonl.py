@@ -44,6 +44,9 @@ def test_haystacks_are_read_as_they_were_written(domain, tmp_path):
     assert again.digest() == samples.digest()
     for one, other in zip(samples, again, strict=True):
         assert (one.id, one.counterfactual.id, one.evidence) == (other.id, other.counterfactual.id, other.evidence)
+        assert (
+            one.distractors == other.distractors and one.counterfactual.distractors == other.counterfactual.distractors
+        )
     if domain == "pages":  # two of three pages are those of the counterfactual, and are there once
         assert len(list((tmp_path / "out/images").iterdir())) == 3 * 4
 
@@ -135,6 +138,9 @@ def test_paths_stay_in_the_folder_unless_they_are_named_in_full(folder):
         ({**GOOD, "evidence": [{"frames": [0]}]}, ["evidence[0].frames: frames of images"]),
         ({**GOOD, "evidence": [{"mask": "other.png"}]}, ["evidence[0].mask: a mask of 20 x 20", "40 x 30"]),
         ({**GOOD, "evidence": [{"mask": "black.png"}]}, ["without a white pixel"]),
+        ({**GOOD, "distractors": {}}, ["distractors: {}", "regions with answers"]),
+        ({**GOOD, "distractors": [{"box": [0, 0, 4, 4]}]}, ["distractors[0]: ", "a region with its answer"]),
+        ({**GOOD, "distractors": [{"box": [0, 0, 4, 4], "answer": 7}]}, ["distractors[0].answer: 7"]),
         ({**GOOD, "counterfactual": "b.png"}, ["counterfactual: 'b.png'"]),
         ({**GOOD, "counterfactual": {"images": ["b.png"]}}, ["counterfactual: the same answer 'this'"]),
         ({**GOOD, "counterfactual": {"answer": "x", "images": ["other.png"]}}, ["pictures of sizes [(20, 20)]"]),

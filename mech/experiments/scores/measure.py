@@ -59,7 +59,7 @@ def head_scores(
     Sign: the higher, the more the head retrieves. Unit: ``attrs["unit"]`` of each variable.
 
     Args:
-        samples: with evidence where a score asks for it, with answers for ``"answer"`` rows.
+        samples: with evidence, distractors or, for ``"answer"`` rows, answers where a score asks for them.
         scores: names of ``PUBLISHED``, or name -> ``Score``.
         batch_size: samples per forward.
         seed: of the random regions.
@@ -138,7 +138,11 @@ def _prepared(
             )
             evidence = sample.evidence if any(score.on == "evidence" for score in scores) else ()
             inputs = model.inputs_of(asked, answer=bool(step.text)).to("cpu")
-            rows[step].append(prepared(inputs, evidence, draws, [seed, i]))
+            row = prepared(inputs, evidence, draws, [seed, i])
+            if any(score.calibrate == "distractors" for score in scores):
+                apart = (inputs.layout.visual.positions(one.region) for one in sample.distractors)
+                row = replace(row, distractors=tuple(apart))
+            rows[step].append(row)
     return rows
 
 
@@ -160,6 +164,7 @@ def _check(named: Mapping[str, Score], samples: Samples) -> None:
     needs = (
         ("evidence", lambda score: score.on == "evidence", lambda sample: sample.evidence),
         ("answer", lambda score: score.queries == "answer", lambda sample: sample.answer.strip()),
+        ("distractors", lambda score: score.calibrate == "distractors", lambda sample: sample.distractors),
     )
     for what, asks, has in needs:
         lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not has(sample)]

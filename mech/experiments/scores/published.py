@@ -20,7 +20,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "queries": ("question", "last", *OUTPUT),
     "reduce": ("sum", "mean", "hit", "hit_size", "share", "value_norm", "trimmed", "entropy"),
     "aggregate": ("mean", "frequency"),
-    "calibrate": ("none", "null_question", "other_question", "size", "random", "shifted", "no_sinks"),
+    "calibrate": ("none", "null_question", "other_question", "size", "random", "shifted", "distractors", "no_sinks"),
     "on": ("evidence", "image"),
 }
 UNITS = {
@@ -55,8 +55,9 @@ class Score:
         calibrate: what is subtracted: nothing; the same under ``"null_question"`` ("N/A") or ``"other_question"`` (that
             of the next sample that asks something else, of this one's picture); ``"size"``, what attention
             spread evenly over visible keys gives (for a hit: an argmax at random); ``"random"``, the mean of regions of
-            the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens. Or
-            ``"no_sinks"``: keys with massive activations get no attention.
+            the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens;
+            ``"distractors"``, the mean of the sample's distractors. Or ``"no_sinks"``: keys with massive activations
+            get no attention.
         on: ``"evidence"``, or ``"image"``: all visual tokens (then evidence is not asked for).
         top: heads that count in ``frequency``, a number (all where there are fewer) or a share.
         source: paper, and what differs from it.
@@ -80,6 +81,10 @@ class Score:
         for wrong, expected in (
             (self.reduce == "trimmed" and self.calibrate not in ("none", *SUBTRACTED), "no null but a question"),
             (self.on == "image" and self.calibrate in ("random", "shifted"), "evidence: all tokens are nowhere else"),
+            (
+                self.calibrate == "distractors" and (self.on != "evidence" or self.reduce not in ("sum", "share")),
+                'evidence, reduce="sum" or "share": distractors are of other sizes',
+            ),
             (
                 self.reduce == "entropy"
                 and (self.on, self.aggregate, self.calibrate) != ("image", "frequency", "none"),
@@ -129,6 +134,12 @@ PUBLISHED: dict[str, Score] = {
         on="image",
         top=10,
         source="arXiv 2503.06287; the elbow is taken over these examples, and components do not cross pictures",
+    ),
+    "gaze": Score("last", source="Gaze heads, arXiv 2606.14703; the evidence in place of the panel that is asked for"),
+    "contrastive": Score(
+        calibrate="distractors",
+        source="Contrastive Retrieval heads, arXiv 2510.02219; evidence and distractors in place of positive and "
+        "negative documents, and a plain difference",
     ),
     "vision_mass": Score(on="image", source="the 'vision heads' comparator of arXiv 2606.05843"),
 }

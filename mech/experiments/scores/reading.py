@@ -27,12 +27,13 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One example of a pass: its inputs, its evidence, and regions of the same size elsewhere (positions)."""
+    """One example of a pass: its inputs, its evidence, regions of the same size elsewhere, distractors (positions)."""
 
     inputs: Inputs
     evidence: np.ndarray
     shifted: np.ndarray
     random: tuple[np.ndarray, ...]
+    distractors: tuple[np.ndarray, ...] = ()
 
 
 def prepared(inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[int]) -> Prepared:
@@ -90,7 +91,8 @@ def read_pass(
     def marked(positions: Sequence[np.ndarray]) -> Float[Tensor, "batch key_pos"]:
         mask = torch.zeros(len(rows), keys, device=device)
         for row, (found, left) in enumerate(zip(positions, shift, strict=True)):
-            mask[row, torch.as_tensor(found + left, device=device)] = 1
+            at = torch.as_tensor(found + left, device=device)
+            mask[row].index_put_((at,), torch.ones((), device=device), accumulate=True)
         return mask
 
     image = marked([row.inputs.layouts[0].visual.positions("image") for row in rows])
@@ -99,6 +101,10 @@ def read_pass(
     at = torch.stack(list(weights.values())).sum((0, 1)).nonzero().flatten()
     regions = {"shifted": [marked([row.shifted for row in rows])]}
     regions["random"] = [marked(found) for found in zip(*(row.random for row in rows), strict=True)]
+    if any(row.distractors for row in rows):  # masses are sums over tokens: the mean of the regions is a region
+        each = [np.concatenate(row.distractors) for row in rows]
+        counts = torch.tensor([len(row.distractors) for row in rows], device=device)
+        regions["distractors"] = [marked(each) / counts[:, None]]
     calibrated = {score.calibrate for score in scores.values()}
     sinks: dict[int, Bool[Tensor, "batch key_pos"]] = {}
 
