@@ -15,6 +15,8 @@ ROOT = Path(mech.__file__).parent
 ORDER = [
     "axes",
     "errors",
+    "arguments",
+    "indices",
     "notebook",
     "data",
     "inputs",

@@ -7,12 +7,16 @@ and a tube is one box for each frame:
     Sample(question, answer, video=frames, evidence=tuple(Box(*corners, frame=k) for k, corners in tube.items()))
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
+from mech.arguments import is_whole
 from mech.errors import RegionError
+from mech.indices import Indices, indices
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,26 @@ class Pages:
 
 
 Region = Box | Mask | Frames | Pages
+
+
+def where(name: str, given: Any) -> str | Region | tuple[Region, ...] | Indices:
+    """What names positions, as a frozen value: a name, a region, several regions, or positions (of a boolean mask,
+    those where it is True).
+
+    Raises:
+        RegionError: anything else.
+    """
+    if isinstance(given, str | Region):
+        return given
+    if isinstance(given, Sequence) and given and all(isinstance(one, Region) for one in given):
+        return tuple(given)
+    return indices(name, [given] if is_whole(given) else given, RegionError)
+
+
+def where_in_words(given: Any) -> str:
+    """What names positions as a text, for a coordinate or an attribute."""
+    read = where("positions", given)
+    return read if isinstance(read, str) else repr(list(read) if isinstance(read, tuple) else read)
 
 
 def _one_place(region: Box | Mask) -> None:

@@ -56,8 +56,15 @@ class Quiz:
         )
 
 
-def quiz(model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> Quiz:
+def quiz(
+    model: HookedMLLM,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    check: Callable[[Inputs], None] = lambda batch: None,
+) -> Quiz:
     """Build the inputs of ``samples`` with their answers, and read their pictures, once.
+
+    ``check`` may refuse a batch before anything is run.
 
     Cost: the vision stack for every sample, and memory for its output.
 
@@ -81,6 +88,8 @@ def quiz(model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> 
         forks.append(fork)
         wrong.append(other)
     joined = [model.collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    for batch in joined:
+        check(batch)
     batches, pictures = zip(*map(model.encode_pictures, joined), strict=True)
     examples = tuple(sample.id or str(i) for i, sample in enumerate(samples))
     return Quiz(examples, batches, pictures, tuple(answers), tuple(forks), tuple(wrong))

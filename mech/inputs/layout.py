@@ -13,19 +13,22 @@ token's rectangle is where its patch was cut, not all it has seen (see ``mech.in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw
 
-from mech.data.regions import Box, Frames, Mask, Pages, Region
+from mech.arguments import Reading
+from mech.data.regions import Frames, Region
+from mech.data.regions import where as read_where
 from mech.errors import RegionError, suggestion
+from mech.indices import Indices
 from mech.inputs.regions import covered, whole_images
 from mech.notebook import Shown
 
 TEXT, IMAGE, VIDEO, PADDING = 0, 1, 2, 3
-Where = Region | str | Sequence[int] | Sequence[Region] | np.ndarray
+Where = Annotated[Region | str | Sequence[int] | Sequence[Region] | np.ndarray, Reading(read_where)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,7 +106,7 @@ class TokenLayout(Shown):
         Args:
             where: a region; several regions (their union); "image" (all visual tokens, a video's too), "text" (all
                 that is neither visual nor padding), "last", "all" (all but padding) or the name of a span such as
-                "question"; or positions, which are checked and returned.
+                "question"; or positions, which are checked and returned; or a boolean mask of the row.
             image: for a box or a mask the image it lies in, in place of its own; for "image" the one image meant.
             coverage: a token counts if more than this share of its rectangle lies in the region; 0 is any overlap.
             view: for regions and "image", "whole" (the view of the whole picture) or "tiles"; both where left out.
@@ -115,15 +118,14 @@ class TokenLayout(Shown):
             raise RegionError(
                 f"coverage={coverage}", "0 <= coverage < 1", "use 0 for any overlap, 0.5 for the larger part"
             )
-        if isinstance(where, Box | Mask | Frames | Pages):
-            where = [where]
-        if isinstance(where, str):
-            return self._seen(self._named(where, image), view, where)
-        listed: list[Any] = list(where) if isinstance(where, Sequence | np.ndarray) else [where]
-        if listed and all(isinstance(region, Box | Mask | Frames | Pages) for region in listed):
-            found = np.any([covered(self, region, image, coverage) for region in listed], axis=0)
-            return self._seen(np.flatnonzero(found), view, where)
-        return self._seen(self._checked(listed), view, where)
+        asked = read_where("positions", where)
+        if isinstance(asked, str):
+            return self._seen(self._named(asked, image), view, where)
+        if isinstance(asked, Indices):
+            return self._seen(self._checked(asked), view, where)
+        regions = [asked] if isinstance(asked, Region) else asked
+        found = np.any([covered(self, region, image, coverage) for region in regions], axis=0)
+        return self._seen(np.flatnonzero(found), view, where)
 
     def _seen(self, found: Int[np.ndarray, " pos"], view: str | None, where: Where) -> Int[np.ndarray, " pos"]:
         """Those of some positions that belong to a view."""
@@ -162,11 +164,11 @@ class TokenLayout(Shown):
             raise RegionError(f"this row has no {name!r} positions", f"a row with {name!r}", f"look at {self!r}")
         return named[name]
 
-    def _checked(self, positions: list[Any]) -> Int[np.ndarray, " pos"]:
-        whole = all(isinstance(p, int | np.integer) and not isinstance(p, bool | np.bool_) for p in positions)
-        if not (positions and whole and all(-len(self) <= p < len(self) for p in positions)):
+    def _checked(self, positions: Indices) -> Int[np.ndarray, " pos"]:
+        positions.check_mask("positions", (len(self),), RegionError)
+        if not (positions and all(-len(self) <= p < len(self) for p in positions)):
             raise RegionError(
-                f"positions {positions[:8]!r}",
+                f"positions {list(positions[:8])!r}",
                 f"whole numbers from {-len(self)} to {len(self) - 1}",
                 "give a region, a name such as 'question', or positions in range",
             )
@@ -202,7 +204,7 @@ class TokenLayout(Shown):
 
     def rectangle(self, position: int) -> tuple[float, float, float, float]:
         """``(x0, y0, x1, y1)`` of a visual token in the original image."""
-        index = int(self._checked([position])[0])
+        index = int(self.positions([position])[0])
         if np.isnan(self.rect[index]).any():
             raise RegionError(
                 f"position {position} ({self.tokens[index]!r}) has no rectangle",

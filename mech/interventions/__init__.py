@@ -18,6 +18,7 @@ from mech.interventions.specs import (
     Scale,
     Spec,
 )
+from mech.interventions.where import check_positions
 
 __all__ = [
     "METHODS",
@@ -33,6 +34,7 @@ __all__ = [
     "Reference",
     "Scale",
     "Spec",
+    "check_positions",
     "intervene",
     "reference_activations",
 ]

@@ -11,6 +11,7 @@ one place act in the order in which they were given. Leaving the block leaves no
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,15 +57,8 @@ def _ready(spec: Spec, model: HookedMLLM) -> Spec:
     if isinstance(spec, Ablate) and spec.to in ("mean", "resample") and not isinstance(spec.reference, Reference):
         assert spec.reference is not None  # check() has refused it
         activations = reference_activations(model, spec.reference, point=spec.point)
-        return _with(spec, activations)
+        return replace(spec, reference=activations)
     return spec
-
-
-def _with(spec: Ablate, reference: Reference) -> Ablate:
-    return Ablate(
-        spec.point, heads=spec.heads, layers=spec.layers, to=spec.to, positions=spec.positions, phase=spec.phase,
-        reference=reference, seed=spec.seed,
-    )  # fmt: skip
 
 
 class Intervened:

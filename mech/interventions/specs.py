@@ -22,16 +22,20 @@ the name travels into every result:
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
 
-from mech.data.regions import Box, Frames, Mask, Pages
+from mech.arguments import NOT_EMPTY, Reading, Rule, Seed, checked, one_of, short
+from mech.data.regions import where
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
+from mech.indices import Layers, Pairs, indices, pairs
+from mech.inputs import Inputs
 from mech.interventions.reference import Reference
+from mech.model.cache import ActivationCache
 
 METHODS = ("mean", "zero", "resample", "uniform", "paper")
 POSITIONS = ("all", "question", "last", "image", "text")
@@ -45,8 +49,32 @@ PATCHED = {  # point -> which heads it has
     "attn.hook_k": "kv_head", "attn.hook_v": "kv_head",
 }  # fmt: skip
 LARGEST_BIAS = float(np.finfo(np.float16).max)
-Pairs = tuple[tuple[int, int], ...]
-Where = Any  # a name, a region, several regions, or positions: see TokenLayout.positions
+Bias = Annotated[
+    float,
+    Rule(f"a number between -{LARGEST_BIAS:.0f} and {LARGEST_BIAS:.0f}", lambda value: abs(value) <= LARGEST_BIAS),
+]
+
+
+def _positions(name: str, given: Any) -> Any:
+    """Positions as a frozen value; those of a name are checked at once, the others when the inputs are there."""
+    if isinstance(given, PerRow):
+        return given
+    read = where(name, given)
+    if isinstance(read, str) and read not in POSITIONS:
+        known = " or ".join(map(repr, POSITIONS))
+        raise ExperimentError(f"{name}={read!r}", f"{known}, a region, or positions", suggestion(read, POSITIONS))
+    return read
+
+
+def _rows(name: str, given: Any) -> tuple[Any, ...]:
+    """The positions of each row."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ExperimentError(f"{name}={short(given)}", "positions for each row", "PerRow((Box(...), Box(...)))")
+    return tuple(_positions(name, row) for row in given)
+
+
+Where = Annotated[Any, Reading(_positions)]  # a name, a region, several regions, positions or a mask of them
+Phase = one_of(PHASES)
 
 
 class Spec:
@@ -66,65 +94,44 @@ class Spec:
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"kind": type(self).__name__, **fields}
 
-    def _refuse_unknown(self, **words: tuple[Any, Iterable[str]]) -> None:
-        for name, (value, known) in words.items():
-            if value not in known:
-                raise ExperimentError(
-                    f"{type(self).__name__}({name}={value!r})",
-                    " or ".join(map(repr, known)),
-                    suggestion(str(value), known),
-                )
 
-
-@dataclass(frozen=True, init=False)
+@checked
+@dataclass(frozen=True)
 class Ablate(Spec):
     """Replace the output of attention heads, of whole layers' attention or MLPs, or of visual tokens.
 
     Attributes:
         point: ``"attn.hook_z"`` (heads: each head's output before W_O), ``"hook_attn_out"``, ``"hook_mlp_out"``
             (layers) or ``"hook_embed"`` (tokens, as the text stack receives them; name them by ``positions``).
-        heads: (layer, head) pairs, at ``"attn.hook_z"``.
-        layers: layers, at ``"hook_attn_out"`` and ``"hook_mlp_out"``.
+        heads: (layer, head) pairs, or a boolean mask over (layer, head), at ``"attn.hook_z"``.
+        layers: layers, or a mask of them, at ``"hook_attn_out"`` and ``"hook_mlp_out"``.
         to: the method, see the module; away from heads ``mean``, ``zero`` or ``resample``.
         positions: ``"all"``, or only the positions of the ``"question"``, the ``"last"`` one of the prompt, those of
-            the ``"image"`` or of the ``"text"``; or a region or positions of the prompt. Generated tokens belong to
-            ``"all"`` and ``"text"``.
+            the ``"image"`` or of the ``"text"``; or a region, positions of the prompt, or a boolean mask of it.
+            Generated tokens belong to ``"all"`` and ``"text"``.
         phase: while the prompt is read (``"prefill"``), while the answer is written (``"decode"``), or ``"both"``.
         reference: samples, or their ``reference_activations``, that ``mean`` and ``resample`` draw from. They should
             not be the samples that are tested.
         seed: of ``resample``.
     """
 
-    point: str = Z
+    point: one_of(ABLATED) = Z
+    _: KW_ONLY
     heads: Pairs = ()
-    layers: tuple[int, ...] = ()
-    to: str = "mean"
+    layers: Layers = ()
+    to: one_of(METHODS) = "mean"
     positions: Where = "all"
-    phase: str = "both"
+    phase: Phase = "both"
     reference: Samples | Reference | None = field(default=None, repr=False, compare=False)
-    seed: int = 0
-
-    def __init__(
-        self,
-        point: str = Z,
-        *,
-        heads: Iterable[tuple[int, int]] = (),
-        layers: Iterable[int] = (),
-        to: str = "mean",
-        positions: Where = "all",
-        phase: str = "both",
-        reference: Samples | Reference | None = None,
-        seed: int = 0,
-    ):
-        # Any iterable of pairs is taken, so the fields are set by hand on the frozen instance.
-        _set(self, point=point, heads=_pairs(heads), layers=_ints(layers), to=to, positions=_frozen(positions),
-             phase=phase, reference=reference, seed=seed)  # fmt: skip
+    seed: Seed = 0
 
     def check(self, model: Any) -> None:
-        methods = METHODS if self.point == Z else METHODS[:3]
-        self._refuse_unknown(
-            point=(self.point, ABLATED), to=(self.to, methods), phase=(self.phase, PHASES), **_named(self.positions)
-        )
+        if self.point != Z and self.to not in METHODS[:3]:
+            raise ExperimentError(
+                f"Ablate({self.point!r}, to={self.to!r})",
+                " or ".join(map(repr, METHODS[:3])),
+                "ablate heads with it: they have a pattern",
+            )
         if self.point == Z:
             if not self.heads:
                 raise ExperimentError(
@@ -150,7 +157,8 @@ class Ablate(Spec):
         return {**super().describe(), "reference": digest}
 
 
-@dataclass(frozen=True, init=False)
+@checked
+@dataclass(frozen=True)
 class Patch(Spec):
     """Replace activations by those of another run, position by position.
 
@@ -163,25 +171,14 @@ class Patch(Spec):
         positions: as in ``Ablate``, of the prompt. At ``"attn.hook_pattern"`` they are query positions.
     """
 
-    point: str = Z
-    source: Any = field(default=None, repr=False, compare=False)
+    point: one_of(PATCHED) = Z
+    source: Inputs | ActivationCache | Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    _: KW_ONLY
     heads: Pairs = ()
-    layers: tuple[int, ...] = ()
+    layers: Layers = ()
     positions: Where = "all"
 
-    def __init__(
-        self,
-        point: str = Z,
-        source: Any = None,
-        *,
-        heads: Iterable[tuple[int, int]] = (),
-        layers: Iterable[int] = (),
-        positions: Where = "all",
-    ):
-        _set(self, point=point, source=source, heads=_pairs(heads), layers=_ints(layers), positions=_frozen(positions))
-
     def check(self, model: Any) -> None:
-        self._refuse_unknown(point=(self.point, PATCHED), **_named(self.positions))
         if self.source is None:
             raise ExperimentError(
                 f"Patch({self.point!r}) without source", "Inputs of another run, or their cache", "pass source=clean"
@@ -204,7 +201,8 @@ class Patch(Spec):
                 )
 
 
-@dataclass(frozen=True, init=False)
+@checked
+@dataclass(frozen=True)
 class Knockout(Spec):
     """Cut attention edges: the query positions may not look at the key positions; the rest is renormalised.
 
@@ -221,23 +219,12 @@ class Knockout(Spec):
 
     query: Where = "question"
     key: Where = "image"
-    layers: tuple[int, ...] = ()
+    _: KW_ONLY
+    layers: Layers = ()
     heads: Pairs = ()
-    phase: str = "both"
-
-    def __init__(
-        self,
-        query: Where = "question",
-        key: Where = "image",
-        *,
-        layers: Iterable[int] = (),
-        heads: Iterable[tuple[int, int]] = (),
-        phase: str = "both",
-    ):
-        _set(self, query=_frozen(query), key=_frozen(key), layers=_ints(layers), heads=_pairs(heads), phase=phase)
+    phase: Phase = "both"
 
     def check(self, model: Any) -> None:
-        self._refuse_unknown(phase=(self.phase, PHASES), **_named(self.query, "query"), **_named(self.key, "key"))
         if self.heads and self.layers:
             raise ExperimentError("Knockout with heads and layers", "one of the two", "leave layers out")
         if self.heads:
@@ -246,6 +233,7 @@ class Knockout(Spec):
             check_layers(model, self.layers, Z)
 
 
+@checked
 @dataclass(frozen=True)
 class PerRow:
     """Other positions for each row of a batch: ``PerRow((Box(...), Box(...)))`` for two rows.
@@ -254,13 +242,11 @@ class PerRow:
         rows: what ``positions`` would be of each row, in order.
     """
 
-    rows: tuple[Where, ...]
-
-    def __post_init__(self):
-        _set(self, rows=tuple(_frozen(where) for where in self.rows))
+    rows: Annotated[tuple[Where, ...], Reading(_rows)]
 
 
-@dataclass(frozen=True, init=False)
+@checked
+@dataclass(frozen=True)
 class Redirect(Spec):
     """Pull heads towards a region: a bias on their scores before the softmax, all else of the layer as it is.
 
@@ -277,37 +263,21 @@ class Redirect(Spec):
         phase: as in ``Ablate``.
     """
 
-    heads: Pairs = ()
-    to: Where = "image"
-    bias: float = 0.0
+    heads: Pairs
+    to: Where
+    bias: Bias
+    _: KW_ONLY
     query: Where = "all"
-    phase: str = "both"
-
-    def __init__(
-        self,
-        heads: Iterable[tuple[int, int]],
-        to: Where,
-        bias: float,
-        *,
-        query: Where = "all",
-        phase: str = "both",
-    ):
-        _set(self, heads=_pairs(heads), to=_frozen(to), bias=float(bias), query=_frozen(query), phase=phase)
+    phase: Phase = "both"
 
     def check(self, model: Any) -> None:
-        self._refuse_unknown(phase=(self.phase, PHASES), **_named(self.query, "query"), **_named(self.to, "to"))
         if not self.heads:
             raise ExperimentError("Redirect with no heads", "at least one (layer, head)", "pass ranking.top(0.05)")
-        if not abs(self.bias) <= LARGEST_BIAS:  # nan as well
-            raise ExperimentError(
-                f"Redirect(bias={self.bias})",
-                f"a number between -{LARGEST_BIAS:.0f} and {LARGEST_BIAS:.0f}",
-                "scores of attention differ by some tens: try bias=8",
-            )
         check_heads(model, self.heads)
 
 
-@dataclass(frozen=True, init=False)
+@checked
+@dataclass(frozen=True)
 class Scale(Spec):
     """Multiply the output of heads: steering up (``factor > 1``), down, or off (0 is zero ablation).
 
@@ -317,23 +287,19 @@ class Scale(Spec):
         positions, phase: as in ``Ablate``.
     """
 
-    heads: Pairs = ()
-    factor: float = 1.0
+    heads: Pairs
+    factor: float
+    _: KW_ONLY
     positions: Where = "all"
-    phase: str = "both"
-
-    def __init__(
-        self, heads: Iterable[tuple[int, int]], factor: float, *, positions: Where = "all", phase: str = "both"
-    ):
-        _set(self, heads=_pairs(heads), factor=float(factor), positions=_frozen(positions), phase=phase)
+    phase: Phase = "both"
 
     def check(self, model: Any) -> None:
-        self._refuse_unknown(phase=(self.phase, PHASES), **_named(self.positions))
-        if not self.heads or not np.isfinite(self.factor):
-            raise ExperimentError(repr(self), "at least one head and a finite factor", "Scale(ranking.top(5), 2.0)")
+        if not self.heads:
+            raise ExperimentError(repr(self), "at least one head", "Scale(ranking.top(5), 2.0)")
         check_heads(model, self.heads)
 
 
+@checked
 @dataclass(frozen=True)
 class Custom(Spec):
     """Any hook at any point: ``fn(value, hook)`` returns the new value, or None to leave it.
@@ -343,7 +309,7 @@ class Custom(Spec):
         fn: TransformerLens' hook function.
     """
 
-    point: str | tuple[str, ...]
+    point: str | Annotated[Sequence[str], NOT_EMPTY]
     fn: Callable[..., Any] = field(repr=False, compare=False)
 
     def check(self, model: Any) -> None:
@@ -368,6 +334,7 @@ def check_heads(model: Any, heads: Pairs, kind: str = "head") -> None:
         ExperimentError: a layer or head out of range, or a layer without attention heads.
     """
     n_heads = model.cfg.n_heads if kind == "head" else model.cfg.n_kv_heads
+    pairs("heads", heads).check_mask("heads", (model.cfg.n_layers, n_heads))
     for layer, head in heads:
         if not (0 <= layer < model.cfg.n_layers and 0 <= head < n_heads):
             raise ExperimentError(
@@ -379,8 +346,9 @@ def check_heads(model: Any, heads: Pairs, kind: str = "head") -> None:
         model.select(f"blocks.{layer}.{Z}")
 
 
-def check_layers(model: Any, layers: tuple[int, ...], point: str) -> None:
+def check_layers(model: Any, layers: Layers, point: str) -> None:
     """Refuse layers the model does not have, or at which the point is not live."""
+    indices("layers", layers).check_mask("layers", (model.cfg.n_layers,))
     if not layers:
         raise ExperimentError(f"{point!r} without layers", "at least one layer", "pass layers=[3], or range(4, 9)")
     for layer in layers:
@@ -391,33 +359,6 @@ def check_layers(model: Any, layers: tuple[int, ...], point: str) -> None:
                 "count layers from 0",
             )
         model.select(f"blocks.{layer}.{point}")
-
-
-def _named(where: Where, name: str = "positions") -> dict[str, tuple[str, Iterable[str]]]:
-    """A position given by name is checked at once; regions and numbers when the inputs are there."""
-    if isinstance(where, PerRow):
-        words = [one for one in where.rows if isinstance(one, str) and one not in POSITIONS]
-        return _named(words[0], name) if words else {}
-    return {name: (where, POSITIONS)} if isinstance(where, str) else {}
-
-
-def _set(spec: Spec, **values: Any) -> None:
-    for name, value in values.items():
-        object.__setattr__(spec, name, value)
-
-
-def _pairs(heads: Iterable[tuple[int, int]]) -> Pairs:
-    return tuple((int(layer), int(head)) for layer, head in heads)
-
-
-def _ints(layers: Iterable[int]) -> tuple[int, ...]:
-    return tuple(int(layer) for layer in layers)
-
-
-def _frozen(where: Where) -> Where:
-    if isinstance(where, str | Box | Mask | Frames | Pages | PerRow):
-        return where
-    return tuple(one if isinstance(one, Box | Mask | Frames | Pages) else int(one) for one in where)
 
 
 def _plain(value: Any) -> Any:

@@ -89,6 +89,15 @@ class Plan:
         return torch.stack(rows)
 
 
+def check_positions(inputs: Inputs, where: Where, phase: str = "both") -> None:
+    """Refuse positions that these inputs do not have.
+
+    Raises:
+        RegionError: nothing is there, or a mask is of another length.
+    """
+    Plan(inputs).prepare(where, phase)
+
+
 def _chosen(where: Where, phase: str, layout: TokenLayout) -> Bool[Tensor, " pos"]:
     chosen = torch.zeros(len(layout.kind), dtype=torch.bool)
     real = torch.as_tensor(layout.kind) != PADDING

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -130,6 +131,9 @@ def test_names_part_the_row(two_images):
     n = len(two_images)
     text, image = two_images.positions("text"), two_images.positions("image")
     assert sorted([*text, *image]) == list(range(n)) == two_images.positions("all").tolist()
+    seen = two_images.kind == 1
+    for mask in (seen, seen.tolist(), torch.as_tensor(seen)):
+        assert two_images.positions(mask).tolist() == image.tolist()
     assert two_images.positions("last").tolist() == two_images.positions(-1).tolist() == [n - 1]
     assert "".join(two_images.tokens[p] for p in two_images.positions("question")) == "Which digit?"
     assert set(two_images.positions("question")) < set(text)
@@ -185,7 +189,9 @@ def test_it_says_what_it_is(two_images, five_frames):
         ([], r"positions \[\]"),
         ([0, 1000], "whole numbers from -"),
         ([0.5], "whole numbers"),
-        (np.array([True, False]), "whole numbers"),
+        (np.array([True, False]), r"a mask of 2\nExpected: a mask of 58"),
+        (np.zeros(58, dtype=bool), r"positions \[\]"),
+        ([True, 3], "whole numbers"),
         (None, "whole numbers"),
         ([Pages(0), 3], "whole numbers"),
     ],

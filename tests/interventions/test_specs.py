@@ -2,12 +2,13 @@
 
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 
 from mech.data.haystacks import haystacks
 from mech.data.regions import Box
-from mech.errors import ExperimentError, InputError, PointError, RegionError
+from mech.errors import ExperimentError, InputError, MechError, PointError, RegionError
 from mech.inputs import encode
 from mech.interventions import Ablate, Custom, Knockout, Patch, Scale, intervene, reference_activations
 from mech.interventions.reference import kinds
@@ -255,7 +256,7 @@ def test_specs_are_frozen_and_describe_themselves():
     spec = Ablate("hook_embed", positions=[Box(1, 2, 3, 4)], to="zero")
     assert spec.describe()["positions"] == [repr(Box(1, 2, 3, 4))] and spec.describe()["kind"] == "Ablate"
     assert Knockout(layers=range(2, 4)).describe()["layers"] == [2, 3]
-    assert Patch(heads=[(1, 2)]) == Patch(heads=((1, 2),)) and "source" not in repr(Patch(source=object()))
+    assert Patch(heads=[(1, 2)]) == Patch(heads=((1, 2),)) and "source" not in repr(Patch(source={}))
     with pytest.raises(FrozenInstanceError):
         spec.to = "mean"
 
@@ -263,26 +264,25 @@ def test_specs_are_frozen_and_describe_themselves():
 @pytest.mark.parametrize(
     ("spec", "error", "says"),
     [
-        (Ablate("hook_mlp_out", to="zero"), ExperimentError, "without layers"),
-        (Ablate("hook_mlp_out", layers=[99], to="zero"), ExperimentError, "layer 99"),
-        (Ablate("hook_mlp_out", layers=[1], to="paper"), ExperimentError, "'mean' or 'zero' or 'resample'"),
-        (Ablate("hook_resid_post", layers=[1], to="zero"), ExperimentError, "point="),
-        (Patch(heads=[(0, 0)]), ExperimentError, "without source"),
-        (Patch("hook_resid_pre", object(), heads=[(0, 0)]), ExperimentError, "has no heads"),
-        (Patch("attn.hook_k", object(), heads=[(0, 99)]), ExperimentError, "kv_head 99"),
-        (Patch("attn.hook_z", {}, layers=[1]), ExperimentError, "names_filter"),
-        (Patch("attn.hook_zz", object(), layers=[1]), ExperimentError, "use 'attn.hook_z'"),
-        (Knockout("question", "image", layers=[1], heads=[(0, 0)]), ExperimentError, "one of the two"),
-        (Knockout("questions"), ExperimentError, "use 'question'"),
-        (Scale([], 2.0), ExperimentError, "at least one head"),
-        (Scale([(0, 0)], float("nan")), ExperimentError, "finite"),
-        (Custom("blocks.1.hook_zz", print), PointError, "no activation point"),
+        (lambda: Ablate("hook_mlp_out", to="zero"), ExperimentError, "without layers"),
+        (lambda: Ablate("hook_mlp_out", layers=[99], to="zero"), ExperimentError, "layer 99"),
+        (lambda: Ablate("hook_mlp_out", layers=[1], to="paper"), ExperimentError, "'mean' or 'zero' or 'resample'"),
+        (lambda: Ablate("hook_resid_post", layers=[1], to="zero"), ExperimentError, "point="),
+        (lambda: Patch(heads=[(0, 0)]), ExperimentError, "without source"),
+        (lambda: Patch("hook_resid_pre", {}, heads=[(0, 0)]), ExperimentError, "has no heads"),
+        (lambda: Patch("attn.hook_k", {}, heads=[(0, 99)]), ExperimentError, "kv_head 99"),
+        (lambda: Patch("attn.hook_z", {}, layers=[1]), ExperimentError, "names_filter"),
+        (lambda: Patch("attn.hook_zz", {}, layers=[1]), ExperimentError, "use 'attn.hook_z'"),
+        (lambda: Knockout("question", "image", layers=[1], heads=[(0, 0)]), ExperimentError, "one of the two"),
+        (lambda: Knockout("questions"), ExperimentError, "use 'question'"),
+        (lambda: Scale([], 2.0), ExperimentError, "at least one head"),
+        (lambda: Scale([(0, 0)], float("nan")), ExperimentError, "finite"),
+        (lambda: Custom("blocks.1.hook_zz", print), PointError, "no activation point"),
     ],
-    ids=lambda value: repr(value)[:60],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_any_forward(model, monkeypatch, spec, error, says):
     monkeypatch.setattr(HookedMLLM, "forward", lambda *_, **__: pytest.fail("a forward was run"))
-    with pytest.raises(error, match=says), intervene(model, spec):
+    with pytest.raises(error, match=says), intervene(model, spec()):
         pass
 
 
@@ -293,3 +293,60 @@ def test_positions_that_the_inputs_lack_are_refused_before_the_forward(model, pa
             scaled(pair[1])
     with pytest.raises(ExperimentError, match="type"), intervene(model, "ablate"):
         pass
+
+
+@pytest.mark.parametrize("made", [np.asarray, torch.as_tensor, np.ndarray.tolist], ids=["numpy", "torch", "list"])
+def test_a_boolean_mask_means_its_true_positions(model, pair, made):
+    _, clean, other = pair
+    visual = clean.layout.kind == 1
+    layers, heads = np.arange(model.cfg.n_layers) == 2, np.zeros((model.cfg.n_layers, model.cfg.n_heads), dtype=bool)
+    heads[2, 1] = heads[3, 0] = True
+    meant = {"positions": "image", "heads": [(2, 1), (3, 0)], "layers": [2], "key": "image", "query": "question"}
+    masks = {"positions": made(visual), "heads": made(heads), "layers": made(layers), "key": made(visual)}
+    masks["query"] = made(np.isin(np.arange(len(visual)), clean.layout.positions("question")))
+    for spec, words in (
+        (lambda **said: Ablate(to="zero", **said), ("heads", "positions")),
+        (lambda **said: Ablate("hook_attn_out", to="zero", **said), ("layers", "positions")),
+        (lambda **said: Patch(source=other, **said), ("heads", "positions")),
+        (lambda **said: Patch("hook_resid_post", other, **said), ("layers", "positions")),
+        (lambda **said: Scale(factor=3.0, **said), ("heads", "positions")),
+        (lambda **said: Knockout(**said), ("query", "key", "layers")),
+        (lambda **said: Knockout(**said), ("query", "key", "heads")),
+    ):
+        by_mask = run(model, clean, spec(**{word: masks[word] for word in words}))
+        by_word = run(model, clean, spec(**{word: meant[word] for word in words}))
+        assert torch.equal(by_mask, by_word) and (by_mask - model(clean)).abs().max() > 0
+
+
+def test_masks_of_another_row_or_model_are_refused_before_any_forward(model, pair, monkeypatch):
+    monkeypatch.setattr(HookedMLLM, "forward", lambda *_, **__: pytest.fail("a forward was run"))
+    short, of_rows = pair[1].layout.kind[1:] == 1, np.ones((2, model.cfg.n_heads), dtype=bool)
+    with pytest.raises(RegionError, match="as a mask of"), intervene(model, Scale([(0, 0)], 2, positions=short)) as run:
+        run(pair[1])
+    for spec in (Ablate(heads=of_rows, to="zero"), Ablate("hook_mlp_out", layers=[True], to="zero")):
+        with pytest.raises(ExperimentError, match="a mask of"), intervene(model, spec):
+            pass
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Ablate(heads=[(0.5, 1)], to="zero"),
+        lambda: Ablate("hook_mlp_out", layers=[1.5], to="zero"),
+        lambda: Ablate("hook_mlp_out", layers=["0"], to="zero"),
+        lambda: Ablate(heads=[(1, 0)], positions=[1.5], to="zero"),
+        lambda: Ablate(heads=[(1, 0)], positions=[True, 2], to="zero"),
+        lambda: Ablate(heads=[(1, 0)], to="zero", phase="anything"),
+        lambda: Ablate(heads=[(1, 0)], to="resample", seed=(1, 2)),
+        lambda: Ablate(heads=[(1, 0)], to="mean", reference=3),
+        lambda: Patch(source=3, heads=[(1, 0)]),
+        lambda: Scale([(1, 0)], True),
+        lambda: Custom([], print),
+        lambda: Custom("blocks.1.attn.hook_z", None),
+        lambda: Scale([(1, 0)], 2.0, position="image"),
+        lambda: Scale([(1, 0)]),
+    ],
+)
+def test_what_means_something_else_is_refused_when_it_is_written(wrong):
+    with pytest.raises(MechError, match=r"Expected: (.|\n)*Try: "):
+        wrong()

@@ -19,16 +19,19 @@ The samples that found the heads must not be those that test them: they are comp
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import xarray as xr
 
 from mech.axes import CONDITION
+from mech.data.regions import where_in_words
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Quiz, ask, quiz
 from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking
-from mech.interventions import METHODS, Ablate, Reference, intervene, reference_activations
+from mech.interventions import METHODS, Ablate, Reference, check_positions, intervene, reference_activations
+from mech.interventions.specs import Where
 from mech.model import HookedMLLM
 from mech.results import ablation_dataset, provenance
 
@@ -137,7 +140,7 @@ def ablation(
     bands: Sequence[str | Ranking] = BANDS,
     fractions: Sequence[int | float] = FRACTIONS,
     n_random: int = 20,
-    positions: str = "all",
+    positions: Where = "all",
     phase: str = "both",
     seed: int = 0,
     batch_size: int = 16,
@@ -177,9 +180,9 @@ def ablation(
         refuse_overlap(samples, [s.id for s in reference], "are the reference")
     for condition in todo[1:]:
         _spec(condition, reference, positions, phase, seed).check(model)
+    questions = quiz(model, samples, batch_size, partial(check_positions, where=positions, phase=phase))
     if isinstance(reference, Samples):
         reference = reference_activations(model, reference, batch_size=batch_size, seed=seed)
-    questions = quiz(model, samples, batch_size)
     parts: list[xr.Dataset] = []
     for part in ablated(model, questions, todo, reference=reference, positions=positions, phase=phase, seed=seed):
         parts.append(part)
@@ -189,9 +192,9 @@ def ablation(
     joined.attrs.update(
         model=model.name,
         domain=", ".join(samples.domains),
-        positions=positions,
+        positions=where_in_words(positions),
         phase=phase,
-        provenance=provenance(model, samples, positions=positions, phase=phase, seed=seed),
+        provenance=provenance(model, samples, positions=where_in_words(positions), phase=phase, seed=seed),
     )
     return joined
 
@@ -202,7 +205,7 @@ def ablated(
     todo: Sequence[Condition],
     *,
     reference: Reference | None,
-    positions: str = "all",
+    positions: Where = "all",
     phase: str = "both",
     seed: int = 0,
 ) -> Iterator[xr.Dataset]:
@@ -225,7 +228,9 @@ def ablated(
         )
 
 
-def _spec(condition: Condition, reference: Samples | Reference | None, positions: str, phase: str, seed: int) -> Ablate:
+def _spec(
+    condition: Condition, reference: Samples | Reference | None, positions: Where, phase: str, seed: int
+) -> Ablate:
     return Ablate(
         heads=condition.heads,
         to=condition.method,

@@ -11,11 +11,13 @@ seen, and every set of heads does harm.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import xarray as xr
 
 from mech.axes import EXAMPLE
+from mech.data.regions import where_in_words
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import ask, quiz
@@ -23,7 +25,8 @@ from mech.experiments.ranking.checks import refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import bootstrap_interval, two_way_bootstrap
-from mech.interventions import Scale, intervene
+from mech.interventions import Scale, check_positions, intervene
+from mech.interventions.specs import Where
 from mech.model import HookedMLLM
 from mech.results import provenance
 
@@ -41,7 +44,7 @@ def steering(
     heads: int | float = 0.05,
     bands: Sequence[str] = BANDS,
     n_random: int = 5,
-    positions: str = "all",
+    positions: Where = "all",
     phase: str = "both",
     seed: int = 0,
     batch_size: int = 16,
@@ -92,7 +95,7 @@ def steering(
     ]
     for _, _, chosen in sets:
         Scale(chosen, factors[0], positions=positions, phase=phase).check(model)
-    questions = quiz(model, samples, batch_size)
+    questions = quiz(model, samples, batch_size, partial(check_positions, where=positions, phase=phase))
     plain = ask(model, questions)
     parts = {name: np.empty((len(sets), len(factors), len(questions))) for name in plain}
     for row, (_, _, chosen) in enumerate(sets):
@@ -119,9 +122,9 @@ def steering(
             "model": model.name,
             "domain": ", ".join(samples.domains),
             "n_heads": ranking.count(heads),
-            "positions": positions,
+            "positions": where_in_words(positions),
             "phase": phase,
-            "provenance": provenance(model, samples, seed=seed, positions=positions, phase=phase),
+            "provenance": provenance(model, samples, seed=seed, positions=where_in_words(positions), phase=phase),
         },
     )
     curve["accuracy"].attrs = {"unit": "share of answers, 0 or 1 per example", "sign": "more: better"}

@@ -25,11 +25,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.regions import where_in_words
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import EFFECT, Given, Plan, alike, effect_of, in_tower, pairs_of, said
+from mech.experiments.patching.plan import EFFECT, Given, Plan, alike, effect_of, in_tower, pairs_of
 from mech.experiments.patching.sweeps import KEYS, SQUARE, literal, names_of
 from mech.experiments.statistics import spearman
 from mech.inputs import Inputs
@@ -130,7 +131,7 @@ def attribution(
     labels = [_label(index, list(over), shape, coords) for index in cells]
     settings = {
         "point": point,
-        "positions": said(positions),
+        "positions": where_in_words(positions),
         "direction": direction,
         "zero": "no effect",
         "ig_steps": ig_steps,

@@ -28,6 +28,7 @@ import xarray as xr
 from torch import Tensor
 
 from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.regions import where_in_words
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric, Reading
@@ -42,7 +43,6 @@ from mech.experiments.patching.plan import (
     effect_of,
     in_tower,
     pairs_of,
-    said,
 )
 from mech.experiments.patching.sweeps import Cell, Wavefront, literal
 from mech.inputs import Inputs
@@ -156,7 +156,7 @@ def activation_patching(
         data["confirmed"] = (dims, np.isfinite(values).reshape(-1, *shape))
     settings: dict[str, Any] = {
         "point": point,
-        "positions": said(positions),
+        "positions": where_in_words(positions),
         "direction": direction,
         "zero": "no effect",
     }

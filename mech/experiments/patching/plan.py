@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech.axes import HEAD, LAYER
+from mech.data.regions import where_in_words
 from mech.data.samples import Sample
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric, Reading
@@ -132,7 +133,9 @@ class Plan:
         """Lengths of the result's axes and their coordinates."""
         coords: dict[str, Any] = dict(self.sizes)
         if regions is not None:
-            coords[REGION] = list(regions) if isinstance(regions, Mapping) else [said(region) for region in regions]
+            coords[REGION] = (
+                list(regions) if isinstance(regions, Mapping) else [where_in_words(region) for region in regions]
+            )
         return [len(values) for values in self.sizes.values()], coords
 
     @property
@@ -243,11 +246,3 @@ def in_tower(plan: Plan, mask: Tensor, written: dict[str, Tensor]) -> Tensor:
             "one for each", "use point='hook_embed', which is patched at the same positions",
         )  # fmt: skip
     return chosen
-
-
-def said(where: Where) -> str:
-    """A region in words, for a coordinate or an attribute."""
-    if isinstance(where, str):
-        return where
-    listed = np.asarray(where).tolist() if isinstance(where, np.ndarray) else where
-    return repr(listed)

@@ -32,10 +32,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech.axes import EXAMPLE
+from mech.data.regions import where_in_words
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import EFFECT, Given, Plan, effect_of, pairs_of, said
+from mech.experiments.patching.plan import EFFECT, Given, Plan, effect_of, pairs_of
 from mech.experiments.paths.ends import Ends, Node, Part, ends_of, frozen_of, mask_of
 from mech.experiments.paths.walk import Walk, literal, norms_of, put
 from mech.inputs import Inputs
@@ -153,8 +154,8 @@ def path_patching(
     single = [name for name, given in (("region", regions), ("receiver_region", receiver_regions)) if given is None]
     drop = tuple(list(axes).index(name) + 1 for name in single)
     dims = (EXAMPLE, *(name for name in axes if name not in single))
-    settings = {"freeze": sorted(held), "direction": direction, "positions": said(positions)}
-    settings |= {"zero": "no effect", "receiver_positions": said(receiver_positions)}
+    settings = {"freeze": sorted(held), "direction": direction, "positions": where_in_words(positions)}
+    settings |= {"zero": "no effect", "receiver_positions": where_in_words(receiver_positions)}
     settings |= {"algorithm": switched[0].algorithm, "reason": switched[0].reason}
     return xr.Dataset(
         {
@@ -173,7 +174,7 @@ def path_patching(
                 model, clean if isinstance(clean, Samples) else None, metric=metric,
                 senders={name: [str(node) for node in group] for name, group in sending.items()},
                 receivers={name: [str(node) for node in group] for name, group in receiving.items()},
-                regions={name: said(where) for name, where in places.items()}, **settings,
+                regions={name: where_in_words(where) for name, where in places.items()}, **settings,
             ),
         },
     )  # fmt: skip

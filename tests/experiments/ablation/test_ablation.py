@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mech.data.haystacks import haystacks
-from mech.errors import ExperimentError
+from mech.errors import ExperimentError, RegionError
 from mech.experiments.ablation.ablation import BASELINE, Condition, ablation, conditions
 from mech.experiments.findings.sentences import KINDS, findings, headlines
 from mech.experiments.findings.summary import summarise_domain, summarise_effects
@@ -277,3 +277,17 @@ def test_the_baseline_is_always_there(model, halves):
     scores = ablation(model, halves[1][:2], [BASELINE])
     assert scores.sizes["condition"] == 1
     torch.testing.assert_close(torch.tensor(scores["accuracy"].values[0]).mean(), torch.tensor(1.0).double())
+
+
+def test_a_mask_means_its_true_positions_and_one_of_another_row_is_refused(model, halves, ram, monkeypatch):
+    layout = model.inputs_of(halves[1][0], answer=True).layout
+    one_length = [s for s in halves[1] if len(model.inputs_of(s, answer=True).layout) == len(layout)]
+    seen = layout.kind == 1
+    options = dict(to="zero", bands=["top"], fractions=[0.1])
+    by_word = ablation(model, one_length, rank_heads(ram), positions="image", **options)
+    by_mask = ablation(model, one_length, rank_heads(ram), positions=torch.as_tensor(seen), **options)
+    assert by_mask.equals(by_word) and by_mask.attrs["positions"] == str(np.flatnonzero(seen).tolist())
+    monkeypatch.setattr(HookedMLLM, "forward", lambda *_, **__: pytest.fail("a forward was run"))
+    monkeypatch.setattr(HookedMLLM, "encode_pictures", lambda *_, **__: pytest.fail("pictures were read"))
+    with pytest.raises(RegionError, match="positions as a mask of"):
+        ablation(model, one_length, rank_heads(ram), positions=seen[1:], **options)

@@ -1,0 +1,270 @@
+"""What public functions take: said once, in their signatures, and checked before any work is done.
+
+    @checked
+    def ablation(model: HookedMLLM, samples: SampleList, *, n_random: Count = 20, seed: Seed = 0): ...
+
+``checked`` holds every argument against its annotation. A plain ``int`` means a whole number and no bool, a plain
+``float`` a finite number; the types of this file (``Annotated`` ones) say more. What does not fit is refused with a
+``MechError``: what was given, what was expected, one thing to do. This is for the public door, not for inner loops, and
+it looks at one argument at a time: what several must have in common is for the function to say.
+"""
+
+import collections.abc
+import functools
+import inspect
+import math
+import numbers
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import MISSING, dataclass
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union
+
+import numpy as np
+
+from mech.errors import ExperimentError, MechError, suggestion
+
+P, R, C = ParamSpec("P"), TypeVar("R"), TypeVar("C", bound=type)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be beyond its type: in words, and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+    def __repr__(self) -> str:  # signatures in the documentation show it
+        return self.expected
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a value is read, in place of a test of its type: ``read(name, value)`` gives what the function gets."""
+
+    read: Callable[[str, Any], Any]
+
+    def __repr__(self) -> str:
+        return self.read.__name__
+
+
+def one_of(words: Iterable[str]) -> Any:
+    """One out of a list of words."""
+    return Literal[tuple(words)]
+
+
+def some_of(words: Iterable[str]) -> Any:
+    """A list of words out of a list, not empty."""
+    return Annotated[collections.abc.Sequence[one_of(words)], NOT_EMPTY]
+
+
+NOT_EMPTY = Rule("at least one", lambda value: len(value) > 0)
+Count = Annotated[int, Rule("a whole number of at least 1", lambda value: value >= 1)]
+Whole = Annotated[int, Rule("a whole number of at least 0", lambda value: value >= 0)]
+Seed = Annotated[int, Rule("one whole number of at least 0", lambda value: value >= 0)]
+Positive = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
+Share = Annotated[float, Rule("a number between 0 and 1, neither of them", lambda value: 0 < value < 1)]
+Text = Annotated[str, Rule("a text that is not empty", lambda value: bool(value.strip()))]
+# An int counts heads (or positions), a float is a share of all: see `Ranking.count`.
+Amount = Annotated[
+    int | float,
+    Rule(
+        "an int from 1, or a share between 0.0 and 1.0",
+        lambda value: value >= 1 if isinstance(value, numbers.Integral) else 0 < value < 1,
+    ),
+]
+
+
+def checked(function: Callable[P, R], error: type[MechError] = ExperimentError) -> Callable[P, R]:
+    """The function, which refuses arguments that do not fit its annotations; of a class, its constructor does.
+
+    Args:
+        function: a function, a method or a class.
+        error: the ``MechError`` that is raised; ``checking(InputError)`` is the decorator with another.
+    """
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__, error)  # type: ignore[misc]
+        return function
+    name = function.__qualname__.removesuffix(".__init__")
+
+    @functools.cache  # at the first call: by then every name in an annotation is known
+    def expected() -> tuple[inspect.Signature, dict[str, Any]]:
+        signature = inspect.signature(function, eval_str=True)
+        return signature, {key: parameter.annotation for key, parameter in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        signature, hints = expected()
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as problem:
+            raise _unbound(name, signature, kwargs, str(problem), error) from None
+        for key, value in bound.arguments.items():
+            parameter = signature.parameters[key]
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                bound.arguments[key] = tuple(_taken(name, parameter, one, error) for one in value)
+            elif parameter.kind is not inspect.Parameter.VAR_KEYWORD and hints[key] is not inspect.Parameter.empty:
+                bound.arguments[key] = _taken(name, parameter, value, error)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def checking(error: type[MechError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """``checked``, with another error."""
+    return functools.partial(checked, error=error)  # type: ignore[return-value]
+
+
+def short(value: Any) -> str:
+    """A value in a few words, whatever it is."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # the repr of something broken
+        return f"a {type(value).__name__}"
+
+
+def _taken(function: str, parameter: inspect.Parameter, value: Any, error: type[MechError]) -> Any:
+    """The value as the function gets it, or the refusal."""
+    name, hint, default = parameter.name, parameter.annotation, parameter.default
+    if value is default:  # given as it would be if it were left out
+        return value
+    if isinstance(value, Iterator) and not fits(value, hint):
+        value = list(value)  # to be looked at, it has to be kept
+    if (reading := _reading(hint)) is not None:
+        if value is None and fits(None, hint):
+            return value
+        return reading.read(name, value)
+    if fits(value, hint):
+        return value
+    do = f"leave {name} out ({short(default)})" if default not in (inspect.Parameter.empty, MISSING) else ""
+    if isinstance(value, str) and (words := _words_of(hint)):
+        do = suggestion(value, words)
+    raise error(f"{name}={short(value)} in {function}", wanted(hint), do or f"see help({function})")
+
+
+def _unbound(
+    function: str, signature: inspect.Signature, given: Mapping[str, Any], problem: str, error: type[MechError]
+) -> MechError:
+    names = [name for name in signature.parameters if name != "self"]
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        problem = f"got an unexpected keyword argument {unknown[0]!r}"
+    if unknown:
+        problem = f"got an unexpected keyword argument {unknown[0]!r}"
+    return error(
+        f"{function}: {problem}",
+        f"{function}({', '.join(names)})",
+        suggestion(unknown[0], names) if unknown and names else "name the arguments",
+    )
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says."""
+    if hint in (Any, inspect.Parameter.empty) or isinstance(hint, TypeVar):
+        return True
+    if hint is None or hint is types.NoneType:
+        return value is None
+    if hint in _NUMBERS:
+        return _NUMBERS[hint](value)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Rule)]
+        return fits(value, inner[0]) and all(rule.holds(value) for rule in rules)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if origin is not None and issubclass(origin, collections.abc.Iterable):
+        return _listed(value, origin, inner)
+    try:
+        return isinstance(value, origin or hint)
+    except TypeError:  # a protocol that cannot be asked
+        return True
+
+
+def _listed(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
+    """Whether a value is a mapping, a list or a tuple of what it should hold."""
+    if issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            fits(key, inner[0]) and fits(one, inner[1]) for key, one in value.items()
+        )
+    array = isinstance(value, np.ndarray)
+    # A list does where a tuple is wanted, an array for a list of numbers; a text is no list of its letters.
+    allowed = collections.abc.Sequence if issubclass(origin, tuple | list) else origin
+    if isinstance(value, str | bytes | Mapping) or not (array or isinstance(value, allowed)):
+        return False
+    if isinstance(value, Iterator):
+        return False  # cannot be looked at twice
+    items = value.tolist() if array else value
+    if not isinstance(items, collections.abc.Iterable):
+        return False
+    if issubclass(origin, tuple) and inner[-1] is not Ellipsis:
+        items = list(items)
+        return len(items) == len(inner) and all(map(fits, items, inner))
+    return all(fits(one, inner[0]) for one in items)
+
+
+def wanted(hint: Any) -> str:
+    """An annotation in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        rule = hint.__metadata__[-1]
+        return f"{wanted(inner[0])}, {rule.expected}" if rule is NOT_EMPTY else rule.expected
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(wanted(one) for one in inner))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin is collections.abc.Callable:
+        return "a function"
+    if origin is not None and issubclass(origin, Mapping):
+        return f"a mapping of {wanted(inner[0])} to {wanted(inner[1])}"
+    if origin is not None and issubclass(origin, tuple) and inner[-1] is not Ellipsis:
+        return f"({', '.join(map(wanted, inner))})"
+    if origin is not None and issubclass(origin, collections.abc.Iterable):
+        return f"a list, each {wanted(inner[0])}"
+    return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+def _reading(hint: Any) -> Reading | None:
+    """How a value of this annotation is read, if it says so; ``None`` may stand beside it."""
+    for one in typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]:
+        for extra in getattr(one, "__metadata__", ()):
+            if isinstance(extra, Reading):
+                return extra
+    return None
+
+
+def _words_of(hint: Any) -> list[str]:
+    """The words among which a value is to be chosen."""
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    return [word for one in typing.get_args(hint) for word in _words_of(one)]
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_NUMBERS: dict[Any, Callable[[Any], bool]] = {
+    int: is_whole,
+    float: is_number,
+    bool: lambda value: isinstance(value, bool | np.bool_),
+}
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "a text",
+    types.NoneType: "None",
+    Any: "anything",
+    Set: "a set",
+}

@@ -1,0 +1,105 @@
+"""The one reading of a set of positions, layers or heads: whole numbers, or a boolean mask.
+
+    indices("positions", layout.kind == 1)        # a mask means the places where it is True
+    indices("layers", range(4, 9))                # (4, 5, 6, 7, 8)
+    pairs("heads", ranking.mean > 0.1)            # a mask over (layer, head), or (layer, head) pairs
+
+Masks may be numpy arrays, tensors, xarray arrays or lists. What is neither is refused: floats, which would be cut off,
+strings, and bools among numbers, which would count as 0 and 1.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import numpy as np
+
+from mech.arguments import Reading, short
+from mech.errors import ExperimentError, MechError
+
+
+class Indices(tuple):
+    """Indices, or (layer, head) pairs; ``of`` is the shape of the mask they were read from, where there was one."""
+
+    of: tuple[int, ...] | None = None
+
+    def check_mask(self, name: str, shape: tuple[int, ...], error: type[MechError] = ExperimentError) -> None:
+        """Refuse a mask of another shape than what it chooses from."""
+        if self.of not in (None, shape):
+            raise error(
+                f"{name} as a mask of {' x '.join(map(str, self.of or ()))}",
+                f"a mask of {' x '.join(map(str, shape))}",
+                "make the mask from what it chooses from, or give whole numbers",
+            )
+
+
+def indices(name: str, given: Any, error: type[MechError] = ExperimentError) -> Indices:
+    """The whole numbers that were given, or the places where a mask is True.
+
+    Raises:
+        MechError: of the kind ``error``: anything else.
+    """
+    if isinstance(given, Indices):
+        return given
+    array = _array(given)
+    if array is None or array.ndim != 1:
+        raise error(
+            f"{name}={short(given)}",
+            "whole numbers, or a mask of True and False",
+            f"give {name}=[3], range(4, 9), or a boolean mask",
+        )
+    return _read(array)
+
+
+def pairs(name: str, given: Any, error: type[MechError] = ExperimentError) -> Indices:
+    """The (layer, head) pairs that were given, or those where a mask over (layer, head) is True.
+
+    Raises:
+        MechError: of the kind ``error``: anything else.
+    """
+    if isinstance(given, Indices):
+        return given
+    array = _array(given)
+    if array is not None and array.shape == (0,):
+        return Indices()
+    if array is None or array.ndim != 2 or (array.dtype.kind != "b" and array.shape[1] != 2):
+        raise error(
+            f"{name}={short(given)}",
+            "(layer, head) pairs of whole numbers, or a mask over (layer, head)",
+            f"give {name}=[(3, 5)], or {name}=ranking.top(0.05)",
+        )
+    return _read(array)
+
+
+# For signatures: what `checked` hands on is read already.
+Layers = Annotated[Iterable[int], Reading(indices)]
+Pairs = Annotated[Iterable[tuple[int, int]], Reading(pairs)]
+
+
+def _read(array: np.ndarray) -> Indices:
+    mask = array.dtype.kind == "b"
+    found = (np.argwhere(array) if array.ndim == 2 else np.flatnonzero(array)) if mask else array
+    read = Indices(tuple(one) if isinstance(one, list) else one for one in found.tolist())
+    if mask:
+        read.of = array.shape
+    return read
+
+
+def _array(given: Any) -> np.ndarray | None:
+    """Whole numbers or bools as an array; None for everything else."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        return None
+    if callable(getattr(given, "detach", None)):  # a tensor, wherever it lies
+        given = given.detach().cpu()
+    elif not hasattr(given, "dtype"):
+        given = list(given)
+        flat = [one for row in given for one in (row if isinstance(row, list | tuple) else [row])]
+        bools = [isinstance(one, bool | np.bool_) for one in flat]
+        if any(bools) and not all(bools):
+            return None
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError):  # rows of different lengths, or a type that numpy does not know
+        return None
+    if not array.size and array.ndim == 1:
+        return array.astype(int)
+    return array if array.dtype.kind in "biu" else None
