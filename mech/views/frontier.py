@@ -24,6 +24,7 @@ LINES = {
     "causal": ("@bottom", "square", "dash"),
     "reach": ("@matched", "circle", "longdash"),
     "dynamic": ("@matched", "star-triangle-up", "solid"),
+    "layers": ("@bottom", "hexagon", "dot"),
     "vision": ("@soft", "cross", "dot"),
     "bottom": ("@soft", "x", "dot"),
 }

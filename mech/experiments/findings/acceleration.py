@@ -30,6 +30,7 @@ FLOOR = 0.2  # below this accuracy nothing can be lost
 NAMES = {
     "ram": "RAM", "bottom": "the lowest RAM", "random": "chance", "vision": "attention on all visual tokens",
     "causal": "causal effect", "gates": "learned gates", "reach": "reach", "dynamic": "reach, for each input anew",
+    "layers": "whole layers by RAM",
 }  # fmt: skip
 KINDS = {
     "sparse": "A few dense heads and a window nearby keep the answers",

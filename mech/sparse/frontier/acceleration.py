@@ -16,6 +16,7 @@ of cache. What is compared is only *which* groups stay dense:
 ``gates``      those whose learned gate stays open (DuoAttention)
 ``reach``      those whose output at the question depends on what is far, averaged over samples; no evidence asked
 ``dynamic``    the same, chosen for every input anew; its set differs from input to input, its size does not
+``layers``     whole layers, those with the highest RAM, as far as the budget goes: what stock engines can run
 =============  =====================================================================================================
 
 ``window`` keeps no head dense, ``dense`` all. Samples that rank the heads never test them. What a share saves is
@@ -23,7 +24,7 @@ counted (``flops``, ``kv_bytes``: shares of the dense model) and, apart from it,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ from mech.sparse.groups import expanded, grouped
 from mech.sparse.localize import localize
 from mech.sparse.policy import Policy
 
-CHOICES = ("ram", "bottom", "random", "vision", "causal", "gates", "reach", "dynamic")
+CHOICES = ("ram", "bottom", "random", "vision", "causal", "gates", "reach", "dynamic", "layers")
 SHARES = (0.05, 0.1, 0.25, 0.5)
 Progress = Callable[[str, int, int], None]
 
@@ -190,7 +191,7 @@ def ranked(
 ) -> Iterator[tuple[str, Ranking]]:
     """The rankings that ``choices`` need and that are not ``known``, each as soon as it is there."""
     wanted = set(choices) - known
-    if wanted & {"ram", "bottom", "vision", "random"} and not {"ram", "vision"} <= known:
+    if wanted & {"ram", "bottom", "vision", "random", "layers"} and not {"ram", "vision"} <= known:
         looks = retrieval_attention_mass(model, find, batch_size=batch_size, progress=lambda i, n: say("RAM", i, n))
         for name, score in (("ram", "ram"), ("vision", "vision_mass")):
             if name not in known:
@@ -248,12 +249,20 @@ def settings(
             sets: Sequence[Heads] = [()]
             if choice == "random":
                 sets = any_of_them.random(n, n_random, seed)
+            elif choice == "layers":
+                sets = [layers_first(groups["ram"], n)]
             elif choice != "dynamic":
                 of = groups["ram" if choice == "bottom" else choice]
                 sets = [of.bottom(n) if choice == "bottom" else of.top(n)]
             for draw, some in enumerate(sets):
                 todo.append(Setting(choice, n / total, n, expanded(some, cfg), draw))
     return todo
+
+
+def layers_first(groups: Ranking, n: int) -> Heads:
+    """``n`` KV groups, layer by layer: those of the layer with the highest mean first, the best of the last one."""
+    layers = [groups.layers[i] for i in np.argsort(-groups.mean.mean(1), kind="stable")]
+    return tuple(group for layer in layers for group in groups.heads if group.layer == layer)[:n]
 
 
 def timed(todo: Sequence[Setting]) -> dict[float, Heads]:
@@ -295,13 +304,8 @@ def _one_by_one(model: HookedMLLM, questions: Quiz, policies: Sequence[Policy]) 
     """Every sample under a policy of its own."""
     found = []
     for i, policy in enumerate(policies):
-        one = replace(
-            questions, examples=questions.examples[i : i + 1], batches=questions.batches[i : i + 1],
-            pictures=questions.pictures[i : i + 1], answers=questions.answers[i : i + 1],
-            forks=questions.forks[i : i + 1], wrong=questions.wrong[i : i + 1],
-        )  # fmt: skip
         with localize(model, policy) as fast:
-            found.append(ask(fast, one))
+            found.append(ask(fast, questions.batch(i)))
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
