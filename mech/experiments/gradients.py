@@ -21,6 +21,7 @@ from mech.errors import ExperimentError
 from mech.experiments.metrics import Reading
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
+from mech.model.turns import alone
 
 Score = Callable[[Inputs], Float[Tensor, " batch"]]
 Edit = tuple[str, Callable[[Tensor, HookPoint], Tensor]]
@@ -44,6 +45,7 @@ class Slopes:
     scores: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
+@alone
 def differentiate(
     model: HookedMLLM,
     run: Inputs,

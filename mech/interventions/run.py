@@ -115,6 +115,10 @@ class Intervened:
 
     @contextmanager
     def _running(self, inputs: Inputs) -> Iterator[None]:
+        with self.model.turns.taken(running=True):  # the plan is this run's, also where threads share the block
+            yield from self._planned(inputs)
+
+    def _planned(self, inputs: Inputs) -> Iterator[None]:
         plan = Plan(inputs)
         for index, spec in enumerate(self.specs):
             if isinstance(spec, Ablate | Patch | Scale):

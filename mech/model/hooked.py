@@ -15,6 +15,8 @@ The Hugging Face model inside (``.hf_model``) keeps its classes and weights. Hoo
 runs it, only for points that are hooked, and are gone afterwards; its attention implementation is set to ``mech`` until
 ``unwrap()``. Without hooks the logits are those of transformers with SDPA, bit for bit.
 
+Threads may share a model: runs come one after the other, and a block of hooks belongs to the thread that opened it.
+
 What it does not do: it does not change weights, fold norms or centre anything, so ``hook_resid_*`` are what the model
 was trained with. Calling ``.hf_model`` directly runs it without hooks.
 """
@@ -42,6 +44,7 @@ from mech.model.encoding import pictures_seen
 from mech.model.generation import generation_config
 from mech.model.loading import open_checkpoint
 from mech.model.points import NamesFilter, cache_hook, point_name, select
+from mech.model.turns import Turns
 from mech.model.weights import NamedWeights
 
 
@@ -61,6 +64,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             processor.check_belongs(hf_model.config)
         self._processor = processor
         self._running = False
+        self.turns = Turns()  # threads that share the model
         self.localized: Any = None  # what ``mech.localize`` made of it, while that is open
         self._step = hook_sites.Step()
         offered, self._refused, live = hook_sites.offered(hf_model, self.family, self.cfg, self._step)
@@ -138,7 +142,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         given = self._tensors(inputs, tensors)
         if "past_key_values" not in given:
             given.setdefault("use_cache", False)
-        with self._localized_run(inputs, given), self._attached():
+        with self.turns.taken(running=True), self._localized_run(inputs, given), self._attached():
             return self.hf_model(**given).logits
 
     @torch.no_grad()
@@ -151,7 +155,8 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         For whoever asks the same pictures again and again while the *text* stack is changed. Hooks on the vision stack
         and the projector do not fire in such forwards.
         """
-        seen = pictures_seen(self.hf_model, self._tensors(inputs, {}))
+        with self.turns.taken(running=True):
+            seen = pictures_seen(self.hf_model, self._tensors(inputs, {}))
         blind = {name: value for name, value in inputs.tensors.items() if not name.startswith("pixel_values")}
         return replace(inputs, tensors=blind), seen
 
@@ -169,7 +174,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             raise UnsupportedModel(f"{self.name} cannot generate", "a model with a generation config")
         asked = {key: given.pop(key) for key in list(given) if hasattr(stock, key)}
         config = generation_config(stock, {"max_new_tokens": max_new_tokens, **asked}, self._pad_token_id())
-        with self._localized_run(inputs, given, config), self._attached():
+        with self.turns.taken(running=True), self._localized_run(inputs, given, config), self._attached():
             run: Any = self.hf_model.generate
             ids = run(**given, generation_config=config)
         return ids[:, given["input_ids"].shape[1] :]
@@ -189,18 +194,22 @@ class HookedMLLM(NamedWeights, HookedRootModule):
     ) -> Iterator["HookedMLLM"]:
         """TransformerLens' ``hooks``, with every name checked before any hook is added.
 
+        While the block is open, runs of other threads wait (see ``mech.model.turns``).
+
         Raises:
             PointError: a name is misspelt or its point is not live, or a predicate matches no point.
+            ExperimentError: another thread keeps hooks open and does not run.
         """
         forward: list[Any] = [(point, hook) for names, hook in fwd_hooks for point in self.select(names)]
         backward: list[Any] = [(point, hook) for names, hook in bwd_hooks for point in self.select(names)]
-        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+        with self.turns.taken(), super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **options: Any) -> None:
-        """TransformerLens' ``add_hook``: stays until ``reset_hooks()``."""
-        for point in self.select(name):
-            super().add_hook(point, hook, *args, **options)
+        """TransformerLens' ``add_hook``: stays until ``reset_hooks()``, in the runs of all threads."""
+        with self.turns.taken():
+            for point in self.select(name):
+                super().add_hook(point, hook, *args, **options)
 
     def remove_all_hook_fns(self, *args: Any, **options: Any) -> None:
         """TransformerLens' own, which visits every point after every run, for the points that have hooks."""
@@ -254,11 +263,12 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         """
         if stack not in self._observers:
             raise MechError(f"stack={stack!r}", "'text' or 'vision'")
-        self._observers[stack].append(fn)
-        try:
-            yield self
-        finally:
-            self._observers[stack].remove(fn)
+        with self.turns.taken():
+            self._observers[stack].append(fn)
+            try:
+                yield self
+            finally:
+                self._observers[stack].remove(fn)
 
     # -- names and inputs ---------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
 from mech.model.points import point_name
+from mech.model.turns import alone
 from mech.model.weights import frozen_norm
 from mech.results import provenance
 
@@ -43,6 +44,7 @@ LETTERS = ("q", "k", "v")
 NORMS = ("live", "frozen")
 
 
+@alone
 def edge_attribution(
     model: HookedMLLM,
     clean: Given,

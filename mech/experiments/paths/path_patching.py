@@ -45,12 +45,14 @@ from mech.model import HookedMLLM
 from mech.model.partial.cached_run import BufferPool, NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
 from mech.model.points import point_name
+from mech.model.turns import alone
 from mech.results import provenance
 
 METHODS = ("auto", "walk", "literal")
 DIRECTIONS = ("denoise", "noise")
 
 
+@alone
 def path_patching(
     model: HookedMLLM,
     clean: Given,

@@ -20,6 +20,7 @@ from mech.model.architectures.families import layers_of, module_at, part_at
 from mech.model.attention import AttentionCall
 from mech.model.hooked import HookedMLLM
 from mech.model.points import hooked, point_name
+from mech.model.turns import alone
 
 _ROWLESS = (type(None), bool, int, float, str)
 _SLICED = ("position_embeddings", "position_ids", "cache_position")
@@ -89,6 +90,7 @@ class BufferPool:
         return self._free[key].pop().copy_(value.detach())
 
 
+@alone
 @torch.no_grad()
 def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRun:
     """Run ``inputs`` once and keep what continuing needs: per layer the stream, queries, keys, values and z.

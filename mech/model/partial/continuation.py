@@ -252,13 +252,14 @@ class Continuation:
     @contextmanager
     def _given(self, layer: int, attend: Attend, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
         record = self._attention[layer][1]
-        record.resume = attend
-        try:
-            # Hooks are taken away by looking at every point: for none, that is not worth it.
-            with self.model.hooks(list(hooks)) if hooks else nullcontext(), self.model._attached():
-                yield
-        finally:
-            record.resume = None
+        with self.model.turns.taken(running=True):
+            record.resume = attend
+            try:
+                # Hooks are taken away by looking at every point: for none, that is not worth it.
+                with self.model.hooks(list(hooks)) if hooks else nullcontext(), self.model._attached():
+                    yield
+            finally:
+                record.resume = None
 
     # -- attention ----------------------------------------------------------------------------------------------------
 

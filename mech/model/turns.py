@@ -1,0 +1,83 @@
+"""One thread at a time: hooks sit on modules that all threads share.
+
+A run holds the model for as long as it takes, a block of hooks (``hooks``, ``attending``, ``intervene``) for as long as
+it is open. Another thread's run waits, so that each gets its own numbers; the same thread may nest as deep as it
+likes. A thread that keeps a block open without running, while another waits, is most likely waiting for that one: after
+``PATIENCE`` seconds the other is refused instead of both standing still.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from mech.errors import ExperimentError
+
+P, R = ParamSpec("P"), TypeVar("R")
+PATIENCE = 30.0  # seconds that a thread waits for another which holds the model and does not run it
+
+
+class Turns:
+    """Which thread has the model."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._owner: threading.Thread | None = None
+        self._depth = self._runs = 0  # blocks and runs that are open, and runs alone
+        self._idle_since = 0.0
+
+    def __reduce__(self):
+        return Turns, ()  # a copy of a model is nobody's
+
+    @contextmanager
+    def taken(self, running: bool = False) -> Iterator[None]:
+        """Have the model to this thread alone; ``running`` when it is about to run, and others have to wait for it.
+
+        Raises:
+            ExperimentError: another thread has held it without running it for ``PATIENCE`` seconds.
+        """
+        with self._changed:
+            while self._owner not in (None, threading.current_thread()):
+                self._wait()
+            self._owner = threading.current_thread()
+            self._depth += 1
+            self._runs += running
+            self._idle_since = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:  # perhaps by another thread: a generator is closed by whoever drops it
+                self._depth -= 1
+                self._runs -= running
+                self._idle_since = time.monotonic()
+                if not self._depth:
+                    self._owner = None
+                self._changed.notify_all()
+
+    def _wait(self) -> None:
+        left = PATIENCE - (time.monotonic() - self._idle_since)
+        if self._runs:
+            self._changed.wait()
+        elif left > 0:
+            self._changed.wait(left)
+        else:
+            assert self._owner is not None
+            raise ExperimentError(
+                f"the thread {self._owner.name!r} has kept hooks open for {PATIENCE:g} s without running the model, "
+                f"and {threading.current_thread().name!r} wants to run it",
+                "blocks of hooks that are closed before another thread runs: hooks hold for one thread only",
+                "open them in the thread that runs, or give each thread a model of its own",
+            )
+
+
+def alone(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A function of a model that has it for itself from beginning to end, because it touches its modules."""
+
+    @functools.wraps(function)
+    def call(model: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with model.turns.taken():
+            return function(model, *args, **kwargs)
+
+    return call
