@@ -32,6 +32,11 @@ from mech.results import provenance
 BANDS = ("top", "bottom", "random", "all")
 BIASES = (2.0, 4.0, 8.0, 16.0)
 BAND, BIAS = "band", "bias"
+ATTRS = {
+    "redirected": {"unit": "share of answers, 0 or 1 per example", "sign": "more: the answer followed the heads"},
+    "kept": {"unit": "share of answers, 0 or 1 per example", "sign": "more: the answer stayed right"},
+    "logit_diff": {"unit": "logits, distractor's minus own answer", "sign": "more: towards the distractor"},
+}
 
 
 def redirection(
@@ -83,13 +88,8 @@ def redirection(
 
     References: Gaze heads, arXiv 2606.14703 (there the last token's rows, the top 100 heads, six panels).
     """
-    samples = Samples(samples)
-    biases = [float(one) for one in bias]
-    for band in bands:
-        if band not in BANDS:
-            raise ExperimentError(f"no band is called {band!r}", ", ".join(BANDS), suggestion(band, BANDS))
-    if not biases or not bands or len(set(biases)) < len(biases) or not np.isfinite(biases).all():
-        raise ExperimentError(f"bias={biases} of bands {list(bands)}", "different finite numbers, at least one band")
+    samples, biases = Samples(samples), [float(one) for one in bias]
+    _check(bands, biases)
     refuse_ranking(ranking, model, samples)
     chosen = _drawn(samples, seed)
     sets = [
@@ -97,16 +97,7 @@ def redirection(
     ]
     for *_, some in sets:
         Redirect(some, "image", biases[0], query=query, phase=phase).check(model)
-    asked = [replace(s, counterfactual=replace(s, answer=d.answer, counterfactual=None)) for s, d in chosen]
-    for sample, target in chosen:
-        model.inputs_of(sample).layout.visual.positions(target.region)
-    questions = quiz(model, asked, batch_size)
-    if -1 in questions.wrong:
-        where = asked[questions.wrong.index(-1)]
-        raise ExperimentError(
-            f"sample {where.id!r} whose distractor's answer begins with all of {where.answer!r}",
-            "a distractor with another answer", "leave that distractor out",
-        )  # fmt: skip
+    questions = _questions(model, chosen, batch_size)
     plain = _answers(model, questions)
     parts = {name: np.empty((len(sets), len(biases), len(questions))) for name in plain}
     for row, (_, _, some) in enumerate(sets):
@@ -116,8 +107,8 @@ def redirection(
             if progress:
                 progress(row * len(biases) + column + 1, len(sets) * len(biases))
     found = xr.Dataset(
-        {name: (("set", BIAS, EXAMPLE), value) for name, value in parts.items()}
-        | {f"plain_{name}": (EXAMPLE, value) for name, value in plain.items()},
+        {name: (("set", BIAS, EXAMPLE), value, ATTRS[name]) for name, value in parts.items()}
+        | {f"plain_{name}": (EXAMPLE, value, ATTRS[name]) for name, value in plain.items()},
         {
             BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
             "draw": ("set", np.array([draw for _, draw, _ in sets])),
@@ -125,24 +116,10 @@ def redirection(
             BIAS: biases,
             EXAMPLE: list(questions.examples),
         },
-        {
-            "kind": "redirection",
-            "model": model.name,
-            "domain": ", ".join(samples.domains),
-            "n_heads": ranking.count(heads),
-            "query": query,
-            "phase": phase,
-            "provenance": provenance(model, samples, seed=seed, query=query, phase=phase),
-        },
     )
-    for name in ("redirected", "kept"):
-        found[name].attrs = {"unit": "share of answers, 0 or 1 per example"}
-    found["redirected"].attrs["sign"] = "more: the answer followed the heads"
-    found["logit_diff"].attrs = {
-        "unit": "logits, distractor's minus own answer",
-        "sign": "more: towards the distractor",
-    }
-    return found
+    about = {"domain": ", ".join(samples.domains), "n_heads": ranking.count(heads), "query": query, "phase": phase}
+    record = provenance(model, samples, seed=seed, query=query, phase=phase)
+    return found.assign_attrs(kind="redirection", model=model.name, **about, provenance=record)
 
 
 def redirection_table(found: xr.Dataset) -> list[dict[str, float | str]]:
@@ -161,6 +138,30 @@ def redirection_table(found: xr.Dataset) -> list[dict[str, float | str]]:
                 row |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
             table.append(row)
     return table
+
+
+def _check(bands: Sequence[str], biases: Sequence[float]) -> None:
+    for band in bands:
+        if band not in BANDS:
+            raise ExperimentError(f"no band is called {band!r}", ", ".join(BANDS), suggestion(band, BANDS))
+    if not biases or not bands or len(set(biases)) < len(biases) or not np.isfinite(biases).all():
+        raise ExperimentError(f"bias={biases} of bands {list(bands)}", "different finite numbers, at least one band")
+
+
+def _questions(model: HookedMLLM, chosen: Sequence[tuple[Sample, Distractor]], batch_size: int) -> Quiz:
+    """The samples' questions, with the distractor's answer as the wrong one."""
+    for sample, target in chosen:
+        model.inputs_of(sample).layout.visual.positions(target.region)  # refuses what covers no token
+    asked = [replace(s, counterfactual=replace(s, answer=d.answer, counterfactual=None)) for s, d in chosen]
+    questions = quiz(model, asked, batch_size)
+    if -1 in questions.wrong:
+        where = asked[questions.wrong.index(-1)]
+        raise ExperimentError(
+            f"sample {where.id!r} whose distractor's answer begins with all of {where.answer!r}",
+            "a distractor with another answer",
+            "leave that distractor out",
+        )
+    return questions
 
 
 def _drawn(samples: Samples, seed: int) -> list[tuple[Sample, Distractor]]:
