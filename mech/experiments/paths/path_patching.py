@@ -143,43 +143,49 @@ def path_patching(
         values.append(pair.metric(froms, tos, held))
         if progress:
             progress(len(values), len(pairs))
-    froms, tos = parts[0]
-    shape = (len(sending), len(places), len(receiving), len(ends))
-    raw = torch.cat(values).double().cpu().numpy()
-    exists = np.array([[sender.reaches(receiver) for receiver in tos] for sender in froms])
-    raw = np.where(exists, raw, np.nan).reshape(-1, *shape).transpose(0, 1, 3, 2, 4)
-    clean_scores, corrupted_scores = (
-        torch.cat([getattr(pair, name) for pair in switched]).double().cpu().numpy() for name in ("clean", "corrupted")
-    )
-    effect = effect_of(raw, clean_scores, corrupted_scores, direction)
-    axes = {"sender": list(sending), "receiver": list(receiving), "region": list(places), "receiver_region": list(ends)}
-    single = [name for name, given in (("region", regions), ("receiver_region", receiver_regions)) if given is None]
-    drop = tuple(list(axes).index(name) + 1 for name in single)
-    dims = (EXAMPLE, *(name for name in axes if name not in single))
+    axes = {"sender": list(sending), "region": list(places), "receiver": list(receiving), "receiver_region": list(ends)}
+    alone = [name for name, given in (("region", regions), ("receiver_region", receiver_regions)) if given is None]
     settings = {"freeze": sorted(held), "direction": direction, "positions": where_in_words(positions)}
     settings |= {"zero": "no effect", "receiver_positions": where_in_words(receiver_positions)}
     settings |= {"algorithm": switched[0].algorithm, "reason": switched[0].reason}
-    return xr.Dataset(
-        {
-            "effect": (dims, effect.squeeze(drop), dict(EFFECT)),
-            "metric": (dims, raw.squeeze(drop), {"unit": metric.unit}),
-            "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
-            "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
-        },
-        {EXAMPLE: np.arange(len(raw)), **{name: axes[name] for name in dims[1:]}},
-        {
-            "model": model.name,
-            **settings,
-            "measure": repr(metric),
-            "forwards": float(sum(pair.forwards for pair in switched)),
-            "provenance": provenance(
-                model, clean if isinstance(clean, Samples) else None, metric=metric,
-                senders={name: [str(node) for node in group] for name, group in sending.items()},
-                receivers={name: [str(node) for node in group] for name, group in receiving.items()},
-                regions={name: where_in_words(where) for name, where in places.items()}, **settings,
-            ),
-        },
+    record = provenance(
+        model, clean if isinstance(clean, Samples) else None, metric=metric,
+        senders={name: [str(node) for node in group] for name, group in sending.items()},
+        receivers={name: [str(node) for node in group] for name, group in receiving.items()},
+        regions={name: where_in_words(where) for name, where in places.items()}, **settings,
     )  # fmt: skip
+    found = _dataset(switched, torch.cat(values), parts[0], axes, alone, metric, direction)
+    forwards = float(sum(pair.forwards for pair in switched))
+    return found.assign_attrs(model=model.name, **settings, measure=repr(metric), forwards=forwards, provenance=record)
+
+
+def _dataset(
+    switched: "Sequence[Pair]",
+    metrics: Float[Tensor, "example sender receiver"],
+    ends: tuple[Sequence[Part], Sequence[Part]],
+    axes: Mapping[str, Sequence[str]],
+    alone: Sequence[str],
+    metric: Metric,
+    direction: str,
+) -> xr.Dataset:
+    """Metrics and effects with their labels: nan where no path exists, without the axes of a single region."""
+    raw = metrics.double().cpu().numpy()
+    exists = np.array([[sender.reaches(receiver) for receiver in ends[1]] for sender in ends[0]])
+    raw = np.where(exists, raw, np.nan).reshape(-1, *map(len, axes.values()))
+    clean, corrupted = (
+        torch.cat([getattr(pair, name) for pair in switched]).double().cpu().numpy() for name in ("clean", "corrupted")
+    )
+    unit = {"unit": metric.unit}
+    found = xr.Dataset(
+        {
+            "effect": ((EXAMPLE, *axes), effect_of(raw, clean, corrupted, direction), dict(EFFECT)),
+            "metric": ((EXAMPLE, *axes), raw, unit),
+            "clean": (EXAMPLE, clean, unit),
+            "corrupted": (EXAMPLE, corrupted, unit),
+        },
+        {EXAMPLE: np.arange(len(raw)), **axes},
+    )
+    return found.squeeze(alone, drop=True).transpose(EXAMPLE, "sender", "receiver", ...)
 
 
 @dataclass(eq=False)
