@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "arguments",
     "indices",
+    "identity",
     "notebook",
     "data",
     "inputs",

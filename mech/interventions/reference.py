@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
+from mech.identity import made_elsewhere, weight_digest
 from mech.inputs import IMAGE, PADDING, VIDEO, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 
@@ -38,15 +39,22 @@ class Reference:
         draws: at random positions of a kind, the same positions for every layer and head.
         digest: of the samples.
         point: which values these are.
+        model, weights: name and digest of the weights of the model they are of; "" where not known.
     """
 
     mean: Float[Tensor, "kind layer ..."] = field(repr=False)
     draws: Float[Tensor, "kind draw layer ..."] = field(repr=False)
     digest: str = ""
     point: str = Z
+    model: str = ""
+    weights: str = ""
 
-    def check(self, model: HookedMLLM, point: str) -> None:
-        """Refuse a model or a point that these values are not of."""
+    def check(self, model: HookedMLLM, point: str, allow_other_model: bool = False) -> str:
+        """Refuse a model or a point that these values are not of.
+
+        Returns:
+            The other model in words, where one is allowed and these are of one; else "".
+        """
         cfg = model.cfg
         layers = 1 if point == "hook_embed" else cfg.n_layers
         rest = (cfg.n_heads, max(cfg.d_heads)) if point == Z else (cfg.d_model,)
@@ -57,6 +65,7 @@ class Reference:
                 f"{' x '.join(map(str, mine))} (point, layers, and heads x d_head or d_model), as this model has",
                 f"make them with reference_activations(model, samples, point={point!r})",
             )
+        return made_elsewhere("reference activations", self.model, self.weights, model, allow_other_model)
 
 
 @torch.no_grad()
@@ -121,7 +130,8 @@ def reference_activations(
         for which in (TEXT_KIND, VISUAL_KIND):
             mean[(which, layer, *here)] = (sums[which] / count[which].clamp(min=1)).float()
             draws[(which, slice(None), layer, *here)] = _shuffled(torch.cat(drawn[layer][which]), n_draws, seed)
-    return Reference(mean.to(model.device), draws.to(model.device), samples.digest(), point)
+    return Reference(mean.to(model.device), draws.to(model.device), samples.digest(), point, model.name,
+                     weight_digest(model) or "")  # fmt: skip
 
 
 def _is_text(name: str, point: str) -> bool:

@@ -113,6 +113,7 @@ class Ablate(Spec):
         reference: samples, or their ``reference_activations``, that ``mean`` and ``resample`` draw from. They should
             not be the samples that are tested.
         seed: of ``resample``.
+        allow_other_model: take a ``Reference`` made on another model of this shape.
     """
 
     point: one_of(ABLATED) = Z
@@ -124,6 +125,7 @@ class Ablate(Spec):
     phase: Phase = "both"
     reference: Samples | Reference | None = field(default=None, repr=False, compare=False)
     seed: Seed = 0
+    allow_other_model: bool = False
 
     def check(self, model: Any) -> None:
         if self.point != Z and self.to not in METHODS[:3]:
@@ -149,12 +151,13 @@ class Ablate(Spec):
                 "pass reference=train",
             )
         if isinstance(self.reference, Reference):
-            self.reference.check(model, self.point)
+            self.reference.check(model, self.point, self.allow_other_model)
 
     def describe(self) -> dict[str, Any]:
         reference = self.reference
         digest = reference.digest if isinstance(reference, Reference) else reference.digest() if reference else None
-        return {**super().describe(), "reference": digest}
+        made_on = {"reference_model": reference.weights} if isinstance(reference, Reference) else {}
+        return {**super().describe(), "reference": digest, **made_on}
 
 
 @checked

@@ -13,28 +13,24 @@ does not say is recorded as None. Two records of the same run differ only in ``d
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import math
 import os
 import platform
 import sys
-import weakref
 from collections.abc import Mapping, Sequence, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mech.errors import MechError
+from mech.identity import inner_model, weight_digest
 
 PACKAGES = ("mech", "torch", "transformers", "transformer-lens", "numpy", "scipy", "xarray")
 PROCESSOR_SETTINGS = (
     "size", "crop_size", "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size",
     "do_resize", "do_center_crop", "do_rescale", "resample", "image_mean", "image_std",
 )  # fmt: skip
-
-# The digest of a model that has not changed since it was last asked for. Weak: it keeps no model alive.
-_digests: "weakref.WeakKeyDictionary[Any, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
 def provenance(
@@ -71,7 +67,7 @@ def provenance(
 
 def model_record(model: Any) -> dict[str, Any]:
     """Name, revision, weight digest, dtype, device, attention implementation and processor settings of a model."""
-    hf = _inner(model)
+    hf = inner_model(model)
     config = _first(getattr(hf, "config", None), getattr(model, "config", None))
     try:
         processor = getattr(model, "processor", None)
@@ -107,35 +103,6 @@ def data_record(data: Any) -> dict[str, Any]:
     }
 
 
-def weight_digest(model: Any) -> str | None:
-    """SHA-256 over the names, shapes, dtypes and bytes of all weights; None when they cannot be read.
-
-    The digest is remembered per model and made anew when a weight was replaced or written in place (through torch;
-    writes through ``.data`` or a numpy view are not seen). Weights that lie on no device (``meta``: offloaded to disk)
-    cannot be read, and None says so. The digest does not depend on the wrapper or on the device.
-    """
-    hf = _inner(model)
-    if not hasattr(hf, "state_dict"):
-        return None
-    state = {name: weight for name, weight in hf.state_dict().items() if hasattr(weight, "data_ptr")}
-    if any(getattr(weight, "is_meta", False) for weight in state.values()):
-        return None
-    marks = tuple((name, w.data_ptr(), 0 if w.is_inference() else w._version) for name, w in state.items())
-    known = _digests.get(hf)
-    if known is not None and known[0] == marks:
-        return known[1]
-
-    import torch  # only here: results can be read and checked where torch is not installed
-
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        weight = state[name].detach()
-        sha.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        sha.update(weight.reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
-    _digests[hf] = (marks, sha.hexdigest())
-    return sha.hexdigest()
-
-
 def jsonable(value: Any) -> Any:
     """The same value in dicts, lists, strings, numbers, booleans and None.
 
@@ -166,14 +133,6 @@ def jsonable(value: Any) -> Any:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)
-
-
-def _inner(model: Any) -> Any:
-    # Not `unwrap()`: that gives the model back, and a record must not change what it records.
-    for name in ("hf_model", "hf", "_hf_model", "_hf"):
-        if (inner := getattr(model, name, None)) is not None and hasattr(inner, "state_dict"):
-            return inner
-    return model
 
 
 def _accelerator(device: Any) -> str | None:

@@ -25,6 +25,7 @@ from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
 from mech.experiments.gradients import still
 from mech.experiments.ranking.ranking import Ranking
+from mech.identity import weight_digest
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.sparse.kernels import by_definition
@@ -113,7 +114,8 @@ def learned_gates(
                 progress(step + 1, steps)
     mean = (total / steps).repeat_interleave(model.cfg.n_heads // groups, dim=1).double().numpy()
     named = tuple(sample.id for sample in samples if sample.id)
-    return Ranking(mean, None, "gate", str(model.name), ", ".join(samples.domains), named, layers)
+    weights, domains = weight_digest(model) or "", ", ".join(samples.domains)
+    return Ranking(mean, None, "gate", str(model.name), domains, named, layers, weights)
 
 
 def _asked(inputs: Inputs) -> Tensor:

@@ -9,6 +9,7 @@ by whole groups. Without grouping (as many KV heads as query heads) nothing chan
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def grouped(ranking: Ranking, cfg: ModelConfig) -> Ranking:
     """
     refuse_other_ranking(ranking, cfg)
     best = ranking.mean.reshape(*ranking.mean.shape[:1], cfg.n_kv_heads, -1).max(-1)
-    return Ranking(best, None, ranking.score, ranking.model, ranking.domain, ranking.examples, ranking.layers)
+    return replace(ranking, mean=best, per_example=None)
 
 
 def expanded(groups: Iterable[tuple[int, int]], cfg: ModelConfig) -> Heads:

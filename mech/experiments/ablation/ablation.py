@@ -20,6 +20,7 @@ The samples that found the heads must not be those that test them: they are comp
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import xarray as xr
 
@@ -28,10 +29,10 @@ from mech.data.regions import where_in_words
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Quiz, ask, quiz
-from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.interventions import METHODS, Ablate, Reference, check_positions, intervene, reference_activations
-from mech.interventions.specs import Where
+from mech.interventions.specs import Where, Z
 from mech.model import HookedMLLM
 from mech.results import ablation_dataset, provenance
 
@@ -145,6 +146,7 @@ def ablation(
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    allow_other_model: bool = False,
 ) -> xr.Dataset:
     """Accuracy and logit difference of every sample under every condition, the unablated baseline first.
 
@@ -160,6 +162,8 @@ def ablation(
         positions, phase: see ``Ablate``.
         batch_size: samples per forward.
         progress: called with (conditions done, conditions in all).
+        allow_other_model: take a ranking, or reference activations, made on another model of this shape; the attribute
+            ``other_model`` says so.
 
     Raises:
         ExperimentError: a sample found the heads or is in the reference; no reference where one is needed.
@@ -172,19 +176,21 @@ def ablation(
     todo = list(conditions(ranking, to=to, bands=bands, fractions=fractions, n_random=n_random, seed=seed)
                 if isinstance(ranking, Ranking) else ranking)  # fmt: skip
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
-    if isinstance(ranking, Ranking):
-        for one in (ranking, *(band for band in bands if isinstance(band, Ranking))):
-            refuse_ranking(one, model, samples)
+    given = [one for one in (ranking, *bands) if isinstance(one, Ranking)] if isinstance(ranking, Ranking) else []
+    others = [refuse_ranking(one, model, samples, allow_other_model) for one in given]
     if reference is not None and not isinstance(reference, Reference):
         reference = Samples(reference)
         refuse_overlap(samples, [s.id for s in reference], "are the reference")
+    if isinstance(reference, Reference):
+        others.append(reference.check(model, Z, allow_other_model))
     for condition in todo[1:]:
-        _spec(condition, reference, positions, phase, seed).check(model)
+        _spec(condition, reference, positions, phase, seed, allow_other_model).check(model)
     questions = quiz(model, samples, batch_size, partial(check_positions, where=positions, phase=phase))
     if isinstance(reference, Samples):
         reference = reference_activations(model, reference, batch_size=batch_size, seed=seed)
     parts: list[xr.Dataset] = []
-    for part in ablated(model, questions, todo, reference=reference, positions=positions, phase=phase, seed=seed):
+    where: dict[str, Any] = dict(positions=positions, phase=phase, seed=seed, allow_other_model=allow_other_model)
+    for part in ablated(model, questions, todo, reference=reference, **where):
         parts.append(part)
         if progress:
             progress(len(parts), len(todo))
@@ -195,6 +201,7 @@ def ablation(
         positions=where_in_words(positions),
         phase=phase,
         provenance=provenance(model, samples, positions=where_in_words(positions), phase=phase, seed=seed),
+        **other_model_attrs(others),
     )
     return joined
 
@@ -208,13 +215,14 @@ def ablated(
     positions: Where = "all",
     phase: str = "both",
     seed: int = 0,
+    allow_other_model: bool = False,
 ) -> Iterator[xr.Dataset]:
     """The conditions one by one, each a dataset of its own: what a study saves as it goes."""
     for condition in todo:
         if condition == BASELINE:
             scores = ask(model, questions)
         else:
-            with intervene(model, _spec(condition, reference, positions, phase, seed)) as without:
+            with intervene(model, _spec(condition, reference, positions, phase, seed, allow_other_model)) as without:
                 scores = ask(without, questions)
         yield ablation_dataset(
             scores["accuracy"][None],
@@ -229,7 +237,12 @@ def ablated(
 
 
 def _spec(
-    condition: Condition, reference: Samples | Reference | None, positions: Where, phase: str, seed: int
+    condition: Condition,
+    reference: Samples | Reference | None,
+    positions: Where,
+    phase: str,
+    seed: int,
+    allow_other_model: bool,
 ) -> Ablate:
     return Ablate(
         heads=condition.heads,
@@ -238,4 +251,5 @@ def _spec(
         phase=phase,
         reference=reference,
         seed=seed,
+        allow_other_model=allow_other_model,
     )

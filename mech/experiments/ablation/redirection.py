@@ -22,7 +22,7 @@ from mech.data.samples import Distractor, Sample, Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.effects import share
 from mech.experiments.metrics import Quiz, answer_logits, quiz
-from mech.experiments.ranking.checks import refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.interventions import PerRow, Redirect, intervene
@@ -53,6 +53,7 @@ def redirection(
     seed: int = 0,
     batch_size: int = 16,
     progress: Progress | None = None,
+    allow_other_model: bool = False,
 ) -> xr.Dataset:
     """How often the answer becomes that of a region to which heads are pulled.
 
@@ -74,6 +75,7 @@ def redirection(
         seed: of the distractors and the random sets.
         batch_size: samples per forward.
         progress: called with (runs done, runs in all).
+        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
         ``redirected``, ``kept`` and ``logit_diff`` over (set, bias, example), with band, draw and heads of each set;
@@ -90,7 +92,7 @@ def redirection(
     """
     samples, biases = Samples(samples), [float(one) for one in bias]
     _check(bands, biases)
-    refuse_ranking(ranking, model, samples)
+    other = refuse_ranking(ranking, model, samples, allow_other_model)
     chosen = _drawn(samples, seed)
     sets = [
         (band, draw, some) for band in bands for draw, some in enumerate(_heads(ranking, band, heads, n_random, seed))
@@ -119,7 +121,9 @@ def redirection(
     )
     about = {"domain": ", ".join(samples.domains), "n_heads": ranking.count(heads), "query": query, "phase": phase}
     record = provenance(model, samples, seed=seed, query=query, phase=phase)
-    return found.assign_attrs(kind="redirection", model=model.name, **about, provenance=record)
+    return found.assign_attrs(
+        kind="redirection", model=model.name, **about, **other_model_attrs([other]), provenance=record
+    )
 
 
 def redirection_table(found: xr.Dataset) -> list[dict[str, float | str]]:

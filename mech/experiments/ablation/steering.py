@@ -21,7 +21,7 @@ from mech.data.regions import where_in_words
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import ask, quiz
-from mech.experiments.ranking.checks import refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import bootstrap_interval, two_way_bootstrap
@@ -49,6 +49,7 @@ def steering(
     seed: int = 0,
     batch_size: int = 16,
     progress: Progress | None = None,
+    allow_other_model: bool = False,
 ) -> xr.Dataset:
     """Accuracy and logit difference of every sample while heads are scaled by each factor.
 
@@ -66,6 +67,7 @@ def steering(
         seed: of the random sets.
         batch_size: samples per forward.
         progress: called with (runs done, runs in all).
+        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
         ``accuracy`` and ``logit_diff`` over (set, factor, example), with the band and the draw of each set.
@@ -87,7 +89,7 @@ def steering(
         )
     if not len(samples):
         raise ExperimentError("no samples", "at least one", "pass some")
-    refuse_ranking(ranking, model, samples)
+    other = refuse_ranking(ranking, model, samples, allow_other_model)
     sets = [
         (band, draw, chosen)
         for band in bands
@@ -124,6 +126,7 @@ def steering(
             "n_heads": ranking.count(heads),
             "positions": where_in_words(positions),
             "phase": phase,
+            **other_model_attrs([other]),
             "provenance": provenance(model, samples, seed=seed, positions=where_in_words(positions), phase=phase),
         },
     )

@@ -26,7 +26,7 @@ from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.ablation.ablation import BASELINE, Condition, conditions
 from mech.experiments.metrics import Quiz, ask, quiz
-from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.statistics import paired_bootstrap, permutation_test, two_way_bootstrap
@@ -49,6 +49,7 @@ def transfer(
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    allow_other_model: bool = False,
 ) -> xr.Dataset:
     """The top heads of every task, and random heads, ablated on every task.
 
@@ -61,13 +62,15 @@ def transfer(
         find: samples by task. Those of a task rank its heads, if they have evidence, and are the reference of its
             ablation (what a head says on average *on this task*).
         test: samples by task, none of them in ``find``; the tasks of ``find`` or some of them.
-        rankings: by name, in place of those by RAM on ``find``: of this model, by another score or at another step.
+        rankings: by name, in place of those by RAM on ``find``: of this model, by another score.
         k: heads of each set: a number or a share.
         to: the method, see ``Ablate``.
         n_random: random sets of as many heads. The same ones are used for every task.
         seed: of the random sets and resamples.
         batch_size: samples per forward.
         progress: called with (conditions done, conditions in all).
+        allow_other_model: take ``rankings`` of another model of this shape, such as another training step; the
+            attribute ``other_model`` says so.
 
     Returns:
         ``accuracy`` (0 or 1), ``logit_diff`` (logits, answer minus counterfactual answer) and ``in_form`` (0 or 1) over
@@ -88,15 +91,11 @@ def transfer(
     """
     _check(find, test, n_random)
     rankings = dict(rankings or _ranked(model, find, batch_size))
-    for name, ranking in rankings.items():
-        if ranking.model and ranking.model != model.name:
-            raise ExperimentError(
-                f"a ranking of {ranking.model} for {model.name} ({name!r})",
-                "one of this model: heads of two trainings share only their numbers",
-                "rank the heads of this model, or compare the two with seed_agreement",
-            )
-        for samples in test.values():
-            refuse_ranking(ranking, model, samples)
+    others = [
+        refuse_ranking(ranking, model, samples, allow_other_model)
+        for ranking in rankings.values()
+        for samples in test.values()
+    ]
     first = next(iter(rankings.values()))
     tops = [Condition(to, name, one.count(k) / len(one), one.top(k)) for name, one in rankings.items()]
     todo = [BASELINE, *tops, *conditions(first, to=to, bands=["random"], fractions=[k], n_random=n_random, seed=seed)]
@@ -122,6 +121,7 @@ def transfer(
     joined.attrs.update(
         model=model.name, method=to, n_heads=len(tops[0].heads), unit="share of answers", sign="positive: needed",
         provenance=provenance(model, {"find": _joined(find), "test": _joined(test)}, seed=seed),
+        **other_model_attrs(others),
     )  # fmt: skip
     return joined.merge(_summary(joined, list(rankings), seed))
 

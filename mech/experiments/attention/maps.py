@@ -18,6 +18,7 @@ from jaxtyping import Float
 from mech.data.samples import Sample, Samples, outlines, pictures_of
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
+from mech.experiments.ranking.checks import other_model_attrs, refuse_other_model
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
@@ -48,6 +49,7 @@ def looks(
     k: int = 4,
     bands: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     queries: str = "question",
+    allow_other_model: bool = False,
 ) -> xr.Dataset:
     """The attention of some heads on every visual token of some samples.
 
@@ -62,13 +64,14 @@ def looks(
         k: heads of the top and of the bottom of the ranking.
         bands: other heads, by the name they stand under.
         queries: which rows look, as in ``retrieval_attention_mass``.
+        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
         A dataset of kind "looks" (``mech.results.looks_dataset``): ``attention`` over (look, shown, token), with the
         rectangle of each token, and for each look its question, answer, prediction and evidence.
 
     Raises:
-        ExperimentError: no samples, no heads, or a head the ranking does not know.
+        ExperimentError: no samples, no heads, a head the ranking does not know, or a ranking of another model.
 
     Cost: one forward and one short generation for each sample.
     """
@@ -79,6 +82,7 @@ def looks(
         raise ExperimentError(f"{len(samples)} samples and {len(heads)} heads", "at least one of each", "pass some")
     if strange := [head for head in heads if head not in known]:
         raise ExperimentError(f"there is no head {strange[0]}", "heads of the ranking", "see ranking.heads")
+    other = refuse_other_model(ranking, model, allow_other_model)
     seen, rects, owners, facts = [], [], [], []
     for i, sample in enumerate(samples):
         inputs = model.inputs_of(sample)
@@ -108,7 +112,7 @@ def looks(
         shown_band=[name for name, band in named.items() for _ in band],
         shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
         model=model.name,
-    )
+    ).assign_attrs(other_model_attrs([other]))
 
 
 def _padded(values: np.ndarray, width: int, fill: float, axis: int) -> np.ndarray:

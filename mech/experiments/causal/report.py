@@ -33,7 +33,7 @@ from mech.experiments.causal.runs import Runs
 from mech.experiments.causal.sets import greedy, set_curves, sizes_of, smallest
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.patching.activation import activation_patching
-from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.statistics import (
@@ -45,6 +45,7 @@ from mech.experiments.statistics import (
     spearman,
 )
 from mech.interventions import Ablate, Reference, intervene, reference_activations
+from mech.interventions.specs import Z
 from mech.model import HookedMLLM
 from mech.model.partial.cached_run import NotResumable
 from mech.notebook import Shown
@@ -73,6 +74,7 @@ def causal_report(
     batch_size: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
+    allow_other_model: bool = False,
 ) -> "CausalReport":
     """RAM against causal effect for every head, the sets the answer hangs on, and the paths of heads that matter.
 
@@ -99,6 +101,8 @@ def causal_report(
         n_paths: heads whose paths are followed: those that matter without looking first.
         batch_size, seed: as everywhere.
         progress: called with (what, done, in all).
+        allow_other_model: take a ranking, or reference activations, made on another model of this shape; the attribute
+            ``other_model`` says so.
 
     Raises:
         ExperimentError: samples without a counterfactual, samples that found the heads, or a model that does not tell
@@ -117,7 +121,9 @@ def causal_report(
     refuse_overlap(samples, [sample.id for sample in find], "find the heads")
     if ranking is None:
         ranking = rank_heads(retrieval_attention_mass(model, find, batch_size=batch_size))
-    refuse_ranking(ranking, model, samples)
+    others = [refuse_ranking(ranking, model, samples, allow_other_model)]
+    if isinstance(reference, Reference):
+        others.append(reference.check(model, Z, allow_other_model))
     ordered = _ordered(Runs.of(model, find, batch_size), ranking, say)
     runs = Runs.of(model, samples, batch_size)
     each = {"lost": _swept(runs, "noise", say), "recovered": _swept(runs, "denoise", say)}
@@ -129,7 +135,7 @@ def causal_report(
         reason = str(error)
     if method is not None:
         bank = reference_activations(model, find, batch_size=batch_size, seed=seed) if reference is None else reference
-        each["ablated"] = _ablated(runs, method, bank, batch_size, seed, say)
+        each["ablated"] = _ablated(runs, method, bank, batch_size, say, seed=seed, allow_other_model=allow_other_model)
     heads = _heads(runs, ranking, each, threshold, alpha, n_boot, seed)
     singles = {head: float(heads["lost"].values[ranking.layers.index(head.layer), head.head]) for head in ranking.heads}
     drawn = {f"random {i}": drawn for i, drawn in enumerate(ranking.random(len(ranking) // 2, n_random, seed))}
@@ -153,6 +159,7 @@ def causal_report(
         agreement=json.dumps(agreement), paths=json.dumps([path.to_json() for path in paths]),
         members=json.dumps({name: [list(head) for head in some] for name, some in orders.items()}),
         provenance=provenance(model, {"find": find, "test": samples}, seed=seed, method=method, threshold=threshold),
+        **other_model_attrs(others),
     )  # fmt: skip
     return CausalReport(whole)
 
@@ -329,14 +336,16 @@ def _ordered(runs: Runs, ranking: Ranking, say: Progress) -> dict[str, list[Head
     return orders
 
 
-def _ablated(runs: Runs, method: str, bank: Any, batch_size: int, seed: int, say: Progress) -> np.ndarray:
+def _ablated(
+    runs: Runs, method: str, bank: Reference | Samples, batch_size: int, say: Progress, **options: Any
+) -> np.ndarray:
     """The loss when one head is ablated, head by head."""
     model = runs.model
     questions = quiz(model, runs.samples, batch_size)
     base, found = ask(model, questions)["logit_diff"], []
     for layer in model.cfg.attention_layers:
         for head in range(model.cfg.n_heads):
-            with intervene(model, Ablate(heads=[(layer, head)], to=method, reference=bank, seed=seed)) as without:
+            with intervene(model, Ablate(heads=[(layer, head)], to=method, reference=bank, **options)) as without:
                 found.append((base - ask(without, questions)["logit_diff"]) / runs.gap)
         say("ablating", len(found), len(model.cfg.attention_layers) * model.cfg.n_heads)
     return np.array(found).T.reshape(len(base), len(model.cfg.attention_layers), model.cfg.n_heads)

@@ -1,22 +1,39 @@
 """What an experiment refuses before its first forward: heads of another model, samples that chose what they test."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.ranking.ranking import Ranking
+from mech.identity import made_elsewhere
 from mech.model import HookedMLLM
 
 
-def refuse_ranking(ranking: Ranking, model: HookedMLLM, samples: Samples) -> None:
-    """Refuse heads of another model, and heads that were found on the samples to test."""
+def refuse_ranking(ranking: Ranking, model: HookedMLLM, samples: Samples, allow_other_model: bool = False) -> str:
+    """Refuse heads of another model, and heads that were found on the samples to test.
+
+    Returns:
+        The other model in words, where one is allowed and the heads are of one; else "".
+    """
     refuse_overlap(samples, ranking.examples, "found the heads")
+    return refuse_other_model(ranking, model, allow_other_model)
+
+
+def refuse_other_model(ranking: Ranking, model: HookedMLLM, allow_other_model: bool = False) -> str:
+    """Refuse heads of another model: of another shape always, of other weights unless they are allowed."""
     if (ranking.layers, ranking.n_heads) != (model.cfg.attention_layers, model.cfg.n_heads):
         raise ExperimentError(
             f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
             f"{len(model.cfg.attention_layers)} x {model.cfg.n_heads}, as {model.name} has",
             "rank the heads of this model",
         )
+    return made_elsewhere("a ranking", ranking.model, ranking.weights, model, allow_other_model)
+
+
+def other_model_attrs(others: Iterable[str]) -> dict[str, str]:
+    """The attribute of a result that says which parts of it another model made; none where none did."""
+    named = list(dict.fromkeys(filter(None, others)))
+    return {"other_model": "; ".join(named)} if named else {}
 
 
 def refuse_overlap(samples: Samples, others: Sequence[str], what: str) -> None:

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.statistics import bootstrap_interval, bootstrap_means
+from mech.identity import weights_in
 from mech.notebook import Shown
 from mech.results import write_json
 
@@ -73,6 +74,7 @@ class Ranking(Shown):
     domain: str = ""
     examples: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()  # those that have heads, by default 0, 1, 2, ...; ``n_layers`` counts them
+    weights: str = ""  # digest of the weights of the model, where they are known
     heads: Heads = field(init=False)
 
     def __post_init__(self):
@@ -236,12 +238,14 @@ class Ranking(Shown):
     # To and from a file
 
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
-        """``{"model", "domain", "score", "n_examples", "examples", "layers", "heads": [[layer, head, score], ...]}``.
+        """``{"model", "weights", "domain", "score", "n_examples", "examples", "layers", "heads"}``, plain values.
 
-        With ``path`` it is written as well. Of single examples only the names are kept: they must not test the heads.
+        ``heads`` are ``[layer, head, score]``, best first; ``weights`` is the digest of the model's. With ``path`` it
+        is written as well. Of single examples only the names are kept: they must not test the heads.
         """
         value = {
             "model": self.model,
+            "weights": self.weights,
             "domain": self.domain,
             "score": self.score,
             "n_examples": self.n_examples,
@@ -276,9 +280,9 @@ class Ranking(Shown):
                 "add the missing heads with their scores",
             )
         mean = np.array([score for *_, score in sorted(rows)]).reshape(len(layers), n_heads)
-        model, domain = (str(value.get(name) or "") for name in ("model", "domain"))
+        model, domain, weights = (str(value.get(name) or "") for name in ("model", "domain", "weights"))
         score, named = str(value.get("score", "ram")), tuple(value.get("examples") or ())
-        return cls(mean, None, score, model, domain, named, tuple(layers))
+        return cls(mean, None, score, model, domain, named, tuple(layers), weights)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -360,8 +364,9 @@ def rank_heads(
         raise ExperimentError(f"the score at {where} is nan or inf", "finite scores", "drop the example, or mend it")
     model = str(attrs.get("model") or "") if model is None else model
     domain = str(attrs.get("domain") or "") if domain is None else domain
+    weights = weights_in(attrs)
     layers = tuple(map(int, scores[LAYER].values)) if LAYER in scores.coords else ()
     if values.ndim == 2:
-        return Ranking(values, None, score, model, domain, layers=layers)
+        return Ranking(values, None, score, model, domain, layers=layers, weights=weights)
     ids = tuple(map(str, scores[EXAMPLE].values)) if EXAMPLE in scores.coords else ()
-    return Ranking(values.mean(axis=0), values, score, model, domain, ids, layers)
+    return Ranking(values.mean(axis=0), values, score, model, domain, ids, layers, weights)

@@ -24,7 +24,7 @@ from mech.data.regions import Frames, Pages
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
-from mech.experiments.ranking.checks import refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import bootstrap_interval, holm, permutation_test, two_way_bootstrap
@@ -52,6 +52,7 @@ def evidence_retrieval(
     seed: int = 0,
     batch_size: int = 8,
     progress: Progress | None = None,
+    allow_other_model: bool = False,
 ) -> xr.Dataset:
     """How high heads put the candidates that hold the evidence, sample by sample and set by set.
 
@@ -77,6 +78,7 @@ def evidence_retrieval(
         seed: of the random sets.
         batch_size: samples per forward.
         progress: called with (samples done, samples in all).
+        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
         ``reciprocal_rank`` (set, example), ``hit`` and ``recall`` (set, k, example), with the band and the draw of
@@ -93,6 +95,7 @@ def evidence_retrieval(
     """
     samples = Samples(samples)
     _check(model, samples, ranking, over, ks, reduce)
+    other = refuse_ranking(ranking, model, samples, allow_other_model) if isinstance(ranking, Ranking) else ""
     over = _natural(samples) if over is None else over
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
     candidates = [_candidates(row.layout.visual, over, grid) for row in rows]
@@ -124,6 +127,7 @@ def evidence_retrieval(
     found.attrs = {
         "kind": "retrieval", "model": model.name, "domain": ", ".join(samples.domains), "over": over, "reduce": reduce,
         "provenance": provenance(model, samples, over=over, reduce=reduce, seed=seed),
+        **other_model_attrs([other]),
     }  # fmt: skip
     return found
 
@@ -186,10 +190,12 @@ def _check(
     if lacking or not len(samples):
         what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}" if lacking else "no samples"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
-    if isinstance(ranking, Ranking):
-        refuse_ranking(ranking, model, samples)
-    elif not ranking or any(
-        not set(map(tuple, heads)) or not set(map(tuple, heads)) <= _all(model) for heads in map(list, ranking.values())
+    if not isinstance(ranking, Ranking) and (
+        not ranking
+        or any(
+            not set(map(tuple, heads)) or not set(map(tuple, heads)) <= _all(model)
+            for heads in map(list, ranking.values())
+        )
     ):
         raise ExperimentError(f"sets {ranking!r}", f"heads of {model.name} by name", 'use {"mine": [(3, 2)]}')
 

@@ -35,9 +35,10 @@ from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import LogitDiff, Quiz, ask, quiz
 from mech.experiments.patching.activation import activation_patching
-from mech.experiments.ranking.checks import refuse_overlap, refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
+from mech.identity import weight_digest
 from mech.model import HookedMLLM
 from mech.results import provenance
 from mech.sparse.dynamic import chosen, reach
@@ -101,6 +102,7 @@ def acceleration(
     turns: int = 3,
     seed: int = 0,
     progress: Progress | None = None,
+    allow_other_model: bool = False,
 ) -> xr.Dataset:
     """Accuracy of every sample under every way to choose dense heads, at equal budgets; speed and cache beside it.
 
@@ -120,6 +122,7 @@ def acceleration(
         turns: how often everything is timed; 0 leaves speed out.
         seed: of random sets and gates.
         progress: called with (what, done, in all).
+        allow_other_model: take ``rankings`` made on another model of this shape; the attribute ``other_model`` says so.
 
     Raises:
         ExperimentError: a sample that ranks and tests, a ranking of another model, an unknown choice, or a window that
@@ -136,8 +139,7 @@ def acceleration(
         if choice not in CHOICES:
             raise ExperimentError(f"choices={choice!r}", ", ".join(CHOICES), suggestion(choice, CHOICES))
     refuse_overlap(samples, [sample.id for sample in find], "rank the heads")
-    for ranking in (rankings or {}).values():
-        refuse_ranking(ranking, model, samples)
+    others = [refuse_ranking(one, model, samples, allow_other_model) for one in (rankings or {}).values()]
     local = local_for(model, samples, sinks=sinks, window=window)
     made = dict(rankings or {})
     for name, ranking in ranked(model, find, choices, local, set(made), batch_size, seed, say):
@@ -151,7 +153,7 @@ def acceleration(
     if turns:
         speeds = speed_dataset(model, next(iter(samples)), timed(todo), local.policy, turns=turns)
         joined = xr.merge([joined, speeds], combine_attrs="no_conflicts")
-    return joined.assign_attrs(about(model, samples, find, local, seed))
+    return joined.assign_attrs(about(model, samples, find, local, seed), **other_model_attrs(others))
 
 
 def local_for(
@@ -225,7 +227,14 @@ def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *
     ids = tuple(sample.id for sample in samples)
     values = np.stack(lost)
     return Ranking(
-        values.mean(0), values, "lost", str(model.name), ", ".join(samples.domains), ids, model.cfg.attention_layers
+        values.mean(0),
+        values,
+        "lost",
+        str(model.name),
+        ", ".join(samples.domains),
+        ids,
+        model.cfg.attention_layers,
+        weight_digest(model) or "",
     )
 
 

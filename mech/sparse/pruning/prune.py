@@ -36,6 +36,7 @@ from mech.errors import ExperimentError, MechError, UnsupportedModel
 from mech.experiments.ranking.ranking import Head, Heads
 from mech.interventions import Ablate, Reference, reference_activations
 from mech.interventions.reference import TEXT_KIND
+from mech.interventions.specs import Z
 from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of
 from mech.model.hook_sites import attention_of
@@ -65,6 +66,7 @@ class Pruned:
         to: what they were replaced by.
         shape: heads of a layer now.
         slots: layer -> new KV group -> the original query heads in it.
+        other_model: the model that the mean is of, where it is another one.
     """
 
     model: HookedMLLM
@@ -73,6 +75,7 @@ class Pruned:
     to: str
     shape: Shape
     slots: Mapping[int, Slots] = field(repr=False)
+    other_model: str = ""
 
     def save(self, folder: str | Path) -> Path:
         """Write weights, config, tokenizer, image processor, and ``pruning.json`` with what was removed."""
@@ -86,6 +89,7 @@ class Pruned:
         processor.image_processor.save_pretrained(folder)
         origin = {layer: [list(group) for group in groups] for layer, groups in self.slots.items()}
         record = {"to": self.to, "heads": self.heads, "silent": self.silent, "slots": origin}
+        record |= {"other_model": self.other_model} if self.other_model else {}
         write_json(record, folder / "pruning.json")
         return folder
 
@@ -96,6 +100,7 @@ def prune_heads(
     *,
     to: str = "mean",
     reference: Samples | Sequence[Sample] | Reference | None = None,
+    allow_other_model: bool = False,
 ) -> Pruned:
     """A copy of the model without some of its text heads; the model itself is left as it is.
 
@@ -106,6 +111,7 @@ def prune_heads(
         heads: (layer, head) pairs. The file shrinks by what every layer gives up: see ``lowest_groups``.
         to: ``"mean"`` or ``"zero"``.
         reference: samples (or their activations) the mean is taken of.
+        allow_other_model: take activations of another model of this shape; ``Pruned.other_model`` says so.
 
     Raises:
         ExperimentError: heads the model does not have, no reference, or heads that let no config become smaller.
@@ -119,7 +125,8 @@ def prune_heads(
     if to not in ("mean", "zero"):
         raise ExperimentError(f"prune_heads(to={to!r})", "'mean' or 'zero': only a constant can be folded into a bias")
     samples = reference if reference is None or isinstance(reference, Reference) else Samples(reference)
-    Ablate(heads=gone, to=to, reference=samples).check(model)
+    Ablate(heads=gone, to=to, reference=samples, allow_other_model=allow_other_model).check(model)
+    other = samples.check(model, Z, allow_other_model) if isinstance(samples, Reference) else ""
     shape, slots = _fitted(model, gone)
     config = _config(model, shape, with_bias=to == "mean")
     if isinstance(samples, Samples) and to == "mean":
@@ -134,7 +141,7 @@ def prune_heads(
     except MechError:  # a model without one is a model all the same
         processor = None
     wrapped = HookedMLLM.from_hf(small, processor, name=f"{model.name} without {len(gone)} heads")
-    return Pruned(wrapped, gone, silent, to, shape, slots)
+    return Pruned(wrapped, gone, silent, to, shape, slots, other)
 
 
 def _fitted(model: HookedMLLM, gone: Heads) -> tuple[Shape, dict[int, Slots]]:

@@ -103,7 +103,7 @@ def test_rankings_of_ones_own_take_the_place_of_ram():
         (dict(k=0), "k=0 of 8 heads"),
         (dict(evidence=False), "no task whose samples have evidence"),
         (dict(rankings={"a": Ranking(np.ones((3, 4)))}), "a ranking of 3 x 4 heads"),
-        (dict(rankings={"a": Ranking(np.ones((2, 4)), model="another")}), "a ranking of another for roles"),
+        (dict(rankings={"a": Ranking(np.ones((2, 4)), model="another", weights="0f" * 32)}), "a ranking of another"),
     ],
 )
 def test_bad_requests_are_refused(changes, says):
