@@ -1,6 +1,6 @@
 """The pictures in executed notebooks, made light: one copy of plotly for the whole documentation.
 
-In Jupyter every view is a frame with everything it needs inside, about 2 MB each. Here each becomes a page of its own
+In Jupyter every view is a frame with everything it needs inside, about 0.9 MB each. Here each becomes a page of its own
 beside the others, loads the one copy of plotly in ``_static``, is drawn when it is scrolled to, tells the page how high
 it is, and follows the theme of the page. At the end no page may load anything from elsewhere.
 """
@@ -10,7 +10,7 @@ import html
 import re
 from pathlib import Path
 
-from plotly.offline import get_plotlyjs
+from mech.views.drawing.page import plotly_source
 
 FRAME = re.compile(r'<iframe srcdoc="(?P<inner>[^"]*)"(?P<rest>[^>]*)></iframe>')
 BUNDLE = re.compile(r'<script type="text/plain" id="plotly">.*?</script>\s*<script>.*?</script>', re.DOTALL)
@@ -32,7 +32,7 @@ def share(app, failure: Exception | None) -> None:
     if failure or app.builder.name != "html":
         return
     out = Path(app.outdir)
-    (out / "_static" / "plotly.js").write_text(get_plotlyjs(), encoding="utf-8")
+    (out / "_static" / "plotly.js").write_text(plotly_source(), encoding="utf-8")
     for page in out.rglob("*.html"):
         if page.parent.name == "_views":
             continue

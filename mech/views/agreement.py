@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.views.drawing.page import View, chart, escape, table, tabs
+from mech.views.drawing.page import View, chart, escape, table, tabs, tabular
 
 BESIDE = 5  # names up to which two matrices stand side by side
 LINES = ("@top", "@bottom", "@middle", "@matched", "@random", "@accent")
@@ -49,11 +49,8 @@ def matrix(
                 chance = f"<small>{ends[0]:.2f} to {ends[1]:.2f}</small>{chance}"
             cells.append(f'<td style="{shade}">{value:.2f}{chance}</td>')
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    return (
-        f'<p class="soft">{escape(caption)}</p><div class="scroll"><table class="matrix">'
-        f"<thead><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return tabular(f'<table class="matrix">{body}</table>', escape(caption))
 
 
 def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
@@ -192,7 +189,7 @@ def depth_profile(rankings: Mapping[str, Sequence[Sequence[float]]], n_layers: M
 def facts_table(record: Mapping[str, Any], caption: str = "") -> str:
     """Every number and word of a nested record, one row each, under its dotted name."""
     rows = [[escape(name), escape(value)] for name, value in leaves(record)]
-    return table(["", ""], rows, escape(caption)).replace("<table>", '<table class="record">') if rows else ""
+    return table(["name", "value"], rows, escape(caption), kind="record") if rows else ""
 
 
 def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:

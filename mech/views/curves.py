@@ -38,6 +38,9 @@ BANDS = {
     "by sink_mass": ("sink heads", "x", "longdashdot"),
 }
 DRAWN = ("random", "layer_matched")
+OVERVIEW = ("top", "random", "layer_matched", "bottom")  # what the overview has room for, each in a lane of its own
+LANE = 15  # pixels
+NEAR = 4  # rows from which on the overview has ticks above as well
 COLOURS = {"layer_matched": "matched", "by vision_mass": "vision", "by sink_mass": "sink"}
 
 
@@ -133,30 +136,44 @@ def method_panels(found: Sequence[Effect], measure: str) -> str:
     return f'<div class="multiples">{"".join(_panel(found, m, measure, span) for m in methods(found))}</div>'
 
 
-def overview(places: Mapping[str, Sequence[Effect]], method: str, fraction: float) -> str:
-    """One row for each place (a model and domain): the model as it is, without the top, bottom and random heads."""
+def overview(settings: Mapping[str, Sequence[Effect]], method: str, fraction: float) -> str:
+    """One row for each setting (a model on a domain): the whole model, and without top, random and bottom heads."""
+    lanes = [band for band in OVERVIEW if any(effect.band == band for found in settings.values() for effect in found)]
     traces = []
-    bands = in_order(effect.band for found in places.values() for effect in found)
-    for band in (*bands, "none"):
-        picked = [(row, nearest(found, method, band, fraction)) for row, found in enumerate(places.values())]
+    for band in (*lanes, "none"):
+        picked = [(row, nearest(found, method, band, fraction)) for row, found in enumerate(settings.values())]
         there = [(row, effect) for row, effect in picked if effect is not None]
         if there:
-            traces.append(_dots(there, band, bands))
-    rows = range(len(places))
+            traces.append(_dots(there, band, lanes))
+    rows = range(len(settings))
     lines = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": r + 0.5, "y1": r + 0.5} for r in rows[:-1]]
+    axis = {"title": "accuracy", "range": [-0.03, 1.03], "tickformat": ".0%", "zeroline": False}
     layout = {
-        "xaxis": {"title": "accuracy", "range": [-0.03, 1.03], "tickformat": ".0%", "zeroline": False},
+        "xaxis": axis,
         "yaxis": {
-            "range": [len(places) - 0.5, -0.5],
+            "range": [len(settings) - 0.5, -0.5],
             "tickvals": list(rows),
-            "ticktext": [escape(name).replace(" · ", "<br>") for name in places],
+            "ticktext": [escape(name).replace(" · ", "<br>") for name in settings],
             "showgrid": False,
             "zeroline": False,
         },
         "shapes": [line | {"line": {"color": "@rule", "width": 1}} for line in lines],
     }
-    label = f"Accuracy of every model and domain without the top {fraction:.0%} of heads, against controls"
-    return chart(traces, layout, height=74 * len(places) + 70, label=label)
+    if len(settings) > NEAR:  # ticks above as well: those below are too far from the first rows
+        layout["xaxis2"] = {"overlaying": "x", "side": "top", "range": axis["range"], "tickformat": ".0%",
+                            "showgrid": False, "zeroline": False, "fixedrange": True}  # fmt: skip
+        traces.append({"type": "scatter", "x": [None], "y": [None], "xaxis": "x2", "hoverinfo": "skip"})
+    label = f"Accuracy in every setting without the top {fraction:.0%} of heads, against controls"
+    return chart(traces, layout, height=(LANE * len(lanes) + 14) * len(settings) + 80, label=label)
+
+
+def overview_legend(found: Sequence[Effect]) -> str:
+    """What the rows of the overview hold, each drawn as it is there."""
+    there = {effect.band for effect in found}
+    bar = '<svg viewBox="0 0 30 14" aria-hidden="true"><path d="M15 0V14" stroke="var(--none)" stroke-width="2"/></svg>'
+    items = [f"<li>{bar}unablated model</li>"] if baseline(found) else []
+    items += [_key(band, looks_like(band)[0], "solid") for band in OVERVIEW if band in there]
+    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def nearest(found: Sequence[Effect], method: str, band: str, fraction: float) -> Effect | None:
@@ -167,12 +184,12 @@ def nearest(found: Sequence[Effect], method: str, band: str, fraction: float) ->
     return min(there, key=lambda effect: abs(effect.fraction - fraction), default=None)
 
 
-def _dots(there: list[tuple[int, Effect]], band: str, bands: Sequence[str]) -> dict:
+def _dots(there: list[tuple[int, Effect]], band: str, lanes: Sequence[str]) -> dict:
     colour = f"@{_colour(band)}"
     drawn = band in DRAWN
-    # The bands of a row lie under each other, the unablated model across all of them.
-    offset = (bands.index(band) - (len(bands) - 1) / 2) * 0.8 / len(bands) if band in bands else 0.0
-    symbol, size = (looks_like(band)[1], 7 if drawn else 10) if band in bands else ("line-ns-open", 56)
+    whole = LANE * len(lanes) + 14  # height of a row: a lane for each band, and the unablated model across all of them
+    offset = (lanes.index(band) - (len(lanes) - 1) / 2) * LANE / whole if band in lanes else 0.0
+    symbol, size = (looks_like(band)[1], 6 if drawn else 10) if band in lanes else ("line-ns-open", (whole - 10) / 1.4)
     trace = {
         "type": "scatter",
         "mode": "markers",
@@ -180,9 +197,10 @@ def _dots(there: list[tuple[int, Effect]], band: str, bands: Sequence[str]) -> d
         "y": [row + offset for row, _ in there],
         "text": [_says(effect, "accuracy") for _, effect in there],
         "hovertemplate": "%{text}<extra></extra>",
-        "marker": {"symbol": symbol, "size": size, "color": colour, "line": {"width": 0 if band in bands else 2}},
+        "marker": {"symbol": symbol, "size": size, "color": colour, "line": {"width": 0 if band in lanes else 2}},
+        "cliponaxis": False,
     }
-    if band in bands:
+    if band in lanes:
         trace["error_x"] = {
             "type": "data",
             "symmetric": False,

@@ -32,6 +32,10 @@ class HeadScores:
     name: str = "RAM"
     unit: str = "attention mass"
     null: float | None = None  # what uniform attention would score
+    layers: tuple[int, ...] = ()  # which layers of the model the rows are, where some have no heads
+
+    def layer(self, row: int) -> int:
+        return self.layers[row] if self.layers else row
 
 
 def ram_map(result: Any, title: str = "") -> View:
@@ -104,7 +108,8 @@ def head_scores(result: Any) -> HeadScores:
     values = array.transpose(EXAMPLE, LAYER, HEAD).values.astype(float)
     is_ram = name in (None, "ram", "retrieval_attention_mass")
     unit = str(array.attrs.get("unit") or ("attention mass" if is_ram else "")).split(",")[0]
-    return HeadScores(values, "RAM" if is_ram else str(name), unit, null)
+    layers = tuple(int(layer) for layer in array[LAYER].values) if LAYER in array.coords else ()
+    return HeadScores(values, "RAM" if is_ram else str(name), unit, null, layers)
 
 
 def map_and_ranks(scores: HeadScores) -> str:
@@ -131,16 +136,17 @@ def ranks(mean: np.ndarray) -> np.ndarray:
     return places.reshape(mean.shape)
 
 
-def _hover(name: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[str]]:
+def _hover(scores: HeadScores, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[str]]:
     """What pointing at a head says."""
-    place = ranks(mean)
+    place, name = ranks(mean), escape(scores.name)
     lines = []
-    for layer in range(mean.shape[0]):
+    for row in range(mean.shape[0]):
         line = []
         for head in range(mean.shape[1]):
-            interval = f" [{low[layer, head]:.3f}, {high[layer, head]:.3f}]" if np.isfinite(low[layer, head]) else ""
-            value = f"{mean[layer, head]:.3f}{interval}"
-            line.append(f"<b>L{layer}H{head}</b><br>{escape(name)} {value}<br>rank {place[layer, head]} of {mean.size}")
+            interval = f" [{low[row, head]:.3f}, {high[row, head]:.3f}]" if np.isfinite(low[row, head]) else ""
+            value = f"{mean[row, head]:.3f}{interval}"
+            called = f"L{scores.layer(row)}H{head}"
+            line.append(f"<b>{called}</b><br>{name} {value}<br>rank {place[row, head]} of {mean.size}")
         lines.append(line)
     return lines
 
@@ -156,7 +162,7 @@ def _map(scores: HeadScores) -> str:
         "z": mean,
         "zmin": -reach if signed else 0,
         "zmax": reach,
-        "text": _hover(scores.name, mean, low, high),
+        "text": _hover(scores, mean, low, high),
         "hovertemplate": "%{text}<extra></extra>",
         "colorscale": "@diverging" if signed else "@sequential",
         "hoverongaps": False,
@@ -183,18 +189,27 @@ def _map(scores: HeadScores) -> str:
     ]
     layout = {
         "xaxis": {"title": "head", "dtick": step(n_heads), "showgrid": False, "zeroline": False},
-        "yaxis": {"title": "layer (0 = first)", "dtick": step(n_layers), "showgrid": False, "zeroline": False},
+        "yaxis": {"title": "layer (0 = first)", "showgrid": False, "zeroline": False, **_layer_ticks(scores)},
         "shapes": shapes,
     }
     label = f"Map of {n_layers} layers and {n_heads} heads, coloured by {scores.name}"
     return chart([heat], layout, height=map_height(n_layers), label=label)
 
 
+def _layer_ticks(scores: HeadScores) -> dict[str, Any]:
+    """Every layer, or every second or fourth one; by name where the rows are not the first layers of the model."""
+    n = scores.values.shape[1]
+    if scores.layers in ((), tuple(range(n))):
+        return {"dtick": step(n)}
+    rows = list(range(0, n, step(n)))
+    return {"tickvals": rows, "ticktext": [str(scores.layers[row]) for row in rows]}
+
+
 def _ranked(scores: HeadScores) -> str:
     mean, low, high = mean_interval(scores.values)
     place = ranks(mean).ravel()
     order = np.argsort(place)
-    text = [cell for line in _hover(scores.name, mean, low, high) for cell in line]
+    text = [cell for line in _hover(scores, mean, low, high) for cell in line]
     values = {
         "type": "scatter",
         "mode": "lines+markers",

@@ -81,6 +81,35 @@ def look_of_head(result: xr.Dataset, shown: int, on: Any) -> str:
     return _head(look, shown, *_shown(result)[shown][1:], float(look.attention.max(initial=0.0)) or 1.0)
 
 
+@dataclass(frozen=True)
+class BandPicture:
+    """The heads of one band together over the pictures of a question: their mean attention."""
+
+    band: str
+    heads: int
+    stages: str  # HTML
+    evidence: float  # attention mass on the tokens that touch the evidence
+    visual: float  # on all visual tokens
+
+
+def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, list[BandPicture], float]:
+    """The pictures of look ``i`` as they are, under the mean attention of each band, and the end of their one scale.
+
+    Their pixels must be on the page (``look_articles`` brings them).
+    """
+    facts = look_facts(result)[i]
+    look = _read(result, i, facts, [embedded(source) for source in _beside(result, folder)[i]])
+    bands = np.array([band for band, _, _ in _shown(result)])
+    rows = {str(band): look.attention[bands == band].mean(axis=0) for band in dict.fromkeys(bands)}
+    most = max(float(row.max(initial=0.0)) for row in rows.values()) or 1.0
+    found = []
+    for band, row in rows.items():
+        stages = "".join(_stage(look, k, row, most) for k in sorted(set(look.image.tolist())))
+        on_evidence = float(row[look.on_evidence].sum())
+        found.append(BandPicture(band, int((bands == band).sum()), stages, on_evidence, float(row.sum())))
+    return "".join(_stage(look, k, None, most) for k in range(len(look.pictures))), found, most
+
+
 def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
     return [[folder / name for name in facts["pictures"]] for facts in look_facts(result)]
 
@@ -173,7 +202,8 @@ def _head(look: _Look, i: int, name: str, ram: float, most: float) -> str:
     stages = "".join(_stage(look, k, row, most) for k in with_tokens)
     numbers = f"evidence {row[look.on_evidence].sum():.2f} · visual {row.sum():.2f}"
     return (
-        f'<figure><div class="strip" style="--columns:{_columns(len(with_tokens), 4)}">{stages}</div>'
+        f'<figure data-head="{name}">'
+        f'<div class="strip" style="--columns:{_columns(len(with_tokens), 4)}">{stages}</div>'
         f"<figcaption><b>{name}</b> · mean RAM {ram:.2f}<br>{numbers}</figcaption></figure>"
     )
 

@@ -52,6 +52,7 @@ def fabricated_study(
                 },
                 "ranking": ranking,
                 "half_mass_share": 0.0625,
+                "size_null": 0.04,
                 "ablation": effects,
                 "tests": tests,
             }
@@ -136,7 +137,7 @@ def _ablation(rng: np.random.Generator, methods: tuple[str, ...], n: int, draws:
                     "fraction": f,
                     "n_heads": k,
                     "draws": draws,
-                    "accuracy": drop,
+                    "accuracy": {"mean": lev, "low": max(0.0, lev - 0.05), "high": min(1.0, lev + 0.05)},
                     "accuracy_drop": drop,
                     "logit_diff_drop": drop,
                 }

@@ -100,13 +100,17 @@ def styles(pictures: Iterable[Picture]) -> str:
 
 
 def stage(picture: Picture, marks: str = "", *, dim: bool = False, evidence: Iterable[Rectangle] = ()) -> str:
-    """A picture with marks over it, and the evidence outlined."""
+    """A picture with marks over it, and the evidence outlined.
+
+    Marks wait in a template until the picture comes into sight (``page.js``): they are most of what a page holds.
+    """
     outlined = "".join(f'<rect class="edge" {place(rect)}/><rect class="evidence" {place(rect)}/>' for rect in evidence)
     size = f"aspect-ratio:{picture.width}/{picture.height}"
-    return (
-        f'<div class="stage{" dim" if dim else ""}" style="{size}"><div class="pixels px-{picture.name}"></div>'
-        f'<svg viewBox="0 0 {picture.width} {picture.height}" preserveAspectRatio="none">{marks}{outlined}</svg></div>'
-    )
+    view = f'viewBox="0 0 {picture.width} {picture.height}" preserveAspectRatio="none"'
+    drawn = f"<svg {view}>{marks}{outlined}</svg>" if marks or outlined else ""
+    drawn = f"<template>{drawn}</template>" if marks else drawn
+    pixels = f'<div class="pixels px-{picture.name}"></div>'
+    return f'<div class="stage{" dim" if dim else ""}" style="{size}">{pixels}{drawn}</div>'
 
 
 def mark(rect: Rectangle, colour: str, opacity: float, tip: str) -> str:

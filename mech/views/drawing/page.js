@@ -1,6 +1,8 @@
-// Draws every chart that is not in a closed panel, in the colours of the page, and again when the page turns dark.
+// What every page does: charts when they come into sight, in the colours of the page; panels, tips, tables as CSV, marks
+// over pictures when they are shown, and the page of a head. No chart needs more than `Plotly`, nothing else needs it.
 (() => {
-  const css = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  const root = document.documentElement;
+  const css = name => getComputedStyle(root).getPropertyValue("--" + name).trim();
   const stops = name => css(name).split(/,\s*/).map((colour, i, all) => [i / (all.length - 1), colour]);
   // "@name" under a key that is about colour stands for the variable --name of page.css.
   const coloured = (value, key) => {
@@ -11,29 +13,40 @@
     return key === "colorscale" ? stops(value.slice(1)) : css(value.slice(1));
   };
   const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], showTips: false };
-  const drawn = new Set();
+  const drawn = new Set(), waiting = [];
   const draw = plot => {
+    const first = !drawn.has(plot), figure = coloured(JSON.parse(plot.nextElementSibling.textContent), "");
     drawn.add(plot);
-    const figure = coloured(JSON.parse(plot.nextElementSibling.textContent), "");
     figure.layout.font.family = getComputedStyle(document.body).fontFamily;
     Plotly.react(plot, figure.data, figure.layout, config);
+    if (first && plot.closest("[data-heads]") && figure.data[0].type === "heatmap")
+      plot.on("plotly_click", ({ points: [{ x, y }] }) => {
+        const setting = plot.closest("[data-heads]").dataset.heads;
+        openHead(setting, headsOf(setting).layers[y], x);
+      });
   };
-  // One chart in each turn of the event loop, so that the page can be scrolled meanwhile; those in closed panels wait.
-  const drawVisible = () => {
-    const next = [...document.querySelectorAll(".plot")].find(plot => !drawn.has(plot) && plot.offsetParent);
-    if (!next) return;
-    draw(next);
-    setTimeout(drawVisible);
+  // One chart in each turn of the event loop, so that the page can be scrolled meanwhile.
+  const drawNext = () => {
+    const plot = waiting.shift();
+    if (plot && !drawn.has(plot)) draw(plot);
+    if (waiting.length) setTimeout(drawNext);
   };
+  // Pictures carry their marks in a template: a study has tens of thousands of them, of which few are ever looked at.
+  const mark = stage => stage.querySelectorAll(":scope > template").forEach(marks => marks.replaceWith(marks.content));
+  const whenSeen = act => new IntersectionObserver((entries, observer) => entries.forEach(entry => {
+    if (!entry.isIntersecting) return;
+    observer.unobserve(entry.target);
+    act(entry.target);
+  }), { rootMargin: "400px" });
+  const marks = whenSeen(mark), plots = whenSeen(plot => waiting.push(plot) === 1 && setTimeout(drawNext));
+
   const choose = button => {
-    const group = button.closest(".tabs");
-    group.querySelectorAll(":scope > .bar > button").forEach(other => {
+    button.closest(".tabs").querySelectorAll(":scope > .bar > button").forEach(other => {
       const on = other === button;
       other.setAttribute("aria-selected", on);
       other.tabIndex = on ? 0 : -1;
       document.getElementById(other.getAttribute("aria-controls")).hidden = !on;
     });
-    drawVisible();
   };
   // A part of a circuit: its panel is shown, its paths stay bright; chosen again, or Escape: as at the start.
   const open = part => {
@@ -44,47 +57,144 @@
     circuit.querySelector(".graph").classList.toggle("focused", !off);
     circuit.querySelectorAll(".part").forEach((panel, i) => { panel.hidden = off ? i > 0 : panel.id !== part.dataset.opens; });
   };
-  // What stands in data-tip is said beside the pointer, or beside what has the focus.
-  const tip = document.createElement("div");
-  tip.className = "tip";
-  tip.hidden = true;
+
+  // The page of a head, #head=SETTING/LAYER/HEAD: rows of the JSON of its setting, and its pictures where there are any.
+  const make = (name, facts = {}, ...inner) => {
+    const element = Object.assign(document.createElement(name), facts);
+    element.append(...inner);
+    return element;
+  };
+  const settings = new Map();
+  const headsOf = setting => {
+    const source = document.getElementById("heads-" + setting);
+    if (!settings.has(setting)) settings.set(setting, source && JSON.parse(source.nextElementSibling.textContent));
+    return settings.get(setting);
+  };
+  const number = (value, unit) => value == null ? "–" : unit === "%" ? (100 * value).toFixed(1) + "%" : value.toFixed(3);
+  const openHead = (setting, layer, head) => { location.hash = `head=${setting}/${layer}/${head}`; };
+  const showHead = () => {
+    const dialog = document.getElementById("head"), asked = /^#head=(\d+)\/(\d+)\/(\d+)$/.exec(location.hash);
+    if (!dialog) return;
+    const [setting, layer, head] = asked ? asked.slice(1).map(Number) : [];
+    const facts = asked && headsOf(String(setting)), name = `L${layer}H${head}`;
+    const at = facts ? facts.order.findIndex(([l, h]) => l === layer && h === head) : -1;
+    if (at < 0) return dialog.open && dialog.close();
+    const step = (label, to) => {
+      const button = make("button", { type: "button", textContent: label, disabled: !facts.order[to] });
+      button.addEventListener("click", () => openHead(setting, ...facts.order[to]));
+      return button;
+    };
+    const rows = facts.columns.map(([label, unit, values, lows, highs]) => {
+      const interval = lows && lows[at] != null ? ` [${number(lows[at], unit)}, ${number(highs[at], unit)}]` : "";
+      return make("tr", {}, make("th", { textContent: label }), make("td", {},
+        typeof values[at] === "string" ? values[at] : number(values[at], unit), make("small", { textContent: interval })));
+    });
+    const looks = [...document.querySelectorAll(`#looks-${setting} figure[data-head="${name}"]`)].map(one => one.cloneNode(true));
+    looks.forEach(one => one.querySelectorAll(".stage").forEach(mark));
+    const close = make("button", { type: "button", textContent: "Close", className: "close" });
+    close.addEventListener("click", () => dialog.close());
+    dialog.replaceChildren(
+      make("div", { className: "bar" }, step("← higher RAM", at - 1), step("lower RAM →", at + 1), close),
+      make("h3", { textContent: `${name}, ${facts.name}` }),
+      make("p", { className: "soft", textContent: `Rank ${at + 1} of ${facts.order.length} by RAM. ${facts.note}` }),
+      make("table", { className: "record" }, make("tbody", {}, ...rows)),
+      ...(facts.said[name] || []).map(text => make("p", { textContent: text })),
+      make("h4", { textContent: "Where it attends" }),
+      looks.length ? make("div", { className: "heads" }, ...looks) : make("p", { className: "soft", textContent: facts.elsewhere }));
+    if (!dialog.open) dialog.showModal();
+    dialog.scrollTop = 0;
+  };
+
+  // A table as CSV: "0.5 [0.4, 0.6]" becomes three columns, "50%" a number in a column that says so.
+  const quoted = text => {
+    const safe = /^[=+@\t\r]|^-(?![\d.])/.test(text) ? "'" + text : text; // a spreadsheet would run it as a formula
+    return /[",\n]/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
+  };
+  const asCsv = table => {
+    const told = cell => {
+      const copy = cell.cloneNode(true);
+      copy.querySelectorAll("br").forEach(line => line.replaceWith(" "));
+      return (cell.dataset.csv ?? copy.textContent).replace(/\s+/g, " ").trim();
+    };
+    const lines = [...table.rows].map(row => [...row.cells].flatMap(cell => [told(cell), ...Array(cell.colSpan - 1).fill("")]));
+    const split = /^(-?[\d.]+)(%?) \[(-?[\d.]+)%?, (-?[\d.]+)%?\]$/, n = table.tHead ? table.tHead.rows.length : 0;
+    const columns = lines.at(-1).map((_, i) => lines.slice(n).some(line => split.test(line[i])));
+    return lines.map((line, r) => line.flatMap((text, i) => {
+      if (!columns[i]) return [text];
+      const found = split.exec(text);
+      return r < n ? (r === n - 1 ? [text, text + " low", text + " high"] : [text, "", ""]) : found ? [found[1] + found[2], found[3] + found[2], found[4] + found[2]] : [text, "", ""];
+    }).map(quoted).join(",")).join("\r\n") + "\r\n";
+  };
+  const save = button => {
+    const part = button.closest(".tabular"), link = make("a");
+    const named = part.closest("details")?.querySelector("summary") || part.closest("section")?.querySelector("h2, h3") || document.querySelector("h1, h3");
+    link.download = (named?.textContent || "table").toLowerCase().replace(/[^\p{L}\d]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) + ".csv";
+    link.href = URL.createObjectURL(new Blob([asCsv(part.querySelector("table"))], { type: "text/csv" }));
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+
+  // What stands in data-tip is said beside the pointer.
+  const tip = make("div", { className: "tip", hidden: true });
   const say = (element, x, y) => {
     tip.hidden = !element;
     if (!element) return;
-    const [head, ...lines] = element.dataset.tip.split("\n"), name = document.createElement("b");
-    name.textContent = head;
-    tip.replaceChildren(name, lines.map(line => "\n" + line).join(""));
+    const [head, ...lines] = element.dataset.tip.split("\n");
+    tip.replaceChildren(make("b", { textContent: head }), lines.map(line => "\n" + line).join(""));
+    // What lies in the top layer is covered by nothing else on the page.
+    (element.closest("dialog") || document.body).append(tip);
     tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 4)) + "px";
     tip.style.top = (y + 18 + tip.offsetHeight < innerHeight ? y + 18 : Math.max(4, y - 12 - tip.offsetHeight)) + "px";
   };
-  const start = () => {
-    drawVisible();
-    document.body.append(tip);
-    document.addEventListener("pointermove", event => say(event.target.closest?.("[data-tip]"), event.clientX, event.clientY));
-    document.addEventListener("pointerdown", event => say(event.target.closest?.("[data-tip]"), event.clientX, event.clientY));
-    document.addEventListener("scroll", () => say(null), true);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
-    document.addEventListener("click", event => {
-      const button = event.target.closest(".tabs > .bar > button");
-      if (button) choose(button);
-      const part = event.target.closest("[data-opens]");
-      if (part) open(part);
-    });
-    document.addEventListener("keydown", event => {
-      const part = event.target.closest?.("[data-opens]");
-      if (part && (event.key === "Enter" || event.key === " ")) {
-        event.preventDefault();
-        open(part);
-      }
-      if (event.key === "Escape") document.querySelectorAll(".node.chosen").forEach(open);
-      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      const button = event.target.closest?.(".tabs > .bar > button");
-      if (!step || !button) return;
-      const all = [...button.parentElement.children];
-      const next = all[(all.indexOf(button) + step + all.length) % all.length];
-      next.focus();
-      choose(next);
-    });
+  const tipped = event => say(event.target.closest?.("[data-tip]"), event.clientX, event.clientY);
+
+  // Printed in the colours of the day, with every chart and picture that stands open.
+  const everything = () => {
+    document.querySelectorAll(".stage").forEach(mark);
+    if (window.Plotly) document.querySelectorAll(".plot").forEach(plot => plot.offsetParent && draw(plot));
   };
-  window.mechStart = start;
+  addEventListener("beforeprint", () => { root.classList.add("printing"); everything(); });
+  addEventListener("afterprint", () => { root.classList.remove("printing"); drawn.forEach(draw); });
+
+  document.body.append(tip);
+  document.addEventListener("pointermove", tipped);
+  document.addEventListener("pointerdown", tipped);
+  document.addEventListener("scroll", () => say(null), true);
+  addEventListener("hashchange", showHead);
+  document.getElementById("head")?.addEventListener("close", () => /^#head=/.test(location.hash) && history.replaceState(null, "", " "));
+  document.addEventListener("click", event => {
+    const button = event.target.closest(".tabs > .bar > button"), part = event.target.closest("[data-opens]");
+    if (button) choose(button);
+    if (part) open(part);
+    if (event.target.matches(".csv")) save(event.target);
+    if (event.target.matches("dialog")) event.target.close(); // beside it
+  });
+  document.addEventListener("keydown", event => {
+    const part = event.target.closest?.("[data-opens]");
+    if (part && (event.key === "Enter" || event.key === " ")) {
+      event.preventDefault();
+      open(part);
+    }
+    if (event.key === "Escape") document.querySelectorAll(".node.chosen").forEach(open);
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const button = event.target.closest?.(".tabs > .bar > button");
+    if (!step || !button) return;
+    const all = [...button.parentElement.children];
+    const next = all[(all.indexOf(button) + step + all.length) % all.length];
+    next.focus();
+    choose(next);
+  });
+  const paper = root.classList.contains("paper");
+  document.querySelectorAll(".stage").forEach(stage => paper ? mark(stage) : marks.observe(stage));
+  showHead();
+
+  // When plotly is there.
+  window.mechStart = () => {
+    const all = [...document.querySelectorAll(".plot")];
+    if (paper) {
+      waiting.push(...all.filter(plot => plot.offsetParent));
+      drawNext();
+    } else all.forEach(plot => plots.observe(plot));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
+  };
 })();

@@ -1,0 +1,247 @@
+"""What a study says at a glance: three answers and one curve, all settings (models x domains) taken together.
+
+    found = pooled(summary, rams)
+    for answer in found["answers"]: print(answer["question"], answer["verdict"], answer["text"])
+
+Every setting weighs the same. The interval of a mean over settings is put together from the interval of each
+(MOVER: Zou and Donner 2008, Statistics in Medicine 27): with means ``m_i`` in ``[l_i, u_i]``
+
+    low = mean(m) - sqrt(sum_i (m_i - l_i)^2) / k,    high = mean(m) + sqrt(sum_i (u_i - m_i)^2) / k
+
+so it is about new samples of *these* settings, not about other settings, and takes the settings to be independent.
+Settings in which the model is too weak to lose anything are left out of the ablation and named.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mech.experiments.effects import points
+from mech.experiments.findings.sentences import ALPHA, FLOOR, TOP
+from mech.experiments.statistics import bootstrap_interval
+
+Bounds = dict[str, float]
+Setting = tuple[str, str]
+LINES = ("top", "random", "bottom")
+ALIKE = 1.5  # sizes of two settings are the same point of the curve if their shares differ by less than this factor
+
+
+def pooled(summary: Mapping[str, Any], rams: Mapping[Setting, xr.Dataset]) -> dict[str, Any]:
+    """The three answers of a study with their numbers.
+
+    Args:
+        summary: its ``models`` and ``acceleration``.
+        rams: the saved RAM of every (model, domain): top heads are found on half of the samples and measured on the
+            other, which a ranking alone cannot give.
+
+    Returns:
+        ``{"scope", "weak": [[model, domain], ...], "retrieval": {"top": I, "bottom": I, "even", "share"},
+        "baseline": I, "curve": [{"band", "share", "n_settings", "accuracy": I}, ...],
+        "answers": [{"question", "verdict", "text"}, ...]}``
+    """
+    settings = {
+        (model, domain): numbers
+        for model, facts in summary["models"].items()
+        for domain, numbers in facts["domains"].items()
+    }
+    weak = [list(setting) for setting, numbers in settings.items() if _too_weak(numbers)]
+    strong = {setting: numbers for setting, numbers in settings.items() if list(setting) not in weak}
+    masses = {setting: attention_of_top(ram) for setting, ram in rams.items()}
+    retrieval = {name: over_settings([mass[name] for mass in masses.values()]) for name in ("top", "bottom")}
+    found: dict[str, Any] = {
+        "scope": _scope(list(settings), settings),
+        "weak": weak,
+        "retrieval": {
+            **retrieval,
+            "share": TOP,
+            "even": float(np.mean([float(ram["size_null"].mean()) for ram in rams.values()])),
+        },
+        "baseline": over_settings([numbers["baseline"]["accuracy"] for numbers in strong.values()]),
+        "curve": _curve(list(strong.values())),
+    }
+    found["answers"] = [
+        _retrieves(found, masses, rams),
+        _needed(strong, len(weak)),
+        _fast(summary.get("acceleration") or {}),
+    ]
+    return found
+
+
+def over_settings(bounds: Sequence[Mapping[str, float] | None]) -> Bounds | None:
+    """The mean of several means with its interval (MOVER); None where there are none, or one is not known."""
+    if not bounds or any(one is None or None in one.values() for one in bounds):
+        return None
+    mean, low, high = (np.array([one[name] for one in bounds if one]) for name in ("mean", "low", "high"))
+    middle, k = float(mean.mean()), len(mean)
+    return {
+        "mean": middle,
+        "low": middle - float(np.sqrt(((mean - low) ** 2).sum())) / k,
+        "high": middle + float(np.sqrt(((high - mean) ** 2).sum())) / k,
+    }
+
+
+def attention_of_top(ram: xr.Dataset, share: float = TOP) -> dict[str, Bounds | None]:
+    """The mean RAM of the top and bottom heads, each half of the samples measured on the heads of the other half.
+
+    Heads that are chosen and measured on the same samples seem better than they are.
+    """
+    values = ram["ram"].transpose("example", "layer", "head").values.astype(float)
+    values = values.reshape(len(values), -1)
+    if len(values) < 4:
+        return {"top": None, "bottom": None}
+    k = max(1, round(share * values.shape[1]))
+    per_sample = {"top": np.empty(len(values)), "bottom": np.empty(len(values))}
+    halves = np.arange(len(values)) % 2
+    for half in (0, 1):
+        order = np.argsort(-values[halves != half].mean(axis=0), kind="stable")
+        for name, heads in (("top", order[:k]), ("bottom", order[-k:])):
+            per_sample[name][halves == half] = values[halves == half][:, heads].mean(axis=1)
+    return {name: bootstrap_interval(each).as_dict() for name, each in per_sample.items()}
+
+
+def _too_weak(numbers: Mapping[str, Any]) -> bool:
+    low = numbers["baseline"]["accuracy"]["low"]
+    return low is not None and low < FLOOR
+
+
+def _scope(names: Sequence[Setting], settings: Mapping[Setting, Mapping[str, Any]]) -> dict[str, int]:
+    return {
+        "settings": len(names),
+        "models": len({model for model, _ in names}),
+        "domains": len({domain for _, domain in names}),
+        "n_find": sum(numbers["n_find"] for numbers in settings.values()),
+        "n_test": sum(numbers["n_test"] for numbers in settings.values()),
+    }
+
+
+def _curve(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracy against the share of heads, for the bands and sizes that all settings have."""
+    if not settings:
+        return []
+    fewest = min(settings, key=lambda numbers: len(_shares(numbers)))
+    curve = []
+    for band in LINES:
+        for share in _shares(fewest):
+            there = [entry for numbers in settings if (entry := _entry(numbers, band, share))]
+            accuracy = over_settings([entry["accuracy"] for entry in there])
+            if len(there) == len(settings) and accuracy:
+                mean = float(np.mean([entry["fraction"] for entry in there]))
+                curve.append({"band": band, "share": mean, "n_settings": len(there), "accuracy": accuracy})
+    return curve
+
+
+def _shares(numbers: Mapping[str, Any]) -> list[float]:
+    return sorted(
+        {e["fraction"] for e in numbers["ablation"] if e["method"] == _method(numbers) and e["band"] == "top"}
+    )
+
+
+def _method(numbers: Mapping[str, Any]) -> str:
+    """Mean ablation where it was done, or the first method."""
+    there = dict.fromkeys(entry["method"] for entry in numbers["ablation"])
+    return "mean" if "mean" in there or not there else next(iter(there))
+
+
+def _entry(numbers: Mapping[str, Any], band: str, share: float) -> Mapping[str, Any] | None:
+    there = [
+        entry
+        for entry in numbers["ablation"]
+        if entry["method"] == _method(numbers)
+        and entry["band"] == band
+        and 1 / ALIKE < entry["fraction"] / share < ALIKE
+    ]
+    return min(there, key=lambda entry: abs(entry["fraction"] - share), default=None)
+
+
+def _retrieves(
+    found: Mapping[str, Any], masses: Mapping[Setting, Mapping[str, Bounds | None]], rams: Mapping[Setting, xr.Dataset]
+) -> dict[str, str]:
+    question = "Do they retrieve?"
+    top, bottom = (found["retrieval"][name] for name in ("top", "bottom"))
+    if top is None or bottom is None:
+        return _answer(
+            question, "Cannot tell", "There are too few samples to choose heads on some and measure on others."
+        )
+    above = [
+        setting
+        for setting, mass in masses.items()
+        if mass["top"] and mass["top"]["low"] > float(rams[setting]["size_null"].mean())
+    ]
+    text = (
+        f"The {TOP:.0%} of heads with the highest RAM put {_percent(top)} of the question's attention on the evidence; "
+        f"even attention would put {found['retrieval']['even']:.1%} there, and the lowest {TOP:.0%} put "
+        f"{_percent(bottom)}. Mean over {_settings(len(masses))}, n = {found['scope']['n_find']}; heads are chosen on "
+        "half of the samples and measured on the other."
+    )
+    return _answer(question, _share_of(len(above), len(masses)), text)
+
+
+def _needed(settings: Mapping[Setting, Mapping[str, Any]], n_weak: int) -> dict[str, str]:
+    question = "Are they needed?"
+    pairs = {}
+    for setting, numbers in settings.items():
+        top, random = _entry(numbers, "top", TOP), _entry(numbers, "random", TOP)
+        test = top and next(
+            (t for t in numbers["tests"] if (t["method"], t["n_heads"]) == (_method(numbers), top["n_heads"])), None
+        )
+        if top and random and test and test["p_adjusted"] is not None:
+            pairs[setting] = (top, random, test)
+    lost, control = (over_settings([pair[i]["accuracy_drop"] for pair in pairs.values()]) for i in (0, 1))
+    if lost is None or control is None:
+        return _answer(
+            question, "Not tested", "No setting has a top set and random sets of about a twentieth of the heads."
+        )
+    sure = sum(test["p_adjusted"] < ALPHA for _, _, test in pairs.values())
+    n = sum(settings[setting]["n_test"] for setting in pairs)
+    methods = sorted({_method(settings[setting]) for setting in pairs})
+    left_out = (
+        f" {_settings(n_weak)} where the model is too weak {'is' if n_weak == 1 else 'are'} left out." if n_weak else ""
+    )
+    text = (
+        f"Without them ({' and '.join(methods)} ablation of about {TOP:.0%}) accuracy falls by {points(lost)}, without "
+        f"as many random heads by {points(control)}. Mean over {_settings(len(pairs))}, n = {n}; counted are settings "
+        f"in which the top heads cost more (permutation test, Holm).{left_out}"
+    )
+    return _answer(question, _share_of(sure, len(pairs)), text)
+
+
+def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
+    question = "Are they enough to be fast?"
+    if not accelerated:
+        return _answer(question, "Not tested", "This study has no sparse inference.")
+    enough = {m: f for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "ram"}
+    alone = sum(bool(f["recommended"]) and f["recommended"]["choice"] == "window" for f in accelerated.values())
+    n = sum(facts["n_test"] for facts in accelerated.values())
+    margin = 100 * next(iter(accelerated.values()))["margin"]
+    kept = [
+        f"{model}: {facts['recommended']['n_kv_heads']} of {facts['n_kv_heads']} KV heads, "
+        f"{points(facts['recommended']['loss'])} lost{_speed(facts['recommended']['speed'])}"
+        for model, facts in enough.items()
+    ]
+    text = "; ".join(kept) + ". " if kept else ""
+    text += f"Counted are models where a few dense heads chosen by RAM surely lose less than {margin:.0f} points"
+    text += f"; in {alone} more the local window alone does" if alone else ""
+    return _answer(question, _share_of(len(enough), len(accelerated), "model"), f"{text}. n = {n}, one domain each.")
+
+
+def _speed(speed: Mapping[str, Any] | None) -> str:
+    return f", prefill {speed['prefill']['mean']:.1f}x, decoding {speed['decode']['mean']:.1f}x" if speed else ""
+
+
+def _answer(question: str, verdict: str, text: str) -> dict[str, str]:
+    return {"question": question, "verdict": verdict, "text": text}
+
+
+def _share_of(k: int, n: int, noun: str = "setting") -> str:
+    return f"In {k} of {n} {noun}{'s' * (n != 1)}"
+
+
+def _settings(n: int) -> str:
+    return f"{n} setting{'s' * (n != 1)}"
+
+
+def _percent(bounds: Mapping[str, float]) -> str:
+    digits = 0 if bounds["mean"] >= 0.1 else 1
+    return f"{bounds['mean']:.{digits}%} [{100 * bounds['low']:.{digits}f}, {100 * bounds['high']:.{digits}f}]"

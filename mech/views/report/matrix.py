@@ -1,0 +1,96 @@
+"""What the literature claims against what was found, claim by claim and setting by setting, as one table of marks.
+
+The verdicts are those of ``mech.experiments.findings.verdicts``; pointing at a mark gives the numbers behind it. All
+findings stand below as sentences, folded.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mech.experiments.findings.verdicts import AGREES, CANNOT_TELL, DIFFERS
+from mech.views.drawing.page import escape, tabular
+
+MARKS = {AGREES: ("✓", "agrees"), DIFFERS: ("✗", "differs"), CANNOT_TELL: ("?", "cannot")}
+SEE = (
+    "Each row is a claim of the literature, each column a model on a domain; pointing at a mark gives its numbers. "
+    "A row of one mark is a claim that holds, or fails, everywhere it was tested."
+)
+
+
+def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str, Any]]) -> str:
+    """The table of verdicts, and the findings in words."""
+    table = f'<p class="see">{SEE}</p>{_table(verdicts)}' if verdicts else "<p>The study tested no claim.</p>"
+    return (
+        f'<section id="claims"><h2>Does the literature hold here?</h2>{table}'
+        f'<div class="card">{sentences(findings) or "<p>The study computed no findings.</p>"}</div></section>'
+    )
+
+
+def _table(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    columns = _columns(verdicts)
+    models = dict.fromkeys(model for model, _ in columns)
+    widths = {model: sum(name == model for name, _ in columns) for model in models}
+    top = "".join(f'<th class="new" colspan="{widths[model]}">{escape(model)}</th>' for model in models)
+    starts = {next(column for column in columns if column[0] == model) for model in models}
+    names = "".join(f"<th{_new((m, d), starts)}>{escape(d)}</th>" for m, d in columns)
+    rows = "".join(_row(row, columns, starts) for row in verdicts)
+    words = ("agrees with the claim", "differs from it", "cannot tell: the intervals allow both")
+    marks = [f"<span><b>{sign}</b>{said}</span>" for (sign, _), said in zip(MARKS.values(), words, strict=True)]
+    legend = f'<span class="marks">{"".join(marks)}<span>blank: not tested</span></span>'
+    head = f"<tr><th></th>{top}<th></th></tr><tr><th class=left>claim</th>{names}<th class=left>in all</th></tr>"
+    whole = f'<table class="verdicts"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+    return f'<div class="card">{tabular(whole, legend)}</div>'
+
+
+def sentences(findings: Sequence[Mapping[str, Any]]) -> str:
+    """All findings in words, model by model, folded."""
+    groups: dict[str, list[str]] = {}
+    for finding in findings:
+        differs = ' class="differs"' if finding.get("against_papers") else ""
+        where = f'<span class="where">{escape(finding["domain"])}</span>' if finding.get("domain") else ""
+        group = finding["model"] or "All models"
+        groups.setdefault(group, []).append(f"<li{differs}>{where}{escape(finding['text'])}</li>")
+    return "".join(
+        f"<details><summary>{escape(name)}: {len(items)} finding{'s' * (len(items) != 1)} with the numbers</summary>"
+        f'<ul class="findings">{"".join(items)}</ul></details>'
+        for name, items in groups.items()
+    )
+
+
+def _columns(verdicts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Every setting that has a verdict of its own, models together, in the order of the study."""
+    there = dict.fromkeys(
+        (c["model"], c["domain"]) for row in verdicts for c in row["cells"] if c["domain"] is not None
+    )
+    return [column for model in dict.fromkeys(m for m, _ in there) for column in there if column[0] == model]
+
+
+def _row(row: Mapping[str, Any], columns: Sequence[tuple[str, str]], starts: set[tuple[str, str]]) -> str:
+    cells = {(cell["model"], cell["domain"]): cell for cell in row["cells"]}
+    parts, i = [], 0
+    while i < len(columns):
+        model, domain = columns[i]
+        whole = cells.get((model, None))
+        span = sum(name == model for name, _ in columns) if whole else 1
+        parts.append(
+            _cell(whole or cells.get((model, domain)), model, None if whole else domain, span, columns[i] in starts)
+        )
+        i += span
+    counted = {kind: sum(cell["verdict"] == kind for cell in row["cells"]) for kind in MARKS}
+    said = " ".join(f"{n} {MARKS[kind][0]}" for kind, n in counted.items() if n)
+    return f'<tr><th>{escape(row["claim"])}</th>{"".join(parts)}<td class="count new">{said}</td></tr>'
+
+
+def _cell(cell: Mapping[str, Any] | None, model: str, domain: str | None, span: int, new: bool) -> str:
+    wide = f' colspan="{span}"' if span > 1 else ""
+    if cell is None:
+        return f'<td class="{"new" if new else "none"}"{wide} aria-label="not tested"></td>'
+    sign, kind = MARKS[cell["verdict"]]
+    where = f"{model} on {domain}" if domain else model
+    tip = escape(f"{where}: {cell['verdict']}\n{cell['text']}")
+    said = f'data-tip="{tip}" data-csv="{cell["verdict"]}" aria-label="{cell["verdict"]}"'
+    return f'<td class="{kind}{" new" if new else ""}"{wide} {said}>{sign}</td>'
+
+
+def _new(column: tuple[str, str], starts: set[tuple[str, str]]) -> str:
+    return ' class="new"' if column in starts else ""

@@ -1,0 +1,132 @@
+"""The part of the report about one model: its heads, where they attend, and what happens without them.
+
+For each domain the map of heads and the table of the top ones stand open; the rest is folded, each part under a line
+that says what is in it, and opens with a sentence that says what to see.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mech.views import agreement, causal, curves, heatmap, overlay
+from mech.views.drawing.page import escape, table, tabs
+from mech.views.report.folder import Setting
+from mech.views.report.heads import head_data, top_table
+from mech.views.report.numbers import in_points, p_value
+
+
+def model_section(i: int, name: str, facts: Mapping[str, Any], settings: Sequence[tuple[int, Setting]]) -> str:
+    """All of one model.
+
+    Args:
+        i: number of the model.
+        name: of it.
+        facts: its part of the summary.
+        settings: its settings, each with its number in the study.
+    """
+    n_layers, n_heads = facts["n_layers"], facts["n_heads"]
+    panels = {setting.domain: _domain(key, setting) for key, setting in settings}
+    together = ""
+    if len(facts.get("agreement", {}).get("domains", [])) > 1:
+        together = (
+            '<h3>Do the domains agree?</h3><p class="see">A high correlation means that the whole map looks alike; the '
+            "overlap says whether the top heads are <i>the same heads</i>. Chance: the overlap expected of two random "
+            f"sets of that size.</p><div class=card>{agreement.domain_agreement(facts['agreement'])}</div>"
+        )
+    family = f"{escape(facts['family'])}, " if facts.get("family") else ""
+    return (
+        f'<section id="model-{i}"><h2>{escape(name)}</h2><p class="soft">{family}{n_layers} layers × {n_heads} heads = '
+        f"{n_layers * n_heads} heads</p>{tabs(panels, f'domain of {name}')}{together}</section>"
+    )
+
+
+def _domain(key: int, setting: Setting) -> str:
+    parts = [
+        ("Where they attend", "pictures of a few questions", _attending(key, setting)),
+        ("What removing them does", "by method and band of heads", _removing(setting)),
+    ]
+    if setting.causal is not None:
+        parts.append(("Does attending mean mattering?", "RAM against causal effect", _mattering(setting)))
+    if "scores" in setting.facts:
+        parts.append(
+            ("Do other published scores name the same heads?", "rank agreement", _scores(setting.facts["scores"]))
+        )
+    folded = "".join(
+        f'<details class="fold"><summary>{title}<small>{of}</small></summary>{body}</details>'
+        for title, of, body in parts
+    )
+    return (
+        f'<p class="see">{_see_map(setting)}</p><div class="card" data-heads="{key}">'
+        f"{heatmap.map_and_ranks(heatmap.head_scores(setting.ram))}{top_table(setting, key)}{head_data(setting, key)}"
+        f"{folded}</div>"
+    )
+
+
+def _see_map(setting: Setting) -> str:
+    facts = setting.facts
+    layer, head, score = facts["ranking"][0]
+    n, even = len(facts["ranking"]), float(setting.ram["size_null"].mean())
+    half = round(facts["half_mass_share"] * n)
+    times = f", {score / even:.0f} times what even attention gives" if even > 0 else ""
+    return (
+        f"Few dark cells are few heads that attend to the evidence: here {half} of {n} heads hold half of all RAM, "
+        f"and L{int(layer)}H{int(head)} leads with {score:.2f}{times}. A click on a cell opens the page of that head."
+    )
+
+
+def _attending(key: int, setting: Setting) -> str:
+    see = (
+        "A head retrieves if the bright tokens lie in the outline, question after question; one that is bright at the "
+        "same place in every picture does not."
+    )
+    return f'<p class="see">{see}</p><div id="looks-{key}">{overlay.look_articles(setting.looks, setting.folder)}</div>'
+
+
+def _removing(setting: Setting) -> str:
+    panels = {}
+    for measure in curves.MEASURES:
+        if bool(setting.ablation[measure].isnull().all()):  # no sample has a counterfactual
+            continue
+        found = curves.effects(setting.ablation, measure)
+        panels[measure.replace("logit_diff", "logit difference")] = curves.method_panels(found, measure)
+    legend = curves.legend(curves.effects(setting.ablation, "accuracy"))
+    see = (
+        "The ranking matters where the top line lies below the shade of random sets of the same size; where methods "
+        "disagree, the cost belongs to the method too."
+    )
+    return f'<p class="see">{see}</p>{legend}{tabs(panels, "measure")}{_effects_table(setting.facts)}'
+
+
+def _mattering(setting: Setting) -> str:
+    see = (
+        "If RAM told what a head does, the points would rise to the right; heads on the left that stand high are "
+        "needed without attending to the evidence."
+    )
+    return f'<p class="see">{see}</p>{causal.causal_card(setting.causal, setting.facts["causal"])}'
+
+
+def _scores(found: Mapping[str, Any]) -> str:
+    see = (
+        "Dark cells are scores that order heads alike. Small: 95% intervals over samples, and the overlap that two "
+        f"random sets of {found['n_top']} heads have. What each score is stands in the guide."
+    )
+    return f'<p class="see">{see}</p>{agreement.domain_agreement(found, "score")}'
+
+
+def _effects_table(facts: Mapping[str, Any]) -> str:
+    """Drop of accuracy of every band, with the test of top against random."""
+    rows_of: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
+    for entry in facts["ablation"]:
+        rows_of.setdefault((entry["method"], entry["fraction"]), {})[entry["band"]] = entry
+    tests = {(test["method"], test["fraction"]): test for test in facts.get("tests", [])}
+    bands = curves.in_order(band for row in rows_of.values() for band in row)
+    rows = []
+    for (method, fraction), row in rows_of.items():
+        heads = next(iter(row.values()))["n_heads"]
+        test = tests.get((method, fraction))
+        p = "–" if test is None else f"{p_value(test['p_adjusted'])} <small>({p_value(test['p_value'])})</small>"
+        drops = [in_points(row[band]["accuracy_drop"]) if band in row else "–" for band in bands]
+        rows.append([f"{escape(method)}, {fraction:.3g}", str(heads), *drops, p])
+    names = [escape(band.replace("_", "-")) for band in bands]
+    head = ["method, share", "heads", *names, "p top vs random"]
+    caption = "Drop of accuracy in percentage points, paired, with 95% intervals. p: corrected (as computed)."
+    return f"<details><summary>All effects as a table</summary>{table(head, rows, caption)}</details>"
