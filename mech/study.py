@@ -33,6 +33,7 @@ from mech.experiments.ablation.ablation import BANDS, BASELINE, Condition, ablat
 from mech.experiments.attention.maps import looks
 from mech.experiments.causal.report import CausalReport, causal_report
 from mech.experiments.findings import acceleration
+from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.sentences import findings, headlines
 from mech.experiments.findings.summary import (
     above_null,
@@ -41,6 +42,7 @@ from mech.experiments.findings.summary import (
     summarise_scales,
     summarise_scores,
 )
+from mech.experiments.findings.verdicts import verdicts
 from mech.experiments.metrics import quiz
 from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Ranking, rank_heads
@@ -172,6 +174,9 @@ def study(
         summary["scales"] = summarise_scales(retrieval)
         summary["findings"] = findings(summary)
         summary["headlines"] = headlines(summary["findings"])
+        summary["verdicts"] = verdicts(summary)
+        rams = {(s, d): place.get(f"{s}/{d}/ram") for s, facts in summary["models"].items() for d in facts["domains"]}
+        summary["pooled"] = pooled(summary, rams)
         records = {record["model"]: record["provenance"] for record in place.records}
         summary["provenance"] = {s: records[s] for s in dict.fromkeys([*summary["models"], *summary["acceleration"]])}
         write_json(summary, place.path / "summary.json")

@@ -1,4 +1,4 @@
-"""The report and the single views: complete, offline, escaped, and made from the study folder alone."""
+"""Single views: complete, offline, and with the numbers of the results they show."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from pages import Page
 
 from mech.errors import OutputError
 from mech.results import load
-from mech.views import View, ablation_curves, looks, ram_map, report, view
+from mech.views import View, ablation_curves, looks, ram_map, view
 from mech.views.curves import effects
 from mech.views.drawing.intervals import mean_interval
 from mech.views.drawing.page import chart, page
@@ -26,194 +26,8 @@ def study(tmp_path_factory):
     return fabricated_study(tmp_path_factory.mktemp("study"), draws=4, n=30)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """One model, one domain, one method, and a question that tries to break out of the page."""
-    return fabricated_study(
-        tmp_path_factory.mktemp("small"),
-        models=(("<b>evil</b>", "llava", 4, 4),),
-        domains=("grounding",),
-        methods=("zero",),
-        question='</script><script>alert("{colour}")</script><img src=http://evil.example/x>',
-        draws=3,
-        n=10,
-    )
-
-
-@pytest.fixture(scope="module")
-def text(study):
-    return report(study).read_text()
-
-
-@pytest.fixture(scope="module")
-def written(text):
-    return Page(text)
-
-
 def domain_folder(study: Path) -> Path:
     return study / "llava-s" / "grounding"
-
-
-def test_the_page_asks_for_nothing_from_outside(written):
-    assert written.addresses, "the contents link to the sections"
-    assert all(address.startswith("#") for address in written.addresses)
-    styles = " ".join(written.blocks["style"])
-    assert "@import" not in styles
-    assert all(address.startswith("data:image/") for address in re.findall(r"url\(([^)]*)\)", styles))
-
-
-def test_the_page_forbids_requests_itself(text):
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text[:2000]).group(1)
-    assert "default-src 'none'" in policy and "http" not in policy and "*" not in policy
-
-
-def test_plotly_is_there_once_and_whole(text):
-    from plotly.offline import get_plotlyjs
-
-    assert text.count(get_plotlyjs()) == 1
-    assert len(text) < 12e6
-
-
-def test_every_tag_is_closed_and_every_id_is_its_own(written):
-    assert not written.unclosed and not written.open
-    assert len(set(written.ids)) == len(written.ids)
-    links = {address[1:] for address in written.addresses}
-    assert links <= set(written.ids)
-
-
-def test_all_sections_are_there(written):
-    assert {"findings", "overview", "baseline", "model-0", "model-1", "scales", "methods", "provenance"} <= set(
-        written.ids
-    )
-    for words in ("Where they look", "What removing them does", "Do the domains agree?", "What this cannot show"):
-        assert words in written.text
-
-
-def test_the_numbers_of_the_summary_appear(study, written):
-    summary = json.loads((study / "summary.json").read_text())
-    # Headlines, and what is said of each model; what is said of no model is a headline or is not shown twice.
-    for finding in summary["headlines"] + [f for f in summary["findings"] if f["model"]]:
-        assert finding["text"] in written.text
-    assert written.text.count("against the papers") == 2
-    domain = summary["models"]["llava-m"]["domains"]["video"]
-    layer, head, score = domain["ranking"][0]
-    for number in (
-        "98.3%",
-        "7.31",
-        "[6.90, 7.70]",
-        "6.2%",
-        f"L{layer}H{head}",
-        f"({score:.2f})",
-        "0.046",
-        "(0.012)",
-        "0.873",
-    ):
-        assert number in written.text, number
-    effect = next(
-        e for e in domain["ablation"] if e["band"] == "bottom" and e["method"] == "paper" and e["fraction"] == 0.2
-    )
-    assert f"{100 * effect['accuracy_drop']['mean']:.1f}" in written.text
-    assert "2026-06-01" in written.text and "5.23.0" in written.text and "f3f3f3" in written.text
-
-
-def test_every_chart_names_its_axes(written):
-    # Of each of 6 places: a map, the ranks, five methods for each of two measures; overviews; three depth profiles.
-    assert len(written.charts) == 6 * (2 + 10) + 5 + 3
-    for figure in written.charts:
-        assert figure["layout"]["xaxis"]["title"]["text"]
-        heat = figure["data"][0]["type"] == "heatmap"
-        overview = "ticktext" in figure["layout"]["yaxis"]
-        assert overview or figure["layout"]["yaxis"]["title"]["text"]
-        assert not heat or figure["data"][0]["colorbar"]["title"]["text"] == "RAM (attention mass)"
-
-
-def test_colours_of_charts_are_variables_of_the_page(written):
-    names = set(re.findall(r'"@([a-z-]+)"', json.dumps(written.charts)))
-    sheet = " ".join(written.blocks["style"])
-    assert {"top", "random-soft", "sequential"} <= names
-    for name in names:
-        assert len(re.findall(rf"--{name}:", sheet)) >= 2, f"--{name} in light and in dark"
-
-
-def test_text_of_users_cannot_become_markup(small):
-    text = report(small).read_text()
-    body = Page(text)
-    assert '</script><script>alert("red")</script>' in body.text
-    assert not any("alert(" in script for script in body.blocks["script"])
-    assert not any("evil.example" in address for address in body.addresses)
-    assert "<b>evil</b>" not in text and "&lt;b&gt;evil&lt;/b&gt;" in text
-    # Labels of charts are read as markup by plotly: they have to be escaped inside the JSON too.
-    labels = json.dumps([figure["layout"] for figure in body.charts])
-    assert "<b>evil" not in labels and "&lt;b&gt;evil" in labels
-
-
-def test_one_model_and_one_domain_need_no_comparison(small):
-    body = Page(report(small).read_text())
-    assert "scales" not in body.ids and "Do the domains agree?" not in body.text
-    assert "<b>evil</b>" in body.text
-
-
-def test_a_prefixed_model_name_finds_its_folder(tmp_path):
-    study = fabricated_study(
-        tmp_path, models=(("llava-m", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
-    )
-    summary = json.loads((study / "summary.json").read_text())
-    summary["models"] = {"reference:llava-m": summary["models"]["llava-m"]}
-    (study / "summary.json").write_text(json.dumps(summary))
-    assert "reference:llava-m" in Page(report(study).read_text()).text
-
-
-@pytest.mark.parametrize("missing", ["summary.json", "llava-s/grounding/ram.nc", "llava-s/grounding/looks.nc"])
-def test_a_missing_piece_is_named(tmp_path, missing):
-    study = fabricated_study(
-        tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
-    )
-    (study / missing).unlink()
-    with pytest.raises(OutputError, match=f"(?s){re.escape(str(study / missing))} is not there.*mech study"):
-        report(study)
-
-
-def test_a_missing_picture_is_named(tmp_path):
-    study = fabricated_study(
-        tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
-    )
-    (domain_folder(study) / "look1_0.png").write_bytes(b"no picture")
-    with pytest.raises(OutputError, match=r"look1_0\.png cannot be read"):
-        report(study)
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"models": {}}', '{"models": {"llava-s": {"domains": {}}}}'])
-def test_a_broken_summary_is_refused(tmp_path, text):
-    (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(OutputError, match=r"summary\.json"):
-        report(tmp_path)
-
-
-def test_a_summary_without_a_field_is_refused(tmp_path):
-    study = fabricated_study(
-        tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
-    )
-    summary = json.loads((study / "summary.json").read_text())
-    del summary["models"]["llava-s"]["domains"]["grounding"]["baseline"]
-    (study / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(OutputError, match="lacks something: 'baseline'"):
-        report(study)
-
-
-def test_what_could_not_be_computed_is_a_dash(tmp_path):
-    shape = (("llava-s", "llava", 4, 4),)
-    study = fabricated_study(tmp_path, models=shape, domains=("grounding", "pages"), methods=("mean",), n=1)
-    summary = json.loads((study / "summary.json").read_text())
-    facts = summary["models"]["llava-s"]
-    nothing = {"mean": 0.625, "low": None, "high": None}
-    for domain in facts["domains"].values():
-        domain["baseline"] = {"accuracy": nothing, "logit_diff": nothing}
-        domain["tests"][0] |= {"p_value": None, "p_adjusted": None}
-    facts["agreement"]["spearman"][0][1] = facts["agreement"]["jaccard_null"][0][1] = None
-    (study / "summary.json").write_text(json.dumps(summary))
-    text = Page(report(study).read_text()).text
-    assert "62.5%" in text and "–" in text
-    assert not re.search(r"\b(None|nan|null)\b", text)
 
 
 def test_an_unwritable_place_is_named_and_left_clean(study, tmp_path):

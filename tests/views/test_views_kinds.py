@@ -16,7 +16,7 @@ from fabricated import (
     fabricated_sample,
     fabricated_study,
 )
-from pages import Page
+from pages import Page, unpacked
 
 from mech.data.samples import Samples, outlines
 from mech.errors import ExperimentError, OutputError
@@ -209,7 +209,7 @@ def test_values_show_themselves(model, samples):
     ):
         assert "srcdoc" in value._repr_html_() and word in view(value).body
     assert len(outlines(samples[0])) == len(samples[0].evidence)
-    grid = view(inputs.layout, on=samples[0]).body
+    grid = unpacked(view(inputs.layout, on=samples[0]).body)
     assert grid.count('class="cell"') == len(inputs.layout.positions("image"))
 
 

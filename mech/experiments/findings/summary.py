@@ -25,6 +25,8 @@ top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 /
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "overlap_null", "pearson", "centre_a", "centre_b"}, ...]},
      "findings": [{"kind", "text", "model", "domain", "against_papers"}, ...],
      "headlines": the same, one for each kind,
+     "verdicts": [{"claim", "cells": [{"model", "domain", "verdict", "text"}, ...]}, ...]: of ``verdicts``,
+     "pooled": three answers and a curve over all settings, of ``pooled``,
      "provenance": {...}}                                                 I = {"mean", "low", "high"}
 """
 

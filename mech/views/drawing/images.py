@@ -19,7 +19,7 @@ import numpy as np
 
 from mech.data.samples import Sample, Samples, outlines, pictures_of
 from mech.errors import OutputError
-from mech.views.drawing.page import escape
+from mech.views.drawing.page import PACKED_FROM, escape, packed
 
 LARGEST = 640  # pixels; larger pictures are shown smaller, or a page of scans would weigh 100 MB
 MOST_MARKS = 60_000  # rectangles over the pictures of a page, about 20 MB
@@ -108,7 +108,9 @@ def stage(picture: Picture, marks: str = "", *, dim: bool = False, evidence: Ite
     size = f"aspect-ratio:{picture.width}/{picture.height}"
     view = f'viewBox="0 0 {picture.width} {picture.height}" preserveAspectRatio="none"'
     drawn = f"<svg {view}>{marks}{outlined}</svg>" if marks or outlined else ""
-    drawn = f"<template>{drawn}</template>" if marks else drawn
+    if marks:
+        many = len(drawn) > PACKED_FROM
+        drawn = f"<template data-gzip>{packed(drawn)}</template>" if many else f"<template>{drawn}</template>"
     pixels = f'<div class="pixels px-{picture.name}"></div>'
     return f'<div class="stage{" dim" if dim else ""}" style="{size}">{pixels}{drawn}</div>'
 

@@ -13,32 +13,41 @@
     return key === "colorscale" ? stops(value.slice(1)) : css(value.slice(1));
   };
   const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], showTips: false };
-  const drawn = new Set(), waiting = [];
-  const draw = plot => {
-    const first = !drawn.has(plot), figure = coloured(JSON.parse(plot.nextElementSibling.textContent), "");
-    drawn.add(plot);
+  // Large values lie in the page as gzip in base64.
+  const unpack = text => new Response(new Blob([Uint8Array.from(atob(text), c => c.charCodeAt(0))])
+    .stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  const read = async script => JSON.parse("gzip" in script.dataset ? await unpack(script.textContent) : script.textContent);
+
+  const drawn = new Map(), waiting = [];
+  const draw = async plot => {
+    const first = !drawn.has(plot);
+    if (first) drawn.set(plot, await read(plot.nextElementSibling));
+    const figure = coloured(drawn.get(plot), "");
     figure.layout.font.family = getComputedStyle(document.body).fontFamily;
     Plotly.react(plot, figure.data, figure.layout, config);
     if (first && plot.closest("[data-heads]") && figure.data[0].type === "heatmap")
-      plot.on("plotly_click", ({ points: [{ x, y }] }) => {
+      plot.on("plotly_click", async ({ points: [{ x, y }] }) => {
         const setting = plot.closest("[data-heads]").dataset.heads;
-        openHead(setting, headsOf(setting).layers[y], x);
+        openHead(setting, (await headsOf(setting)).layers[y], x);
       });
   };
   // One chart in each turn of the event loop, so that the page can be scrolled meanwhile.
-  const drawNext = () => {
-    const plot = waiting.shift();
-    if (plot && !drawn.has(plot)) draw(plot);
-    if (waiting.length) setTimeout(drawNext);
+  const drawNext = async () => {
+    if (waiting.length && !drawn.has(waiting[0])) await draw(waiting[0]);
+    if (waiting.shift() && waiting.length) setTimeout(drawNext);
   };
+  const drawSoon = plot => waiting.push(plot) === 1 && setTimeout(drawNext);
   // Pictures carry their marks in a template: a study has tens of thousands of them, of which few are ever looked at.
-  const mark = stage => stage.querySelectorAll(":scope > template").forEach(marks => marks.replaceWith(marks.content));
+  const mark = stage => stage.querySelectorAll(":scope > template").forEach(async marks => {
+    if ("gzip" in marks.dataset) marks.innerHTML = await unpack(marks.content.textContent);
+    marks.replaceWith(marks.content);
+  });
   const whenSeen = act => new IntersectionObserver((entries, observer) => entries.forEach(entry => {
     if (!entry.isIntersecting) return;
     observer.unobserve(entry.target);
     act(entry.target);
   }), { rootMargin: "400px" });
-  const marks = whenSeen(mark), plots = whenSeen(plot => waiting.push(plot) === 1 && setTimeout(drawNext));
+  const marks = whenSeen(mark), plots = whenSeen(drawSoon);
 
   const choose = button => {
     button.closest(".tabs").querySelectorAll(":scope > .bar > button").forEach(other => {
@@ -65,18 +74,18 @@
     return element;
   };
   const settings = new Map();
-  const headsOf = setting => {
+  const headsOf = async setting => {
     const source = document.getElementById("heads-" + setting);
-    if (!settings.has(setting)) settings.set(setting, source && JSON.parse(source.nextElementSibling.textContent));
+    if (source && !settings.has(setting)) settings.set(setting, await read(source.nextElementSibling));
     return settings.get(setting);
   };
   const number = (value, unit) => value == null ? "–" : unit === "%" ? (100 * value).toFixed(1) + "%" : value.toFixed(3);
   const openHead = (setting, layer, head) => { location.hash = `head=${setting}/${layer}/${head}`; };
-  const showHead = () => {
+  const showHead = async () => {
     const dialog = document.getElementById("head"), asked = /^#head=(\d+)\/(\d+)\/(\d+)$/.exec(location.hash);
     if (!dialog) return;
     const [setting, layer, head] = asked ? asked.slice(1).map(Number) : [];
-    const facts = asked && headsOf(String(setting)), name = `L${layer}H${head}`;
+    const facts = asked && await headsOf(String(setting)), name = `L${layer}H${head}`;
     const at = facts ? facts.order.findIndex(([l, h]) => l === layer && h === head) : -1;
     if (at < 0) return dialog.open && dialog.close();
     const step = (label, to) => {
@@ -148,13 +157,11 @@
   };
   const tipped = event => say(event.target.closest?.("[data-tip]"), event.clientX, event.clientY);
 
-  // Printed in the colours of the day, with every chart and picture that stands open.
-  const everything = () => {
-    document.querySelectorAll(".stage").forEach(mark);
-    if (window.Plotly) document.querySelectorAll(".plot").forEach(plot => plot.offsetParent && draw(plot));
-  };
-  addEventListener("beforeprint", () => { root.classList.add("printing"); everything(); });
-  addEventListener("afterprint", () => { root.classList.remove("printing"); drawn.forEach(draw); });
+  // Printed in the colours of the day.
+  const redraw = () => [...drawn.keys()].forEach(draw);
+  const printing = on => { root.classList.toggle("printing", on); redraw(); };
+  addEventListener("beforeprint", () => printing(true));
+  addEventListener("afterprint", () => printing(false));
 
   document.body.append(tip);
   document.addEventListener("pointermove", tipped);
@@ -189,12 +196,13 @@
   showHead();
 
   // When plotly is there.
+  window.mechUnpack = unpack;
   window.mechStart = () => {
-    const all = [...document.querySelectorAll(".plot")];
-    if (paper) {
-      waiting.push(...all.filter(plot => plot.offsetParent));
-      drawNext();
-    } else all.forEach(plot => plots.observe(plot));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
+    const all = [...document.querySelectorAll(".plot")], shown = () => all.filter(plot => plot.offsetParent);
+    if (paper) shown().forEach(drawSoon);
+    else all.forEach(plot => plots.observe(plot));
+    // What stands open further down is drawn when there is nothing else to do: it is there when the page is printed.
+    if (!paper && window.requestIdleCallback) setTimeout(() => requestIdleCallback(() => shown().forEach(drawSoon)), 2000);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   };
 })();

@@ -38,6 +38,7 @@ from mech.errors import OutputError
 from mech.views.drawing.figures import KINDS, draw
 
 TALLEST = 1000
+PACKED_FROM = 2000  # characters: below, a page stays as it can be read
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 # A page may be joined from several views: the numbers only have to differ within one page.
@@ -152,12 +153,19 @@ def chart(data: Sequence[Mapping], layout: Mapping, *, height: int, label: str) 
     )
 
 
-def embedded_json(value: Any, kind: str = "") -> str:
-    """A value for ``page.js`` to read; ``kind`` is its class."""
+def embedded_json(value: Any) -> str:
+    """A value for ``page.js`` to read; a large one is packed."""
     text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
+    if len(text) > PACKED_FROM:
+        return f'<script type="application/json" data-gzip>{packed(text)}</script>'
     # "<" in JSON would end the script element (or open a comment in it).
     text = text.replace("<", "\\u003c")
-    return f'<script type="application/json"{f" class={kind}" if kind else ""}>{text}</script>'
+    return f'<script type="application/json">{text}</script>'
+
+
+def packed(text: str) -> str:
+    """Text as ``page.js`` unpacks it: gzip in base64, for charts and marks a quarter of the bytes or less."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def tabs(panels: Mapping[str, str], label: str) -> str:
@@ -254,11 +262,9 @@ def plotly_source() -> str:
 
 @cache
 def _plotly() -> str:
-    packed = base64.b64encode(gzip.compress(plotly_source().encode(), mtime=0)).decode()
     return (
-        f'<script type="text/plain" id="plotly">{packed}</script>\n<script>(async () => {{\n'
-        'const bytes = Uint8Array.from(atob(document.getElementById("plotly").textContent), c => c.charCodeAt(0));\n'
-        'const code = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));\n'
-        'const script = document.createElement("script");\nscript.textContent = await new Response(code).text();\n'
+        f'<script type="text/plain" id="plotly">{packed(plotly_source())}</script>\n<script>(async () => {{\n'
+        'const script = document.createElement("script");\n'
+        'script.textContent = await mechUnpack(document.getElementById("plotly").textContent);\n'
         "document.head.append(script);\nmechStart();\n})()</script>"
     )

@@ -50,7 +50,7 @@ def _picture(settings: Sequence[Setting]) -> str:
         f"<section><h2>“{escape(facts['question'])}”</h2>"
         f'<div class="trio{" wide" if many else ""}">{"".join(figures)}</div>'
         f"{gradient('attention on one visual token', most)}"
-        f'<p class="soft">{escape(setting.name)}, its first test sample. Attention is that of the question.</p></section>'
+        f'<p class="soft">{escape(setting.name)}, its first test sample; attention of the question.</p></section>'
     )
 
 
