@@ -37,6 +37,7 @@ _NAMES = {
     "Mask": "mech.data.regions",
     "MechError": "mech.errors",
     "Pages": "mech.data.regions",
+    "Passage": "mech.data.regions",
     "Patch": "mech.interventions",
     "Policy": "mech.sparse.policy",
     "Probability": "mech.experiments.metrics",
@@ -74,6 +75,8 @@ _NAMES = {
     "logit_attribution": "mech.experiments.attribution.logits",
     "logit_lens": "mech.experiments.attribution.lenses",
     "looks": "mech.experiments.attention.maps",
+    "modality_table": "mech.experiments.scores.modality",
+    "modality_transfer": "mech.experiments.scores.modality",
     "ov_reading": "mech.experiments.attribution.lenses",
     "path_patching": "mech.experiments.paths.path_patching",
     "prune_heads": "mech.sparse.pruning.prune",
@@ -118,6 +121,7 @@ if TYPE_CHECKING:
     from mech.data.regions import Frames as Frames
     from mech.data.regions import Mask as Mask
     from mech.data.regions import Pages as Pages
+    from mech.data.regions import Passage as Passage
     from mech.data.samples import Distractor as Distractor
     from mech.data.samples import Sample as Sample
     from mech.data.samples import Samples as Samples
@@ -163,6 +167,8 @@ if TYPE_CHECKING:
     from mech.experiments.scores.evidence_retrieval import retrieval_table as retrieval_table
     from mech.experiments.scores.measure import Score as Score
     from mech.experiments.scores.measure import head_scores as head_scores
+    from mech.experiments.scores.modality import modality_table as modality_table
+    from mech.experiments.scores.modality import modality_transfer as modality_transfer
     from mech.experiments.scores.null_test import retrieval_test as retrieval_test
     from mech.experiments.scores.ram import retrieval_attention_mass as retrieval_attention_mass
     from mech.experiments.scores.sinks import attention_sinks as attention_sinks

@@ -27,81 +27,56 @@ Handwriting is split once and for all: ``split="train"`` draws from four fifths 
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from mech.data.regions import Box, Frames, Pages, Region
-from mech.data.samples import Distractor, Sample, Samples
+from mech.data import answers
+from mech.data.drawing import (
+    CELL,
+    COLOURS,
+    NAMES,
+    SIDE,
+    VIDEO_SIDE,
+    Picture,
+    clutter,
+    frame_digits,
+    glyphs,
+    paper,
+    photo_crop,
+    write_line,
+)
+from mech.data.regions import Box, Frames, Pages, Passage, Region
+from mech.data.samples import Distractor, Sample, Samples, Span
 from mech.errors import InputError, suggestion
 
-CELL = 16  # pixels; every object sits in a cell of this size, with a pixel of jitter
-SIDE = 96  # pixels of an image's edge: 6 x 6 cells
-VIDEO_SIDE = 64
 PICTURES = {"grounding": 1, "documents": 1, "pages": 3, "video": 8}  # how many a scene shows by default
 LONG = ("pages", "video")  # domains that can show more
 
-Picture = UInt8[np.ndarray, "height width 3"]
 Place = tuple[int, Any]  # a picture and where in it
 
-COLOURS = {
-    "red": (225, 25, 25),
-    "orange": (255, 140, 0),
-    "yellow": (250, 235, 20),
-    "green": (20, 150, 40),
-    "lime": (140, 255, 60),
-    "cyan": (0, 225, 235),
-    "blue": (30, 60, 230),
-    "purple": (135, 30, 175),
-    "pink": (255, 130, 205),
-    "brown": (120, 65, 20),
-    "gray": (128, 128, 128),
-    "black": (0, 0, 0),
-}
-NAMES = (
-    "Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hana",
-    "Ivan", "June", "Kim", "Leo", "Mia", "Noor", "Olga", "Paul",
-)  # fmt: skip
-QUESTIONS = {
-    "grounding": (
-        "Which digit is in the {key} frame?",
-        "What number does the {key} frame hold?",
-        "Look at the {key} frame. Which digit is it?",
-    ),
-    "documents": (
-        "What did {key} score?",
-        "Which score does {key} have?",
-        "Read the line of {key}. What is the score?",
-    ),
-    "pages": (
-        "On these pages, what did {key} score?",
-        "Which score does {key} have in these pages?",
-        "Find the page of {key}. What is the score?",
-    ),
-    "video": (
-        "Which digit appears in the {key} frame?",
-        "What number does the {key} frame show in the video?",
-        "Watch for the {key} frame. Which digit is it?",
-    ),
-}
+QUESTIONS = answers.QUESTIONS["digit"]
 DOMAINS = tuple(QUESTIONS)
 MOST = {"grounding": 12, "documents": 6, "pages": 12, "video": 8}  # items of the hardest scene, the default
+MOST_NUMBERS = dict(MOST, grounding=8)  # a number is three cells wide
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that can be asked about: the digit ``value`` (drawn as ``glyph``) that belongs to ``key``."""
+    """One thing that can be asked about: the ``digits`` (drawn as ``glyphs``, a cell each) that belong to ``key``."""
 
     key: str
-    value: int
-    glyph: int = field(repr=False)
+    digits: tuple[int, ...]
+    glyphs: tuple[int, ...] = field(repr=False)
     picture: int  # the image, or the first of the two frames, that shows it
     x: int
     y: int
+
+    @property
+    def number(self) -> str:
+        return "".join(map(str, self.digits))
 
 
 @dataclass(frozen=True)
@@ -116,11 +91,7 @@ class Scene:
         """The images, or the frames of the video."""
         canvas = [picture.copy() for picture in self.canvas]
         for item in self.items:
-            if self.domain in ("documents", "pages"):
-                _write_line(canvas[item.picture], item)
-            else:
-                for picture in canvas[item.picture : item.picture + (2 if self.domain == "video" else 1)]:
-                    _frame_digit(picture, item)
+            _draw(self.domain, canvas, item)
         return tuple(Image.fromarray(picture) for picture in canvas)
 
     def evidence(self, item: Item) -> Region:
@@ -130,42 +101,93 @@ class Scene:
             return Frames(item.picture, item.picture + 1)
         return self.box(item)
 
-    def distractors(self, item: Item) -> tuple[Distractor, ...]:
-        """The other items that lie outside of this one's evidence and would be answered in another way."""
-        whole = self.domain in ("pages", "video")  # their evidence is all of a picture
-        return tuple(
-            Distractor(self.box(other), str(other.value))
-            for other in self.items
-            if other.value != item.value and other.key != item.key and not (whole and other.picture == item.picture)
-        )
-
     def box(self, item: Item) -> Box:
         """The pixels of an item alone: a frame, or a line."""
         place = {"frame" if self.domain == "video" else "image": item.picture}
         if self.domain in ("documents", "pages"):
             return Box(0, item.y, SIDE, item.y + CELL, **place)
-        return Box(item.x, item.y, item.x + 14, item.y + 14, **place)
+        return Box(item.x, item.y, item.x + CELL * len(item.digits) - 2, item.y + 14, **place)
 
-    def rewritten(self, index: int, value: int, glyph: int) -> "Scene":
-        """The same scene with another digit at one item."""
+    def distractors(self, item: Item, answer: str, form: str) -> tuple[Distractor, ...]:
+        """The other items that lie outside of this one's evidence and would be answered in another way."""
+        # The evidence of pages and frames is all of a picture, but not that of a line of text.
+        whole = self.domain in ("pages", "video") and form == "pictures"
+        others = [
+            other for other in self.items
+            if other.number != item.number and other.key != item.key and not (whole and other.picture == item.picture)
+        ]  # fmt: skip
+        return tuple(
+            Distractor(
+                self.box(other) if form == "pictures" else self.written(other)[1],
+                answers.answer_to(answer, self.domain, other.key, other.number),
+            )
+            for other in others
+        )
+
+    def shown(self, item: Item, part: int | None) -> tuple[Region, ...]:
+        """Where a part of an item is drawn: a digit in its cell, or (None) the name, or the frame of that colour."""
+        line, video = self.domain in ("documents", "pages"), self.domain == "video"
+        if part is None:
+            x, width = (0, 2 * CELL) if line else (item.x, CELL * len(item.digits) - 2)
+        else:
+            x, width = (item.x - 2, CELL - 4) if line else (item.x, CELL - 2)
+            x += CELL * part
+        box = Box(x, item.y, x + width, item.y + (CELL if line else 14), image=0 if video else item.picture)
+        return tuple(replace(box, frame=item.picture + k) for k in (0, 1)) if video else (box,)
+
+    def rewritten(self, index: int, **changes) -> "Scene":
+        """The same scene with another last digit, or another key, at one item."""
         items = list(self.items)
-        items[index] = replace(items[index], value=value, glyph=glyph)
+        items[index] = replace(items[index], **changes)
         return replace(self, items=tuple(items))
 
-    def sample(self, index: int, question: str, id: str = "", counterfactual: Sample | None = None) -> Sample:
-        """The question about one item."""
-        pictures, item = self.pictures(), self.items[index]
+    def sample(self, index: int, question: str, id: str, answer: str = "digit", form: str = "pictures") -> Sample:
+        """The question about one item, of the pictures or of the scene written out."""
+        item, pictures, context = self.items[index], (), ""
+        said = answers.answer_to(answer, self.domain, item.key, item.number)
+        evidence, where = self.evidence(item), functools.partial(self.shown, item)
+        if form == "pictures":
+            pictures = self.pictures()
+        else:
+            context, evidence = self.written(item)
+            where = functools.partial(_passage, item, evidence)
         return Sample(
-            question=question.format(key=item.key),
-            answer=str(item.value),
+            question=question.format(key=item.key, number=item.number),
+            answer=said,
             images=() if self.domain == "video" else pictures,
             video=pictures if self.domain == "video" else (),
-            evidence=(self.evidence(item),),
-            domain=self.domain,
+            evidence=(evidence,),
+            domain=f"{self.domain}-text" if context else self.domain,
             id=id,
-            counterfactual=counterfactual,
-            distractors=self.distractors(item),
-        )
+            distractors=self.distractors(item, answer, form),
+            spans=() if answer == "digit" else tuple(
+                Span(first, first + length, where(part)) for first, length, part in _parts(item, said)
+            ),
+            context=context,
+        )  # fmt: skip
+
+    def written(self, item: Item) -> tuple[str, Passage]:
+        """The scene written out, a line for each item in the order of reading; and the line of one of them."""
+        line = "{}: {}" if self.domain in ("documents", "pages") else "{} frame: {}"
+        order = sorted(self.items, key=lambda item: (item.picture, item.y, item.x))
+        lines = [line.format(one.key, one.number) for one in order]
+        start = sum(len(one) + 1 for one in lines[: order.index(item)])
+        return "".join(f"{one}\n" for one in lines), Passage(start, start + len(lines[order.index(item)]))
+
+
+def _passage(item: Item, line: Passage, part: int | None) -> tuple[Region, ...]:
+    """Where a part of an item is written: a digit, or (None) the key, with which the line begins."""
+    start = line.start if part is None else line.stop - len(item.digits) + part
+    return (Passage(start, start + (len(item.key) if part is None else 1)),)
+
+
+def _parts(item: Item, answer: str) -> Iterator[tuple[int, int, int | None]]:
+    """(first character, length, digit) of each part of an answer that stands in the scene; None is the key."""
+    if item.key in answer:
+        yield answer.index(item.key), len(item.key), None
+    if item.number in answer:
+        start = answer.index(item.number)
+        yield from ((start + k, 1, k) for k in range(len(item.digits)))
 
 
 def haystacks(
@@ -176,6 +198,8 @@ def haystacks(
     n_items: int | None = None,
     n_pictures: int | None = None,
     split: str = "test",
+    answer: str = "digit",
+    form: str = "pictures",
 ) -> Samples:
     """``n`` samples of one domain, each with its counterfactual partner.
 
@@ -186,15 +210,23 @@ def haystacks(
         n_items: how many items that can be asked about a scene holds; the hardest setting by default.
         n_pictures: how many pages (by default 3) or frames (by default 8, always even) are shown.
         split: ``"test"`` draws handwriting that the reference models never saw, ``"train"`` what they learned from.
+        answer: what is asked for: a ``digit``, a ``number`` of three digits, the ``name`` (or colour) that a number
+            belongs to, or a ``sentence`` that holds name and number (see ``mech.data.answers``). Partners of numbers
+            and sentences fork late: only the last digit differs.
+        form: ``"pictures"``, or ``"text"``: the same scenes written out as the ``context`` of the question, under the
+            same ids, in domains called ``grounding-text`` and so on. What a model does with words, beside what it does
+            with pixels.
 
     Raises:
-        InputError: an unknown domain or split, more items than the scene has room for, fewer pictures than the default.
+        InputError: an unknown domain, split, answer or form, more items than there is room for, too few pictures.
     """
     if domain not in DOMAINS:
         raise InputError(f"no haystack domain is called {domain!r}", ", ".join(DOMAINS), suggestion(domain, DOMAINS))
     if split not in ("train", "test"):
         raise InputError(f"split={split!r}", "'train' or 'test'", "use split='test' to measure, 'train' to train")
-    most = MOST[domain]
+    if form not in ("pictures", "text"):
+        raise InputError(f"form={form!r}", "'pictures' or 'text'", suggestion(form, ("pictures", "text")))
+    most = (MOST if answers.digits_of(answer) == 1 else MOST_NUMBERS)[domain]
     n_items = most if n_items is None else n_items
     if not 1 <= n_items <= most:
         raise InputError(f"n_items={n_items}", f"1 to {most} for {domain!r}", f"leave it out for {most}")
@@ -206,18 +238,26 @@ def haystacks(
         expected = {"pages": "3 pages or more", "video": "an even number of frames, 8 or more"}.get(domain, "one image")
         raise InputError(f"n_pictures={shown} of {domain!r}", expected, "leave it out, or use 'pages' or 'video'")
     name = domain if shown == least else f"{domain}/{shown}"
-    return Samples([_sample(domain, f"{name}/{split}/{seed}/{i}", n_items, shown, split) for i in range(n)])
+    name = name if answer == "digit" else f"{name}/{answer}"
+    asked = functools.partial(_sample, domain, n_items=n_items, n_pictures=shown, split=split, answer=answer, form=form)
+    return Samples([asked(f"{name}/{split}/{seed}/{i}") for i in range(n)])
 
 
-def _sample(domain: str, id: str, n_items: int, n_pictures: int, split: str) -> Sample:
+def _sample(domain: str, id: str, *, n_items: int, n_pictures: int, split: str, answer: str, form: str) -> Sample:
     rng = random.Random(id)
-    scene = draw_scene(domain, rng, n_items, split, n_pictures)
+    scene = draw_scene(domain, rng, n_items, split, n_pictures, answers.digits_of(answer))
     index = rng.randrange(len(scene.items))
-    question = rng.choice(QUESTIONS[domain])
-    other = rng.choice([value for value in range(10) if value != scene.items[index].value])
-    partner = scene.rewritten(index, other, rng.choice(glyphs(split)[other]))
-    sample = scene.sample(index, question, id)
-    theirs = partner.sample(index, question, f"{id}/counterfactual")
+    question = rng.choice(answers.QUESTIONS[answer][domain])
+    item = scene.items[index]
+    if answer == "name":
+        taken = {item.key for item in scene.items}
+        partner = scene.rewritten(index, key=rng.choice([key for key in _keys(domain) if key not in taken]))
+    else:
+        other = rng.choice([value for value in range(10) if value != item.digits[-1]])
+        drawn = rng.choice(glyphs(split)[other])
+        partner = scene.rewritten(index, digits=(*item.digits[:-1], other), glyphs=(*item.glyphs[:-1], drawn))
+    sample = scene.sample(index, question, id, answer, form)
+    theirs = partner.sample(index, question, f"{id}/counterfactual", answer, form)
     # Pictures that do not differ are held once: a long sample has hundreds of them.
     shared = {
         kind: tuple(
@@ -228,65 +268,94 @@ def _sample(domain: str, id: str, n_items: int, n_pictures: int, split: str) -> 
     return replace(sample, counterfactual=replace(theirs, **shared))
 
 
-def draw_scene(domain: str, rng: random.Random, n_items: int, split: str, n_pictures: int | None = None) -> Scene:
-    """A random scene of one domain with ``n_items`` items, everything decided by ``rng``."""
-    return _DRAW[domain](rng, n_items, n_pictures or PICTURES[domain], split)
+def draw_scene(
+    domain: str, rng: random.Random, n_items: int, split: str, n_pictures: int | None = None, n_digits: int = 1
+) -> Scene:
+    """A random scene of one domain with ``n_items`` items of ``n_digits``, everything decided by ``rng``.
+
+    No two of its numbers are the same where they have several digits, so that a number names its item.
+    """
+    scene = _DRAW[domain](rng, n_items, n_pictures or PICTURES[domain], split, n_digits)
+    known: set[str] = set()
+    for index, item in enumerate(scene.items if n_digits > 1 else ()):
+        while item.number in known:
+            digits, drawn = _digits(rng, split, n_digits)
+            item = replace(item, digits=digits, glyphs=drawn)
+        known.add(item.number)
+        scene = scene.rewritten(index, digits=item.digits, glyphs=item.glyphs)
+    return scene
 
 
-def _grounding(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
-    cells = [(col, row) for row in range(SIDE // CELL) for col in range(SIDE // CELL)]
+def _keys(domain: str) -> tuple[str, ...]:
+    return NAMES if domain in ("documents", "pages") else tuple(COLOURS)
+
+
+def _cells(side: int, n_digits: int) -> list[tuple[int, int]]:
+    """Where items can be, as (column, row) of their first cell: side by side without a gap."""
+    n = side // CELL
+    return [(col, row) for row in range(n) for col in range(0, n - n_digits + 1, n_digits)]
+
+
+def _grounding(rng: random.Random, n_items: int, n_pictures: int, split: str, n_digits: int) -> Scene:
+    cells = _cells(SIDE, n_digits)
     rng.shuffle(cells)
-    canvas = _photo_crop(rng, SIDE)
+    canvas = photo_crop(rng, SIDE)
     for cell in cells[n_items : n_items + rng.randint(2, 6)]:
-        _clutter(canvas, *_jittered(rng, cell), rng, split)
+        clutter(canvas, *_jittered(rng, cell), rng, split)
     keys = rng.sample(list(COLOURS), n_items)
-    items = tuple(_item(rng, key, split, 0, *_jittered(rng, cell)) for key, cell in zip(keys, cells, strict=False))
+    items = tuple(
+        _item(rng, key, split, 0, *_jittered(rng, cell), n_digits) for key, cell in zip(keys, cells, strict=False)
+    )
     return Scene("grounding", (canvas,), items)
 
 
-def _documents(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
+def _score_at(rng: random.Random, n_digits: int) -> int:
+    """Where the first digit of a line begins: one digit stands in the fifth of six cells, three in the last three."""
+    return (66 if n_digits == 1 else SIDE - CELL * n_digits + 2) + rng.randint(0, 4)
+
+
+def _documents(rng: random.Random, n_items: int, n_pictures: int, split: str, n_digits: int) -> Scene:
     lines = rng.sample(range(SIDE // CELL), n_items)
     keys = rng.sample(NAMES, n_items)
     items = tuple(
-        _item(rng, key, split, 0, 66 + rng.randint(0, 4), CELL * line) for key, line in zip(keys, lines, strict=True)
+        _item(rng, key, split, 0, _score_at(rng, n_digits), CELL * line, n_digits)
+        for key, line in zip(keys, lines, strict=True)
     )
-    return Scene("documents", (_paper(rng),), items)
+    return Scene("documents", (paper(rng),), items)
 
 
-def _pages(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
+def _pages(rng: random.Random, n_items: int, n_pictures: int, split: str, n_digits: int) -> Scene:
     lines = [(page, line) for page in range(n_pictures) for line in range(SIDE // CELL)]
     keys = rng.sample(NAMES, n_items)
     places = rng.sample(lines, n_items)
     items = tuple(
-        _item(rng, key, split, page, 66 + rng.randint(0, 4), CELL * line)
+        _item(rng, key, split, page, _score_at(rng, n_digits), CELL * line, n_digits)
         for key, (page, line) in zip(keys, places, strict=True)
     )
-    canvas = tuple(_paper(rng) for _ in range(n_pictures))
+    canvas = [paper(rng) for _ in range(n_pictures)]
     if n_pictures > PICTURES["pages"]:
         for key, (page, line) in _filling(rng, NAMES, keys, lines, places):
-            _write_line(canvas[page], _item(rng, key, split, page, 66 + rng.randint(0, 4), CELL * line))
-    return Scene("pages", canvas, items)
+            _draw("pages", canvas, _item(rng, key, split, page, _score_at(rng, n_digits), CELL * line, n_digits))
+    return Scene("pages", tuple(canvas), items)
 
 
-def _video(rng: random.Random, n_items: int, n_pictures: int, split: str) -> Scene:
-    photo = _photo_crop(rng, VIDEO_SIDE + PICTURES["video"])
+def _video(rng: random.Random, n_items: int, n_pictures: int, split: str, n_digits: int) -> Scene:
+    photo = photo_crop(rng, VIDEO_SIDE + PICTURES["video"])
     # The camera goes one way and, in a longer video, back again.
     swing = [*range(PICTURES["video"]), *range(PICTURES["video"] - 2, 0, -1)]
     shifts = [swing[t % len(swing)] for t in range(n_pictures)]
-    frames = tuple(photo[t : t + VIDEO_SIDE, t : t + VIDEO_SIDE].copy() for t in shifts)
-    side = VIDEO_SIDE // CELL
-    cells = [(2 * shot, (col, row)) for shot in range(n_pictures // 2) for row in range(side) for col in range(side)]
+    frames = [photo[t : t + VIDEO_SIDE, t : t + VIDEO_SIDE].copy() for t in shifts]
+    cells = [(2 * shot, cell) for shot in range(n_pictures // 2) for cell in _cells(VIDEO_SIDE, n_digits)]
     keys = rng.sample(list(COLOURS), n_items)
     places = rng.sample(cells, n_items)
     items = tuple(
-        _item(rng, key, split, frame, *_jittered(rng, cell)) for key, (frame, cell) in zip(keys, places, strict=True)
+        _item(rng, key, split, frame, *_jittered(rng, cell), n_digits)
+        for key, (frame, cell) in zip(keys, places, strict=True)
     )
     if n_pictures > PICTURES["video"]:
         for key, (frame, cell) in _filling(rng, tuple(COLOURS), keys, cells, places):
-            item = _item(rng, key, split, frame, *_jittered(rng, cell))
-            for picture in frames[frame : frame + 2]:
-                _frame_digit(picture, item)
-    return Scene("video", frames, items)
+            _draw("video", frames, _item(rng, key, split, frame, *_jittered(rng, cell), n_digits))
+    return Scene("video", tuple(frames), items)
 
 
 def _filling(
@@ -298,7 +367,7 @@ def _filling(
     return [(rng.choice(others), place) for place in free if rng.random() < 0.5]
 
 
-_DRAW: dict[str, Callable[[random.Random, int, int, str], Scene]] = {
+_DRAW: dict[str, Callable[[random.Random, int, int, str, int], Scene]] = {
     "grounding": _grounding,
     "documents": _documents,
     "pages": _pages,
@@ -306,82 +375,25 @@ _DRAW: dict[str, Callable[[random.Random, int, int, str], Scene]] = {
 }
 
 
-def _item(rng: random.Random, key: str, split: str, picture: int, x: int, y: int) -> Item:
-    value = rng.randrange(10)
-    return Item(key, value, rng.choice(glyphs(split)[value]), picture, x, y)
+def _item(rng: random.Random, key: str, split: str, picture: int, x: int, y: int, n_digits: int) -> Item:
+    digits, drawn = _digits(rng, split, n_digits)
+    return Item(key, digits, drawn, picture, x, y)
+
+
+def _digits(rng: random.Random, split: str, n_digits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Digits, of which the first of several is not 0, and the handwritten ones that show them."""
+    pairs = [(value := rng.randrange(n_digits > 1 and not place, 10), rng.choice(glyphs(split)[value]))
+             for place in range(n_digits)]  # fmt: skip
+    return tuple(value for value, _ in pairs), tuple(glyph for _, glyph in pairs)
+
+
+def _draw(domain: str, canvas: list[Picture], item: Item) -> None:
+    if domain in ("documents", "pages"):
+        write_line(canvas[item.picture], item.key, item.glyphs, item.x, item.y)
+    else:
+        for picture in canvas[item.picture : item.picture + (2 if domain == "video" else 1)]:
+            frame_digits(picture, item.key, item.glyphs, item.x, item.y)
 
 
 def _jittered(rng: random.Random, cell: tuple[int, int]) -> tuple[int, int]:
     return cell[0] * CELL + rng.randint(0, 2), cell[1] * CELL + rng.randint(0, 2)
-
-
-@functools.cache
-def _handwriting() -> tuple[UInt8[np.ndarray, "glyph 8 8"], np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    pixels, target = load_digits(return_X_y=True)
-    ink = 255 - np.minimum(np.asarray(pixels).reshape(-1, 8, 8) * 16, 255).astype(np.uint8)
-    return ink, np.asarray(target)
-
-
-@functools.cache
-def glyphs(split: str) -> tuple[tuple[int, ...], ...]:
-    """The handwritten digits of one split: ``glyphs("train")[7]`` are the indices of its sevens."""
-    target = _handwriting()[1]
-    # Unseen digits, not unseen writers: every fifth image of the list goes to the test split.
-    held_out = np.arange(len(target)) % 5 == 4
-    chosen = held_out if split == "test" else ~held_out
-    return tuple(tuple(np.flatnonzero(chosen & (target == value)).tolist()) for value in range(10))
-
-
-@functools.cache
-def _photographs() -> tuple[Picture, ...]:
-    from sklearn.datasets import load_sample_images
-
-    # Reduced threefold: a crop then shows a piece of the scene and not a patch of one texture.
-    return tuple(np.asarray(Image.fromarray(photo).reduce(3)) for photo in load_sample_images().images)
-
-
-def _photo_crop(rng: random.Random, side: int) -> Picture:
-    photo = rng.choice(_photographs())
-    top, left = rng.randint(0, photo.shape[0] - side), rng.randint(0, photo.shape[1] - side)
-    crop = photo[top : top + side, left : left + side]
-    return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
-
-
-def _frame_digit(picture: Picture, item: Item) -> None:
-    x, y = item.x, item.y
-    picture[y : y + 14, x : x + 14] = COLOURS[item.key]
-    picture[y + 2 : y + 12, x + 2 : x + 12] = 255
-    picture[y + 3 : y + 11, x + 3 : x + 11] = _handwriting()[0][item.glyph][..., None]
-
-
-def _clutter(picture: Picture, x: int, y: int, rng: random.Random, split: str) -> None:
-    """A loose digit without a frame, or a coloured blob without a digit: neither answers a question."""
-    if rng.random() < 0.5:
-        loose = picture[y + 3 : y + 11, x + 3 : x + 11]
-        np.minimum(loose, _handwriting()[0][rng.choice(glyphs(split)[rng.randrange(10)])][..., None], out=loose)
-    else:
-        picture[y + 3 : y + 11, x + 3 : x + 11] = COLOURS[rng.choice(list(COLOURS))]
-
-
-def _paper(rng: random.Random) -> Picture:
-    tint = np.array([rng.randint(235, 255) for _ in range(3)])
-    grain = np.random.default_rng(rng.getrandbits(32)).integers(-6, 7, size=(SIDE, SIDE, 1))
-    return np.clip(tint + grain, 0, 255).astype(np.uint8)
-
-
-@functools.cache
-def _printed(name: str) -> UInt8[np.ndarray, "16 32"]:
-    slip = Image.new("L", (2 * CELL, CELL), 255)
-    ImageDraw.Draw(slip).text((1, 8), name, fill=0, font=ImageFont.load_default(size=12), anchor="lm")
-    return np.asarray(slip)
-
-
-def _write_line(picture: Picture, item: Item) -> None:
-    y = item.y
-    name = picture[y : y + CELL, : 2 * CELL]
-    np.minimum(name, _printed(item.key)[..., None], out=name)
-    picture[y + 12, 2 * CELL + 4 : 62 : 3] = 150
-    score = picture[y + 4 : y + 12, item.x : item.x + 8]
-    np.minimum(score, _handwriting()[0][item.glyph][..., None], out=score)

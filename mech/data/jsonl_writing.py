@@ -17,7 +17,7 @@ from PIL import Image
 
 from mech.data.jsonl import check_domain
 from mech.data.pictures import picture
-from mech.data.regions import Frames, Mask, Pages, Region
+from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.data.samples import Sample, Samples
 from mech.errors import InputError, OutputError
 
@@ -39,6 +39,11 @@ def write_samples(samples: Samples | Sequence[Sample], folder: str | Path, name:
         raise InputError(f"{len(twice)} ids are there twice, the first is {twice[0]!r}", "an id each", "rename them")
     for id, sample in zip(ids, samples, strict=True):
         check_domain(sample.domain)
+        if sample.context or sample.spans:
+            raise InputError(
+                f"sample {id!r} has a context or spans of its answer", "a sample without them, which files do not hold",
+                "make it anew where it is needed",
+            )  # fmt: skip
         if not sample.question.strip() or not sample.answer.strip():
             raise InputError(f"sample {id!r} has no question or no answer", "both", "fill them in")
     folder = Path(folder).expanduser()
@@ -77,6 +82,7 @@ def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
 def _written(region: Region, folder: Path) -> dict[str, Any]:
     if isinstance(region, Frames | Pages):
         return {"frames" if isinstance(region, Frames) else "pages": [int(index) for index in region.indices]}
+    assert isinstance(region, Box | Mask)  # a passage has a context, which was refused
     place = {"image": region.image} if region.frame is None else {"frame": region.frame}
     if isinstance(region, Mask):
         white = Image.fromarray(region.pixels.astype(bool).astype(np.uint8) * 255)

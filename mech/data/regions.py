@@ -1,4 +1,4 @@
-"""Where evidence is, in pixels, frames and pages. Nothing here knows about tokens (``mech.inputs`` maps them).
+"""Where evidence is: in pixels, frames, pages, or a text. Nothing here knows about tokens (``mech.inputs`` maps them).
 
 A region is a frozen value. Boxes are half-open pixel rectangles of the *original* image, ``x`` to the right and ``y``
 down: ``Box(0, 0, 16, 16)`` holds the 256 pixels of the upper left corner. In a video a box or a mask names its frame,
@@ -97,7 +97,24 @@ class Pages:
         object.__setattr__(self, "indices", tuple(indices))
 
 
-Region = Box | Mask | Frames | Pages
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of the sample's ``context``: its characters ``[start, stop)``."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self):
+        if not 0 <= self.start < self.stop:
+            raise RegionError(f"{self!r} holds no character", "0 <= start < stop", "count characters of the context")
+
+    @property
+    def span(self) -> str:
+        """What a layout calls its positions."""
+        return f"passage {self.start}:{self.stop}"
+
+
+Region = Box | Mask | Frames | Pages | Passage
 
 
 def where(name: str, given: Any) -> str | Region | tuple[Region, ...] | Indices:

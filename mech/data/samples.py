@@ -1,4 +1,4 @@
-"""``Sample``: a question about images or a video, its answer, and where the evidence is.
+"""``Sample``: a question about images, a video or a text, its answer, and where the evidence is.
 
 Samples are frozen values. ``Samples`` is a list of them that can be split into disjoint halves (those that find heads
 never test them), filtered by domain, and named by a digest so that a result says which data made it.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mech.data.regions import Box, Frames, Mask, Pages, Region
+from mech.data.regions import Box, Frames, Mask, Pages, Passage, Region
 from mech.errors import InputError
 from mech.notebook import Shown
 
@@ -28,13 +28,24 @@ class Distractor:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The evidence of a part of an answer: ``answer[start:stop]`` is to be seen in ``evidence``."""
+
+    start: int
+    stop: int
+    evidence: tuple[Region, ...]
+
+
+@dataclass(frozen=True)
 class Sample(Shown):
     """One question with its evidence.
 
     ``distractors`` are regions of the same pictures that answer the question asked of something else, each with another
     answer: what heads are redirected to (``mech.redirection``), and what a contrastive score subtracts.
     ``counterfactual`` is the same layout with the evidence changed so that ``answer`` changes: the corrupted run of
-    activation patching, and the wrong answer of a logit difference.
+    activation patching, and the wrong answer of a logit difference. ``spans`` says where parts of a longer answer are
+    to be seen; the parts that have none rest on all of the evidence. A ``context`` is a text that stands before the
+    question, beside pictures or in their place; evidence in it is a ``Passage``.
     """
 
     question: str
@@ -47,15 +58,34 @@ class Sample(Shown):
     id: str = ""
     counterfactual: "Sample | None" = field(default=None, repr=False)
     distractors: tuple[Distractor, ...] = field(default=(), repr=False)
+    spans: tuple[Span, ...] = field(default=(), repr=False)
+    context: str = field(default="", repr=False)
 
     def __post_init__(self):
-        if bool(self.images) == bool(self.video):
+        if (self.images and self.video) or not (self.images or self.video or self.context):
             given = "both images and a video" if self.images else "neither images nor a video"
-            raise InputError(f"sample {self.id!r} has {given}", "one of the two", "pass images=(...) or video=(...)")
+            expected = "one of the two, or a context"
+            raise InputError(f"sample {self.id!r} has {given}", expected, "pass images=(...) or video=(...)")
+        for passage in self.passages():
+            if passage.stop > len(self.context):
+                raise InputError(
+                    f"sample {self.id!r} has {passage!r} in a context of {len(self.context)} characters",
+                    "a passage inside it", "pass the text as context=",
+                )  # fmt: skip
+
+    def passages(self) -> tuple[Passage, ...]:
+        """The stretches of the context that are evidence, of the answer or of a part of it, or distractors."""
+        parts = [
+            *(region for span in self.spans for region in span.evidence),
+            *(one.region for one in self.distractors),
+        ]
+        regions = (*self.evidence, *parts)
+        return tuple(dict.fromkeys(region for region in regions if isinstance(region, Passage)))
 
     def digest(self) -> str:
-        """A SHA-256 over the question, the answer, the evidence, every pixel and the counterfactual."""
+        """A SHA-256 over the question, the answer, the evidence (and its spans), every pixel and the counterfactual."""
         words = [self.question, self.answer, self.domain, repr(self.evidence), self.fps, bool(self.video)]
+        words += [one for one in (repr(self.spans) if self.spans else "", self.context) if one]
         sha = hashlib.sha256(json.dumps(words).encode())
         for picture in (*self.images, *self.video):
             sha.update(f"{picture.mode}{picture.size}".encode())
@@ -147,7 +177,7 @@ def outlines(sample: Sample, frames_per_token: int = 1) -> list[list[float]]:
         elif isinstance(region, Frames):
             patches = dict.fromkeys(frame // frames_per_token for frame in region.indices)
             found += [[patch, 0, 0, *sample.video[0].size] for patch in patches]
-        else:
+        elif isinstance(region, Mask):
             rows, cols = np.nonzero(region.pixels)
             found.append([shown(region), *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
     return found

@@ -44,7 +44,7 @@ class TokenLayout(Shown):
         view: 0 for a token that shows the whole picture (its base view or thumbnail), 1 and up for its tiles, or -1.
         rect: pixel rectangle ``(x0, y0, x1, y1)`` in the original image or frame; ``nan`` for what has none.
         tokens: printable token strings.
-        spans: named sets of positions: "question", and "answer" where one was given.
+        spans: named sets of positions: "question", and where they were given "answer" and the passages of a context.
         images: (width, height) of every original image, or of every frame of the video.
         frames_per_token: frames in one visual token of a video, else 1.
         memory: the layout of the visual tokens where they are not in the sequence but in what cross-attention layers
@@ -89,6 +89,11 @@ class TokenLayout(Shown):
     def beside(self, memory: "TokenLayout") -> "TokenLayout":
         """The same row with its visual tokens in a memory."""
         return replace(self, memory=memory)
+
+    @property
+    def pictured(self) -> Int[np.ndarray, " pos"]:
+        """The positions of all visual tokens, of which a text has none."""
+        return np.flatnonzero((self.kind == IMAGE) | (self.kind == VIDEO))
 
     @property
     def has_images(self) -> bool:
@@ -144,7 +149,7 @@ class TokenLayout(Shown):
 
     def _named(self, name: str, image: int | None) -> Int[np.ndarray, " pos"]:
         named = {
-            "image": np.flatnonzero((self.kind == IMAGE) | (self.kind == VIDEO)),
+            "image": self.pictured,
             "text": np.flatnonzero(self.kind == TEXT),
             "all": np.flatnonzero(self.kind != PADDING),
             **{span: np.asarray(positions, dtype=int) for span, positions in self.spans.items()},

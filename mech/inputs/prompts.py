@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from mech.data.pictures import pictures
+from mech.data.regions import Passage
 from mech.errors import InputError
 from mech.inputs.batch import Inputs
 from mech.inputs.layout import TEXT, TokenLayout
@@ -38,6 +39,8 @@ def build(
     video: Sequence[Any] = (),
     fps: float = 2.0,
     answer: str = "",
+    context: str = "",
+    passages: Sequence[Passage] = (),
 ) -> Inputs:
     """A question about pictures, in the model's chat template.
 
@@ -48,14 +51,16 @@ def build(
         video: the frames of a video, all of one size, in place of images.
         fps: frames a second of ``video``.
         answer: appended where the model's answer begins; the layout's span "answer".
+        context: a text that stands before the question, in the user's message, and is no part of it.
+        passages: stretches of the context, of which the layout will know the positions.
 
     Raises:
         InputError: the question cannot be asked like this; nothing has been computed yet.
     """
-    for name, text in (("question", question), ("answer", answer)):
-        if not isinstance(text, str):
-            raise InputError(f"the {name} {text!r} of type {type(text).__name__}", "text", "pass str(...) of it")
-        if found := [token for token in processor.special_tokens if token in text]:
+    for name, given in (("question", question), ("answer", answer), ("context", context)):
+        if not isinstance(given, str):
+            raise InputError(f"the {name} {given!r} of type {type(given).__name__}", "text", "pass str(...) of it")
+        if found := [token for token in processor.special_tokens if token in given]:
             raise InputError(
                 f"the {name} holds the special token {found[0]!r}",
                 "plain text; placeholders are put in by the chat template",
@@ -64,13 +69,17 @@ def build(
     if not question.strip():
         raise InputError("an empty question", "some text", "ask something; its tokens are where retrieval is measured")
     images, video = pictures(images), pictures(video, "video")
-    prompt, start, end = _rendered(processor, question, len(images), bool(video))
-    spans = {"question": (start, end)}
+    text = context + question
+    prompt, start, end = _rendered(processor, text, len(images), bool(video))
+    # Where the text would begin if the template had not stripped it.
+    first = start if end - start == len(text) else start - (len(text) - len(text.lstrip()))
+    spans = {"question": (max(start, first + len(context)), end)}
+    spans |= {passage.span: (first + passage.start, first + passage.stop) for passage in passages}
     if not answer:
         return encode(processor, prompt, images, video, fps, spans=spans)
     processor.answer_ids(answer)
-    text = processor.with_answer(prompt, answer)
-    return encode(processor, text, images, video, fps, spans={**spans, "answer": (len(prompt), len(text))})
+    whole = processor.with_answer(prompt, answer)
+    return encode(processor, whole, images, video, fps, spans={**spans, "answer": (len(prompt), len(whole))})
 
 
 def _rendered(processor: Processor, question: str, images: int, video: bool) -> tuple[str, int, int]:

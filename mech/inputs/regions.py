@@ -1,4 +1,4 @@
-"""Regions to tokens: which visual tokens a box, a mask, frames or pages cover.
+"""Regions to tokens: which visual tokens a box, a mask, frames or pages cover, and which tokens a passage.
 
 A token belongs to a box or a mask if more than the asked share of *its* rectangle lies inside. The area is exact, also
 where a rectangle's edge cuts a pixel: every pixel is a unit square of one value. A region that covers no token (because
@@ -6,13 +6,13 @@ the processor cropped it away) is an error, and so is a box that leaves its imag
 nearly always in the coordinates of another size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mech.data.regions import Box, Frames, Mask, Pages, Region
+from mech.data.regions import Box, Frames, Mask, Pages, Passage, Region
 from mech.errors import RegionError
 
 # Shares of a token's area below this are rounding, not overlap.
@@ -36,6 +36,8 @@ class Layout(Protocol):
     def memory(self) -> object: ...
     @property
     def has_video(self) -> bool: ...
+    @property
+    def spans(self) -> Mapping[str, tuple[int, ...]]: ...
 
 
 def covered(layout: Layout, region: Region, image: int | None, coverage: float) -> Bool[np.ndarray, " pos"]:
@@ -44,6 +46,8 @@ def covered(layout: Layout, region: Region, image: int | None, coverage: float) 
         found = whole_frames(layout, region.indices, region)
     elif isinstance(region, Pages):
         found = whole_images(layout, region.indices, region)
+    elif isinstance(region, Passage):
+        found = _passage(layout, region)
     else:
         here, size = _place(layout, region, image)
         _inside(size, region)
@@ -59,6 +63,19 @@ def covered(layout: Layout, region: Region, image: int | None, coverage: float) 
             "a region on a part of the picture that the processor keeps",
             "see layout.overlay(picture, 'image') for what is kept, or lower coverage",
         )
+    return found
+
+
+def _passage(layout: Layout, region: Passage) -> Bool[np.ndarray, " pos"]:
+    """The tokens of a stretch of the context, which had to be known when the inputs were made."""
+    if region.span not in layout.spans:
+        raise RegionError(
+            f"{region!r} in a row that does not know where it is",
+            "inputs made with passages=[...], as model.inputs_of(sample) makes them of a sample's evidence",
+            "build the inputs from a sample that names it",
+        )
+    found = np.zeros(len(layout.image), dtype=bool)
+    found[list(layout.spans[region.span])] = True
     return found
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from mech.data.regions import Box, Frames, Mask, Pages, Region
+from mech.data.regions import Box, Frames, Mask, Pages, Passage, Region
 from mech.data.samples import Sample
 from mech.errors import ExperimentError, RegionError, suggestion
 from mech.inputs import Inputs
@@ -118,6 +118,8 @@ def _filled(tokens: Any, known: Sequence[Any]) -> Any:
 
 
 def _pictures_of(region: Region, count: int) -> tuple[int, ...]:
+    if isinstance(region, Passage):
+        raise RegionError(f"{region!r} of pictures", "a region of a picture", "corrupt text by a counterfactual sample")
     if isinstance(region, Frames | Pages):
         indices = region.indices
     else:

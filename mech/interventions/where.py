@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mech.data.regions import Box, Frames, Mask, Pages
+from mech.data.regions import Region
 from mech.errors import ExperimentError
 from mech.inputs import PADDING, Inputs, TokenLayout
 from mech.interventions.reference import TEXT_KIND, kinds
@@ -127,7 +127,7 @@ def _remembered(where: Where, memory: TokenLayout) -> Bool[Tensor, " key_pos"]:
 
 def _is_region(where: Where) -> bool:
     listed = where if isinstance(where, list | tuple) else [where]
-    return bool(listed) and all(isinstance(one, Box | Frames | Mask | Pages) for one in listed)
+    return bool(listed) and all(isinstance(one, Region) for one in listed)
 
 
 def for_beams(rows: Tensor, batch: int) -> Tensor:

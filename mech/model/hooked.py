@@ -281,20 +281,24 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         return select(names, list(self.hook_dict), self._refused)
 
     def inputs(
-        self, question: str, images: Sequence = (), video: Sequence = (), fps: float = 2.0, answer: str = ""
+        self,
+        question: str,
+        images: Sequence = (),
+        video: Sequence = (),
+        fps: float = 2.0,
+        answer: str = "",
+        **text: Any,
     ) -> Any:
-        """``Inputs`` for a question about images or a video, in the model's chat template."""
+        """``Inputs`` for a question in the model's chat template; ``text`` is the context of ``mech.inputs.build``."""
         from mech.inputs import build
 
-        return build(self.processor, question, images=images, video=video, fps=fps, answer=answer).to(
-            self.device, self.dtype
-        )
+        made = build(self.processor, question, images=images, video=video, fps=fps, answer=answer, **text)
+        return made.to(self.device, self.dtype)
 
     def inputs_of(self, sample: Any, answer: bool = False) -> Any:
         """``Inputs`` of a ``Sample``; with ``answer=True`` its answer follows the prompt."""
-        return self.inputs(
-            sample.question, sample.images, sample.video, sample.fps, answer=sample.answer if answer else ""
-        )
+        text = dict(answer=sample.answer if answer else "", context=sample.context, passages=sample.passages())
+        return self.inputs(sample.question, sample.images, sample.video, sample.fps, **text)
 
     def collate(self, rows: Sequence[Any]) -> Any:
         """One batch of several ``Inputs``, padded on the left."""

@@ -19,7 +19,7 @@ def contents(scene: Scene, layout: TokenLayout) -> tuple[list[int], list[int]]:
     digit, key = {}, {}
     for item in scene.items:
         row, col = item.y // haystacks.CELL, (item.x + 4) // haystacks.CELL
-        digit[item.picture, row, col] = item.value + 1
+        digit[item.picture, row, col] = item.digits[0] + 1
         line = scene.domain in ("documents", "pages")
         for column in range(haystacks.SIDE // haystacks.CELL) if line else [col]:
             key[item.picture, row, column] = KEYS.index(item.key) + 1

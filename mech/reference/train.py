@@ -54,9 +54,9 @@ def conversation(scene: Scene, rng: random.Random) -> list[dict]:
     turns = []
     for index in order[:n_full]:
         item = scene.items[index]
-        turns.append((rng.choice(haystacks.QUESTIONS[scene.domain]).format(key=item.key), str(item.value)))
+        turns.append((rng.choice(haystacks.QUESTIONS[scene.domain]).format(key=item.key), item.number))
     if order[n_full:]:
-        listed = "".join(f" {scene.items[index].key}{scene.items[index].value}" for index in order[n_full:])
+        listed = "".join(f" {scene.items[index].key}{scene.items[index].number}" for index in order[n_full:])
         turns.insert(rng.randrange(len(turns) + 1), (CAPTION, listed))
     shown = [{"type": "video"}] if scene.domain == "video" else [{"type": "image"}] * len(scene.canvas)
     messages = []

@@ -17,7 +17,7 @@ from typing import Any
 import xarray as xr
 
 from mech.errors import OutputError
-from mech.views.agreement import agreement_view, sample_curve_view, transfer_view
+from mech.views.agreement import agreement_view, modality_view, sample_curve_view, transfer_view
 from mech.views.attention import attention_view
 from mech.views.causal import causal_view
 from mech.views.circuit import circuit_view
@@ -46,6 +46,7 @@ __all__ = [
     "layout_view",
     "lens_view",
     "looks",
+    "modality_view",
     "patching_grid",
     "ram_map",
     "redirection_view",
@@ -103,6 +104,8 @@ def _dataset_view(result: xr.Dataset) -> Any:
         return frontier_view
     if {"band", "fraction"} <= set(map(str, result.variables)):
         return ablation_curves
+    if "origin" in names:
+        return modality_view
     if "word" in names:
         return lens_view
     if "quadrant" in names:

@@ -1,4 +1,4 @@
-"""Agreement: do two scores, two domains, or two sizes of a model, find the same heads?
+"""Agreement: do two scores, two domains, pictures and text, or two sizes of a model, find the same heads?
 
 Matrices are tables, so that they can be read, copied and heard; their shade is mixed by the browser from the colours of
 the page. The depth profile lays models of different size over each other: the share of all RAM in each layer, against
@@ -17,6 +17,14 @@ from mech.views.drawing.page import View, chart, escape, table, tabs, tabular
 BESIDE = 5  # names up to which two matrices stand side by side
 LINES = ("@top", "@bottom", "@middle", "@matched", "@random", "@accent")
 SYMBOLS = ("diamond", "square", "triangle-up", "circle", "x", "star")
+# Where ``modality_transfer`` found heads to be at the top.
+ORIGINS = {
+    "on text before, and on pictures": ("@top", "diamond"),
+    "on pictures only": ("@matched", "triangle-up"),
+    "on text only": ("@bottom", "square"),
+    "neither": ("@random", "circle"),
+}
+LABELLED = 12  # heads with their name beside them
 
 
 def matrix(
@@ -97,6 +105,87 @@ def transfer_view(found: xr.Dataset, title: str = "Transfer of heads") -> View:
     caption = f"Accuracy lost without {found.attrs['n_heads']} heads. Rows: found on; columns: tested on"
     table = matrix(rows, found["lost"].values.tolist(), caption, chance, between, columns)
     return View(title, f"<h3>{escape(title)}</h3>{table}", height=170 + 64 * len(rows))
+
+
+def modality_view(found: xr.Dataset, title: str = "Pictures and text") -> View:
+    """Every head's score on pictures against that on text, and how many top heads the readings share.
+
+    Args:
+        found: of ``mech.modality_transfer``.
+        title: stands above a saved page.
+    """
+    before = "base text" if "base text" in found["reading"].values else "text"
+    of_base = f" of {escape(found.attrs['base'])}, before it was tuned" if before == "base text" else ""
+    caption = (
+        f"Every point is a head of {escape(found.attrs['model'])}: {escape(found.attrs['score'])} on pictures (up) and "
+        f"on the same {found.sizes['example']} scenes written out{of_base} (right). Marked: the "
+        f"{found.attrs['n_top']} top heads of each."
+    )
+    parts = f"<figure>{_forms(found, before)}<figcaption>{caption}</figcaption></figure>{_shared(found)}"
+    return View(title, f"<h3>{escape(title)}</h3>{parts}", height=820)
+
+
+def _forms(found: xr.Dataset, before: str) -> str:
+    means, layers = found["score"].mean("example"), found["layer"].values
+    on, had = means.sel(reading="pictures").values, means.sel(reading=before).values
+    origin = found["origin"].values
+    labelled = set(np.argsort(-np.maximum(on, had), axis=None)[:LABELLED].tolist())
+    traces = []
+    for name, (colour, symbol) in ORIGINS.items():
+        at = np.argwhere(origin == name)
+        names = [f"L{layers[i]}H{j}" for i, j in at]
+        x, y = had[tuple(at.T)], on[tuple(at.T)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers+text",
+                "name": f"{name} ({len(at)})",
+                "x": x,
+                "y": y,
+                "text": [
+                    head if name != "neither" and int(i * on.shape[1] + j) in labelled else ""
+                    for head, (i, j) in zip(names, at, strict=True)
+                ],
+                "textposition": "top right",
+                "textfont": {"size": 12},
+                "hovertext": [
+                    f"<b>{head}</b>, {name}<br>pictures {b:.3f}<br>{before} {a:.3f}"
+                    for head, a, b in zip(names, x, y, strict=True)
+                ],
+                "hovertemplate": "%{hovertext}<extra></extra>",
+                "marker": {"color": colour, "symbol": symbol, "size": 8},
+            }
+        )
+    layout = {
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
+        "margin": {"l": 8, "r": 8, "t": 60, "b": 8},
+        "xaxis": {"title": f"{before}: {found.attrs['unit']}"},
+        "yaxis": {"title": f"pictures: {found.attrs['unit']}"},
+    }
+    return chart(traces, layout, height=440, label="Score of every head on pictures against its score on text")
+
+
+def _shared(found: xr.Dataset) -> str:
+    """What the top heads of pictures share with every other reading, beside what layers explain."""
+    rows = []
+    for other in found["other"].values[1:]:
+        one = found.sel(reading="pictures", other=other)
+        values = {name: float(one[name]) for name in ("shared", "shared_low", "shared_high", "expected", "p", "within")}
+        rows.append(
+            [
+                escape(str(other)),
+                "{shared:.0f} [{shared_low:.0f}, {shared_high:.0f}]".format(**values),
+                "{expected:.1f}".format(**values),
+                "{p:.2g}".format(**values),
+                "{within:.2f}".format(**values),
+            ]
+        )
+    head = ["top heads of pictures and of", "shared [95%]", "by layers alone", "p", "correlation within layers"]
+    caption = (
+        f"Of {found.attrs['n_top']} heads each. By layers alone: what sets with as many heads in each layer share."
+    )
+    return table(head, rows, caption)
 
 
 def sample_curve_view(found: xr.Dataset, title: str = "How many samples does a ranking need?") -> View:

@@ -139,8 +139,7 @@ def test_longer_scenes_ask_as_much_and_fill_the_room_with_what_nobody_asks_about
 def test_what_fills_a_long_scene_is_never_what_is_asked_about(domain, monkeypatch):
     """Seen by what is drawn: the keys of the lines and frames, those of the filling and those of the items."""
     drawn = []
-    for name in ("_write_line", "_frame_digit"):
-        monkeypatch.setattr(module, name, lambda picture, item: drawn.append(item))
+    monkeypatch.setattr(module, "_draw", lambda domain, canvas, item: drawn.append(item))
     scene = draw_scene(domain, random.Random(3), MOST[domain], "test", 40)
     asked, filling = {item.key for item in scene.items}, {item.key for item in drawn}
     keys = NAMES if domain == "pages" else tuple(COLOURS)

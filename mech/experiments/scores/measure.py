@@ -136,9 +136,10 @@ def _prepared(
                 question={QUESTION: sample.question, NULL: NULL_QUESTION}.get(step.asked) or _another(samples, i),
                 answer=said[i] if step.text == "generated" else sample.answer,
             )
-            evidence = sample.evidence if any(score.on == "evidence" for score in scores) else ()
+            on = {score.on for score in scores}
+            evidence = sample.evidence if on & {"evidence", "parts"} else ()
             inputs = model.inputs_of(asked, answer=bool(step.text)).to("cpu")
-            row = prepared(inputs, evidence, draws, [seed, i])
+            row = prepared(inputs, evidence, draws, [seed, i], sample if "parts" in on else None)
             if any(score.calibrate == "distractors" for score in scores):
                 apart = (inputs.layout.visual.positions(one.region) for one in sample.distractors)
                 row = replace(row, distractors=tuple(apart))
@@ -162,7 +163,7 @@ def _check(named: Mapping[str, Score], samples: Samples) -> None:
             'calibrate by "null_question"',
         )  # fmt: skip
     needs = (
-        ("evidence", lambda score: score.on == "evidence", lambda sample: sample.evidence),
+        ("evidence", lambda score: score.on != "image", lambda sample: sample.evidence),
         ("answer", lambda score: score.queries == "answer", lambda sample: sample.answer.strip()),
         ("distractors", lambda score: score.calibrate == "distractors", lambda sample: sample.distractors),
     )

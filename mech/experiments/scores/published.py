@@ -21,7 +21,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "reduce": ("sum", "mean", "hit", "hit_size", "share", "value_norm", "trimmed", "entropy"),
     "aggregate": ("mean", "frequency"),
     "calibrate": ("none", "null_question", "other_question", "size", "random", "shifted", "distractors", "no_sinks"),
-    "on": ("evidence", "image"),
+    "on": ("evidence", "parts", "image"),
 }
 UNITS = {
     "sum": "attention mass",
@@ -58,7 +58,9 @@ class Score:
             the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens;
             ``"distractors"``, the mean of the sample's distractors. Or ``"no_sinks"``: keys with massive activations
             get no attention.
-        on: ``"evidence"``, or ``"image"``: all visual tokens (then evidence is not asked for).
+        on: ``"evidence"``; ``"parts"``, of each ``"answer"`` row the evidence of the token that it predicts, where the
+            sample says so (``Sample.spans``), and all evidence where it does not; or ``"image"``: all visual tokens
+            (then evidence is not asked for).
         top: heads that count in ``frequency``, a number (all where there are fewer) or a share.
         source: paper, and what differs from it.
     """
@@ -80,7 +82,9 @@ class Score:
         head_count(self.top, 10**6)
         for wrong, expected in (
             (self.reduce == "trimmed" and self.calibrate not in ("none", *SUBTRACTED), "no null but a question"),
-            (self.on == "image" and self.calibrate in ("random", "shifted"), "evidence: all tokens are nowhere else"),
+            (self.on != "evidence" and self.calibrate in ("random", "shifted"), "evidence, the same for all rows"),
+            (self.on == "parts" and self.queries != "answer", 'queries="answer": what has parts is the right answer'),
+            (self.on == "parts" and self.reduce == "trimmed", 'on="evidence": it is trimmed over all rows'),
             (
                 self.calibrate == "distractors" and (self.on != "evidence" or self.reduce not in ("sum", "share")),
                 'evidence, reduce="sum" or "share": distractors are of other sizes',
@@ -119,7 +123,8 @@ PUBLISHED: dict[str, Score] = {
     "sparse_mm": Score(
         "answer",
         "hit_size",
-        source="arXiv 2506.05344; the evidence stands for the box of every answer token, in place of one OCR box each",
+        on="parts",
+        source="arXiv 2506.05344; tokens for which a sample names no box of their own share the evidence",
     ),
     "vera": Score(reduce="share", source="arXiv 2602.10146; the question's rows look, as for RAM"),
     "qr_head": Score(

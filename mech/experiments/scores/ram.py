@@ -110,7 +110,7 @@ def evidence_mass(
     target = torch.zeros(len(inputs), 2, len(inputs.layouts[0].visual), device=model.device)
     for row, (found, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
         target[row, 0, torch.as_tensor(found)] = 1
-        target[row, 1, torch.as_tensor(layout.visual.positions("image"))] = 1
+        target[row, 1, torch.as_tensor(layout.visual.pictured)] = 1
     sizes: list[torch.Tensor] = []
 
     def read(call: AttentionCall, pattern: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ written once, for any attention: applied to attention spread evenly over visible
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech.data.regions import Region
+from mech.data.samples import Sample
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import mean_rows, read_rows
 from mech.experiments.scores.localization import spatial_entropy
@@ -27,17 +29,24 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One example of a pass: its inputs, its evidence, regions of the same size elsewhere, distractors (positions)."""
+    """One example of a pass: its inputs; as positions its evidence, regions of the same size elsewhere, distractors,
+    and the evidence of each token of the answer.
+    """
 
     inputs: Inputs
     evidence: np.ndarray
     shifted: np.ndarray
     random: tuple[np.ndarray, ...]
     distractors: tuple[np.ndarray, ...] = ()
+    parts: tuple[np.ndarray, ...] = ()
 
 
-def prepared(inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[int]) -> Prepared:
+def prepared(
+    inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[int], sample: Sample | None = None
+) -> Prepared:
     """Find the evidence of one row and, if asked for, where else a region of its shape fits.
+
+    With a ``sample`` that of each token of its answer is found as well.
 
     The visual tokens are taken as a ring in reading order, on which the evidence is moved: a box stays a box but at the
     border, frames stay frames, pages pages. Where pictures are cut, whole views and tiles are a ring each.
@@ -47,8 +56,9 @@ def prepared(inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[
     """
     layout = inputs.layouts[0].visual
     found = layout.positions(evidence) if len(evidence) else np.empty(0, dtype=int)
+    parts = () if sample is None else _parts(inputs.layouts[0], sample, found)
     if not draws:
-        return Prepared(inputs, found, found, ())
+        return Prepared(inputs, found, found, (), parts=parts)
     visual, rng = layout.positions("image"), np.random.default_rng(seed)
     moved = []
     for ring in (visual[layout.view[visual] == 0], visual[layout.view[visual] != 0]):
@@ -68,7 +78,20 @@ def prepared(inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[
         half = free[np.argmin(np.abs(free - len(ring) / 2))]
         moved.append([ring[(here + step) % len(ring)] for step in (half, *rng.choice(free, draws))])
     shifted, *drawn = (np.sort(np.concatenate(parts)) for parts in zip(*moved, strict=True))
-    return Prepared(inputs, found, shifted, tuple(drawn))
+    return Prepared(inputs, found, shifted, tuple(drawn), parts=parts)
+
+
+def _parts(layout: TokenLayout, sample: Sample, evidence: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The evidence of each token of the answer: that of the spans it shares characters with, or all of it."""
+    at = layout.spans["answer"]
+    ends = np.cumsum([0, *(len(layout.tokens[position]) for position in at)])
+    # The tokens may begin with a space that belongs to the template.
+    ends -= "".join(layout.tokens[position] for position in at).index(sample.answer)
+    found = []
+    for start, stop in pairwise(ends):
+        own = [region for span in sample.spans if span.start < stop and start < span.stop for region in span.evidence]
+        found.append(layout.visual.positions(own) if own else evidence)
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -95,10 +118,14 @@ def read_pass(
             mask[row].index_put_((at,), torch.ones((), device=device), accumulate=True)
         return mask
 
-    image = marked([row.inputs.layouts[0].visual.positions("image") for row in rows])
-    evidence = marked([row.evidence for row in rows])
+    image = marked([row.inputs.layouts[0].visual.pictured for row in rows])
+    targets: dict[str, Float[Tensor, "batch *query_pos key_pos"]] = {
+        "image": image, "evidence": marked([row.evidence for row in rows])
+    }  # fmt: skip
     weights = {name: _weight(inputs.layouts, score.queries).to(device) for name, score in scores.items()}
     at = torch.stack(list(weights.values())).sum((0, 1)).nonzero().flatten()
+    if any(score.on == "parts" for score in scores.values()):
+        targets["parts"] = _of_parts(inputs.layouts, rows, shift, targets["evidence"])[:, at]
     regions = {"shifted": [marked([row.shifted for row in rows])]}
     regions["random"] = [marked(found) for found in zip(*(row.random for row in rows), strict=True)]
     if any(row.distractors for row in rows):  # masses are sums over tokens: the mean of the regions is a region
@@ -116,7 +143,7 @@ def read_pass(
         norms = norms.repeat_interleave(pattern.shape[1] // norms.shape[1], dim=1)
         for name, score in scores.items():
             weight = weights[name][:, at]
-            on = (image if score.on == "image" else evidence).to(pattern)
+            on = targets[score.on].to(pattern)
             looked = pattern
             if score.calibrate == "no_sinks":
                 looked = pattern.masked_fill(sinks[call.layer].to(pattern.device)[:, None, None], 0.0)
@@ -141,6 +168,18 @@ def read_pass(
         if "no_sinks" in calibrated:
             stack.enter_context(model.hooks(_watching(model, inputs, sinks, sink_tau)))
         return read_rows(model, inputs, at, read, pictures)
+
+
+def _of_parts(
+    layouts: Sequence[TokenLayout], rows: Sequence[Prepared], shift: Sequence[int], evidence: Float[Tensor, "batch key"]
+) -> Float[Tensor, "batch query_pos key_pos"]:
+    """What each query row is scored on: the row that predicts a token of the answer on that token's evidence."""
+    mask = evidence[:, None].repeat(1, len(layouts[0]), 1)
+    for row, (one, layout, left) in enumerate(zip(rows, layouts, shift, strict=True)):
+        for position, found in zip(layout.spans["answer"], one.parts, strict=True):
+            mask[row, position - 1] = 0
+            mask[row, position - 1, torch.as_tensor(found + left, device=mask.device)] = 1
+    return mask
 
 
 def trimmed(
@@ -173,22 +212,24 @@ def _weight(layouts: Sequence[TokenLayout], queries: str) -> Float[Tensor, "batc
 def _reduced(
     reduce: str,
     pattern: Float[Tensor, "batch head row key_pos"],
-    on: Float[Tensor, "batch key_pos"],
+    on: Float[Tensor, "batch *row key_pos"],
     image: Float[Tensor, "batch key_pos"],
     norms: Float[Tensor, "batch head key_pos"],
     even: bool = False,
 ) -> Float[Tensor, "batch head row"]:
-    size = on.sum(-1)[:, None, None]
+    which = "bhrk,bk->bhr" if on.ndim == 2 else "bhrk,brk->bhr"  # the same for all rows, or one for each
+    size = on.sum(-1)[:, None, None] if on.ndim == 2 else on.sum(-1)[:, None]
     if reduce == "value_norm":
         weighted = pattern * norms[:, :, None]
-        return torch.einsum("bhrk,bk->bhr", weighted, on) / weighted.sum(-1).clamp(min=_TINY)
-    mass = torch.einsum("bhrk,bk->bhr", pattern, on)
+        return torch.einsum(which, weighted, on) / weighted.sum(-1).clamp(min=_TINY)
+    mass = torch.einsum(which, pattern, on)
     if reduce == "share":
         return mass / torch.einsum("bhrk,bk->bhr", pattern, image.to(pattern)).clamp(min=_TINY)
     if reduce in ("hit", "hit_size"):
         # Of even attention every visible key is the largest: a hit is as likely as the mass.
         best = pattern.argmax(-1)
-        hit = mass if even else on.gather(1, best.flatten(1)).view_as(best)
+        rows = on[:, None].expand(*best.shape, -1) if on.ndim == 3 else on[:, None, None].expand(*best.shape, -1)
+        hit = mass if even else rows.gather(-1, best[..., None])[..., 0]
         return hit / size if reduce == "hit_size" else hit
     return mass / size if reduce == "mean" else mass
 

@@ -89,6 +89,7 @@ class Twin:
     def score(self, score, null=None):
         rows, image = self.rows(score.queries), list(self.visual.positions("image"))
         evidence = image if score.on == "image" else list(self.visual.positions(self.sample.evidence))
+        parts = [self.part(k, evidence) for k in range(len(rows))] if score.on == "parts" else [evidence] * len(rows)
         found = []
         for layer in self.layers:
             pattern = self.cache[f"blocks.{layer}.attn.hook_pattern"][0].double().numpy()
@@ -105,7 +106,7 @@ class Twin:
             for head, attention in enumerate(pattern):
                 norm = values[:, head // (len(pattern) // values.shape[1])]
                 total = 0.0
-                for row in rows:
+                for row, evidence in zip(rows, parts, strict=True):
                     seen = attention[row]
                     value = self.reduce(score.reduce, seen, evidence, image, norm)
                     if score.calibrate == "size":
@@ -124,6 +125,17 @@ class Twin:
                 heads.append(total)
             found.append(np.array(heads))
         return np.array(found)
+
+    def part(self, k, evidence):
+        """The evidence of the answer's token ``k``, found character by character."""
+        at = self.layout.spans["answer"]
+        before = sum(len(self.layout.tokens[p]) for p in at[:k])
+        own = set()
+        for character in range(before, before + len(self.layout.tokens[at[k]])):
+            for span in self.sample.spans:
+                if span.start <= character < span.stop:
+                    own |= set(self.visual.positions(span.evidence).tolist())
+        return sorted(own) or evidence
 
     @staticmethod
     def reduce(kind, seen, evidence, image, norm):
@@ -198,6 +210,25 @@ def test_every_score_is_its_definition_in_loops(name):
         for i, sample in enumerate(samples):
             expected = slow(model, sample, score, said[i] if said else "")
             np.testing.assert_allclose(found[key].values[i], expected, atol=1e-5, err_msg=f"{key}, sample {i}")
+
+
+@pytest.mark.parametrize(("name", "domain"), [("llava-s", "documents"), ("qwen-s", "video")])
+def test_each_token_of_an_answer_is_scored_on_its_own_evidence(name, domain):
+    """A sentence: its name and its digits have places of their own, the words between them all of the evidence."""
+    model, samples = HookedMLLM.from_pretrained(f"reference:{name}"), haystacks(domain, 3, seed=1, answer="sentence")
+    scores = {
+        "mass": Score("answer", on="parts"),
+        "hit": Score("answer", "hit_size", on="parts"),
+        "norm": Score("answer", "value_norm", calibrate="size", on="parts"),
+        "whole": Score("answer"),
+    }
+    found = head_scores(model, samples, scores, batch_size=2)
+    for key, score in scores.items():
+        for i, sample in enumerate(samples):
+            expected = Twin(model, sample, sample.answer).score(score)
+            np.testing.assert_allclose(found[key].values[i], expected, atol=3e-6, err_msg=f"{key}, sample {i}")
+    assert not np.allclose(found["mass"], found["whole"], atol=1e-3)
+    assert all(len(one.spans) == 4 for one in samples)
 
 
 def test_random_regions_have_the_size_and_shape_of_the_evidence_and_none_of_its_tokens():
@@ -341,7 +372,9 @@ def test_passes_are_shared_and_are_what_is_run(monkeypatch):
         (lambda: Score("questions"), "use 'question'"),
         (lambda: Score(reduce="max"), "reduce='max'"),
         (lambda: Score(reduce="trimmed", calibrate="size"), "no null but a question"),
-        (lambda: Score(on="image", calibrate="shifted"), "all tokens are nowhere else"),
+        (lambda: Score(on="image", calibrate="shifted"), "evidence, the same for all rows"),
+        (lambda: Score(on="parts"), "what has parts is the right answer"),
+        (lambda: Score("answer", "trimmed", on="parts"), "trimmed over all rows"),
         (lambda: Score(reduce="entropy"), 'on="image"'),
         (lambda: Score(top=1.0), "k=1.0"),
         (lambda: passes("rma"), "use 'ram'"),
@@ -363,6 +396,7 @@ def test_samples_that_cannot_be_scored_are_refused_before_any_forward(monkeypatc
         ([], "ram", "no samples"),
         ([replace(sample, evidence=())], "ram", "'ram' asks for"),
         ([replace(sample, answer=" ")], "sparse_mm", "no answer"),
+        ([replace(sample, evidence=())], "sparse_mm", "no evidence"),
         ([every], {"shifted": Score(calibrate="shifted")}, "no room"),
         ([sample, sample], {"other": Score(calibrate="other_question")}, "2 samples that ask the same"),
     ):

@@ -1,0 +1,196 @@
+"""Do heads retrieve from pictures that retrieve from text? The same scenes, shown and written out.
+
+    pictures, text = (haystacks("documents", 60, form=form) for form in ("pictures", "text"))
+    found = modality_transfer(model, pictures, text, base)     # ``base``: the model before it was tuned
+    found["shared"].sel(reading="pictures", other="base text"), modality_table(found)
+
+A head's score is read on the pictures and on the text, in the model and, where one is given, in the model as it was
+before it was tuned. Then: do the top heads coincide, beyond what layers explain? Which of those that look at the
+evidence of pictures did so with text already, before any picture was seen, and which were recruited?
+
+That two sets coincide does not say that they matter, let alone for the other form: ``transfer`` with
+``{"pictures": pictures, "text": text}`` ablates the heads of each on both.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from mech.axes import EXAMPLE, HEAD, LAYER
+from mech.data.samples import Sample, Samples
+from mech.errors import ExperimentError
+from mech.experiments.ranking.ranking import head_count
+from mech.experiments.scores.measure import head_scores
+from mech.experiments.scores.published import Score
+from mech.experiments.statistics import bootstrap_means
+from mech.model import HookedMLLM
+from mech.results import provenance
+
+PICTURES, TEXT, BASE = "pictures", "text", "base "
+KEPT, RECRUITED, TEXT_ONLY, NEITHER = "on text before, and on pictures", "on pictures only", "on text only", "neither"
+
+Map = Float[np.ndarray, "layer head"]
+
+
+def modality_transfer(
+    model: HookedMLLM,
+    pictures: Samples | Sequence[Sample],
+    text: Samples | Sequence[Sample],
+    base: HookedMLLM | None = None,
+    *,
+    score: str | Score = "ram",
+    k: int | float = 0.05,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Where the heads attend in pictures, and in the same scenes as text; now, and before the model was tuned.
+
+    ``shared(A, B) = |top k of A, and of B|``, beside ``expected``: what sets with as many heads in each layer share
+    when heads are exchanged within their layers. Unit: heads.
+
+    Args:
+        model: a hooked model.
+        pictures: samples with pictures.
+        text: the same samples written out (a ``context``, evidence as passages), under the same ids and in the same
+            order; ``haystacks(..., form="text")`` makes them.
+        base: the model with the weights it had before it was tuned, such as a revision of it.
+        score: of ``PUBLISHED``, or a ``Score``; one that takes no region of a picture.
+        k: heads of the top sets: a number, or a share of all.
+        n_resamples: draws of the examples, for intervals.
+        seed: of these draws.
+        batch_size: samples per forward.
+        progress: called with (readings done, readings in all).
+
+    Returns:
+        ``score`` over (reading, example, layer, head), the readings being ``pictures`` and ``text`` of the model, and
+        ``base text`` and ``base pictures`` if there is a base. Over (reading, other): ``shared`` with ``shared_low``
+        and ``shared_high`` (95%, bootstrap over examples), ``expected`` and ``p`` (the probability of sharing at
+        least as many when heads are exchanged within layers), ``within`` (the correlation of the mean scores after
+        each layer's own mean is taken away). ``origin`` over (layer, head) says of which top sets a head is: of
+        pictures and of text before tuning, of one of them, or of neither.
+
+    Raises:
+        ExperimentError: samples that are not the same in both forms, or a base of another shape.
+
+    Cost: the passes of ``score`` for every sample and reading: 2 forwards, 4 with a base, for ``ram``.
+
+    References: arXiv 2411.10950 (visual answers are found like those of textual in-context learning).
+    """
+    pictures, text = Samples(pictures), Samples(text)
+    _check(model, pictures, text, base)
+    models = {"": model, BASE: base} if base is not None else {"": model}
+    name, asked = (score, (score,)) if isinstance(score, str) else ("score", {"score": score})
+    readings = {f"{which}{form}": (one, samples) for which, one in models.items()
+                for form, samples in ((PICTURES, pictures), (TEXT, text))}  # fmt: skip
+    values, unit = [], ""
+    for done, (one, samples) in enumerate(readings.values(), start=1):
+        found = head_scores(one, samples, asked, batch_size=batch_size, seed=seed)[name]
+        values.append(found.transpose(EXAMPLE, LAYER, HEAD).values)
+        unit = found.attrs.get("unit", "")
+        if progress:
+            progress(done, len(readings))
+    scores = np.stack(values).astype(np.float64)
+    count = head_count(k, scores[0, 0].size)
+    data = xr.Dataset(
+        {"score": (("reading", EXAMPLE, LAYER, HEAD), scores), **_compared(scores, count, n_resamples, seed)},
+        {
+            "reading": list(readings), "other": list(readings), LAYER: list(model.cfg.attention_layers),
+            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(pictures)],
+        },
+        {
+            "model": model.name, "base": base.name if base is not None else "", "n_top": count, "unit": unit,
+            "domain": ", ".join(pictures.domains), "score": name if isinstance(score, str) else score.definition,
+            "provenance": provenance(model, {PICTURES: pictures, TEXT: text}, score=str(name), seed=seed),
+        },
+    )  # fmt: skip
+    before = f"{BASE}{TEXT}" if base is not None else TEXT
+    tops = {reading: top_heads(data["score"].sel(reading=reading).values.mean(0), count) for reading in readings}
+    on, had = tops[PICTURES], tops[before]
+    origin = np.select([on & had, on & ~had, ~on & had], [KEPT, RECRUITED, TEXT_ONLY], NEITHER)
+    return data.assign(origin=((LAYER, HEAD), origin.astype(object)))
+
+
+def modality_table(found: xr.Dataset) -> list[dict[str, Any]]:
+    """Every head that is at the top on pictures or on text, best on pictures first: its origin, scores and ranks."""
+    means = found["score"].mean(EXAMPLE)
+    ranks = {
+        str(reading): stats.rankdata(-means.sel(reading=reading).values, method="min", axis=None).reshape(
+            means.shape[1:]
+        )
+        for reading in found["reading"].values
+    }
+    rows = []
+    for i, j in np.argwhere(found["origin"].values != NEITHER):
+        row = {"head": f"L{int(found[LAYER][i])}H{j}", "origin": str(found["origin"].values[i, j])}
+        for reading, rank in ranks.items():
+            row |= {reading: float(means.sel(reading=reading).values[i, j]), f"{reading} rank": int(rank[i, j])}
+        rows.append(row)
+    return sorted(rows, key=lambda row: row[f"{PICTURES} rank"])
+
+
+def top_heads(mean: Map, count: int) -> Bool[np.ndarray, "layer head"]:
+    """The ``count`` heads of the highest score; those of equal score in the order of (layer, head), as in a ranking."""
+    top = np.zeros(mean.size, dtype=bool)
+    top[np.argsort(-mean, axis=None, kind="stable")[:count]] = True
+    return top.reshape(mean.shape)
+
+
+def matched_overlap(a: Bool[np.ndarray, "layer head"], b: Bool[np.ndarray, "layer head"]) -> tuple[float, float]:
+    """(expected, p) of the heads that two sets share, if each layer's heads were exchanged: exact.
+
+    The number shared is a sum of hypergeometric ones, one for each layer; ``p`` is the probability of at least as many.
+    """
+    total = np.ones(1)
+    for mine, theirs in zip(a, b, strict=True):
+        most = min(mine.sum(), theirs.sum())
+        total = np.convolve(total, stats.hypergeom.pmf(np.arange(most + 1), len(mine), mine.sum(), theirs.sum()))
+    return float(total @ np.arange(len(total))), float(min(1.0, total[int((a & b).sum()) :].sum()))
+
+
+def _compared(scores: np.ndarray, count: int, n_resamples: int, seed: int) -> dict[str, tuple[tuple[str, str], Any]]:
+    n = len(scores)
+    tops = [top_heads(one.mean(0), count) for one in scores]
+    drawn = []
+    for one in scores:  # the same examples are drawn for every reading
+        means = bootstrap_means(one, n_resamples, seed)
+        drawn.append(np.stack([top_heads(mean, count) for mean in means]))
+    centred = [(one.mean(0) - one.mean(0).mean(-1, keepdims=True)).ravel() for one in scores]
+    found = {name: np.empty((n, n)) for name in ("shared", "shared_low", "shared_high", "expected", "p", "within")}
+    for i in range(n):
+        for j in range(n):
+            shared = (tops[i] & tops[j]).sum()
+            low, high = np.quantile((drawn[i] & drawn[j]).sum((1, 2)), [0.025, 0.975])
+            expected, p = matched_overlap(tops[i], tops[j])
+            size = np.linalg.norm(centred[i]) * np.linalg.norm(centred[j])
+            within = centred[i] @ centred[j] / size if size else np.nan
+            # Means of fewer distinct examples are noisier, so that draws share fewer heads than the whole does.
+            values = (shared, min(low, shared), max(high, shared), expected, p, within)
+            for name, value in zip(found, values, strict=True):
+                found[name][i, j] = value
+    return {name: (("reading", "other"), value) for name, value in found.items()}
+
+
+def _check(model: HookedMLLM, pictures: Samples, text: Samples, base: HookedMLLM | None) -> None:
+    asked = [[(one.id, one.question, one.answer) for one in samples] for samples in (pictures, text)]
+    if len(pictures) < 2 or asked[0] != asked[1]:
+        differ = [i for i, (a, b) in enumerate(zip(*asked, strict=False)) if a != b]
+        raise ExperimentError(
+            f"{len(pictures)} samples with pictures and {len(text)} of text"
+            + (f", which differ first at {differ[0]}" if differ else ""),
+            "the same ids, questions and answers in both, of two samples or more",
+            'make both with haystacks(..., form="pictures") and form="text"',
+        )
+    if any(sample.images or sample.video for sample in text) or not all(s.images or s.video for s in pictures):
+        raise ExperimentError("pictures among the text, or text among the pictures", "pictures first, then text")
+    shapes = [(one.cfg.attention_layers, one.cfg.n_heads) for one in (model, base) if one is not None]
+    if len(set(shapes)) > 1:
+        raise ExperimentError(
+            f"{model.name} with a base of another shape, {base.name if base else ''}",
+            "the same model before it was tuned", "open a revision of it",
+        )  # fmt: skip
