@@ -5,11 +5,22 @@ a forward pass. Nothing here knows about models, tensors or files.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# All but line breaks and tabs; those that turn text round; and halves of a character, which cannot be printed.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """``text`` as it may reach a terminal: control characters, which could rewrite the screen, are spelled out."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 class MechError(ValueError):
     """Something the user gave cannot be used. The message names it and says what to do.
+
+    Names in it may come from files of others: the message is ``printable``.
 
     Args:
         given: what was given, as a statement ("no point is called 'blocks.0.hook_zz'").
@@ -20,7 +31,7 @@ class MechError(ValueError):
     def __init__(self, given: str, expected: str = "", do: str = ""):
         self.given, self.expected, self.do = given, expected, do
         parts = [given, expected and f"Expected: {expected}", do and f"Try: {do}"]
-        super().__init__("\n".join(part for part in parts if part))
+        super().__init__(printable("\n".join(part for part in parts if part)))
 
 
 class PointError(MechError):

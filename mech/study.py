@@ -19,14 +19,14 @@ was when the same command is given again, and ends in the same numbers.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
-
-import xarray as xr
 
 from mech import reference
 from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.jsonl import check_domain
+from mech.data.pictures import pixel_digest, png, shows
 from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
 from mech.experiments.ablation.ablation import BANDS, BASELINE, Condition, ablated, conditions
@@ -48,6 +48,7 @@ from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.measure import PUBLISHED, head_scores
 from mech.experiments.scores.ram import retrieval_attention_mass
+from mech.files import make_folder, write
 from mech.interventions import METHODS, reference_activations
 from mech.interventions.counterfactuals import with_counterfactuals
 from mech.model import HookedMLLM
@@ -61,6 +62,8 @@ SHOWN = 4  # heads of each band that are drawn over the pictures
 FINDING = 6  # samples that order heads for the causal report
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
 LONG = {"reference:qwen-long": 16}  # models of long contexts, and the pages they are accelerated on
+LEAST = {"n_find": 2, "n_test": 2, "n_looks": 1, "n_causal": 0, "n_random": 1, "seed": 0, "batch_size": 1}
+LARGEST_SEED = 2**32 - 1  # that every generator takes
 RANKING = 0.375  # of the samples choose the dense heads, the others test them
 
 
@@ -80,6 +83,9 @@ class Settings:
         shares: of the KV heads that stay dense in sparse inference; none leaves that out.
         seed: of samples, random sets and resampling.
         batch_size: samples per forward.
+
+    Raises:
+        ExperimentError: a number that is too small to say anything, a share of more than all, an unknown method.
     """
 
     n_find: int = 32
@@ -93,6 +99,25 @@ class Settings:
     shares: tuple[int | float, ...] = (0.02, 0.08, 0.25)
     seed: int = 0
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            most = LARGEST_SEED if name == "seed" else float("inf")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+                wanted = f"{least} to {most}" if name == "seed" else f"at least {least}"
+                raise ExperimentError(f"{name}={value!r}", f"a whole number, {wanted}", "leave it out for the default")
+        for name in ("fractions", "other_fractions", "shares"):
+            for size in getattr(self, name):
+                if not isinstance(size, Real) or not (size >= 1 if isinstance(size, Integral) else 0 < size < 1):
+                    raise ExperimentError(
+                        f"{name} with {size!r}", "shares between 0 and 1, or whole numbers of heads", "use 0.05"
+                    )
+        for method in self.methods:
+            if method not in METHODS:
+                raise ExperimentError(f"method {method!r}", ", ".join(METHODS), suggestion(str(method), METHODS))
+        if not self.methods or not self.fractions or not self.other_fractions:
+            raise ExperimentError("no method or no fraction", "at least one of each", "leave them out for the defaults")
 
 
 def study(
@@ -292,8 +317,9 @@ def one_domain(
         place.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
     if not place.done(f"{key}/looks"):
         say(f"{key}: pictures", 0, 1)
-        place.put(f"{key}/looks", look_at(place, model, key, test[: settings.n_looks], ranking))
+        place.put(f"{key}/looks", looks(model, test[: settings.n_looks], ranking, k=SHOWN))
         say(f"{key}: pictures", 1, 1)
+    keep_pictures(place, key, test[: settings.n_looks])
     facts = summarise_domain(ranking, ram, place.get(f"{key}/ablation"))
     facts["scores"] = every_score(place, model, key, find, settings, say)
     if settings.n_causal:
@@ -397,13 +423,13 @@ def plan(ranking: Ranking, settings: Settings, vision: Ranking) -> list[Conditio
     return [BASELINE, *dict.fromkeys(todo)]
 
 
-def look_at(place: Study, model: HookedMLLM, key: str, samples: Samples, ranking: Ranking) -> xr.Dataset:
-    """Where the first and the last heads of a ranking look on some samples; the pictures are saved beside."""
-    found = looks(model, samples, ranking, k=SHOWN)
+def keep_pictures(place: Study, key: str, samples: Samples) -> None:
+    """Write the pictures that the looks of these samples name, those that are missing or damaged."""
     folder = place.file(f"{key}/looks").parent
-    folder.mkdir(parents=True, exist_ok=True)
-    for sample, facts in zip(samples, look_facts(found), strict=True):
+    make_folder(folder)
+    for sample, facts in zip(samples, look_facts(place.get(f"{key}/looks")), strict=True):
         pace = -(-len(sample.video) // len(facts["pictures"])) or 1
         for file, picture in zip(facts["pictures"], pictures_of(sample, pace), strict=True):
-            picture.convert("RGB").save(folder / file)
-    return found
+            shown = picture.convert("RGB")
+            if not shows(folder / file, pixel_digest(shown)):
+                write(folder / file, png(shown))

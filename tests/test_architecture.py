@@ -18,6 +18,7 @@ ORDER = [
     "arguments",
     "indices",
     "identity",
+    "files",
     "notebook",
     "data",
     "inputs",

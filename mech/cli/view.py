@@ -4,8 +4,6 @@ A netCDF file of a result, a study folder, or the JSON of a ranking or a circuit
 figure for a paper.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +34,7 @@ def view(
 ) -> None:
     """Draw a saved result: an offline page, or a figure for a paper. No model is needed."""
     from mech import views
+    from mech.files import read, write
 
     if file.is_dir():
         page = views.report(file)
@@ -44,7 +43,7 @@ def view(
                 raise OutputError(
                     f"--out {out.name} for a whole study", "a name that ends in .html", "view one .nc file"
                 )
-            page = Path(shutil.copyfile(page, options.writable(out)))
+            page = write(out, read(page))
         print(page)
         return
     target = options.writable(out if out is not None else file.with_suffix(".html"))
@@ -56,12 +55,12 @@ def view(
 
 def _read(file: Path) -> Any:
     """What a file holds."""
-    if file.suffix != ".json":
-        from mech.results import load
+    from mech.results.store import load, read_json
 
+    if file.suffix != ".json":
         return load(file)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
     except (OSError, ValueError) as error:
         raise OutputError(f"{file} cannot be read ({error})", "a file that mech wrote") from error
     if isinstance(record, dict) and "found" in record:

@@ -9,14 +9,13 @@
 ``docs/data.md`` has the whole format. Everything is checked while it is read: a line that cannot be used is named with
 its number, its field and what was expected, and nothing is returned unless all lines are good.
 
-Paths are relative to the file and stay in its folder: ``..`` is refused, so that a file from elsewhere cannot reach
-around. An absolute path, or another ``root``, is taken as it is. Pictures become upright RGB, as everywhere.
+Paths are relative to the file and stay in its folder: ``..`` and symbolic links out of it are refused, so that a file
+from elsewhere cannot reach around. An absolute path, or another ``root``, is taken as it is. Pictures become upright
+RGB, as everywhere.
 
 What it does not do: read videos (give their frames), or leave pictures on disk until they are needed.
 """
 
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,8 @@ from PIL import Image
 from mech.data.pictures import picture
 from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.data.samples import Distractor, Sample, Samples, drawn
-from mech.errors import InputError, MechError, OutputError, RegionError, suggestion
+from mech.errors import InputError, MechError, OutputError, RegionError, printable, suggestion
+from mech.files import is_below, parse_json, read_text
 
 FIELDS = tuple(one.name for one in fields(Sample))
 REGIONS = ("box", "xywh", "mask", "frames", "pages")
@@ -54,8 +54,8 @@ def read_samples(path: str | Path, root: str | Path | None = None, *, n: int | N
     path = Path(path).expanduser()
     try:
         # Not splitlines(): a text may hold other line separators than the line break.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, "utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read", "a UTF-8 text file, one JSON object a line", str(error)) from error
     folder = _Folder(Path(root).expanduser() if root is not None else path.parent)
     wrong: list[tuple[int, _Wrong]] = []
@@ -137,11 +137,13 @@ class _Folder:
     opened: dict[Path, Image.Image] = field(default_factory=dict)
 
     def path(self, given: Any) -> Path:
-        if not isinstance(given, str) or not given:
+        if not isinstance(given, str) or not given or "\0" in given:
             raise InputError(f"{given!r}", "the path of a picture", "put it in quotes")
-        if not os.path.isabs(given) and os.path.normpath(given).split(os.sep)[0] == os.pardir:
+        if os.path.isabs(given):
+            return Path(given)
+        if os.path.normpath(given).split(os.sep)[0] == os.pardir or not is_below(self.root / given, self.root):
             raise InputError(
-                f"{given!r} leaves the folder of the file", "a path inside it, or an absolute one",
+                f"{given!r} leaves the folder of the file", "a path inside it, links followed, or an absolute one",
                 "move the picture beside the file, or pass root=",
             )  # fmt: skip
         return self.root / given
@@ -156,7 +158,7 @@ class _Folder:
 def _parsed(line: str) -> dict[str, Any]:
     with _at("the line"):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise InputError(
                 f"{line.strip()[:60]!r}", "one JSON object on one line", f"mend it: {error}" if line.strip() != "["
@@ -242,13 +244,15 @@ def _check_partner(sample: Sample, partner: Sample) -> None:
 
 
 def check_domain(name: str) -> None:
-    """Refuse what cannot be a folder's name: results of a domain have a folder.
+    """Refuse what cannot be a folder's name: results of a domain have a folder. Nor may it rewrite a terminal.
 
     Raises:
         InputError: it cannot.
     """
     if set(name) & set("/\\") or name.startswith("."):
         raise InputError(f"the domain {name!r}", "a name that can be a folder's", "leave out '/', '\\' and a first '.'")
+    if printable(name) != name or set(name) & set("\n\t"):
+        raise InputError(f"the domain {name!r}", "a name that can be printed", "leave out control characters")
 
 
 def _text(given: Any) -> str:
@@ -256,11 +260,13 @@ def _text(given: Any) -> str:
         raise InputError(
             repr(given)[:60], "a text", "put it in quotes" if given and not isinstance(given, str) else "fill it in"
         )
+    if any("\ud800" <= character <= "\udfff" for character in given):
+        raise InputError(ascii(given)[:60], "whole characters", "write the file as UTF-8, without \\u escapes")
     return given
 
 
 def _is_number(given: Any) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+    return isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e12  # nor nan
 
 
 def _pictures(record: Mapping[str, Any], name: str, folder: _Folder) -> tuple[Image.Image, ...]:

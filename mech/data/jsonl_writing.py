@@ -5,7 +5,6 @@
 Any samples can be written, so that a draw of a published set is kept as it was, or a generated one is edited by hand.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from mech.data.jsonl import check_domain
-from mech.data.pictures import picture
+from mech.data.pictures import picture, pixel_digest, png
 from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.data.samples import Sample, Samples
 from mech.errors import InputError, OutputError
+from mech.files import unwritable, write
 
 
 def write_samples(samples: Samples | Sequence[Sample], folder: str | Path, name: str = "samples.jsonl") -> Path:
@@ -54,12 +54,9 @@ def write_samples(samples: Samples | Sequence[Sample], folder: str | Path, name:
         folder.mkdir(parents=True, exist_ok=True)
         records = (_record(sample, id, folder) for id, sample in zip(ids, samples, strict=True))
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        part = path.with_name(f".{name}.part")
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        part.replace(path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written", "a folder that can", str(error)) from error
-    return path
+        raise unwritable(path, error) from error
+    return write(path, "\n".join(lines), "\n")
 
 
 def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
@@ -93,9 +90,8 @@ def _written(region: Region, folder: Path) -> dict[str, Any]:
 
 def _saved(image: Image.Image, folder: Path, kind: str) -> str:
     """The picture's path below ``folder``; its name is what it shows, so that it is written once."""
-    name = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()[:20]
-    path = folder / kind / f"{name}.png"
+    path = folder / kind / f"{pixel_digest(image)[:20]}.png"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        write(path, png(image))
     return f"{kind}/{path.name}"

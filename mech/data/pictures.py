@@ -6,6 +6,8 @@ first frame of an animation, the upper byte of 16 bits. So is a picture with mor
 (89 million): image processors hold it several times over as floating point numbers before they shrink it.
 """
 
+import hashlib
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from mech.errors import InputError
+from mech.errors import InputError, MechError
+from mech.files import opened
 
 
 def picture(given: Any) -> Image.Image:
@@ -42,21 +45,39 @@ def picture(given: Any) -> Image.Image:
     return _upright(given)
 
 
+def pixel_digest(image: Image.Image) -> str:
+    """SHA-256 of what a picture shows, whatever the file it comes in."""
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    written = io.BytesIO()
+    image.save(written, "PNG")
+    return written.getvalue()
+
+
+def shows(path: str | Path, digest: str) -> bool:
+    """Whether a file shows the upright RGB picture of this ``pixel_digest``; False when it is missing or damaged."""
+    try:
+        return pixel_digest(picture(path)) == digest
+    except InputError:
+        return False
+
+
 def _opened(path: str | Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
+        with opened(path) as file, warnings.catch_warnings():
             # Only a warning up to twice the limit, and an error beyond; both come before a pixel is read.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(path)
+            with Image.open(file) as image:
+                return _upright(image)
+    except MechError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _too_large(f"{str(path)!r}") from error
-    except OSError as error:
+    except Exception as error:  # a broken file is a SyntaxError, a ValueError or worse: every format has its own
         raise _unreadable(path, error) from error
-    with opened:
-        try:
-            return _upright(opened)
-        except (OSError, SyntaxError) as error:  # a broken PNG is a SyntaxError
-            raise _unreadable(path, error) from error
 
 
 def _upright(given: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mech.errors import InputError, UnsupportedModel
+from mech.files import parse_json, read
 from mech.inputs.families.family import Geometry, geometry_of
 
 
@@ -290,14 +291,15 @@ def _settings(name: str, revision: str | None, part: str, file: str) -> dict[str
 
 def _stored(name: str, revision: str | None, file: str) -> dict[str, Any]:
     """A JSON file of the checkpoint, empty where it has none."""
-    import json
-
     from transformers.utils.hub import cached_file
 
     path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return {}
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON", "a complete file", "download or copy it again") from error
+        stored = parse_json(read(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not JSON ({error})", "a complete file", "download or copy it again") from error
+    if not isinstance(stored, dict):
+        raise UnsupportedModel(f"{path} holds a {type(stored).__name__}", "an object", "download or copy it again")
+    return stored

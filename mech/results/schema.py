@@ -1,4 +1,4 @@
-"""What the files of a study folder hold: three kinds of ``xarray.Dataset``, built and checked here.
+"""What the files of a study folder hold: kinds of ``xarray.Dataset``, built and checked here.
 
 A study folder is
 
@@ -7,6 +7,7 @@ A study folder is
     {model}/{domain}/ablation.nc            kind "ablation": what happens without some heads, per condition and example
     {model}/{domain}/looks.nc               kind "looks":    attention of a few heads over a few pictures
     {model}/{domain}/look{i}_{k}.png        those pictures
+    {model}/{domain}/causal.nc              kind "causal":   what every head does to the answer (mech.causal_report)
 
 Dimensions are words of ``mech.axes``; units and signs are attributes of each variable, so a figure can label its axes
 from the file alone. The example axis is kept everywhere: intervals and paired tests need it. ``check`` refuses a
@@ -29,13 +30,14 @@ from jaxtyping import Bool, Float, Int
 
 from mech.axes import CONDITION, EXAMPLE, HEAD, LAYER, TOKEN
 from mech.errors import OutputError, suggestion
+from mech.files import parse_json
 
 VERSION = 1
 METHODS = ("none", "mean", "zero", "resample", "uniform", "paper")
 BANDS = ("none", "top", "bottom", "middle", "random", "layer_matched", "by SCORE")  # the last: tops by another score
 LOOK_FACTS = ("question", "answer", "prediction", "pictures", "evidence")
 
-Kind = Literal["ram", "ablation", "looks"]
+Kind = Literal["ram", "ablation", "looks", "causal"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class _Layout:
     variables: Mapping[str, tuple[str, ...]]
     coords: Mapping[str, tuple[str, ...]]
     units: Mapping[str, tuple[str, str]]  # variable -> (unit, sign)
-    attrs: tuple[str, ...] = ()
+    attrs: tuple[str, ...] = ()  # attributes it must have, each a JSON text
+    made_by: str = "mech.results"
 
 
 KINDS: dict[str, _Layout] = {
@@ -63,6 +66,7 @@ KINDS: dict[str, _Layout] = {
             "size_null": ("attention mass, 0 to 1", "what attention spread evenly over visible keys would give"),
             "n_evidence": ("visual tokens", "more: larger evidence"),
         },
+        made_by="mech.results.ram_dataset",
     ),
     "ablation": _Layout(
         variables={"accuracy": (CONDITION, EXAMPLE), "logit_diff": (CONDITION, EXAMPLE)},
@@ -71,6 +75,7 @@ KINDS: dict[str, _Layout] = {
             "accuracy": ("share of answers, 0 or 1 per example", "more: better"),
             "logit_diff": ("logits, right minus wrong answer", "more: better"),
         },
+        made_by="mech.results.ablation_dataset",
     ),
     "looks": _Layout(
         variables={
@@ -85,6 +90,14 @@ KINDS: dict[str, _Layout] = {
             "token_image": ("index of the picture, -1 for padding", ""),
         },
         attrs=("looks",),
+        made_by="mech.results.looks_dataset",
+    ),
+    "causal": _Layout(
+        variables={"ram": (LAYER, HEAD), "quadrant": (LAYER, HEAD)},
+        coords={},
+        units={},
+        attrs=("agreement", "paths", "members"),
+        made_by="mech.causal_report",
     ),
 }
 
@@ -169,7 +182,8 @@ def looks_dataset(
         rect: pixel rectangle of each visual token in its original picture.
         token_image: index of the picture a token lies in, -1 for padding.
         looks: for each look a dict with ``question, answer, prediction, pictures`` (file names beside the dataset)
-            and ``evidence`` (lists ``[picture, x0, y0, x1, y1]``). Kept as one JSON string in ``attrs["looks"]``.
+            and ``evidence`` (lists ``[picture, x0, y0, x1, y1]``), with ``digests`` (of the pictures' pixels) if the
+            files are to be checked. Kept as one JSON string in ``attrs["looks"]``.
         shown_layer, shown_head, shown_band, shown_ram: which heads are shown, why ("top" or "bottom") and their RAM.
     """
     coords = {
@@ -196,14 +210,20 @@ def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
                 raise OutputError(
                     f"a {kind!r} dataset without the {what} {name!r}; it has {sorted(map(str, present)) or 'none'}",
                     f"{what} {name!r} over ({', '.join(dims)})",
-                    f"build it with mech.results.{kind}_dataset",
+                    f"build it with {layout.made_by}",
                 )
             if dataset[name].dims != dims:
                 given = f"{name!r} of a {kind!r} dataset has dimensions ({', '.join(map(str, dataset[name].dims))})"
                 raise OutputError(given, f"({', '.join(dims)}), in this order", f"transpose it to {dims}")
     for name in layout.attrs:
         if name not in dataset.attrs:
-            raise OutputError(f"a {kind!r} dataset without attrs[{name!r}]", "", f"use mech.results.{kind}_dataset")
+            raise OutputError(f"a {kind!r} dataset without attrs[{name!r}]", "", f"use {layout.made_by}")
+        try:
+            parse_json(dataset.attrs[name])
+        except (TypeError, ValueError) as error:
+            raise OutputError(
+                f"attrs[{name!r}] of a {kind!r} dataset is no JSON ({error})", "JSON", f"use {layout.made_by}"
+            ) from error
     if kind == "ablation":
         _check_words(dataset, "method", METHODS)
         _check_words(dataset, "band", BANDS)
@@ -213,9 +233,18 @@ def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
 
 
 def look_facts(dataset: xr.Dataset) -> list[dict[str, Any]]:
-    """What is known about each look of a "looks" dataset: its question, answer, prediction, pictures and evidence."""
-    facts = dataset.attrs["looks"]
-    return json.loads(facts) if isinstance(facts, str) else list(facts)
+    """What is known about each look of a "looks" dataset: its question, answer, prediction, pictures and evidence.
+
+    Raises:
+        OutputError: ``attrs["looks"]`` is damaged.
+    """
+    try:
+        facts = parse_json(dataset.attrs["looks"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"attrs['looks'] is no list ({error})", "one entry for each look") from error
+    if not isinstance(facts, list) or not all(isinstance(look, Mapping) for look in facts):
+        raise OutputError("attrs['looks'] is no list of records", "one entry for each look")
+    return facts
 
 
 def _build(kind: str, values: Mapping[str, Any], coords: Mapping[str, Any], attrs: Mapping[str, Any]) -> xr.Dataset:
@@ -259,5 +288,16 @@ def _check_looks(dataset: xr.Dataset) -> None:
     for i, look in enumerate(facts):
         if missing := [name for name in LOOK_FACTS if name not in look]:
             raise OutputError(f"look {i} does not say its {', '.join(missing)}", ", ".join(LOOK_FACTS))
+        for name in ("pictures", "digests"):
+            texts = look.get(name, look["pictures"])
+            if not _is_list(texts, str) or len(texts) != len(look["pictures"]) or not texts:
+                raise OutputError(f"look {i} has other {name}: {texts!r:.80}", "a text for each picture")
+        places = look["evidence"]
+        if not _is_list(places, list) or not all(len(place) == 5 and _is_list(place, int | float) for place in places):
+            raise OutputError(f"look {i} has other evidence: {places!r:.80}", "a list of [picture, x0, y0, x1, y1]")
     if dataset.sizes["corner"] != 4:
         raise OutputError(f"'rect' has {dataset.sizes['corner']} corners", "4: x0, y0, x1, y1")
+
+
+def _is_list(value: Any, of: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, of) for one in value)

@@ -1,22 +1,24 @@
 """Saving and loading labelled arrays: netCDF files without pickle, written whole or not at all.
 
 ``save`` and ``load`` keep an ``xarray.Dataset`` as it is: dimensions, string coordinates, nan, and attributes that are
-dicts, lists or None (written as JSON). A file is written beside its place and moved there in one step, so a reader
-never sees half a file; blocks carry checksums, so a damaged one is refused rather than read.
+dicts, lists or None (written as JSON). A file is made in memory and takes its place on the disk in one step, so a
+reader never sees half a file, and a full disk is an error and no crash inside HDF5. It ends in a checksum over all
+that is in it (``mech.results.checksum``): damage is refused before HDF5 reads a byte.
 
     >>> save(scores, "ram.nc")                     # doctest: +SKIP
     >>> load("ram.nc").sel(layer=3, head=5)        # doctest: +SKIP
 
 ``save_part`` and ``load_part`` do the same for the many small pieces of an unfinished result, as ``.npz``: opening a
-netCDF file takes 60 ms, which over a thousand pieces is a minute. Nothing here knows what the numbers mean.
+netCDF file takes 60 ms, which over a thousand pieces is a minute. ``write_json`` and ``read_json`` do it for plain
+values. Nothing here knows what the numbers mean.
+
+A file from elsewhere is read without trust: HDF5 can point into other files of the machine (external storage, external
+links, virtual datasets) and announce arrays that it does not hold; both are refused.
 """
 
-import contextlib
+import io
 import json
-import os
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ import numpy as np
 import xarray as xr
 
 from mech.errors import OutputError
+from mech.files import parse_json, read, write
+from mech.results.checksum import NAME, SEALED, seal, sealed_record, unsealed, unsealed_record
 from mech.results.provenance import jsonable
 
 _JSON = "json_attributes"  # names, in one attribute, of those attributes that were written as JSON
 _HEADER = "header"  # in a part: what npz does not say, dimensions and attributes
+_PACKED = 5000  # bytes of an array for one byte of its file; zlib can do 1032, and names of dimensions four times that
 
 
 def save(dataset: xr.Dataset, path: str | Path) -> Path:
@@ -42,25 +47,24 @@ def save(dataset: xr.Dataset, path: str | Path) -> Path:
     for name, variable in written.variables.items():
         if variable.dtype == object:
             written[name] = (variable.dims, _plain(variable.values, name), variable.attrs)
-    written.attrs = _encoded(written.attrs)
+    written.attrs = _encoded(written.attrs) | {NAME: SEALED}
     for name in written.variables:
         written[name].attrs = _encoded(written[name].attrs)
-    # Checksums and compression need chunks, which empty arrays, scalars and strings do not have.
+    # Compression needs chunks, which empty arrays, scalars and strings do not have.
     encoding = {
-        name: {"zlib": True, "complevel": 4, "shuffle": True, "fletcher32": True}
+        name: {"zlib": True, "complevel": 4, "shuffle": True}
         for name, variable in written.variables.items()
         if variable.dtype.kind in "biuf" and variable.ndim and variable.size
     }
-    with _replacing(path) as part:
-        written.to_netcdf(part, engine="h5netcdf", encoding=encoding)
-    return path
+    content = written.to_netcdf(engine="h5netcdf", encoding=encoding)
+    return write(path, content, seal(content))
 
 
 def load(path: str | Path) -> xr.Dataset:
     """Read a file of ``save`` into memory, leaving no handle open.
 
     Raises:
-        OutputError: there is no such file, or it is damaged.
+        OutputError: there is no such file, it is damaged, or it points into other files.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,18 +75,24 @@ def load(path: str | Path) -> xr.Dataset:
             "give the path of a result, or run the study that makes it",
         )
     try:
+        content, whole = unsealed(read(path))
+        _check_inside(content)
         # Units are attributes of ours, not instructions for xarray to turn numbers into dates.
-        with xr.open_dataset(path, engine="h5netcdf", decode_times=False, decode_timedelta=False) as opened:
+        with xr.open_dataset(
+            io.BytesIO(content), engine="h5netcdf", decode_times=False, decode_timedelta=False
+        ) as opened:
             dataset = opened.load().drop_encoding()
+        if dataset.attrs.pop(NAME, None) is not None and not whole:
+            raise ValueError("its checksum is missing: it was cut off, or changed by another program")
+        dataset.attrs = _decoded(dataset.attrs)
+        for name in dataset.variables:
+            dataset[name].attrs = _decoded(dataset[name].attrs)
     except Exception as error:  # h5py, h5netcdf and xarray have no common error; all of them mean: not readable
         raise OutputError(
             f"{path} cannot be read ({type(error).__name__}: {error})",
             "a whole netCDF file",
             "delete it and run the same command again: only this file is computed anew",
         ) from error
-    dataset.attrs = _decoded(dataset.attrs)
-    for name in dataset.variables:
-        dataset[name].attrs = _decoded(dataset[name].attrs)
     return dataset
 
 
@@ -94,74 +104,69 @@ def save_part(dataset: xr.Dataset, path: str | Path) -> Path:
         "attrs": {str(name): jsonable(variable.attrs) for name, variable in dataset.variables.items()},
         "coords": [str(name) for name in dataset.coords],
         "dataset": jsonable(dataset.attrs),
+        NAME: SEALED,
     }
     arrays: dict[str, Any] = {_HEADER: np.array(json.dumps(header))}
     arrays |= {f"_{name}": _plain(variable.values, name) for name, variable in dataset.variables.items()}
-    with _replacing(path) as part, part.open("wb") as written:
-        np.savez(written, **arrays)
-    return path
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    return write(path, packed.getbuffer(), seal(packed.getbuffer()))
 
 
 def load_part(path: str | Path) -> xr.Dataset:
-    """Read a file of ``save_part``; ``OutputError`` when it is missing or damaged (zip keeps checksums)."""
+    """Read a file of ``save_part``; ``OutputError`` when it is missing or damaged."""
     path = Path(path)
     try:
-        # Opened here, because np.load leaves the file open when it is damaged.
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            header = json.loads(str(arrays[_HEADER]))
+        content, whole = unsealed(read(path))
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            header = parse_json(str(arrays[_HEADER]))
             variables = {
                 name: (dims, arrays[f"_{name}"], header["attrs"][name]) for name, dims in header["dims"].items()
             }
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if NAME in header and not whole:
+            raise ValueError("its checksum is missing: it was cut off")
+        coords = {name: variables.pop(name) for name in header["coords"]}
+        return xr.Dataset(variables, coords, header["dataset"])
+    except Exception as error:  # zipfile, zlib, numpy and xarray have no common error; all of them mean: not readable
         raise OutputError(f"{path} cannot be read ({error})", "a whole part", "delete it and run again") from error
-    coords = {name: variables.pop(name) for name in header["coords"]}
-    return xr.Dataset(variables, coords, header["dataset"])
 
 
-def write_json(value: Any, path: str | Path) -> Path:
-    """Write plain values as a JSON file, whole or not at all; nan and inf become null."""
-    path = Path(path)
-    text = json.dumps(jsonable(value), indent=1, allow_nan=False, ensure_ascii=False)
-    with _replacing(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
-    return path
+def write_json(value: Mapping[str, Any], path: str | Path) -> Path:
+    """Write plain values as a JSON object with its checksum, whole or not at all; nan and inf become null."""
+    record = sealed_record(jsonable(value))
+    return write(path, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False), "\n")
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` when all went well."""
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        yield part
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+def read_json(path: str | Path) -> Any:
+    """Read a file of ``write_json``, or any other JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, nested too deep, or damaged.
+    """
+    value = parse_json(read(path))
+    return unsealed_record(value) if isinstance(value, dict) else value
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, or say that it cannot be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise unwritable(path, PermissionError("permission denied"))
+def _check_inside(content: bytes) -> None:
+    """Refuse an HDF5 file whose values lie elsewhere, or are more than it can hold."""
+    import h5py
 
+    def problem(name: str, link: Any) -> str | None:  # returned, as h5py cannot pass an error on
+        if isinstance(link, h5py.ExternalLink):
+            return f"{name!r} lies in another file, {link.filename}"
+        found = None if isinstance(link, h5py.SoftLink) else opened[name]
+        if not isinstance(found, h5py.Dataset):
+            return None
+        if found.external or found.is_virtual:
+            return f"the values of {name!r} lie in other files"
+        if found.nbytes > _PACKED * len(content):
+            return f"{name!r} announces {found.nbytes} bytes in a file of {len(content)}"
+        return None
 
-def unwritable(path: Path, error: OSError) -> OutputError:
-    """The error for a place that cannot be written."""
-    return OutputError(
-        f"{path} cannot be written ({error.strerror or error})",
-        "a folder that can be written, on a disk that is not full",
-        "give another folder, or make room and permission for this one",
-    )
+    with h5py.File(io.BytesIO(content), "r") as opened:
+        if said := opened.visititems_links(problem):
+            raise ValueError(said)
 
 
 def _plain(values: np.ndarray, name: Any) -> np.ndarray:
@@ -191,9 +196,9 @@ def _encoded(attrs: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _decoded(attrs: Mapping[Any, Any]) -> dict[str, Any]:
-    as_json = json.loads(attrs[_JSON]) if _JSON in attrs else []
+    as_json = parse_json(attrs[_JSON]) if _JSON in attrs else []
     return {
-        name: json.loads(value) if name in as_json else value.item() if isinstance(value, np.generic) else value
+        name: parse_json(value) if name in as_json else value.item() if isinstance(value, np.generic) else value
         for name, value in attrs.items()
         if name != _JSON
     }

@@ -11,10 +11,11 @@ loses at most the part in flight; a damaged file counts as missing.
     >>> study.finish("llava-m/grounding/ablation", len(plan))            # doctest: +SKIP
 
 ``settings`` are what changes the numbers of a file that exists; a folder made with other settings is refused. What
-only *adds* files (one more model or domain) belongs in the keys, not in the settings.
+only *adds* files (one more model or domain) belongs in the keys, not in the settings. A study that ends in an error
+before its first result leaves nothing behind: a call that was refused must not keep out the next one.
 
-One process writes at a time. A key that ends in "ram", "ablation" or "looks" must hold that kind of dataset; beyond
-that nothing here knows what the numbers mean.
+One process writes at a time. A key that ends in "ram", "ablation", "looks" or "causal" must hold that kind of dataset;
+beyond that nothing here knows what the numbers mean.
 """
 
 import contextlib
@@ -30,9 +31,10 @@ import xarray as xr
 
 from mech.axes import CONDITION
 from mech.errors import OutputError
+from mech.files import make_folder, unwritable
 from mech.results.provenance import jsonable
 from mech.results.schema import KINDS, VERSION, check
-from mech.results.store import load, load_part, make_folder, save, save_part, unwritable, write_json
+from mech.results.store import load, load_part, read_json, save, save_part, write_json
 
 try:
     import fcntl
@@ -57,16 +59,18 @@ class Study:
         self.path = Path(path)
         self.writes = settings is not None
         self._lock: _Lock | None = None
+        self._made: tuple[bool, bool] = False, False  # whether the folder and its study.json are of this opening
         if settings is None:
-            self._record = _read_json(self.path / "study.json")
+            self._record = _read_record(self.path / "study.json")
             return
+        there = self.path.exists()
         make_folder(self.path)
         self._lock = _Lock.of(self.path / ".lock")
         for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         wanted = jsonable(dict(settings))
         if (self.path / "study.json").exists():
-            self._record = _read_json(self.path / "study.json")
+            self._record = _read_record(self.path / "study.json")
             if difference := _difference(self._record.get("settings", {}), wanted):
                 name, here, asked = difference
                 self.close()
@@ -78,7 +82,12 @@ class Study:
         else:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             self._record = {"schema": VERSION, "created": created, "settings": wanted, "records": []}
-            write_json(self._record, self.path / "study.json")
+            self._made = not there, True
+            try:
+                write_json(self._record, self.path / "study.json")
+            except OutputError:
+                self._undo()
+                raise
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -165,11 +174,27 @@ class Study:
     def __enter__(self) -> "Study":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._undo()
         self.close()
 
     def __repr__(self) -> str:
         return f"Study({str(self.path)!r}, {len(self.keys())} results{'' if self.writes else ', reading only'})"
+
+    def _undo(self) -> None:
+        """Remove what this opening made, as long as there is no result."""
+        of_folder, of_record = self._made
+        results = (path for pattern in ("*.nc", "*.npz") for path in self.path.rglob(pattern))
+        if not of_record or next(results, None) is not None:
+            return
+        for name in ("study.json", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        if of_folder:
+            inner = sorted(filter(Path.is_dir, self.path.rglob("*")), key=lambda path: -len(path.parts))
+            for folder in (*inner, self.path):
+                with contextlib.suppress(OSError):  # a file of the user's keeps it
+                    folder.rmdir()
 
     def _must_write(self) -> None:
         if not self.writes:
@@ -242,24 +267,36 @@ class _Lock:
             ) from error
         except OSError:  # some network drives know no locks: go on without
             return
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {self.pid} on {os.uname().nodename}".encode())
+        with contextlib.suppress(OSError):  # of a full disk: what is written only makes a message clearer
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {self.pid} on {os.uname().nodename}".encode())
 
 
 def _checked(dataset: xr.Dataset, key: str) -> xr.Dataset:
+    record = dataset.attrs.get("provenance")
+    if record is not None and not isinstance(record, Mapping):
+        raise OutputError(
+            f"the provenance of {key!r} is a {type(record).__name__}", "a record", "pass provenance=provenance(...)"
+        )
     kind = key.rsplit("/", 1)[-1]
     return check(dataset, kind) if kind in KINDS else dataset
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
+    """What ``study.json`` holds: settings by name, and a list of records."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError as error:
         raise OutputError(f"{path.parent} is no study", "a folder with study.json", "run `mech study` first") from error
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error})", "JSON", "delete the folder and run again") from error
     if not isinstance(value, dict):
         raise OutputError(f"{path} holds a {type(value).__name__}", "a JSON object", "delete the folder and run again")
+    settings, records = value.get("settings", {}), value.get("records", [])
+    if not isinstance(settings, dict) or not all(
+        isinstance(entry, dict) for entry in (records if isinstance(records, list) else [records])
+    ):
+        raise OutputError(f"{path} has other entries", "settings and records", "delete the folder and run again")
     return value
 
 

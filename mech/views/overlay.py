@@ -15,14 +15,17 @@ their own are shown only in the original strip.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from mech.data.pictures import shows
 from mech.data.samples import Sample, pictures_of
 from mech.errors import OutputError
+from mech.files import is_below
 from mech.results.schema import check, look_facts
 from mech.views.drawing.images import Picture, embedded, mark, stage, styles
 from mech.views.drawing.page import View, escape
@@ -111,7 +114,22 @@ def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, li
 
 
 def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
-    return [[folder / name for name in facts["pictures"]] for facts in look_facts(result)]
+    """The pictures that a result names: files of its own folder, with the pixels they had."""
+    sources = []
+    for facts in look_facts(result):
+        sources.append([folder / name for name in facts["pictures"]])
+        for path, digest in zip_longest(sources[-1], facts.get("digests", [])):
+            if not is_below(path, folder):
+                raise OutputError(
+                    f"the picture {path} lies outside of {folder}", "pictures beside the result",
+                    "do not trust this file; pass on=samples",
+                )  # fmt: skip
+            if digest is not None and not shows(path, digest):
+                raise OutputError(
+                    f"{path} is missing, damaged or another picture", "the one that the result was made with",
+                    "run the study again: it writes damaged pictures anew",
+                )  # fmt: skip
+    return sources
 
 
 def _given(result: xr.Dataset, on: Any) -> list[list[Any]]:
@@ -181,7 +199,7 @@ def _article(look: _Look, shown: list[tuple[str, str, float]]) -> str:
     for band in dict.fromkeys(band for band, _, _ in shown):
         drawn = [_head(look, i, name, ram, most) for i, (b, name, ram) in enumerate(shown) if b == band]
         title = BAND_TITLES.get(band, band)
-        style = f"--band:var(--{escape(band)})"
+        style = f"--band:var(--{band if band in BAND_TITLES else 'accent'})"
         name = f'<p class="band-name" style="{style}">{escape(title)}</p>'
         bands.append(f'<div>{name}<div class="heads">{"".join(drawn)}</div></div>')
     answer, prediction = escape(facts["answer"]), escape(facts["prediction"])

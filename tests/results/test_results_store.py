@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import xarray as xr
 
 from mech.errors import OutputError
 from mech.results import load, save, write_json
-from mech.results.store import load_part, save_part
+from mech.results.store import load_part, read_json, save_part
 
 
 def dataset():
@@ -122,4 +123,6 @@ def test_json_has_no_nan_and_keeps_text(tmp_path):
     path = write_json(
         {"a": float("nan"), "b": np.float32(0.5), "c": np.arange(2), "d": "é</script>"}, tmp_path / "a.json"
     )
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": None, "b": 0.5, "c": [0, 1], "d": "é</script>"}
+    given = {"a": None, "b": 0.5, "c": [0, 1], "d": "é</script>"}
+    assert read_json(path) == given and "é" in path.read_text(encoding="utf-8")
+    assert json.loads(path.read_bytes()) == {**given, "mech_checksum": ANY}

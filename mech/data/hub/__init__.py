@@ -15,7 +15,6 @@ pictures, ``root`` is the folder that does. None of these sets was downloaded wh
 tested on records made by hand after the published schemas.
 """
 
-import json
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from mech.data.hub import documents, grounding, needles, reading
 from mech.data.hub.source import Record, Source
 from mech.data.samples import Sample, Samples
 from mech.errors import InputError, MechError, OutputError, suggestion
+from mech.files import parse_json, read_text
 
 SOURCES = {one.name: one for part in (grounding, documents, needles, reading) for one in part.SOURCES}
 BUFFER = 200  # records that a stream is shuffled in, at most: a record may hold twenty slides
@@ -151,9 +151,9 @@ def _records(
 
 def _in_file(path: Path) -> list[Mapping[str, Any]]:
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
-        found = json.loads(text) if found is None else found
+        text = read_text(path.expanduser())
+        found = [parse_json(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
+        found = parse_json(text) if found is None else found
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read", "a .json list or a .jsonl file of records", str(error)) from error
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):

@@ -1,6 +1,5 @@
 """Boxes in pictures and frames in videos: RefCOCO, RefCOCO+, RefCOCOg, V*Bench, Visual-CoT, VidSTG."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from mech.data.hub.source import Record, Source
 from mech.data.regions import Box, Frames
 from mech.data.samples import Sample
 from mech.errors import RegionError
+from mech.files import parse_json, read
 
 WHERE = "Please provide the bounding box coordinate of the region this sentence describes: {}"
 _SUFFIX = re.compile(r"^(.*)###\[\s*([^,\]]+),([^,\]]+),([^,\]]+),([^,\]]+)\]$")
@@ -94,7 +94,7 @@ def vstar(record: Record) -> Iterator[Sample]:
     relative = record.text("image")
     picture = record.opened("image", relative)
     beside = record.path("image", str(Path(relative).with_suffix(".json")))
-    boxes = json.loads(beside.read_text(encoding="utf-8")).get("bbox") or []
+    boxes = parse_json(read(beside)).get("bbox") or []
     found = tuple(
         _xywh(record, f"{beside.name}: bbox[{k}]", record.numbers(f"{beside.name}: bbox[{k}]", box, 4), picture.size)
         for k, box in enumerate(boxes)

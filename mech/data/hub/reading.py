@@ -1,7 +1,6 @@
 """Text in pictures: TextVQA and synthdog-en with boxes."""
 
 import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from mech.data.hub.grounding import box_of
 from mech.data.hub.source import Record, Source
 from mech.data.regions import Box
 from mech.data.samples import Sample
+from mech.files import parse_json, read
 
 OCR = "TextVQA_Rosetta_OCR_v0.2_{}.json"
 
@@ -53,7 +53,7 @@ def _bare(word: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _words(path: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
-    return {one["image_id"]: one.get("ocr_info") or [] for one in json.loads(path.read_text("utf-8"))["data"]}
+    return {one["image_id"]: one.get("ocr_info") or [] for one in parse_json(read(path))["data"]}
 
 
 def synthdog(record: Record) -> Iterator[Sample]:

@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 
+from mech.data.pictures import pixel_digest
 from mech.data.samples import Sample, Samples, outlines, pictures_of
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
@@ -98,6 +99,7 @@ def looks(
                 "answer": sample.answer,
                 "prediction": said,
                 "pictures": [f"look{i}_{n}.png" for n in range(len(pictures_of(sample, pace)))],
+                "digests": [pixel_digest(shown.convert("RGB")) for shown in pictures_of(sample, pace)],
                 "evidence": outlines(sample, pace),
             }
         )

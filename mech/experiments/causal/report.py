@@ -49,7 +49,7 @@ from mech.interventions.specs import Z
 from mech.model import HookedMLLM
 from mech.model.partial.cached_run import NotResumable
 from mech.notebook import Shown
-from mech.results import load, provenance, save
+from mech.results import check, load, provenance, save
 
 QUADRANTS = ("looks and matters", "looks, does not matter", "matters, does not look", "neither")
 LOOKS = 0.05  # a head looks if this much of the attention that even attention puts elsewhere is on the evidence
@@ -289,7 +289,7 @@ class CausalReport(Shown):
     @classmethod
     def load(cls, path: str | Path) -> "CausalReport":
         """Read what ``save`` wrote."""
-        return cls(load(path))
+        return cls(check(load(path), "causal"))
 
     def __repr__(self) -> str:
         return f"CausalReport({self.sentences()[0]})"

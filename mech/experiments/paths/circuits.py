@@ -14,7 +14,6 @@ What it does not do: find paths of which only a set matters (two heads that do t
 missed when noising and found when denoising); draw.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -41,8 +40,9 @@ from mech.inputs import Inputs
 from mech.inputs.layout import IMAGE, PADDING, VIDEO
 from mech.model import HookedMLLM
 from mech.notebook import Shown
-from mech.results import provenance, write_json
+from mech.results import provenance
 from mech.results.provenance import jsonable
+from mech.results.store import read_json, write_json
 
 LEAVES = ("evidence", "picture", "question", "template")
 DIRECT = frozenset(("attention", "mlp"))
@@ -177,7 +177,7 @@ class Circuit(Shown):
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> "Circuit":
         """A circuit from what ``to_json`` gave: a path or the dict."""
         try:
-            given = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+            given = source if isinstance(source, Mapping) else read_json(source)
             numbers = ("effect", "low", "high", "p_value")  # json has no nan
             found = tuple(Edge(**{**edge, **{key: _number(edge[key]) for key in numbers}}) for edge in given["found"])
             return cls(

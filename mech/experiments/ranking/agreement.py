@@ -16,7 +16,6 @@ samples are drawn anew is ``Ranking.stability``. Agreement is not importance: he
 matter to none of the answers (``mech.ablation``).
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from scipy import optimize, stats
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.ranking.ranking import Head, Heads, Ranking
 from mech.experiments.statistics import bootstrap_means, jaccard, jaccard_null, kendall, overlap_p_value, spearman
+from mech.results.store import read_json
 
 
 def agreement(
@@ -195,7 +195,7 @@ def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
     value: Any = source
     if isinstance(source, str | Path):
         try:
-            value = json.loads(Path(source).read_text(encoding="utf-8"))
+            value = read_json(source)
         except (OSError, ValueError) as error:
             raise OutputError(f"{source} cannot be read ({error})", "a JSON file of heads") from error
     try:

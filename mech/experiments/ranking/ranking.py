@@ -12,7 +12,6 @@ The ranking says which heads *attend*. Whether they matter is for ``ablation``, 
 ranking, and against the control sets from here.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from mech.errors import ExperimentError, OutputError
 from mech.experiments.statistics import bootstrap_interval, bootstrap_means
 from mech.identity import weights_in
 from mech.notebook import Shown
-from mech.results import write_json
+from mech.results.store import read_json, write_json
 
 
 class Head(NamedTuple):
@@ -265,13 +264,13 @@ class Ranking(Shown):
         else:
             where = str(source)
             try:
-                value = json.loads(Path(source).read_text(encoding="utf-8"))
+                value = read_json(source)
             except (OSError, ValueError) as error:
                 raise OutputError(f"{where} cannot be read ({error})", "a file of Ranking.to_json") from error
         try:
             rows = [(int(layer), int(head), float(score)) for layer, head, score in value["heads"]]
             layers, n_heads = value.get("layers") or range(max(row[0] for row in rows) + 1), max(r[1] for r in rows) + 1
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise OutputError(f"{where} holds no heads ({error!r})", '"heads": [[layer, head, score], ...]') from error
         if sorted(row[:2] for row in rows) != [(i, j) for i in layers for j in range(n_heads)]:
             raise OutputError(

@@ -19,6 +19,7 @@ import numpy as np
 
 from mech.data.samples import Sample, Samples, outlines, pictures_of
 from mech.errors import OutputError
+from mech.files import read
 from mech.views.drawing.page import PACKED_FROM, escape, packed
 
 LARGEST = 640  # pixels; larger pictures are shown smaller, or a page of scans would weigh 100 MB
@@ -46,12 +47,12 @@ def embedded(source: Any) -> Picture:
 
     try:
         if isinstance(source, str | Path):
-            raw = Path(source).read_bytes()
+            raw = read(source)
             picture = Image.open(io.BytesIO(raw))
             picture.load()
         else:
             raw, picture = b"", source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-    except (OSError, TypeError, ValueError) as error:  # a picture that is no picture is an OSError of Pillow's too
+    except Exception as error:  # of Pillow, whose formats have no common error
         name = source if isinstance(source, str | Path) else f"a {type(source).__name__}"
         raise OutputError(
             f"the picture {name} cannot be read ({type(error).__name__})",

@@ -22,9 +22,7 @@ import base64
 import gzip
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from mech.errors import OutputError
+from mech.files import make_folder
+from mech.files import write as write_file
 from mech.views.drawing.figures import KINDS, draw
 
 TALLEST = 1000
@@ -206,23 +206,10 @@ def tabular(whole: str, caption: str = "") -> str:
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write the file whole or not at all."""
+    """Write the file whole or not at all, into a folder that is made if need be."""
     path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content.encode() if isinstance(content, str) else content)
-        # Temporary files are made for their owner only; a page is for everybody the folder is for.
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise OutputError(f"{path} cannot be written ({reason})", "a writable place", "choose another path") from error
-    return path
+    make_folder(path.parent)
+    return write_file(path, content)
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """A study folder as the report reads it: the summary, and for each setting (a model on a domain) its datasets."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 import xarray as xr
 
 from mech.errors import OutputError
-from mech.results.store import load
+from mech.files import is_below
+from mech.results import store
 
 AGAIN = "run the same `mech study` command again; it computes only what is missing"
 
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OutputError: it is missing or broken.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = store.read_json(path)
     except OSError as error:
         raise OutputError(f"{path} is not there or cannot be read", "a finished study", AGAIN) from error
     except ValueError as error:
@@ -84,7 +84,7 @@ def _folder(study: Path, model: str, domain: str) -> Path:
     names = (model, model.replace(":", "/").rsplit("/", 1)[-1], model.replace("/", "--").replace(":", "--"))
     candidates = [study / name / domain for name in names]
     for folder in candidates:
-        if folder.is_dir():
+        if folder.is_dir() and is_below(folder, study):
             return folder
     raise OutputError(f"{candidates[0]} is not there", f"the results of {model} on {domain}", AGAIN)
 
@@ -92,4 +92,4 @@ def _folder(study: Path, model: str, domain: str) -> Path:
 def _part(path: Path) -> xr.Dataset:
     if not path.exists():
         raise OutputError(f"{path} is not there", "a finished study", AGAIN)
-    return load(path)
+    return store.load(path)

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mech.errors import OutputError
+from mech.errors import MechError, OutputError
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.verdicts import verdicts
 from mech.views import agreement, curves, frontier
@@ -45,11 +45,12 @@ def report(study_folder: str | Path) -> Path:
     """
     study = Path(study_folder)
     summary = read_summary(study)
-    settings = read_settings(study, summary)
     record = read_json(study / "study.json") if (study / "study.json").exists() else {}
     try:
-        body = _body(summary, settings, record)
-    except (KeyError, TypeError) as error:
+        body = _body(summary, read_settings(study, summary), record)
+    except MechError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # entries that are not there, or others
         raise OutputError(
             f"{study / 'summary.json'} lacks something: {error}", "a summary of schema 1", AGAIN
         ) from error
