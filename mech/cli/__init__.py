@@ -5,14 +5,16 @@ Nothing heavy is imported before a command runs, so ``mech --help`` answers at o
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
 """
 
+import errno
 import sys
 from typing import Annotated
 
 import typer
 
 from mech.cli import ablate, accelerate, check, claims, data, patching, rank, study, transfer, view
-from mech.errors import MechError
+from mech.errors import MechError, OutputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the system
 INTERRUPTED = 130  # what a shell calls a program that ended by Ctrl-C
 
 app = typer.Typer(
@@ -66,6 +68,14 @@ def main() -> None:
         app()
     except MechError as error:
         print(f"mech: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        full = OutputError(
+            f"{error.filename or 'a file'} cannot be written ({error.strerror})", "room on the disk", "make room"
+        )
+        print(f"mech: {full}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

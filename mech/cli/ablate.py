@@ -26,7 +26,8 @@ def ablate(
         list[str] | None, typer.Option(help="mean, zero, resample, uniform, paper; may be given again.")
     ] = None,
     fraction: Annotated[
-        list[float] | None, typer.Option(help="Share of all heads, or from 1 on their number; repeatable.")
+        list[float] | None,
+        typer.Option(help="Share of all heads, or from 1 on their number; repeatable.", callback=options.size),
     ] = None,
     band: Annotated[
         list[str] | None,
@@ -38,10 +39,15 @@ def ablate(
     heads: Annotated[
         Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Half find heads (or make the reference), half test them.")] = 96,
-    n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 20,
+    samples: Annotated[
+        int, typer.Option(help="Half find heads (or make the reference), half test them.", callback=options.whole(8))
+    ] = 96,
+    n_random: options.NRandom = 20,
     positions: Annotated[str, typer.Option(help="all, question, last, image or text.")] = "all",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Save every sample's result (netCDF).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Save every sample's result (netCDF).", callback=options.written_to()),
+    ] = None,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
@@ -53,7 +59,6 @@ def ablate(
     from mech.interventions import METHODS, POSITIONS
     from mech.results import save
 
-    options.at_least("--samples", samples, 8)
     methods, sizes = to or ["mean"], [options.share_or_number(f) for f in fraction or (0.05, 0.2)]
     bands: list[Any] = list(dict.fromkeys(band or BANDS))
     for given, known in ((methods, METHODS), ([positions], POSITIONS), (bands, (*BANDS, "vision", "sinks"))):
@@ -62,7 +67,6 @@ def ablate(
                 raise ExperimentError(f"{word!r}", ", ".join(known), suggestion(word, known))
     some, called = options.chosen(data, root, domain, samples, seed)
     find, test = some.split(0.5, seed)
-    target = options.writable(out) if out is not None else None
     hooked = options.open_model(model, revision)
     with options.progress(quiet or as_json) as say:
         if heads is None:
@@ -94,8 +98,8 @@ def ablate(
             seed=seed,
             progress=lambda i, n: say("ablation", i, n),
         )
-    if target is not None:
-        save(effects, target)
+    if out is not None:
+        save(effects, out)
     numbers = summarise_effects(effects)
     if as_json:
         print(json.dumps(numbers))

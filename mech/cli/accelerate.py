@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mech.cli import options
-from mech.errors import ExperimentError, OutputError
+from mech.errors import ExperimentError
 
 EPILOG = (
     "[bold]mech accelerate -m reference:llava-m --share 0.02 --share 0.1[/]\n\n"
@@ -22,26 +22,43 @@ def accelerate(
     data: options.Data = None,
     root: options.Root = None,
     pictures: Annotated[
-        int | None, typer.Option(help="Pages or frames of each generated sample, for models of long contexts.")
+        int | None,
+        typer.Option(
+            help="Pages or frames of each generated sample, for models of long contexts.", callback=options.whole(1)
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="A quarter ranks the heads, the others test them.")] = 96,
+    samples: Annotated[
+        int, typer.Option(help="A quarter ranks the heads, the others test them.", callback=options.whole(16))
+    ] = 96,
     window: Annotated[
-        int | None, typer.Option(help="Tokens a local head sees; by default a bit over the question.")
+        int | None,
+        typer.Option(help="Tokens a local head sees; by default a bit over the question.", callback=options.whole(1)),
     ] = None,
-    sinks: Annotated[int, typer.Option(help="First tokens that every head sees.")] = 4,
+    sinks: Annotated[int, typer.Option(help="First tokens that every head sees.", callback=options.whole(0))] = 4,
     share: Annotated[
         list[float] | None,
-        typer.Option(help="Share of KV heads that stay dense, or from 1 on their number; repeatable."),
+        typer.Option(
+            help="Share of KV heads that stay dense, or from 1 on their number; repeatable.", callback=options.size
+        ),
     ] = None,
     choice: Annotated[
         list[str] | None,
         typer.Option(help="ram, bottom, random, vision, causal, gates, reach, dynamic; repeatable. Default: all."),
     ] = None,
-    n_random: Annotated[int, typer.Option(help="Random sets at every share.")] = 4,
-    margin: Annotated[float, typer.Option(help="The loss of accuracy that a recommended setting stays below.")] = 0.1,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 8,
+    n_random: options.NRandom = 4,
+    margin: Annotated[
+        float,
+        typer.Option(help="The loss of accuracy that a recommended setting stays below.", callback=options.share),
+    ] = 0.1,
+    batch_size: options.BatchSize = 8,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html).")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Save the result (.nc) or its picture (.html).",
+            callback=options.written_to(".nc", ".html"),
+        ),
     ] = None,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
@@ -53,12 +70,6 @@ def accelerate(
     from mech.results import save
     from mech.sparse.frontier.acceleration import CHOICES, SHARES
 
-    options.at_least("--samples", samples, 16)
-    if not 0 < margin < 1:
-        raise ExperimentError(f"--margin {margin}", "a share between 0 and 1", "use 0.1 for ten points")
-    if out is not None and out.suffix not in (".nc", ".html"):
-        raise OutputError(f"--out {out.name}", "a name that ends in .nc or .html", "choose one of the two")
-    target = options.writable(out) if out is not None else None
     sizes = [options.share_or_number(one) for one in share or SHARES]
     some, called = _samples(data, root, domain, pictures, samples, seed)
     find, test = some.split(0.25, seed)
@@ -68,10 +79,10 @@ def accelerate(
             hooked, test, find=find, window=window, sinks=sinks, choices=choice or CHOICES, shares=sizes,
             n_random=n_random, batch_size=batch_size, seed=seed, progress=say,
         )  # fmt: skip
-    if target is not None and target.suffix == ".nc":
-        save(found, target)
-    elif target is not None:
-        mech.view(found, margin=margin).save(target)
+    if out is not None and out.suffix == ".nc":
+        save(found, out)
+    elif out is not None:
+        mech.view(found, margin=margin).save(out)
     facts = summarise(found, margin)
     if as_json:
         print(json.dumps(facts))
@@ -81,7 +92,7 @@ def accelerate(
     title = f"{hooked.name} on {called}: dense {dense:.1%}, window alone {alone:.1%} ({len(test)} samples; {local})"
     columns = ("KV heads dense", "chosen by", "accuracy", "loss in points (95%)", "attention work", "cache")
     options.print_table(title, columns, [_row(entry) for entry in facts["curve"]])
-    print(*(text for _, text, _ in sentences(facts)), sep="\n")
+    options.tell(*(text for _, text, _ in sentences(facts)))
 
 
 def _samples(

@@ -43,6 +43,6 @@ def check(
         laws = tuple(reports[0].findings)
         rows = [(report.model, *(report.cell(law) for law in laws)) for report in reports]
         options.print_table("Deviations are relative to the largest logit", ("model", *laws), rows)
-        print(*(note for report in reports for note in report.notes()), sep="\n")
+        options.tell(*(note for report in reports for note in report.notes()))
     if not all(report.ok for report in reports):
         raise typer.Exit(1)

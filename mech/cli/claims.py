@@ -1,7 +1,6 @@
 """``mech claims``: which published statements about retrieval heads hold on this model."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,9 +21,9 @@ def claims(
     data: options.Data = None,
     root: options.Root = None,
     only: Annotated[list[str] | None, typer.Option(help="A point by its name; repeatable. Default: all.")] = None,
-    samples: Annotated[int, typer.Option(help="Half find the heads, half test them.")] = 48,
-    n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 8,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all numbers as JSON.")] = None,
+    samples: Annotated[int, typer.Option(help="Half find the heads, half test them.", callback=options.whole(8))] = 48,
+    n_random: options.NRandom = 8,
+    out: options.Written = None,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
@@ -37,16 +36,15 @@ def claims(
     for name in only or ():
         if name not in KNOWN:
             raise ExperimentError(f"no point is called {name!r}", ", ".join(KNOWN), suggestion(name, KNOWN))
-    target = options.writable(out) if out is not None else None
     used, where = options.chosen(data, root, domain, samples, seed)
     hooked = options.open_model(model, revision)
     with options.progress(quiet or as_json) as say:
         found = mech.published_claims(
             hooked, used, only, n_random=n_random, seed=seed, progress=lambda i, n: say("points", i, n)
         )
-    if target is not None:
-        write_json(found.to_json(), target)
+    if out is not None:
+        write_json(found.to_json(), out)
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    print(f"{hooked.name} on {where}, {len(used)} samples", *found.sentences(), sep="\n\n")
+    options.tell(f"{hooked.name} on {where}, {len(used)} samples", *found.sentences(), sep="\n\n")

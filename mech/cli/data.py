@@ -44,7 +44,10 @@ def data(
         options.print_table(f"{what}: every line can be used", ("domain", *next(iter(found.values()))), cells)
     else:
         said = _said(hub.source(what))
-        print(json.dumps(said) if as_json else "\n".join(f"{name:9} {value}" for name, value in said.items() if value))
+        if as_json:
+            print(json.dumps(said))
+        else:
+            options.tell(*(f"{name:9} {value}" for name, value in said.items() if value))
 
 
 def _said(row: Any) -> dict[str, Any]:

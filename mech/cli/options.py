@@ -1,16 +1,19 @@
-"""What the commands share: options, the samples they mean, progress, tables, and whether a file can be written.
+"""What the commands share: options, the samples they mean, progress, and tables.
 
-Nothing heavy is imported before a command runs, so ``mech --help`` answers at once.
+Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Numbers and places to write to are
+checked while the command line is read, by the callbacks of the options: a mistake is told before anything is loaded.
 """
 
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mech.errors import ExperimentError, OutputError, suggestion
+from mech.errors import ExperimentError, OutputError, printable, suggestion
 
 if TYPE_CHECKING:
     from mech.data.samples import Samples
@@ -28,19 +31,94 @@ def domain_names(incomplete: str) -> list[str]:
     return [name for name in ("grounding", "documents", "pages", "video") if name.startswith(incomplete)]
 
 
+def checked(check: Callable[[str, Any], None]) -> Any:
+    """The callback of an option: ``check(name, value)`` refuses values that cannot be meant, each of a list."""
+
+    def callback(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+        if not context.resilient_parsing:  # the tab key completes a line that is not there yet
+            for one in value if isinstance(value, list) else [] if value is None else [value]:
+                check(f"--{str(param.name).replace('_', '-')}", one)
+        return value
+
+    return callback
+
+
+def whole(least: int, most: int | None = None) -> Any:
+    """The callback of an option that is a whole number from ``least`` on."""
+
+    def check(name: str, value: int) -> None:
+        if value < least or (most is not None and value > most):
+            wanted = f"at least {least}" if most is None or value < least else f"at most {most}"
+            raise ExperimentError(f"{name} {value}", wanted, "leave it out for the default")
+
+    return checked(check)
+
+
+def _check_size(name: str, value: float) -> None:
+    if not (0 < value < 1 or (value >= 1 and value.is_integer())):
+        wanted = "a share between 0 and 1, or a whole number of heads"
+        raise ExperimentError(f"{name} {value:g}", wanted, "use 0.05 for a twentieth")
+
+
+def _check_text(name: str, value: str) -> None:
+    if not value.strip():
+        raise ExperimentError(f"{name} {value!r}", "a name", "leave it out for the default")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ExperimentError(f"{name} {value:g}", "a share between 0 and 1", "use 0.1 for ten points of a hundred")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ExperimentError(f"{name} {value:g}", "a number above 0", "leave it out for the default")
+
+
+def written_to(*endings: str) -> Any:
+    """The callback of an option that names a file to write, whose name ends in one of these if there are any."""
+
+    def check(name: str, path: Path) -> None:
+        if endings and path.suffix not in endings:
+            known = f"{', '.join(endings[:-1])} or {endings[-1]}"
+            raise OutputError(f"{name} {path.name}", f"a name that ends in {known}", "choose one")
+        folder = path.resolve().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+            raise OutputError(f"{path} cannot be written", "a file in a folder that exists", "choose another --out")
+
+    return checked(check)
+
+
+filled, size, share, positive = map(checked, (_check_text, _check_size, _check_share, _check_positive))
+
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="A reference model, a folder or a hub id.", autocompletion=reference_names),
+    typer.Option(
+        "--model",
+        "-m",
+        help="A reference model, a folder or a hub id.",
+        autocompletion=reference_names,
+        callback=filled,
+    ),
 ]
 Revision = Annotated[
     str | None,
     typer.Option(
-        "--revision", help="Branch, tag or commit of a hub id; step of training of a reference model (step2300)."
+        "--revision",
+        help="Branch, tag or commit of a hub id; step of training of a reference model (step2300).",
+        callback=filled,
     ),
 ]
 PictureOrData = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).")
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Save the result (.nc) or its picture (.html, .png, .pdf, .svg).",
+        callback=written_to(".nc", ".html", ".png", ".pdf", ".svg"),
+    ),
 ]
+Written = Annotated[Path | None, typer.Option("--out", "-o", help="Write all numbers as JSON.", callback=written_to())]
 Domain = Annotated[
     str | None,
     typer.Option(
@@ -48,13 +126,19 @@ Domain = Annotated[
         "-d",
         help="grounding (the default), documents, pages, video; or of --data.",
         autocompletion=domain_names,
+        callback=filled,
     ),
 ]
 Data = Annotated[
-    str | None, typer.Option("--data", help="Samples of your own (mine.jsonl), or a published set (refcocog:200).")
+    str | None,
+    typer.Option(
+        "--data", help="Samples of your own (mine.jsonl), or a published set (refcocog:200).", callback=filled
+    ),
 ]
 Root = Annotated[Path | None, typer.Option("--root", help="The folder with the pictures of --data, if not beside it.")]
-Seed = Annotated[int, typer.Option(help="Of samples and random sets.")]
+Seed = Annotated[int, typer.Option(help="Of samples and random sets.", callback=whole(0, 2**32 - 1))]
+BatchSize = Annotated[int, typer.Option(help="Samples per forward.", callback=whole(1))]
+NRandom = Annotated[int, typer.Option(help="Random sets of each size.", callback=whole(1))]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -70,7 +154,8 @@ class progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            name = TextColumn("{task.description}", markup=False)
+            columns = name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             self.bar = Progress(*columns, console=Console(stderr=True))
             self.bar.start()
         return self
@@ -78,7 +163,7 @@ class progress:
     def __call__(self, what: str, done: int, total: int) -> None:
         if self.bar is not None:
             if what not in self.tasks:
-                self.tasks[what] = self.bar.add_task(what, total=total)
+                self.tasks[what] = self.bar.add_task(printable(what), total=total)
             self.bar.update(self.tasks[what], completed=done)
 
     def __exit__(self, *_: object) -> None:
@@ -139,15 +224,8 @@ def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
         samples = mech.hub_samples(name, int(count or n), seed, root=root, skip_bad=True)
     for one in said:
         if str(one.message).startswith(f"{name}:"):
-            print(f"mech: {one.message}", file=sys.stderr)
+            print(f"mech: {printable(one.message)}", file=sys.stderr)
     return samples
-
-
-def picture_or_data(out: Path | None) -> Path | None:
-    """The path to save a result (.nc) or its picture at, asked before the work."""
-    if out is not None and out.suffix not in (".nc", ".html", ".png", ".pdf", ".svg"):
-        raise OutputError(f"--out {out.name}", "a name that ends in .nc, .html, .png, .pdf or .svg", "choose one")
-    return writable(out) if out is not None else None
 
 
 def save_or_draw(found: Any, target: Path | None) -> None:
@@ -161,42 +239,37 @@ def save_or_draw(found: Any, target: Path | None) -> None:
         mech.view(found).save(target)
 
 
-def at_least(option: str, value: int, least: int) -> None:
-    """Refuse an option's number that is too small to say anything."""
-    if value < least:
-        raise ExperimentError(f"{option} {value}", f"at least {least}", "leave it out for the default")
-
-
 def share_or_number(value: float) -> float:
     """A share of all heads; from 1 on, whole numbers are numbers of heads."""
     return int(value) if value >= 1 and value.is_integer() else value
 
 
-def writable(path: Path) -> Path:
-    """The path, if its folder is there and can be written: asked before the work, not after."""
-    import os
-
-    folder = path.resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
-        raise OutputError(f"{path} cannot be written", "a file in a folder that exists", "choose another --out")
-    return path
+def tell(*texts: str, sep: str = "\n") -> None:
+    """Print texts that may hold what others wrote: names in a data set, words of a model."""
+    print(*map(printable, texts), sep=sep)
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table with lines in a terminal, aligned words elsewhere: what is piped is not cut to a terminal's width."""
+    """A table with lines in a terminal, aligned words elsewhere: what is piped is not cut to a terminal's width.
+
+    Texts may hold what others wrote; they are no markup.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
+    title, *columns = map(printable, (title, *columns))
+    rows = [tuple(map(printable, row)) for row in rows]
     if not console.is_terminal:
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         print(title)
         for row in (columns, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(Text(column))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)

@@ -23,7 +23,8 @@ PATHS = (
     "[bold]mech paths --sender L0H2 --receiver mlp.0 --receiver L2K2.v --freeze attention --direction noise[/]"
 )
 Direction = Annotated[str, typer.Option(help="denoise (what is sufficient) or noise (what is necessary).")]
-Shown = Annotated[int, typer.Option(help="How many rows to print.")]
+Shown = Annotated[int, typer.Option(help="How many rows to print.", callback=options.whole(1))]
+Pairs = Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.", callback=options.whole(1))]
 
 
 def patch(
@@ -41,7 +42,7 @@ def patch(
         str | None, typer.Option(help="For --over region: cells of the picture (6x6), or names (image,question,last).")
     ] = None,
     direction: Direction = "denoise",
-    samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
+    samples: Pairs = 4,
     top: Shown = 10,
     out: options.PictureOrData = None,
     seed: options.Seed = 0,
@@ -51,7 +52,6 @@ def patch(
     """Activation patching: which head, layer, position or region carries what the counterfactual changes."""
     import mech
 
-    target = options.picture_or_data(out)
     some, called = options.chosen(data, root, domain, samples, seed)
     hooked = options.open_model(model, revision)
     pairs, called = _paired(hooked, some, called)
@@ -62,7 +62,7 @@ def patch(
             regions=_regions(hooked, pairs, regions), direction=direction,
             progress=lambda i, n: say("patching", i, n),
         )  # fmt: skip
-    _print_effects(found, f"{hooked.name} on {called}: {point}, {direction}", target, top, as_json)
+    _print_effects(found, f"{hooked.name} on {called}: {point}, {direction}", out, top, as_json)
 
 
 def paths(
@@ -79,7 +79,7 @@ def paths(
     ] = None,
     freeze: Annotated[list[str] | None, typer.Option(help="attention, mlp, norm; repeatable.")] = None,
     direction: Direction = "denoise",
-    samples: Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.")] = 4,
+    samples: Pairs = 4,
     top: Shown = 10,
     out: options.PictureOrData = None,
     seed: options.Seed = 0,
@@ -89,7 +89,6 @@ def paths(
     """Path patching: through which paths heads and MLPs act, with what lies between held fixed."""
     import mech
 
-    target = options.picture_or_data(out)
     some, called = options.chosen(data, root, domain, samples, seed)
     hooked = options.open_model(model, revision)
     pairs, called = _paired(hooked, some, called)
@@ -101,7 +100,7 @@ def paths(
             receivers="logits" if receiver in (None, ["logits"]) else receiver,
             progress=lambda i, n: say("samples", i, n),
         )  # fmt: skip
-    _print_effects(found, f"{hooked.name} on {called}: {', '.join(frozen)} held, {direction}", target, top, as_json)
+    _print_effects(found, f"{hooked.name} on {called}: {', '.join(frozen)} held, {direction}", out, top, as_json)
 
 
 def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:

@@ -1,7 +1,6 @@
 """``mech rank``: heads by Retrieval Attention Mass, or by several scores, and how far these agree."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,10 +20,10 @@ def rank(
     domain: options.Domain = None,
     data: options.Data = None,
     root: options.Root = None,
-    samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 48,
+    samples: Annotated[int, typer.Option(help="Samples to measure on.", callback=options.whole(1))] = 48,
     score: Annotated[str, typer.Option(help="ram, or others of the literature, joined by commas.")] = "ram",
-    top: Annotated[int, typer.Option(help="How many heads to print, and to compare.")] = 10,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all heads and scores as JSON.")] = None,
+    top: Annotated[int, typer.Option(help="How many heads to print, and to compare.", callback=options.whole(1))] = 10,
+    out: options.Written = None,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
@@ -36,7 +35,6 @@ def rank(
 
     names = [name.strip() for name in score.split(",")]
     passes(names)  # refuses an unknown score before anything is opened
-    target = options.writable(out) if out is not None else None
     some, called = options.chosen(data, root, domain, samples, seed)
     hooked = options.open_model(model, revision)
     with options.progress(quiet or as_json) as say:
@@ -51,8 +49,8 @@ def rank(
         matrices = {str(name): values.values.tolist() for name, values in agree.items()}
         written = {"rankings": {name: ranking.to_json() for name, ranking in rankings.items()},
                    "agreement": {"scores": names, "n_top": top, **matrices}}  # fmt: skip
-    if target is not None:
-        write_json(written, target)
+    if out is not None:
+        write_json(written, out)
     if as_json:
         print(json.dumps(written))
         return

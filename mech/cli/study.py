@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mech.cli import options
-from mech.errors import ExperimentError
+from mech.errors import ExperimentError, printable
 
 EPILOG = (
     "[bold]mech study[/]  the reference models, every domain, about ten minutes on two cores\n\n"
@@ -24,10 +24,14 @@ def study(
             "-m",
             help="May be given again, also as NAME@REVISION. Default: the reference models.",
             autocompletion=options.reference_names,
+            callback=options.filled,
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Of the one --model; NAME@REVISION where there are several.")
+        str | None,
+        typer.Option(
+            "--revision", help="Of the one --model; NAME@REVISION where there are several.", callback=options.filled
+        ),
     ] = None,
     domain: Annotated[
         list[str] | None,
@@ -36,23 +40,26 @@ def study(
             "-d",
             help="May be given again. Default: all the model knows.",
             autocompletion=options.domain_names,
+            callback=options.filled,
         ),
     ] = None,
     data: options.Data = None,
     root: options.Root = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
-    samples: Annotated[int, typer.Option(help="Samples of each domain: half find heads, half test them.")] = 64,
-    n_random: Annotated[int, typer.Option(help="Random sets of each size.")] = 20,
+    samples: Annotated[
+        int, typer.Option(help="Samples of each domain: half find heads, half test them.", callback=options.whole(8))
+    ] = 64,
+    n_random: options.NRandom = 20,
     seed: options.Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 16,
+    batch_size: options.BatchSize = 16,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Rank heads by RAM, test whether they are needed, write report.html. The same command goes on where it stopped."""
+    from mech.results.store import read_json
     from mech.study import DEFAULT_MODELS, Settings
     from mech.study import study as run
 
-    options.at_least("--samples", samples, 8)
     if revision is not None:
         if model is None or len(model) != 1:
             raise ExperimentError(
@@ -69,7 +76,7 @@ def study(
     own = options.opened(data, root, samples, seed) if data is not None else None
     with options.progress(quiet or as_json) as say:
         page = run(out, model or DEFAULT_MODELS, domain, data=own, settings=settings, progress=say)
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(out / "summary.json")
     if as_json:
         print(json.dumps(summary))
         return
@@ -87,4 +94,4 @@ def _print_findings(summary: dict) -> None:
     for finding in summary["headlines"]:
         mark = "[yellow]against the papers:[/] " if finding["against_papers"] else ""
         place = f"{finding['model']}: " if finding["model"] else ""
-        console.print(Padding(mark + escape(place + finding["text"]), (0, 0, 0, 2)), highlight=False)
+        console.print(Padding(mark + escape(printable(place + finding["text"])), (0, 0, 0, 2)), highlight=False)

@@ -24,14 +24,19 @@ def transfer(
             "-d",
             help="Two or more. Default: grounding, documents and pages, or all of --data.",
             autocompletion=options.domain_names,
+            callback=options.filled,
         ),
     ] = None,
     data: options.Data = None,
     root: options.Root = None,
-    fraction: Annotated[float, typer.Option(help="Share of all heads, or from 1 on their number.")] = 0.05,
+    fraction: Annotated[
+        float, typer.Option(help="Share of all heads, or from 1 on their number.", callback=options.size)
+    ] = 0.05,
     to: Annotated[str, typer.Option(help="mean, zero, resample, uniform or paper.")] = "mean",
-    samples: Annotated[int, typer.Option(help="Of each domain: half find heads, half test them.")] = 48,
-    n_random: Annotated[int, typer.Option(help="Random sets of as many heads.")] = 20,
+    samples: Annotated[
+        int, typer.Option(help="Of each domain: half find heads, half test them.", callback=options.whole(8))
+    ] = 48,
+    n_random: Annotated[int, typer.Option(help="Random sets of as many heads.", callback=options.whole(2))] = 20,
     out: options.PictureOrData = None,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
@@ -41,11 +46,8 @@ def transfer(
     import mech
     from mech.interventions import METHODS
 
-    options.at_least("--samples", samples, 8)
-    options.at_least("--n-random", n_random, 2)
     if to not in METHODS:
         raise ExperimentError(f"--to {to}", ", ".join(METHODS), suggestion(to, METHODS))
-    target = options.picture_or_data(out)
     known = ("grounding", "documents", "pages") if data is None else options.opened(data, root, samples, seed).domains
     tasks = tuple(dict.fromkeys(domain or known))
     if len(tasks) < 2:
@@ -58,7 +60,7 @@ def transfer(
             hooked, find, test, k=options.share_or_number(fraction), to=to,
             n_random=n_random, seed=seed, progress=lambda i, n: say("ablation", i, n),
         )  # fmt: skip
-    options.save_or_draw(found, target)
+    options.save_or_draw(found, out)
     base = found["accuracy"].isel(condition=0).mean("example")
     if as_json:
         print(json.dumps(_said(found, base)))

@@ -26,10 +26,16 @@ def view(
         typer.Option("--on", help="The picture to draw over; repeatable, in the order of the images."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help=".html, .png, .pdf or .svg; by default a page beside the file.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help=".html, .png, .pdf or .svg; by default a page beside the file.",
+            callback=options.written_to(".html", ".htm", ".png", ".pdf", ".svg"),
+        ),
     ] = None,
-    width: Annotated[int, typer.Option(help="Of a figure, in CSS pixels.")] = 1000,
-    scale: Annotated[float, typer.Option(help="PNG pixels for a CSS pixel.")] = 2.0,
+    width: Annotated[int, typer.Option(help="Of a figure, in CSS pixels.", callback=options.whole(200, 16_000))] = 1000,
+    scale: Annotated[float, typer.Option(help="PNG pixels for a CSS pixel.", callback=options.positive)] = 2.0,
     title: Annotated[str | None, typer.Option(help="Stands above the page.")] = None,
 ) -> None:
     """Draw a saved result: an offline page, or a figure for a paper. No model is needed."""
@@ -46,7 +52,7 @@ def view(
             page = write(out, read(page))
         print(page)
         return
-    target = options.writable(out if out is not None else file.with_suffix(".html"))
+    target = out if out is not None else file.with_suffix(".html")
     named = {"title": title} if title else {}
     pictures = None if not on else on[0] if len(on) == 1 else list(on)
     drawn = views.view(_read(file), on=pictures, folder=None if on else file.parent, **named)

@@ -1,5 +1,6 @@
 """The command line: help at once, errors in three lines, numbers as JSON."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from importlib.metadata import version
 
 import pytest
+
+from mech.results.store import read_json
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,88 @@ def test_mistakes_end_with_code_2_and_what_to_do(mech, words, says):
     assert code == 2 and says in err and "Traceback" not in err and not out
 
 
+EVERY_NUMBER = """
+import contextlib, inspect, io, sys
+import typer
+from mech import cli
+
+WRONG = {int: ["-1"], float: ["nan", "-1", "inf"], str: [" "]}
+for command in cli.app.registered_commands:
+    for name, parameter in inspect.signature(command.callback).parameters.items():
+        hint, option = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
+        kind = next((kind for kind in WRONG if kind.__name__ in str(hint).replace("'", " ")), None)
+        if not isinstance(option, typer.models.OptionInfo) or kind is None:
+            continue
+        if kind is str and name not in ("model", "revision", "domain", "data"):
+            continue  # other words are looked up in lists that have to be loaded
+        for value in WRONG[kind]:
+            called = f"--{name.replace('_', '-')}"
+            sys.argv = ["mech", command.callback.__name__, called, value]
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    cli.main()
+                except SystemExit as stop:
+                    code = stop.code
+            first = said.getvalue().partition(chr(10))[0]
+            print(code == 2 and first.startswith(f"mech: {called}"), *sys.argv[1:], first, sep="|")
+print({"torch", "numpy", "transformers"}.isdisjoint(sys.modules), "nothing heavy is imported", sep="|")
+"""
+
+
+def test_every_number_and_name_is_checked_before_anything_is_loaded(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_NUMBER], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    rows = done.stdout.splitlines()
+    assert len(rows) > 50 and not [row for row in rows if not row.startswith("True|")]
+    assert not list(tmp_path.iterdir())  # no study, above all
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["study", "--batch-size", "0"], "--batch-size 0\nExpected: at least 1"),
+        (["study", "--n-random", "0"], "--n-random 0\nExpected: at least 1"),
+        (["study", "--seed", "4294967296"], "at most 4294967295"),
+        (["ablate", "--fraction", "1.5"], "a share between 0 and 1, or a whole number"),
+        (["ablate", "--fraction", "0"], "a share between 0 and 1, or a whole number"),
+        (["accelerate", "--margin", "1"], "a share between 0 and 1"),
+        (["accelerate", "--out", "a.png"], "a name that ends in .nc or .html"),
+        (["view", "a.nc", "--width", "100"], "at least 200"),
+        (["view", "a.nc", "--out", "a.gif"], "ends in .html, .htm, .png, .pdf or .svg"),
+        (["claims", "--out", "/nowhere/at/all.json"], "cannot be written"),
+    ],
+)
+def test_numbers_and_places_are_checked_first(mech, words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mech(*words)
+    assert code == 2 and err.startswith("mech: ") and says in err and not out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_ends_with_code_2(mech, monkeypatch, number):
+    monkeypatch.setattr("mech.haystacks", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number), "x")))
+    code, _, err = mech("rank")
+    assert code == 2 and f"x cannot be written ({os.strerror(number)})" in err
+
+
+def test_what_others_wrote_cannot_steer_the_terminal(mech, monkeypatch):
+    from mech.cli.options import print_table, progress, tell
+    from mech.errors import InputError, printable
+
+    evil = "\x1b[2J\x9b31m[red]\u202ebold\r"
+    print_table(f"table of {evil}", ("name", evil), [(evil, "[/nothing]")])
+    tell(evil)
+    monkeypatch.setattr("mech.haystacks", lambda *_: (_ for _ in ()).throw(InputError(evil, evil, evil)))
+    with progress(quiet=False) as say:
+        say(evil, 1, 2)
+    code, out, err = mech("rank")
+    assert code == 2 and out.count("[red]") == 3 and "[red]" in err and "[/nothing]" in out
+    for control in set(evil) - set(printable(evil)):
+        assert control not in out + err.replace("\x1b[", "")  # of the bar's own colours
+    assert "\x1b[2J" not in out + err and "\\x1b[2J" in out
+
+
 def test_an_unknown_option_is_a_usage_error(mech):
     code, _, err = mech("rank", "--modle", "x")
     assert code == 2 and "--modle" in err
@@ -109,7 +194,7 @@ def test_rank_prints_a_table_or_json_and_writes_the_ranking(mech, tmp_path):
     path = tmp_path / "heads.json"
     code, out, err = mech("rank", "--samples", "6", "--json", "--out", str(path))
     assert code == 0 and err == ""
-    assert json.loads(out) == json.loads(path.read_text())
+    assert json.loads(out) == read_json(path)
     assert len(json.loads(out)["heads"]) == 48
 
 
@@ -121,7 +206,7 @@ def test_rank_by_several_scores_prints_and_writes_how_far_they_agree(mech, tmp_p
     path = tmp_path / "scores.json"
     code, out, _ = mech(*words, "--json", "--out", str(path))
     found = json.loads(out)
-    assert found == json.loads(path.read_text()) and list(found["rankings"]) == ["ram", "vera"]
+    assert found == read_json(path) and list(found["rankings"]) == ["ram", "vera"]
     assert found["agreement"]["scores"] == ["ram", "vera"] and found["agreement"]["spearman"][0][0] == 1
     assert found["agreement"]["jaccard_low"][0][1] <= found["agreement"]["jaccard_high"][0][1]
 
