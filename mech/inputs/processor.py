@@ -259,20 +259,25 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
             image_processor = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
         else:
             image_processor = own.from_pretrained(where, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
+        template = None
+        if not tokenizer.chat_template:
+            template = _stored(where, revision, "chat_template.json").get("chat_template")
+        return Processor.from_hf(
+            config=config,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            chat_template=template,
+            video_size=_limits(_settings(where, revision, "video_processor", "video_preprocessor_config.json")),
+        )
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # of transformers, tokenizers and PIL, which have no common one for a malformed file
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedModel(
-            f"the processor of {where!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"the processor of {where!r} cannot be loaded: {said}",
             "config.json, tokenizer.json and preprocessor_config.json",
             "check the name and the network; for an interrupted download run it again",
         ) from error
-    template = None if tokenizer.chat_template else _stored(where, revision, "chat_template.json").get("chat_template")
-    return Processor.from_hf(
-        config=config,
-        tokenizer=tokenizer,
-        image_processor=image_processor,
-        chat_template=template,
-        video_size=_limits(_settings(where, revision, "video_processor", "video_preprocessor_config.json")),
-    )
 
 
 def _own_class(name: str, revision: str | None) -> Any:

@@ -4,7 +4,6 @@ A folder is looked over before anything is built: is it there, is its architectu
 shards there and whole. Weights are safetensors only; code from a checkpoint is never run.
 """
 
-import json
 import re
 import struct
 import warnings
@@ -19,10 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from mech.errors import InputError, UnsupportedModel
+from mech.errors import InputError, MechError, UnsupportedModel
+from mech.files import opened, parse_json, read
 from mech.model.architectures.families import RECIPE, PartialSupport, family_of
 
 REFERENCE = "reference:"
+INDEX = "model.safetensors.index.json"
+MOST_LAYERS = 10_000  # of a config: before weights are read, a model is laid out layer by layer
 
 
 def resolve(name: str | Path) -> str:
@@ -54,22 +56,28 @@ def _checkpoint(name: str, revision: str | None) -> Path | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose download was cut off.
+    """Refuse a folder whose download was cut off, or whose files are not what they are called.
 
     Raises:
-        UnsupportedModel: no config, no safetensors, a shard missing or shorter than its header says.
+        UnsupportedModel: no config, no safetensors, a shard missing or shorter than its header says, JSON that is none.
     """
     again = "download it again, for example with `hf download owner/model --local-dir FOLDER`"
     if not (folder / "config.json").is_file():
         raise UnsupportedModel(f"{folder} has no config.json", "a folder written by save_pretrained", again)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    stored = {}
+    for file in (folder / name for name in ("config.json", "generation_config.json", INDEX)):
+        if not file.exists():
+            continue
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise UnsupportedModel(f"{index} is cut off", "JSON with a weight_map", again) from error
-    else:
-        shards = ["model.safetensors"]
+            stored[file.name] = parse_json(read(file))
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"{file} is cut off or no JSON ({error})", "a whole file", again) from error
+        if not isinstance(stored[file.name], dict):
+            raise UnsupportedModel(f"{file} holds a {type(stored[file.name]).__name__}", "a JSON object", again)
+    names = stored[INDEX].get("weight_map") if INDEX in stored else {"": "model.safetensors"}
+    if not isinstance(names, dict) or not all(isinstance(one, str) and one == Path(one).name for one in names.values()):
+        raise UnsupportedModel(f"{folder / INDEX} names no files of its folder", "JSON with a weight_map", again)
+    shards = sorted(set(names.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise UnsupportedModel(
@@ -84,19 +92,14 @@ def check_folder(folder: Path) -> None:
 
 def _is_whole(shard: Path) -> bool:
     size = shard.stat().st_size
-    with shard.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            return False
-        (length,) = struct.unpack("<Q", start)
-        if 8 + length > size:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    try:
+        with opened(shard) as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = parse_json(file.read(length)) if 8 + length <= size else None
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return size == 8 + length + max(ends, default=0)
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, struct.error):  # it is no safetensors file
+        return False
 
 
 @contextmanager
@@ -118,6 +121,8 @@ def check_known(config: Any) -> None:
     Raises:
         UnsupportedModel: no row has it, and its text layers are not written like known ones.
     """
+    if (layers := max(_layers(config.to_dict()), default=0)) > MOST_LAYERS:
+        raise UnsupportedModel(f"a config with {layers} layers", f"at most {MOST_LAYERS}", "look at config.json")
     try:
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config)
@@ -130,6 +135,34 @@ def check_known(config: Any) -> None:
     with warnings.catch_warnings():  # said once, when the model is wrapped
         warnings.simplefilter("ignore", PartialSupport)
         family_of(empty)
+
+
+def _layers(config: Mapping[str, Any]) -> Iterator[int]:
+    """Every number of layers in a config, however deep it lies."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _layers(value)
+        elif isinstance(value, int) and ("layers" in str(name) or name == "depth"):
+            yield value
+
+
+@contextmanager
+def _told(what: str, source: str) -> Iterator[None]:
+    """Errors of transformers, which has no common one for a checkpoint that is malformed, as one that names it.
+
+    Raises:
+        UnsupportedModel: whatever went wrong inside.
+    """
+    try:
+        yield
+    except MechError:
+        raise
+    except Exception as error:
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedModel(
+            f"the {what} of {source!r} cannot be used ({type(error).__name__}: {said})",
+            "a folder written by save_pretrained", "take all files from the same checkpoint, or download it again",
+        ) from error  # fmt: skip
 
 
 def quantized(bits: str, dtype: torch.dtype | str | None) -> BitsAndBytesConfig:
@@ -179,33 +212,35 @@ def open_checkpoint(
         placed["quantization_config"] = quantized(quantization, dtype)
     if Path(source).is_dir():
         check_folder(Path(source))
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        known = "model_type" not in str(error) and "does not recognize" not in str(error)
-        raise UnsupportedModel(
-            f"{source!r} cannot be opened: {str(error).splitlines()[0]}",
-            "a folder or hub id with a Hugging Face config of a known architecture",
-            "check the name and the network, or give a folder" if known else RECIPE,
-        ) from error
-    check_known(config)
-    try:
-        with no_bars(Path(source).is_dir()):
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                output_loading_info=True,
-                **placed,
-                **options,
-            )
-        if kept is not None:
-            model.load_state_dict(load_file(kept), strict=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UnsupportedModel(
-            f"the weights of {source!r} cannot be opened: {str(error).splitlines()[0]}", "safetensors of this model"
-        ) from error
+    with _told("config", source):
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+        except (OSError, ValueError, KeyError) as error:
+            known = "model_type" not in str(error) and "does not recognize" not in str(error)
+            raise UnsupportedModel(
+                f"{source!r} cannot be opened: {str(error).splitlines()[0]}",
+                "a folder or hub id with a Hugging Face config of a known architecture",
+                "check the name and the network, or give a folder" if known else RECIPE,
+            ) from error
+        check_known(config)
+    with _told("checkpoint", source):
+        try:
+            with no_bars(Path(source).is_dir()):
+                model, report = AutoModelForImageTextToText.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=dtype or "auto",
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **placed,
+                    **options,
+                )
+            if kept is not None:
+                model.load_state_dict(load_file(kept), strict=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UnsupportedModel(
+                f"the weights of {source!r} cannot be opened: {str(error).splitlines()[0]}", "safetensors of this model"
+            ) from error
     absent = sorted(report["missing_keys"])
     if absent:
         raise UnsupportedModel(

@@ -193,7 +193,7 @@ def _grid(found: _Effects, reach: float | None = None) -> str:
         "x": [int(name) if ordered[0] else escape(name) for name in found.columns],
         "y": [int(name) if ordered[1] else escape(name) for name in found.rows],
         "colorbar": {
-            "title": {"text": found.unit, "side": "right", "font": {"size": 13}},
+            "title": {"text": escape(found.unit), "side": "right", "font": {"size": 13}},
             "thickness": 12,
             "outlinewidth": 0,
             "tickfont": {"size": 13},
@@ -205,8 +205,8 @@ def _grid(found: _Effects, reach: float | None = None) -> str:
         for whole, names in zip(ordered, (found.columns, found.rows), strict=True)
     ]
     layout = {
-        "xaxis": {"title": found.axes[-1], **plain, **kinds[0]},
-        "yaxis": {"title": "" if flat else found.axes[0], "showticklabels": not flat, **plain, **kinds[1]},
+        "xaxis": {"title": escape(found.axes[-1]), **plain, **kinds[0]},
+        "yaxis": {"title": "" if flat else escape(found.axes[0]), "showticklabels": not flat, **plain, **kinds[1]},
     }
     height = 190 if flat else map_height(len(found.rows))
     return chart([heat], layout, height=height, label=f"Effect of patching by {' and '.join(found.axes)}")

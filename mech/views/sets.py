@@ -84,7 +84,7 @@ def _curves(
         mean, low, high = _ends(here)
         colour = f"@{COLOURS.get(band, 'accent')}"
         line: dict[str, Any] = {
-            "type": "scatter", "mode": "lines+markers", "x": along, "y": mean, "name": band,
+            "type": "scatter", "mode": "lines+markers", "x": along, "y": mean, "name": escape(band),
             "line": {"color": colour, "width": 2}, "marker": {"size": 7, "color": colour},
             "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
             "hovertemplate": f"<b>{escape(band)}</b>, {axis} %{{x}}<br>%{{text}}<extra></extra>",
@@ -126,7 +126,7 @@ def retrieval_view(result: xr.Dataset, title: str = "Evidence found by where hea
         bands, ends = zip(*((band, _ends(here)) for band, here in _by_band(value)), strict=True)
         mean, low, high = (np.array([float(end[i]) for end in ends]) for i in range(3))
         bars = {
-            "type": "bar", "x": list(bands), "y": mean,
+            "type": "bar", "x": [escape(band) for band in bands], "y": mean,
             "marker": {"color": [f"@{COLOURS.get(band, 'accent')}" for band in bands]},
             "error_y": _bars(mean, low, high, "@ink"),
             "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
@@ -135,7 +135,7 @@ def retrieval_view(result: xr.Dataset, title: str = "Evidence found by where hea
         chance = float(by_chance.mean())
         layout = {
             "xaxis": {"title": "set of heads"},
-            "yaxis": {"title": name, "range": [0, 1.02]},
+            "yaxis": {"title": escape(name), "range": [0, 1.02]},
             "shapes": [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": chance, "y1": chance,
                         "line": {"color": "@none", "width": 1.5, "dash": "dot"}}],
         }  # fmt: skip

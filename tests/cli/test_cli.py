@@ -171,7 +171,7 @@ def test_what_others_wrote_cannot_steer_the_terminal(mech, monkeypatch):
     with progress(quiet=False) as say:
         say(evil, 1, 2)
     code, out, err = mech("rank")
-    assert code == 2 and out.count("[red]") == 3 and "[red]" in err and "[/nothing]" in out
+    assert code == 2 and out.count("[red]") == 4 and "[red]" in err and "[/nothing]" in out
     for control in set(evil) - set(printable(evil)):
         assert control not in out + err.replace("\x1b[", "")  # of the bar's own colours
     assert "\x1b[2J" not in out + err and "\\x1b[2J" in out

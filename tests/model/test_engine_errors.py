@@ -1,6 +1,7 @@
 """What cannot be used is refused before a forward, with what was given, what was expected and what to do."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -18,7 +19,8 @@ from transformers import (
     VipLlavaConfig,
 )
 
-from mech.errors import InputError, PointError, UnsupportedModel
+from mech.errors import InputError, MechError, PointError, UnsupportedModel
+from mech.inputs import load_processor
 from mech.model import HookedMLLM, loading
 from mech.model.architectures.families import PartialSupport
 from mech.reference import tiny, tiny_processors
@@ -242,8 +244,109 @@ def test_a_shard_that_was_cut_off(folder, left):
 def test_a_json_file_that_was_cut_off(folder, file):
     path = folder / file
     path.write_text(path.read_text()[:40])
-    with pytest.raises(UnsupportedModel, match=r"cannot be opened|index\.json is cut off"):
+    with pytest.raises(UnsupportedModel, match=rf"{file} is cut off"):
         HookedMLLM.from_pretrained(folder)
+
+
+DEEP = "[" * 100_000
+MALFORMED = [
+    *[("config.json", text) for text in ("[1]", "3", '"llava"', "null", DEEP, '{"a":' * 80 + "1" + "}" * 80, "\xff")],
+    *[("model.safetensors.index.json", text) for text in ("[1]", "{}", '{"weight_map": 3}', DEEP)],
+    *[("model.safetensors.index.json", json.dumps({"weight_map": {"a": name}})) for name in (3, "../x", "/etc/passwd")],
+    ("generation_config.json", "[1]"),
+    ("generation_config.json", '{"max_length": "x"'),
+]
+
+
+@pytest.mark.parametrize(("file", "text"), MALFORMED)
+def test_a_file_that_is_not_what_it_is_called(folder, file, text):
+    (folder / file).write_text(text, encoding="latin-1")
+    with pytest.raises(UnsupportedModel, match=file):
+        HookedMLLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("model_type", ["llava"]),
+        ("model_type", {"a": 1}),
+        ("text_config", 5),
+        ("text_config", ["llama"]),
+        ("text_config.hidden_size", "big"),
+        ("text_config.hidden_size", -64),
+        ("text_config.num_attention_heads", 0),
+        ("text_config.num_attention_heads", 3),
+        ("text_config.num_hidden_layers", 10**9),
+        ("text_config.num_hidden_layers", None),
+        ("text_config.vocab_size", -1),
+        ("text_config.rope_parameters", {"rope_type": "no such"}),
+        ("vision_config.patch_size", 0),
+        ("vision_config.num_hidden_layers", "two"),
+        ("image_token_index", "x"),
+        ("vision_feature_layer", "last"),
+        ("dtype", "float3"),
+        ("auto_map", {"AutoConfig": "code.Config"}),
+    ],
+)
+def test_a_config_that_contradicts_itself(folder, entry, value):
+    """Refused, or opened where transformers does not need the entry; no error of another kind."""
+    config = json.loads((folder / "config.json").read_text())
+    inner = config
+    *parts, last = entry.split(".")
+    for part in parts:
+        inner = inner[part]
+    inner[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        model = HookedMLLM.from_pretrained(folder)
+    except MechError as error:
+        assert isinstance(error, UnsupportedModel) and error.expected
+    else:
+        assert entry in ("image_token_index", "vision_feature_layer", "auto_map"), model
+
+
+@pytest.mark.parametrize("header", [b"[1]", b"{}", b'{"a": 1}', b'{"a": {"data_offsets": [0, "x"]}}', b"[" * 10**5])
+def test_a_shard_whose_header_is_none(folder, header):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UnsupportedModel, match=shard.name if header != b"{}" else "no weights for"):
+        HookedMLLM.from_pretrained(folder)
+
+
+def test_a_pipe_is_no_file_of_a_checkpoint(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(UnsupportedModel, match=r"has no config\.json"):  # and nothing waits for somebody to write
+        HookedMLLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[1]"),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("processor_config.json", "[1]"),
+        ("processor_config.json", DEEP),
+        ("processor_config.json", '{"image_processor": 3}'),
+        ("processor_config.json", '{"image_processor": {"image_processor_type": 3}}'),
+        ("processor_config.json", '{"image_processor": {"image_processor_type": "None"}}'),
+        ("preprocessor_config.json", "[1]"),
+        ("chat_template.jinja", "{% if %}"),
+    ],
+)
+def test_a_processor_that_is_malformed(tmp_path, file, text):
+    """Refused when it is needed, or not read where another file says the same; no error of another kind."""
+    model = HookedMLLM.from_pretrained("reference:llava-s")
+    folder = shutil.copytree(loading.resolve("reference:llava-s"), tmp_path / "model")
+    (folder / file).write_text(text)
+    try:
+        load_processor(folder, model.hf_model.config)
+    except MechError as error:
+        assert isinstance(error, UnsupportedModel) and error.expected
+    else:
+        assert file in ("preprocessor_config.json", "chat_template.jinja")
 
 
 def test_weights_in_another_format_are_not_opened(folder):

@@ -89,6 +89,58 @@ def test_every_picture_is_whole_and_asks_for_nothing(kind):
         assert all(trace["colorbar"]["title"]["text"] for trace in figure["data"] if trace["type"] == "heatmap")
 
 
+EVIL = "<img src=x onerror=alert(1)>&<a href='https://elsewhere'>"
+
+
+def of_sets(**measures) -> xr.Dataset:
+    """What several sets of heads do, on three examples."""
+    bands = ("set", ["top", EVIL])
+    found = {name: (dims, np.full([{"set": 2, "k": 1, "factor": 2, "example": 3}[d] for d in dims], 0.5))
+             for name, dims in measures.items()}  # fmt: skip
+    return xr.Dataset(found, {"band": bands}, {"n_heads": EVIL, "over": EVIL})
+
+
+def poisoned(result):
+    """A result in which every text is markup: names of dimensions that are free, coordinates, attributes."""
+    words = {name: value.astype(str).str.cat(EVIL) for name, value in result.coords.items()
+             if value.dtype.kind in "US" and name not in ("sender", "receiver")}  # fmt: skip
+    kept = ("direction", "looks", "over")
+    attrs = {
+        name: value if name in kept or not isinstance(value, str) else EVIL for name, value in result.attrs.items()
+    }
+    return result.assign_coords({name: (value.dims, value.values) for name, value in words.items()}).assign_attrs(attrs)
+
+
+STRANGERS = {
+    "steering": lambda: of_sets(accuracy=("set", "factor", "example"), logit_diff=("set", "factor", "example"))
+    .assign_coords(factor=[0.0, 1.0]),
+    "retrieval": lambda: of_sets(
+        reciprocal_rank=("set", "example"), hit=("set", "k", "example"), chance_rr=("example",),
+        chance_hit=("k", "example"), n_candidates=("example",),
+    ).assign_coords(k=[EVIL]),
+    "grid": lambda: poisoned(fabricated_grid().rename(region=EVIL)),
+    "grid of units": lambda: poisoned(fabricated_grid().rename(layer=EVIL).assign_attrs(unit="x", model="m")),
+    "edges": lambda: poisoned(edges().assign_attrs(model="m")),
+    "lens": lambda: poisoned(lens(signed=True)),
+    "attention": lambda: poisoned(fabricated_attention()),
+    "scores": lambda: xr.Dataset({EVIL: xr.DataArray([[-0.1, 0.4]], dims=("layer", "head"), attrs={"unit": EVIL})}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_texts_of_a_strangers_file_are_no_markup(kind):
+    page = Page(view(STRANGERS[kind]()).html())
+    assert not page.unclosed and not [address for address in page.addresses if "elsewhere" in address or address == "x"]
+
+    def texts(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        return [text for one in value for text in texts(one)] if isinstance(value, list) else [value]
+
+    # Plotly reads tags in labels: bold, line breaks and links.
+    assert not [text for text in texts(page.charts) if isinstance(text, str) and ("<img" in text or "<a " in text)]
+
+
 def test_a_page_may_hold_two_circuits():
     body = Page(View("both", view(fabricated_circuit()).body + view(fabricated_circuit()).body).html())
     assert len(set(body.ids)) == len(body.ids)
@@ -279,7 +331,7 @@ def test_saved_results_are_drawn_without_a_model(mech, tmp_path):
     for words, said in (
         ((str(tmp_path / "none.nc"),), "none.nc"),
         ((str(tmp_path),), "summary.json"),
-        ((str(tmp_path / "grid.nc"), "--out", str(tmp_path / "grid.gif")), "ends in .html, .png, .pdf, .svg"),
+        ((str(tmp_path / "grid.nc"), "--out", str(tmp_path / "grid.gif")), "ends in .html, .htm, .png, .pdf or .svg"),
     ):
         code, _, err = mech("view", *words)
         assert code == 2 and said in err
