@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -90,8 +91,24 @@ def test_a_killed_study_goes_on_and_ends_in_the_same_numbers(finished, tmp_path,
         found["findings"] = [f for f in found["findings"] if f["kind"] not in ("faster", "slower")]
     assert ours == theirs
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nc")}
+    damaged = {tmp_path / "llava-s" / name for name in damage(tmp_path / "llava-s")}
     study(tmp_path, **WHAT)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nc")}
+    assert {path for path in before if path.stat().st_mtime_ns != before[path]} == damaged  # and nothing else anew
+    assert numbers(tmp_path)["models"] == theirs["models"]
+    assert (tmp_path / "llava-s/grounding/look0_0.png").read_bytes().startswith(b"\x89PNG")
+
+
+def damage(folder):
+    """Damage a few results in different ways, and a picture; returns which results."""
+    with h5py.File(folder / "grounding/ram.nc", "r+") as opened:
+        opened.attrs["provenance"] = "{"
+    whole = bytearray((folder / "documents/scores.nc").read_bytes())
+    whole[len(whole) // 3] ^= 1
+    (folder / "documents/scores.nc").write_bytes(whole)
+    cut_off = folder / "acceleration/speed.nc"
+    cut_off.write_bytes(cut_off.read_bytes()[:-20])
+    (folder / "grounding/look0_0.png").write_bytes(b"damaged")
+    return ["grounding/ram.nc", "documents/scores.nc", "acceleration/speed.nc"]
 
 
 def test_a_domain_can_be_added_and_another_setting_is_refused(finished):
@@ -110,6 +127,34 @@ def test_what_cannot_be_studied_is_refused(tmp_path):
         study(tmp_path / "b", ["reference:llava-x"], settings=SMALL)
     with pytest.raises(ExperimentError, match="at least four"):
         study(tmp_path / "c", ["reference:llava-s"], data=Samples(haystacks("pages", 2)), settings=SMALL)
+    assert not list(tmp_path.iterdir())  # a call that was refused keeps out no other
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_random", 0),
+        ("n_random", 2.5),
+        ("n_random", True),
+        ("batch_size", 0),
+        ("batch_size", -1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("n_find", 1),
+        ("n_causal", -1),
+        ("fractions", ()),
+        ("fractions", (1.5,)),
+        ("fractions", (0,)),
+        ("shares", (float("nan"),)),
+        ("methods", ("men",)),
+        ("methods", ()),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(ExperimentError) as error:
+        replace(SMALL, **{name: value})
+    assert error.value.expected and error.value.do
+    assert replace(SMALL, shares=()).shares == ()  # leaves sparse inference out
 
 
 def test_results_of_other_weights_are_not_mixed_in(finished, tmp_path, monkeypatch):

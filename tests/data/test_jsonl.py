@@ -1,6 +1,7 @@
 """Samples of one's own: what is written is read again, and every bad line is named with its field."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -107,9 +108,62 @@ def test_paths_stay_in_the_folder_unless_they_are_named_in_full(folder):
     assert len(read(inner, GOOD, root=folder)) == 1
 
 
+def test_links_that_leave_the_folder_are_refused(folder):
+    inner = folder / "inner"
+    inner.mkdir()
+    (inner / "here.png").symlink_to(folder / "a.png")
+    (inner / "images").symlink_to(folder)
+    (inner / "round.png").symlink_to("round.png")
+    for name in ("here.png", "images/a.png"):
+        with pytest.raises(InputError, match=rf"images\[0\]: '{name}' leaves the folder"):
+            read(inner, {**GOOD, "images": [name]})
+        assert len(read(inner, {**GOOD, "images": [str(inner / name)]})) == 1  # named in full
+    with pytest.raises(InputError, match=r"images\[0\]: .*round\.png"):
+        read(inner, {**GOOD, "images": ["round.png"]})
+    (folder / "b.png").unlink()
+    (folder / "b.png").symlink_to("a.png")  # stays inside
+    assert len(read(folder, {**GOOD, "images": ["b.png"]})) == 1
+    (folder / "itself").symlink_to(folder)
+    assert len(read(folder / "itself", {**GOOD, "images": ["b.png"]})) == 1
+
+
+def test_a_snapshot_of_the_hub_is_made_of_links(folder):
+    """Its files are links into the blobs beside it, and no others."""
+    snapshot = folder / "datasets--o--d" / "snapshots" / "abc" / "data"
+    snapshot.mkdir(parents=True)
+    blobs = folder / "datasets--o--d" / "blobs"
+    blobs.mkdir()
+    (folder / "a.png").rename(blobs / "123")
+    (snapshot / "a.png").symlink_to("../../../blobs/123")
+    assert len(read(snapshot, GOOD)) == 1
+    (snapshot / "b.png").symlink_to(folder / "b.png")
+    with pytest.raises(InputError, match="leaves the folder"):
+        read(snapshot, {**GOOD, "images": ["b.png"]})
+
+
+def test_pipes_and_devices_are_not_waited_for(folder):
+    os.mkfifo(folder / "pipe.png")
+    for name in ("pipe.png", "/dev/zero"):
+        with pytest.raises(InputError, match=rf"{name}.* cannot be read as a picture \(it is no regular file\)"):
+            read(folder, {**GOOD, "images": [name]})
+    os.mkfifo(folder / "pipe.jsonl")
+    for path in (folder / "pipe.jsonl", folder, "/dev/zero"):
+        with pytest.raises(OutputError, match=r"cannot be read(.|\n)*it is (no regular file|a folder)"):
+            read_samples(path)
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [
+        ('{"question": ' + "[" * 100_000, ["line 1, the line", "one JSON object", "deeper than 64"]),
+        ({**GOOD, "meta": json.loads("[" * 80 + "]" * 80)}, ["line 1, the line", "deeper than 64"]),
+        ({**GOOD, "domain": "\x1b[2Jcats"}, ["domain:", r"\x1b[2Jcats", "a name that can be printed"]),
+        ({**GOOD, "domain": "cats\ndogs"}, ["domain:", "a name that can be printed"]),
+        ({**GOOD, "domain": "cats\u202edogs"}, ["domain:", "a name that can be printed"]),
+        ({**GOOD, "question": "half \ud83d"}, ["question:", "whole characters"]),
+        ({**GOOD, "images": ["a\0.png"]}, ["images[0]:", "the path of a picture"]),
+        ({**GOOD, "evidence": [{"box": [0, 0, 9, 10**400]}]}, ["evidence[0].box:", "four numbers"]),
+        ({**FILM, "fps": 10**400}, ["fps:", "frames a second"]),
         ("{'question': 1}", ["line 1, the line", "one JSON object"]),
         ("[", ["without the brackets"]),
         ("[1]", ["a JSON list", "an object"]),

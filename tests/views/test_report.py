@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from fabricated import fabricated_study
 from pages import Page, unpacked
 
+from mech.data.pictures import picture, pixel_digest
 from mech.errors import OutputError
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.verdicts import verdicts
-from mech.results import load
-from mech.views import ram_map, report
+from mech.results import load, look_facts, save
+from mech.views import ram_map, report, view
 from mech.views.drawing import page
 
 
@@ -195,6 +197,71 @@ def test_a_missing_picture_is_named(tmp_path):
     )
     (domain_folder(study) / "look1_0.png").write_bytes(b"no picture")
     with pytest.raises(OutputError, match=r"look1_0\.png cannot be read"):
+        report(study)
+
+
+def looks_of(folder, **changes):
+    """A saved "looks" dataset whose first look says something else."""
+    found = load(folder / "looks.nc")
+    facts = look_facts(found)
+    facts[0] |= changes
+    return save(found.assign_attrs(looks=json.dumps(facts)), folder / "looks.nc")
+
+
+def test_pictures_of_a_result_lie_in_its_folder(tmp_path):
+    """A result from elsewhere names its pictures; it must not put others of this machine on a page."""
+    study = fabricated_study(
+        tmp_path / "study", models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
+    )
+    folder, secret = domain_folder(study), tmp_path / "secret.png"
+    (folder / "look0_0.png").rename(secret)
+    (folder / "link.png").symlink_to(secret)
+    (folder / "inner").symlink_to(tmp_path)
+    for name in (str(secret), "../../../secret.png", "link.png", "inner/secret.png"):
+        looks_of(folder, pictures=[name])
+        for draw in (lambda: report(study), lambda: view(load(folder / "looks.nc"), folder=folder)):
+            with pytest.raises(OutputError, match="lies outside of"):
+                draw()
+    os.mkfifo(folder / "pipe.png")
+    looks_of(folder, pictures=["pipe.png"])
+    with pytest.raises(OutputError, match=r"pipe\.png cannot be read"):
+        report(study)
+
+
+def test_a_picture_that_is_another_one_is_refused(tmp_path):
+    study = fabricated_study(
+        tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
+    )
+    folder = domain_folder(study)
+    path = folder / "look0_0.png"
+    looks_of(folder, digests=[pixel_digest(picture(path))])
+    assert report(study).exists()
+    image = picture(path)
+    image.putpixel((3, 3), (1, 2, 3))
+    image.save(path)
+    with pytest.raises(OutputError, match=r"look0_0\.png is missing, damaged or another picture"):
+        report(study)
+
+
+@pytest.mark.parametrize("names", ["../..", "/etc"])
+def test_a_summary_cannot_lead_out_of_its_study(tmp_path, names):
+    study = fabricated_study(
+        tmp_path / "a", models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
+    )
+    other = json.loads((study / "summary.json").read_text())
+    other["models"]["llava-s"]["domains"] = {names: other["models"]["llava-s"]["domains"]["grounding"]}
+    (study / "summary.json").write_text(json.dumps(other))
+    with pytest.raises(OutputError, match="is not there"):
+        report(study)
+
+
+@pytest.mark.parametrize("models", [[1], {"m": 3}, {"m": {"domains": [1]}}, {"llava-s": {"domains": {"grounding": 3}}}])
+def test_a_summary_of_other_entries_is_refused(tmp_path, models):
+    study = fabricated_study(
+        tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
+    )
+    (study / "summary.json").write_text(json.dumps({"models": models}))
+    with pytest.raises(OutputError, match=r"summary\.json"):
         report(study)
 
 
