@@ -19,11 +19,11 @@ was when the same command is given again, and ends in the same numbers.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mech import reference
+from mech.arguments import NOT_EMPTY, Amount, Count, Rule, Seed, Whole, checked, some_of
 from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.jsonl import check_domain
 from mech.data.pictures import pixel_digest, png, shows
@@ -62,11 +62,11 @@ SHOWN = 4  # heads of each band that are drawn over the pictures
 FINDING = 6  # samples that order heads for the causal report
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
 LONG = {"reference:qwen-long": 16}  # models of long contexts, and the pages they are accelerated on
-LEAST = {"n_find": 2, "n_test": 2, "n_looks": 1, "n_causal": 0, "n_random": 1, "seed": 0, "batch_size": 1}
-LARGEST_SEED = 2**32 - 1  # that every generator takes
+Some = Annotated[int, Rule("a whole number of at least 2", lambda value: value >= 2)]
 RANKING = 0.375  # of the samples choose the dense heads, the others test them
 
 
+@checked
 @dataclass(frozen=True)
 class Settings:
     """What decides the numbers of a study; the folder of another setting is refused.
@@ -88,36 +88,17 @@ class Settings:
         ExperimentError: a number that is too small to say anything, a share of more than all, an unknown method.
     """
 
-    n_find: int = 32
-    n_test: int = 32
-    n_looks: int = 3
-    n_causal: int = 10
-    n_random: int = 20
-    fractions: tuple[int | float, ...] = (1, 0.02, 0.05, 0.1, 0.2)
-    other_fractions: tuple[int | float, ...] = (0.05, 0.2)
-    methods: tuple[str, ...] = METHODS
-    shares: tuple[int | float, ...] = (0.02, 0.08, 0.25)
-    seed: int = 0
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name, least in LEAST.items():
-            most = LARGEST_SEED if name == "seed" else float("inf")
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
-                wanted = f"{least} to {most}" if name == "seed" else f"at least {least}"
-                raise ExperimentError(f"{name}={value!r}", f"a whole number, {wanted}", "leave it out for the default")
-        for name in ("fractions", "other_fractions", "shares"):
-            for size in getattr(self, name):
-                if not isinstance(size, Real) or not (size >= 1 if isinstance(size, Integral) else 0 < size < 1):
-                    raise ExperimentError(
-                        f"{name} with {size!r}", "shares between 0 and 1, or whole numbers of heads", "use 0.05"
-                    )
-        for method in self.methods:
-            if method not in METHODS:
-                raise ExperimentError(f"method {method!r}", ", ".join(METHODS), suggestion(str(method), METHODS))
-        if not self.methods or not self.fractions or not self.other_fractions:
-            raise ExperimentError("no method or no fraction", "at least one of each", "leave them out for the defaults")
+    n_find: Some = 32
+    n_test: Some = 32
+    n_looks: Count = 3
+    n_causal: Whole = 10
+    n_random: Count = 20
+    fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (1, 0.02, 0.05, 0.1, 0.2)
+    other_fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (0.05, 0.2)
+    methods: some_of(METHODS) = METHODS
+    shares: tuple[Amount, ...] = (0.02, 0.08, 0.25)
+    seed: Seed = 0
+    batch_size: Count = 16
 
 
 def study(

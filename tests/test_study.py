@@ -139,7 +139,6 @@ def test_what_cannot_be_studied_is_refused(tmp_path):
         ("batch_size", 0),
         ("batch_size", -1),
         ("seed", -1),
-        ("seed", 2**32),
         ("n_find", 1),
         ("n_causal", -1),
         ("fractions", ()),

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mech.errors import ExperimentError, OutputError, UnsupportedModel
+from mech.errors import ExperimentError, UnsupportedModel
 from mech.experiments.ranking.ranking import Head
+from mech.files import make_folder, write
 from mech.model import HookedMLLM
 from mech.sparse.policy import Policy
 
@@ -87,12 +88,8 @@ class LayerPattern:
             OutputError: the folder cannot be written.
         """
         path = Path(folder) / "layer_pattern.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written", "a folder that can", str(error)) from error
-        return path
+        make_folder(path.parent)
+        return write(path, json.dumps(self.settings(), indent=1), "\n")
 
 
 def nearest_layers(policy: Policy, model: HookedMLLM) -> Policy:

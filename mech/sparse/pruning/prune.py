@@ -29,11 +29,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError, MechError, UnsupportedModel
+from mech.errors import ExperimentError, MechError, OutputError, UnsupportedModel
 from mech.experiments.ranking.ranking import Head, Heads
+from mech.files import make_folder
 from mech.interventions import Ablate, Reference, reference_activations
 from mech.interventions.reference import TEXT_KIND
 from mech.interventions.specs import Z
@@ -78,15 +80,22 @@ class Pruned:
     other_model: str = ""
 
     def save(self, folder: str | Path) -> Path:
-        """Write weights, config, tokenizer, image processor, and ``pruning.json`` with what was removed."""
-        folder = Path(folder)
-        with no_bars():
-            self.model.hf_model.save_pretrained(folder)
-        processor = self.model.processor
+        """Write weights, config, tokenizer, image processor, and ``pruning.json`` with what was removed.
+
+        Raises:
+            OutputError: the folder cannot be written, or the disk is full.
+        """
+        folder, processor = Path(folder), self.model.processor
         if processor.tokenizer.chat_template is None:
             processor.tokenizer.chat_template = processor.chat_template
-        processor.tokenizer.save_pretrained(folder)
-        processor.image_processor.save_pretrained(folder)
+        make_folder(folder)
+        try:
+            with no_bars():
+                self.model.hf_model.save_pretrained(folder)
+            processor.tokenizer.save_pretrained(folder)
+            processor.image_processor.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{folder} cannot be written ({error})", "room for the weights", "make room") from error
         origin = {layer: [list(group) for group in groups] for layer, groups in self.slots.items()}
         record = {"to": self.to, "heads": self.heads, "silent": self.silent, "slots": origin}
         record |= {"other_model": self.other_model} if self.other_model else {}
