@@ -255,7 +255,7 @@ _SHAPES = {
     "diamond": "M15 1L21 7L15 13L9 7Z", "square": "M10 2H20V12H10Z", "triangle-up": "M15 1L21 12H9Z",
     "circle": "M11 7a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z", "cross": "M13 2H17V5H20V9H17V12H13V9H10V5H13Z",
     "x": "M10 3L12 1L15 4L18 1L20 3L17 7L20 11L18 13L15 10L12 13L10 11L13 7Z",
-    "star-triangle-up": "M15 1L17 8L21 12L15 10L9 12L13 8Z",
+    "hexagon": "M15 1L20 4V10L15 13L10 10V4Z", "star-triangle-up": "M15 1L17 8L21 12L15 10L9 12L13 8Z",
 }  # fmt: skip
 
 

@@ -358,3 +358,11 @@ def test_the_command_line(tmp_path):
         (["--choice", "ramm"], "use 'ram'"), (["--data", "x.jsonl", "--pictures", "4"], "one of the two"),
     ):  # fmt: skip
         assert says in str(run.invoke(app, ["accelerate", *wrong]).exception)
+
+
+def test_the_legend_can_draw_every_choice():
+    from mech.views.frontier import _DASHES, _SHAPES, LINES, NAMES
+
+    for choice in set(CHOICES) - {"random"}:
+        _, symbol, dash = LINES[choice]
+        assert symbol in _SHAPES and dash in _DASHES and NAMES[choice]
