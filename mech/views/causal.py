@@ -23,6 +23,7 @@ QUADRANTS = {
     "neither": ("@random", "circle"),
 }
 LABELLED = 8  # heads with their name beside them
+APART = 0.06  # of the largest effect: smaller ones have no name
 ORDERS = {
     "effect": ("greedy, by what is lost", "@top", "solid"),
     "restoring": ("greedy, by what comes back", "@matched", "dashdot"),
@@ -72,6 +73,7 @@ def _scatter(data: xr.Dataset) -> str:
     low, high, kind = data["lost_low"].values, data["lost_high"].values, data["quadrant"].values
     layers = data["layer"].values
     best = np.argsort(-np.abs(lost), axis=None)[:LABELLED]
+    best = best[np.abs(lost).ravel()[best] > APART * np.abs(lost).max()]  # names of points at the line hide each other
     labelled = np.zeros(lost.shape, dtype=bool)
     labelled.ravel()[best] = True
     turn = np.zeros(lost.shape, dtype=int)

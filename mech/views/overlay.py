@@ -96,10 +96,7 @@ class BandPicture:
 
 
 def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, list[BandPicture], float]:
-    """The pictures of look ``i`` as they are, under the mean attention of each band, and the end of their one scale.
-
-    Their pixels must be on the page (``look_articles`` brings them).
-    """
+    """The pictures of look ``i`` as they are, under the mean attention of each band, and the end of their one scale."""
     facts = look_facts(result)[i]
     look = _read(result, i, facts, [embedded(source) for source in _beside(result, folder)[i]])
     bands = np.array([band for band, _, _ in _shown(result)])
@@ -110,7 +107,8 @@ def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, li
         stages = "".join(_stage(look, k, row, most) for k in sorted(set(look.image.tolist())))
         on_evidence = float(row[look.on_evidence].sum())
         found.append(BandPicture(band, int((bands == band).sum()), stages, on_evidence, float(row.sum())))
-    return "".join(_stage(look, k, None, most) for k in range(len(look.pictures))), found, most
+    originals = "".join(_stage(look, k, None, most) for k in range(len(look.pictures)))
+    return styles(look.pictures) + originals, found, most
 
 
 def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:

@@ -351,7 +351,7 @@ def test_every_head_has_a_page(study, written):
     assert columns["RAM"] == pytest.approx([score for *_, score in ranking], rel=1e-4)
     causal = load(study / "llava-s" / "grounding" / "causal.nc")
     lost = [float(causal["lost"][layer, head]) for layer, head, _ in ranking]
-    (named,) = [label for label in columns if label.startswith("necessity")]
+    (named,) = [label for label in columns if label.startswith("lost")]
     assert columns[named] == pytest.approx(lost, rel=1e-4)
     last = "L{}H{}".format(*ranking[-1][:2])
     assert facts["said"] == {last: ["It acts <i>directly</i> on the logits."]}

@@ -79,7 +79,8 @@
     if (source && !settings.has(setting)) settings.set(setting, await read(source.nextElementSibling));
     return settings.get(setting);
   };
-  const number = (value, unit) => value == null ? "–" : unit === "%" ? (100 * value).toFixed(1) + "%" : value.toFixed(3);
+  const rounded = (value, digits) => value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1"); // no "-0.0"
+  const number = (value, unit) => value == null ? "–" : unit === "%" ? rounded(100 * value, 1) + "%" : rounded(value, 3);
   const openHead = (setting, layer, head) => { location.hash = `head=${setting}/${layer}/${head}`; };
   const showHead = async () => {
     const dialog = document.getElementById("head"), asked = /^#head=(\d+)\/(\d+)\/(\d+)$/.exec(location.hash);
@@ -100,7 +101,7 @@
     });
     const looks = [...document.querySelectorAll(`#looks-${setting} figure[data-head="${name}"]`)].map(one => one.cloneNode(true));
     looks.forEach(one => one.querySelectorAll(".stage").forEach(mark));
-    const close = make("button", { type: "button", textContent: "Close", className: "close" });
+    const close = make("button", { type: "button", textContent: "Close", className: "close", autofocus: true });
     close.addEventListener("click", () => dialog.close());
     dialog.replaceChildren(
       make("div", { className: "bar" }, step("← higher RAM", at - 1), step("lower RAM →", at + 1), close),

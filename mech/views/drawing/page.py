@@ -30,12 +30,17 @@ from html import escape as _escape
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mech.errors import OutputError
 from mech.files import make_folder
 from mech.files import write as write_file
+from mech.views.drawing.charts import as_plotly, charts_of, chosen, on_axes
 from mech.views.drawing.figures import KINDS, draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from plotly.graph_objects import Figure
 
 TALLEST = 1000
 PACKED_FROM = 2000  # characters: below, a page stays as it can be read
@@ -86,6 +91,34 @@ class View:
             f"a view cannot be saved as {path.name!r}", f"a name that ends in .html, {', '.join(KINDS)}",
             "save('view.html')",
         )  # fmt: skip
+
+    @property
+    def charts(self) -> list[str]:
+        """What each chart of the view shows, in the order of the page."""
+        return list(charts_of(self.body))
+
+    def figure(self, chart: int | str = 0) -> "Figure":
+        """A chart of the view as a figure of plotly, to go on with.
+
+        Args:
+            chart: its place, or what it shows (see ``charts``).
+
+        Raises:
+            OutputError: there is no such chart.
+        """
+        return as_plotly(chosen(charts_of(self.body), chart))
+
+    def axes(self, chart: int | str = 0, ax: "Axes | None" = None) -> "Axes":
+        """A chart of the view on axes of matplotlib.
+
+        Args:
+            chart: its place, or what it shows (see ``charts``).
+            ax: where to draw; new axes if None.
+
+        Raises:
+            OutputError: there is no such chart, or matplotlib is not installed.
+        """
+        return on_axes(chosen(charts_of(self.body), chart), ax)
 
     def _repr_html_(self) -> str:
         # A frame keeps our style and the notebook's apart.

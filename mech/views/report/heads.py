@@ -18,10 +18,10 @@ from mech.views.report.numbers import with_interval
 
 LISTED = 8
 EFFECTS = {
-    "lost": "necessity: of the gap lost when it is patched from the counterfactual",
-    "recovered": "sufficiency: of the gap brought back by it alone",
-    "direct": "written to the logits itself, of the gap",
-    "mediated": "made of it by later layers, of the gap",
+    "lost": "lost when it is patched (necessity)",
+    "recovered": "brought back by it alone (sufficiency)",
+    "direct": "of the loss: what it writes to the logits itself",
+    "mediated": "of the loss: through what later layers make of it",
 }
 PANEL = '<dialog id="head" aria-label="One head"></dialog>'
 
@@ -32,7 +32,12 @@ def head_data(setting: Setting, key: int) -> str:
     said: dict[str, list[str]] = {}
     for path in (setting.facts.get("causal") or {}).get("paths", ()):
         said.setdefault("L{}H{}".format(*path["head"]), []).append(path["text"])
-    n_test = "" if setting.causal is None else f" Effects on {setting.causal.sizes['example']} test samples."
+    n_test = ""
+    if setting.causal is not None:
+        n_test = (
+            f" Effects on {setting.causal.sizes['example']} test samples: shares of the gap in logit difference "
+            "between a sample and its counterfactual."
+        )
     facts = {
         "name": setting.name,
         "note": f"RAM on {setting.facts['n_find']} samples.{n_test} In brackets: 95% intervals over samples.",
