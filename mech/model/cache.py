@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
 from mech.errors import MechError, PointError
-from mech.model.weights import frozen_norm
+from mech.model.named.norms import frozen_norm
 
 
 class ActivationCache(transformer_lens.ActivationCache):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
+from mech.errors import UnsupportedModel
 from mech.model.architectures.families import (
     Family,
     ModelConfig,
@@ -30,6 +31,7 @@ from mech.model.architectures.families import (
     module_at,
     part_at,
 )
+from mech.model.named.projections import LinearMap, by_head, is_quantized, is_random, linear_map
 from mech.model.points import LAYER_POINTS, behind_features, fire, point_name
 
 INSIDE_ATTENTION = ("attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern")
@@ -131,8 +133,16 @@ class HookSite:
         if self.side in ("in", "mid"):
             before = _on_stream if self.side == "mid" else _on_input
             return self.module.register_forward_pre_hook(partial(before, self, point), prepend=True, with_kwargs=True)
-        after = _on_heads if self.side == "result" else _on_output
-        return self.module.register_forward_hook(partial(after, self, point), prepend=True)
+        if self.side == "result":
+            if is_random(self.module):
+                raise UnsupportedModel(
+                    f"{point.name} of a projection with dropout, in training mode",
+                    "a projection that gives the same for the same", "call hf_model.eval()",
+                )  # fmt: skip
+            after = partial(_on_heads, self, point, linear_map(self.module))
+        else:
+            after = partial(_on_output, self, point)
+        return self.module.register_forward_hook(after, prepend=True)
 
 
 class _Features:
@@ -185,23 +195,19 @@ def _on_output(site: HookSite, point: HookPoint, module: nn.Module, args: tuple,
     return output
 
 
-def _on_heads(site: HookSite, point: HookPoint, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _on_heads(
+    site: HookSite, point: HookPoint, of_heads: LinearMap, module: nn.Module, args: tuple, output: Tensor
+) -> Tensor:
+    weight, bias = of_heads
     z = site.view(args[0])
-    result = torch.einsum("bphd,hdm->bphm", z, head_weights(module, site.heads))
+    result = torch.einsum("bphd,hdm->bphm", z, by_head(weight, site.heads))
     # A copy: a hook may write in place, and what it wrote must still differ from what was there.
     before = result.detach().clone()
     written = fire(point, result)
     # Only the difference is added, so heads that were not written keep the projection's own rounding. The constants
     # are detached so that the gradient of the output flows through what the hook returned.
     change = (written - before).sum(2).reshape(output.shape)
-    bias = getattr(module, "bias", None)
     return output.detach() + change + (0.0 if bias is None else bias - bias.detach())
-
-
-def head_weights(projection: nn.Module, heads: int) -> Tensor:
-    """W_O by head, ``[head d_head d_model]``: a view of the projection's weight."""
-    weight: Any = projection.weight
-    return weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
 
 
 def stack_seams(
@@ -282,7 +288,7 @@ def _layer_seams(block: nn.Module, stack: Stack, d_head: int, step: Step) -> dic
                 at(f"attn.hook_{letter}", "out", attn, getattr(stack, letter), heads=count, memory=of_memory)
         at("attn.hook_z", "in", attn, stack.o, heads=heads)
         at("attn.hook_result", "result", attn, stack.o, heads=heads)
-        if not projections["o"].weight.is_floating_point():
+        if is_quantized(projections["o"]):
             offered["attn.hook_result"] = "W_O is quantized, so what single heads add is not known; use attn.hook_z"
     at("hook_attn_out", "out", block, stack.attn_out or path, gain=_gain(stack.attn_gain, block))
     at("hook_resid_mid", "mid", block, stack.mid)

@@ -27,25 +27,25 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
 from mech.errors import InputError, MechError, PointError, UnsupportedModel
-from mech.model import attention, hook_sites
-from mech.model.architectures.families import check_tensors, family_of, layers_of, module_at, sizes
+from mech.model import attention, hook_sites, wiring
+from mech.model.architectures.families import check_tensors, family_of, module_at, sizes
 from mech.model.cache import ActivationCache
 from mech.model.encoding import pictures_seen
 from mech.model.generation import generation_config
-from mech.model.loading import open_checkpoint
-from mech.model.points import NamesFilter, cache_hook, point_name, select
+from mech.model.loading import open_checkpoint, stock_model
+from mech.model.named.projections import execution_device
+from mech.model.named.weights import NamedWeights
+from mech.model.points import NamesFilter, cache_hook, select
 from mech.model.turns import Turns
-from mech.model.weights import NamedWeights
 
 
 class HookedMLLM(NamedWeights, HookedRootModule):
@@ -53,6 +53,8 @@ class HookedMLLM(NamedWeights, HookedRootModule):
 
     def __init__(self, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None):
         super().__init__()
+        self._given = (hf_model,)  # what unwrap() gives back; in a tuple, so that it is no submodule
+        hf_model = stock_model(hf_model)
         self.family = family_of(hf_model)
         self.cfg = sizes(hf_model.config, self.family)
         self.hf_model = hf_model
@@ -75,12 +77,9 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         self.mod_dict = dict(self.hook_dict)
         self._sites = [site for site in offered if not isinstance(site, str)]
         self._observers: dict[str, list[attention.Observer]] = {"text": [], "vision": []}
-        self._layers = [*self._attention_layers("vision", live), *self._attention_layers("text", self.cfg.n_layers)]
+        self._layers = wiring.attention_layers(self, live)
         self.cfg = hook_sites.measured(self.cfg, self._layers, self._sites)
-        self._stock_attention = _attention_names(hf_model)
-        for module, record in self._layers:
-            attention.register(module, record)
-        hf_model.set_attn_implementation(attention.IMPLEMENTATION)
+        self._untie = wiring.tie(self)
 
     @classmethod
     def from_pretrained(
@@ -116,17 +115,26 @@ class HookedMLLM(NamedWeights, HookedRootModule):
 
     @classmethod
     def from_hf(cls, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None) -> "HookedMLLM":
-        """Wrap a loaded model; ``processor`` is a ``mech.inputs.Processor`` or a Hugging Face processor."""
+        """Wrap a loaded model; ``processor`` is a ``mech.inputs.Processor`` or a Hugging Face processor.
+
+        A PEFT model, or one inside ``DistributedDataParallel``, is opened: what runs is the model in it, adapters and
+        all. Everything read of it is what the merged model would give.
+
+        Raises:
+            UnsupportedModel: no row for it; or what is around it changes what it computes, or where its weights are.
+        """
         return cls(hf_model, processor, name=name)
 
-    def unwrap(self) -> PreTrainedModel:
-        """Give the Hugging Face model back as it was. This wrapper cannot run afterwards."""
-        for module, _ in self._layers:
-            attention.forget(module)
-        if self._layers:
+    def unwrap(self) -> Any:
+        """Give the model that was handed over back as it was. This wrapper cannot run afterwards.
+
+        A wrapper that nobody holds any more does the same when it is collected.
+        """
+        if self._untie.alive:
+            self._untie()
             self.hf_model.set_attn_implementation(self._stock_attention)
         self._layers, self._sites = [], []
-        return self.hf_model
+        return self._given[0]
 
     def __repr__(self) -> str:
         cfg, count = self.cfg, sum(parameter.numel() for parameter in self.hf_model.parameters())
@@ -325,7 +333,9 @@ class HookedMLLM(NamedWeights, HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        return self.hf_model.device
+        """Where inputs go: what computes first, where accelerate keeps the weights elsewhere until they are needed."""
+        device = self.hf_model.device
+        return execution_device(self.hf_model) if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -333,26 +343,9 @@ class HookedMLLM(NamedWeights, HookedRootModule):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _attention_layers(self, stack: str, count: int) -> list[tuple[nn.Module, attention.LayerRecord]]:
-        row = getattr(self.family, stack)
-        found = []
-        for index, layer in enumerate(layers_of(self.hf_model, row)[:count] if row else ()):
-            module = hook_sites.attention_of(layer, row)
-            if module is None:
-                continue
-            if attention.owner_of(module) is not None:
-                raise UnsupportedModel(
-                    "this Hugging Face model is wrapped already", "one HookedMLLM for each model", "unwrap() the other"
-                )
-            inside = {p: self.hook_dict[point_name(p, index, stack)] for p in hook_sites.INSIDE_ATTENTION}
-            record = attention.LayerRecord(stack, index, ref(self), inside, self._observers[stack])
-            if stack == "text":
-                record.step, record.cross = self._step, module is getattr(layer, row.cross, None)
-            found.append((module, record))
-        return found
-
     def text_attention(self) -> list[attention.LayerRecord]:
         """What the attention function knows of the text layers that have heads."""
+        self._check_wired()
         return [record for _, record in self._layers if record.stack == "text"]
 
     def _localized_run(self, *run: Any) -> AbstractContextManager:
@@ -393,6 +386,8 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         """Refuse to run where the points inside attention would silently be dead."""
         if not self._layers:
             raise UnsupportedModel("this model has been unwrapped", "a wrapped model", "call HookedMLLM.from_hf again")
+        if not self._running:
+            wiring.rewire(self)
         config = self.hf_model.config
         switched = {config.get_text_config()._attn_implementation}
         if self.family.vision is not None:
@@ -437,9 +432,3 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         first = next((token for token in known if token is not None), 0)
         return first[0] if isinstance(first, list) else first
 
-
-def _attention_names(hf_model: PreTrainedModel) -> dict[str, Any]:
-    """The attention implementation of the model and its parts, in the form ``set_attn_implementation`` takes."""
-    config = hf_model.config
-    parts = {key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key)}
-    return {"": config._attn_implementation, **parts}

@@ -1,4 +1,4 @@
-"""Open a checkpoint, or say what is wrong with it.
+"""Open a checkpoint, or a model that is handed over, or say what is wrong with it.
 
 A folder is looked over before anything is built: is it there, is its architecture one with a family row, are all
 shards there and whole. Weights are safetensors only; code from a checkpoint is never run.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -259,3 +260,44 @@ def open_checkpoint(
     if not placed:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), source
+
+
+def stock_model(given: Any) -> PreTrainedModel:
+    """The Hugging Face model in what is handed over: PEFT's adapters and data parallelism are opened.
+
+    Raises:
+        UnsupportedModel: something around it changes what it computes, or its weights are spread over processes.
+    """
+    mro = {kind.__name__ for kind in type(given).__mro__}
+    if mro & {"FullyShardedDataParallel", "FSDPModule"} or any(
+        type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id") for parameter in given.parameters()
+    ):
+        raise UnsupportedModel(
+            f"a {type(given).__name__} whose weights are spread over processes (FSDP, tensor parallelism, ZeRO-3)",
+            "a model whose weights are whole", "save it, and open it in one process; device_map spreads it over GPUs",
+        )  # fmt: skip
+    if isinstance(given, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return stock_model(given.module)
+    if mro & {"PeftModel", "PeftMixedModel"}:
+        return stock_model(_without_prompts(given))
+    return given
+
+
+def _without_prompts(given: Any) -> Any:
+    """The model inside of a ``PeftModel``, whose adapters lie in its layers.
+
+    Raises:
+        UnsupportedModel: an adapter that is applied around the model, and would be left out inside.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    configs = [given.peft_config[name] for name in given.active_adapters]
+    outside = type(given.base_model).forward is not BaseTuner.forward
+    outside |= any(config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None) for config in configs)
+    if outside:
+        kind = configs[0].peft_type.value if configs else type(given.base_model).__name__
+        raise UnsupportedModel(
+            f"a {type(given).__name__} with {kind}, which is applied around the model, not in its layers",
+            "adapters in the layers, such as LoRA, DoRA or IA3", "take peft_model.get_base_model() for the model alone",
+        )  # fmt: skip
+    return given.get_base_model()

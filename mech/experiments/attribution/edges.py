@@ -35,9 +35,10 @@ from mech.experiments.patching.plan import Given, Plan, pairs_of
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
+from mech.model.named.norms import frozen_norm
+from mech.model.named.projections import linear_map
 from mech.model.points import point_name
 from mech.model.turns import alone
-from mech.model.weights import frozen_norm
 from mech.results import provenance
 
 LETTERS = ("q", "k", "v")
@@ -391,5 +392,5 @@ def _seam(model: HookedMLLM, node: _Node) -> Any:
 def _rows_of(model: HookedMLLM, node: _Node) -> Float[Tensor, "d_head d_model"]:
     """The part of the projection that makes this head's query, key or value."""
     site = _seam(model, node)
-    rows = site._own(site.module.weight.detach().T.unflatten(-1, (site.heads, -1)))
+    rows = site._own(linear_map(site.module).weight.detach().T.unflatten(-1, (site.heads, -1)))
     return rows[:, node.index].T

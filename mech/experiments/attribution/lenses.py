@@ -30,7 +30,7 @@ from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.interventions.specs import check_heads
 from mech.model import AttentionCall, HookedMLLM
-from mech.model.weights import frozen_norm
+from mech.model.named.norms import frozen_norm
 from mech.results import provenance
 
 POSITION, PLACE, TRACKED, SENDER = "position", "place", "tracked", "sender"
@@ -236,7 +236,7 @@ def _spoken(model: HookedMLLM, normed: Float[Tensor, "position d_model"], k: int
 
 def _unembedded(model: HookedMLLM, normed: Tensor) -> Float[Tensor, "position vocab"]:
     logits = normed @ model.W_U
-    return (logits if model.b_U is None else logits + model.b_U).float()
+    return (logits + model.b_U).float()
 
 
 def _top(

@@ -34,7 +34,7 @@ from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import AttentionCall, HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
-from mech.model.weights import frozen_norm
+from mech.model.named.norms import frozen_norm
 from mech.results import provenance
 
 Given = Inputs | Sample | Sequence[Inputs] | Sequence[Sample]
@@ -206,7 +206,6 @@ def _parts(model: HookedMLLM, row: Inputs, asked: _Question) -> dict[str, np.nda
             rest[layer] -= heads[layer].sum()
             if layer in values:
                 by_source[layer] = said(between(torch.einsum("hsd,hdm->hsm", values[layer].to(W_O), W_O)), layer)
-    b_U = model.b_U
     found = {
         "heads": heads,
         "mlps": mlps,
@@ -214,7 +213,7 @@ def _parts(model: HookedMLLM, row: Inputs, asked: _Question) -> dict[str, np.nda
         "embed": said(seen["hook_embed"], 0),
         "rest": said(stream.to(direction) - written, n),
         "bias": (final_norm(stream[None])[0] - through(stream[None])[0]).to(direction) @ direction
-        + (0 if b_U is None else asked.of_logits(b_U.to(direction))),
+        + asked.of_logits(model.b_U.to(direction)),
         "logit_diff": asked.of_logits(logits.to(direction)),
         "by_source": by_source,
     }

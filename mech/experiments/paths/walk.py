@@ -28,9 +28,9 @@ from mech.experiments.paths.ends import Node, Part
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
+from mech.model.named.norms import frozen_norm
 from mech.model.partial.continuation import ROWS, Continuation
 from mech.model.points import point_name
-from mech.model.weights import frozen_norm
 
 Hooks = list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]]
 CARRIED = 2**25  # numbers that are kept of what senders add to one example's stream

@@ -28,18 +28,23 @@ GEMMA = replace(
     mid="pre_feedforward_layernorm",
     mlp_out="post_feedforward_layernorm",
 )
-_PHI3 = replace(LLAMA, types=("phi3",), q="qkv_proj", k="qkv_proj", v="qkv_proj", qkv=True)
+_PHI3 = replace(
+    LLAMA, types=("phi3",), q="qkv_proj", k="qkv_proj", v="qkv_proj", qkv=True,
+    up="gate_up_proj", gate="gate_up_proj",
+)  # fmt: skip
 COHERE = replace(LLAMA, types=("cohere2",), mid="", absent=_PARALLEL)
 _GLM4V = replace(
-    LLAMA, types=("glm4v_text",), attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm", absent={}
-)
+    LLAMA, types=("glm4v_text",), attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm",
+    up="gate_up_proj", gate="gate_up_proj", absent={},
+)  # fmt: skip
 _QWEN3_5 = replace(
     LLAMA, types=("qwen3_5_text", "qwen3_5_moe_text"), gated=True, headless={"linear_attn": "linear attention"}
 )
 _GEMMA4 = replace(
     GEMMA,
     types=("gemma4_text",),
-    v="v_norm",  # there is no v_proj where values are made from the keys' projection
+    v="v_norm",
+    values="v_proj",  # there is none where values are made from the keys' projection
     post_at="output",
     absent=dict.fromkeys(
         ("attn.hook_k", "attn.hook_v"),
@@ -55,6 +60,8 @@ _LFM2 = replace(
     o="out_proj",
     mid="ffn_norm",
     mlp="feed_forward",
+    up="w3",
+    gate="w1",
     down="w2",
     absent={},
 )

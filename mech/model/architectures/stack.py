@@ -17,7 +17,8 @@ class Stack:
     """Module paths of one kind of transformer.
 
     ``layers`` and ``norm`` are relative to ``root``; ``q``, ``k``, ``v``, ``o`` to a layer's attention module;
-    ``down`` to its feed-forward; the others to the layer.
+    ``up``, ``gate`` and ``down`` to its feed-forward; the others to the layer. Where ``up`` and ``gate`` are one
+    projection, they are the same path, and the gate comes first.
 
     Attributes:
         types: the ``model_type`` of the configs this describes.
@@ -27,6 +28,7 @@ class Stack:
         attn: names of the attention module; a layer has one of them.
         cross: the one of these names whose keys are the visual tokens of a memory outside the sequence.
         headless: names of modules that stand in attention's place and have no heads -> what they are.
+        values: the projection that makes the values, where ``v`` is a module behind it.
         qkv: whether ``q``, ``k`` and ``v`` are one projection: all query heads, then key heads, then value heads.
         gated: whether ``q`` makes each head's query and, behind it, a gate of the same size.
         attn_out: module whose output is added to the stream where that is not the attention module (a post-norm).
@@ -52,12 +54,15 @@ class Stack:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    values: str = ""
     qkv: bool = False
     gated: bool = False
     attn_out: str = ""
     attn_gain: Callable[[Any], Tensor | None] | None = None
     mid: str = "post_attention_layernorm"
     mlp: str = "mlp"
+    up: str = "up_proj"
+    gate: str = "gate_proj"
     down: str = "down_proj"
     mlp_out: str = ""
     mlp_gain: Callable[[Any], Tensor | None] | None = None

@@ -20,6 +20,7 @@ from typing import Any
 
 from mech.model.check.geometry import geometry
 from mech.model.check.points import liveness, meaning, names
+from mech.model.check.projections import weights
 from mech.model.check.running import cleanliness, encoding, generation, padding, parity
 from mech.model.check.trial import Batches, Finding, make_batches
 
@@ -28,6 +29,7 @@ LAWS: dict[str, Callable[[Any, Batches], Iterator[Finding]]] = {
     "names": names,
     "liveness": liveness,
     "meaning": meaning,
+    "weights": weights,
     "padding": padding,
     "generation": generation,
     "encoding": encoding,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mech.errors import MechError
 from mech.model import attention
+from mech.model.wiring import sdpa_names
 
 QUESTION = "What is shown here?"
 SIZES = ((40, 24), (20, 44), (32, 32))  # (width, height) of the pictures that are asked about
@@ -169,11 +170,7 @@ def stock_attention(model: Any) -> Iterator[None]:
 
     Where transformers has eager attention only (Gemma2 with its softcap), that part is run so.
     """
-    config = model.hf_model.config
-    eager = {id(part.config) for part in model.hf_model.modules() if getattr(part, "_supports_sdpa", True) is False}
-    parts = {key: getattr(config, key) for key in config.sub_configs if getattr(config, key) is not None}
-    asked = {key: "eager" if id(part) in eager else "sdpa" for key, part in parts.items()}
-    model.hf_model.set_attn_implementation({"": "sdpa", **asked})
+    model.hf_model.set_attn_implementation(sdpa_names(model.hf_model))
     try:
         yield
     finally:

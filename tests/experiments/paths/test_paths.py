@@ -17,7 +17,7 @@ from mech.experiments.paths.path_patching import Pair, path_patching
 from mech.experiments.paths.walk import Walk
 from mech.inputs import TEXT, Inputs, TokenLayout
 from mech.model import HookedMLLM
-from mech.model.weights import frozen_norm
+from mech.model.named.norms import frozen_norm
 from mech.reference import planted, tiny, tiny_processors
 
 METRIC = LogitDiff(300, 301)

@@ -1,0 +1,132 @@
+"""What a module is as a linear map: its matrix and its bias, whatever stands around or in place of an ``nn.Linear``.
+
+    weight, bias = linear_map(layer.self_attn.o_proj)      # [d_out d_in], [d_out]
+
+A stock ``nn.Linear`` is read: these are views. Anything else (a LoRA or DoRA layer with whatever adapters are active,
+weights that accelerate keeps elsewhere until the module runs, a layer that somebody put there) is asked: its outputs
+for the unit vectors are its matrix, its output for zero is its bias. So a matrix is always the one that the model
+multiplies by, and what is no linear map is refused.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mech.errors import UnsupportedModel
+
+# How far, relative to its size, the output for another input may be from what matrix and bias say.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+class LinearMap(NamedTuple):
+    """``x weight^T + bias``."""
+
+    weight: Float[Tensor, "d_out d_in"]
+    bias: Float[Tensor, " d_out"] | None
+
+
+def is_stock(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module computes what its ``weight`` says, and has it here."""
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return False
+    return type(module.weight) in (Tensor, nn.Parameter) and not module.weight.is_meta  # pyright: ignore
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module keeps its weights in another form than the floating point numbers it multiplies by."""
+    weight: Any = getattr(module, "weight", None)
+    return not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether its output is drawn: dropout inside of a module in training mode."""
+    return any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in module.modules())
+
+
+def linear_map(module: nn.Module) -> LinearMap:
+    """Matrix and bias of a projection, as it stands; of one with dropout, those without it.
+
+    Raises:
+        UnsupportedModel: quantized weights, or a module that computes something else.
+
+    Cost: none for an ``nn.Linear``; for others ``d_in`` rows through the module.
+    """
+    if is_stock(module):
+        return LinearMap(module.weight, module.bias)  # type: ignore[arg-type]
+    if is_quantized(module):
+        raise UnsupportedModel(
+            f"the matrix of a quantized {type(module).__name__}", "weights in floating point",
+            "open the model without quantization",
+        )  # fmt: skip
+    width: int = getattr(module, "in_features", 0) or module.weight.shape[-1]  # type: ignore[assignment,union-attr]
+    weight: Any = module.weight
+    device = execution_device(module)
+    asked = torch.zeros(width + 2, width, dtype=weight.dtype, device=device)
+    asked[:width].fill_diagonal_(1)
+    asked[-1] = torch.arange(width, device=device).cos()  # of both signs: a linear map adds them up
+    with _without_dropout(module):
+        said = module.forward(asked[None])[0]
+    bias = said[-2]
+    found = LinearMap((said[:width] - bias).T, bias)
+    with torch.no_grad():
+        off = asked[-1] @ found.weight.T + bias - said[-1]
+        fits = off.abs().max() <= _ROUNDING.get(said.dtype, 0.05) * said[-1].abs().max().clamp_min(1)
+    if not fits:
+        raise UnsupportedModel(
+            f"the matrix of a {type(module).__name__}, which is no linear map", "a module that computes x W + b",
+            "use what it reads and returns: attn.hook_z, hook_attn_out",
+        )  # fmt: skip
+    return found
+
+
+def by_head(weight: Float[Tensor, "d_model d_in"], heads: int) -> Float[Tensor, "head d_head d_model"]:
+    """W_O by head: a view of an output projection's matrix."""
+    return weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
+
+
+def embedding(module: nn.Module) -> Float[Tensor, "vocab d_model"]:
+    """What each token's row is when it leaves the embedding: with adapters, and scaled where the module scales it.
+
+    Cost: none for an ``nn.Embedding``; for others the whole vocabulary through the module.
+    """
+    if is_stock(module, nn.Embedding):
+        return module.weight  # type: ignore[return-value]
+    count: int = module.weight.shape[0]  # type: ignore[assignment,union-attr]
+    with _without_dropout(module):
+        return module.forward(torch.arange(count, device=execution_device(module)))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where accelerate brings its weights if they are kept elsewhere, else where they are.
+
+    Raises:
+        UnsupportedModel: there are no weights at all (the meta device).
+    """
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    for tensor in module.parameters():
+        if not tensor.is_meta:
+            return tensor.device
+    raise UnsupportedModel(
+        f"a {type(module).__name__} without weights (on the meta device)", "a model whose weights are loaded",
+        "open it with HookedMLLM.from_pretrained",
+    )  # fmt: skip
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

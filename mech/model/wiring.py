@@ -1,0 +1,147 @@
+"""How a wrapper is tied to the Hugging Face model inside: which modules it listens to, and how it lets go of them.
+
+Between two runs people rebuild models: they add adapters, quantize, swap layers, resize embeddings. ``rewire`` looks
+before every run whether the modules above the points are still the same, and finds the points anew where they are not;
+a model that has lost a point, or become of another size, is refused. ``tie`` makes sure that the attention
+implementation comes back, by ``unwrap()`` or when a wrapper that nobody holds any more is collected.
+
+It does not know what a point is (``hook_sites``) nor what attention does (``attention``).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+from weakref import finalize, ref
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mech.errors import UnsupportedModel
+from mech.model import attention, hook_sites
+from mech.model.architectures.families import layers_of, sizes
+from mech.model.points import point_name
+
+Layers = list[tuple[nn.Module, attention.LayerRecord]]
+Branches = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]
+
+
+def attention_layers(model: Any, live: int) -> Layers:
+    """The attention modules of both stacks, ``live`` layers of the vision stack, with what is known of each layer.
+
+    Raises:
+        UnsupportedModel: another wrapper holds them.
+    """
+    known = {(record.stack, record.layer): record for _, record in getattr(model, "_layers", ())}
+    found = []
+    for stack, count in (("vision", live), ("text", model.cfg.n_layers)):
+        row = getattr(model.family, stack)
+        for index, layer in enumerate(layers_of(model.hf_model, row)[:count] if row else ()):
+            module = hook_sites.attention_of(layer, row)
+            if module is None:
+                continue
+            if attention.owner_of(module) not in (None, model):
+                raise UnsupportedModel(
+                    "this Hugging Face model is wrapped already", "one HookedMLLM for each model", "unwrap() the other"
+                )
+            record = known.get((stack, index))
+            if record is None:
+                inside = {p: model.hook_dict[point_name(p, index, stack)] for p in hook_sites.INSIDE_ATTENTION}
+                record = attention.LayerRecord(stack, index, ref(model), inside, model._observers[stack])
+                if stack == "text":
+                    record.step, record.cross = model._step, module is getattr(layer, row.cross, None)
+            found.append((module, record))
+    return found
+
+
+def branches(hf_model: nn.Module, modules: Iterable[nn.Module]) -> Branches:
+    """Every module above these, with its children as they are now."""
+    wanted, above = set(modules), {}
+    for name, module in hf_model.named_modules():
+        if module in wanted:
+            names = name.split(".")
+            above |= dict.fromkeys(".".join(names[:depth]) for depth in range(len(names)))
+    parents = [hf_model.get_submodule(path) for path in above]
+    return [(parent, tuple(parent._modules.values())) for parent in parents]
+
+
+def tie(model: Any) -> finalize:
+    """Switch the Hugging Face model to the attention of this package; what is returned switches it back once."""
+    hf_model, stock = model.hf_model, attention_names(model.hf_model)
+    if attention.IMPLEMENTATION in stock.values():  # a copy of a wrapped model: what it was is not known
+        stock = sdpa_names(hf_model)
+    for module, record in model._layers:
+        attention.register(module, record)
+    model._branches = branches(hf_model, _listened(model))
+    hf_model.set_attn_implementation(attention.IMPLEMENTATION)
+    model._stock_attention = stock
+    # Holds neither wrapper nor model, so that a wrapper that is dropped leaves the model as it found it.
+    untie = finalize(model, _untie, ref(hf_model), model._layers, stock)
+    untie.atexit = False
+    return untie
+
+
+def _untie(hf_model: ref, layers: Layers, stock: dict[str, Any]) -> None:
+    for module, _ in layers:
+        attention.forget(module)
+    layers.clear()
+    # What somebody chose in the meantime stays.
+    if (left := hf_model()) is not None and attention.IMPLEMENTATION in attention_names(left).values():
+        left.set_attn_implementation(stock)
+
+
+def _listened(model: Any) -> set[nn.Module]:
+    return {site.module for site in model._sites} | {module for module, _ in model._layers}
+
+
+def rewire(model: Any) -> None:
+    """Find the modules of all points anew where the model has been rebuilt since they were found.
+
+    Raises:
+        UnsupportedModel: it has lost a point or got another one, its sizes have changed, or new attention modules run
+            something else.
+
+    Cost: none to speak of, unless something has changed.
+    """
+    if all(tuple(parent._modules.values()) == children for parent, children in model._branches):
+        return
+    mend = "unwrap() before you rebuild it, and wrap again"
+    try:
+        offered, refused, live = hook_sites.offered(model.hf_model, model.family, model.cfg, model._step)
+    except (AttributeError, TypeError, IndexError) as error:  # parts of another make
+        raise UnsupportedModel(f"modules were replaced by others: {error}", "linear projections", mend) from error
+    names = [site if isinstance(site, str) else site.point for site in offered]
+    if changed := sorted(set(names) ^ set(model.hook_dict)):
+        why = refused.get(changed[0], "")
+        raise UnsupportedModel(
+            f"modules were replaced, and {changed[0]!r} is {'new' if changed[0] in names else 'gone'}"
+            + (f": {why}" if why else ""), "the points it had when it was wrapped", mend,
+        )  # fmt: skip
+    sites = [site for site in offered if not isinstance(site, str)]
+    layers = attention_layers(model, live)
+    cfg = hook_sites.measured(sizes(model.hf_model.config, model.family), layers, sites)
+    if replace(cfg, vocab=0) != replace(model.cfg, vocab=0):
+        raise UnsupportedModel("modules were replaced by others of another size", "the sizes it had", mend)
+    others = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module, _ in layers}
+    if others - {attention.IMPLEMENTATION}:
+        raise UnsupportedModel("attention modules were replaced, and the new ones run another attention", "", mend)
+    for module, _ in model._layers:
+        attention.forget(module)
+    for module, record in layers:
+        attention.register(module, record)
+    model._sites, model._refused, model.cfg = sites, refused, cfg
+    model._layers[:] = layers
+    model._branches = branches(model.hf_model, _listened(model))
+
+
+def attention_names(hf_model: PreTrainedModel) -> dict[str, Any]:
+    """The attention implementation of the model and its parts, in the form ``set_attn_implementation`` takes."""
+    config = hf_model.config
+    parts = {key: getattr(config, key) for key in config.sub_configs if getattr(config, key)}
+    return {key: part._attn_implementation for key, part in {"": config, **parts}.items()}
+
+
+def sdpa_names(hf_model: PreTrainedModel) -> dict[str, str]:
+    """SDPA for the model and its parts, eager where transformers has nothing else (Gemma2 with its softcap)."""
+    eager = {id(part.config) for part in hf_model.modules() if getattr(part, "_supports_sdpa", True) is False}
+    config = hf_model.config
+    return {key: "eager" if key and id(getattr(config, key)) in eager else "sdpa" for key in attention_names(hf_model)}
