@@ -151,6 +151,31 @@ class Metric(ABC):
 
     unit: ClassVar[str]
 
+    def __call__(
+        self,
+        logits: Float[torch.Tensor, "batch pos vocab"],
+        clean: Float[torch.Tensor, "batch pos vocab"] | None = None,
+        model: HookedMLLM | None = None,
+    ) -> Float[torch.Tensor, " batch"]:
+        """The metric of each row, read off logits at the last position, as metrics of TransformerLens' patching do.
+
+        Args:
+            logits: of rows that end where the answer begins (padded on the left).
+            clean: those of the clean run, for a metric that compares with it (``KL``).
+            model: its tokenizer, where answers are texts.
+
+        Raises:
+            ExperimentError: texts without a model, an answer that is told apart only at a later token, or no clean run.
+        """
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+            raise ExperimentError(f"{type(self).__name__} of {type(logits).__name__}", "logits [batch pos vocab]")
+        if clean is None and isinstance(self, KL):
+            raise ExperimentError("KL of one run's logits", "those of the clean run too", "give clean=clean_logits")
+        before = logits if clean is None else clean
+        read = [self.reading(model, _LAST, example) for example in range(len(logits))]  # type: ignore[arg-type]
+        scores = [one.score(logits[i : i + 1, -1:], before[i, -1:]) for i, one in enumerate(read)]
+        return torch.cat(scores)
+
     @abstractmethod
     def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
         """What to read of this example.
@@ -238,14 +263,33 @@ class KL(Metric):
         return Reading(_predicting(layout, 1), divergence)
 
 
-def _ids(model: HookedMLLM, answer: Answer, example: int) -> tuple[int, ...]:
+def _ids(model: HookedMLLM | None, answer: Answer, example: int) -> tuple[int, ...]:
     if not isinstance(answer, str | int):
         if example >= len(answer):
             raise ExperimentError(
                 f"{len(answer)} answers for example {example + 1}", "one answer for each", "give as many as examples"
             )
         answer = answer[example]
-    return (answer,) if isinstance(answer, int) else tuple(model.processor.answer_ids(answer))
+    if isinstance(answer, int):
+        return (answer,)
+    if model is None:
+        raise ExperimentError(
+            f"the answer {answer!r} without a tokenizer", "token ids, or the model whose tokens they are",
+            "call metric(logits, model=model)",
+        )  # fmt: skip
+    return tuple(model.processor.answer_ids(answer))
+
+
+class _Last:
+    """The layout of logits alone: nothing is known of them but their last position."""
+
+    spans: ClassVar[dict[str, tuple[int, ...]]] = {}
+
+    def positions(self, where: str) -> tuple[int]:
+        return (-1,)
+
+
+_LAST = _Last()
 
 
 def _predicting(layout: TokenLayout, tokens: int) -> tuple[int, ...]:

@@ -431,4 +431,3 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         known.append(getattr(text, "eos_token_id", None))
         first = next((token for token in known if token is not None), 0)
         return first[0] if isinstance(first, list) else first
-

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from mech.errors import InputError, MechError, UnsupportedModel
 from mech.files import opened, parse_json, read
 from mech.model.architectures.families import RECIPE, PartialSupport, family_of
+from mech.model.named.projections import accelerate_hook
 
 REFERENCE = "reference:"
 INDEX = "model.safetensors.index.json"
@@ -239,9 +240,7 @@ def open_checkpoint(
             if kept is not None:
                 model.load_state_dict(load_file(kept), strict=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UnsupportedModel(
-                f"the weights of {source!r} cannot be opened: {str(error).splitlines()[0]}", "safetensors of this model"
-            ) from error
+            raise _unopened(source, device_map, str(error).splitlines()[0]) from error
     absent = sorted(report["missing_keys"])
     if absent:
         raise UnsupportedModel(
@@ -262,6 +261,16 @@ def open_checkpoint(
     return model.eval(), source
 
 
+def _unopened(source: str, device_map: Any, what: str) -> UnsupportedModel:
+    if device_map is None:
+        return UnsupportedModel(f"the weights of {source!r} cannot be opened: {what}", "safetensors of this model")
+    return UnsupportedModel(
+        f"{source!r} cannot be opened with device_map={device_map!r:.80}: {what}",
+        "places that transformers and accelerate can put the weights at",
+        "leave device_map out, or try device_map='auto'",
+    )
+
+
 def stock_model(given: Any) -> PreTrainedModel:
     """The Hugging Face model in what is handed over: PEFT's adapters and data parallelism are opened.
 
@@ -280,7 +289,21 @@ def stock_model(given: Any) -> PreTrainedModel:
         return stock_model(given.module)
     if mro & {"PeftModel", "PeftMixedModel"}:
         return stock_model(_without_prompts(given))
+    if name := _nowhere(given):
+        raise UnsupportedModel(
+            f"a {type(given).__name__} without weights: {name!r} is on the meta device, and nothing brings it",
+            "weights in memory, or offloaded by accelerate", "open it without device_map, or with device_map='auto'",
+        )  # fmt: skip
     return given
+
+
+def _nowhere(module: nn.Module, path: str = "") -> str:
+    """The name of a parameter that has no values, and that no hook of accelerate's will give any."""
+    brought = accelerate_hook(module)
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta and not (brought and brought.offload):
+            return path + name
+    return next(filter(None, (_nowhere(part, f"{path}{name}.") for name, part in module.named_children())), "")
 
 
 def _without_prompts(given: Any) -> Any:

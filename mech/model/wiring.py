@@ -119,7 +119,7 @@ def rewire(model: Any) -> None:
     sites = [site for site in offered if not isinstance(site, str)]
     layers = attention_layers(model, live)
     cfg = hook_sites.measured(sizes(model.hf_model.config, model.family), layers, sites)
-    if replace(cfg, vocab=0) != replace(model.cfg, vocab=0):
+    if replace(cfg, vocab=0) != replace(model.cfg, vocab=0) or _shapes(sites) != _shapes(model._sites):
         raise UnsupportedModel("modules were replaced by others of another size", "the sizes it had", mend)
     others = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module, _ in layers}
     if others - {attention.IMPLEMENTATION}:
@@ -131,6 +131,10 @@ def rewire(model: Any) -> None:
     model._sites, model._refused, model.cfg = sites, refused, cfg
     model._layers[:] = layers
     model._branches = branches(model.hf_model, _listened(model))
+
+
+def _shapes(sites: list[hook_sites.HookSite]) -> dict[str, tuple]:
+    return {site.point: (site.heads, site.part, site.width) for site in sites}
 
 
 def attention_names(hf_model: PreTrainedModel) -> dict[str, Any]:

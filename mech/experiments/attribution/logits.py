@@ -35,6 +35,7 @@ from mech.inputs.layout import Where
 from mech.model import AttentionCall, HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
 from mech.model.named.norms import frozen_norm
+from mech.model.named.projections import loaded
 from mech.results import provenance
 
 Given = Inputs | Sample | Sequence[Inputs] | Sequence[Sample]
@@ -137,7 +138,11 @@ def head_maps(
     if stack.attn_out:
         written = torch.einsum("hd,hdm->m", z, W_O) + (0 if b_O is None else b_O.to(z))
         return W_O, frozen_norm(module_at(block, stack.attn_out), written[None])
-    gain = stack.attn_gain(block) if stack.attn_gain else None
+    if not stack.attn_gain:
+        return W_O, lambda parts: parts
+    with loaded(block):
+        gain = stack.attn_gain(block)
+        gain = None if gain is None else gain.to(z)
     return W_O, lambda parts: parts if gain is None else parts * gain.to(parts)
 
 

@@ -82,8 +82,9 @@ def _of_matrices(block: Any, attn: Any, mlp: Any, stack: Any, prefix: str) -> It
     if block.attn.W_O is not None:
         yield f"{prefix}attn.W_O", module_at(attn, stack.o), _product(block.attn.W_O.flatten(0, 1), block.attn.b_O)
     if stack.values and block.attn.W_V is not None and part_at(attn, stack.values) is not None:
-        made = block.attn.W_V.transpose(0, 1).flatten(1)
-        yield f"{prefix}attn.W_V", module_at(attn, stack.values), _product(made, block.attn.b_V)
+        made, bias = block.attn.W_V.transpose(0, 1).flatten(1), block.attn.b_V
+        bias = None if bias is None else bias.flatten()
+        yield f"{prefix}attn.W_V", module_at(attn, stack.values), _product(made, bias)
     if block.mlp.W_out is not None:
         yield f"{prefix}mlp.W_out", module_at(mlp, stack.down), _product(block.mlp.W_out, block.mlp.b_out)
     if block.mlp.W_in is not None:

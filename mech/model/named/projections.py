@@ -100,6 +100,13 @@ def embedding(module: nn.Module) -> Float[Tensor, "vocab d_model"]:
         return module.forward(torch.arange(count, device=execution_device(module)))
 
 
+def accelerate_hook(module: nn.Module) -> Any:
+    """The hook with which accelerate places a module's weights for its forward, if it does."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((one for one in hooks if getattr(one, "execution_device", None) is not None), None)
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: where accelerate brings its weights if they are kept elsewhere, else where they are.
 
@@ -107,10 +114,8 @@ def execution_device(module: nn.Module) -> torch.device:
         UnsupportedModel: there are no weights at all (the meta device).
     """
     for part in module.modules():
-        hook: Any = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
+        if (hook := accelerate_hook(part)) is not None:
+            return torch.device(hook.execution_device)
     for tensor in module.parameters():
         if not tensor.is_meta:
             return tensor.device
@@ -118,6 +123,20 @@ def execution_device(module: nn.Module) -> torch.device:
         f"a {type(module).__name__} without weights (on the meta device)", "a model whose weights are loaded",
         "open it with HookedMLLM.from_pretrained",
     )  # fmt: skip
+
+
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """While open, a module's own parameters are here, where accelerate brings them for its forward alone."""
+    hook = accelerate_hook(module)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 @contextmanager

@@ -112,6 +112,8 @@ class Tokens:
         Raises:
             InputError: no token id.
         """
+        if _rows(token).numel() != 1:
+            raise InputError(f"to_single_str_token({token!r:.60})", "one token id", "see to_str_tokens")
         return self._texts([int(_rows(token))])[0]
 
 

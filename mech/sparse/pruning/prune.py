@@ -43,6 +43,7 @@ from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of
 from mech.model.hook_sites import attention_of
 from mech.model.loading import no_bars
+from mech.model.named.projections import is_stock
 from mech.results import write_json
 
 Slots = tuple[tuple[int | None, ...], ...]  # by new KV group the old query heads that it holds, None for an empty place
@@ -246,13 +247,13 @@ def _state(
         if stack.qkv:
             fused = [*queries, *(_shifted(groups, cfg.n_heads)), *(_shifted(groups, cfg.n_heads + cfg.n_kv_heads))]
             parts = {stack.q: fused}
+        if not all(is_stock(module.get_submodule(path)) for path in (*parts, stack.o)):
+            raise UnsupportedModel(
+                f"quantized, offloaded or adapted weights in layer {layer}", "plain weights in floating point",
+                "open the model without quantization= and device_map=, and merge its adapters first",
+            )  # fmt: skip
         for path, places in parts.items():
             projection: Any = module.get_submodule(path)
-            if not projection.weight.is_floating_point():
-                raise UnsupportedModel(
-                    f"quantized weights in layer {layer}", "weights in floating point",
-                    "open the model without quantization=",
-                )  # fmt: skip
             prefix = names[id(projection)]
             n = cfg.n_heads + 2 * cfg.n_kv_heads if stack.qkv else cfg.n_heads if path == stack.q else cfg.n_kv_heads
             state[f"{prefix}.weight"] = _taken(projection.weight.unflatten(0, (n, -1)), places).flatten(0, 1)

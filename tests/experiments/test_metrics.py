@@ -1,0 +1,50 @@
+"""Metrics called on logits, as those of TransformerLens' patching are."""
+
+import pytest
+import torch
+
+from mech.errors import ExperimentError
+from mech.experiments.metrics import KL, LogitDiff, LogProb, Probability, Rank
+from mech.model import HookedMLLM
+from mech.reference import tiny, tiny_processors
+
+LOGITS = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(0))
+LAST = LOGITS[:, -1]
+
+
+def test_a_metric_of_logits_reads_the_last_position_of_each_row():
+    torch.testing.assert_close(LogitDiff(4, 7)(LOGITS), LAST[:, 4] - LAST[:, 7])
+    torch.testing.assert_close(
+        LogitDiff([4, 5, 6], [7, 8, 9])(LOGITS), LAST[[0, 1, 2], [4, 5, 6]] - LAST[[0, 1, 2], [7, 8, 9]]
+    )
+    torch.testing.assert_close(LogProb(4)(LOGITS), LAST.log_softmax(-1)[:, 4])
+    torch.testing.assert_close(Probability(4)(LOGITS), LAST.softmax(-1)[:, 4])
+    torch.testing.assert_close(Rank(4)(LOGITS), (LAST > LAST[:, 4:5]).sum(-1).float())
+    other = LOGITS.roll(1, 0)
+    p, q = LOGITS[:, -1].log_softmax(-1), other[:, -1].log_softmax(-1)
+    torch.testing.assert_close(KL()(other, clean=LOGITS), (p.exp() * (p - q)).sum(-1))
+
+
+def test_texts_are_read_with_the_models_tokenizer():
+    model = HookedMLLM.from_hf(tiny.model("llava"), tiny_processors.processor("llava"))
+    logits = model(model.inputs("What is here?"))
+    right, wrong = (model.processor.answer_ids(text) for text in ("red", "blue"))
+    assert right[0] != wrong[0]
+    found = LogitDiff("red", "blue")(logits, model=model)
+    torch.testing.assert_close(found, logits[:, -1, right[0]] - logits[:, -1, wrong[0]])
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: LogitDiff("red", "blue")(LOGITS), "'red' without a tokenizer"),
+        (lambda: KL()(LOGITS), "KL of one run's logits"),
+        (lambda: LogitDiff(4, 7)(LAST), "logits \\[batch pos vocab\\]"),
+        (lambda: LogitDiff(4, 7)("logits"), "LogitDiff of str"),
+        (lambda: LogitDiff(4, 4)(LOGITS), "do not differ"),
+        (lambda: LogitDiff([4], [7])(LOGITS), "1 answers for example 2"),
+    ],
+)
+def test_what_cannot_be_read_off_logits_is_refused(call, says):
+    with pytest.raises(ExperimentError, match=says):
+        call()
