@@ -19,7 +19,7 @@ def test_a_metric_of_logits_reads_the_last_position_of_each_row():
     )
     torch.testing.assert_close(LogProb(4)(LOGITS), LAST.log_softmax(-1)[:, 4])
     torch.testing.assert_close(Probability(4)(LOGITS), LAST.softmax(-1)[:, 4])
-    torch.testing.assert_close(Rank(4)(LOGITS), (LAST > LAST[:, 4:5]).sum(-1).float())
+    torch.testing.assert_close(Rank(4)(LOGITS), (LAST[:, 4:5] < LAST).sum(-1).float())
     other = LOGITS.roll(1, 0)
     p, q = LOGITS[:, -1].log_softmax(-1), other[:, -1].log_softmax(-1)
     torch.testing.assert_close(KL()(other, clean=LOGITS), (p.exp() * (p - q)).sum(-1))

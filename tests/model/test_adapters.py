@@ -106,6 +106,22 @@ def test_adapters_that_come_and_go_after_wrapping(name):
     assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(seen) for other in seen[:i])
 
 
+@pytest.mark.parametrize("kind", ["IA3Config", "OFTConfig", "LoHaConfig"])
+def test_adapters_of_other_kinds(kind):
+    hf, batch = tiny.model("llava"), tensors("llava")
+    options = {"feedforward_modules": []} if kind == "IA3Config" else {"init_weights": False}
+    options |= {"oft_block_size": 4, "r": 0} if kind == "OFTConfig" else {}
+    before = hf.model.language_model.layers[1].self_attn.o_proj.weight.clone()
+    hf.add_adapter(getattr(peft, kind)(target_modules=["o_proj", "q_proj"], **options))
+    for name, parameter in hf.named_parameters():
+        if "ia3" in name:
+            parameter.data.add_(torch.rand_like(parameter))
+    model = wrapped(hf.eval(), "llava")
+    assert holds(model)
+    written = model.blocks[1].attn.W_O.flatten(0, 1).T
+    assert (written - before).abs().max() > 1e-3 and torch.isfinite(model(batch)).all()
+
+
 def test_every_law_holds_of_an_adapted_model():
     assert check(wrapped(adapted("llava"), "llava"), full=True).ok
 
