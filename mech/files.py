@@ -80,19 +80,19 @@ def write(path: str | Path, *content: bytes | memoryview | str) -> Path:
     """Write a file whole or not at all; text as UTF-8, several pieces one after the other.
 
     Raises:
-        OutputError: the folder cannot be written, the disk is full, or a folder is in the way.
+        OutputError: the folder cannot be written, the disk is full, or a folder, a pipe or a device is in the way.
     """
-    path = Path(path)
-    part = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.part"
+    path, target = Path(path), Path(os.path.realpath(path))
+    part = target.parent / f".{target.name}.{os.getpid()}-{threading.get_ident()}.part"
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if target.exists() and not target.is_file():  # to be replaced, /dev/null above all
+            raise OSError(errno.EINVAL, "it is a folder" if target.is_dir() else "it is no regular file")
         with part.open("wb") as file:
             for piece in content:
                 file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:

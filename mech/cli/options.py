@@ -83,7 +83,7 @@ def written_to(*endings: str) -> Any:
             known = f"{', '.join(endings[:-1])} or {endings[-1]}"
             raise OutputError(f"{name} {path.name}", f"a name that ends in {known}", "choose one")
         folder = path.resolve().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        if not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
             raise OutputError(f"{path} cannot be written", "a file in a folder that exists", "choose another --out")
 
     return checked(check)

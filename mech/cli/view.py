@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mech.cli import options
-from mech.errors import OutputError
+from mech.errors import MechError, OutputError
 
 EPILOG = (
     "[bold]mech view study[/]  the report of a study, made again\n\n"
@@ -55,7 +55,14 @@ def view(
     target = out if out is not None else file.with_suffix(".html")
     named = {"title": title} if title else {}
     pictures = None if not on else on[0] if len(on) == 1 else list(on)
-    drawn = views.view(_read(file), on=pictures, folder=None if on else file.parent, **named)
+    try:
+        drawn = views.view(_read(file), on=pictures, folder=None if on else file.parent, **named)
+    except MechError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # no result of mech's
+        raise OutputError(
+            f"{file} cannot be drawn ({type(error).__name__}: {error})", "a result that mech saved", "save it anew"
+        ) from error
     print(drawn.save(target, width=width, scale=scale))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mech.data.regions import Box, Frames, Mask, Pages, Passage, Region
-from mech.errors import InputError
+from mech.errors import InputError, printable
 from mech.notebook import Shown
 
 
@@ -117,7 +117,7 @@ class Samples(Shown, Sequence[Sample]):
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{domain}: {sum(s.domain == domain for s in self)}" for domain in self.domains)
-        return f"Samples({counts})"
+        return f"Samples({printable(counts)})"
 
     @property
     def domains(self) -> tuple[str, ...]:

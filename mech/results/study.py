@@ -101,8 +101,9 @@ class Study:
     def record(self, entry: Mapping[str, Any]) -> None:
         """Add an entry (a provenance, say) to ``study.json``."""
         self._must_write()
-        self._record = {**self._record, "records": [*self._record.get("records", []), jsonable(dict(entry))]}
-        write_json(self._record, self.path / "study.json")
+        record = {**self._record, "records": [*self._record.get("records", []), jsonable(dict(entry))]}
+        write_json(record, self.path / "study.json")
+        self._record = record
 
     def file(self, key: str, suffix: str = ".nc") -> Path:
         """Where a key lives: ``model/domain/ram`` -> ``{study}/model/domain/ram.nc``."""

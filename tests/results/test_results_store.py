@@ -106,6 +106,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, write):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.nc"]  # no part left behind
 
 
+def test_a_link_stays_and_a_pipe_is_not_replaced(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_json({"a": 1}, tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "real.json") == {"a": 1}
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(OutputError, match="it is no regular file"):
+        write_json({"a": 1}, tmp_path / "pipe.json")
+    assert (tmp_path / "pipe.json").is_fifo()
+
+
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = save(dataset(), tmp_path / "a.nc")
     whole = path.read_bytes()

@@ -335,5 +335,9 @@ def test_saved_results_are_drawn_without_a_model(mech, tmp_path):
     ):
         code, _, err = mech("view", *words)
         assert code == 2 and said in err
+    for i, other in enumerate([{}, {"ram": 1}, {"shown": ("shown", [1])}, {"word": 1}]):
+        save(xr.Dataset(other), tmp_path / f"{i}.nc")
+        code, _, err = mech("view", str(tmp_path / f"{i}.nc"))
+        assert code == 2 and err.startswith("mech: "), other
     (tmp_path / "other.json").write_text(json.dumps([1]))
     assert mech("view", str(tmp_path / "other.json"))[0] == 2

@@ -24,7 +24,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from mech.axes import EXAMPLE, HEAD, LAYER
-from mech.errors import ExperimentError, OutputError
+from mech.errors import ExperimentError, OutputError, printable
 from mech.experiments.statistics import bootstrap_interval, bootstrap_means
 from mech.identity import weights_in
 from mech.notebook import Shown
@@ -289,7 +289,8 @@ class Ranking(Shown):
     def __repr__(self) -> str:
         best = ", ".join(f"{Head(i, j)} {score:.3g}" for i, j, score in self.table[:3])
         of = " ".join(part for part in (self.model, self.domain) if part)
-        return f"Ranking({of + ': ' if of else ''}{self.n_layers} x {self.n_heads} heads by {self.score}: {best}, ...)"
+        size = f"{self.n_layers} x {self.n_heads} heads by {self.score}"
+        return printable(f"Ranking({of + ': ' if of else ''}{size}: {best}, ...)")
 
     def _head(self, flat: int | np.integer) -> Head:
         row, head = divmod(int(flat), self.n_heads)
