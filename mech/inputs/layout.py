@@ -43,7 +43,8 @@ class TokenLayout(Shown):
         col: column in that grid, or -1. A visual token with no row and column stands for no pixels (a line break).
         view: 0 for a token that shows the whole picture (its base view or thumbnail), 1 and up for its tiles, or -1.
         rect: pixel rectangle ``(x0, y0, x1, y1)`` in the original image or frame; ``nan`` for what has none.
-        tokens: printable token strings.
+        tokens: printable token strings, which joined give the text; "" for a token that only begins a character: the
+            last of its tokens shows it.
         spans: named sets of positions: "question", and where they were given "answer" and the passages of a context.
         images: (width, height) of every original image, or of every frame of the video.
         frames_per_token: frames in one visual token of a video, else 1.
@@ -203,7 +204,8 @@ class TokenLayout(Shown):
         if self.kind[position] == PADDING:
             return "padding"
         if self.kind[position] == TEXT:
-            return repr(self.tokens[position])
+            whole = next((token for token in self.tokens[position:] if token), "")
+            return repr(whole) if self.tokens[position] else f"a part of {whole!r}"
         picture = f"image {self.image[position]}" if self.kind[position] == IMAGE else f"frame {self.frame[position]}"
         return f"row {self.row[position]}, column {self.col[position]} of {picture}"
 
@@ -249,11 +251,16 @@ class TokenLayout(Shown):
     def words(self, span: str = "question") -> dict[str, list[int]]:
         """The words of a span, each with its positions; one that comes again is numbered ("the 2")."""
         groups: list[list[int]] = []
+        text = ""  # of the last group; white space alone, or a part of a character, waits for what comes behind it
         for position in self.positions(span).tolist():
-            begins = self.tokens[position][:1].isspace() or (groups and self.tokens[groups[-1][-1]][-1:].isspace())
-            if begins or not groups:
+            token = self.tokens[position]
+            if not groups or (text.strip() and (token[:1].isspace() or (token and text[-1:].isspace()))):
                 groups.append([])
+                text = ""
             groups[-1].append(position)
+            text += token
+        if not text.strip() and len(groups) > 1:
+            groups[-2:] = [groups[-2] + groups[-1]]
         found: dict[str, list[int]] = {}
         seen: dict[str, int] = {}
         for group in groups:

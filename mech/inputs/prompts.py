@@ -7,7 +7,8 @@
 Each picture stands in the text as one placeholder, which is replaced by what the family writes for it: marks of rows
 and tiles, and one visual token for each run of them. The text is tokenized once, and each visual token is repeated as
 often as its run is long; what every position is follows from that, not from searching for tokens. The
-span of the question comes from character offsets, so that it holds no token of the template.
+span of the question comes from character offsets, so that it holds no token of the template. Where several tokens make
+up one character (of Chinese, an emoji) the layout shows it on the last of them, and the others as "".
 
 For the Qwen-VL family this builds ``mm_token_type_ids`` and the grids, without which the models silently fall back to
 one-dimensional positions. The result is that of the Hugging Face processor; frames of a video are resized by PIL,
@@ -128,7 +129,7 @@ def encode(
     visual = processor.visual_token(bool(frames))
     placeholder = processor.video_token if frames else processor.image_token
     text, spans, runs = _written_out(text, dict(spans or {}), str(placeholder), written, visual)
-    ids, offsets = _tokenized(processor, text)
+    ids, offsets, shown_as = _tokenized(processor, text)
     tokenizer = processor.tokenizer
     slots = np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(visual))
     if len(slots) != len(runs):
@@ -146,11 +147,9 @@ def encode(
     repeats = np.ones(len(ids), dtype=int)
     repeats[slots] = [len(run.tokens) for run in runs]
     source = np.repeat(np.arange(len(ids)), repeats)
-    names = tokenizer.convert_ids_to_tokens(ids.tolist())
-    printable = [text[start:stop] or name for (start, stop), name in zip(offsets, names, strict=True)]
     layout = TokenLayout(
         **_fields(source, slots, runs),
-        tokens=tuple(printable[index] for index in source),
+        tokens=tuple(shown_as[index] for index in source),
         spans={name: _span(offsets, source, slots, *characters) for name, characters in spans.items()},
         images=tuple(one.size for one in frames or shown),
         frames_per_token=processor.geometry.frames_per_token if frames else 1,
@@ -188,13 +187,38 @@ def _check_counts(processor: Processor, text: str, images: int, frames: int) -> 
             )
 
 
-def _tokenized(processor: Processor, text: str) -> tuple[np.ndarray, np.ndarray]:
+def _tokenized(processor: Processor, text: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The ids of a text, the characters each stands for, and what each is shown as."""
     tokenizer = processor.tokenizer
     # Templates that print the first special token themselves, PaliGemma's behind the images, must not get it twice.
     bos = tokenizer.bos_token
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not (bos and bos in text), verbose=False)
-    offsets = np.asarray(encoded["offset_mapping"], dtype=int).reshape(-1, 2)
-    return np.asarray(encoded["input_ids"], dtype=np.int64), offsets
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    offsets = _without_gaps(np.asarray(encoded["offset_mapping"], dtype=int).reshape(-1, 2))
+    return ids, offsets, _shown(text, offsets, tokenizer.convert_ids_to_tokens(ids.tolist()))
+
+
+def _without_gaps(offsets: np.ndarray) -> np.ndarray:
+    """Offsets that leave out no character: one that no token has (a trimmed space) goes to the token behind it."""
+    widened, reached = offsets.copy(), 0
+    for index, (start, stop) in enumerate(offsets):
+        if stop:  # (0, 0) is a token that the tokenizer put in
+            widened[index, 0], reached = min(start, reached), max(reached, stop)
+    return widened
+
+
+def _shown(text: str, offsets: np.ndarray, names: list[str]) -> list[str]:
+    """What each token is shown as: its characters, each on the last of the tokens that share it, where it is whole.
+
+    Byte-level and byte-fallback tokenizers write a rare character as several tokens, which all have its offsets.
+    """
+    shown, taken = list(names), len(text)
+    for index in reversed(range(len(offsets))):
+        start, stop = offsets[index]
+        if stop:
+            shown[index] = text[start : min(stop, taken)]
+            taken = min(taken, start)
+    return shown
 
 
 def _written_out(
