@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 
 from mech.data.samples import Sample
-from mech.errors import ExperimentError
+from mech.errors import ExperimentError, InputError
 from mech.inputs import Inputs, TokenLayout
 from mech.model import HookedMLLM
 
@@ -269,15 +269,27 @@ def _ids(model: HookedMLLM | None, answer: Answer, example: int) -> tuple[int, .
             raise ExperimentError(
                 f"{len(answer)} answers for example {example + 1}", "one answer for each", "give as many as examples"
             )
+        for one in answer:  # all of them with the first, so that none is refused behind a forward
+            if not isinstance(one, str):
+                _token(model, one)
         answer = answer[example]
-    if isinstance(answer, int):
-        return (answer,)
+    if not isinstance(answer, str):
+        return (_token(model, answer),)
     if model is None:
         raise ExperimentError(
             f"the answer {answer!r} without a tokenizer", "token ids, or the model whose tokens they are",
             "call metric(logits, model=model)",
         )  # fmt: skip
     return tuple(model.processor.answer_ids(answer))
+
+
+def _token(model: HookedMLLM | None, token: Any) -> int:
+    """A token id that is in the vocabulary; without a model, one that could be."""
+    if model is not None:
+        return model.token_id(token)
+    if isinstance(token, bool) or not isinstance(token, int | np.integer) or token < 0:
+        raise InputError(f"the token {token!r}", "an id from 0 on, or a text with the model", "give its id")
+    return int(token)
 
 
 class _Last:

@@ -5,7 +5,7 @@ every row; pictures are laid one after the other in the order of the rows, as th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ class Inputs(Shown):
         tensors: what the Hugging Face forward takes (``input_ids``, ``attention_mask``, ``pixel_values``, ...). In
             place of pixels there may be a mapping, ``mm_encoder_outputs``: pictures that are encoded already.
         layouts: what every position is, one layout for each row.
+        made_by: the ``mark`` of the processor that made them; empty where they were put together by hand.
     """
 
     tensors: dict[str, Any]
     layouts: tuple[TokenLayout, ...]
+    made_by: str = ""
 
     def __post_init__(self):
         rows, length = self.tensors["input_ids"].shape
@@ -105,7 +107,7 @@ class Inputs(Shown):
             if isinstance(value, Tensor)
         }
         moved |= {name: value for name, value in self.tensors.items() if name not in moved}
-        return Inputs(moved, self.layouts)
+        return replace(self, tensors=moved)
 
 
 def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
@@ -118,6 +120,12 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
     if not rows:
         raise InputError("an empty list of inputs", "at least one", "pass the inputs to be joined")
     _check_memories(rows)
+    makers = sorted({row.made_by for row in rows if row.made_by})
+    if len(makers) > 1:
+        raise InputError(
+            f"rows that were made for different models: {', '.join(makers)}", "rows for one model",
+            "build every row with the same processor",
+        )  # fmt: skip
     if any("mm_encoder_outputs" in row.tensors for row in rows):
         raise InputError("inputs whose pictures are encoded already", "inputs with pixels", "collate, then encode")
     for name in _PADDING:
@@ -150,7 +158,7 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
         joined[name] = torch.cat(parts)
     _refuse_one_token_for_both(rows)
     layouts = [layout.shifted(length - len(layout), length) for row in rows for layout in row.layouts]
-    return Inputs(joined, tuple(layouts))
+    return Inputs(joined, tuple(layouts), "".join(makers))
 
 
 def _pad_left(part: Tensor, length: int, value: int) -> Tensor:

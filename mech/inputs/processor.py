@@ -5,7 +5,9 @@ for the Qwen-VL family it fails without torchvision, because it insists on a vid
 run on PIL, placeholders are expanded and videos cut by ``mech.inputs``, and nothing depends on torchvision.
 """
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,18 @@ class Processor:
                     f"a processor with the {what} {own}", f"the model's, {other}",
                     "load the processor that belongs to this checkpoint",
                 )  # fmt: skip
+
+    @cached_property
+    def mark(self) -> str:
+        """The family, and a short hash of what its inputs mean: tokens of the vocabulary, placeholders, patches.
+
+        How pictures are resized is not in it: that may be varied for one model.
+        """
+        geometry, size = self.geometry, len(self.tokenizer)
+        probed = self.tokenizer.convert_ids_to_tokens(sorted({*range(0, size, max(1, size // 512)), size - 1}))
+        said = (geometry.side, geometry.frames_per_token, geometry.class_tokens, geometry.tile, size, probed)
+        ids = self.tokenizer.convert_tokens_to_ids([token for token in self.visual_tokens if token])
+        return f"{geometry.name}-{hashlib.sha256(repr((said, self.visual_tokens, ids)).encode()).hexdigest()[:8]}"
 
     def visual_token(self, video: bool) -> str:
         """What a visual token of an image, or of a video, is written as."""

@@ -162,7 +162,7 @@ def encode(
     if family.memory and shown:
         made = [processor.geometry.show(one.size, processor.image_processor) for one in shown]
         tensors, layout = family.memory(tensors, layout, made, processor.geometry)
-    return Inputs(tensors, (layout,))
+    return Inputs(tensors, (layout,), processor.mark)
 
 
 def _check_counts(processor: Processor, text: str, images: int, frames: int) -> None:

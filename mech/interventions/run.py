@@ -95,6 +95,11 @@ class Intervened:
         with self._running(inputs):
             return self.model.generate_text(inputs, **options)
 
+    def answer(self, inputs: Inputs, **options: Any) -> str:
+        """``HookedMLLM.answer`` under the interventions."""
+        with self._running(inputs):
+            return self.model.answer(inputs, **options)
+
     @contextmanager
     def _installed(self) -> Iterator[None]:
         with ExitStack() as stack:

@@ -9,25 +9,125 @@ is folded here, so ``apply_ln`` sends every part through the norm as it is at th
 (``frozen_norm``). And what a model adds between layers (Qwen3-VL's DeepStack features) is a part of its own, called
 "remainder".
 
+A cache is kept without its model: ``cache.save("run.safetensors")``, ``ActivationCache.load("run.safetensors")``; it is
+pickled so too. What needs the weights then asks for ``cache.model = model``.
+
 Refused: parts by head or neuron where a post-norm (Gemma) or a gate stands between them and the stream or some layers
 have no heads, neurons of mixtures of experts, state-space methods, and ``logit_lens``.
 """
 
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
 import transformer_lens
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
-from mech.errors import MechError, PointError
+from mech.errors import InputError, MechError, OutputError, PointError
+from mech.model.architectures.families import ModelConfig
 from mech.model.named.norms import frozen_norm
+from mech.model.points import dims_of
+from mech.model.run_options import is_reached
+
+_KIND = "mech activation cache 1"
 
 
 class ActivationCache(transformer_lens.ActivationCache):
     """Activations by full name (``cache["blocks.3.attn.hook_z"]``) or shorthand (``cache["z", 3]``)."""
 
     model: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": _Elsewhere.of(self.model)}
+
+    def __copy__(self) -> "ActivationCache":
+        return type(self)(dict(self.cache_dict), self.model, self.has_batch_dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationCache":
+        return type(self)(copy.deepcopy(self.cache_dict, memo), self.model, self.has_batch_dim)
+
+    def save(self, path: str | Path) -> Path:
+        """Write all activations to one safetensors file, whole or not at all; the model is not in it.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        path, model, seen = Path(path), _Elsewhere.of(self.model), set()
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.items():
+            value = value.detach().cpu().contiguous()
+            # Safetensors refuses tensors that share memory, as slices of others do.
+            shared = (start := value.untyped_storage().data_ptr()) in seen
+            tensors[name] = value.clone() if shared else value
+            seen.add(start)
+        about = {
+            "model": model.name, "cfg": dataclasses.asdict(model.cfg), "has_batch_dim": self.has_batch_dim,
+            "names": list(tensors),
+        }  # fmt: skip
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file(tensors, part, {"kind": _KIND, "about": json.dumps(about)})
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise OutputError(
+                f"{path} cannot be written ({error})", "a file in a folder that exists", "choose another path"
+            ) from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None) -> "ActivationCache":
+        """Read a file of ``save``, onto the CPU.
+
+        Args:
+            path: of the file.
+            model: the hooked model that made it, for what needs its weights; it can be set later (``cache.model``).
+
+        Raises:
+            OutputError: there is no such file, it is damaged, or it holds something else.
+            InputError: ``model`` has other sizes.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise OutputError(f"there is no file {path}", "a file of ActivationCache.save", "check the path")
+        try:
+            with safe_open(path, "pt") as opened:
+                said = opened.metadata() or {}
+                if said.get("kind") != _KIND:
+                    raise OutputError(
+                        f"{path} holds no activation cache", "a file of ActivationCache.save", "check the path"
+                    )
+                about = json.loads(said["about"])
+                tensors = {str(name): opened.get_tensor(name) for name in about["names"]}  # as they fired
+            sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["cfg"].items()}
+            cfg = ModelConfig(**sizes)
+            kept = _Elsewhere(str(about["model"]), cfg)
+            made = cls(tensors, model or kept, has_batch_dim=bool(about["has_batch_dim"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, MechError):
+                raise
+            raise OutputError(
+                f"{path} cannot be read ({type(error).__name__}: {error})", "a whole file", "save it again"
+            ) from error
+        if model is not None and model.cfg != cfg:
+            raise InputError(
+                f"a cache of {kept.name} with the model {model.name}, whose sizes are others",
+                f"{kept.name}", "load it with the model that made it, or without one",
+            )  # fmt: skip
+        return made
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "ActivationCache":
+        made = super().apply_slice_to_batch_dim(batch_slice)
+        return type(self)(made.cache_dict, self.model, made.has_batch_dim)
 
     def __getitem__(self, key: Any) -> Tensor:
         try:
@@ -164,6 +264,134 @@ class ActivationCache(transformer_lens.ActivationCache):
                 f"the heads of all layers of {cfg.family}: only layers {list(cfg.attention_layers)} have heads",
                 "a stack of attention layers", "use cache['result', layer] of these layers",
             )  # fmt: skip
+
+
+class _Elsewhere:
+    """What a cache that was stored knows of its model: its name and sizes. All else is asked of the model itself."""
+
+    def __init__(self, name: str, cfg: ModelConfig):
+        self.name, self.cfg = name, cfg
+
+    @classmethod
+    def of(cls, model: Any) -> "_Elsewhere":
+        return cls(model.name, model.cfg)
+
+    def __getattr__(self, asked: str) -> NoReturn:
+        if asked.startswith("__"):
+            raise AttributeError(asked)
+        raise MechError(
+            f"{asked} of the model of a cache that was stored without it", "a cache with its model",
+            "set cache.model = model, the model that made it",
+        )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Kept:
+    """What a run leaves at the points that are cached: copies of activations and, if asked for, their gradients.
+
+    Attributes:
+        stored: by name; gradients by name and ``_grad``.
+        device: where copies go; None to leave them.
+        positions: those of the text stack that are kept, None for all.
+        crossing: the layers whose keys and values are a memory.
+        live: the activations themselves, which are differentiated at; None where no gradient is asked for.
+    """
+
+    device: torch.device | str | None
+    positions: Slice | None
+    crossing: tuple[int, ...]
+    live: dict[str, Tensor] | None
+    stored: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: Any, inputs: Any, tensors: Mapping[str, Any], device: Any, pos_slice: Any, incl_bwd: bool,
+        remove_batch_dim: bool,
+    ) -> "Kept":  # fmt: skip
+        """Checked before the forward.
+
+        Raises:
+            InputError: positions that are not there, a batch dimension of several rows, a gradient of no number.
+        """
+        given = inputs if isinstance(inputs, Mapping) else getattr(inputs, "tensors", {"input_ids": inputs})
+        ids = {**given, **tensors}.get("input_ids")
+        rows, length = ids.shape if isinstance(ids, Tensor) and ids.ndim == 2 else (1, 1)
+        if remove_batch_dim and rows != 1:
+            raise InputError(f"remove_batch_dim with {rows} rows", "one row", "keep the batch dimension")
+        if incl_bwd:
+            if tensors.get("return_type") != "loss" or tensors.get("loss_per_token"):
+                raise InputError(
+                    "incl_bwd without a single loss", "a number to differentiate", "add return_type='loss'"
+                )
+            if not torch.is_grad_enabled() or not any(p.requires_grad for p in model.hf_model.parameters()):
+                raise InputError(
+                    "incl_bwd where nothing asks for a gradient", "gradients switched on, and weights that want one",
+                    "leave torch.no_grad(), or call model.hf_model.requires_grad_(True)",
+                )  # fmt: skip
+        live: dict[str, Tensor] | None = {} if incl_bwd else None
+        return cls(device, _positions(pos_slice, length), model.cfg.cross_layers, live)
+
+    def save(self, value: Tensor, hook: HookPoint) -> None:
+        """A hook that stores a copy: some points share memory, and a later hook may write in place."""
+        name = str(hook.name)
+        self._store(name, name, value.detach())
+        if self.live is not None and value.requires_grad:
+            self.live[name] = value
+
+    def differentiate(self, returned: Any) -> None:
+        """Store the gradient of what the run returned at every point that it depends on."""
+        if not self.live:
+            return
+        found = torch.autograd.grad(returned, list(self.live.values()), allow_unused=True)
+        for name, slope in zip(self.live, found, strict=True):
+            if slope is not None:
+                self._store(name, f"{name}_grad", slope)
+
+    def _store(self, point: str, key: str, value: Tensor) -> None:
+        dims = dims_of(point).split()
+        axis = next((at for at, dim in enumerate(dims) if dim in ("pos", "query_pos")), None)
+        if self.positions is not None and axis is not None and self._counts_positions(point):
+            value = self.positions.apply(value, dim=axis)
+        self.stored[key] = value.clone() if self.device is None else value.to(self.device, copy=True)
+
+    def _counts_positions(self, point: str) -> bool:
+        """Whether a point's rows are the row's own positions: not patches of pictures, nor the keys of a memory."""
+        parts = point.split(".")
+        if parts[0] == "vision":
+            return False
+        return not (parts[-1] in ("hook_k", "hook_v") and int(parts[1]) in self.crossing)
+
+
+def _positions(pos_slice: Any, length: int) -> Slice | None:
+    if pos_slice is None:
+        return None
+    try:
+        chosen = Slice.unwrap(pos_slice)
+        kept = chosen.apply(torch.arange(length))
+    except (ValueError, IndexError, TypeError, RuntimeError):
+        kept = None
+    if kept is None or not kept.numel():
+        raise InputError(
+            f"pos_slice={pos_slice!r} of {length} positions", f"positions from {-length} to {length - 1}",
+            "use a number, (first, behind), or a list of positions",
+        )  # fmt: skip
+    return chosen
+
+
+def points_until(chosen: Sequence[str], layer: int, by_name: bool) -> list[str]:
+    """Those of some points that a run passes which stops at a layer.
+
+    Raises:
+        PointError: one that was asked for by name is not among them, or none is.
+    """
+    passed = [name for name in chosen if is_reached(name, layer)]
+    if not passed or (by_name and len(passed) < len(chosen)):
+        behind = next(name for name in chosen if not is_reached(name, layer))
+        raise PointError(
+            f"{behind!r} in a run that stops at layer {layer}", "points before it",
+            "leave the point out, or raise stop_at_layer",
+        )  # fmt: skip
+    return passed
 
 
 class _NotCached(PointError, KeyError):

@@ -1,4 +1,4 @@
-"""The vision stack alone: what a Hugging Face model makes of the pictures before its text stack runs.
+"""Questions and pictures for a hooked model, and the vision stack alone: what it makes of the pictures.
 
 Every current family has ``get_image_features`` (and ``get_video_features``), takes their output back as
 ``mm_encoder_outputs``, and differs only in the tensors they ask for beside the pixels. Mllama has neither: its text
@@ -6,13 +6,105 @@ stack is handed the memory that its cross-attention layers look at.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mech.errors import UnsupportedModel
+from mech.errors import InputError, UnsupportedModel
+
+
+class Encoding:
+    """What a hooked model makes of questions and pictures before it runs."""
+
+    hf_model: Any
+    name: str
+    revision: str | None
+    device: Any
+    dtype: Any
+    _processor: Any
+    _source: str | None
+    _tensors: Any
+    turns: Any
+
+    @torch.no_grad()
+    def encode_pictures(self, inputs: Any) -> tuple[Any, dict[str, Any]]:
+        """Run the vision stack alone: the inputs without pixels, and what takes their place in many forwards.
+
+            blind, seen = model.encode_pictures(inputs)
+            logits = model(blind, mm_encoder_outputs=seen)         # equal to model(inputs), the pictures read once
+
+        For whoever asks the same pictures again and again while the *text* stack is changed. Hooks on the vision stack
+        and the projector do not fire in such forwards.
+        """
+        with self.turns.taken(running=True):
+            seen = pictures_seen(self.hf_model, self._tensors(inputs, {}))
+        blind = {name: value for name, value in inputs.tensors.items() if not name.startswith("pixel_values")}
+        return replace(inputs, tensors=blind), seen
+
+    def inputs(
+        self,
+        question: str,
+        images: Sequence = (),
+        video: Sequence = (),
+        fps: float = 2.0,
+        answer: str = "",
+        **text: Any,
+    ) -> Any:
+        """``Inputs`` for a question in the model's chat template; ``text`` is the context of ``mech.inputs.build``."""
+        from mech.inputs import build
+
+        made = build(self.processor, question, images=images, video=video, fps=fps, answer=answer, **text)
+        return made.to(self.device, self.dtype)
+
+    def inputs_of(self, sample: Any, answer: bool = False) -> Any:
+        """``Inputs`` of a ``Sample``; with ``answer=True`` its answer follows the prompt."""
+        text = dict(answer=sample.answer if answer else "", context=sample.context, passages=sample.passages())
+        return self.inputs(sample.question, sample.images, sample.video, sample.fps, **text)
+
+    def collate(self, rows: Sequence[Any]) -> Any:
+        """One batch of several ``Inputs``, padded on the left."""
+        from mech.inputs import collate
+
+        return collate(list(rows), self._pad_token_id())
+
+    @property
+    def processor(self) -> Any:
+        """The ``mech.inputs.Processor``; opened when it is first needed."""
+        from mech import inputs
+
+        if self._processor is None:
+            if self._source is None:
+                raise InputError(f"{self.name} has no processor", "HookedMLLM.from_hf(hf_model, processor)")
+            self._processor = inputs.load_processor(self._source, self.hf_model.config, revision=self.revision)
+        elif not isinstance(self._processor, inputs.Processor):
+            self._processor = inputs.Processor.from_hf(self._processor, self.hf_model.config)
+        return self._processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    def _check_made(self, inputs: Any) -> None:
+        """Refuse inputs whose tokens mean something else to this model: another one's processor made them."""
+        known = self._processor is not None or self._source is not None
+        if known and inputs.made_by not in ("", self.processor.mark):
+            raise InputError(
+                f"inputs of another model ({inputs.made_by})", f"those of {self.name} ({self.processor.mark})",
+                "build them with the inputs(...) of the model that runs them",
+            )  # fmt: skip
+
+    def _pad_token_id(self) -> int:
+        text = self.hf_model.config.get_text_config()
+        known = [getattr(source, "pad_token_id", None) for source in (self.hf_model.generation_config, text)]
+        if self._processor is not None or self._source is not None:
+            known.insert(0, self.tokenizer.pad_token_id)
+        known.append(getattr(text, "eos_token_id", None))
+        first = next((token for token in known if token is not None), 0)
+        return first[0] if isinstance(first, list) else first
 
 
 def pictures_seen(hf_model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,34 +21,34 @@ What it does not do: it does not change weights, fold norms or centre anything, 
 was trained with. Calling ``.hf_model`` directly runs it without hooks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
 from mech.errors import InputError, MechError, PointError, UnsupportedModel
-from mech.model import attention, hook_sites, wiring
-from mech.model.architectures.families import check_tensors, family_of, module_at, sizes
-from mech.model.cache import ActivationCache
-from mech.model.encoding import pictures_seen
-from mech.model.generation import generation_config
+from mech.model import attention, hook_sites, run_options, wiring
+from mech.model.architectures.families import family_of, module_at, sizes
+from mech.model.cache import ActivationCache, Kept, points_until
+from mech.model.encoding import Encoding
+from mech.model.generation import Generating
 from mech.model.loading import open_checkpoint, stock_model
 from mech.model.named.projections import execution_device
 from mech.model.named.weights import NamedWeights
-from mech.model.points import NamesFilter, cache_hook, select
+from mech.model.points import NamesFilter, select
 from mech.model.turns import Turns
 
 
-class HookedMLLM(NamedWeights, HookedRootModule):
+class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
     """A Hugging Face multimodal model whose activations can be read and written by name."""
 
     def __init__(self, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None):
@@ -136,6 +136,23 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         self._layers, self._sites = [], []
         return self._given[0]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HookedMLLM":
+        """A copy with weights of its own, wrapped anew: hooks stay with the original."""
+        if self.localized is not None:
+            raise MechError("a copy of a localized model", "the model itself", "copy it outside mech.localize")
+        with self.turns.taken():
+            copied = copy.deepcopy(self.hf_model, memo)
+        copied.set_attn_implementation(self._stock_attention)
+        made = type(self)(copied, self._processor, name=self.name)
+        made._source, made.revision = self._source, self.revision
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise MechError(
+            "a wrapped model to be pickled", "its weights, or copy.deepcopy(model) for a second one in this process",
+            "save model.hf_model.save_pretrained(folder), and open the folder",
+        )  # fmt: skip
+
     def __repr__(self) -> str:
         cfg, count = self.cfg, sum(parameter.numel() for parameter in self.hf_model.parameters())
         return (
@@ -145,52 +162,43 @@ class HookedMLLM(NamedWeights, HookedRootModule):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def forward(self, inputs: Any = None, **tensors: Any) -> Float[Tensor, "batch pos vocab"]:
-        """Logits for ``Inputs``, a mapping of tensors, or the Hugging Face model's own keyword arguments."""
+    def forward(
+        self,
+        inputs: Any = None,
+        *,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+        **tensors: Any,
+    ) -> Any:
+        """Logits for ``Inputs``, a mapping of tensors, or the Hugging Face model's own keyword arguments.
+
+        Args:
+            inputs: what to run.
+            return_type: "logits", "loss" (of the next token of text, in nats), "both" as a pair, or None.
+            loss_per_token: the loss of every token after the first instead of their mean.
+            stop_at_layer: the layer that does not run any more: the residual stream that enters it is returned.
+            tensors: what the Hugging Face model's forward takes.
+
+        Raises:
+            InputError: a keyword nobody takes, tensors that do not belong together, inputs of another model.
+        """
         given = self._tensors(inputs, tensors)
+        run_options.check_returned(return_type, loss_per_token, stop_at_layer, given, self.hf_model.config)
         if "past_key_values" not in given:
             given.setdefault("use_cache", False)
+        if stop_at_layer is not None:
+            layer = run_options.layer_of(stop_at_layer, self.cfg.n_layers)
+            return run_options.stopped(self, layer, lambda: self._run(inputs, given))
+        logits = self._run(inputs, given)
+        if return_type in ("logits", None):
+            return logits if return_type else None
+        loss = run_options.next_token_loss(logits, given, self.hf_model.config, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _run(self, inputs: Any, given: dict[str, Any]) -> Float[Tensor, "batch pos vocab"]:
         with self.turns.taken(running=True), self._localized_run(inputs, given), self._attached():
             return self.hf_model(**given).logits
-
-    @torch.no_grad()
-    def encode_pictures(self, inputs: Any) -> tuple[Any, dict[str, Any]]:
-        """Run the vision stack alone: the inputs without pixels, and what takes their place in many forwards.
-
-            blind, seen = model.encode_pictures(inputs)
-            logits = model(blind, mm_encoder_outputs=seen)         # equal to model(inputs), the pictures read once
-
-        For whoever asks the same pictures again and again while the *text* stack is changed. Hooks on the vision stack
-        and the projector do not fire in such forwards.
-        """
-        with self.turns.taken(running=True):
-            seen = pictures_seen(self.hf_model, self._tensors(inputs, {}))
-        blind = {name: value for name, value in inputs.tensors.items() if not name.startswith("pixel_values")}
-        return replace(inputs, tensors=blind), seen
-
-    @torch.no_grad()
-    def generate(self, inputs: Any = None, *, max_new_tokens: int = 16, **options: Any) -> Int[Tensor, "batch new_pos"]:
-        """The ids of the *new* tokens only, greedily, hooks live and KV cache on; padded behind a row's end.
-
-        A checkpoint's own ``repetition_penalty`` stays in force, as in Hugging Face's ``generate``.
-
-        ``options`` are those of Hugging Face's ``generate`` (``do_sample=True``, ``temperature=...``).
-        """
-        given = self._tensors(inputs, options)
-        stock = self.hf_model.generation_config
-        if stock is None:
-            raise UnsupportedModel(f"{self.name} cannot generate", "a model with a generation config")
-        asked = {key: given.pop(key) for key in list(given) if hasattr(stock, key)}
-        config = generation_config(stock, {"max_new_tokens": max_new_tokens, **asked}, self._pad_token_id())
-        with self.turns.taken(running=True), self._localized_run(inputs, given, config), self._attached():
-            run: Any = self.hf_model.generate
-            ids = run(**given, generation_config=config)
-        return ids[:, given["input_ids"].shape[1] :]
-
-    def generate_text(self, inputs: Any, *, max_new_tokens: int = 16, **options: Any) -> list[str]:
-        """``generate``, decoded without special tokens, one string for each row."""
-        ids = self.generate(inputs, max_new_tokens=max_new_tokens, **options)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @contextmanager
     def hooks(
@@ -232,36 +240,51 @@ class HookedMLLM(NamedWeights, HookedRootModule):
         names_filter: NamesFilter = None,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
+        pos_slice: Any = None,
+        incl_bwd: bool = False,
+        return_cache_object: bool = True,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
         **tensors: Any,
-    ) -> tuple[Float[Tensor, "batch pos vocab"], ActivationCache]:
-        """Logits, and a copy of every point that ``names_filter`` names.
+    ) -> tuple[Any, Any]:
+        """What ``forward`` returns, and a copy of every point that ``names_filter`` names.
 
         Args:
-            inputs: as in ``forward``.
+            inputs: as in ``forward``, whose keywords may follow.
             names_filter: a name, a list of names, a predicate over names, or None for all but ``hook_result``. Naming
                 scores or pattern makes that layer compute attention step by step.
             device: where to keep the copies.
             remove_batch_dim: drop the batch dimension of a single row.
+            pos_slice: positions to keep, as TransformerLens' ``Slice`` takes them (-1, a tuple for a range, a list):
+                of queries where there are keys too. Rotated keys, memories and the vision stack are kept whole.
+            incl_bwd: differentiate what is returned (``return_type="loss"``), and keep the gradient at every point that
+                it depends on under its name and ``_grad``. No ``.grad`` of a parameter changes.
+            return_cache_object: False for a plain dict.
+            reset_hooks_end: whether hooks are taken off in the end, as in ``hooks``.
+            clear_contexts: whether their contexts are cleared then.
 
         Raises:
-            PointError: a name is misspelt or not live (before the forward), or nothing passed through a named point
-                (a vision point without an image).
+            PointError: a name is misspelt, not live or behind ``stop_at_layer`` (before the forward), or nothing passed
+                through a named point (a vision point without an image).
+            InputError: as ``forward``; positions that are not there, or a gradient that nothing could have.
         """
         chosen = self.select(names_filter)
-        stored: dict[str, Tensor] = {}
-        with self.hooks([(name, cache_hook(stored, device)) for name in chosen]):
-            logits = self.forward(inputs, **tensors)
-        silent = [name for name in chosen if name not in stored]
-        if silent and names_filter is not None and not callable(names_filter):
+        by_name = names_filter is not None and not callable(names_filter)
+        if (stop := tensors.get("stop_at_layer")) is not None:
+            chosen = points_until(chosen, run_options.layer_of(stop, self.cfg.n_layers), by_name)
+        kept = Kept.of(self, inputs, tensors, device, pos_slice, incl_bwd, remove_batch_dim)
+        with self.hooks([(name, kept.save) for name in chosen], (), reset_hooks_end, clear_contexts):
+            returned = self.forward(inputs, **tensors)
+            kept.differentiate(returned)
+        silent = [name for name in chosen if name not in kept.stored]
+        if silent and by_name:
             raise PointError(
                 f"nothing passed through {silent[0]!r}", "inputs with an image or a video", "add one, or drop the name"
             )
-        cache = ActivationCache(stored, self)
+        cache = ActivationCache(kept.stored, self)
         if remove_batch_dim:
-            if len(logits) != 1:
-                raise InputError(f"remove_batch_dim with {len(logits)} rows", "one row", "keep the batch dimension")
-            cache.remove_batch_dim()
-        return logits, cache
+            cache.remove_batch_dim(1)
+        return returned, cache if return_cache_object else cache.cache_dict
 
     @contextmanager
     def attending(self, fn: attention.Observer, stack: str = "text") -> Iterator["HookedMLLM"]:
@@ -278,7 +301,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
             finally:
                 self._observers[stack].remove(fn)
 
-    # -- names and inputs ---------------------------------------------------------------------------------------------
+    # -- names --------------------------------------------------------------------------------------------------------
 
     def points(self) -> list[str]:
         """The names of all live points, in the order in which they fire."""
@@ -287,49 +310,6 @@ class HookedMLLM(NamedWeights, HookedRootModule):
     def select(self, names: NamesFilter) -> list[str]:
         """The live points that a name, a list of names or a predicate means; see ``mech.model.points.select``."""
         return select(names, list(self.hook_dict), self._refused)
-
-    def inputs(
-        self,
-        question: str,
-        images: Sequence = (),
-        video: Sequence = (),
-        fps: float = 2.0,
-        answer: str = "",
-        **text: Any,
-    ) -> Any:
-        """``Inputs`` for a question in the model's chat template; ``text`` is the context of ``mech.inputs.build``."""
-        from mech.inputs import build
-
-        made = build(self.processor, question, images=images, video=video, fps=fps, answer=answer, **text)
-        return made.to(self.device, self.dtype)
-
-    def inputs_of(self, sample: Any, answer: bool = False) -> Any:
-        """``Inputs`` of a ``Sample``; with ``answer=True`` its answer follows the prompt."""
-        text = dict(answer=sample.answer if answer else "", context=sample.context, passages=sample.passages())
-        return self.inputs(sample.question, sample.images, sample.video, sample.fps, **text)
-
-    def collate(self, rows: Sequence[Any]) -> Any:
-        """One batch of several ``Inputs``, padded on the left."""
-        from mech.inputs import collate
-
-        return collate(list(rows), self._pad_token_id())
-
-    @property
-    def processor(self) -> Any:
-        """The ``mech.inputs.Processor``; opened when it is first needed."""
-        from mech import inputs
-
-        if self._processor is None:
-            if self._source is None:
-                raise InputError(f"{self.name} has no processor", "HookedMLLM.from_hf(hf_model, processor)")
-            self._processor = inputs.load_processor(self._source, self.hf_model.config, revision=self.revision)
-        elif not isinstance(self._processor, inputs.Processor):
-            self._processor = inputs.Processor.from_hf(self._processor, self.hf_model.config)
-        return self._processor
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -404,7 +384,7 @@ class HookedMLLM(NamedWeights, HookedRootModule):
                 "copy the Hugging Face model (copy.deepcopy(model.unwrap())) and wrap the copy",
             )  # fmt: skip
 
-    def _tensors(self, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _tensors(self, inputs: Any, options: Mapping[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
         """The keyword arguments for the Hugging Face model, refused where they would silently mean something else."""
         if isinstance(inputs, Tensor):
             given: dict[str, Any] = {"input_ids": inputs, **options}
@@ -417,17 +397,10 @@ class HookedMLLM(NamedWeights, HookedRootModule):
                 "build them with model.inputs(question, images=...)",
             )
         else:
+            self._check_made(inputs)
             given = {**inputs.to(self.device, self.dtype).tensors, **options}
-        check_tensors(given, self.family)
+        run_options.check_keywords(given, self.hf_model, self.family.text.root, also)
+        run_options.check_tensors(given, self.hf_model, self.family)
         if "cross_attention_states" in (given.get("mm_encoder_outputs") or ()):  # Mllama knows them by this name
             given |= given.pop("mm_encoder_outputs")
         return given
-
-    def _pad_token_id(self) -> int:
-        text = self.hf_model.config.get_text_config()
-        known = [getattr(source, "pad_token_id", None) for source in (self.hf_model.generation_config, text)]
-        if self._processor is not None or self._source is not None:
-            known.insert(0, self.tokenizer.pad_token_id)
-        known.append(getattr(text, "eos_token_id", None))
-        first = next((token for token in known if token is not None), 0)
-        return first[0] if isinstance(first, list) else first

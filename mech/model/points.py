@@ -35,7 +35,6 @@ What writing a point means where it is not obvious:
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -150,12 +149,3 @@ def fire(point: HookPoint, value: Tensor) -> Tensor:
 def hooked(points: Iterable[HookPoint]) -> bool:
     """Whether anybody listens at one of the points."""
     return any(point.fwd_hooks or point.bwd_hooks for point in points)
-
-
-def cache_hook(cache: dict[str, Tensor], device: torch.device | str | None) -> Callable[..., None]:
-    """A hook that stores a copy: some points share memory, and a later hook may write in place."""
-
-    def save(value: Tensor, hook: HookPoint) -> None:
-        cache[str(hook.name)] = value.detach().clone() if device is None else value.detach().to(device, copy=True)
-
-    return save

@@ -68,7 +68,7 @@ def logit_lens(
 
     Raises:
         ExperimentError: layers the model does not have, k that is no number of words, positions that differ.
-        InputError: a tracked string that is several tokens.
+        InputError: a tracked string that is several tokens, an id that is none.
         RegionError: positions that are not there.
 
     Cost: one forward for each example, and the unembedding of every position in every layer.
@@ -284,7 +284,7 @@ def _place_coords(row: Inputs, where: np.ndarray) -> dict[str, Any]:
 
 def _tracked(model: HookedMLLM, track: str | int | Sequence[str | int]) -> list[int]:
     listed = [track] if isinstance(track, str | int) else list(track)
-    return [one if isinstance(one, int) else model.to_single_token(one) for one in listed]
+    return [model.token_id(one) for one in listed]
 
 
 def _check_k(model: HookedMLLM, k: int) -> None:

@@ -21,13 +21,12 @@ This file does not know how a point is hooked (``sites.py``) nor how pictures be
 """
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from mech.errors import InputError, UnsupportedModel
+from mech.errors import UnsupportedModel
 from mech.model.architectures.rows import LAYOUTS, ROWS, TEXT, VISION
 from mech.model.architectures.stack import Family, Stack
 
@@ -226,21 +225,3 @@ def part_at(module: nn.Module | None, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)  # type: ignore[assignment]
     return module
-
-
-def check_tensors(given: Mapping[str, Any], family: Family) -> None:
-    """Refuse tensors that the model would accept and silently take for something else.
-
-    Raises:
-        InputError: no tokens, or visual tensors without the companions that give their tokens 2-D positions.
-    """
-    if given.get("input_ids") is None:
-        raise InputError("no input_ids", "Inputs from model.inputs(...), or input_ids=...")
-    for tensor, companions in family.needs.items():
-        absent = [name for name in companions if given.get(name) is None]
-        if given.get(tensor) is not None and absent and given.get("position_ids") is None:
-            raise InputError(
-                f"{tensor} without {', '.join(absent)}",
-                "both: without them the model takes other positions or another mask and says nothing",
-                "build inputs with model.inputs(...)",
-            )

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mech.errors import UnsupportedModel
+from mech.errors import InputError, UnsupportedModel
 from mech.model.architectures.families import layers_of, module_at, part_at
 from mech.model.architectures.stack import Family, Stack
 from mech.model.hook_sites import attention_of
@@ -192,9 +193,25 @@ class NamedWeights(Tokens):
         weight, bias = linear_map(self._unembed())
         return weight.new_zeros(len(weight)) if bias is None else bias
 
+    def token_id(self, token: str | int) -> int:
+        """The id of a token, given as a string of one token or as an id.
+
+        Raises:
+            InputError: a string of several tokens, or no id of the vocabulary: -5 is not counted from its end.
+        """
+        if isinstance(token, str):
+            return self.to_single_token(token)
+        known = self.W_U.shape[1]
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < known:
+            raise InputError(f"the token {token!r}", f"a string, or an id from 0 to {known - 1}", "give its text")
+        return int(token)
+
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
         """The columns of W_U of these tokens; their product with the *normalised* stream is the logit."""
-        index = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        if isinstance(tokens, Tensor):
+            for token in tokens.flatten().tolist():
+                self.token_id(token)
+        index = tokens if isinstance(tokens, Tensor) else self.token_id(tokens)
         return self.W_U.detach().T[index if isinstance(index, int) or index.numel() > 1 else int(index)]
 
     def accumulated_bias(
