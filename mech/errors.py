@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LONGEST = 800  # characters of what was given that a message shows
 # All but line breaks and tabs; those that turn text round; and halves of a character, which cannot be printed.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -29,6 +30,8 @@ class MechError(ValueError):
     """
 
     def __init__(self, given: str, expected: str = "", do: str = ""):
+        # What was given may be a whole file; its beginning and end are enough to know it by.
+        given = given if len(given) <= LONGEST else f"{given[: LONGEST // 2]} [...] {given[-LONGEST // 4 :]}"
         self.given, self.expected, self.do = given, expected, do
         parts = [given, expected and f"Expected: {expected}", do and f"Try: {do}"]
         super().__init__(printable("\n".join(part for part in parts if part)))

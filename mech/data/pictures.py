@@ -30,6 +30,10 @@ def picture(given: Any) -> Image.Image:
         InputError: it is no picture, has no pixel or too many, several frames, or more than 8 bits a channel.
     """
     if isinstance(given, str | Path):
+        scheme = str(given)[:8].partition(":")[0].lower()
+        if scheme in ("data", "http", "https") and ":" in str(given)[:8]:
+            do = "open its bytes with Image.open(io.BytesIO(...))" if scheme == "data" else "download it first"
+            raise InputError(f"a {scheme}: URL of {len(str(given))} characters", "a picture or its path", do)
         return _opened(given)
     if isinstance(given, np.ndarray):
         channels = given.shape[2] if given.ndim == 3 else 1

@@ -19,7 +19,6 @@ have no heads, neurons of mixtures of experts, state-space methods, and ``logit_
 import copy
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -27,12 +26,13 @@ from typing import Any, Literal, NoReturn
 import torch
 import transformer_lens
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
 from mech.errors import InputError, MechError, OutputError, PointError
+from mech.files import parse_json, write
 from mech.model.architectures.families import ModelConfig
 from mech.model.named.norms import frozen_norm
 from mech.model.points import dims_of
@@ -61,7 +61,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         Raises:
             OutputError: the file cannot be written.
         """
-        path, model, seen = Path(path), _Elsewhere.of(self.model), set()
+        model, seen = _Elsewhere.of(self.model), set()
         tensors: dict[str, Tensor] = {}
         for name, value in self.items():
             value = value.detach().cpu().contiguous()
@@ -73,16 +73,7 @@ class ActivationCache(transformer_lens.ActivationCache):
             "model": model.name, "cfg": dataclasses.asdict(model.cfg), "has_batch_dim": self.has_batch_dim,
             "names": list(tensors),
         }  # fmt: skip
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, part, {"kind": _KIND, "about": json.dumps(about)})
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise OutputError(
-                f"{path} cannot be written ({error})", "a file in a folder that exists", "choose another path"
-            ) from error
-        return path
+        return write(path, save(tensors, {"kind": _KIND, "about": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> "ActivationCache":
@@ -106,7 +97,7 @@ class ActivationCache(transformer_lens.ActivationCache):
                     raise OutputError(
                         f"{path} holds no activation cache", "a file of ActivationCache.save", "check the path"
                     )
-                about = json.loads(said["about"])
+                about = parse_json(said["about"])
                 tensors = {str(name): opened.get_tensor(name) for name in about["names"]}  # as they fired
             sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["cfg"].items()}
             cfg = ModelConfig(**sizes)

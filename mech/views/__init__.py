@@ -76,6 +76,12 @@ def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **opt
         OutputError: nothing fits, or the picture is missing or does not fit.
     """
     result = getattr(result, "dataset", result)  # of a causal report
+    if hasattr(result, "cache_dict") or (hasattr(result, "__array__") and not hasattr(result, "dims")):
+        what = f"a tensor of shape {tuple(result.shape)}" if hasattr(result, "shape") else "an activation cache"
+        raise OutputError(
+            f"{what}, which does not say what its tokens are", "a result of mech",
+            "draw attention with mech.view(mech.token_attention(model, inputs, layers=[3]))",
+        )  # fmt: skip
     draw = _dataset_view(result) if isinstance(result, xr.Dataset) else _object_view(result)
     takes = signature(draw).parameters
     given = {name: value for name, value in {"on": on, **options}.items() if value is not None}
