@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mech.cli import options
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 
 EPILOG = (
     "[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]\n\n"
@@ -23,7 +23,10 @@ def ablate(
     data: options.Data = None,
     root: options.Root = None,
     to: Annotated[
-        list[str] | None, typer.Option(help="mean, zero, resample, uniform, paper; may be given again.")
+        list[str] | None,
+        typer.Option(
+            help="mean, zero, resample, uniform, paper; may be given again.", callback=options.among(options.METHODS)
+        ),
     ] = None,
     fraction: Annotated[
         list[float] | None,
@@ -33,17 +36,18 @@ def ablate(
         list[str] | None,
         typer.Option(
             help="top, bottom, middle, random, layer_matched (default: these five); vision or sinks, the heads that "
-            "look most at pictures or at tokens with more than 30% of the attention; may be given again."
+            "look most at pictures or at tokens with more than 30% of the attention; may be given again.",
+            callback=options.among((*options.BANDS, "vision", "sinks")),
         ),
     ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
     ] = None,
-    samples: Annotated[
-        int, typer.Option(help="Half find heads (or make the reference), half test them.", callback=options.whole(8))
-    ] = 96,
+    samples: Annotated[int, options.samples("Half find heads (or make the reference), half test them.", 8)] = 96,
     n_random: options.NRandom = 20,
-    positions: Annotated[str, typer.Option(help="all, question, last, image or text.")] = "all",
+    positions: Annotated[
+        str, typer.Option(help="all, question, last, image or text.", callback=options.among(options.POSITIONS))
+    ] = "all",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Save every sample's result (netCDF).", callback=options.written_to()),
@@ -54,17 +58,11 @@ def ablate(
 ) -> None:
     """Ablate bands of heads, and say what each costs beside random heads."""
     import mech
-    from mech.experiments.ablation.ablation import BANDS
     from mech.experiments.findings.summary import summarise_effects
-    from mech.interventions import METHODS, POSITIONS
     from mech.results import save
 
     methods, sizes = to or ["mean"], [options.share_or_number(f) for f in fraction or (0.05, 0.2)]
-    bands: list[Any] = list(dict.fromkeys(band or BANDS))
-    for given, known in ((methods, METHODS), ([positions], POSITIONS), (bands, (*BANDS, "vision", "sinks"))):
-        for word in given:
-            if word not in known:
-                raise ExperimentError(f"{word!r}", ", ".join(known), suggestion(word, known))
+    bands: list[Any] = list(dict.fromkeys(band or options.BANDS))
     some, called = options.chosen(data, root, domain, samples, seed)
     find, test = some.split(0.5, seed)
     hooked = options.open_model(model, revision)

@@ -27,9 +27,7 @@ def accelerate(
             help="Pages or frames of each generated sample, for models of long contexts.", callback=options.whole(1)
         ),
     ] = None,
-    samples: Annotated[
-        int, typer.Option(help="A quarter ranks the heads, the others test them.", callback=options.whole(16))
-    ] = 96,
+    samples: Annotated[int, options.samples("A quarter ranks the heads, the others test them.", 16)] = 96,
     window: Annotated[
         int | None,
         typer.Option(help="Tokens a local head sees; by default a bit over the question.", callback=options.whole(1)),
@@ -43,7 +41,9 @@ def accelerate(
     ] = None,
     choice: Annotated[
         list[str] | None,
-        typer.Option(help="ram, bottom, random, vision, causal, gates, reach, dynamic; repeatable. Default: all."),
+        typer.Option(
+            help=f"{', '.join(options.CHOICES)}; repeatable. Default: all.", callback=options.among(options.CHOICES)
+        ),
     ] = None,
     n_random: options.NRandom = 4,
     margin: Annotated[

@@ -21,7 +21,7 @@ def claims(
     data: options.Data = None,
     root: options.Root = None,
     only: Annotated[list[str] | None, typer.Option(help="A point by its name; repeatable. Default: all.")] = None,
-    samples: Annotated[int, typer.Option(help="Half find the heads, half test them.", callback=options.whole(8))] = 48,
+    samples: Annotated[int, options.samples("Half find the heads, half test them.", 8)] = 48,
     n_random: options.NRandom = 8,
     out: options.Written = None,
     seed: options.Seed = 0,

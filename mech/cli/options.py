@@ -1,13 +1,14 @@
 """What the commands share: options, the samples they mean, progress, and tables.
 
-Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Numbers and places to write to are
-checked while the command line is read, by the callbacks of the options: a mistake is told before anything is loaded.
+Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Numbers, words and places to write
+to are checked while the command line is read, by the callbacks of the options: a mistake is told before anything is
+loaded.
 """
 
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,14 @@ from mech.errors import ExperimentError, OutputError, printable, suggestion
 if TYPE_CHECKING:
     from mech.data.samples import Samples
     from mech.model import HookedMLLM
+
+
+# The library's own words, which cannot be imported without torch; a test holds them equal.
+METHODS = ("mean", "zero", "resample", "uniform", "paper")
+POSITIONS = ("all", "question", "last", "image", "text")
+BANDS = ("top", "bottom", "middle", "random", "layer_matched")
+CHOICES = ("ram", "bottom", "random", "vision", "causal", "gates", "reach", "dynamic", "layers")
+DIRECTIONS = ("denoise", "noise")
 
 
 def reference_names(incomplete: str) -> list[str]:
@@ -52,6 +61,21 @@ def whole(least: int, most: int | None = None) -> Any:
             raise ExperimentError(f"{name} {value}", wanted, "leave it out for the default")
 
     return checked(check)
+
+
+def among(words: Sequence[str]) -> Any:
+    """The callback of an option that is one of some words."""
+
+    def check(name: str, value: str) -> None:
+        if value not in words:
+            raise ExperimentError(f"{name} {value}", ", ".join(words), suggestion(value, words))
+
+    return checked(check)
+
+
+def samples(text: str, least: int) -> Any:
+    """``--samples``, or as Python calls it ``--n``."""
+    return typer.Option("--samples", "--n", help=text, callback=whole(least))
 
 
 def _check_size(name: str, value: float) -> None:

@@ -22,9 +22,14 @@ PATHS = (
     "[bold]mech paths -m reference:llava-s --freeze attention --freeze mlp[/]  the direct path of every head\n\n"
     "[bold]mech paths --sender L0H2 --receiver mlp.0 --receiver L2K2.v --freeze attention --direction noise[/]"
 )
-Direction = Annotated[str, typer.Option(help="denoise (what is sufficient) or noise (what is necessary).")]
+Direction = Annotated[
+    str,
+    typer.Option(
+        help="denoise (what is sufficient) or noise (what is necessary).", callback=options.among(options.DIRECTIONS)
+    ),
+]
 Shown = Annotated[int, typer.Option(help="How many rows to print.", callback=options.whole(1))]
-Pairs = Annotated[int, typer.Option(help="Samples, each patched with its counterfactual.", callback=options.whole(1))]
+Pairs = Annotated[int, options.samples("Samples, each patched with its counterfactual.", 1)]
 
 
 def patch(

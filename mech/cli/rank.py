@@ -20,7 +20,7 @@ def rank(
     domain: options.Domain = None,
     data: options.Data = None,
     root: options.Root = None,
-    samples: Annotated[int, typer.Option(help="Samples to measure on.", callback=options.whole(1))] = 48,
+    samples: Annotated[int, options.samples("Samples to measure on.", 1)] = 48,
     score: Annotated[str, typer.Option(help="ram, or others of the literature, joined by commas.")] = "ram",
     top: Annotated[int, typer.Option(help="How many heads to print, and to compare.", callback=options.whole(1))] = 10,
     out: options.Written = None,

@@ -46,9 +46,7 @@ def study(
     data: options.Data = None,
     root: options.Root = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
-    samples: Annotated[
-        int, typer.Option(help="Samples of each domain: half find heads, half test them.", callback=options.whole(8))
-    ] = 64,
+    samples: Annotated[int, options.samples("Samples of each domain: half find heads, half test them.", 8)] = 64,
     n_random: options.NRandom = 20,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from mech.cli import options
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 
 EPILOG = (
     "[bold]mech transfer -m reference:llava-m --out transfer.html[/]\n\n"
@@ -32,10 +32,10 @@ def transfer(
     fraction: Annotated[
         float, typer.Option(help="Share of all heads, or from 1 on their number.", callback=options.size)
     ] = 0.05,
-    to: Annotated[str, typer.Option(help="mean, zero, resample, uniform or paper.")] = "mean",
-    samples: Annotated[
-        int, typer.Option(help="Of each domain: half find heads, half test them.", callback=options.whole(8))
-    ] = 48,
+    to: Annotated[
+        str, typer.Option(help="mean, zero, resample, uniform or paper.", callback=options.among(options.METHODS))
+    ] = "mean",
+    samples: Annotated[int, options.samples("Of each domain: half find heads, half test them.", 8)] = 48,
     n_random: Annotated[int, typer.Option(help="Random sets of as many heads.", callback=options.whole(2))] = 20,
     out: options.PictureOrData = None,
     seed: options.Seed = 0,
@@ -44,10 +44,7 @@ def transfer(
 ) -> None:
     """Ablate the top heads of every domain on every domain: one circuit for all, or one for each?"""
     import mech
-    from mech.interventions import METHODS
 
-    if to not in METHODS:
-        raise ExperimentError(f"--to {to}", ", ".join(METHODS), suggestion(to, METHODS))
     known = ("grounding", "documents", "pages") if data is None else options.opened(data, root, samples, seed).domains
     tasks = tuple(dict.fromkeys(domain or known))
     if len(tasks) < 2:

@@ -18,6 +18,8 @@ EPILOG = (
     "[bold]mech view grid.nc --on photo.png --out grid.png[/]  effects drawn over the picture"
 )
 
+DRAWN = (".html", ".htm", ".png", ".pdf", ".svg")
+
 
 def view(
     file: Annotated[Path, typer.Argument(help="A .nc file, a study folder, or a ranking or circuit (.json).")],
@@ -31,7 +33,7 @@ def view(
             "--out",
             "-o",
             help=".html, .png, .pdf or .svg; by default a page beside the file.",
-            callback=options.written_to(".html", ".htm", ".png", ".pdf", ".svg"),
+            callback=options.written_to(*DRAWN),
         ),
     ] = None,
     width: Annotated[int, typer.Option(help="Of a figure, in CSS pixels.", callback=options.whole(200, 16_000))] = 1000,
@@ -39,6 +41,14 @@ def view(
     title: Annotated[str | None, typer.Option(help="Stands above the page.")] = None,
 ) -> None:
     """Draw a saved result: an offline page, or a figure for a paper. No model is needed."""
+    if file.suffix in (*DRAWN, ".jpg", ".jpeg"):
+        raise OutputError(
+            f"{file} is a page or a picture, not a result", "a .nc file, a study folder, a ranking or circuit (.json)",
+            "open it in a browser, or give the file that it was drawn from",
+        )  # fmt: skip
+    if not file.exists():
+        raise OutputError(f"there is no file or folder {file}", "what mech has saved", "check the path")
+
     from mech import views
     from mech.files import read, write
 

@@ -203,6 +203,11 @@ class Dynamic:
         with localize(self.model, self.policy(inputs)) as fast:
             return fast.generate_text(inputs, **options)
 
+    def answer(self, inputs: Inputs, **options: Any) -> str:
+        """``HookedMLLM.answer`` of one row under its own policy."""
+        with localize(self.model, self.policy(inputs)) as fast:
+            return fast.answer(inputs, **options)
+
 
 def chosen(model: HookedMLLM, scores: Float[Tensor, "layer head"] | np.ndarray, n: int, base: Policy) -> Policy:
     """The policy whose dense heads are the ``n`` best KV heads of a map of scores."""

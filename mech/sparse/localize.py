@@ -137,6 +137,10 @@ class Localized:
         """``HookedMLLM.generate_text`` under the policy."""
         return self._open().model.generate_text(inputs, **options)
 
+    def answer(self, inputs: Any, **options: Any) -> str:
+        """``HookedMLLM.answer`` under the policy."""
+        return self._open().model.answer(inputs, **options)
+
     def cache(self, split: bool = True) -> SplitCache:
         """An empty KV cache, for ``past_key_values=``; the first forward with it is the prompt.
 

@@ -182,6 +182,66 @@ def test_an_unknown_option_is_a_usage_error(mech):
     assert code == 2 and "--modle" in err
 
 
+def without_torch(*words):
+    """What a command says where torch cannot be imported: code and standard error."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['mech', *sys.argv[1:]]; from mech.cli import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    return ran.returncode, ran.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["accelerate", "--samples", "8"],
+        ["accelerate", "--n", "8"],
+        ["ablate", "--n", "7"],
+        ["ablate", "--to", "meen"],
+        ["ablate", "--band", "tob"],
+        ["ablate", "--positions", "lost"],
+        ["transfer", "--to", "noise"],
+        ["accelerate", "--choice", "rams"],
+        ["patch", "--direction", "up"],
+        ["study", "--n", "2"],
+        ["view", "grid.html"],
+        ["view", "no-such-file.nc"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_told_before_anything_heavy_is_imported(words):
+    code, err = without_torch(*words)
+    assert code == 2 and err.startswith("mech: ") and err.count("\n") == 3 and "Expected: " in err
+
+
+def test_the_words_of_the_options_are_the_librarys():
+    from mech.cli import options
+    from mech.experiments.ablation.ablation import BANDS
+    from mech.experiments.patching.activation import DIRECTIONS
+    from mech.interventions import METHODS, POSITIONS
+    from mech.sparse.frontier.acceleration import CHOICES
+
+    assert (options.METHODS, options.POSITIONS, options.BANDS) == (METHODS, POSITIONS, BANDS)
+    assert (options.CHOICES, options.DIRECTIONS) == (CHOICES, DIRECTIONS)
+
+
+def test_samples_are_called_n_too(mech):
+    code, out, _ = mech("rank", "--n", "4", "--top", "2", "-q")
+    assert code == 0 and "4 samples" in out
+    for command in ("study", "ablate", "transfer", "patch", "paths", "accelerate", "claims"):
+        code, _, err = mech(command, "--n", "0")
+        assert code == 2 and "--samples 0" in err
+
+
+@pytest.mark.parametrize("name", ["grid.html", "grid.png", "figure.pdf"])
+def test_a_picture_is_not_viewed_but_left_alone(mech, tmp_path, name):
+    path = tmp_path / name
+    path.write_text("a page")
+    code, _, err = mech("view", str(path))
+    assert code == 2 and "not a result" in err and "open it" in err and "delete" not in err
+    assert path.read_text() == "a page"
+
+
 def test_an_interrupt_ends_with_130(mech, monkeypatch):
     monkeypatch.setattr("mech.haystacks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, err = mech("rank")

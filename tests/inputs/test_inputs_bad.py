@@ -291,3 +291,16 @@ def test_the_flattened_index_divided_by_four_is_elsewhere():
         assert ours == right
         overlaps.append(len(published & right) / len(published | right))
     assert 0.2 < np.mean(overlaps) < 0.3
+
+
+def test_an_address_is_named_by_its_kind_and_length():
+    for given, do in (("data:image/png;base64," + "A" * 5000, "BytesIO"), ("https://example.com/x.png", "download it")):
+        with pytest.raises(InputError) as error:
+            picture(given)
+        assert f"{len(given)} characters" in str(error.value) and do in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_a_message_shows_the_beginning_and_the_end_of_something_long():
+    said = str(MechError("begin " + "x" * 50_000 + " end", "something short", "shorten it"))
+    assert len(said) < 800 and said.startswith("begin x") and " end\nExpected: something short" in said

@@ -25,6 +25,7 @@ from mech.experiments.attention.tokens import token_attention, token_groups
 from mech.experiments.ranking.ranking import rank_heads
 from mech.inputs import TokenLayout
 from mech.model import HookedMLLM
+from mech.model.cache import ActivationCache
 from mech.results import save, write_json
 from mech.views import View, view
 
@@ -341,3 +342,12 @@ def test_saved_results_are_drawn_without_a_model(mech, tmp_path):
         assert code == 2 and err.startswith("mech: "), other
     (tmp_path / "other.json").write_text(json.dumps([1]))
     assert mech("view", str(tmp_path / "other.json"))[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "cache"])
+def test_activations_are_refused_with_what_draws_attention(kind):
+    pattern = torch.zeros(1, 4, 6, 6)
+    given = {"tensor": pattern, "array": pattern.numpy(), "cache": ActivationCache({"pattern": pattern}, None)}[kind]
+    with pytest.raises(OutputError, match=r"mech\.view\(mech\.token_attention") as error:
+        view(given)
+    assert kind == "cache" or "(1, 4, 6, 6)" in str(error.value)
