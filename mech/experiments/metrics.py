@@ -264,7 +264,7 @@ class KL(Metric):
 
 
 def _ids(model: HookedMLLM | None, answer: Answer, example: int) -> tuple[int, ...]:
-    if not isinstance(answer, str | int):
+    if isinstance(answer, Sequence | np.ndarray) and not isinstance(answer, str):
         if example >= len(answer):
             raise ExperimentError(
                 f"{len(answer)} answers for example {example + 1}", "one answer for each", "give as many as examples"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 
 import pytest
@@ -215,12 +216,12 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(words):
 
 
 def test_the_words_of_the_options_are_the_librarys():
-    from mech.cli import options
     from mech.experiments.ablation.ablation import BANDS
     from mech.experiments.patching.activation import DIRECTIONS
     from mech.interventions import METHODS, POSITIONS
     from mech.sparse.frontier.acceleration import CHOICES
 
+    options = import_module("mech.cli.options")  # the package has a function of that name
     assert (options.METHODS, options.POSITIONS, options.BANDS) == (METHODS, POSITIONS, BANDS)
     assert (options.CHOICES, options.DIRECTIONS) == (CHOICES, DIRECTIONS)
 
