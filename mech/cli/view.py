@@ -41,7 +41,7 @@ def view(
     title: Annotated[str | None, typer.Option(help="Stands above the page.")] = None,
 ) -> None:
     """Draw a saved result: an offline page, or a figure for a paper. No model is needed."""
-    if file.suffix in (*DRAWN, ".jpg", ".jpeg"):
+    if file.suffix in (*DRAWN, ".jpg", ".jpeg") and not file.is_dir():
         raise OutputError(
             f"{file} is a page or a picture, not a result", "a .nc file, a study folder, a ranking or circuit (.json)",
             "open it in a browser, or give the file that it was drawn from",
