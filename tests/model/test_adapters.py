@@ -63,7 +63,7 @@ def everything(model, batch):
     return [logits, written, *(cache[name] for name in points), *sum(of_layers, ()), model.W_E]
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_everything_is_what_the_merged_model_gives(name):
     plain, hf = wrapped(tiny.model(name), name), adapted(name)
