@@ -77,8 +77,10 @@ def check_generation(stock: GenerationConfig, asked: Mapping[str, Any], options:
     Raises:
         InputError: such an option, with what to use.
     """
+    given = {**asked, **options}
     for name, do in _INSTEAD.items():
-        if {**asked, **options}.get(name) not in (None, False):
+        off = name in ("verbose", "output_attentions") and given.get(name) is False
+        if given.get(name) is not None and not off:
             raise InputError(f"{name}=... in generate", "an option that does here what its name says", do)
 
     def setting(name: str) -> Any:
@@ -135,6 +137,7 @@ class Generating:
             raise UnsupportedModel(f"{self.name} cannot generate", "a model with a generation config")
         asked = {key: options.pop(key) for key in list(options) if key in vars(stock)}
         check_generation(stock, asked, options)
+        options.pop("verbose", None)  # False, or it has been refused
         config = generation_config(stock, {"max_new_tokens": max_new_tokens, **asked}, self._pad_token_id())
         if config.stop_strings and "tokenizer" not in options:
             options["tokenizer"] = self.tokenizer

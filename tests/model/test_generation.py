@@ -104,7 +104,7 @@ def test_sampling_and_stop_strings_are_passed_on():
     theirs = plain("llava", do_sample=True, temperature=2.0, num_return_sequences=2)
     assert torch.equal(ours, theirs[:, batch.shape[1] :]) and len(ours) == 4
     one = model.inputs("What?", images=[PICTURE])
-    ids = model.generate(one, max_new_tokens=6)
+    ids = model.generate(one, max_new_tokens=6, verbose=False, output_attentions=False)
     first = model.tokenizer.decode(ids[0, :1])
     assert model.generate(one, max_new_tokens=6, stop_strings=[first]).shape[1] == 1
 
@@ -126,6 +126,8 @@ def test_options_without_effect_or_of_others_are_refused_before_any_forward(monk
         ({"num_beams": 2, "streamer": Words()}, "use num_beams=1"),
         ({"use_past_kv_cache": True}, "use use_cache"),
         ({"stop_at_eos": True}, "eos_token_id"),
+        ({"stop_at_eos": False}, "eos_token_id"),
+        ({"use_past_kv_cache": False}, "use use_cache"),
         ({"freq_penalty": 0.1}, "repetition_penalty"),
         ({"verbose": True}, "nothing is printed"),
         ({"custom_generate": "owner/repo"}, "write the loop yourself"),
