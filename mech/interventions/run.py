@@ -9,7 +9,7 @@
 one place act in the order in which they were given. Leaving the block leaves nothing behind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from torch import Tensor
 from mech.errors import ExperimentError
 from mech.inputs import Inputs
 from mech.interventions.heads import drawn, knocked_out, redirected, replacement, span
+from mech.interventions.pieces import check_pieces, counterpart
 from mech.interventions.reference import Reference, reference_activations
 from mech.interventions.specs import PATCHED, Ablate, Custom, Knockout, Patch, Redirect, Scale, Spec, Z, names_of
 from mech.interventions.where import Plan, for_beams
@@ -69,7 +70,6 @@ class Intervened:
         self._heads = [_head_mask(model, spec) for spec in specs]
         self._sources: dict[int, Any] = {}
         self._plan: Plan | None = None
-        self._start = self._stop = 0  # the positions of the step that is running
         self._fired: set[int] = set()
 
     def __repr__(self) -> str:
@@ -77,22 +77,22 @@ class Intervened:
 
     def __call__(self, inputs: Inputs, **options: Any) -> Float[Tensor, "batch pos vocab"]:
         """The logits of ``inputs`` under the interventions."""
-        with self._running(inputs):
+        with self._running(inputs, options):
             return self.model(inputs, **options)
 
     def run_with_cache(self, inputs: Inputs, **options: Any):
         """``HookedMLLM.run_with_cache`` under the interventions."""
-        with self._running(inputs):
+        with self._running(inputs, options):
             return self.model.run_with_cache(inputs, **options)
 
     def generate(self, inputs: Inputs, **options: Any) -> Int[Tensor, "batch new_pos"]:
         """``HookedMLLM.generate`` under the interventions."""
-        with self._running(inputs):
+        with self._running(inputs, options):
             return self.model.generate(inputs, **options)
 
     def generate_text(self, inputs: Inputs, **options: Any) -> list[str]:
         """``HookedMLLM.generate_text`` under the interventions."""
-        with self._running(inputs):
+        with self._running(inputs, options):
             return self.model.generate_text(inputs, **options)
 
     def answer(self, inputs: Inputs, **options: Any) -> str:
@@ -114,12 +114,12 @@ class Intervened:
                     assert isinstance(spec, Ablate | Patch)
                     hooks += [(name, partial(self._write, index, name)) for name in names_of(spec)]
             if hooks:
-                # Points other than attention's do not know which positions a step of generation is.
-                stack.enter_context(self.model.hooks([("hook_embed", self._step), *hooks]))
+                stack.enter_context(self.model.hooks(hooks))
             yield
 
     @contextmanager
-    def _running(self, inputs: Inputs) -> Iterator[None]:
+    def _running(self, inputs: Inputs, options: Mapping[str, Any]) -> Iterator[None]:
+        check_pieces(self.model, self.specs, inputs, options)
         with self.model.turns.taken(running=True):  # the plan is this run's, also where threads share the block
             yield from self._planned(inputs)
 
@@ -133,7 +133,7 @@ class Intervened:
                 plan.prepare(spec.key if isinstance(spec, Knockout) else spec.to)
             if isinstance(spec, Patch):
                 self._sources[index] = self._source(spec, inputs)
-        self._plan, self._fired, self._start, self._stop = plan, set(), 0, 0
+        self._plan, self._fired = plan, set()
         try:
             yield
         finally:
@@ -197,9 +197,6 @@ class Intervened:
             rows = self._plan.rows(spec.positions, getattr(spec, "phase", "both"), start, stop)
         return for_beams(rows, batch)
 
-    def _step(self, value: Tensor, hook: Any) -> None:
-        self._start, self._stop = self._stop, self._stop + value.shape[1]
-
     def _custom(self, index: int, value: Tensor, hook: Any) -> Tensor | None:
         spec = self.specs[index]
         assert isinstance(spec, Custom)
@@ -210,25 +207,25 @@ class Intervened:
 
     def _write(self, index: int, name: str, value: Tensor, hook: Any) -> Tensor | None:
         spec = self.specs[index]
+        assert isinstance(spec, Ablate | Patch)
         if self._plan is None:
             return None
-        where = self._rows(spec, self._start, self._stop, len(value)).to(value.device)
+        start, stop = self.model.step.start, self.model.step.stop
+        if isinstance(spec, Patch) and start >= self._plan.length:  # written tokens have no counterpart
+            return None
+        where = self._rows(spec, start, stop, len(value)).to(value.device)
         if not where.any():
             return None
         layer = 0 if name == "hook_embed" else int(name.split(".")[1])
+        by_row = spec.point in ("attn.hook_pattern", "attn.hook_attn_scores")  # [batch head query_pos key_pos]
         if isinstance(spec, Ablate):
-            span_now = self._start, self._stop
             new = torch.zeros_like(value)
             if spec.to != "zero":
-                new = drawn(spec, layer, self._plan, *span_now, batch=len(value))
+                new = drawn(spec, layer, self._plan, start, stop, batch=len(value))
         else:
-            assert isinstance(spec, Patch)
-            if self._start:  # written tokens have no counterpart in the other run
-                return None
-            new = for_beams(self._sources[index][name], len(value))
+            new = counterpart(for_beams(self._sources[index][name], len(value)), value, start, stop, by_row)
         chosen = where.reshape(*where.shape, *[1] * (value.ndim - 2))
         if isinstance(spec, Patch) and PATCHED[spec.point]:
-            by_row = spec.point in ("attn.hook_pattern", "attn.hook_attn_scores")  # [batch head query_pos key_pos]
             axis = 1 if by_row else 2
             chosen = where[:, None, :, None] if by_row else chosen
             heads = [head for at, head in spec.heads if at == layer] or range(value.shape[axis])

@@ -231,7 +231,8 @@ def attention(
     **kwargs,
 ) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
     """The function transformers calls; arguments are those of its ``AttentionInterface``."""
-    record: LayerRecord | None = _records.get(module)
+    # Nobody listens in compiled code: it runs as it is written while somebody does.
+    record: LayerRecord | None = None if torch.compiler.is_compiling() else _records.get(module)
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if record is None or not record.active:

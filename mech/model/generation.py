@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from mech.errors import InputError, UnsupportedModel
+from mech.model.eager import in_python
 
+# Architectures whose pictures transformers cannot encode before it reads the prompt.
+_WHOLE = ("llama4", "mllama")
 # Values at which transformers keeps quiet about sampling settings. None would not do: it is filled in from the
 # checkpoint, and then warned about.
 _NEUTRAL = {
@@ -103,6 +106,93 @@ def check_generation(stock: GenerationConfig, asked: Mapping[str, Any], options:
         raise InputError("a streamer with beams", "one sequence that grows", "use num_beams=1")
 
 
+def check_way(hf_model: Any, given: Mapping[str, Any], config: GenerationConfig) -> None:
+    """Refuse what transformers cannot do, or would silently do otherwise, before any forward.
+
+    Raises:
+        InputError: a prompt in chunks that looks ahead, or without a cache; drafts that this prompt cannot have.
+        UnsupportedModel: a kind of cache that this model or machine cannot have.
+    """
+    if config.prefill_chunk_size is not None and config.prefill_chunk_size < given["input_ids"].shape[1]:
+        _check_chunks(hf_model, given, config)
+    _check_cache(hf_model, config.cache_implementation or "")
+    _check_drafts(hf_model, given, config)
+
+
+def looks_ahead(hf_model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether some position of a prompt sees a later one: in a block of image tokens, or in a prefix."""
+    make = getattr(hf_model, "create_masks_for_generate", None)
+    if make is None:  # then transformers makes causal masks
+        return False
+    ids = given["input_ids"]
+    types = {name: given.get(name) for name in ("token_type_ids", "mm_token_type_ids")}
+    masks = make(
+        config=hf_model.config,
+        inputs_embeds=torch.empty((*ids.shape, 0), dtype=hf_model.dtype, device=ids.device),
+        attention_mask=given.get("attention_mask"),
+        past_key_values=None,
+        position_ids=None,
+        is_first_iteration=True,
+        **types,
+    )
+    masks = masks.values() if isinstance(masks, Mapping) else [masks]
+    return any(mask is not None and bool(mask.triu(1).any()) for mask in masks)
+
+
+def _check_chunks(hf_model: Any, given: Mapping[str, Any], config: GenerationConfig) -> None:
+    chunked = f"prefill_chunk_size={config.prefill_chunk_size}"
+    do = "leave prefill_chunk_size out"
+    if not config.use_cache:
+        raise InputError(f"{chunked} with use_cache=False", "a cache that the chunks are read into", do)
+    if hf_model.config.model_type in _WHOLE and any(name.startswith("pixel_values") for name in given):
+        raise InputError(
+            f"{chunked} for pictures of {hf_model.config.model_type}",
+            "a model whose pictures can be encoded before",
+            do,
+        )
+    if looks_ahead(hf_model, given):
+        raise InputError(
+            f"{chunked} for a prompt of which some positions see later ones (the tokens of a picture, or a prefix)",
+            "a prompt under a causal mask: a chunk cannot see what is not read yet", do,
+        )  # fmt: skip
+
+
+def _check_cache(hf_model: Any, kind: str) -> None:
+    given, do = f"cache_implementation={kind!r}", "leave cache_implementation out"
+    if kind.startswith("offloaded") and hf_model.device.type == "cpu":
+        raise UnsupportedModel(f"{given} for a model on the CPU", "an accelerator whose memory is to be saved", do)
+    if kind == "quantized":
+        raise UnsupportedModel(f"{given}: the keys and values that hooks write would be rounded", "a plain cache", do)
+    layers = set(getattr(hf_model.config.get_text_config(), "layer_types", None) or ())
+    if "static" in kind and hf_model.config.model_type == "paligemma" and len(layers) > 1:
+        raise UnsupportedModel(f"{given} for PaliGemma over a text model with windows", "a cache of another kind", do)
+
+
+def _check_drafts(hf_model: Any, given: Mapping[str, Any], config: GenerationConfig) -> None:
+    pictures = any(name.startswith("pixel_values") for name in given)
+    if config.prompt_lookup_num_tokens and pictures:
+        raise InputError(
+            "prompt_lookup_num_tokens for a prompt with pictures: it drafts placeholders that have no picture",
+            "a prompt without pictures, or an assistant_model", "leave prompt_lookup_num_tokens out",
+        )  # fmt: skip
+    if config.assistant_early_exit:
+        raise UnsupportedModel(
+            f"assistant_early_exit={config.assistant_early_exit} for a multimodal model", "an assistant_model",
+            "leave assistant_early_exit out",
+        )  # fmt: skip
+    assistant = given.get("assistant_model")
+    if assistant is not None and not isinstance(assistant, PreTrainedModel):
+        raise InputError(
+            f"an assistant_model of type {type(assistant).__name__}", "a Hugging Face model",
+            "pass the one inside: assistant_model=other.hf_model",
+        )  # fmt: skip
+    if assistant is not None and hf_model.config.model_type == "mllama" and pictures:
+        raise UnsupportedModel(
+            "an assistant_model for pictures of mllama", "one token at a time: its cross-attention mask cannot be cut",
+            "leave assistant_model out",
+        )  # fmt: skip
+
+
 class Generating:
     """``generate`` of a hooked model, and what it says as text."""
 
@@ -115,6 +205,7 @@ class Generating:
     _localized_run: Any
     _attached: Any
 
+    @in_python
     @torch.no_grad()
     def generate(
         self, inputs: Any = None, *, max_new_tokens: int = 16, **options: Any
@@ -142,6 +233,7 @@ class Generating:
         if config.stop_strings and "tokenizer" not in options:
             options["tokenizer"] = self.tokenizer
         given = self._tensors(inputs, options, also=("max_new_tokens", *OF_GENERATE))
+        check_way(self.hf_model, given, config)
         with self.turns.taken(running=True), self._localized_run(inputs, given, config), self._attached():
             run: Any = self.hf_model.generate
             made = run(**given, generation_config=config)

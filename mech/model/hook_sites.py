@@ -11,9 +11,10 @@ that capture outputs, and LLaVA's projector reads what those captured. A hook be
 function (``attention.py``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -39,21 +40,49 @@ INSIDE_ATTENTION = ("attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores
 
 @dataclass
 class Step:
-    """What the text stack is doing: the absolute position of its first query row, and how many rows the batch has."""
+    """What the text stack is doing in this forward.
+
+    Attributes:
+        start: absolute position of its first query row: 0, or how much a cache has read.
+        stop: that behind its last query row.
+        batch: how many rows the batch has.
+    """
 
     start: int = 0
+    stop: int = 0
     batch: int = 0
 
-    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The pre-hook of the text stack that keeps this true."""
         given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
         past = kwargs.get("past_key_values")
-        self.batch = len(next(value for value in given if value is not None))
+        tokens = next(value for value in given if value is not None)
+        self.batch = len(tokens)
         # A cache of windowed layers is shorter than what has been read, so key lengths do not tell.
         self.start = 0 if past is None else int(past.get_seq_length())
-        # Gemma4 runs only these rows through layers without keys of their own, and loses causality under another
-        # name of attention than "sdpa".
-        return args, {**kwargs, "logits_to_keep": 0} if "logits_to_keep" in kwargs else kwargs
+        self.stop = self.start + tokens.shape[1]
+
+    def held(self) -> Iterator[None]:
+        """While open, another forward may run within this one, which then goes on."""
+        outer = vars(self).copy()
+        try:
+            yield
+        finally:
+            vars(self).update(outer)
+
+
+def all_rows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The pre-hook of a text stack that may run some rows alone.
+
+    Gemma4 runs only the rows whose logits are kept through layers without keys of their own, and loses causality there
+    under another name of attention than "sdpa".
+    """
+    return args, {**kwargs, "logits_to_keep": 0} if "logits_to_keep" in kwargs else kwargs
+
+
+def cuts_rows(root: nn.Module) -> bool:
+    """Whether a text stack may run some rows alone."""
+    return "logits_to_keep" in signature(root.forward).parameters
 
 
 @dataclass(frozen=True)

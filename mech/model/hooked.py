@@ -39,6 +39,7 @@ from mech.errors import InputError, MechError, PointError, UnsupportedModel
 from mech.model import attention, hook_sites, run_options, wiring
 from mech.model.architectures.families import family_of, module_at, sizes
 from mech.model.cache import ActivationCache, Kept, points_until
+from mech.model.eager import in_python, original, uncheckpointed, uncompiled
 from mech.model.encoding import Encoding
 from mech.model.generation import Generating
 from mech.model.loading import open_checkpoint, stock_model
@@ -68,8 +69,9 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         self._running = False
         self.turns = Turns()  # threads that share the model
         self.localized: Any = None  # what ``mech.localize`` made of it, while that is open
-        self._step = hook_sites.Step()
-        offered, self._refused, live = hook_sites.offered(hf_model, self.family, self.cfg, self._step)
+        self.step = hook_sites.Step()
+        self._cuts_rows = hook_sites.cuts_rows(module_at(hf_model, self.family.text.root))
+        offered, self._refused, live = hook_sites.offered(hf_model, self.family, self.cfg, self.step)
         # Kept in plain dicts, not as submodules: the Hugging Face modules must not be renamed or listed twice.
         self.hook_dict = {site if isinstance(site, str) else site.point: HookPoint() for site in offered}
         for point, hook_point in self.hook_dict.items():
@@ -160,8 +162,13 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
             f"vision {cfg.vision_layers} x {cfg.vision_heads} heads, {count / 1e6:.1f}M parameters)"
         )
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the Hugging Face model inside, as ``torch.nn.Module.compile``; runs with hooks stay eager."""
+        self.hf_model.compile(*args, **options)
+
     # -- running ------------------------------------------------------------------------------------------------------
 
+    @in_python
     def forward(
         self,
         inputs: Any = None,
@@ -198,7 +205,9 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
     def _run(self, inputs: Any, given: dict[str, Any]) -> Float[Tensor, "batch pos vocab"]:
         with self.turns.taken(running=True), self._localized_run(inputs, given), self._attached():
-            return self.hf_model(**given).logits
+            # What torch.compile made of the model is another module around it.
+            run: Any = self._given[0] if original(self._given[0]) is self.hf_model else self.hf_model
+            return run(**given).logits
 
     @contextmanager
     def hooks(
@@ -336,13 +345,11 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         """Attach what is hooked, run, detach. Everything that touches the Hugging Face model is undone here."""
         self._check_wired()
         if self._running:  # a hook that runs the model itself: the hooks are there already
-            yield
+            yield from self.step.held()
             return
         self._running = True
         handles = []
         try:
-            root = module_at(self.hf_model, self.family.text.root)
-            handles.append(root.register_forward_pre_hook(self._step.begin, prepend=True, with_kwargs=True))
             # Each is put before the hooks that are there, so the last to be attached fires first.
             for site in reversed(self._sites):
                 point = self.hook_dict[site.point]
@@ -354,7 +361,15 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
                 if record.active and keyword:
                     merge = hook_sites.merge_windows(keyword, partial(setattr, record, "windows"))
                     handles.append(module.register_forward_pre_hook(merge, prepend=True, with_kwargs=True))
-            yield
+            busy = bool(handles) or any(record.active for _, record in self._layers)
+            root = module_at(self.hf_model, self.family.text.root)
+            for first, wanted in ((hook_sites.all_rows, self._cuts_rows), (self.step.begin, busy)):
+                if wanted:
+                    handles.append(root.register_forward_pre_hook(first, prepend=True, with_kwargs=True))
+            # Without a backward pass checkpointing saves nothing, and would drop a cache in train mode.
+            plain = uncheckpointed(self.hf_model) if busy or not torch.is_grad_enabled() else nullcontext()
+            with plain, uncompiled() if busy else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()

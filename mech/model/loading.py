@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from mech.errors import InputError, MechError, UnsupportedModel
 from mech.files import opened, parse_json, read
 from mech.model.architectures.families import RECIPE, PartialSupport, family_of
+from mech.model.eager import original
 from mech.model.named.projections import accelerate_hook
 
 REFERENCE = "reference:"
@@ -272,11 +273,12 @@ def _unopened(source: str, device_map: Any, what: str) -> UnsupportedModel:
 
 
 def stock_model(given: Any) -> PreTrainedModel:
-    """The Hugging Face model in what is handed over: PEFT's adapters and data parallelism are opened.
+    """The Hugging Face model in what is handed over: compiled, PEFT's and data parallel models are opened.
 
     Raises:
         UnsupportedModel: something around it changes what it computes, or its weights are spread over processes.
     """
+    given = original(given)
     mro = {kind.__name__ for kind in type(given).__mro__}
     if mro & {"FullyShardedDataParallel", "FSDPModule"} or any(
         type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id") for parameter in given.parameters()

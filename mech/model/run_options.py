@@ -102,6 +102,11 @@ def check_tensors(given: Mapping[str, Any], hf_model: Any, family: Family) -> No
             pixels, or pixels without the tensors that give their tokens 2-D positions; pixels that are no numbers.
     """
     ids = given.get("input_ids")
+    if given.get("inputs_embeds") is not None:
+        raise InputError(
+            "inputs_embeds, which say neither which positions are pictures nor where they lie", "input_ids",
+            "give the inputs and write the embeddings: run_with_hooks(inputs, fwd_hooks=[('hook_embed', fn)])",
+        )  # fmt: skip
     if ids is None:
         raise InputError("no input_ids", "Inputs from model.inputs(...), or input_ids=...")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():

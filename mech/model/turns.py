@@ -15,7 +15,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mech.errors import ExperimentError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 PATIENCE = 30.0  # seconds that a thread waits for another which holds the model and does not run it
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from mech.errors import UnsupportedModel
 from mech.model import attention, hook_sites
 from mech.model.architectures.families import layers_of, sizes
+from mech.model.eager import original
 from mech.model.points import point_name
 
 Layers = list[tuple[nn.Module, attention.LayerRecord]]
@@ -36,7 +37,7 @@ def attention_layers(model: Any, live: int) -> Layers:
     for stack, count in (("vision", live), ("text", model.cfg.n_layers)):
         row = getattr(model.family, stack)
         for index, layer in enumerate(layers_of(model.hf_model, row)[:count] if row else ()):
-            module = hook_sites.attention_of(layer, row)
+            module = original(hook_sites.attention_of(layer, row))
             if module is None:
                 continue
             if attention.owner_of(module) not in (None, model):
@@ -48,7 +49,7 @@ def attention_layers(model: Any, live: int) -> Layers:
                 inside = {p: model.hook_dict[point_name(p, index, stack)] for p in hook_sites.INSIDE_ATTENTION}
                 record = attention.LayerRecord(stack, index, ref(model), inside, model._observers[stack])
                 if stack == "text":
-                    record.step, record.cross = model._step, module is getattr(layer, row.cross, None)
+                    record.step, record.cross = model.step, module is original(getattr(layer, row.cross, None))
             found.append((module, record))
     return found
 
@@ -106,7 +107,7 @@ def rewire(model: Any) -> None:
         return
     mend = "unwrap() before you rebuild it, and wrap again"
     try:
-        offered, refused, live = hook_sites.offered(model.hf_model, model.family, model.cfg, model._step)
+        offered, refused, live = hook_sites.offered(model.hf_model, model.family, model.cfg, model.step)
     except (AttributeError, TypeError, IndexError) as error:  # parts of another make
         raise UnsupportedModel(f"modules were replaced by others: {error}", "linear projections", mend) from error
     names = [site if isinstance(site, str) else site.point for site in offered]

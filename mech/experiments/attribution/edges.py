@@ -35,6 +35,7 @@ from mech.experiments.patching.plan import Given, Plan, pairs_of
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
+from mech.model.eager import uncompiled
 from mech.model.named.norms import frozen_norm
 from mech.model.named.projections import linear_map
 from mech.model.points import point_name
@@ -340,7 +341,8 @@ class _Run:
             norm = model.norm(node.layer, node.kind == "mlp")
             handle = norm.register_forward_pre_hook(lambda module, args: (args[0] + change, *args[1:]))
             try:
-                return score(base)
+                with uncompiled():
+                    return score(base)
             finally:
                 handle.remove()
         site = _seam(model, node)

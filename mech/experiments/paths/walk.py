@@ -28,6 +28,7 @@ from mech.experiments.paths.ends import Node, Part
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
+from mech.model.eager import uncompiled
 from mech.model.named.norms import frozen_norm
 from mech.model.partial.continuation import ROWS, Continuation
 from mech.model.points import point_name
@@ -372,7 +373,8 @@ def literal(
     ]
     held: dict[str, Tensor] = {}
     try:
-        with model.hooks([(name, lambda value, hook: held.update({hook.name: value.clone()})) for name in held_names]):
+        keep = [(name, lambda value, hook: held.update({hook.name: value.clone()})) for name in held_names]
+        with uncompiled(), model.hooks(keep):
             before = score(base)
     finally:
         for handle in handles:

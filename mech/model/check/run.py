@@ -21,6 +21,7 @@ import torch
 
 from mech.model.check.laws import LAWS, Batches, Finding, make_batches
 from mech.model.check.running import unwrapping
+from mech.model.eager import uncompiled
 from mech.model.hooked import HookedMLLM
 
 Progress = Callable[[str, int, int], None]
@@ -119,7 +120,7 @@ def check_families(progress: Progress = lambda *_: None) -> Iterator[Report]:
 
 def _checked(model: HookedMLLM, full: bool, laws: dict[str, Any], progress: Progress) -> Report:
     findings: dict[str, tuple[Finding, ...]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled():
         batches = make_batches(model, full)
         for index, (name, law) in enumerate(laws.items()):
             findings[name] = tuple(_found(law, model, batches))
