@@ -178,10 +178,16 @@ def test_it_prints_in_the_colours_of_the_day(browser, study_page):
     printed = browser.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
     pdf = base64.b64decode(printed)
     assert pdf.startswith(b"%PDF") and 2 < len(re.findall(rb"/Type\s*/Page[^s]", pdf)) < 40
-    seen = browser.run("""dispatchEvent(new Event("beforeprint"));
-        return getComputedStyle(document.body).backgroundColor""")
-    assert sum(map(int, re.findall(r"\d+", seen)[:3])) > 600
+    media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    sheet = {"width": 760, "height": 1080, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sheet)
+    browser.settle()
+    seen, wide = browser.run("""dispatchEvent(new Event("beforeprint"));
+        return [getComputedStyle(document.body).backgroundColor, document.documentElement.scrollWidth]""")
+    assert seen == "rgb(255, 255, 255)" and wide <= 760, "nothing is cut at the edge of the sheet"
     browser.run("dispatchEvent(new Event('afterprint'))")
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def saved(folder):

@@ -24,6 +24,7 @@
     if (first) drawn.set(plot, await read(plot.nextElementSibling));
     const figure = coloured(drawn.get(plot), "");
     figure.layout.font.family = getComputedStyle(document.body).fontFamily;
+    if (root.classList.contains("printing")) figure.layout.width = plot.clientWidth;
     Plotly.react(plot, figure.data, figure.layout, config);
     if (first && plot.closest("[data-heads]") && figure.data[0].type === "heatmap")
       plot.on("plotly_click", async ({ points: [{ x, y }] }) => {
@@ -158,7 +159,7 @@
   };
   const tipped = event => say(event.target.closest?.("[data-tip]"), event.clientX, event.clientY);
 
-  // Printed in the colours of the day.
+  // Printed in the colours of the day, as wide as a sheet.
   const redraw = () => [...drawn.keys()].forEach(draw);
   const printing = on => { root.classList.toggle("printing", on); redraw(); };
   addEventListener("beforeprint", () => printing(true));

@@ -162,8 +162,9 @@ def _sparse(accelerated: Mapping[str, Any]) -> str:
     panels = {f"{name} ({facts['length']} tokens)": frontier.frontier_card(facts) for name, facts in order}
     return (
         '<section id="sparse"><h2>Sparse inference: how few heads can see everything?</h2>'
-        '<p class="soft">A few KV heads attend to the whole prompt, the others to its first tokens and those nearby. '
-        "Which heads stay dense is chosen on samples that do not test them, in several ways, at equal cost.</p>"
+        '<p class="see">A few KV heads attend to the whole prompt, the others to its first tokens and those nearby. A '
+        "choice of dense heads is good where its line reaches the dotted dense model at few heads, and the choice "
+        "matters where the line leaves the shade of random sets of equal cost.</p>"
         f'<div class="card">{tabs(panels, "model")}</div></section>'
     )
 
@@ -178,8 +179,8 @@ def _scales(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     details = f"<details><summary>Agreement between scales in numbers</summary>{numbers}</details>" if numbers else ""
     return (
         '<section id="scales"><h2>Scales: are the retrieval heads at the same depth?</h2>'
-        '<p class="soft">Where in the network the mass lies, so that models of different depth can be compared. '
-        "1 means as much as an even spread over the layers.</p>"
+        '<p class="see">Lines that lie on each other are models that retrieve at the same relative depth; 1 means as '
+        "much RAM as an even spread over the layers.</p>"
         f'<div class="card">{tabs(panels, "domain")}{details}</div></section>'
     )
 
