@@ -39,6 +39,8 @@ def test_a_figure_holds_charts_and_every_panel(tmp_path):
     words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert words.count("layer (0 = first)") == 2, "charts are shapes with text"
     assert "score: <user>" in words and "score: red" in words, "names of panels stand above them"
+    pdf = view(pattern).save(tmp_path / "maps.pdf").read_bytes()
+    assert len(re.findall(rb"/Type\s*/Page[^s]", pdf)) == 1
 
 
 def test_without_a_browser_it_says_what_to_install(tmp_path, monkeypatch):

@@ -162,8 +162,11 @@
   // Printed in the colours of the day, as wide as a sheet.
   const redraw = () => [...drawn.keys()].forEach(draw);
   const printing = on => { root.classList.toggle("printing", on); redraw(); };
-  addEventListener("beforeprint", () => printing(true));
-  addEventListener("afterprint", () => printing(false));
+  const paper = root.classList.contains("paper"); // a figure has its size already
+  if (!paper) {
+    addEventListener("beforeprint", () => printing(true));
+    addEventListener("afterprint", () => printing(false));
+  }
 
   document.body.append(tip);
   document.addEventListener("pointermove", tipped);
@@ -193,7 +196,6 @@
     next.focus();
     choose(next);
   });
-  const paper = root.classList.contains("paper");
   document.querySelectorAll(".stage").forEach(stage => paper ? mark(stage) : marks.observe(stage));
   showHead();
 
