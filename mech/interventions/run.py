@@ -97,7 +97,7 @@ class Intervened:
 
     def answer(self, inputs: Inputs, **options: Any) -> str:
         """``HookedMLLM.answer`` under the interventions."""
-        with self._running(inputs):
+        with self._running(inputs, options):
             return self.model.answer(inputs, **options)
 
     @contextmanager

@@ -363,7 +363,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
                     handles.append(module.register_forward_pre_hook(merge, prepend=True, with_kwargs=True))
             busy = bool(handles) or any(record.active for _, record in self._layers)
             root = module_at(self.hf_model, self.family.text.root)
-            for first, wanted in ((hook_sites.all_rows, self._cuts_rows), (self.step.begin, busy)):
+            for first, wanted in ((hook_sites.all_rows, busy or self._cuts_rows), (self.step.begin, busy)):
                 if wanted:
                     handles.append(root.register_forward_pre_hook(first, prepend=True, with_kwargs=True))
             # Without a backward pass checkpointing saves nothing, and would drop a cache in train mode.
