@@ -414,8 +414,9 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         else:
             self._check_made(inputs)
             given = {**inputs.to(self.device, self.dtype).tensors, **options}
+        seen = given.get("mm_encoder_outputs")
+        if seen is not None and (not seen or "cross_attention_states" in seen):  # Mllama knows them by this name
+            given |= given.pop("mm_encoder_outputs")
         run_options.check_keywords(given, self.hf_model, self.family.text.root, also)
         run_options.check_tensors(given, self.hf_model, self.family)
-        if "cross_attention_states" in (given.get("mm_encoder_outputs") or ()):  # Mllama knows them by this name
-            given |= given.pop("mm_encoder_outputs")
         return given

@@ -235,6 +235,17 @@ def test_visual_tokens_without_pixels_and_tensors_of_another_length_are_refused(
                 run(given)
 
 
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_pictures_that_are_encoded_already_take_the_place_of_pixels(name):
+    model, batch = opened(name), batch_of(name)
+    with torch.no_grad():
+        blind, seen = model.encode_pictures(batch)
+        torch.testing.assert_close(model(blind, mm_encoder_outputs=seen), model(batch))
+        torch.testing.assert_close(model(batch, mm_encoder_outputs={}), model(batch))
+    with pytest.raises(InputError, match="no pixel_values"):
+        model(blind)
+
+
 def test_inputs_of_another_model_are_refused_and_those_of_its_own_processor_are_not():
     llava, qwen = opened("llava"), opened("qwen2_vl")
     for one, other in ((llava, qwen), (qwen, llava), (llava, opened("llava_onevision"))):
