@@ -9,13 +9,13 @@ from pathlib import Path
 from mech.views import View
 from mech.views.report.first import first_screen
 from mech.views.report.folder import read_settings, read_summary
-from mech.views.report.matrix import matrix
+from mech.views.report.matrix import claims_table
 
 
 def picture(study: Path) -> View:
     """The figure of a finished study."""
     summary = read_summary(study)
-    claims = matrix(summary["verdicts"], [])
+    claims = f"<h2>Does the literature hold here?</h2>{claims_table(summary['verdicts'])}"
     return View("", first_screen(summary["pooled"], read_settings(study, summary)) + claims)
 
 

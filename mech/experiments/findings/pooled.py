@@ -172,7 +172,7 @@ def _retrieves(
     text = (
         f"The {TOP:.0%} of heads with the highest RAM put {_percent(top)} of the question's attention on the evidence; "
         f"even attention would put {found['retrieval']['even']:.1%} there, and the lowest {TOP:.0%} put "
-        f"{_percent(bottom)}. Mean over {_settings(len(masses))}, n = {found['scope']['n_find']}; heads are chosen on "
+        f"{_percent(bottom)}. {_over(len(masses))}, n = {found['scope']['n_find']}; heads are chosen on "
         "half of the samples and measured on the other."
     )
     return _answer(question, _share_of(len(above), len(masses)), text)
@@ -201,7 +201,7 @@ def _needed(settings: Mapping[Setting, Mapping[str, Any]], n_weak: int) -> dict[
     )
     text = (
         f"Without them ({' and '.join(methods)} ablation of about {TOP:.0%}) accuracy falls by {points(lost)}, without "
-        f"as many random heads by {points(control)}. Mean over {_settings(len(pairs))}, n = {n}; counted are settings "
+        f"as many random heads by {points(control)}. {_over(len(pairs))}, n = {n}; counted are settings "
         f"in which the top heads cost more (permutation test, Holm).{left_out}"
     )
     return _answer(question, _share_of(sure, len(pairs)), text)
@@ -212,18 +212,28 @@ def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
     if not accelerated:
         return _answer(question, "Not tested", "This study has no sparse inference.")
     enough = {m: f for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "ram"}
-    alone = sum(bool(f["recommended"]) and f["recommended"]["choice"] == "window" for f in accelerated.values())
-    n = sum(facts["n_test"] for facts in accelerated.values())
-    margin = 100 * next(iter(accelerated.values()))["margin"]
-    kept = [
-        f"{model}: {facts['recommended']['n_kv_heads']} of {facts['n_kv_heads']} KV heads, "
-        f"{points(facts['recommended']['loss'])} lost{_speed(facts['recommended']['speed'])}"
-        for model, facts in enough.items()
-    ]
-    text = "; ".join(kept) + ". " if kept else ""
-    text += f"Counted are models where a few dense heads chosen by RAM surely lose less than {margin:.0f} points"
-    text += f"; in {alone} more the local window alone does" if alone else ""
-    return _answer(question, _share_of(len(enough), len(accelerated), "model"), f"{text}. n = {n}, one domain each.")
+    alone = [m for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "window"]
+    n, margin = sum(f["n_test"] for f in accelerated.values()), 100 * next(iter(accelerated.values()))["margin"]
+    said = [_kept(model, facts) for model, facts in accelerated.items()]
+    text = (
+        f"{'; '.join(said)}. Counted are models where a few dense heads chosen by RAM surely lose less than "
+        f"{margin:.0f} points{f', not {len(alone)} where the local window alone does' if alone else ''}. "
+        f"n = {n}, one domain each."
+    )
+    return _answer(question, _share_of(len(enough), len(accelerated), "model"), text)
+
+
+def _kept(model: str, facts: Mapping[str, Any]) -> str:
+    """The recommended setting of a model, or the largest set of dense heads that was tried and is not enough."""
+    best = facts["recommended"]
+    if best is not None:
+        speed = _speed(best["speed"])
+        return f"{model}: {best['n_kv_heads']} of {facts['n_kv_heads']} KV heads, {points(best['loss'])} lost{speed}"
+    tried = [entry for entry in facts["curve"] if entry["choice"] == "ram"]
+    most = max(tried, key=lambda entry: entry["share"], default=None)
+    if most is None:
+        return f"{model}: no set chosen by RAM"
+    return f"{model}: even {most['n_kv_heads']} of {facts['n_kv_heads']} KV heads, {points(most['loss'])} lost"
 
 
 def _speed(speed: Mapping[str, Any] | None) -> str:
@@ -240,6 +250,10 @@ def _share_of(k: int, n: int, noun: str = "setting") -> str:
 
 def _settings(n: int) -> str:
     return f"{n} setting{'s' * (n != 1)}"
+
+
+def _over(n: int) -> str:
+    return f"Mean over {n} settings" if n > 1 else "One setting"
 
 
 def _percent(bounds: Mapping[str, float]) -> str:

@@ -19,14 +19,16 @@ SEE = (
 
 def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str, Any]]) -> str:
     """The table of verdicts, and the findings in words."""
-    table = f'<p class="see">{SEE}</p>{_table(verdicts)}' if verdicts else "<p>The study tested no claim.</p>"
     return (
-        f'<section id="claims"><h2>Does the literature hold here?</h2>{table}'
+        f'<section id="claims"><h2>Does the literature hold here?</h2><p class="see">{SEE}</p>{claims_table(verdicts)}'
         f'<div class="card">{sentences(findings) or "<p>The study computed no findings.</p>"}</div></section>'
     )
 
 
-def _table(verdicts: Sequence[Mapping[str, Any]]) -> str:
+def claims_table(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each claim, a column for each setting."""
+    if not verdicts:
+        return "<p>The study tested no claim.</p>"
     columns = _columns(verdicts)
     models = dict.fromkeys(model for model, _ in columns)
     widths = {model: sum(name == model for name, _ in columns) for model in models}
