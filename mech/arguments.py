@@ -46,9 +46,10 @@ class Reading:
     """How a value is read, in place of a test of its type: ``read(name, value)`` gives what the function gets."""
 
     read: Callable[[str, Any], Any]
+    expected: str
 
     def __repr__(self) -> str:
-        return self.read.__name__
+        return self.expected
 
 
 def one_of(words: Iterable[str]) -> Any:
@@ -61,9 +62,13 @@ def some_of(words: Iterable[str]) -> Any:
     return Annotated[collections.abc.Sequence[one_of(words)], NOT_EMPTY]
 
 
+def at_least(least: int) -> Any:
+    """A whole number, not too small."""
+    return Annotated[int, Rule(f"a whole number of at least {least}", lambda value: value >= least)]
+
+
 NOT_EMPTY = Rule("at least one", lambda value: len(value) > 0)
-Count = Annotated[int, Rule("a whole number of at least 1", lambda value: value >= 1)]
-Whole = Annotated[int, Rule("a whole number of at least 0", lambda value: value >= 0)]
+Count, Whole = at_least(1), at_least(0)
 Seed = Annotated[int, Rule("one whole number of at least 0", lambda value: value >= 0)]
 Positive = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
 Share = Annotated[float, Rule("a number between 0 and 1, neither of them", lambda value: 0 < value < 1)]
@@ -76,6 +81,17 @@ Amount = Annotated[
         lambda value: value >= 1 if isinstance(value, numbers.Integral) else 0 < value < 1,
     ),
 ]
+
+
+def given_by(function: str, *variables: str) -> Any:
+    """The dataset that a function gave, told by its variables."""
+    return Annotated[
+        Any,
+        Rule(
+            f"what mech.{function} gave",
+            lambda value: hasattr(value, "data_vars") and all(name in value.variables for name in variables),
+        ),
+    ]
 
 
 def checked(function: Callable[P, R], error: type[MechError] = ExperimentError) -> Callable[P, R]:
@@ -171,6 +187,8 @@ def fits(value: Any, hint: Any) -> bool:
         return _NUMBERS[hint](value)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        if (reading := _reading(hint)) is not None:
+            return _can_be_read(value, reading)
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Rule)]
         return fits(value, inner[0]) and all(rule.holds(value) for rule in rules)
     if origin in (Union, types.UnionType):
@@ -181,6 +199,8 @@ def fits(value: Any, hint: Any) -> bool:
         return callable(value)
     if origin is not None and issubclass(origin, collections.abc.Iterable):
         return _listed(value, origin, inner)
+    if (array := getattr(hint, "array_type", None)) is not None:  # jaxtyping: shapes are for the reader
+        return isinstance(value, array)
     try:
         return isinstance(value, origin or hint)
     except TypeError:  # a protocol that cannot be asked
@@ -237,6 +257,14 @@ def _reading(hint: Any) -> Reading | None:
             if isinstance(extra, Reading):
                 return extra
     return None
+
+
+def _can_be_read(value: Any, reading: Reading) -> bool:
+    try:
+        reading.read("", value)
+    except MechError:
+        return False
+    return True
 
 
 def _words_of(hint: Any) -> list[str]:

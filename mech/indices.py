@@ -71,8 +71,8 @@ def pairs(name: str, given: Any, error: type[MechError] = ExperimentError) -> In
 
 
 # For signatures: what `checked` hands on is read already.
-Layers = Annotated[Iterable[int], Reading(indices)]
-Pairs = Annotated[Iterable[tuple[int, int]], Reading(pairs)]
+Layers = Annotated[Iterable[int], Reading(indices, "whole numbers, or a mask")]
+Pairs = Annotated[Iterable[tuple[int, int]], Reading(pairs, "(layer, head) pairs")]
 
 
 def _read(array: np.ndarray) -> Indices:

@@ -33,6 +33,7 @@ from typing import Any
 
 from PIL import Image
 
+from mech.arguments import Count, Seed, checking, one_of
 from mech.data import answers
 from mech.data.drawing import (
     CELL,
@@ -50,7 +51,7 @@ from mech.data.drawing import (
 )
 from mech.data.regions import Box, Frames, Pages, Passage, Region
 from mech.data.samples import Distractor, Sample, Samples, Span
-from mech.errors import InputError, suggestion
+from mech.errors import InputError
 
 PICTURES = {"grounding": 1, "documents": 1, "pages": 3, "video": 8}  # how many a scene shows by default
 LONG = ("pages", "video")  # domains that can show more
@@ -190,16 +191,17 @@ def _parts(item: Item, answer: str) -> Iterator[tuple[int, int, int | None]]:
         yield from ((start + k, 1, k) for k in range(len(item.digits)))
 
 
+@checking(InputError)
 def haystacks(
-    domain: str,
-    n: int,
-    seed: int = 0,
+    domain: one_of(DOMAINS),
+    n: Count,
+    seed: Seed = 0,
     *,
-    n_items: int | None = None,
-    n_pictures: int | None = None,
-    split: str = "test",
-    answer: str = "digit",
-    form: str = "pictures",
+    n_items: Count | None = None,
+    n_pictures: Count | None = None,
+    split: one_of(("train", "test")) = "test",
+    answer: one_of(answers.ANSWERS) = "digit",
+    form: one_of(("pictures", "text")) = "pictures",
 ) -> Samples:
     """``n`` samples of one domain, each with its counterfactual partner.
 
@@ -220,18 +222,10 @@ def haystacks(
     Raises:
         InputError: an unknown domain, split, answer or form, more items than there is room for, too few pictures.
     """
-    if domain not in DOMAINS:
-        raise InputError(f"no haystack domain is called {domain!r}", ", ".join(DOMAINS), suggestion(domain, DOMAINS))
-    if split not in ("train", "test"):
-        raise InputError(f"split={split!r}", "'train' or 'test'", "use split='test' to measure, 'train' to train")
-    if form not in ("pictures", "text"):
-        raise InputError(f"form={form!r}", "'pictures' or 'text'", suggestion(form, ("pictures", "text")))
     most = (MOST if answers.digits_of(answer) == 1 else MOST_NUMBERS)[domain]
     n_items = most if n_items is None else n_items
     if not 1 <= n_items <= most:
         raise InputError(f"n_items={n_items}", f"1 to {most} for {domain!r}", f"leave it out for {most}")
-    if n < 1:
-        raise InputError(f"n={n}", "at least one sample", "use n=100")
     least = PICTURES[domain]
     shown = least if n_pictures is None else n_pictures
     if shown != least and (domain not in LONG or shown < least or (domain == "video" and shown % 2)):

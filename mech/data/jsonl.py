@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mech.arguments import Count, Seed, checking
 from mech.data.pictures import picture
 from mech.data.regions import Box, Frames, Mask, Pages, Region
 from mech.data.samples import Distractor, Sample, Samples, drawn
@@ -37,7 +38,10 @@ REGIONS = ("box", "xywh", "mask", "frames", "pages")
 SHOWN = 8  # bad lines that are told apart
 
 
-def read_samples(path: str | Path, root: str | Path | None = None, *, n: int | None = None, seed: int = 0) -> Samples:
+@checking(InputError)
+def read_samples(
+    path: str | Path, root: str | Path | None = None, *, n: Count | None = None, seed: Seed = 0
+) -> Samples:
     """The samples of a JSON-lines file.
 
     Args:

@@ -7,22 +7,23 @@ Any samples can be written, so that a draw of a published set is kept as it was,
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mech.arguments import Text, checking
 from mech.data.jsonl import check_domain
 from mech.data.pictures import picture, pixel_digest, png
 from mech.data.regions import Box, Frames, Mask, Pages, Region
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Sample, SomeSamples
 from mech.errors import InputError, OutputError
 from mech.files import unwritable, write
 
 
-def write_samples(samples: Samples | Sequence[Sample], folder: str | Path, name: str = "samples.jsonl") -> Path:
+@checking(InputError)
+def write_samples(samples: SomeSamples, folder: str | Path, name: Text = "samples.jsonl") -> Path:
     """Write samples so that ``read_samples`` gives them back: the file, and its pictures and masks as PNG.
 
     A picture that several samples show is written once. Pictures become upright RGB; samples without an id get one.

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from mech.arguments import is_whole
+from mech.arguments import checking, is_whole
 from mech.errors import RegionError
 from mech.indices import Indices, indices
 
 
+@checking(RegionError)
 @dataclass(frozen=True)
 class Box:
     """A pixel rectangle ``[x0, x1) x [y0, y1)`` of one image, or of one frame of the video."""
@@ -40,6 +41,7 @@ class Box:
         _one_place(self)
 
     @classmethod
+    @checking(RegionError)
     def from_xywh(
         cls, x: float, y: float, width: float, height: float, image: int = 0, frame: int | None = None
     ) -> "Box":
@@ -47,6 +49,7 @@ class Box:
         return cls(x, y, x + width, y + height, image, frame)
 
 
+@checking(RegionError)
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Any set of pixels of one image, or of one frame of the video: ``pixels[y, x]`` is True inside."""
@@ -77,6 +80,7 @@ class Mask:
         return hash((self.image, self.frame, self.pixels.shape, self.pixels.tobytes()))
 
 
+@checking(RegionError)
 @dataclass(frozen=True)
 class Frames:
     """Whole frames of the video, by their index in the frames that were given."""
@@ -87,6 +91,7 @@ class Frames:
         object.__setattr__(self, "indices", tuple(indices))
 
 
+@checking(RegionError)
 @dataclass(frozen=True)
 class Pages:
     """Whole images, by their index: the evidence pages of a document."""
@@ -97,6 +102,7 @@ class Pages:
         object.__setattr__(self, "indices", tuple(indices))
 
 
+@checking(RegionError)
 @dataclass(frozen=True)
 class Passage:
     """A stretch of the sample's ``context``: its characters ``[start, stop)``."""

@@ -9,16 +9,18 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
+from mech.arguments import NOT_EMPTY, Count, Positive, Seed, Share, checking
 from mech.data.regions import Box, Frames, Mask, Pages, Passage, Region
 from mech.errors import InputError, printable
 from mech.notebook import Shown
 
 
+@checking(InputError)
 @dataclass(frozen=True)
 class Distractor:
     """A region that looks like evidence and is not: the answer to the same question asked of it."""
@@ -27,6 +29,7 @@ class Distractor:
     answer: str
 
 
+@checking(InputError)
 @dataclass(frozen=True)
 class Span:
     """The evidence of a part of an answer: ``answer[start:stop]`` is to be seen in ``evidence``."""
@@ -36,6 +39,7 @@ class Span:
     evidence: tuple[Region, ...]
 
 
+@checking(InputError)
 @dataclass(frozen=True)
 class Sample(Shown):
     """One question with its evidence.
@@ -52,7 +56,7 @@ class Sample(Shown):
     answer: str
     images: tuple[Image.Image, ...] = field(default=(), repr=False)
     video: tuple[Image.Image, ...] = field(default=(), repr=False)
-    fps: float = 2.0
+    fps: Positive = 2.0
     evidence: tuple[Region, ...] = ()
     domain: str = "default"
     id: str = ""
@@ -100,6 +104,7 @@ class Sample(Shown):
         return sha.hexdigest()
 
 
+@checking(InputError)
 class Samples(Shown, Sequence[Sample]):
     """A frozen list of samples."""
 
@@ -123,13 +128,13 @@ class Samples(Shown, Sequence[Sample]):
     def domains(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(sample.domain for sample in self))
 
+    @checking(InputError)
     def where(self, keep: Callable[[Sample], bool]) -> "Samples":
         return Samples([sample for sample in self if keep(sample)])
 
-    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple["Samples", "Samples"]:
+    @checking(InputError)
+    def split(self, fraction: Share = 0.5, seed: Seed = 0) -> tuple["Samples", "Samples"]:
         """Two disjoint parts, the first with ``fraction`` of the samples; every domain is split alike."""
-        if not 0 < fraction < 1:
-            raise InputError(f"fraction={fraction}", "a number between 0 and 1", "use split(0.5) for two halves")
         chosen: set[int] = set()
         for domain in self.domains:
             indices = [i for i, sample in enumerate(self) if sample.domain == domain]
@@ -138,7 +143,8 @@ class Samples(Shown, Sequence[Sample]):
         first = Samples([s for i, s in enumerate(self) if i in chosen])
         return first, Samples([s for i, s in enumerate(self) if i not in chosen])
 
-    def draw(self, n: int, seed: int = 0) -> "Samples":
+    @checking(InputError)
+    def draw(self, n: Count, seed: Seed = 0) -> "Samples":
         """At most ``n`` samples of each domain, drawn at random, in their order."""
         chosen = drawn([sample.domain for sample in self], n, seed)
         return Samples([sample for i, sample in enumerate(self) if i in chosen])
@@ -146,6 +152,9 @@ class Samples(Shown, Sequence[Sample]):
     def digest(self) -> str:
         """One SHA-256 for the whole list, in its order."""
         return hashlib.sha256("".join(sample.digest() for sample in self).encode()).hexdigest()
+
+
+SomeSamples = Annotated[Samples | Sequence[Sample], NOT_EMPTY]
 
 
 def drawn(domains: Sequence[str], n: int, seed: int = 0) -> set[int]:

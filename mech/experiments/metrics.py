@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from mech.arguments import checked
 from mech.data.samples import Sample
 from mech.errors import ExperimentError, InputError
 from mech.inputs import Inputs, TokenLayout
@@ -188,6 +189,7 @@ class Metric(ABC):
 Answer = str | int | Sequence[str] | Sequence[int]
 
 
+@checked
 @dataclass(frozen=True)
 class LogitDiff(Metric):
     """Logit of the answer minus logit of the wrong answer, at the first token in which they differ."""
@@ -210,6 +212,7 @@ class LogitDiff(Metric):
         return Reading((position,), lambda logits, clean: logits[:, 0, right] - logits[:, 0, wrong])
 
 
+@checked
 @dataclass(frozen=True)
 class LogProb(Metric):
     """Log-probability of the whole answer."""
@@ -222,6 +225,7 @@ class LogProb(Metric):
         return Reading(_predicting(layout, len(ids)), lambda logits, clean: _log_prob(logits, ids))
 
 
+@checked
 @dataclass(frozen=True)
 class Probability(Metric):
     """Probability of the whole answer."""
@@ -234,6 +238,7 @@ class Probability(Metric):
         return Reading(_predicting(layout, len(ids)), lambda logits, clean: _log_prob(logits, ids).exp())
 
 
+@checked
 @dataclass(frozen=True)
 class Rank(Metric):
     """How many tokens are likelier than the answer's first token: 0 is what greedy decoding would say."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mech.arguments import checking
 from mech.errors import InputError
 from mech.inputs.layout import IMAGE, VIDEO, TokenLayout
 from mech.notebook import Shown
@@ -25,6 +26,7 @@ _PADDING: dict[str, int | None] = {
 }
 
 
+@checking(InputError)
 @dataclass(frozen=True, eq=False)
 class Inputs(Shown):
     """One or more rows for a model.
@@ -41,7 +43,12 @@ class Inputs(Shown):
     made_by: str = ""
 
     def __post_init__(self):
-        rows, length = self.tensors["input_ids"].shape
+        shape = getattr(self.tensors.get("input_ids"), "shape", ())
+        if len(shape) != 2:
+            raise InputError(
+                f"input_ids of shape {tuple(shape)}", "(row, position)", "build inputs with mech.inputs.build"
+            )
+        rows, length = shape
         lengths = [len(layout) for layout in self.layouts]
         if lengths != [length] * rows:
             raise InputError(

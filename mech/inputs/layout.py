@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw
 
-from mech.arguments import Reading
+from mech.arguments import Count, Reading, checking
 from mech.data.regions import Frames, Region
 from mech.data.regions import where as read_where
 from mech.errors import RegionError, suggestion
@@ -28,9 +28,13 @@ from mech.inputs.regions import covered, whole_images
 from mech.notebook import Shown
 
 TEXT, IMAGE, VIDEO, PADDING = 0, 1, 2, 3
-Where = Annotated[Region | str | Sequence[int] | Sequence[Region] | np.ndarray, Reading(read_where)]
+Where = Annotated[
+    Region | str | Sequence[int] | Sequence[Region] | np.ndarray,
+    Reading(read_where, "a name, a region, regions, positions or a mask"),
+]
 
 
+@checking(RegionError)
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenLayout(Shown):
     """What every position of one row is; the arrays are as long as the row, padding included.
@@ -62,7 +66,7 @@ class TokenLayout(Shown):
     tokens: tuple[str, ...]
     spans: Mapping[str, tuple[int, ...]]
     images: tuple[tuple[int, int], ...] = ()
-    frames_per_token: int = 1
+    frames_per_token: Count = 1
     memory: "TokenLayout | None" = None
 
     def __len__(self) -> int:
@@ -104,6 +108,7 @@ class TokenLayout(Shown):
     def has_video(self) -> bool:
         return bool((self.kind == VIDEO).any())
 
+    @checking(RegionError)
     def positions(
         self, where: Where, *, image: int | None = None, coverage: float = 0.0, view: str | None = None
     ) -> Int[np.ndarray, " pos"]:
@@ -197,6 +202,7 @@ class TokenLayout(Shown):
             return int(differs.argmax())
         return None if len(self) == len(other) else shared
 
+    @checking(RegionError)
     def describe(self, position: int) -> str:
         """A position in words: its token, or where in which picture it lies."""
         if position >= len(self):
@@ -209,6 +215,7 @@ class TokenLayout(Shown):
         picture = f"image {self.image[position]}" if self.kind[position] == IMAGE else f"frame {self.frame[position]}"
         return f"row {self.row[position]}, column {self.col[position]} of {picture}"
 
+    @checking(RegionError)
     def rectangle(self, position: int) -> tuple[float, float, float, float]:
         """``(x0, y0, x1, y1)`` of a visual token in the original image."""
         index = int(self.positions([position])[0])
@@ -221,18 +228,26 @@ class TokenLayout(Shown):
         x0, y0, x1, y1 = self.rect[index].tolist()
         return x0, y0, x1, y1
 
+    @checking(RegionError)
     def grid(self, image: int = 0, frame: int | None = None) -> tuple[int, int]:
         """Rows and columns of the visual tokens of an image or a frame of the video; of its tiles where it has some."""
         here = self._finest(self._of_picture(image, frame))
         return int(self.row[here].max()) + 1, int(self.col[here].max()) + 1
 
-    def cells(self, rows: int, cols: int, image: int = 0, frame: int | None = None) -> dict[str, list[int]]:
+    @checking(RegionError)
+    def cells(self, rows: Count, cols: Count, image: int = 0, frame: int | None = None) -> dict[str, list[int]]:
         """The visual tokens of a picture in ``rows`` x ``cols`` equal cells, each where its middle lies: "row,col".
 
         Raises:
             RegionError: a cell holds the middle of no token.
         """
         here = np.flatnonzero(self._of_picture(image, frame) & ~np.isnan(self.rect).any(axis=1))
+        if rows * cols > len(here):  # told before so many cells are made
+            raise RegionError(
+                f"{rows} x {cols} cells of {len(here)} visual tokens",
+                f"at most {' x '.join(map(str, self.grid(image, frame)))} cells",
+                "ask for fewer cells",
+            )
         width, height = self.images[image if frame is None else frame]
         x0, y0, x1, y1 = self.rect[here].T
         at = [np.clip(middle * count / size, 0, count - 1).astype(int)
@@ -248,6 +263,7 @@ class TokenLayout(Shown):
             )
         return found
 
+    @checking(RegionError)
     def words(self, span: str = "question") -> dict[str, list[int]]:
         """The words of a span, each with its positions; one that comes again is numbered ("the 2")."""
         groups: list[list[int]] = []
@@ -269,6 +285,7 @@ class TokenLayout(Shown):
             found[word if seen[word] == 1 else f"{word} {seen[word]}"] = group
         return found
 
+    @checking(RegionError)
     def shifted(self, left: int, length: int) -> "TokenLayout":
         """The same row with ``left`` positions of padding in front, ``length`` positions in all."""
         right = length - left - len(self)
@@ -296,6 +313,7 @@ class TokenLayout(Shown):
             spans={name: tuple(p + left for p in positions) for name, positions in self.spans.items()},
         )
 
+    @checking(RegionError)
     def overlay(
         self,
         picture: Image.Image,

@@ -23,9 +23,10 @@ from jaxtyping import Bool
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from mech.arguments import Text, checked, one_of
 from mech.data.regions import Box, Frames, Mask, Pages, Passage, Region
 from mech.data.samples import Sample
-from mech.errors import ExperimentError, RegionError, suggestion
+from mech.errors import ExperimentError, RegionError
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 
@@ -33,7 +34,8 @@ WAYS = ("mean", "blur", "removed")
 MARGIN = 2  # pixels around the evidence whose colour fills its place
 
 
-def without_evidence(sample: Sample, by: str = "mean") -> Sample:
+@checked
+def without_evidence(sample: Sample, by: one_of(WAYS) = "mean") -> Sample:
     """The sample with the pixels of its evidence replaced.
 
     Args:
@@ -45,8 +47,6 @@ def without_evidence(sample: Sample, by: str = "mean") -> Sample:
         ExperimentError: an unknown way, or a sample without evidence.
         RegionError: evidence that lies outside the pictures.
     """
-    if by not in WAYS:
-        raise ExperimentError(f"by={by!r}", " or ".join(map(repr, WAYS)), suggestion(by, WAYS))
     if not sample.evidence:
         raise ExperimentError(
             f"sample {sample.id!r} has no evidence", "a sample that says where it is", "set Sample.evidence"
@@ -59,7 +59,8 @@ def without_evidence(sample: Sample, by: str = "mean") -> Sample:
     return replace(sample, **changed, counterfactual=None, id=f"{sample.id}/{by}")
 
 
-def asking(sample: Sample, question: str, answer: str) -> Sample:
+@checked
+def asking(sample: Sample, question: Text, answer: str) -> Sample:
     """The sample with another question. Patching refuses it where it has another number of tokens.
 
     Raises:
@@ -70,6 +71,7 @@ def asking(sample: Sample, question: str, answer: str) -> Sample:
     return replace(sample, question=question, answer=answer, counterfactual=None, id=f"{sample.id}/asking")
 
 
+@checked
 def without_pictures(model: HookedMLLM, inputs: Inputs, reference: Sequence[Inputs] = ()) -> Inputs:
     """Inputs whose visual tokens all are their mean, where the vision stack hands them over.
 

@@ -9,16 +9,17 @@ same question. Two things to keep in mind. A grey patch is seen as a grey patch 
 and a sample whose answer does not change is dropped: it was not answered from this evidence.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from mech.data.samples import Sample, Samples
+from mech.arguments import checked, one_of
+from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import ExperimentError, InputError
-from mech.interventions.corruption import without_evidence
+from mech.interventions.corruption import WAYS, without_evidence
 from mech.model import HookedMLLM
 
 
-def with_counterfactuals(model: HookedMLLM, samples: Samples | Sequence[Sample], by: str = "mean") -> Samples:
+@checked
+def with_counterfactuals(model: HookedMLLM, samples: SomeSamples, by: one_of(WAYS) = "mean") -> Samples:
     """The samples whose answer hangs on their evidence, each with a counterfactual; those that have one are kept.
 
     Args:

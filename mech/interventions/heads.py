@@ -100,20 +100,25 @@ def _mixed(
     return grouped.reshape(batch, n_heads, n_rows, -1).transpose(1, 2).to(z)
 
 
+def _wide(values: Tensor) -> Tensor:
+    """Values in which sums over many keys stay exact: at least float32, and float64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _grouped(mean: Float[Tensor, "batch kv_head pos d_head"], call: AttentionCall) -> Tensor:
     return repeat(mean, "batch kv pos d -> batch pos (kv group) d", group=call.q.shape[1] // mean.shape[1])
 
 
 def _mean_of_visible(call: AttentionCall) -> Float[Tensor, "batch kv_head pos d_head"]:
     start, stop = span(call)
-    v = call.v.float()
+    v = _wide(call.v)
     if call.mask is None and call.causal and call.head_mask is None:
         count = torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
         return (v.cumsum(2) / count)[:, :, start:stop]
     means = []
     for first in range(0, stop - start, ROWS):
         rows = torch.arange(first, min(first + ROWS, stop - start), device=v.device)
-        weight = call.visible(rows).float()
+        weight = call.visible(rows).to(v)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         if weight.shape[1] > 1:  # narrowed heads: each has keys of its own
             own = repeat(v, "batch kv key d -> batch (kv group) key d", group=weight.shape[1] // v.shape[1])
@@ -128,8 +133,9 @@ def _mean_of_all(call: AttentionCall, prompt_end: Int[Tensor, " batch"]) -> Floa
     """Every row of the prompt sees the whole prompt; a row behind it sees what has been written by then."""
     start, stop = span(call)
     # The last row sees every key that is not padding.
-    real = replace(call, head_mask=None).visible([call.q.shape[2] - 1])[..., 0, :, None].float()
-    mean = (call.v.float() * real).cumsum(2) / real.cumsum(2).clamp(min=1)
+    v = _wide(call.v)
+    real = replace(call, head_mask=None).visible([call.q.shape[2] - 1])[..., 0, :, None].to(v)
+    mean = (v * real).cumsum(2) / real.cumsum(2).clamp(min=1)
     rows = torch.arange(start, stop, device=mean.device)
     if call.cross:  # all of a memory is there from the first row on
         return mean[:, :, -1:].expand(-1, -1, stop - start, -1)

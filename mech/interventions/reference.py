@@ -4,7 +4,6 @@ Positions with a visual token and positions with text are kept apart: a head's m
 ever takes at a word.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.data.samples import Sample, Samples
+from mech.arguments import Count, Seed, checked, one_of
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.identity import made_elsewhere, weight_digest
 from mech.inputs import IMAGE, PADDING, VIDEO, TokenLayout
@@ -21,6 +21,7 @@ from mech.model import AttentionCall, HookedMLLM
 
 TEXT_KIND, VISUAL_KIND = 0, 1
 Z = "attn.hook_z"
+ABLATED = (Z, "hook_attn_out", "hook_mlp_out", "hook_embed")
 
 
 def kinds(layout: TokenLayout) -> Tensor:
@@ -68,15 +69,16 @@ class Reference:
         return made_elsewhere("reference activations", self.model, self.weights, model, allow_other_model)
 
 
+@checked
 @torch.no_grad()
 def reference_activations(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     *,
-    point: str = Z,
-    n_draws: int = 64,
-    batch_size: int = 8,
-    seed: int = 0,
+    point: one_of(ABLATED) = Z,
+    n_draws: Count = 64,
+    batch_size: Count = 8,
+    seed: Seed = 0,
 ) -> Reference:
     """The mean of a point over ``samples``, and ``n_draws`` single values of it, for each kind of position.
 
@@ -94,8 +96,6 @@ def reference_activations(
     Cost: one forward per sample.
     """
     samples = Samples(samples)
-    if not len(samples):
-        raise ExperimentError("no reference samples", "at least one", "pass reference=train")
     names = [name for name in model.points() if name == point or _is_text(name, point)]
     layers = {name: 0 if name == point else int(name.split(".")[1]) for name in names}
     total: dict[int, Tensor] = {}
@@ -110,7 +110,7 @@ def reference_activations(
         picked = [[_pick(row == which, each, g) for row, g in zip(kind, generators, strict=True)] for which in (0, 1)]
 
         def read(layer: int, value: Tensor, kind=kind, picked=picked) -> None:
-            value = value.detach().float()
+            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
             sums = total.setdefault(layer, torch.zeros(2, *value.shape[2:], dtype=torch.float64))
             for which in (TEXT_KIND, VISUAL_KIND):
                 sums[which] += value[(kind == which).to(value.device)].sum(0).double().cpu()
@@ -124,11 +124,12 @@ def reference_activations(
     n_layers = 1 if point == "hook_embed" else model.cfg.n_layers
     # Heads may be wider in some layers than in others (Gemma 4): the narrower ones are filled up.
     rest = [max(sizes) for sizes in zip(*(sums.shape[1:] for sums in total.values()), strict=True)]
-    mean, draws = torch.zeros(2, n_layers, *rest), torch.zeros(2, n_draws, n_layers, *rest)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    mean, draws = (torch.zeros(*shape, n_layers, *rest, dtype=wide) for shape in ((2,), (2, n_draws)))
     for layer, sums in total.items():
         here = tuple(slice(size) for size in sums.shape[1:])
         for which in (TEXT_KIND, VISUAL_KIND):
-            mean[(which, layer, *here)] = (sums[which] / count[which].clamp(min=1)).float()
+            mean[(which, layer, *here)] = (sums[which] / count[which].clamp(min=1)).to(wide)
             draws[(which, slice(None), layer, *here)] = _shuffled(torch.cat(drawn[layer][which]), n_draws, seed)
     return Reference(mean.to(model.device), draws.to(model.device), samples.digest(), point, model.name,
                      weight_digest(model) or "")  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mech.arguments import checked
 from mech.errors import ExperimentError
 from mech.inputs import Inputs
 from mech.interventions.heads import drawn, knocked_out, redirected, replacement, span
@@ -29,6 +30,7 @@ from mech.interventions.where import Plan, for_beams
 from mech.model import AttentionCall, HookedMLLM
 
 
+@checked
 @contextmanager
 def intervene(model: HookedMLLM, *specs: Spec) -> Iterator["Intervened"]:
     """A view of ``model`` whose runs all pass through ``specs``.

@@ -34,14 +34,13 @@ from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.indices import Layers, Pairs, indices, pairs
 from mech.inputs import Inputs
-from mech.interventions.reference import Reference
+from mech.interventions.reference import ABLATED, Reference
 from mech.model.cache import ActivationCache
 
 METHODS = ("mean", "zero", "resample", "uniform", "paper")
 POSITIONS = ("all", "question", "last", "image", "text")
 PHASES = ("both", "prefill", "decode")
 Z = "attn.hook_z"
-ABLATED = (Z, "hook_attn_out", "hook_mlp_out", "hook_embed")
 PATCHED = {  # point -> which heads it has
     "hook_embed": "", "hook_resid_pre": "", "hook_resid_mid": "", "hook_resid_post": "", "hook_attn_out": "",
     "hook_mlp_out": "", "mlp.hook_post": "", "attn.hook_q": "head", "attn.hook_rot_q": "head", Z: "head",
@@ -73,7 +72,9 @@ def _rows(name: str, given: Any) -> tuple[Any, ...]:
     return tuple(_positions(name, row) for row in given)
 
 
-Where = Annotated[Any, Reading(_positions)]  # a name, a region, several regions, positions or a mask of them
+Where = Annotated[
+    Any, Reading(_positions, "a name, a region, regions, positions or a mask")
+]  # a name, a region, several regions, positions or a mask of them
 Phase = one_of(PHASES)
 
 
@@ -245,7 +246,7 @@ class PerRow:
         rows: what ``positions`` would be of each row, in order.
     """
 
-    rows: Annotated[tuple[Where, ...], Reading(_rows)]
+    rows: Annotated[tuple[Where, ...], Reading(_rows, "positions for each row")]
 
 
 @checked

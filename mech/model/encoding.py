@@ -8,13 +8,16 @@ stack is handed the memory that its cross-attention layers look at.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mech.arguments import NOT_EMPTY, Positive, checking
+from mech.data.samples import Sample
 from mech.errors import InputError, UnsupportedModel
+from mech.inputs.batch import Inputs
 
 
 class Encoding:
@@ -45,12 +48,13 @@ class Encoding:
         blind = {name: value for name, value in inputs.tensors.items() if not name.startswith("pixel_values")}
         return replace(inputs, tensors=blind), seen
 
+    @checking(InputError)
     def inputs(
         self,
         question: str,
         images: Sequence = (),
         video: Sequence = (),
-        fps: float = 2.0,
+        fps: Positive = 2.0,
         answer: str = "",
         **text: Any,
     ) -> Any:
@@ -60,12 +64,14 @@ class Encoding:
         made = build(self.processor, question, images=images, video=video, fps=fps, answer=answer, **text)
         return made.to(self.device, self.dtype)
 
-    def inputs_of(self, sample: Any, answer: bool = False) -> Any:
+    @checking(InputError)
+    def inputs_of(self, sample: Sample, answer: bool = False) -> Any:
         """``Inputs`` of a ``Sample``; with ``answer=True`` its answer follows the prompt."""
         text = dict(answer=sample.answer if answer else "", context=sample.context, passages=sample.passages())
         return self.inputs(sample.question, sample.images, sample.video, sample.fps, **text)
 
-    def collate(self, rows: Sequence[Any]) -> Any:
+    @checking(InputError)
+    def collate(self, rows: Annotated[Sequence[Inputs], NOT_EMPTY]) -> Any:
         """One batch of several ``Inputs``, padded on the left."""
         from mech.inputs import collate
 

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from mech.arguments import Count, checking
 from mech.errors import InputError, UnsupportedModel
 from mech.model.eager import in_python
 
@@ -205,10 +206,11 @@ class Generating:
     _localized_run: Any
     _attached: Any
 
+    @checking(InputError)
     @in_python
     @torch.no_grad()
     def generate(
-        self, inputs: Any = None, *, max_new_tokens: int = 16, **options: Any
+        self, inputs: Any = None, *, max_new_tokens: Count = 16, **options: Any
     ) -> Int[Tensor, "batch new_pos"] | Any:
         """The ids of the *new* tokens only, greedily, hooks live and KV cache on; padded behind a row's end.
 
@@ -239,7 +241,8 @@ class Generating:
             made = run(**given, generation_config=config)
         return made[:, given["input_ids"].shape[1] :] if isinstance(made, Tensor) else made
 
-    def generate_text(self, inputs: Any, *, max_new_tokens: int = 16, **options: Any) -> list[str]:
+    @checking(InputError)
+    def generate_text(self, inputs: Any, *, max_new_tokens: Count = 16, **options: Any) -> list[str]:
         """``generate``, decoded without special tokens: a list with one string for each row, of one row too.
 
         For the text itself ask one row with ``answer``.
@@ -250,7 +253,8 @@ class Generating:
         ids = self.generate(inputs, max_new_tokens=max_new_tokens, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def answer(self, inputs: Any, *, max_new_tokens: int = 16, **options: Any) -> str:
+    @checking(InputError)
+    def answer(self, inputs: Any, *, max_new_tokens: Count = 16, **options: Any) -> str:
         """What the model says to one row: the string alone.
 
         Raises:

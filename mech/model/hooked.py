@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
+from mech.arguments import Rule, checked, checking, one_of
 from mech.errors import InputError, MechError, PointError, UnsupportedModel
 from mech.model import attention, hook_sites, run_options, wiring
 from mech.model.architectures.families import family_of, module_at, sizes
@@ -47,6 +48,17 @@ from mech.model.named.projections import execution_device
 from mech.model.named.weights import NamedWeights
 from mech.model.points import NamesFilter, select
 from mech.model.turns import Turns
+
+
+def _is_device(given: Any) -> bool:
+    try:
+        return bool(torch.device(given))
+    except RuntimeError:
+        return False
+
+
+Device = Annotated[torch.device | str, Rule("a device such as 'cpu' or 'cuda:0'", _is_device)]
+Hook = tuple[str | Callable[[str], bool], Callable]
 
 
 class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
@@ -84,12 +96,13 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         self._untie = wiring.tie(self)
 
     @classmethod
+    @checking(InputError)
     def from_pretrained(
         cls,
         name: str | Path,
         *,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        device: Device | None = None,
         revision: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         quantization: str | None = None,
@@ -210,10 +223,11 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
             return run(**given).logits
 
     @contextmanager
+    @checking(PointError)
     def hooks(
         self,
-        fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable]] = (),
-        bwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable]] = (),
+        fwd_hooks: Sequence[Hook] = (),
+        bwd_hooks: Sequence[Hook] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator["HookedMLLM"]:
@@ -230,6 +244,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         with self.turns.taken(), super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
 
+    @checking(PointError)
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **options: Any) -> None:
         """TransformerLens' ``add_hook``: stays until ``reset_hooks()``, in the runs of all threads."""
         with self.turns.taken():
@@ -242,12 +257,13 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
             if point.fwd_hooks or point.bwd_hooks:
                 point.remove_hooks(*args, **options)
 
+    @checking(InputError)
     def run_with_cache(
         self,
         inputs: Any = None,
         *,
         names_filter: NamesFilter = None,
-        device: torch.device | str | None = None,
+        device: Device | None = None,
         remove_batch_dim: bool = False,
         pos_slice: Any = None,
         incl_bwd: bool = False,
@@ -296,13 +312,12 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         return returned, cache if return_cache_object else cache.cache_dict
 
     @contextmanager
-    def attending(self, fn: attention.Observer, stack: str = "text") -> Iterator["HookedMLLM"]:
+    @checked
+    def attending(self, fn: attention.Observer, stack: one_of(("text", "vision")) = "text") -> Iterator["HookedMLLM"]:
         """While open, ``fn`` gets an ``AttentionCall`` from every attention layer of a stack, after z is computed.
 
         A tensor it returns replaces z (before ``hook_z`` fires); None keeps it. Works in ``generate`` too.
         """
-        if stack not in self._observers:
-            raise MechError(f"stack={stack!r}", "'text' or 'vision'")
         with self.turns.taken():
             self._observers[stack].append(fn)
             try:
@@ -316,6 +331,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         """The names of all live points, in the order in which they fire."""
         return list(self.hook_dict)
 
+    @checking(PointError)
     def select(self, names: NamesFilter) -> list[str]:
         """The live points that a name, a list of names or a predicate means; see ``mech.model.points.select``."""
         return select(names, list(self.hook_dict), self._refused)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mech.data.samples import Sample, Samples
+from mech.arguments import Count, Seed, checked
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, MechError, suggestion
 from mech.experiments.scores.ram import Progress
 from mech.model import HookedMLLM
@@ -64,14 +65,15 @@ def _verdict(point: Point) -> str:
     return {True: "holds", False: "does not hold", None: "measured"}[point.holds]
 
 
+@checked
 def published_claims(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     only: str | Sequence[str] | None = None,
     *,
-    n_random: int = 8,
-    seed: int = 0,
-    batch_size: int = 16,
+    n_random: Count = 8,
+    seed: Seed = 0,
+    batch_size: Count = 16,
     progress: Progress | None = None,
 ) -> Claims:
     """Every point on one model and one set of samples.

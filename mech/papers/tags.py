@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import xarray as xr
 
+from mech.arguments import Count, Seed, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.regions import Box, Mask, Pages, Region
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches
 from mech.experiments.scores.measure import NULL_QUESTION
@@ -33,14 +34,15 @@ from mech.results import provenance
 TAGS = (" evidence: (", ")")
 
 
+@checked
 @torch.no_grad()
 def tag_leak(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     tags: tuple[str, str] = TAGS,
     *,
-    batch_size: int = 8,
-    seed: int = 0,
+    batch_size: Count = 8,
+    seed: Seed = 0,
 ) -> xr.Dataset:
     """RAM of every head with and without tags around the evidence, asked the question and asked nothing.
 

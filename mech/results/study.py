@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 
 import xarray as xr
 
+from mech.arguments import checking
 from mech.axes import CONDITION
 from mech.errors import OutputError
 from mech.files import make_folder, unwritable
@@ -42,6 +43,7 @@ except ImportError:  # no file locks on this system: two writers are then not no
     fcntl = None
 
 
+@checking(OutputError)
 class Study:
     """A folder of results that is only ever added to.
 

@@ -22,6 +22,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mech.arguments import Amount, Count, Whole, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, InputError, UnsupportedModel
@@ -32,7 +33,7 @@ from mech.results import provenance
 from mech.sparse.groups import expanded, grouped
 from mech.sparse.localize import localize
 from mech.sparse.masks import Near
-from mech.sparse.policy import Policy
+from mech.sparse.policy import PHASES, Policy
 
 Progress = Callable[[int, int], None]
 
@@ -143,15 +144,16 @@ class _Enough(Exception):
     """The last layer that is read has been passed."""
 
 
+@checked
 def localize_dynamic(
     model: HookedMLLM,
-    n: int | float,
+    n: Amount,
     *,
-    sinks: int = 4,
-    window: int = 256,
-    layers: int | None = None,
+    sinks: Whole = 4,
+    window: Count = 256,
+    layers: Count | None = None,
     keep_text: bool = False,
-    phase: str = "both",
+    phase: one_of(PHASES) = "both",
 ) -> "Dynamic":
     """A model that chooses its dense heads for every input, by ``reach``.
 

@@ -13,15 +13,17 @@ What it is not: a test. Gates say what a *joint* relaxation of all heads can spa
 another one closes, and which is up to the seed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.data.samples import Sample, Samples
+from mech.arguments import Count, Positive, Rule, Seed, Whole, checked
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.gradients import still
 from mech.experiments.ranking.ranking import Ranking
@@ -36,17 +38,18 @@ FINAL = "ln_final.hook_normalized"
 Progress = Callable[[int, int], None]
 
 
+@checked
 def learned_gates(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     *,
-    sinks: int = 4,
-    window: int = 256,
-    steps: int = 40,
-    batch_size: int = 2,
-    rate: float = 0.1,
-    sparsity: float = 0.1,
-    seed: int = 0,
+    sinks: Whole = 4,
+    window: Count = 256,
+    steps: Count = 40,
+    batch_size: Count = 2,
+    rate: Positive = 0.1,
+    sparsity: Annotated[float, Rule("a number of at least 0", lambda value: value >= 0)] = 0.1,
+    seed: Seed = 0,
     progress: Progress | None = None,
 ) -> Ranking:
     """Rank heads by gates that were trained to close where the model can spare it.
@@ -79,8 +82,6 @@ def learned_gates(
     made; here it is taken relative to the states, so that one ``sparsity`` fits models of every width.
     """
     samples = Samples(samples)
-    if not len(samples) or steps < 1:
-        raise ExperimentError(f"{len(samples)} samples and {steps} steps", "at least one of each")
     policy = Policy((), sinks=sinks, window=window)
     layers, groups = model.cfg.attention_layers, model.cfg.n_kv_heads
     rows = [model.inputs_of(sample, answer=True).to("cpu") for sample in samples]

@@ -15,7 +15,7 @@ refused. It chooses no heads: whether these are the right ones, accuracy has to 
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,24 +25,27 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache
 
+from mech.arguments import Count, Whole, checked, one_of
 from mech.errors import ExperimentError, UnsupportedModel
+from mech.indices import Pairs
 from mech.inputs import TEXT, Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.sparse.cache import SplitCache, SplitLayer
 from mech.sparse.kernels import Plan, by_definition, split_heads, start_of
 from mech.sparse.masks import Near
-from mech.sparse.policy import Budgets, Policy, StillDense
+from mech.sparse.policy import PHASES, Budgets, Policy, StillDense
 
 
+@checked
 def localize(
     model: HookedMLLM,
     policy: Policy | None = None,
     *,
-    dense_heads: Iterable[tuple[int, int]] = (),
-    sinks: int = 4,
-    window: int = 256,
+    dense_heads: Pairs = (),
+    sinks: Whole = 4,
+    window: Count = 256,
     keep_text: bool = False,
-    phase: str = "both",
+    phase: one_of(PHASES) = "both",
 ) -> "Localized":
     """Let a few heads attend to everything and all others to sinks and a window, until the handle is closed.
 

@@ -13,14 +13,16 @@ know what the heads are for: accuracy has to be measured beside it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mech.errors import ExperimentError, suggestion
-from mech.experiments.ranking.ranking import Head, Heads, Ranking
+from mech.arguments import Count, Reading, Whole, checked, one_of
+from mech.errors import ExperimentError
+from mech.experiments.ranking.ranking import Head, Ranking
+from mech.indices import Indices, pairs
 from mech.interventions.specs import check_heads
 from mech.model.architectures.families import ModelConfig
 
@@ -62,7 +64,16 @@ class Budgets:
         )
 
 
-@dataclass(frozen=True, init=False)
+def _heads(name: str, given: Any) -> Indices:
+    """Each head once, in the order given."""
+    read = pairs(name, given)
+    heads = Indices(dict.fromkeys(Head(*pair) for pair in read))
+    heads.of = read.of
+    return heads
+
+
+@checked
+@dataclass(frozen=True)
 class Policy:
     """A few heads attend to everything, the others to the first tokens and to those nearby.
 
@@ -78,38 +89,19 @@ class Policy:
             dense, as in the papers), while the answer is written ("decode"), or in "both".
     """
 
-    dense_heads: Heads = ()
-    sinks: int = 4
-    window: int = 256
+    dense_heads: Annotated[Iterable[tuple[int, int]], Reading(_heads, "(layer, head) pairs")] = ()
+    sinks: Whole = 4
+    window: Count = 256
     keep_text: bool = False
-    phase: str = "both"
-
-    def __init__(
-        self,
-        dense_heads: Iterable[tuple[int, int]] = (),
-        sinks: int = 4,
-        window: int = 256,
-        keep_text: bool = False,
-        phase: str = "both",
-    ):
-        # Any iterable of pairs is taken, so the fields are set by hand on the frozen instance.
-        pairs = tuple(dict.fromkeys(Head(int(layer), int(head)) for layer, head in dense_heads))
-        given = {"dense_heads": pairs, "sinks": sinks, "window": window, "keep_text": keep_text, "phase": phase}
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
-        for name, least in (("sinks", 0), ("window", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ExperimentError(f"{name}={value!r}", f"a whole number, at least {least}", f"use {name}=16")
-        if self.phase not in PHASES:
-            raise ExperimentError(f"phase={self.phase!r}", f"one of {PHASES}", suggestion(str(self.phase), PHASES))
+    phase: one_of(PHASES) = "both"
 
     @classmethod
+    @checked
     def fit(
         cls,
         ranking: Ranking,
         cfg: ModelConfig,
-        length: int,
+        length: Count,
         *,
         kv_bytes: float | None = None,
         flops: float | None = None,

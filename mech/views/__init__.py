@@ -16,6 +16,7 @@ from typing import Any
 
 import xarray as xr
 
+from mech.arguments import checked
 from mech.errors import OutputError
 from mech.views.agreement import agreement_view, modality_view, sample_curve_view, transfer_view
 from mech.views.attention import attention_view
@@ -61,6 +62,7 @@ __all__ = [
 ]
 
 
+@checked
 def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **options: Any) -> View:
     """The picture that fits a result.
 

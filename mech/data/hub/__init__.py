@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mech.arguments import Count, Seed, checking
 from mech.data.hub import documents, grounding, needles, reading
 from mech.data.hub.source import Record, Source
 from mech.data.samples import Sample, Samples
@@ -48,16 +49,17 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
+@checking(InputError)
 def hub_samples(
     name: str,
-    n: int = 100,
-    seed: int = 0,
+    n: Count = 100,
+    seed: Seed = 0,
     *,
     root: str | Path | None = None,
     records: str | Path | Iterable[Mapping[str, Any]] | None = None,
     split: str | None = None,
     files: str | None = None,
-    most: int | None = None,
+    most: Count | None = None,
     skip_bad: bool = False,
 ) -> Samples:
     """``n`` samples of a published set, each with its evidence.

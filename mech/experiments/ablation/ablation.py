@@ -20,19 +20,20 @@ The samples that found the heads must not be those that test them: they are comp
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import xarray as xr
 
+from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, one_of, some_of
 from mech.axes import CONDITION
 from mech.data.regions import where_in_words
-from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError, suggestion
+from mech.data.samples import Samples, SomeSamples
+from mech.errors import ExperimentError
 from mech.experiments.metrics import Quiz, ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.interventions import METHODS, Ablate, Reference, check_positions, intervene, reference_activations
-from mech.interventions.specs import Where, Z
+from mech.interventions.specs import Phase, Where, Z
 from mech.model import HookedMLLM
 from mech.results import ablation_dataset, provenance
 
@@ -57,14 +58,15 @@ class Condition:
 BASELINE = Condition("none", "none", 0.0, ())
 
 
+@checked
 def conditions(
     ranking: Ranking,
     *,
-    to: str | Sequence[str] = "mean",
-    bands: Sequence[str | Ranking] = BANDS,
-    fractions: Sequence[int | float] = FRACTIONS,
-    n_random: int = 20,
-    seed: int = 0,
+    to: one_of(METHODS) | some_of(METHODS) = "mean",
+    bands: Annotated[Sequence[one_of(BANDS) | Ranking], NOT_EMPTY] = BANDS,
+    fractions: Annotated[Sequence[Amount], NOT_EMPTY] = FRACTIONS,
+    n_random: Count = 20,
+    seed: Seed = 0,
 ) -> list[Condition]:
     """Every combination of method, band and size, as a list that can be joined, cut and counted before it is run.
 
@@ -92,10 +94,6 @@ def conditions(
         )
     for name, other in others.items():
         _comparable(name, other, ranking)
-    for given, known in ((methods, METHODS), (words, BANDS)):
-        for word in given:
-            if word not in known:
-                raise ExperimentError(f"{word!r} is no method or band", ", ".join(known), suggestion(word, known))
     found: dict[Condition, None] = {}
     for method in methods:
         for band in (*words, *others):
@@ -131,20 +129,21 @@ def _sets(ranking: Ranking, band: str, count: int, n_random: int, seed: int) -> 
     return [{"top": ranking.top, "bottom": ranking.bottom, "middle": ranking.middle}[band](count)]
 
 
+@checked
 def ablation(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
-    ranking: Ranking | Sequence[Condition],
+    samples: SomeSamples,
+    ranking: Ranking | Annotated[Sequence[Condition], NOT_EMPTY],
     *,
     reference: Samples | Reference | None = None,
-    to: str | Sequence[str] = "mean",
-    bands: Sequence[str | Ranking] = BANDS,
-    fractions: Sequence[int | float] = FRACTIONS,
-    n_random: int = 20,
+    to: one_of(METHODS) | some_of(METHODS) = "mean",
+    bands: Annotated[Sequence[one_of(BANDS) | Ranking], NOT_EMPTY] = BANDS,
+    fractions: Annotated[Sequence[Amount], NOT_EMPTY] = FRACTIONS,
+    n_random: Count = 20,
     positions: Where = "all",
-    phase: str = "both",
-    seed: int = 0,
-    batch_size: int = 16,
+    phase: Phase = "both",
+    seed: Seed = 0,
+    batch_size: Count = 16,
     progress: Callable[[int, int], None] | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:

@@ -12,20 +12,23 @@ Pulling all heads is the third control: it shows what the bias does to the model
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 import torch
 import xarray as xr
 
+from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, given_by, some_of
 from mech.axes import EXAMPLE
-from mech.data.samples import Distractor, Sample, Samples
-from mech.errors import ExperimentError, suggestion
+from mech.data.samples import Distractor, Sample, Samples, SomeSamples
+from mech.errors import ExperimentError
 from mech.experiments.effects import share
 from mech.experiments.metrics import Quiz, answer_logits, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.interventions import PerRow, Redirect, intervene
+from mech.interventions.specs import Phase, Where
 from mech.model import HookedMLLM
 from mech.results import provenance
 
@@ -39,19 +42,20 @@ ATTRS = {
 }
 
 
+@checked
 def redirection(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     ranking: Ranking,
     *,
-    bias: Sequence[float] = BIASES,
-    heads: int | float = 0.05,
-    bands: Sequence[str] = BANDS,
-    n_random: int = 10,
-    query: str = "all",
-    phase: str = "both",
-    seed: int = 0,
-    batch_size: int = 16,
+    bias: Annotated[Sequence[float], NOT_EMPTY] = BIASES,
+    heads: Amount = 0.05,
+    bands: some_of(BANDS) = BANDS,
+    n_random: Count = 10,
+    query: Where = "all",
+    phase: Phase = "both",
+    seed: Seed = 0,
+    batch_size: Count = 16,
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
@@ -91,7 +95,8 @@ def redirection(
     References: Gaze heads, arXiv 2606.14703 (there the last token's rows, the top 100 heads, six panels).
     """
     samples, biases = Samples(samples), [float(one) for one in bias]
-    _check(bands, biases)
+    if len(set(biases)) < len(biases):
+        raise ExperimentError(f"bias={biases}", "different numbers", "use (2, 4, 8)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)
     chosen = _drawn(samples, seed)
     sets = [
@@ -126,7 +131,8 @@ def redirection(
     )
 
 
-def redirection_table(found: xr.Dataset) -> list[dict[str, float | str]]:
+@checked
+def redirection_table(found: given_by("redirection", BAND, BIAS, "redirected")) -> list[dict[str, float | str]]:
     """Of every band and bias the share of redirected and of kept answers, with 95% intervals.
 
     Over samples; of random heads over samples and sets.
@@ -142,14 +148,6 @@ def redirection_table(found: xr.Dataset) -> list[dict[str, float | str]]:
                 row |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
             table.append(row)
     return table
-
-
-def _check(bands: Sequence[str], biases: Sequence[float]) -> None:
-    for band in bands:
-        if band not in BANDS:
-            raise ExperimentError(f"no band is called {band!r}", ", ".join(BANDS), suggestion(band, BANDS))
-    if not biases or not bands or len(set(biases)) < len(biases) or not np.isfinite(biases).all():
-        raise ExperimentError(f"bias={biases} of bands {list(bands)}", "different finite numbers, at least one band")
 
 
 def _questions(model: HookedMLLM, chosen: Sequence[tuple[Sample, Distractor]], batch_size: int) -> Quiz:

@@ -12,13 +12,15 @@ seen, and every set of heads does harm.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 import xarray as xr
 
+from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, given_by, some_of
 from mech.axes import EXAMPLE
 from mech.data.regions import where_in_words
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
@@ -26,7 +28,7 @@ from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import bootstrap_interval, two_way_bootstrap
 from mech.interventions import Scale, check_positions, intervene
-from mech.interventions.specs import Where
+from mech.interventions.specs import Phase, Where
 from mech.model import HookedMLLM
 from mech.results import provenance
 
@@ -35,19 +37,20 @@ FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
 BAND, FACTOR = "band", "factor"
 
 
+@checked
 def steering(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     ranking: Ranking,
     *,
-    factors: Sequence[float] = FACTORS,
-    heads: int | float = 0.05,
-    bands: Sequence[str] = BANDS,
-    n_random: int = 5,
+    factors: Annotated[Sequence[float], NOT_EMPTY] = FACTORS,
+    heads: Amount = 0.05,
+    bands: some_of(BANDS) = BANDS,
+    n_random: Count = 5,
     positions: Where = "all",
-    phase: str = "both",
-    seed: int = 0,
-    batch_size: int = 16,
+    phase: Phase = "both",
+    seed: Seed = 0,
+    batch_size: Count = 16,
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
@@ -80,15 +83,8 @@ def steering(
     """
     samples = Samples(samples)
     factors = [float(factor) for factor in factors]
-    for band in bands:
-        if band not in BANDS:
-            raise ExperimentError(f"no band is called {band!r}", ", ".join(BANDS), suggestion(band, BANDS))
-    if not factors or not bands or len(set(factors)) < len(factors) or not np.isfinite(factors).all():
-        raise ExperimentError(
-            f"factors {factors} of bands {list(bands)}", "different finite numbers, at least one band", "use (0, 1, 2)"
-        )
-    if not len(samples):
-        raise ExperimentError("no samples", "at least one", "pass some")
+    if len(set(factors)) < len(factors):
+        raise ExperimentError(f"factors {factors}", "different numbers", "use (0, 1, 2)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)
     sets = [
         (band, draw, chosen)
@@ -135,7 +131,10 @@ def steering(
     return curve
 
 
-def steering_table(curve: xr.Dataset, measure: str = "logit_diff") -> list[dict[str, float | str]]:
+@checked
+def steering_table(
+    curve: given_by("steering", BAND, FACTOR, "accuracy"), measure: str = "logit_diff"
+) -> list[dict[str, float | str]]:
     """``{"band", "factor", "mean", "low", "high"}`` of every band and factor: 95% over samples, and random sets."""
     if measure not in curve:
         raise ExperimentError(f"measure={measure!r}", "accuracy or logit_diff", suggestion(measure, map(str, curve)))

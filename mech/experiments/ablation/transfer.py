@@ -15,12 +15,13 @@ A model that cannot find the evidence any more names a wrong one; a model that i
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import xarray as xr
 
+from mech.arguments import NOT_EMPTY, Amount, Count, Seed, at_least, checked, one_of
 from mech.axes import CONDITION
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
@@ -30,24 +31,25 @@ from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, r
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.statistics import paired_bootstrap, permutation_test, two_way_bootstrap
-from mech.interventions import Ablate, intervene, reference_activations
+from mech.interventions import METHODS, Ablate, intervene, reference_activations
 from mech.model import HookedMLLM
 from mech.results import provenance
 
 MEASURES = ("accuracy", "logit_diff", "in_form")
 
 
+@checked
 def transfer(
     model: HookedMLLM,
-    find: Mapping[str, Samples],
-    test: Mapping[str, Samples],
+    find: Annotated[Mapping[str, Samples], NOT_EMPTY],
+    test: Annotated[Mapping[str, Samples], NOT_EMPTY],
     *,
-    rankings: Mapping[str, Ranking] | None = None,
-    k: int | float = 0.05,
-    to: str = "mean",
-    n_random: int = 20,
-    seed: int = 0,
-    batch_size: int = 16,
+    rankings: Annotated[Mapping[str, Ranking], NOT_EMPTY] | None = None,
+    k: Amount = 0.05,
+    to: one_of(METHODS) = "mean",
+    n_random: at_least(2) = 20,
+    seed: Seed = 0,
+    batch_size: Count = 16,
     progress: Callable[[int, int], None] | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
@@ -89,7 +91,7 @@ def transfer(
 
     References: arXiv 2606.05843 (domains compared by rank correlation only; nothing is transferred there).
     """
-    _check(find, test, n_random)
+    _check(find, test)
     rankings = dict(rankings or _ranked(model, find, batch_size))
     others = [
         refuse_ranking(ranking, model, samples, allow_other_model)
@@ -181,7 +183,7 @@ def _ranked(model: HookedMLLM, find: Mapping[str, Samples], batch_size: int) -> 
     return {name: rank_heads(score, domain=name) for name, score in scores.items()}
 
 
-def _check(find: Mapping[str, Samples], test: Mapping[str, Samples], n_random: int) -> None:
+def _check(find: Mapping[str, Samples], test: Mapping[str, Samples]) -> None:
     if lacking := [name for name in test if name not in find]:
         raise ExperimentError(
             f"the task {lacking[0]!r} is tested and has no samples in find",
@@ -196,8 +198,6 @@ def _check(find: Mapping[str, Samples], test: Mapping[str, Samples], n_random: i
             f"{len(test[few[0]])} examples of {few[0]!r}" if few else "no tasks to test",
             "at least two examples of each",
         )
-    if n_random < 2:
-        raise ExperimentError(f"n_random={n_random}", "at least two random sets", "use 20")
     everything = [sample.id for samples in find.values() for sample in samples]
     for samples in test.values():
         refuse_overlap(samples, everything, "are in find")

@@ -9,14 +9,16 @@ measures nothing over samples; for that see ``retrieval_attention_mass``.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
 
+from mech.arguments import NOT_EMPTY, Count, checked
 from mech.data.pictures import pixel_digest
-from mech.data.samples import Sample, Samples, outlines, pictures_of
+from mech.data.samples import SomeSamples, outlines, pictures_of
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
 from mech.experiments.ranking.checks import other_model_attrs, refuse_other_model
@@ -26,6 +28,7 @@ from mech.model import HookedMLLM
 from mech.results import looks_dataset
 
 
+@checked
 @torch.no_grad()
 def attention_from(
     model: HookedMLLM, inputs: Inputs, queries: str = "question"
@@ -42,13 +45,14 @@ def attention_from(
     return found["mean"]
 
 
+@checked
 def looks(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     ranking: Ranking,
     *,
-    k: int = 4,
-    bands: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    k: Count = 4,
+    bands: Annotated[Mapping[str, Sequence[tuple[int, int]]], NOT_EMPTY] | None = None,
     queries: str = "question",
     allow_other_model: bool = False,
 ) -> xr.Dataset:
@@ -79,8 +83,8 @@ def looks(
     named = {"top": ranking.top(k), "bottom": ranking.bottom(k)} if bands is None else bands
     heads = [Head(*head) for band in named.values() for head in band]
     known = set(ranking.heads)
-    if not len(samples) or not heads:
-        raise ExperimentError(f"{len(samples)} samples and {len(heads)} heads", "at least one of each", "pass some")
+    if not heads:
+        raise ExperimentError("bands without heads", "at least one head", "pass ranking.top(4)")
     if strange := [head for head in heads if head not in known]:
         raise ExperimentError(f"there is no head {strange[0]}", "heads of the ranking", "see ranking.heads")
     other = refuse_other_model(ranking, model, allow_other_model)

@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 import torch
 import xarray as xr
 
+from mech.arguments import checked
 from mech.errors import ExperimentError
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import AttentionCall, HookedMLLM, KeySums
 
 
+@checked
 @torch.no_grad()
 def attention_mass(
     model: HookedMLLM,

@@ -8,14 +8,16 @@ cut into equal cells. Looking at a cell is looking at any of its tokens (the att
 at is the mean over its tokens, so that rows still sum to one. No ``S x S`` attention is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import xarray as xr
 
+from mech.arguments import Count, checked
 from mech.axes import HEAD, LAYER
 from mech.errors import ExperimentError, suggestion
+from mech.indices import Layers
 from mech.inputs import PADDING, TEXT, Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 
@@ -23,9 +25,10 @@ MOST = 64  # groups
 ROWS = 256  # query rows at once: bounds memory at 256 x S for each head
 
 
+@checked
 @torch.no_grad()
 def token_attention(
-    model: HookedMLLM, inputs: Inputs, *, layers: Sequence[int] | None = None, groups: int = MOST
+    model: HookedMLLM, inputs: Inputs, *, layers: Layers | None = None, groups: Count = MOST
 ) -> xr.DataArray:
     """The attention of every text head between groups of tokens.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from mech.arguments import NOT_EMPTY, Count, Seed, Whole, checked, given_by, one_of
 from mech.axes import EXAMPLE
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
-from mech.experiments.attribution.nodes import agreement_of, checked
+from mech.experiments.attribution.nodes import DIRECTIONS, agreement_of, compared
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints, still
 from mech.experiments.metrics import Metric
 from mech.experiments.patching.plan import Given, Plan, pairs_of
@@ -46,6 +47,7 @@ LETTERS = ("q", "k", "v")
 NORMS = ("live", "frozen")
 
 
+@checked
 @alone
 def edge_attribution(
     model: HookedMLLM,
@@ -53,13 +55,13 @@ def edge_attribution(
     corrupted: Given | None,
     metric: Metric,
     *,
-    senders: Sequence[str] | None = None,
-    receivers: Sequence[str] | None = None,
-    ig_steps: int = 5,
-    norm: str = "live",
-    direction: str = "denoise",
-    check: int = 8,
-    seed: int = 0,
+    senders: Annotated[Sequence[str], NOT_EMPTY] | None = None,
+    receivers: Annotated[Sequence[str], NOT_EMPTY] | None = None,
+    ig_steps: Whole = 5,
+    norm: one_of(NORMS) = "live",
+    direction: one_of(DIRECTIONS) = "denoise",
+    check: Whole = 8,
+    seed: Seed = 0,
 ) -> xr.Dataset:
     """The estimated effect of switching each edge alone to the other run, with its own check against the exact one.
 
@@ -98,12 +100,6 @@ def edge_attribution(
     References: arXiv 2310.10348 (edge attribution patching), 2403.17806 (with integrated gradients; we take midpoints
     of the path instead of right ends, and keep keys and values grouped).
     """
-    for name, value, known in (("norm", norm, NORMS), ("direction", direction, ("denoise", "noise"))):
-        if value not in known:
-            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
-    for name, count in (("ig_steps", ig_steps), ("check", check)):
-        if count < 0:
-            raise ExperimentError(f"{name}={count}", "0 or more", f"leave {name} out")
     graph = _Graph.of(model, senders, receivers)
     pairs = pairs_of(model, clean, corrupted)
     runs, example = [], 0
@@ -131,7 +127,7 @@ def edge_attribution(
             "effect": ((EXAMPLE, "sender", "receiver"), effect, share),
             "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
             "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
-            **checked(estimate, exact_effect),
+            **compared(estimate, exact_effect),
         },
         {
             EXAMPLE: np.arange(len(effect)),
@@ -161,7 +157,10 @@ def _sample(size: np.ndarray, count: int, seed: int) -> list[tuple[int, int]]:
     return [(int(s), int(r)) for s, r in zip(*np.unravel_index(np.array(chosen, int), size.shape), strict=True)]
 
 
-def top_edges(found: xr.Dataset, n: int = 20) -> list[tuple[str, str, float]]:
+@checked
+def top_edges(
+    found: given_by("edge_attribution", "effect", "sender", "receiver"), n: Count = 20
+) -> list[tuple[str, str, float]]:
     """The edges with the largest mean effect, either way: (sender, receiver, effect)."""
     mean = found.effect.mean("example").values
     order = np.argsort(-np.nan_to_num(abs(mean), nan=-1.0), axis=None)[:n]
@@ -210,8 +209,6 @@ def _chosen(what: str, nodes: Sequence[_Node], labels: Sequence[str] | None) -> 
     for label in labels or ():
         if label not in known:
             raise ExperimentError(f"no {what} is called {label!r}", "a label of this model", suggestion(label, known))
-    if labels is not None and not labels:
-        raise ExperimentError(f"an empty list of {what}s", "at least one", "leave it out for all")
     return known if labels is None else {label: known[label] for label in labels}
 
 

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from mech.arguments import Whole, checked, one_of
 from mech.axes import TOKEN
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 from mech.experiments.gradients import Edit, Score, check_smooth, differentiate, midpoints, still
 from mech.experiments.metrics import Metric
 from mech.inputs import Inputs
@@ -32,14 +33,15 @@ BASELINES = ("mean", "zero")
 PIXELS = ("pixel_values", "pixel_values_videos")
 
 
+@checked
 def input_attribution(
     model: HookedMLLM,
     inputs: Inputs,
     metric: Metric,
     *,
-    over: str = "visual",
-    ig_steps: int = 16,
-    baseline: str | Inputs = "mean",
+    over: one_of(OVER) = "visual",
+    ig_steps: Whole = 16,
+    baseline: one_of(BASELINES) | Inputs = "mean",
 ) -> xr.Dataset:
     """How much of the metric each visual token, or each pixel, makes against a baseline.
 
@@ -70,9 +72,6 @@ def input_attribution(
 
     References: arXiv 1703.01365 (integrated gradients), 2506.09047.
     """
-    for name, value, known in (("over", over, OVER), ("baseline", baseline, BASELINES)):
-        if isinstance(value, str) and value not in known:
-            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
     if len(inputs) != 1 or ig_steps < 0:
         raise ExperimentError(f"{len(inputs)} rows, ig_steps={ig_steps}", "one row, 0 or more steps", "pass row by row")
     layout = inputs.layout

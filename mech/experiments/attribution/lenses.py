@@ -13,7 +13,7 @@ What they do not say: that later layers read the stream in the basis of the unem
 visual tokens need not stand for words at all; a rank near the top is evidence, a rank far from it is none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,12 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mech.arguments import Count, checked
 from mech.axes import EXAMPLE, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
 from mech.experiments.attribution.logits import Given, carried_on, check_direct, head_maps, softcap
+from mech.indices import Layers, Pairs
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.interventions.specs import check_heads
@@ -37,15 +39,16 @@ POSITION, PLACE, TRACKED, SENDER = "position", "place", "tracked", "sender"
 _ROWS = 256  # positions that are unembedded at once
 
 
+@checked
 @torch.no_grad()
 def logit_lens(
     model: HookedMLLM,
     inputs: Given,
     positions: Where = "image",
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     track: str | int | Sequence[str | int] = (),
-    k: int = 5,
+    k: Count = 5,
 ) -> xr.Dataset:
     """The stream of some positions as words, layer by layer.
 
@@ -101,15 +104,16 @@ def logit_lens(
     return _dataset(model, inputs, value, (LAYER, POSITION), coords, ids, "logit_lens")
 
 
+@checked
 @torch.no_grad()
 def ov_reading(
     model: HookedMLLM,
-    heads: Iterable[tuple[int, int]],
+    heads: Pairs,
     of: Given | Sequence[str],
     *,
     positions: Where = "image",
     track: str | int | Sequence[str | int] = (),
-    k: int = 5,
+    k: Count = 5,
 ) -> xr.Dataset:
     """Which words a head says for each token it could look at: its OV circuit, read by the unembedding.
 

@@ -17,7 +17,7 @@ it would be another.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mech.arguments import NOT_EMPTY, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, UnsupportedModel
@@ -45,13 +46,14 @@ POINTS = ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
 PARTS = ("heads", "mlps", "attention_rest", "embed", "rest", "bias")  # they sum to the logit difference
 
 
+@checked
 @torch.no_grad()
 def logit_attribution(
     model: HookedMLLM,
     clean: Given,
     metric: LogitDiff | None = None,
     *,
-    sources: Mapping[str, Where] | Sequence[Mapping[str, Where]] | None = None,
+    sources: Annotated[Mapping[str, Where] | Sequence[Mapping[str, Where]], NOT_EMPTY] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """The direct part of every head, MLP and embedding in the logit difference of each example.

@@ -14,9 +14,9 @@ and every result is compared with exact patching (``check``).
 What it does not do: edges (``attribution_edges``), exact effects (``patching``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,15 +24,17 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mech.arguments import NOT_EMPTY, Seed, Whole, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints
 from mech.experiments.metrics import Metric
 from mech.experiments.patching.plan import EFFECT, Given, Plan, alike, effect_of, in_tower, pairs_of
 from mech.experiments.patching.sweeps import KEYS, SQUARE, literal, names_of
 from mech.experiments.statistics import spearman
+from mech.indices import Layers
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import AttentionCall, HookedMLLM
@@ -43,6 +45,7 @@ PATHS = ("embed", "point")
 SOFTMAXED = ("attn.hook_q", "attn.hook_rot_q", "attn.hook_k", "attn.hook_rot_k")
 
 
+@checked
 def attribution(
     model: HookedMLLM,
     clean: Given,
@@ -50,16 +53,16 @@ def attribution(
     metric: Metric,
     *,
     point: str = "attn.hook_z",
-    over: Sequence[str] = (LAYER, HEAD),
+    over: Annotated[Sequence[str], NOT_EMPTY] = (LAYER, HEAD),
     positions: Where = "all",
-    regions: Sequence[Where] | None = None,
-    layers: Sequence[int] | None = None,
-    ig_steps: int = 0,
-    path: str = "embed",
+    regions: Sequence[Where] | Mapping[str, Where] | None = None,
+    layers: Layers | None = None,
+    ig_steps: Whole = 0,
+    path: one_of(PATHS) = "embed",
     qk_fix: bool = True,
-    direction: str = "denoise",
-    check: int = 8,
-    seed: int = 0,
+    direction: one_of(DIRECTIONS) = "denoise",
+    check: Whole = 8,
+    seed: Seed = 0,
 ) -> xr.Dataset:
     """The estimated effect of every patch of ``activation_patching``, with its own check against the exact one.
 
@@ -96,12 +99,6 @@ def attribution(
     References: Nanda 2023 (attribution patching); arXiv 2310.10348; 2403.00745 (q/k fix: AtP*; keys of a whole region
     are patched together here); 2403.17806 (integrated gradients; we take midpoints instead of right ends); 2506.09047.
     """
-    for name, value, known in (("direction", direction, DIRECTIONS), ("path", path, PATHS)):
-        if value not in known:
-            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
-    for name, count in (("ig_steps", ig_steps), ("check", check)):
-        if count < 0:
-            raise ExperimentError(f"{name}={count}", "0 or more", f"leave {name} out")
     pairs = pairs_of(model, clean, corrupted)
     plans, example = [], 0
     for one, other in pairs:
@@ -144,7 +141,7 @@ def attribution(
             "metric": ((EXAMPLE, *over), estimate.reshape(-1, *shape), {"unit": metric.unit}),
             "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
             "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
-            **checked(effect[:, cells], exact_effect),
+            **compared(effect[:, cells], exact_effect),
         },
         {EXAMPLE: np.arange(len(effect)), **coords, "cell": ("check", labels)},
         {
@@ -162,7 +159,7 @@ def attribution(
     )  # fmt: skip
 
 
-def checked(estimate: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
+def compared(estimate: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
     """The two variables that compare an estimate with exact patching."""
     share = {"unit": "share of the gap between the runs"}
     return {"estimate": ((EXAMPLE, "check"), estimate, share), "exact": ((EXAMPLE, "check"), exact, share)}

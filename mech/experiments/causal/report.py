@@ -18,7 +18,7 @@ runs (ablation sees those, patching does not).
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.data.samples import Sample, Samples
+from mech.arguments import Count, Positive, Seed, Share, Whole, checked, given_by, one_of
+from mech.data.samples import Samples, SomeSamples
 from mech.experiments.causal.mediation import HeadPath, looked, path_of
 from mech.experiments.causal.runs import Runs
 from mech.experiments.causal.sets import greedy, set_curves, sizes_of, smallest
@@ -44,7 +45,7 @@ from mech.experiments.statistics import (
     sign_flip_test,
     spearman,
 )
-from mech.interventions import Ablate, Reference, intervene, reference_activations
+from mech.interventions import METHODS, Ablate, Reference, intervene, reference_activations
 from mech.interventions.specs import Z
 from mech.model import HookedMLLM
 from mech.model.partial.cached_run import NotResumable
@@ -58,21 +59,22 @@ CANDIDATES = 16  # heads among which the greedy search chooses
 Progress = Callable[[str, int, int], None]
 
 
+@checked
 def causal_report(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     ranking: Ranking | None = None,
     *,
-    find: Samples | Sequence[Sample] | None = None,
+    find: SomeSamples | None = None,
     reference: Samples | Reference | None = None,
-    method: str | None = "mean",
-    threshold: float = 0.02,
-    alpha: float = 0.05,
-    n_random: int = 3,
-    n_boot: int = 2000,
-    n_paths: int = 4,
-    batch_size: int = 16,
-    seed: int = 0,
+    method: one_of(METHODS) | None = "mean",
+    threshold: Positive = 0.02,
+    alpha: Share = 0.05,
+    n_random: Count = 3,
+    n_boot: Count = 2000,
+    n_paths: Whole = 4,
+    batch_size: Count = 16,
+    seed: Seed = 0,
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> "CausalReport":
@@ -164,11 +166,12 @@ def causal_report(
     return CausalReport(whole)
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class CausalReport(Shown):
     """What ``causal_report`` found, all of it in one dataset."""
 
-    dataset: xr.Dataset
+    dataset: given_by("causal_report", "lost", "recovered")
 
     @property
     def heads(self) -> xr.Dataset:

@@ -20,17 +20,18 @@ What it does not do: patch *paths* (``mech.experiments.paths.path_patching``), n
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from mech.arguments import NOT_EMPTY, Amount, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 from mech.experiments.metrics import Metric, Reading
 from mech.experiments.patching.candidates import estimates
 from mech.experiments.patching.plan import (
@@ -45,6 +46,7 @@ from mech.experiments.patching.plan import (
     pairs_of,
 )
 from mech.experiments.patching.sweeps import Cell, Wavefront, literal
+from mech.indices import Layers
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
@@ -56,6 +58,7 @@ METHODS = ("auto", "wavefront", "literal", "screened")
 DIRECTIONS = ("denoise", "noise")
 
 
+@checked
 def activation_patching(
     model: HookedMLLM,
     clean: Given,
@@ -63,13 +66,13 @@ def activation_patching(
     metric: Metric,
     *,
     point: str = "attn.hook_z",
-    over: Sequence[str] = (LAYER, HEAD),
+    over: Annotated[Sequence[str], NOT_EMPTY] = (LAYER, HEAD),
     positions: Where = "all",
     regions: Regions | None = None,
-    layers: Sequence[int] | None = None,
-    direction: str = "denoise",
-    method: str = "auto",
-    confirm: int | float = 0.15,
+    layers: Layers | None = None,
+    direction: one_of(DIRECTIONS) = "denoise",
+    method: one_of(METHODS) = "auto",
+    confirm: Amount = 0.15,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """The metric after each patch, and how far it went from the run that is patched into (0) to the other one (1).
@@ -117,9 +120,6 @@ def activation_patching(
     in both of its directions the corrupted run is 0).
     """
     pairs = pairs_of(model, clean, corrupted)
-    for name, value, known in (("direction", direction, DIRECTIONS), ("method", method, METHODS)):
-        if value not in known:
-            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
     plans, example = [], 0
     for one, other in pairs:
         plan = Plan.of(model, one, other, metric, point, tuple(over), positions, regions, layers, example)

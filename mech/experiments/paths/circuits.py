@@ -27,6 +27,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mech.arguments import Count, Positive, Seed, Share, checked, one_of
 from mech.axes import EXAMPLE
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, OutputError
@@ -36,6 +37,7 @@ from mech.experiments.paths.ends import LETTERS, Node, Part, ends_of, mask_of
 from mech.experiments.paths.path_patching import DIRECTIONS, Pair, heads_and_mlps
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.experiments.statistics import benjamini_hochberg, bootstrap_interval, permutation_test
+from mech.indices import Pairs
 from mech.inputs import Inputs
 from mech.inputs.layout import IMAGE, PADDING, VIDEO
 from mech.model import HookedMLLM
@@ -78,6 +80,7 @@ class Edge:
         return self.receiver.split(".")[1] if self.receiver.startswith("L") else ""
 
 
+@checked
 @dataclass(frozen=True)
 class Circuit(Shown):
     """What ``trace_circuit`` found. ``groups`` counts the query heads to a key/value head of each layer."""
@@ -187,6 +190,7 @@ class Circuit(Shown):
             raise OutputError(f"no circuit can be read ({error!r})", "what Circuit.to_json gave") from error
 
 
+@checked
 def trace_circuit(
     model: HookedMLLM,
     clean: Given,
@@ -194,12 +198,12 @@ def trace_circuit(
     *,
     corrupted: Given | None = None,
     start: str = "logits",
-    threshold: float = 0.02,
-    heads: Sequence[tuple[int, int]] | None = None,
-    max_nodes: int = 24,
-    alpha: float | None = 0.05,
-    direction: str = "noise",
-    seed: int = 0,
+    threshold: Positive = 0.02,
+    heads: Pairs | None = None,
+    max_nodes: Count = 24,
+    alpha: Share | None = 0.05,
+    direction: one_of(DIRECTIONS) = "noise",
+    seed: Seed = 0,
 ) -> Circuit:
     """Walk back from what the metric reads, over the direct paths that carry enough, to the inputs.
 
@@ -233,10 +237,6 @@ def trace_circuit(
     References: Wang et al. 2022, arXiv 2211.00593 (by hand); Conmy et al. 2023, arXiv 2304.14997 (automatic, by
     removing edges from the whole graph; here edges are added, and tested over examples).
     """
-    if direction not in DIRECTIONS:
-        raise ExperimentError(f"direction={direction!r}", " or ".join(map(repr, DIRECTIONS)))
-    if threshold <= 0 or max_nodes < 1:
-        raise ExperimentError(f"threshold={threshold}, max_nodes={max_nodes}", "both positive", "use 0.02 and 24")
     (first,) = ends_of(model, "receivers", [start])[start]
     every = heads_and_mlps(model)
     if heads is not None:
@@ -396,8 +396,6 @@ def _check_power(examples: int, tests: int, alpha: float | None) -> None:
     """Refuse a test that could not find a single edge: flips of n signs give no p below 2 / 2^n."""
     if alpha is None:
         return
-    if not 0 < alpha < 1:
-        raise ExperimentError(f"alpha={alpha}", "between 0 and 1, or None", "use 0.05")
     needed = int(np.ceil(1 + np.log2(tests / alpha)))
     if examples < needed:
         raise ExperimentError(

@@ -31,13 +31,14 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mech.arguments import checked, one_of
 from mech.axes import EXAMPLE
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 from mech.experiments.metrics import Metric
 from mech.experiments.patching.plan import EFFECT, Given, Plan, effect_of, pairs_of
-from mech.experiments.paths.ends import Ends, Node, Part, ends_of, frozen_of, mask_of
+from mech.experiments.paths.ends import FREEZE, Ends, Node, Part, ends_of, frozen_of, mask_of
 from mech.experiments.paths.walk import Walk, literal, norms_of, put
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
@@ -52,6 +53,7 @@ METHODS = ("auto", "walk", "literal")
 DIRECTIONS = ("denoise", "noise")
 
 
+@checked
 @alone
 def path_patching(
     model: HookedMLLM,
@@ -61,13 +63,13 @@ def path_patching(
     *,
     senders: Ends,
     receivers: str | Ends = "logits",
-    freeze: Sequence[str] = ("attention",),
+    freeze: Sequence[one_of(FREEZE)] = ("attention",),
     positions: Where = "all",
     regions: Mapping[str, Where] | None = None,
     receiver_positions: Where = "all",
     receiver_regions: Mapping[str, Where] | None = None,
-    direction: str = "denoise",
-    method: str = "auto",
+    direction: one_of(DIRECTIONS) = "denoise",
+    method: one_of(METHODS) = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """The metric after each path is switched, and how far it went from the run it is switched in (0) to the other (1).
@@ -114,9 +116,6 @@ def path_patching(
     References: Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969. Wang et al. freeze
     attention and let MLPs answer, as the default here does.
     """
-    for name, value, known in (("direction", direction, DIRECTIONS), ("method", method, METHODS)):
-        if value not in known:
-            raise ExperimentError(f"{name}={value!r}", " or ".join(map(repr, known)), suggestion(value, known))
     held = frozen_of(freeze)
     if "norm" in held:
         norms_of(model)  # refuses a model whose norms are not known

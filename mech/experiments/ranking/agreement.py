@@ -16,7 +16,7 @@ samples are drawn anew is ``Ranking.stability``. Agreement is not importance: he
 matter to none of the answers (``mech.ablation``).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ import numpy as np
 import xarray as xr
 from scipy import optimize, stats
 
+from mech.arguments import Amount, Count, Seed, Whole, checked
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.ranking.ranking import Head, Heads, Ranking
 from mech.experiments.statistics import bootstrap_means, jaccard, jaccard_null, kendall, overlap_p_value, spearman
+from mech.indices import Pairs
 from mech.results.store import read_json
 
 
-def agreement(
-    rankings: Mapping[str, Ranking], k: int | float = 0.05, n_resamples: int = 0, seed: int = 0
-) -> xr.Dataset:
+@checked
+def agreement(rankings: Mapping[str, Ranking], k: Amount = 0.05, n_resamples: Whole = 0, seed: Seed = 0) -> xr.Dataset:
     """How far rankings of *one* model agree: whole maps by rank correlation, top sets by overlap.
 
     ``jaccard_null`` is the overlap that two random sets of this size have, and ``overlap_p`` the probability of
@@ -114,8 +115,9 @@ def _intervals(
     return found
 
 
+@checked
 def sample_curve(
-    ranking: Ranking, sizes: Sequence[int] | None = None, k: int | float = 0.05, n_splits: int = 50, seed: int = 0
+    ranking: Ranking, sizes: Sequence[Count] | None = None, k: Amount = 0.05, n_splits: Count = 50, seed: Seed = 0
 ) -> xr.Dataset:
     """How many samples are enough: the agreement of two rankings from two disjoint sets of ``size`` samples.
 
@@ -155,7 +157,8 @@ def sample_curve(
     return xr.Dataset(data, {"size": sizes}, {"n_top": count, "jaccard_null": null})
 
 
-def overlap(ranking: Ranking, heads: Iterable[tuple[int, int]]) -> dict[str, float]:
+@checked
+def overlap(ranking: Ranking, heads: Pairs) -> dict[str, float]:
     """A list of heads, such as a published one, against as many top heads of a ranking of the same model.
 
     Returns:
@@ -183,6 +186,7 @@ def overlap(ranking: Ranking, heads: Iterable[tuple[int, int]]) -> dict[str, flo
     }
 
 
+@checked
 def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
     """A list of heads as papers publish it, best first: of any length, without the sizes of its model.
 
@@ -204,16 +208,17 @@ def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
             rows = [(int(layer), int(head), score) for (layer, head), score in named]
         else:
             rows = [tuple(row) for row in (value["heads"] if isinstance(value, Mapping) else value)]
-        heads = [(Head(int(row[0]), int(row[1])), float(row[2]) if len(row) > 2 else -i) for i, row in enumerate(rows)]
-    except (TypeError, ValueError, IndexError) as error:
-        raise OutputError(f"no list of heads ({error})", "[[layer, head, score], ...]") from error
+        heads = [(Head(*row[:2]), float(row[2]) if len(row) > 2 else -i) for i, row in enumerate(rows)]
+    except (TypeError, ValueError, IndexError) as error:  # an ExperimentError is a ValueError
+        raise OutputError(f"no list of heads ({str(error).splitlines()[0]})", "[[layer, head, score], ...]") from error
     if not heads or len({head for head, _ in heads}) < len(heads):
         raise OutputError(f"{len(heads)} heads, some twice" if heads else "an empty list", "each head once")
     return tuple(head for head, _ in sorted(heads, key=lambda pair: -pair[1]))
 
 
+@checked
 def scale_agreement(
-    a: Ranking, b: Ranking, n_bins: int | None = None, n_permutations: int = 1000, seed: int = 0
+    a: Ranking, b: Ranking, n_bins: Count | None = None, n_permutations: Count = 1000, seed: Seed = 0
 ) -> xr.Dataset:
     """Whether two models of different size keep their score at the same *relative* depth.
 
@@ -258,9 +263,8 @@ def scale_agreement(
     )
 
 
-def seed_agreement(
-    a: Ranking, b: Ranking, k: int | float = 0.05, n_permutations: int = 200, seed: int = 0
-) -> xr.Dataset:
+@checked
+def seed_agreement(a: Ranking, b: Ranking, k: Amount = 0.05, n_permutations: Count = 200, seed: Seed = 0) -> xr.Dataset:
     """How far two trainings of one architecture come to the same heads, whatever numbers these have.
 
     Three views, from coarse to fine, each with its null:

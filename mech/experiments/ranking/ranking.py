@@ -23,19 +23,30 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from mech.arguments import Amount, Count, Seed, Share, checked, is_whole, short
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.errors import ExperimentError, OutputError, printable
 from mech.experiments.statistics import bootstrap_interval, bootstrap_means
 from mech.identity import weights_in
+from mech.indices import Pairs
 from mech.notebook import Shown
 from mech.results.store import read_json, write_json
 
 
-class Head(NamedTuple):
-    """A query head of a layer, both counted from 0; equal to the plain tuple ``(layer, head)``."""
-
+class _Pair(NamedTuple):
     layer: int
     head: int
+
+
+class Head(_Pair):
+    """A query head of a layer, both counted from 0; equal to the plain tuple ``(layer, head)``."""
+
+    __slots__ = ()
+
+    def __new__(cls, layer: int, head: int) -> "Head":
+        if not (is_whole(layer) and is_whole(head)):
+            raise ExperimentError(f"Head({short(layer)}, {short(head)})", "two whole numbers", "give Head(3, 5)")
+        return super().__new__(cls, layer, head)
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}"
@@ -58,6 +69,7 @@ def head_count(k: int | float, n: int) -> int:
     )
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking(Shown):
     """All heads of a model by the mean of a score, best first. Made by ``rank_heads``.
@@ -135,9 +147,8 @@ class Ranking(Shown):
         start = (len(self.heads) - count) // 2
         return self.heads[start : start + count]
 
-    def random(
-        self, k: int | float, n_draws: int = 20, seed: int = 0, exclude: Iterable[tuple[int, int]] = ()
-    ) -> tuple[Heads, ...]:
+    @checked
+    def random(self, k: Amount, n_draws: Count = 20, seed: Seed = 0, exclude: Pairs = ()) -> tuple[Heads, ...]:
         """``n_draws`` sets of ``k`` heads, each drawn from all heads but ``exclude``.
 
         The sets differ from each other; where there are not so many different ones there are fewer. More draws of the
@@ -160,7 +171,8 @@ class Ranking(Shown):
             math.comb(len(pool), count),
         )
 
-    def layer_matched(self, heads: Iterable[tuple[int, int]], n_draws: int = 20, seed: int = 0) -> tuple[Heads, ...]:
+    @checked
+    def layer_matched(self, heads: Pairs, n_draws: Count = 20, seed: Seed = 0) -> tuple[Heads, ...]:
         """Random sets with as many heads in each layer as ``heads``: the control for "it is only the layer".
 
         They are drawn from the *other* heads of each layer. Where a layer has too few others, all of them are taken
@@ -200,13 +212,15 @@ class Ranking(Shown):
 
     # How far to trust it
 
-    def interval(self, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> xr.Dataset:
+    @checked
+    def interval(self, level: Share = 0.95, n_resamples: Count = 2000, seed: Seed = 0) -> xr.Dataset:
         """Mean, low and high of every head's score: bootstrap over examples, each head by itself."""
         found = bootstrap_interval(self._examples(), level, n_resamples, seed)
         parts = {"mean": found.mean, "low": found.low, "high": found.high}
         return xr.Dataset({name: self._map(value, name) for name, value in parts.items()}, attrs={"level": level})
 
-    def stability(self, n_resamples: int = 1000, k: int | float = 0.05, seed: int = 0) -> xr.DataArray:
+    @checked
+    def stability(self, n_resamples: Count = 1000, k: Amount = 0.05, seed: Seed = 0) -> xr.DataArray:
         """How often each head is among the top ``k`` when examples are drawn anew (0 to 1; the map sums to ``k``)."""
         count = self.count(k)
         means = bootstrap_means(self._examples(), n_resamples, seed).reshape(n_resamples, -1)
@@ -304,8 +318,6 @@ class Ranking(Shown):
         return found
 
     def _draws(self, draw: Callable[[], list[Head]], n_draws: int, n_possible: int) -> tuple[Heads, ...]:
-        if n_draws < 1:
-            raise ExperimentError(f"n_draws={n_draws}", "at least 1", "use 20")
         found: list[Heads] = []
         seen: set[Heads] = set()
         while len(found) < min(n_draws, n_possible):  # a set drawn twice would count as two
@@ -327,6 +339,7 @@ class Ranking(Shown):
         return self.per_example
 
 
+@checked
 def rank_heads(
     scores: xr.Dataset | xr.DataArray, score: str = "ram", *, model: str | None = None, domain: str | None = None
 ) -> Ranking:

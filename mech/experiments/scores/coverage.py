@@ -7,30 +7,34 @@ Unlike RAM these count tokens, not mass: a head that reads one token of a large 
 RAM and a low ratio.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import Annotated
 
 import numpy as np
 import torch
 import xarray as xr
 
+from mech.arguments import NOT_EMPTY, Amount, Count, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.experiments.ranking.ranking import head_count
+from mech.indices import Pairs
 from mech.inputs.layout import PADDING
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
 
 
+@checked
 @torch.no_grad()
 def key_coverage(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
-    sets: Mapping[str, Iterable[tuple[int, int]]] | None = None,
+    samples: SomeSamples,
+    sets: Annotated[Mapping[str, Pairs], NOT_EMPTY] | None = None,
     *,
-    keys: int | float = 0.05,
-    batch_size: int = 8,
+    keys: Amount = 0.05,
+    batch_size: Count = 8,
 ) -> xr.Dataset:
     """``KeyTokenRatio = |T n E| / |E|`` of every head, and ``Coverage(G) = |union over G of T n E| / |E|`` of sets.
 
@@ -58,8 +62,8 @@ def key_coverage(
     """
     samples, layers = Samples(samples), list(model.cfg.attention_layers)
     lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
-    if lacking or not len(samples):
-        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}" if lacking else "no samples"
+    if lacking:
+        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
     chosen = {name: [(int(layer), int(head)) for layer, head in heads] for name, heads in (sets or {}).items()}
     for name, heads in chosen.items():

@@ -13,21 +13,24 @@ What it does not say: that the model *uses* what these heads see (``mech.ablatio
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 
+from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, given_by, one_of
 from mech.axes import EXAMPLE
 from mech.data.regions import Frames, Pages
-from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError, suggestion
+from mech.data.samples import Sample, Samples, SomeSamples
+from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import bootstrap_interval, holm, permutation_test, two_way_bootstrap
+from mech.indices import Pairs
 from mech.inputs import TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
@@ -37,20 +40,21 @@ REDUCE = ("mean", "sum")
 BAND, RANK_K = "band", "k"
 
 
+@checked
 @torch.no_grad()
 def evidence_retrieval(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
-    ranking: Ranking | Mapping[str, Iterable[tuple[int, int]]],
+    samples: SomeSamples,
+    ranking: Ranking | Annotated[Mapping[str, Pairs], NOT_EMPTY],
     *,
-    over: str | None = None,
-    grid: tuple[int, int] = (4, 4),
-    heads: int | float = 0.05,
-    ks: Sequence[int] = (1, 2, 5),
-    reduce: str = "mean",
-    n_random: int = 20,
-    seed: int = 0,
-    batch_size: int = 8,
+    over: one_of(OVER) | None = None,
+    grid: tuple[Count, Count] = (4, 4),
+    heads: Amount = 0.05,
+    ks: Annotated[Sequence[Count], NOT_EMPTY] = (1, 2, 5),
+    reduce: one_of(REDUCE) = "mean",
+    n_random: Count = 20,
+    seed: Seed = 0,
+    batch_size: Count = 8,
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
@@ -94,7 +98,7 @@ def evidence_retrieval(
     References: arXiv 2506.09944 (QRHead); 2503.06287 (localization heads).
     """
     samples = Samples(samples)
-    _check(model, samples, ranking, over, ks, reduce)
+    _check(model, samples, ranking, ks)
     other = refuse_ranking(ranking, model, samples, allow_other_model) if isinstance(ranking, Ranking) else ""
     over = _natural(samples) if over is None else over
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
@@ -132,7 +136,10 @@ def evidence_retrieval(
     return found
 
 
-def retrieval_table(found: xr.Dataset) -> list[dict[str, float | str | int]]:
+@checked
+def retrieval_table(
+    found: given_by("evidence_retrieval", BAND, RANK_K, "reciprocal_rank"),
+) -> list[dict[str, float | str | int]]:
     """Every band of ``evidence_retrieval`` as a row: means with intervals over samples (and random sets), and p-values.
 
     ``p_value`` is of the top band's reciprocal rank against the random sets, over samples (sign flips); of other
@@ -177,18 +184,13 @@ def _check(
     model: HookedMLLM,
     samples: Samples,
     ranking: Ranking | Mapping[str, Iterable[tuple[int, int]]],
-    over: str | None,
     ks: Sequence[int],
-    reduce: str,
 ) -> None:
-    for given, words in ((over, OVER), (reduce, REDUCE)):
-        if given is not None and given not in words:
-            raise ExperimentError(f"{given!r}", ", ".join(words), suggestion(given, words))
-    if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
-        raise ExperimentError(f"ks={list(ks)}", "different numbers of at least 1", "use ks=(1, 2, 5)")
+    if len(set(ks)) < len(ks):
+        raise ExperimentError(f"ks={list(ks)}", "different numbers", "use ks=(1, 2, 5)")
     lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
-    if lacking or not len(samples):
-        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}" if lacking else "no samples"
+    if lacking:
+        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
     if not isinstance(ranking, Ranking) and (
         not ranking

@@ -23,8 +23,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from mech.arguments import Count, Positive, Seed, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches
 from mech.experiments.ranking.ranking import head_count
@@ -40,16 +41,17 @@ NULL_QUESTION = "N/A"
 REGION_DRAWS = 8  # same-size random regions for each example
 
 
+@checked
 @torch.no_grad()
 def head_scores(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     scores: str | Sequence[str] | Mapping[str, Score] = ("ram",),
     *,
-    batch_size: int = 8,
-    seed: int = 0,
-    sink_tau: float = 20.0,
-    max_new_tokens: int = 8,
+    batch_size: Count = 8,
+    seed: Seed = 0,
+    sink_tau: Positive = 20.0,
+    max_new_tokens: Count = 8,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Any scores of every text head, sample by sample, from shared passes.
@@ -155,8 +157,6 @@ def _another(samples: Samples, i: int) -> str:
 
 
 def _check(named: Mapping[str, Score], samples: Samples) -> None:
-    if not len(samples):
-        raise ExperimentError("no samples", "at least one", "pass some")
     if any(score.calibrate == "other_question" for score in named.values()) and not _another(samples, 0):
         raise ExperimentError(
             f"{len(samples)} samples that ask the same", "samples that ask different things",

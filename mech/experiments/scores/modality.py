@@ -12,7 +12,7 @@ That two sets coincide does not say that they matter, let alone for the other fo
 ``{"pictures": pictures, "text": text}`` ablates the heads of each on both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from mech.arguments import Amount, Count, Seed, checked, given_by
 from mech.axes import EXAMPLE, HEAD, LAYER
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.ranking.ranking import head_count
 from mech.experiments.scores.measure import head_scores
@@ -36,17 +37,18 @@ KEPT, RECRUITED, TEXT_ONLY, NEITHER = "on text before, and on pictures", "on pic
 Map = Float[np.ndarray, "layer head"]
 
 
+@checked
 def modality_transfer(
     model: HookedMLLM,
-    pictures: Samples | Sequence[Sample],
-    text: Samples | Sequence[Sample],
+    pictures: SomeSamples,
+    text: SomeSamples,
     base: HookedMLLM | None = None,
     *,
     score: str | Score = "ram",
-    k: int | float = 0.05,
-    n_resamples: int = 1000,
-    seed: int = 0,
-    batch_size: int = 8,
+    k: Amount = 0.05,
+    n_resamples: Count = 1000,
+    seed: Seed = 0,
+    batch_size: Count = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Where the heads attend in pictures, and in the same scenes as text; now, and before the model was tuned.
@@ -116,7 +118,8 @@ def modality_transfer(
     return data.assign(origin=((LAYER, HEAD), origin.astype(object)))
 
 
-def modality_table(found: xr.Dataset) -> list[dict[str, Any]]:
+@checked
+def modality_table(found: given_by("modality_transfer", "score", "origin")) -> list[dict[str, Any]]:
     """Every head that is at the top on pictures or on text, best on pictures first: its origin, scores and ranks."""
     means = found["score"].mean(EXAMPLE)
     ranks = {

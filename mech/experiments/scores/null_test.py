@@ -30,8 +30,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from mech.arguments import Count, Seed, Share, checked
 from mech.axes import HEAD, LAYER
-from mech.data.samples import Sample, Samples
+from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.scores.measure import head_scores
 from mech.experiments.scores.published import Score, score_called
@@ -42,15 +43,16 @@ MOST_ENUMERATED = 12  # pairs of questions: 4,096 ways to exchange them
 ROUNDING = 1e-6  # of float32 sums, as a share of the highest score
 
 
+@checked
 def retrieval_test(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     score: str | Score = "ram",
     *,
-    alpha: float = 0.05,
-    n_permutations: int = 4000,
-    batch_size: int = 8,
-    seed: int = 0,
+    alpha: Share = 0.05,
+    n_permutations: Count = 4000,
+    batch_size: Count = 8,
+    seed: Seed = 0,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Which heads look at the evidence *because* it was asked for, corrected over all heads.

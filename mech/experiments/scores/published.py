@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mech.arguments import checked
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.ranking.ranking import head_count
 
@@ -35,6 +36,7 @@ UNITS = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class Score:
     """One way to score a head by its attention ``A`` [query x, key y]; ``E`` are the tokens it is scored on.

@@ -17,7 +17,8 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 
-from mech.data.samples import Sample, Samples
+from mech.arguments import Count, checked
+from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.inputs import Inputs
@@ -27,12 +28,13 @@ from mech.results import provenance, ram_dataset
 Progress = Callable[[int, int], None]
 
 
+@checked
 def retrieval_attention_mass(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     *,
     queries: str = "question",
-    batch_size: int = 8,
+    batch_size: Count = 8,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Retrieval Attention Mass of every text head, sample by sample.
@@ -63,8 +65,8 @@ def retrieval_attention_mass(
     """
     samples = Samples(samples)
     missing = [s.id or str(i) for i, s in enumerate(samples) if not s.evidence]
-    if missing or not len(samples):
-        what = f"{len(missing)} samples have no evidence, the first is {missing[0]!r}" if missing else "no samples"
+    if missing:
+        what = f"{len(missing)} samples have no evidence, the first is {missing[0]!r}"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
     parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
     # All evidence is looked up before the first forward; pixels wait on the CPU for their batch.

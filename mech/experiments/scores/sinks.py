@@ -27,9 +27,10 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mech.arguments import Count, Positive, Share, checked, given_by, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
-from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError, suggestion
+from mech.data.samples import Samples, SomeSamples
+from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.experiments.scores.ram import Progress
 from mech.inputs import IMAGE, PADDING, VIDEO, Inputs, TokenLayout
@@ -41,16 +42,17 @@ POS = "pos"
 KINDS = ("first", "text", "visual", "evidence")  # of a sink, the last that holds
 
 
+@checked
 @torch.no_grad()
 def attention_sinks(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     *,
-    by: str = "state",
-    tau: float = 20.0,
+    by: one_of(BY) = "state",
+    tau: Positive = 20.0,
     dims: Sequence[int] | None = None,
-    share: float = 0.3,
-    batch_size: int = 8,
+    share: Share = 0.3,
+    batch_size: Count = 8,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Sinks of every layer, and RAM with and without the evidence tokens that are sinks.
@@ -84,7 +86,7 @@ def attention_sinks(
     References: Kang et al. 2025, arXiv 2503.03321; Gu et al. 2024, arXiv 2410.10781; Sun et al. 2024, arXiv 2402.17762.
     """
     samples = Samples(samples)
-    _check(model, samples, by, tau, dims, share)
+    _check(model, samples, dims)
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
     evidence = [row.layout.positions(sample.evidence) for row, sample in zip(rows, samples, strict=True)]
     length = max(len(row.layout) for row in rows)
@@ -137,7 +139,8 @@ def attention_sinks(
     return result
 
 
-def sink_tokens(found: xr.Dataset) -> list[str]:
+@checked
+def sink_tokens(found: given_by("attention_sinks", "sink", "kind", "strength")) -> list[str]:
     """Which tokens the sinks of ``attention_sinks`` are, and how much RAM is on them, in sentences.
 
     A token counts as a sink of an example if it is one in any layer.
@@ -158,19 +161,13 @@ def sink_tokens(found: xr.Dataset) -> list[str]:
     return [*said, f"{on / ram if ram else 0.0:.0%} of all RAM sits on sinks (by {by})."]
 
 
-def _check(model: HookedMLLM, samples: Samples, by: str, tau: float, dims: Sequence[int] | None, share: float) -> None:
-    if by not in BY:
-        raise ExperimentError(f"by={by!r}", " or ".join(map(repr, BY)), suggestion(by, BY))
+def _check(model: HookedMLLM, samples: Samples, dims: Sequence[int] | None) -> None:
     width = model.cfg.d_model
-    if by == "state" and not tau > 0:
-        raise ExperimentError(f"tau={tau}", "a positive number", "use 20")
     if dims is not None and (not len(dims) or not all(0 <= d < width for d in dims)):
         raise ExperimentError(f"dims={list(dims)}", f"dimensions from 0 to {width - 1}", "leave dims out")
-    if by == "attention" and not 0 < share < 1:
-        raise ExperimentError(f"share={share}", "a share of attention between 0 and 1", "use 0.3")
     lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
-    if lacking or not len(samples):
-        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}" if lacking else "no samples"
+    if lacking:
+        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
     if model.cfg.cross_layers:
         raise ExperimentError(

@@ -23,16 +23,17 @@ of cache. What is compared is only *which* groups stay dense:
 counted (``flops``, ``kv_bytes``: shares of the dense model) and, apart from it, measured (``speed``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xarray as xr
 
+from mech.arguments import NOT_EMPTY, Amount, Count, Seed, Whole, checked, some_of
 from mech.axes import CONDITION, EXAMPLE
-from mech.data.samples import Sample, Samples
-from mech.errors import ExperimentError, suggestion
+from mech.data.samples import Samples, SomeSamples
+from mech.errors import ExperimentError
 from mech.experiments.metrics import LogitDiff, Quiz, ask, quiz
 from mech.experiments.patching.activation import activation_patching
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
@@ -87,20 +88,21 @@ class Local:
         return Policy((), self.sinks, self.window)
 
 
+@checked
 def acceleration(
     model: HookedMLLM,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     *,
-    find: Samples | Sequence[Sample],
-    window: int | None = None,
-    sinks: int = 4,
-    choices: Sequence[str] = CHOICES,
-    shares: Sequence[int | float] = SHARES,
-    n_random: int = 4,
-    rankings: dict[str, Ranking] | None = None,
-    batch_size: int = 4,
-    turns: int = 3,
-    seed: int = 0,
+    find: SomeSamples,
+    window: Count | None = None,
+    sinks: Whole = 4,
+    choices: some_of(CHOICES) = CHOICES,
+    shares: Annotated[Sequence[Amount], NOT_EMPTY] = SHARES,
+    n_random: Count = 4,
+    rankings: Mapping[str, Ranking] | None = None,
+    batch_size: Count = 4,
+    turns: Whole = 3,
+    seed: Seed = 0,
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
@@ -135,9 +137,6 @@ def acceleration(
     """
     say = progress or (lambda what, done, total: None)
     samples, find = Samples(samples), Samples(find)
-    for choice in choices:
-        if choice not in CHOICES:
-            raise ExperimentError(f"choices={choice!r}", ", ".join(CHOICES), suggestion(choice, CHOICES))
     refuse_overlap(samples, [sample.id for sample in find], "rank the heads")
     others = [refuse_ranking(one, model, samples, allow_other_model) for one in (rankings or {}).values()]
     local = local_for(model, samples, sinks=sinks, window=window)

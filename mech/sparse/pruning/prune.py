@@ -22,7 +22,7 @@ What this does not do: retrain. The vision stack is left as it is.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,12 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mech.arguments import checked, one_of
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, MechError, OutputError, UnsupportedModel
 from mech.experiments.ranking.ranking import Head, Heads
 from mech.files import make_folder
+from mech.indices import Pairs
 from mech.interventions import Ablate, Reference, reference_activations
 from mech.interventions.reference import TEXT_KIND
 from mech.interventions.specs import Z
@@ -104,11 +106,12 @@ class Pruned:
         return folder
 
 
+@checked
 def prune_heads(
     model: HookedMLLM,
-    heads: Iterable[tuple[int, int]],
+    heads: Pairs,
     *,
-    to: str = "mean",
+    to: one_of(("mean", "zero")) = "mean",
     reference: Samples | Sequence[Sample] | Reference | None = None,
     allow_other_model: bool = False,
 ) -> Pruned:
@@ -132,8 +135,6 @@ def prune_heads(
     References: pruning heads, arXiv 1905.10650; why mean and zero differ, 2407.08734.
     """
     gone = tuple(sorted({Head(int(layer), int(head)) for layer, head in heads}))
-    if to not in ("mean", "zero"):
-        raise ExperimentError(f"prune_heads(to={to!r})", "'mean' or 'zero': only a constant can be folded into a bias")
     samples = reference if reference is None or isinstance(reference, Reference) else Samples(reference)
     Ablate(heads=gone, to=to, reference=samples, allow_other_model=allow_other_model).check(model)
     other = samples.check(model, Z, allow_other_model) if isinstance(samples, Reference) else ""

@@ -1,10 +1,10 @@
 """What pruning saves and what it costs: parameters, bytes, cache, speed, and accuracy with its interval."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mech.data.samples import Sample, Samples
+from mech.arguments import Count, Whole, checked
+from mech.data.samples import Samples, SomeSamples
 from mech.experiments.effects import drop
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.statistics import proportion_interval
@@ -55,13 +55,14 @@ class PruningReport:
         )
 
 
+@checked
 def pruning_report(
     model: HookedMLLM,
     pruned: Pruned,
-    samples: Samples | Sequence[Sample],
+    samples: SomeSamples,
     *,
-    batch_size: int = 16,
-    turns: int = 5,
+    batch_size: Count = 16,
+    turns: Whole = 5,
 ) -> PruningReport:
     """Size, speed and accuracy of a pruned model beside the original.
 

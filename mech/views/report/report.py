@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mech.arguments import checking
 from mech.errors import MechError, OutputError
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.verdicts import verdicts
@@ -31,6 +32,7 @@ from mech.views.report.numbers import number, percent
 OVERVIEW_FRACTION = 0.05
 
 
+@checking(OutputError)
 def report(study_folder: str | Path) -> Path:
     """Write ``report.html`` into the study folder.
 
