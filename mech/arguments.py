@@ -156,8 +156,9 @@ def _taken(function: str, parameter: inspect.Parameter, value: Any, error: type[
     if fits(value, hint):
         return value
     do = f"leave {name} out ({short(default)})" if default not in (inspect.Parameter.empty, MISSING) else ""
-    if isinstance(value, str) and (words := _words_of(hint)):
-        do = suggestion(value, words)
+    if words := _words_of(hint):
+        given = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+        do = next((suggestion(one, words) for one in given if isinstance(one, str) and one not in words), do)
     raise error(f"{name}={short(value)} in {function}", wanted(hint), do or f"see help({function})")
 
 

@@ -22,14 +22,15 @@ class Indices(tuple):
 
     of: tuple[int, ...] | None = None
 
-    def check_mask(self, name: str, shape: tuple[int, ...], error: type[MechError] = ExperimentError) -> None:
-        """Refuse a mask of another shape than what it chooses from."""
+    def check_mask(self, name: str, shape: tuple[int, ...], error: type[MechError] = ExperimentError) -> "Indices":
+        """Itself; or the refusal of a mask of another shape than what it chooses from."""
         if self.of not in (None, shape):
             raise error(
                 f"{name} as a mask of {' x '.join(map(str, self.of or ()))}",
                 f"a mask of {' x '.join(map(str, shape))}",
                 "make the mask from what it chooses from, or give whole numbers",
             )
+        return self
 
 
 def indices(name: str, given: Any, error: type[MechError] = ExperimentError) -> Indices:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mech
 
-EXAMPLES = 8  # wrong values of each argument; fewer where a kind has fewer
+EXAMPLES = 5  # wrong values of each argument; fewer where a kind has fewer
 UNCHECKED = {"KL", "MechError", "__version__"}  # take nothing, or only words for a message
 # Said by other tests: what goes through to Hugging Face, and the parts of values that only the package makes.
 ELSEWHERE = {

@@ -72,7 +72,7 @@ def test_handwriting_of_the_test_split_is_never_trained_on():
     [
         (lambda: haystacks("groundin", 1), "use 'grounding'"),
         (lambda: haystacks("video", 1, n_items=99), "1 to 8"),
-        (lambda: haystacks("video", 0), "at least one sample"),
+        (lambda: haystacks("video", 0), "at least 1"),
         (lambda: haystacks("video", 1, split="dev"), "'train' or 'test'"),
         (lambda: haystacks("video", 1, n_pictures=9), "an even number of frames"),
         (lambda: haystacks("pages", 1, n_pictures=2), "3 pages or more"),

@@ -394,7 +394,7 @@ def test_a_set_that_cannot_be_read_says_where_it_is(monkeypatch):
 def test_wrong_names_and_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="use 'refcoco' or 'refcocog'"):
         hub_samples("refcocoq")
-    with pytest.raises(InputError, match="at least one"):
+    with pytest.raises(InputError, match="at least 1"):
         hub_samples("refcoco", 0)
     with pytest.raises(InputError, match="no folder"):
         hub_samples("vstar", root=tmp_path / "none")

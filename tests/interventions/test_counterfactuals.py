@@ -54,6 +54,7 @@ def test_samples_with_a_counterfactual_are_kept_and_those_that_do_not_change_are
         with_counterfactuals(model, deaf)
 
 
-def test_samples_without_evidence_are_refused_before_the_model_is_asked(lone):
+def test_samples_without_evidence_are_refused_before_the_model_is_asked(model, lone, monkeypatch):
+    monkeypatch.setattr(mech.HookedMLLM, "generate_text", lambda *_, **__: pytest.fail("the model was asked"))
     with pytest.raises(ExperimentError, match="has no evidence"):
-        with_counterfactuals(None, [*lone[:1], replace(lone[1], evidence=())])
+        with_counterfactuals(model, [*lone[:1], replace(lone[1], evidence=())])

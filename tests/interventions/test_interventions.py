@@ -207,3 +207,36 @@ def test_a_spec_that_changes_nothing_is_an_error(model, inputs):
 def test_a_spec_describes_itself_for_the_record(bank):
     record = Ablate(heads=HEADS, reference=bank).describe()
     assert record["heads"] == [[1, 0], [1, 5], [3, 2]] and record["reference"] == bank.digest
+
+
+@pytest.mark.parametrize("to", METHODS)
+def test_a_model_in_float64_is_ablated_in_float64(to):
+    """Against the same sums written out: nothing on the way is rounded to float32."""
+    double = HookedMLLM.from_pretrained("reference:llava-s", dtype=torch.float64)
+    row = double.inputs_of(haystacks("grounding", 1, seed=11)[0])
+    train = haystacks("grounding", 3, seed=12)
+    bank = reference_activations(double, train) if to in ("mean", "resample") else None
+    with intervene(double, Ablate(heads=HEADS, to=to, reference=bank)) as without:
+        _, cache = without.run_with_cache(row, names_filter=["blocks.1.attn.hook_z", "blocks.1.attn.hook_v"])
+    z, v = cache["blocks.1.attn.hook_z"][0, :, [0, 5]], cache["blocks.1.attn.hook_v"][0]
+    assert z.dtype == torch.float64
+    v = v.repeat_interleave(double.cfg.n_heads // v.shape[1], dim=1)[:, [0, 5]]
+    kind = kinds(row.layout)
+    if to == "zero":
+        assert not z.any()
+    elif to == "uniform":
+        torch.testing.assert_close(z, v.cumsum(0) / torch.arange(1, len(v) + 1)[:, None, None], atol=1e-13, rtol=0)
+    elif to == "paper":
+        torch.testing.assert_close(z, v.mean(0).expand_as(z), atol=1e-13, rtol=0)
+    elif to == "mean":
+        assert torch.equal(z, bank.mean[kind][:, 1, [0, 5]])
+    else:
+        distance = (z[:, None] - bank.draws[kind][:, :, 1, [0, 5]]).abs().amax((2, 3))
+        assert bool((distance.amin(1) == 0).all())
+    if bank is not None:
+        values = []
+        for sample in train:
+            other = double.inputs_of(sample)
+            _, seen = double.run_with_cache(other, names_filter=["blocks.1.attn.hook_z"])
+            values.append(seen["blocks.1.attn.hook_z"][0, kinds(other.layout) == 1])
+        torch.testing.assert_close(bank.mean[1, 1], torch.cat(values).mean(0), atol=1e-12, rtol=0)

@@ -291,7 +291,7 @@ def test_positions_that_the_inputs_lack_are_refused_before_the_forward(model, pa
     for where, error in (([9999], RegionError), (Box(0, 0, 5000, 5000), RegionError)):
         with pytest.raises(error), intervene(model, Scale([(0, 0)], 2.0, positions=where)) as scaled:
             scaled(pair[1])
-    with pytest.raises(ExperimentError, match="type"), intervene(model, "ablate"):
+    with pytest.raises(ExperimentError, match="specs='ablate'"), intervene(model, "ablate"):
         pass
 
 

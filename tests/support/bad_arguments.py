@@ -1,6 +1,8 @@
-"""A right call of every public name, and for each of its arguments what is wrong there: the material of the fuzz test.
+"""A right call of every public name,
+            and for each of its arguments what is wrong there: the material of the fuzz test.
 
-``calls(model)`` maps a name to a ``Call``: the function, arguments that fit, and the kind of every argument. ``WRONG``
+``calls(model)`` maps a name to a ``Call``: the function, arguments that fit,
+            and the kind of every argument. ``WRONG``
 maps a kind to a strategy of values that no argument of this kind may be. Kinds are written by hand, not read off the
 signatures: what is checked must not be checked against itself.
 """
@@ -64,16 +66,19 @@ WRONG: dict[str, st.SearchStrategy] = {
     "tasks": OBJECTS | values({"a": 3}, {"a": [3]}, {"a": None}, {3: []}),
     "sets": values(3, "image", NAN, {}, {"a": 3}, {"a": [(0.5, 1)]}, {"a": [(99, 0)]}, {"a": []}, {3: [(0, 1)]}),
     "places": values(3, NAN, {}, {"a": 0.5}, {"a": [True, 2]}, {"a": "nowhere"}, {"a": []}, {"a": None}),
-    "where": values(1.5, NAN, None, {}, [], "", "nowhere", [1.5], [True, 2], ["0"], [10**6], [-(10**6)], b"", object(),
+    "where": values(1.5, NAN, None, {}, [], "", "nowhere", [1.5], [True, 2], ["0"], [10**6], [-(10**6)], b"",
+            object(),
                     [True, False], np.zeros(3, dtype=bool), torch.tensor([0.5]), [None], [[0]], mech.Box),
-    "heads": values(None, 3, NAN, "L1H2", [3], [(0.5, 1)], [(99, 0)], [(-1, 0)], [("a", "b")], {1: 2}, [(1, 2, 3)], [],
+    "heads": values(None, 3, NAN, "L1H2", [3], [(0.5, 1)], [(99, 0)], [(-1, 0)], [("a", "b")], {1: 2}, [(1, 2, 3)],
+            [],
                     [(True, 2)], [None], np.ones((2, 2)), np.ones((1, 1), dtype=bool), object()),
     "layers": values(3, NAN, "01", [1.5], ["0"], [99], [-1], [], [True, 2], {1: 2}, [None], [True], object(), [[0]]),
     "path": values(3, NAN, [], {}, True, 1.5, object()),
     "dataset": OBJECTS | values(xr.Dataset(), xr.DataArray(np.zeros(2)), xr.Dataset({"a": 1}), {"effect": 1}),
     "numbers": values([], "12", None, 3, ["1"], [NAN], [INF], [None], [True], {}, [[]], object()),
     "amounts": values([], "12", None, 3, ["1"], [NAN], [INF], [0], [-1], [1.5], [True], [None], {}, object()),
-    "grid": values((4,), (4, 4, 4), (0, 4), (4, -1), (1.5, 4), 4, "44", (10**5, 10**5), (NAN, 4), (True, 4), [], None),
+    "grid": values((4,), (4, 4, 4), (0, 4), (4, -1), (1.5, 4), 4, "44", (10**5, 10**5), (NAN, 4), (True, 4), [],
+            None),
     "regions": values(3, NAN, {}, [], {"a": 0.5}, ["nowhere"], [None], [1.5], object(), {"a": [True, 2]}),
     "evidence": OBJECTS.filter(lambda value: value not in ([], None)) | values([3], ["box"], [(0, 0, 1, 1)]),
     "pictures": values(3, NAN, "picture.png", [3], ["picture.png"], {}, [None], object(), True, [np.zeros((4, 4))]),
@@ -150,13 +155,14 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
     picture = one.images[0]
     found = {
         "ablation": Call(mech.ablation, {**tested, "ranking": ranking, "to": "zero"}, {
-            **run, "ranking": "ranking", "reference": "*samples", "to": "words", "bands": "words", "fractions": "amounts",
+            **run, "ranking": "ranking", "reference": "*samples", "to": "words", "bands": "words",
+            "fractions": "amounts",
             "n_random": "count", "positions": "where", "phase": "word", **usual, **told, **other}),
         "acceleration": Call(mech.acceleration, {**tested, "find": find}, {
             **run, "find": "samples", "window": "?count", "sinks": "whole", "choices": "words", "shares": "amounts",
             "n_random": "count", "rankings": "*rankings", "turns": "whole", **usual, **told, **other}),
         "activation_patching": Call(mech.activation_patching, right_pair, {
-            **pair, "point": "word", "over": "words", "positions": "where", "regions": "?regions", "layers": "layers",
+            **pair, "point": "word", "over": "*words", "positions": "where", "regions": "?regions", "layers": "layers",
             "direction": "word", "method": "word", "confirm": "amount", **told}),
         "agreement": Call(mech.agreement, {"rankings": {"a": ranking}}, {
             "rankings": "rankings", "k": "amount", "n_resamples": "whole", "seed": "seed"}),
@@ -169,20 +175,23 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "attention_sinks": Call(mech.attention_sinks, tested, {
             **run, "by": "word", "tau": "positive", "dims": "dims", "share": "share", "batch_size": "count", **told}),
         "attribution": Call(mech.attribution, right_pair, {
-            **pair, "point": "word", "over": "words", "positions": "where", "regions": "?regions", "layers": "layers",
-            "ig_steps": "whole", "path": "word", "qk_fix": "flag", "direction": "word", "check": "whole", "seed": "seed"}),
+            **pair, "point": "word", "over": "*words", "positions": "where", "regions": "?regions", "layers": "layers",
+            "ig_steps": "whole", "path": "word", "qk_fix": "flag", "direction": "word", "check": "whole",
+            "seed": "seed"}),
         "causal_report": Call(mech.causal_report, {**tested, "ranking": ranking, "find": find}, {
             **run, "ranking": "?ranking", "find": "?samples", "reference": "*samples", "method": "?word",
             "threshold": "positive", "alpha": "share", "n_random": "count", "n_boot": "count", "n_paths": "whole",
             **usual, **told, **other}),
         "edge_attribution": Call(mech.edge_attribution, right_pair, {
-            **pair, "senders": "?ends", "receivers": "?ends", "ig_steps": "whole", "norm": "word", "direction": "word",
+            **pair, "senders": "?ends", "receivers": "?ends", "ig_steps": "whole", "norm": "word",
+            "direction": "word",
             "check": "whole", "seed": "seed"}),
         "evidence_retrieval": Call(mech.evidence_retrieval, {**tested, "ranking": ranking}, {
             **run, "ranking": "ranking", "over": "?word", "grid": "grid", "heads": "amount", "ks": "numbers",
             "reduce": "word", "n_random": "count", **usual, **told, **other}),
         "haystacks": Call(mech.haystacks, {"domain": "grounding", "n": 1}, {
-            "domain": "word", "n": "count", "seed": "seed", "n_items": "?count", "n_pictures": "?count", "split": "word",
+            "domain": "word", "n": "count", "seed": "seed", "n_items": "?count", "n_pictures": "?count",
+            "split": "word",
             **({"answer": "word", "form": "word"} if hasattr(mech, "Passage") else {})}),
         "head_scores": Call(mech.head_scores, tested, {
             **run, "scores": "scores", **usual, "sink_tau": "positive", "max_new_tokens": "count", **told}),
@@ -217,10 +226,13 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
             "model": "model", "pictures": "samples", "text": "samples", "base": "?model", "score": "scores",
             "k": "amount", "n_resamples": "count", **usual, **told}) if hasattr(mech, "modality_transfer") else None,
         "ov_reading": Call(mech.ov_reading, {"model": model, "heads": [(0, 0)], "of": one}, {
-            "model": "model", "heads": "heads", "of": "given", "positions": "where", "track": "?answers", "k": "count"}),
+            "model": "model", "heads": "heads", "of": "given", "positions": "where", "track": "?answers",
+            "k": "count"}),
         "path_patching": Call(mech.path_patching, {**right_pair, "senders": [(0, 0)]}, {
-            **pair, "senders": "ends", "receivers": "ends", "freeze": "*words", "positions": "where", "regions": "places",
-            "receiver_positions": "where", "receiver_regions": "places", "direction": "word", "method": "word", **told}),
+            **pair, "senders": "ends", "receivers": "ends", "freeze": "*words", "positions": "where",
+            "regions": "places",
+            "receiver_positions": "where", "receiver_regions": "places", "direction": "word", "method": "word",
+            **told}),
         "prune_heads": Call(mech.prune_heads, {"model": model, "heads": [(0, 0)], "to": "zero"}, {
             "model": "model", "heads": "heads", "to": "word", "reference": "*samples", **other}),
         "pruning_report": Call(mech.pruning_report, {**tested, "pruned": None}, {
@@ -249,13 +261,15 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "seed_agreement": Call(mech.seed_agreement, {"a": ranking, "b": ranking}, {
             "a": "ranking", "b": "ranking", "k": "amount", "n_permutations": "count", "seed": "seed"}),
         "steering": Call(mech.steering, {**tested, "ranking": ranking}, {
-            **run, "ranking": "ranking", "factors": "numbers", "heads": "amount", "bands": "words", "n_random": "count",
+            **run, "ranking": "ranking", "factors": "numbers", "heads": "amount", "bands": "words",
+            "n_random": "count",
             "positions": "where", "phase": "word", **usual, **told, **other}),
         "tag_leak": Call(mech.tag_leak, tested, {**run, "tags": "pair of texts", **usual}),
         "token_attention": Call(mech.token_attention, {"model": model, "inputs": inputs}, {
             "model": "model", "inputs": "inputs", "layers": "layers", "groups": "count"}),
         "trace_circuit": Call(mech.trace_circuit, {"model": model, "clean": [one], "metric": metric, "alpha": None}, {
-            **pair, "start": "word", "threshold": "positive", "heads": "?heads", "max_nodes": "count", "alpha": "?share",
+            **pair, "start": "word", "threshold": "positive", "heads": "?heads", "max_nodes": "count",
+            "alpha": "?share",
             "direction": "word", "seed": "seed"}),
         "transfer": Call(mech.transfer, {"model": model, "find": {"a": find}, "test": {"a": test}}, {
             "model": "model", "find": "tasks", "test": "tasks", "rankings": "?rankings", "k": "amount", "to": "word",
@@ -268,9 +282,11 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "write_samples": Call(mech.write_samples, {"samples": test, "folder": folder}, {
             "samples": "samples", "folder": "path", "name": "text"}),
         # tables of results
-        **{name: Call(getattr(mech, name), {}, {argument: "dataset"}) for name, argument in {
-            "redirection_table": "found", "retrieval_table": "found", "modality_table": "found", "sink_tokens": "found", "steering_table": "curve",
-            "top_edges": "found"}.items() if hasattr(mech, name)},
+        **{name: Call(getattr(mech, name), {}, {"found": "dataset"})
+           for name in ("redirection_table", "retrieval_table", "modality_table", "sink_tokens")
+           if hasattr(mech, name)},
+        "steering_table": Call(mech.steering_table, {}, {"curve": "dataset", "measure": "path"}),
+        "top_edges": Call(mech.top_edges, {}, {"found": "dataset", "n": "path"}),
         # values
         "Ablate": Call(mech.Ablate, {"heads": [(0, 0)], "to": "zero"}, {
             "point": "word", "to": "word", "phase": "word", "reference": "*samples", "seed": "seed", **other}),
@@ -303,7 +319,8 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "Samples": Call(mech.Samples, {"samples": [one]}, {"samples": "*samples"}),
         "Scale": Call(mech.Scale, {"heads": [(0, 0)], "factor": 2.0}, {"factor": "number", "phase": "word"}),
         "Score": Call(mech.Score, {}, {
-            "queries": "word", "reduce": "word", "aggregate": "word", "calibrate": "word", "on": "word", "top": "amount",
+            "queries": "word", "reduce": "word", "aggregate": "word", "calibrate": "word", "on": "word",
+            "top": "amount",
             "source": "text"}),
         "Study": Call(mech.Study, {"path": folder / "study"}, {"path": "path", "settings": "?settings"}),
         "TokenLayout": Call(mech.TokenLayout, {**columns, "tokens": layout.tokens, "spans": layout.spans}, {
@@ -322,7 +339,8 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "TokenLayout.rectangle": Call(layout.rectangle, {}, {"position": "int"}),
         "HookedMLLM.from_pretrained": Call(mech.HookedMLLM.from_pretrained, {"name": "reference:llava-s"}, {
             "name": "path", "dtype": "dtype", "device": "device", "revision": "?text", "quantization": "?word"}),
-        "HookedMLLM.generate": Call(model.generate, {"inputs": inputs}, {"inputs": "source", "max_new_tokens": "count"}),
+        "HookedMLLM.generate": Call(model.generate, {"inputs": inputs}, {"inputs": "source",
+            "max_new_tokens": "count"}),
         "HookedMLLM.generate_text": Call(model.generate_text, {"inputs": inputs}, {
             "inputs": "source", "max_new_tokens": "count"}),
         "HookedMLLM.forward": Call(model.forward, {"inputs": inputs}, {"inputs": "source"}),

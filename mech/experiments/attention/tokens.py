@@ -17,7 +17,7 @@ import xarray as xr
 from mech.arguments import Count, checked
 from mech.axes import HEAD, LAYER
 from mech.errors import ExperimentError, suggestion
-from mech.indices import Layers
+from mech.indices import Layers, indices
 from mech.inputs import PADDING, TEXT, Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 
@@ -54,7 +54,8 @@ def token_attention(
         given = f"{len(inputs)} rows" if len(inputs) != 1 else "pictures in a memory, which only some layers look at"
         raise ExperimentError(given, "one row with everything in its sequence", "use mech.attention_from")
     known = list(model.cfg.attention_layers)
-    wanted = known if layers is None else list(layers)
+    every = (model.cfg.n_layers,)
+    wanted = known if layers is None else list(indices("layers", layers).check_mask("layers", every))
     if not wanted or not set(wanted) <= set(known):
         raise ExperimentError(f"layers {wanted}", f"some of {known}", suggestion(str(wanted[:1]), map(str, known)))
     named = token_groups(inputs.layout, groups)

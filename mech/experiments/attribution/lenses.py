@@ -27,7 +27,7 @@ from mech.axes import EXAMPLE, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
 from mech.experiments.attribution.logits import Given, carried_on, check_direct, head_maps, softcap
-from mech.indices import Layers, Pairs
+from mech.indices import Layers, Pairs, indices
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.interventions.specs import check_heads
@@ -80,7 +80,7 @@ def logit_lens(
     """
     rows, ids = _rows(model, inputs), _tracked(model, track)
     n = model.cfg.n_layers
-    chosen = list(range(n + 1)) if layers is None else [int(layer) for layer in layers]
+    chosen = list(range(n + 1) if layers is None else indices("layers", layers).check_mask("layers", (n + 1,)))
     if not chosen or not all(0 <= layer <= n for layer in chosen) or len(set(chosen)) < len(chosen):
         raise ExperimentError(
             f"layers={chosen}", f"different layers from 0 to {n}", f"use {n} for what leaves the last"

@@ -25,7 +25,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.arguments import NOT_EMPTY, checked
+from mech.arguments import NOT_EMPTY, Rule, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, UnsupportedModel
@@ -41,6 +41,7 @@ from mech.results import provenance
 
 Given = Inputs | Sample | Sequence[Inputs] | Sequence[Sample]
 Linear = Callable[[Float[Tensor, "*parts d_model"]], Float[Tensor, "*parts d_model"]]
+Linear = Annotated[LogitDiff, Rule("mech.LogitDiff, which is linear in the logits", lambda metric: True)]
 SET = "set"
 POINTS = ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
 PARTS = ("heads", "mlps", "attention_rest", "embed", "rest", "bias")  # they sum to the logit difference
@@ -51,7 +52,7 @@ PARTS = ("heads", "mlps", "attention_rest", "embed", "rest", "bias")  # they sum
 def logit_attribution(
     model: HookedMLLM,
     clean: Given,
-    metric: LogitDiff | None = None,
+    metric: Linear | None = None,
     *,
     sources: Annotated[Mapping[str, Where] | Sequence[Mapping[str, Where]], NOT_EMPTY] | None = None,
     progress: Progress | None = None,
@@ -88,12 +89,6 @@ def logit_attribution(
     """
     rows = [clean] if isinstance(clean, Inputs | Sample) else list(clean)
     metric = _default_metric(rows) if metric is None else metric
-    if not isinstance(metric, LogitDiff):
-        raise ExperimentError(
-            f"a metric of type {type(metric).__name__}",
-            "LogitDiff, which is linear in the logits",
-            "use mech.LogitDiff",
-        )
     named = [sources] * len(rows) if sources is None or isinstance(sources, Mapping) else list(sources)
     sets = list(named[0] or ()) if named else []
     if len(named) != len(rows) or any(list(one or ()) != sets for one in named) or not rows:

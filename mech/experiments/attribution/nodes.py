@@ -16,7 +16,7 @@ What it does not do: edges (``attribution_edges``), exact effects (``patching``)
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.arguments import NOT_EMPTY, Seed, Whole, checked, one_of
+from mech.arguments import Seed, Whole, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples
@@ -53,7 +53,7 @@ def attribution(
     metric: Metric,
     *,
     point: str = "attn.hook_z",
-    over: Annotated[Sequence[str], NOT_EMPTY] = (LAYER, HEAD),
+    over: Sequence[str] = (LAYER, HEAD),
     positions: Where = "all",
     regions: Sequence[Where] | Mapping[str, Where] | None = None,
     layers: Layers | None = None,

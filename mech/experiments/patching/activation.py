@@ -20,14 +20,14 @@ What it does not do: patch *paths* (``mech.experiments.paths.path_patching``), n
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
-from mech.arguments import NOT_EMPTY, Amount, checked, one_of
+from mech.arguments import Amount, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples
@@ -66,7 +66,7 @@ def activation_patching(
     metric: Metric,
     *,
     point: str = "attn.hook_z",
-    over: Annotated[Sequence[str], NOT_EMPTY] = (LAYER, HEAD),
+    over: Sequence[str] = (LAYER, HEAD),
     positions: Where = "all",
     regions: Regions | None = None,
     layers: Layers | None = None,

@@ -20,6 +20,7 @@ from mech.data.samples import Sample
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.metrics import Metric, Reading
 from mech.experiments.patching.sweeps import BEHIND_ATTENTION, ENTRY, KEYS, QUERIES, Cell, names_of
+from mech.indices import indices
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import HookedMLLM
@@ -177,7 +178,7 @@ def _layers(model: HookedMLLM, point: str, vision: bool, layers: Sequence[int] |
         live = set(model.points())
         found = [i for i in range(count) if names_of(f"{'vision.' * vision}{point}", [i])[0] in live]
         return found or [0]  # refused by name, with the reason
-    listed = [int(layer) for layer in layers]
+    listed = list(indices("layers", layers).check_mask("layers", (count,)))
     if not listed or len(set(listed)) < len(listed) or not all(0 <= layer < count for layer in listed):
         raise ExperimentError(f"layers={listed}", f"different layers from 0 to {count - 1}", "count layers from 0")
     return listed

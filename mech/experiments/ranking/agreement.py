@@ -24,7 +24,7 @@ import numpy as np
 import xarray as xr
 from scipy import optimize, stats
 
-from mech.arguments import Amount, Count, Seed, Whole, checked
+from mech.arguments import Amount, Count, Seed, Whole, checked, checking
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.ranking.ranking import Head, Heads, Ranking
 from mech.experiments.statistics import bootstrap_means, jaccard, jaccard_null, kendall, overlap_p_value, spearman
@@ -117,7 +117,7 @@ def _intervals(
 
 @checked
 def sample_curve(
-    ranking: Ranking, sizes: Sequence[Count] | None = None, k: Amount = 0.05, n_splits: Count = 50, seed: Seed = 0
+    ranking: Ranking, sizes: Sequence[int] | None = None, k: Amount = 0.05, n_splits: Count = 50, seed: Seed = 0
 ) -> xr.Dataset:
     """How many samples are enough: the agreement of two rankings from two disjoint sets of ``size`` samples.
 
@@ -186,7 +186,7 @@ def overlap(ranking: Ranking, heads: Pairs) -> dict[str, float]:
     }
 
 
-@checked
+@checking(OutputError)
 def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
     """A list of heads as papers publish it, best first: of any length, without the sizes of its model.
 

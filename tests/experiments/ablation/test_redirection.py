@@ -132,11 +132,11 @@ def test_what_cannot_be_pulled_is_refused_before_any_forward(monkeypatch):
     for wrong, says in (
         ([replace(samples[0], distractors=())], "samples that name regions"),
         ([replace(samples[0], distractors=(Distractor(mech.Box(0, 0, 9, 9), samples[0].answer),))], "another answer"),
-        ([], "no samples"),
+        ([], "at least one"),
     ):
         with pytest.raises(ExperimentError, match=says):
             redirection(model, wrong, ranking)
-    with pytest.raises(ExperimentError, match="band"):
+    with pytest.raises(ExperimentError, match="use 'bottom'"):
         redirection(model, samples, ranking, bands=("botom",))
-    with pytest.raises(ExperimentError, match="different finite"):
+    with pytest.raises(ExperimentError, match="different numbers"):
         redirection(model, samples, ranking, bias=(1.0, 1.0))

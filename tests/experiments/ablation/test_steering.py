@@ -66,11 +66,11 @@ def test_only_the_positions_that_are_named_are_scaled(trained):
     ("change", "message"),
     [
         ({"bands": ("topp",)}, "use 'top'"),
-        ({"bands": ()}, "at least one band"),
-        ({"factors": (1, 1)}, "different finite numbers"),
-        ({"factors": (float("nan"),)}, "different finite numbers"),
+        ({"bands": ()}, "at least one"),
+        ({"factors": (1, 1)}, "different numbers"),
+        ({"factors": (float("nan"),)}, "a finite number"),
         ({"positions": "questions"}, "use 'question'"),
-        ({"heads": 1.0}, "k=1.0"),
+        ({"heads": 1.0}, "heads=1.0"),
     ],
 )
 def test_what_cannot_be_steered_is_refused_before_any_forward(trained, monkeypatch, change, message):
@@ -78,7 +78,7 @@ def test_what_cannot_be_steered_is_refused_before_any_forward(trained, monkeypat
     monkeypatch.setattr(HookedMLLM, "forward", lambda *_, **__: pytest.fail("a forward was run"))
     with pytest.raises(ExperimentError, match=message):
         steering(model, test, ranking, **change)
-    with pytest.raises(ExperimentError, match="no samples"):
+    with pytest.raises(ExperimentError, match="at least one"):
         steering(model, [], ranking)
 
 

@@ -238,7 +238,7 @@ def test_nothing_lingers(opened):
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
-        (lambda m, r: logit_attribution(m, r, LogProb(RIGHT)), ExperimentError, "use mech.LogitDiff"),
+        (lambda m, r: logit_attribution(m, r, LogProb(RIGHT)), ExperimentError, "mech.LogitDiff, which is linear"),
         (lambda m, r: logit_attribution(m, r), ExperimentError, "without a counterfactual"),
         (lambda m, r: logit_attribution(m, [], METRIC), ExperimentError, "at least one example"),
         (lambda m, r: logit_attribution(m, r, METRIC, sources=[{}, {}]), ExperimentError, "2 sources for 1 examples"),

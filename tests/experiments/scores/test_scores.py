@@ -393,7 +393,7 @@ def test_samples_that_cannot_be_scored_are_refused_before_any_forward(monkeypatc
     pages = haystacks("pages", 1)[0]
     every = replace(pages, evidence=(mech.Pages(*range(len(pages.images))),))
     for samples, scores, message in (
-        ([], "ram", "no samples"),
+        ([], "ram", "at least one"),
         ([replace(sample, evidence=())], "ram", "'ram' asks for"),
         ([replace(sample, answer=" ")], "sparse_mm", "no answer"),
         ([replace(sample, evidence=())], "sparse_mm", "no evidence"),

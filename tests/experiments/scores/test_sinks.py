@@ -123,10 +123,10 @@ def test_the_planted_sink_head_pays_the_first_token_and_no_ram_sits_there():
     ("change", "message"),
     [
         ({"by": "states"}, "use 'state'"),
-        ({"tau": 0}, "a positive number"),
+        ({"tau": 0}, "a finite number above 0"),
         ({"dims": [999]}, "leave dims out"),
-        ({"by": "attention", "share": 1.0}, "use 0.3"),
-        ({"samples": []}, "no samples"),
+        ({"by": "attention", "share": 1.0}, "share=1.0"),
+        ({"samples": []}, "at least one"),
         ({"samples": [mech.Sample("Which?", "7", images=(tiny_processors.noise(16, 16, 0),))]}, "have no evidence"),
     ],
 )
