@@ -19,13 +19,13 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import MISSING, dataclass
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import numpy as np
 
 from mech.errors import ExperimentError, MechError, suggestion
 
-P, R, C = ParamSpec("P"), TypeVar("R"), TypeVar("C", bound=type)
+F, C = TypeVar("F", bound=Callable[..., Any]), TypeVar("C", bound=type)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -94,7 +94,7 @@ def given_by(function: str, *variables: str) -> Any:
     ]
 
 
-def checked(function: Callable[P, R], error: type[MechError] = ExperimentError) -> Callable[P, R]:
+def checked(function: F, error: type[MechError] = ExperimentError) -> F:
     """The function, which refuses arguments that do not fit its annotations; of a class, its constructor does.
 
     Args:
@@ -112,7 +112,7 @@ def checked(function: Callable[P, R], error: type[MechError] = ExperimentError) 
         return signature, {key: parameter.annotation for key, parameter in signature.parameters.items()}
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: Any, **kwargs: Any) -> Any:
         signature, hints = expected()
         try:
             bound = signature.bind(*args, **kwargs)
@@ -126,10 +126,10 @@ def checked(function: Callable[P, R], error: type[MechError] = ExperimentError) 
                 bound.arguments[key] = _taken(name, parameter, value, error)
         return function(*bound.args, **bound.kwargs)
 
-    return call
+    return call  # type: ignore[return-value]
 
 
-def checking(error: type[MechError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checking(error: type[MechError]) -> Callable[[F], F]:
     """``checked``, with another error."""
     return functools.partial(checked, error=error)  # type: ignore[return-value]
 
