@@ -61,6 +61,7 @@ _NAMES = {
     "attention_sinks": "mech.experiments.scores.sinks",
     "attribution": "mech.experiments.attribution.nodes",
     "causal_report": "mech.experiments.causal.report",
+    "deciding_queries": "mech.experiments.patching.deciding",
     "edge_attribution": "mech.experiments.attribution.edges",
     "evidence_retrieval": "mech.experiments.scores.evidence_retrieval",
     "haystacks": "mech.data.haystacks",
@@ -151,6 +152,7 @@ if TYPE_CHECKING:
     from mech.experiments.metrics import Probability as Probability
     from mech.experiments.metrics import Rank as Rank
     from mech.experiments.patching.activation import activation_patching as activation_patching
+    from mech.experiments.patching.deciding import deciding_queries as deciding_queries
     from mech.experiments.paths.circuits import Circuit as Circuit
     from mech.experiments.paths.circuits import trace_circuit as trace_circuit
     from mech.experiments.paths.path_patching import path_patching as path_patching

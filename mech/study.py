@@ -3,10 +3,10 @@
 For every model and domain a study makes five results and saves each as soon as it is there:
 
     ram        where every head looks, on the samples that find heads
-    ablation   what happens without bands of them, on other samples, condition by condition
-    looks      where the top and the bottom heads look on a few pictures, for the eye
     scores     the scores of the literature, on the samples that find heads: do they name the same ones?
     causal     does looking mean mattering: every head patched from the counterfactual, sets, and paths
+    ablation   what happens without bands of them, on other samples, condition by condition
+    looks      where the top, a necessary and the bottom heads look on a few pictures, for the eye
 
 and for every model, on the domain with the longest prompts,
 
@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import xarray as xr
+
 from mech import reference
 from mech.arguments import NOT_EMPTY, Amount, Count, Rule, Seed, Whole, checked, some_of
 from mech.data.haystacks import DOMAINS, haystacks
@@ -29,12 +31,14 @@ from mech.data.jsonl import check_domain
 from mech.data.pictures import pixel_digest, png, shows
 from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
-from mech.experiments.ablation.ablation import BANDS, BASELINE, Condition, ablated, conditions
+from mech.experiments.ablation.ablation import Condition, ablated
+from mech.experiments.ablation.design import CLAIM, design
 from mech.experiments.attention.maps import looks
 from mech.experiments.causal.report import CausalReport, causal_report
 from mech.experiments.findings import acceleration
+from mech.experiments.findings.chosen import known_necessary, necessary_blind, representative
 from mech.experiments.findings.pooled import pooled
-from mech.experiments.findings.sentences import findings, headlines
+from mech.experiments.findings.sentences import findings, headlines, scope
 from mech.experiments.findings.summary import (
     above_null,
     summarise_agreement,
@@ -44,6 +48,7 @@ from mech.experiments.findings.summary import (
 )
 from mech.experiments.findings.verdicts import verdicts
 from mech.experiments.metrics import quiz
+from mech.experiments.patching.deciding import deciding_queries
 from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.measure import PUBLISHED, head_scores
@@ -76,7 +81,9 @@ class Settings:
         n_test: other samples, that test them.
         n_looks: pictures that are drawn.
         n_causal: test samples whose heads are patched one by one; 0 leaves that out.
-        n_random: random sets of each size.
+        n_random: random sets of the size that the claim is made at (a twentieth of the heads, by the first method):
+            the p-value over sets cannot fall below 1 / (1 + n_random).
+        n_control: random sets of every other size, method and control, at most.
         fractions: sizes of the bands under mean ablation; an int is a number of heads.
         other_fractions: sizes under the other methods.
         methods: how heads are ablated.
@@ -92,7 +99,8 @@ class Settings:
     n_test: Some = 32
     n_looks: Count = 3
     n_causal: Whole = 10
-    n_random: Count = 20
+    n_random: Count = 100
+    n_control: Count = 10
     fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (1, 0.02, 0.05, 0.1, 0.2)
     other_fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (0.05, 0.2)
     methods: some_of(METHODS) = METHODS
@@ -178,6 +186,7 @@ def study(
         if settings.shares and tuple(models) == DEFAULT_MODELS and data is None:
             summary["acceleration"] |= accelerated_long(place, domains, settings, say)
         summary["scales"] = summarise_scales(retrieval)
+        summary["scope"] = scope(summary["models"])
         summary["findings"] = findings(summary)
         summary["headlines"] = headlines(summary["findings"])
         summary["verdicts"] = verdicts(summary)
@@ -283,7 +292,36 @@ def one_domain(
         place.put(f"{key}/ram", scores)
     ram = place.get(f"{key}/ram")
     ranking = rank_heads(ram, domain=key.rsplit("/", 1)[-1])
-    todo = plan(ranking, settings, rank_heads(ram, "vision_mass"))
+    scores = every_score(place, model, key, find, settings, say)
+    causal = causality(place, model, key, find, test[: settings.n_causal], ranking, say) if settings.n_causal else None
+    patched = place.get(f"{key}/causal") if place.done(f"{key}/causal") else None
+    todo = design(
+        ranking, rank_heads(ram, "vision_mass"), known_necessary(patched), methods=settings.methods,
+        fractions=settings.fractions, other_fractions=settings.other_fractions, n_random=settings.n_random,
+        n_control=settings.n_control, seed=settings.seed,
+    )  # fmt: skip
+    ablations(place, model, key, find, test, todo, settings, say)
+    shown = representative(find, ram, ranking.top(CLAIM), settings.n_looks)
+    if not place.done(f"{key}/looks"):
+        say(f"{key}: pictures", 0, 1)
+        place.put(f"{key}/looks", look_at(model, shown, ranking, patched))
+        say(f"{key}: pictures", 1, 1)
+    keep_pictures(place, key, shown)
+    facts = summarise_domain(ranking, ram, place.get(f"{key}/ablation")) | {"scores": scores}
+    return facts | ({} if causal is None else {"causal": causal}), ranking
+
+
+def ablations(
+    place: Study,
+    model: HookedMLLM,
+    key: str,
+    find: Samples,
+    test: Samples,
+    todo: list[Condition],
+    settings: Settings,
+    say: Progress,
+) -> None:
+    """Measure the conditions that are missing, and save each as soon as it is there."""
     missing = place.missing(f"{key}/ablation", len(todo))
     if missing:
         bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed)
@@ -296,16 +334,6 @@ def one_domain(
         record = provenance(model, {"find": find, "test": test}, seed=settings.seed)
         facts: dict[str, Any] = dict(model=model.name, domain=key.rsplit("/", 1)[-1], positions="all", phase="both")
         place.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
-    if not place.done(f"{key}/looks"):
-        say(f"{key}: pictures", 0, 1)
-        place.put(f"{key}/looks", looks(model, test[: settings.n_looks], ranking, k=SHOWN))
-        say(f"{key}: pictures", 1, 1)
-    keep_pictures(place, key, test[: settings.n_looks])
-    facts = summarise_domain(ranking, ram, place.get(f"{key}/ablation"))
-    facts["scores"] = every_score(place, model, key, find, settings, say)
-    if settings.n_causal:
-        facts["causal"] = causality(place, model, key, find, test[: settings.n_causal], ranking, say)
-    return facts, ranking
 
 
 def every_score(
@@ -388,20 +416,23 @@ def accelerated_long(place: Study, domains: Sequence[str] | None, settings: Sett
     return found
 
 
-def plan(ranking: Ranking, settings: Settings, vision: Ranking) -> list[Condition]:
-    """The conditions of a study, the baseline first: all bands and sizes by mean ablation, fewer for other methods.
+def look_at(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dataset | None) -> xr.Dataset:
+    """Where the first and the last heads of a ranking look on some samples.
 
-    ``vision`` orders heads by their attention on all visual tokens; its top twentieth is one more control.
+    Where patching was possible also necessary heads that do not look, each from the query at which it decides.
     """
-    options = dict(n_random=settings.n_random, seed=settings.seed)
-    first, *others = settings.methods
-    sized = [band for band in BANDS if band != "layer_matched"]
-    todo = conditions(ranking, to=first, bands=sized, fractions=settings.fractions, **options)
-    todo += conditions(ranking, to=first, bands=["layer_matched"], fractions=[0.05], **options)
-    todo += conditions(ranking, to=others, bands=["top", "bottom"], fractions=settings.other_fractions, **options)
-    todo += conditions(ranking, to=others, bands=["random"], fractions=settings.other_fractions[:1], **options)
-    todo += conditions(ranking, to=first, bands=[vision], fractions=[0.05], **options)
-    return [BASELINE, *dict.fromkeys(todo)]
+    bands = {
+        "top": ranking.top(SHOWN),
+        "necessary": necessary_blind(patched, SHOWN // 2),
+        "bottom": ranking.bottom(SHOWN // 2),
+    }
+    bands = {name: heads for name, heads in bands.items() if heads}
+    heads = [head for band in bands.values() for head in band]
+    try:
+        deciding = [deciding_queries(model, sample, heads) for sample in samples]
+    except ExperimentError:  # no counterfactuals: nothing says where a head decides
+        deciding = None
+    return looks(model, samples, ranking, bands=bands, deciding=deciding)
 
 
 def keep_pictures(place: Study, key: str, samples: Samples) -> None:

@@ -45,7 +45,7 @@ def unmeasured(summary):
 
 def test_a_study_leaves_results_a_summary_and_a_report(finished):
     folder = finished.parent
-    assert finished.name == "report.html" and finished.stat().st_size > 1_000_000
+    assert finished.name == "report.html" and finished.stat().st_size > 800_000
     place = Study(folder)
     for domain in WHAT["domains"]:
         assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks", "scores", "causal"))
@@ -56,8 +56,8 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert len(facts["domains"]["grounding"]["ranking"]) == facts["n_layers"] * facts["n_heads"] == 48
     assert facts["agreement"]["domains"] == ["grounding", "documents"]
     assert sum(map(len, facts["domains"]["grounding"]["causal"]["quadrants"].values())) == 48
-    assert finished.read_text().count("Does looking mean mattering?") == 2
-    assert finished.read_text().count("Do the scores of the literature name the same heads?") == 2
+    assert finished.read_text().count("Does attending mean mattering?") == 2
+    assert finished.read_text().count("Do other published scores name the same heads?") == 2
     agreed = facts["domains"]["grounding"]["scores"]
     assert len(agreed["names"]) == len(agreed["spearman"]) == 11
     assert agreed["jaccard_low"][0][1] <= agreed["jaccard"][0][1] <= agreed["jaccard_high"][0][1]

@@ -35,16 +35,17 @@ def ablate(
     band: Annotated[
         list[str] | None,
         typer.Option(
-            help="top, bottom, middle, random, layer_matched (default: these five); vision or sinks, the heads that "
-            "look most at pictures or at tokens with more than 30% of the attention; may be given again.",
-            callback=options.among((*options.BANDS, "vision", "sinks")),
+            help="top, bottom, middle, random (other heads than the top), layer_matched (default: these five); "
+            "unrestricted, random ones of all heads; vision or sinks, the heads that look most at pictures or at "
+            "tokens with more than 30% of the attention; may be given again.",
+            callback=options.among((*options.BANDS, "unrestricted", "vision", "sinks")),
         ),
     ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
     ] = None,
     samples: Annotated[int, options.samples("Half find heads (or make the reference), half test them.", 8)] = 96,
-    n_random: options.NRandom = 20,
+    n_random: options.NRandom = 100,
     positions: Annotated[
         str, typer.Option(help="all, question, last, image or text.", callback=options.among(options.POSITIONS))
     ] = "all",
@@ -58,7 +59,8 @@ def ablate(
 ) -> None:
     """Ablate bands of heads, and say what each costs beside random heads."""
     import mech
-    from mech.experiments.findings.summary import summarise_effects
+    from mech.experiments.findings.cautions import cautions
+    from mech.experiments.findings.summary import stability, summarise_effects
     from mech.results import save
 
     methods, sizes = to or ["mean"], [options.share_or_number(f) for f in fraction or (0.05, 0.2)]
@@ -99,20 +101,38 @@ def ablate(
     if out is not None:
         save(effects, out)
     numbers = summarise_effects(effects)
+    said = [text for _, text in cautions(numbers | {"stability": stability(ranking)})]
+    numbers = {"cautions": said, **numbers}
     if as_json:
         print(json.dumps(numbers))
         return
-    base = numbers["baseline"]["accuracy"]["mean"]
+    options.print_cautions(said)
+    _print_effects(numbers, f"{hooked.name} on {called}")
+
+
+def _print_effects(numbers: dict[str, Any], title: str) -> None:
+    """A row for every band; the top against random heads below."""
+    from mech.experiments.effects import both_units
+
     rows = []
     for entry in numbers["ablation"]:
-        drop = entry["accuracy_drop"]
-        cells = (entry["method"], entry["band"], str(entry["n_heads"]), f"{entry['accuracy']['mean']:.1%}")
+        drop, draws = entry["accuracy_drop"], entry["draws"]
+        band = entry["band"] if draws == 1 else f"{entry['band']} ({draws} sets)"
+        cells = (entry["method"], band, str(entry["n_heads"]), f"{entry['accuracy']['mean']:.1%}")
         rows.append((*cells, f"{100 * drop['mean']:.1f} ({100 * drop['low']:.1f} to {100 * drop['high']:.1f})"))
+    base, n = numbers["baseline"]["accuracy"]["mean"], numbers["n_test"]
     options.print_table(
-        f"{hooked.name} on {called}: accuracy {base:.1%} without ablation, {len(test)} samples",
+        f"{title}: accuracy {base:.1%} without ablation, {n} samples (intervals over samples, and sets of several)",
         ("method", "band", "heads", "accuracy", "drop in points (95%)"),
         rows,
     )
+    for test in numbers["tests"]:
+        name = f"{test['method']}, top {test['n_heads']} against random"
+        if test["sets_as_costly"] is None:
+            print(f"{name}: the top costs nothing here")
+        else:
+            p = "" if test["primary"] else f"; larger one after Holm {test['p_adjusted']:.3f}"
+            print(f"{name}: {both_units(test)}{p}")
 
 
 def _looking(hooked: Any, find: Any, word: str, say: Any) -> Any:

@@ -22,7 +22,7 @@ def claims(
     root: options.Root = None,
     only: Annotated[list[str] | None, typer.Option(help="A point by its name; repeatable. Default: all.")] = None,
     samples: Annotated[int, options.samples("Half find the heads, half test them.", 8)] = 48,
-    n_random: options.NRandom = 8,
+    n_random: options.NRandom = 20,
     out: options.Written = None,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
@@ -47,4 +47,5 @@ def claims(
     if as_json:
         print(json.dumps(found.to_json()))
         return
+    options.print_cautions(list(found.cautions))
     options.tell(f"{hooked.name} on {where}, {len(used)} samples", *found.sentences(), sep="\n\n")

@@ -162,7 +162,9 @@ Data = Annotated[
 Root = Annotated[Path | None, typer.Option("--root", help="The folder with the pictures of --data, if not beside it.")]
 Seed = Annotated[int, typer.Option(help="Of samples and random sets.", callback=whole(0, 2**32 - 1))]
 BatchSize = Annotated[int, typer.Option(help="Samples per forward.", callback=whole(1))]
-NRandom = Annotated[int, typer.Option(help="Random sets of each size.", callback=whole(1))]
+NRandom = Annotated[
+    int, typer.Option(help="Random sets of each size; p over sets is 1 / (1 + sets) or more.", callback=whole(1))
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -271,6 +273,14 @@ def share_or_number(value: float) -> float:
 def tell(*texts: str, sep: str = "\n") -> None:
     """Print texts that may hold what others wrote: names in a data set, words of a model."""
     print(*map(printable, texts), sep=sep)
+
+
+def print_cautions(texts: list[str]) -> None:
+    """What limits the numbers, before the numbers."""
+    for text in texts:
+        print(f"Caution. {text}")
+    if texts:
+        print()
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

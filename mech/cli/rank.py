@@ -1,6 +1,7 @@
 """``mech rank``: heads by Retrieval Attention Mass, or by several scores, and how far these agree."""
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -8,6 +9,9 @@ import typer
 from mech.cli import options
 from mech.errors import ExperimentError
 
+EMPTY: dict[str, Any] = {"inclusion": ()}
+NULLED = ("sum", "mean", "hit", "share")  # reductions that have a value for even attention
+NAMED = {"even": "even attention", "elsewhere": "same head elsewhere"}
 EPILOG = (
     "[bold]mech rank -m reference:qwen-s -d video --out heads.json[/]\n\n"
     "[bold]mech rank --score ram,mm_retrieval,retrieval_head[/]  do they name the same heads?"
@@ -30,6 +34,8 @@ def rank(
 ) -> None:
     """Rank the heads of a model by Retrieval Attention Mass, or by several scores, and say how far they agree."""
     import mech
+    from mech.experiments.findings.cautions import unstable
+    from mech.experiments.findings.summary import stability
     from mech.experiments.scores.measure import passes
     from mech.results import write_json
 
@@ -38,36 +44,30 @@ def rank(
     some, called = options.chosen(data, root, domain, samples, seed)
     hooked = options.open_model(model, revision)
     with options.progress(quiet or as_json) as say:
-        scores = mech.head_scores(hooked, some, names, seed=seed, progress=lambda i, n: say("attention", i, n))
+        scores, nulls = _scored(hooked, some, names, seed, lambda i, n: say("attention", i, n))
     rankings = {name: mech.rank_heads(scores, name) for name in names}
     first = rankings[names[0]]
     if not 1 <= top <= len(first):
         raise ExperimentError(f"--top {top}", f"1 to {len(first)}, the heads of {model}", "leave it out for ten")
-    written = first.to_json()
+    said = [
+        f"{name}: {text}" for name, ranking in rankings.items() for _, text in unstable(stability(ranking) or EMPTY)
+    ]
+    written = {**first.to_json(), "null": nulls[names[0]], "cautions": said}
     if len(rankings) > 1:
         agree = mech.agreement(rankings, k=top, n_resamples=500, seed=seed)
         matrices = {str(name): values.values.tolist() for name, values in agree.items()}
-        written = {"rankings": {name: ranking.to_json() for name, ranking in rankings.items()},
+        written = {"rankings": {n: {**ranking.to_json(), "null": nulls[n]} for n, ranking in rankings.items()},
+                   "cautions": said,
                    "agreement": {"scores": names, "n_top": top, **matrices}}  # fmt: skip
     if out is not None:
         write_json(written, out)
     if as_json:
         print(json.dumps(written))
         return
+    options.print_cautions(said)
     for name, ranking in rankings.items():
-        interval = ranking.interval()
-        options.print_table(
-            f"{hooked.name} on {called}: {name} ({scores[name].attrs['unit']}), {len(some)} samples",
-            ("rank", "head", name, "95% interval"),
-            [
-                (
-                    str(i),
-                    f"L{layer}H{head}",
-                    f"{value:.3f}",
-                    _between(*(interval[end].sel(layer=layer, head=head).item() for end in ("low", "high"))),
-                )
-                for i, (layer, head, value) in enumerate(ranking.table[:top], start=1)
-            ],
+        _print_ranking(
+            ranking, nulls[name], f"{hooked.name} on {called}: {name} ({scores[name].attrs['unit']}), {len(some)}", top
         )
     if len(rankings) > 1:
         chance = f"by chance {float(agree['jaccard_null'][0, 1]):.2f}"
@@ -77,6 +77,45 @@ def rank(
         ):
             rows = [(one, *(_agreed(agree, name, one, other) for other in names)) for one in names]
             options.print_table(f"{what} (95% interval over samples)", ("", *names), rows)
+
+
+def _scored(model: Any, samples: Any, names: list[str], seed: int, progress: Any) -> tuple[Any, dict[str, Any]]:
+    """The scores, and what each would be without retrieval, from the same forwards.
+
+    ``even``: of attention spread evenly over the visible keys. ``elsewhere``: of the same head, on regions as large as
+    the evidence in other places of the same pictures. Not for scores that are calibrated already, or are no masses.
+    """
+    import mech
+    from mech.experiments.scores.measure import PUBLISHED
+
+    plain = {n: PUBLISHED[n] for n in names if PUBLISHED[n].calibrate == "none" and PUBLISHED[n].reduce in NULLED
+             and PUBLISHED[n].aggregate == "mean" and PUBLISHED[n].on == "evidence"}  # fmt: skip
+    asked = {name: PUBLISHED[name] for name in names}
+    even = {f"{name} even": replace(score, calibrate="size") for name, score in plain.items()}
+    elsewhere = {f"{name} elsewhere": replace(score, calibrate="random") for name, score in plain.items()}
+    options: dict[str, Any] = dict(seed=seed, progress=progress)
+    try:
+        found = mech.head_scores(model, samples, asked | even | elsewhere, **options)
+    except ExperimentError:  # evidence that leaves no room for a region elsewhere
+        found = mech.head_scores(model, samples, asked | even, **options)
+    nulls: dict[str, Any] = {}
+    for name in names:
+        differences = {
+            word: found[name] - found[f"{name} {word}"] for word in ("even", "elsewhere") if f"{name} {word}" in found
+        }
+        nulls[name] = {word: value.mean("example").values.tolist() for word, value in differences.items()}
+    return found[names].assign_attrs(found.attrs), nulls
+
+
+def _print_ranking(ranking: Any, null: dict[str, Any], title: str, top: int) -> None:
+    """The first heads with their intervals, and beside each what it would score without retrieval."""
+    interval, rows = ranking.interval(), []
+    for i, (layer, head, value) in enumerate(ranking.table[:top], start=1):
+        ends = (interval[end].sel(layer=layer, head=head).item() for end in ("low", "high"))
+        beside = (f"{known[ranking.layers.index(layer)][head]:.3f}" for known in null.values())
+        rows.append((str(i), f"L{layer}H{head}", f"{value:.3f}", _between(*ends), *beside))
+    columns = ("rank", "head", ranking.score, "95% over samples", *(f"null: {NAMED[word]}" for word in null))
+    options.print_table(f"{title} samples", columns, rows)
 
 
 def _between(low: Any, high: Any, *, digits: int = 3) -> str:

@@ -47,7 +47,7 @@ def study(
     root: options.Root = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
     samples: Annotated[int, options.samples("Samples of each domain: half find heads, half test them.", 8)] = 64,
-    n_random: options.NRandom = 20,
+    n_random: options.NRandom = 100,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
     quiet: options.Quiet = False,
@@ -88,8 +88,11 @@ def _print_findings(summary: dict) -> None:
     from rich.padding import Padding
 
     console = Console()
-    console.print("\n[bold]Findings[/] (a place is a model on a domain; the report has all of them with their numbers)")
+    console.print(
+        "\n[bold]Findings[/] (a setting is a model on a domain; the report has all of them with their numbers)"
+    )
     for finding in summary["headlines"]:
-        mark = "[yellow]against the papers:[/] " if finding["against_papers"] else ""
-        place = f"{finding['model']}: " if finding["model"] else ""
-        console.print(Padding(mark + escape(printable(place + finding["text"])), (0, 0, 0, 2)), highlight=False)
+        scope = escape(printable(f"differs from the paper (scope: {summary['scope']})"))
+        mark = f"[yellow]{scope}:[/] " if finding["against_papers"] else ""
+        model = f"{finding['model']}: " if finding["model"] else ""
+        console.print(Padding(mark + escape(printable(model + finding["text"])), (0, 0, 0, 2)), highlight=False)

@@ -59,16 +59,35 @@ def transfer(
         )  # fmt: skip
     options.save_or_draw(found, out)
     base = found["accuracy"].isel(condition=0).mean("example")
+    cautions = _cautions(found)
     if as_json:
-        print(json.dumps(_said(found, base)))
+        print(json.dumps({"cautions": cautions, **_said(found, base)}))
         return
+    options.print_cautions(cautions)
     rows = [(str(task), *_cells(found.sel(found_on=task), "lost")) for task in found["found_on"].values]
     rows.append(("random", *_cells(found, "random_lost")))
     options.print_table(
-        f"{hooked.name}: points of accuracy lost (95%) without {found.attrs['n_heads']} heads",
+        f"{hooked.name}: points of accuracy lost (95% over samples; of {n_random} random sets over samples and sets) "
+        f"without {found.attrs['n_heads']} heads",
         ("found on", *(f"on {task} ({float(base.sel(tested_on=task)):.1%})" for task in tasks)),
         rows,
     )
+
+
+def _cautions(found: Any) -> list[str]:
+    """Too few samples for what a task's own heads cost on it, too few random sets."""
+    from mech.experiments.findings.cautions import few_samples, few_sets
+
+    said = [text for _, text in few_sets(int((found["band"] == "random").sum()))]
+    for task in found["tested_on"].values:
+        n = int(found["accuracy"].sel(tested_on=task).isel(condition=0).notnull().sum())
+        if task in found["found_on"].values:
+            own = found.sel(found_on=task, tested_on=task)
+            loss = {
+                end: float(own[name]) for end, name in (("mean", "lost"), ("low", "lost_low"), ("high", "lost_high"))
+            }
+            said += [f"{task}: {text}" for _, text in few_samples(n, loss)]
+    return said
 
 
 def _cells(found: Any, name: str) -> list[str]:
@@ -80,7 +99,12 @@ def _cells(found: Any, name: str) -> list[str]:
 def _said(found: Any, base: Any) -> dict[str, Any]:
     """Every pair of domains, random heads and no ablation, as JSON."""
     tasks = [str(task) for task in found["tested_on"].values]
-    cells = found[["lost", "lost_low", "lost_high", "p"]].to_dataframe().reset_index().to_dict("records")
+    cells = (
+        found[["lost", "lost_low", "lost_high", "p", "p_samples", "p_sets"]]
+        .to_dataframe()
+        .reset_index()
+        .to_dict("records")
+    )
     chance = found[["random_lost", "random_lost_low", "random_lost_high"]].to_dataframe().reset_index()
     return {
         **{name: found.attrs[name] for name in ("model", "method", "n_heads")},

@@ -1,45 +1,77 @@
 """Shares of right answers, what is lost of them, and the words for it: what every summary and finding is made of.
 
 Values are ``[draw, example]``: one row for a named set of heads, several for random ones. Intervals are over examples,
-and over draws too where there are several.
+and over draws too where there are several. What is lost has one interval everywhere: ``accuracy_interval``.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from mech.experiments.statistics import bootstrap_interval, proportion_interval, two_way_bootstrap
+from mech.experiments.statistics import Interval, accuracy_interval, mean_of, permutation_test, proportion_interval
 
 Bounds = dict[str, float]  # {"mean", "low", "high"}
 
 
 def interval(values: Float[np.ndarray, "draw example"]) -> Bounds | None:
     """Over examples, and over draws too where there are several; None where a value is missing."""
-    if np.isnan(values).any():
-        return None
-    return (two_way_bootstrap(values) if len(values) > 1 else bootstrap_interval(values[0])).as_dict()
+    return None if np.isnan(values).any() else mean_of(values).as_dict()
 
 
 def share(right: Float[np.ndarray, "draw example"]) -> Bounds | None:
-    """The share of right answers."""
-    return proportion_interval(right[0]).as_dict() if len(right) == 1 else interval(right)
+    """The share of right answers: Wilson's interval, and over draws too where there are several."""
+    if np.isnan(right).any():
+        return None
+    if len(right) == 1:
+        return proportion_interval(right[0]).as_dict()
+    return {name: (1 + value) / 2 for name, value in accuracy_interval(2 * right - 1).as_dict().items()}
 
 
 def drop(before: Float[np.ndarray, " example"], after: Float[np.ndarray, "draw example"]) -> Bounds | None:
     """What is lost, paired by example: positive where there were more right answers before."""
-    found = interval(before - after)
-    if found is not None and found["low"] == found["high"]:
-        # No resample differs, yet that no answer of n changed does not mean that none ever would (Wilson).
-        slack = proportion_interval(np.zeros(len(before))).high
-        found |= {"low": found["mean"] - slack, "high": found["mean"] + slack}
-    return found
+    change = before - after
+    return None if np.isnan(change).any() else accuracy_interval(change).as_dict()
 
 
-def points(drop: Mapping[str, float]) -> str:
+def against_random(
+    top: Float[np.ndarray, " example"], random: Float[np.ndarray, "draw example"], n_permutations: int = 10_000
+) -> dict[str, Any]:
+    """Does a set of heads cost more than random ones, on new samples *and* against new sets?
+
+    ``p_samples``: sign flips over samples, given these random sets. ``p_sets``: the rank of the set among the random
+    ones, given these samples; never below ``smallest_p_sets``. ``p_value`` is the larger of the two: a claim needs
+    both. ``sets_as_costly``: random sets that cost as much, and something; None where the set itself costs nothing.
+
+    Sign of ``statistic``: positive where the set costs more. Unit: that of the costs.
+    """
+    samples, sets = (permutation_test(top, random, over, n_permutations) for over in ("examples", "sets"))  # type: ignore[arg-type]
+    as_costly = round(sets.p_value * (len(random) + 1)) - 1
+    return {
+        "statistic": samples.statistic,
+        "p_value": max(samples.p_value, sets.p_value),
+        "p_samples": samples.p_value,
+        "p_sets": sets.p_value,
+        "smallest_p_sets": sets.smallest_p,
+        "draws": len(random),
+        "sets_as_costly": as_costly if float(np.mean(top)) > 0 else None,
+    }
+
+
+def both_units(test: Mapping[str, Any]) -> str:
+    """The two p-values of ``against_random`` in words, each with its unit of resampling."""
+    as_costly = test.get("sets_as_costly")
+    sets = f"; {as_costly} of {test['draws']} random sets cost as much" if as_costly is not None else ""
+    return f"p {p_is(test['p_samples'])} over samples (sign flips), p {p_is(test['p_sets'])} over sets (rank){sets}"
+
+
+def points(drop: Mapping[str, float] | Interval) -> str:
     """A drop in accuracy in percentage points: ``62 points [55, 70]``."""
-    low, high = sorted((100 * drop["low"], 100 * drop["high"]))
-    return f"{100 * drop['mean'] + 0.0:.0f} points [{low + 0.0:.0f}, {high + 0.0:.0f}]"
+    found = drop.as_dict() if isinstance(drop, Interval) else drop
+    low, high = sorted((found["low"], found["high"]))
+    mean, low, high = (round(100 * value) for value in (found["mean"], low, high))  # whole numbers have no -0
+    return f"{mean} points [{low}, {high}]"
 
 
 def p_is(value: float) -> str:

@@ -16,17 +16,12 @@ import xarray as xr
 
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
+from mech.experiments.effects import against_random
 from mech.experiments.metrics import Quiz, ask, quiz
 from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
-from mech.experiments.statistics import (
-    Interval,
-    bootstrap_interval,
-    permutation_test,
-    proportion_interval,
-    two_way_bootstrap,
-)
+from mech.experiments.statistics import Interval, accuracy_interval
 from mech.interventions import Ablate, Reference, intervene, reference_activations
 from mech.model import HookedMLLM
 
@@ -64,13 +59,13 @@ class Bench:
     ranking: Ranking
     reference: Reference
     questions: Quiz
-    n_random: int = 8
+    n_random: int = 20
     seed: int = 0
     _known: dict[Any, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
-        cls, model: HookedMLLM, samples: Samples, *, n_random: int = 8, seed: int = 0, batch_size: int = 16
+        cls, model: HookedMLLM, samples: Samples, *, n_random: int = 20, seed: int = 0, batch_size: int = 16
     ) -> "Bench":
         """Half of the samples find the heads by RAM and are the reference of mean ablation, the others test them.
 
@@ -109,42 +104,24 @@ class Bench:
         return self.right() - self.right(heads, **options)
 
     def band(self, name: str, k: int | float, **options: Any) -> np.ndarray:
-        """The drops of a band of the ranking, [draw, example]: several sets where they are ``"random"``."""
-        sets = (
-            self.ranking.random(k, self.n_random, self.seed) if name == "random" else [getattr(self.ranking, name)(k)]
+        """The drops of a band of the ranking, [draw, example]: several sets, none with a top head, for ``"random"``."""
+        ranking = self.ranking
+        draws = (
+            [getattr(ranking, name)(k)]
+            if name != "random"
+            else ranking.random(k, self.n_random, self.seed, exclude=ranking.top(k))
         )
-        return np.stack([self.cost(heads, **options) for heads in sets])
-
-
-def interval(values: np.ndarray) -> Interval:
-    """The mean with its interval, over samples and, where there are several, over draws: [example], [draw, example]."""
-    values = np.atleast_2d(values)
-    return two_way_bootstrap(values) if len(values) > 1 else bootstrap_interval(values[0])
+        return np.stack([self.cost(heads, **options) for heads in draws])
 
 
 def drop(values: np.ndarray) -> Interval:
-    """``interval`` of drops of accuracy: that none of n answers changed does not mean that none ever would (Wilson)."""
-    found = interval(values)
-    if found.low < found.high:
-        return found
-    slack = proportion_interval(np.zeros(np.atleast_2d(values).shape[1])).high
-    return Interval(found.mean, max(-1.0, found.mean - slack), min(1.0, found.mean + slack))
+    """What is lost of accuracy, [example] or [draw, example], with the interval that it has everywhere."""
+    return accuracy_interval(np.atleast_2d(values))
 
 
-def beyond_random(top: np.ndarray, random: np.ndarray) -> float:
-    """p: do these heads cost more than random ones, on new samples? Sign flips over samples."""
-    return permutation_test(np.atleast_2d(top)[0], random).p_value
-
-
-def points(found: Interval | Mapping[str, Any]) -> str:
-    """A drop of accuracy in words: ``62 points [55, 70]``."""
-    mean, low, high = (float(found[name] if isinstance(found, Mapping) else getattr(found, name))
-                       for name in ("mean", "low", "high"))  # fmt: skip
-    return f"{100 * mean + 0.0:.0f} points [{100 * low + 0.0:.0f}, {100 * high + 0.0:.0f}]"
-
-
-def p(value: float) -> str:
-    return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
+def beyond_random(top: np.ndarray, random: np.ndarray) -> dict[str, Any]:
+    """Do these heads cost more than random ones, on new samples and against new sets? See ``against_random``."""
+    return against_random(np.atleast_2d(top)[0], random)
 
 
 def heads_in(n: int) -> str:

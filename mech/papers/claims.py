@@ -8,9 +8,12 @@ from typing import Any
 from mech.arguments import Count, Seed, checked
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, MechError, suggestion
+from mech.experiments.findings.cautions import few_samples, few_sets, unstable
+from mech.experiments.findings.summary import stability
+from mech.experiments.findings.words import TOP
 from mech.experiments.scores.ram import Progress
 from mech.model import HookedMLLM
-from mech.papers.bench import Bench, Point
+from mech.papers.bench import Bench, Point, drop
 from mech.papers.disputes import DISPUTES
 from mech.papers.weaknesses import WEAKNESSES
 
@@ -23,6 +26,7 @@ class Claims(Mapping[str, Point]):
 
     model: str
     points: Mapping[str, Point]
+    cautions: tuple[str, ...] = ()  # what limits all of them: read these first
 
     def __getitem__(self, key: str) -> Point:
         if key not in self.points:
@@ -39,8 +43,11 @@ class Claims(Mapping[str, Point]):
         return f"Claims({self.model}: {', '.join(self.points)})"
 
     def sentences(self) -> list[str]:
-        """One for each point: its name, whether the published statement holds here, and what was measured."""
-        return [f"{key} ({_verdict(point)}): {point.text}" for key, point in self.points.items()]
+        """One for each point: its name, the published statement, whether it holds here, and what was measured."""
+        return [
+            f"{key}. Published: {point.claim} Here ({_verdict(point)}): {point.text}"
+            for key, point in self.points.items()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Everything in plain data."""
@@ -48,7 +55,7 @@ class Claims(Mapping[str, Point]):
             key: {"claim": point.claim, "holds": point.holds, "text": point.text, "numbers": dict(point.numbers)}
             for key, point in self.points.items()
         }
-        return {"model": self.model, "points": facts}
+        return {"model": self.model, "cautions": list(self.cautions), "points": facts}
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -57,8 +64,9 @@ class Claims(Mapping[str, Point]):
             for key, point in self.points.items()
         )
         head = "<tr><th>point</th><th>published</th><th>here</th><th>measured</th></tr>"
+        notes = "".join(f"<p>Caution. {html.escape(text)}</p>" for text in self.cautions)
         title = f"<caption>{html.escape(self.model)}: what was published, and what this model says</caption>"
-        return f"<table>{title}<thead>{head}</thead><tbody>{rows}</tbody></table>"
+        return f"{notes}<table>{title}<thead>{head}</thead><tbody>{rows}</tbody></table>"
 
 
 def _verdict(point: Point) -> str:
@@ -71,7 +79,7 @@ def published_claims(
     samples: SomeSamples,
     only: str | Sequence[str] | None = None,
     *,
-    n_random: Count = 8,
+    n_random: Count = 20,
     seed: Seed = 0,
     batch_size: Count = 16,
     progress: Progress | None = None,
@@ -92,7 +100,7 @@ def published_claims(
     Raises:
         ExperimentError: an unknown point; too few samples, or none with evidence.
 
-    Cost: about ``20 * n_random`` forwards of the text stack for each test sample, a few for each that finds.
+    Cost: about ``12 * n_random`` forwards of the text stack for each test sample, a few for each that finds.
 
     References: arXiv 2606.05843, 2605.27243, 2608.27417.
     """
@@ -110,4 +118,6 @@ def published_claims(
             found[name] = Point(name, asked, f"Not measured: {error.given}.", {"reason": error.given})
         if progress:
             progress(len(found), len(wanted))
-    return Claims(str(model.name), found)
+    loose, sets = unstable(stability(bench.ranking) or {"inclusion": ()}), few_sets(n_random)
+    least = few_samples(len(bench.test), drop(bench.cost(bench.ranking.top(TOP))).as_dict())
+    return Claims(str(model.name), found, tuple(text for _, text in (*loose, *least, *sets)))

@@ -5,11 +5,12 @@ from itertools import combinations
 
 import numpy as np
 
+from mech.experiments.effects import points
 from mech.experiments.ranking.agreement import agreement
 from mech.experiments.ranking.ranking import rank_heads
 from mech.experiments.scores.measure import head_scores
 from mech.interventions import METHODS
-from mech.papers.bench import Bench, Point, beyond_random, drop, heads_in, points
+from mech.papers.bench import Bench, Point, beyond_random, drop, heads_in
 
 TOP = 0.05
 
@@ -22,7 +23,7 @@ def methods(bench: Bench) -> Point:
         rows[to] = {
             "top": drop(top).as_dict(),
             "random": drop(random).as_dict(),
-            "p": beyond_random(top, random),
+            **beyond_random(top, random),
         }
     drops = {to: bench.cost(bench.ranking.top(TOP), to=to) for to in METHODS}
     apart = {(a, b): drop(drops[a] - drops[b]) for a, b in combinations(METHODS, 2)}

@@ -11,6 +11,7 @@ import mech.sparse.localize as sparse
 from mech.data.regions import Box, Frames, Pages, Region
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
+from mech.experiments.effects import both_units, p_is, points
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.agreement import agreement, sample_curve
 from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
@@ -18,9 +19,9 @@ from mech.experiments.scores.coverage import key_coverage
 from mech.experiments.scores.measure import Score, head_scores
 from mech.experiments.scores.ram import evidence_mass, retrieval_attention_mass
 from mech.experiments.scores.sinks import attention_sinks
-from mech.experiments.statistics import holm, spearman
+from mech.experiments.statistics import holm, mean_of, spearman
 from mech.interventions import METHODS, Ablate, intervene, reference_activations
-from mech.papers.bench import ALPHA, MATTERS, Bench, Point, beyond_random, drop, heads_in, interval, p, points
+from mech.papers.bench import ALPHA, MATTERS, Bench, Point, beyond_random, drop, heads_in
 from mech.papers.boxes import published_tokens, simulated_iou
 from mech.papers.tags import TAGS, tag_leak
 
@@ -35,18 +36,16 @@ def never_ablated(bench: Bench) -> Point:
         top, random = bench.band("top", share), bench.band("random", share)
         rows.append({
             "share": share, "n_heads": bench.ranking.count(share), "top": drop(top).as_dict(),
-            "random": drop(random).as_dict(), "p": beyond_random(top, random),
+            "random": drop(random).as_dict(), **beyond_random(top, random),
         })  # fmt: skip
-    for row, adjusted in zip(rows, holm(np.array([row["p"] for row in rows])), strict=True):
-        row["p_adjusted"] = float(adjusted)
     five = next(row for row in rows if row["share"] == TOP)
     sizes = ", ".join(f"{k} of {n} heads ({k / n:.1%})" for k, n in ABLATED.values())
     costs = "; ".join(f"{row['share']:.1%} ({heads_in(row['n_heads'])}) {points(row['top'])}" for row in rows)
-    needed = five["p_adjusted"] < ALPHA
+    needed = five["p_value"] < ALPHA
     text = (
         f"The largest sets that were ablated hold {sizes}, not 5%. Here, by size: {costs}. The top 5% "
-        f"{'cost' if needed else 'are not shown to cost'} more than as many random heads ({points(five['random'])}; "
-        f"{p(five['p_adjusted'])} after Holm)."
+        f"{'cost' if needed else 'are not shown to cost'} more than as many random other heads "
+        f"({points(five['random'])}; {both_units(five)}; a claim needs both below {ALPHA:g})."
     )
     claim = "The top 5% of the heads are necessary (largest ablated set: 30 heads)."
     return Point("top-5%", claim, text, {"published": ABLATED, "sizes": rows}, needed)
@@ -108,7 +107,7 @@ def boundary_tags(bench: Bench) -> Point:
     found = tag_leak(bench.model, bench.test, seed=bench.seed)
     leak = found["leak"].mean("example")
     top = bench.ranking.top(TOP)
-    of_top = interval(np.mean([found["leak"].sel(layer=layer, head=head).values for layer, head in top], axis=0))
+    of_top = mean_of(np.mean([found["leak"].sel(layer=layer, head=head).values for layer, head in top], axis=0)[None])
     by = [rank_heads(found, name) for name in ("plain", "tagged")]
     k = by[0].count(TOP)
     most = Ranking(leak.values, score="leak", layers=bench.ranking.layers).heads[0]
@@ -229,24 +228,27 @@ def controls_of_acceleration(bench: Bench) -> Point:
     rows = []
     for share in (TOP, 0.2):
         k = ranking.count(share)
-        random = np.stack([right(heads) for heads in ranking.random(k, min(4, bench.n_random), bench.seed)])
+        random = np.stack(
+            [right(heads) for heads in ranking.random(k, min(4, bench.n_random), bench.seed, ranking.top(k))]
+        )
         top = right(ranking.top(k))
         rows.append({
             "share": share, "n_heads": k, "top": float(top.mean()), "bottom": float(right(ranking.bottom(k)).mean()),
             "vision": float(right(vision.top(k)).mean()), "random": float(random.mean()),
-            "better_than_random": drop(top - random).as_dict(), "p": beyond_random(top, random),
+            "better_than_random": drop(top - random).as_dict(), **beyond_random(top, random),
         })  # fmt: skip
     dense, none = float(bench.right().mean()), float(right(()).mean())
     by = "; ".join(
         f"{heads_in(r['n_heads'])} dense: top {r['top']:.0%}, random {r['random']:.0%}, bottom {r['bottom']:.0%}, "
         f"vision {r['vision']:.0%}" for r in rows
     )  # fmt: skip
-    best = float(holm(np.array([row["p"] for row in rows])).min())
+    best = float(holm(np.array([row["p_value"] for row in rows])).min())
     matters = best < ALPHA
     text = (
         f"Prompts of about {length} tokens, local heads see {sinks} sink and {window} tokens. Accuracy is {dense:.0%} "
         f"dense, {none:.0%} with every head local; {by}. The ranking "
-        f"{'beats' if matters else 'is not shown to beat'} random heads at the same budget ({p(best)} after Holm)."
+        f"{'beats' if matters else 'is not shown to beat'} random heads at the same budget (p "
+        f"{p_is(best)} after Holm: the larger of that over samples and that over {rows[0]['draws']} random sets)."
     )
     numbers = {"dense": dense, "all_local": none, "window": window, "sinks": sinks, "budgets": rows}
     claim = "Keeping the top heads dense keeps the accuracy (no random, bottom or vision heads at the same budget)."
@@ -289,7 +291,7 @@ def figure_and_text(bench: Bench) -> Point:
     k = min(15, len(bench.ranking) // 3)
     sets = {"top": bench.ranking.top(k), "bottom": bench.ranking.bottom(k)}
     covered = key_coverage(bench.model, bench.test, sets)["coverage"]
-    found = {name: interval(covered.sel(set=name).values).as_dict() for name in sets}
+    found = {name: mean_of(covered.sel(set=name).values[None]).as_dict() for name in sets}
     above = max(found, key=lambda name: found[name]["mean"])
     sparsity = bench.ranking.half_mass_share()
     text = (

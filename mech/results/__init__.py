@@ -1,7 +1,15 @@
 """Results as labelled arrays with a record of what made them: the kinds, the record, and the folder they live in."""
 
 from mech.results.provenance import provenance
-from mech.results.schema import ablation_dataset, check, look_facts, looks_dataset, ram_dataset
+from mech.results.schema import (
+    ablation_dataset,
+    check,
+    heads_text,
+    look_facts,
+    looks_dataset,
+    ram_dataset,
+    with_top_apart,
+)
 from mech.results.store import load, save, write_json
 from mech.results.study import Study
 
@@ -9,11 +17,13 @@ __all__ = [
     "Study",
     "ablation_dataset",
     "check",
+    "heads_text",
     "load",
     "look_facts",
     "looks_dataset",
     "provenance",
     "ram_dataset",
     "save",
+    "with_top_apart",
     "write_json",
 ]

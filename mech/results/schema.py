@@ -34,7 +34,8 @@ from mech.files import parse_json
 
 VERSION = 1
 METHODS = ("none", "mean", "zero", "resample", "uniform", "paper")
-BANDS = ("none", "top", "bottom", "middle", "random", "layer_matched", "by SCORE")  # the last: tops by another score
+BANDS = ("none", "top", "bottom", "middle", "random", "unneeded", "unrestricted", "layer_matched", "by SCORE")
+WITH_TOP = "unrestricted, with top"  # sets of the unrestricted control that hold a tested head: shown apart
 LOOK_FACTS = ("question", "answer", "prediction", "pictures", "evidence")
 
 Kind = Literal["ram", "ablation", "looks", "causal"]
@@ -141,14 +142,16 @@ def ablation_dataset(
     fraction: Sequence[float],
     n_heads: Sequence[int],
     draw: Sequence[int],
+    heads: Sequence[Sequence[tuple[int, int]]] | None = None,
     examples: Sequence[str] | None = None,
     **attrs: Any,
 ) -> xr.Dataset:
     """Accuracy and logit difference of every example under every condition.
 
     A condition is one set of heads ablated in one way; the unablated baseline is the condition ``method="none"``,
-    ``band="none"``, ``fraction=0``. ``draw`` numbers the random sets of one setting and is 0 for the others. One
-    condition alone is a valid dataset: that is how conditions are saved while a study runs.
+    ``band="none"``, ``fraction=0``. ``draw`` numbers the random sets of one size and method and is 0 for the others.
+    ``heads`` says which heads a condition ablated (as text: ``"L0H2 L3H1"``; files of earlier versions do not have it).
+    One condition alone is a valid dataset: that is how conditions are saved while a study runs.
     """
     coords = {
         "method": (CONDITION, _names(method)),
@@ -157,10 +160,30 @@ def ablation_dataset(
         "n_heads": (CONDITION, np.asarray(n_heads, dtype=np.int64)),
         "draw": (CONDITION, np.asarray(draw, dtype=np.int64)),
     }
+    if heads is not None:
+        coords["heads"] = (CONDITION, _names([heads_text(one) for one in heads]))
     if examples is not None:
         coords[EXAMPLE] = (EXAMPLE, _names(examples))
     values = {"accuracy": np.asarray(accuracy, dtype=np.float64), "logit_diff": logit_diff}
     return _build("ablation", values, coords, attrs)
+
+
+def heads_text(heads: Sequence[tuple[int, int]]) -> str:
+    """Heads as results hold them: ``"L0H2 L3H1"``."""
+    return " ".join(f"L{layer}H{head}" for layer, head in heads)
+
+
+def with_top_apart(effects: xr.Dataset) -> xr.Dataset:
+    """The sets of the unrestricted control that hold a head of the top band of their size, in a band of their own."""
+    if "heads" not in effects.coords or "unrestricted" not in effects["band"].values:
+        return effects
+    columns = [effects[name].values for name in ("method", "n_heads", "band", "heads")]
+    tops = {(m, n): set(str(heads).split()) for m, n, band, heads in zip(*columns, strict=True) if band == "top"}
+    named = [
+        WITH_TOP if band == "unrestricted" and tops.get((m, n), set()) & set(str(heads).split()) else str(band)
+        for m, n, band, heads in zip(*columns, strict=True)
+    ]
+    return effects.assign_coords(band=(CONDITION, _names(named)))
 
 
 def looks_dataset(
@@ -183,7 +206,9 @@ def looks_dataset(
         token_image: index of the picture a token lies in, -1 for padding.
         looks: for each look a dict with ``question, answer, prediction, pictures`` (file names beside the dataset)
             and ``evidence`` (lists ``[picture, x0, y0, x1, y1]``), with ``digests`` (of the pictures' pixels) if the
-            files are to be checked. Kept as one JSON string in ``attrs["looks"]``.
+            files are to be checked, and perhaps ``queries``: for each head shown ``"question"`` (the mean over its
+            tokens) or the one token that looks, with the share of the answer that is lost there. Kept as one JSON
+            string in ``attrs["looks"]``.
         shown_layer, shown_head, shown_band, shown_ram: which heads are shown, why ("top" or "bottom") and their RAM.
     """
     coords = {

@@ -3,10 +3,11 @@
     ablation_curves(dataset)                 # one panel for each method of ablation
     ablation_curves(dataset, "logit_diff")
 
-Lines are the named bands (top, bottom, middle of the ranking, tops by other scores; bars: 95% bootstrap interval over
-the samples). Shaded is where random sets of the same size fall, from the lowest to the highest draw: an effect inside
+Lines are the named bands (top, bottom, middle of the ranking, tops by other scores; bars: 95% interval over the
+samples). Shaded is where random sets of as many other heads fall, from the lowest to the highest draw: an effect inside
 the shade is no effect of the *ranking*. Layer-matched random sets have as many heads in each layer as the top set, so
-they also rule out "those layers matter". The dotted line is the model as it is.
+they also rule out "those layers matter". Pointing at a set says which heads it holds. The dotted line is the model as
+it is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,9 @@ import xarray as xr
 
 from mech.axes import CONDITION, EXAMPLE
 from mech.errors import OutputError
-from mech.views.drawing.intervals import mean_interval
+from mech.results import with_top_apart
+from mech.results.schema import WITH_TOP
+from mech.views.drawing.intervals import accuracy_interval, mean_interval
 from mech.views.drawing.page import View, chart, escape, tabs
 
 MEASURES = {"accuracy": "accuracy", "logit_diff": "logit difference (right minus wrong)"}
@@ -32,16 +35,26 @@ BANDS = {
     "top": ("top of the ranking", "diamond", "solid"),
     "bottom": ("bottom", "square", "dash"),
     "middle": ("middle", "triangle-up", "dashdot"),
-    "random": ("random sets (lowest to highest draw)", "circle", "solid"),
+    "random": ("random sets of other heads (lowest to highest draw)", "circle", "solid"),
+    "unneeded": ("random, heads known to be necessary spared", "circle", "dash"),
+    "unrestricted": ("random of all heads, none of the top drawn", "circle", "dashdot"),
+    WITH_TOP: ("random of all heads, with one of the top", "star", "dashdot"),
     "layer_matched": ("random, same layers as the top", "circle", "dot"),
     "by vision_mass": ("vision heads (look at any visual token)", "cross", "longdash"),
     "by sink_mass": ("sink heads", "x", "longdashdot"),
 }
-DRAWN = ("random", "layer_matched")
+DRAWN = ("random", "unneeded", "unrestricted", WITH_TOP, "layer_matched")
 OVERVIEW = ("top", "random", "layer_matched", "bottom")  # what the overview has room for, each in a lane of its own
 LANE = 15  # pixels
 NEAR = 4  # rows from which on the overview has ticks above as well
-COLOURS = {"layer_matched": "matched", "by vision_mass": "vision", "by sink_mass": "sink"}
+COLOURS = {
+    "unneeded": "random",
+    "unrestricted": "random",
+    WITH_TOP: "random",
+    "layer_matched": "matched",
+    "by vision_mass": "vision",
+    "by sink_mass": "sink",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Effect:
     mean: float
     low: float
     high: float
+    heads: str = ""  # which were ablated; of random sets, those of the lowest and of the highest draw
 
 
 def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablation of heads") -> View:
@@ -85,8 +99,10 @@ def effects(result: xr.Dataset, measure: str) -> list[Effect]:
             "variables [condition, example] with coordinates method, band, fraction, n_heads, draw",
             "pass what ablation returned",
         )
+    result = with_top_apart(result)
     values = result[measure].transpose(EXAMPLE, CONDITION).values.astype(float)
-    means, lows, highs = mean_interval(values)
+    means, lows, highs = accuracy_interval(values) if measure == "accuracy" else mean_interval(values)
+    names = result["heads"].values.astype(str).tolist() if "heads" in result.coords else [""] * len(means)
     groups: dict[tuple[str, str, float, int], list[int]] = {}
     columns = [result[name].values.tolist() for name in ("method", "band", "fraction", "n_heads")]
     for i, (method, band, fraction, n_heads) in enumerate(zip(*columns, strict=True)):
@@ -95,10 +111,19 @@ def effects(result: xr.Dataset, measure: str) -> list[Effect]:
     for (method, band, fraction, n_heads), members in groups.items():
         mean = float(np.median(means[members]))
         low, high = (lows[members[0]], highs[members[0]])
+        heads = _wrapped(names[members[0]])
         if band in DRAWN or len(members) > 1:
-            low, high = means[members].min(), means[members].max()
-        found.append(Effect(method, band, fraction, n_heads, len(members), mean, float(low), float(high)))
+            least, most = members[means[members].argmin()], members[means[members].argmax()]
+            low, high = means[least], means[most]
+            heads = f"lowest: {_wrapped(names[least])}<br>highest: {_wrapped(names[most])}" if names[least] else ""
+        found.append(Effect(method, band, fraction, n_heads, len(members), mean, float(low), float(high), heads))
     return found
+
+
+def _wrapped(heads: str, a_line: int = 8) -> str:
+    """Names of heads for a tip, some on each line."""
+    names = escape(heads).split()
+    return "<br>".join(", ".join(names[i : i + a_line]) for i in range(0, len(names), a_line))
 
 
 def baseline(found: Sequence[Effect]) -> Effect | None:
@@ -301,8 +326,10 @@ def _says(effect: Effect, measure: str) -> str:
     heads = f"{effect.n_heads} head{'s' if effect.n_heads > 1 else ''} ({_percent(effect.fraction)})"
     name = escape(looks_like(effect.band)[0].split(" (")[0])
     if effect.band in DRAWN or effect.draws > 1:
-        return f"<b>{name}</b>, {heads}<br>median of {effect.draws} draws {shown(effect.mean)}<br>draws from {span}"
-    return f"<b>{name}</b>, {heads}<br>{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval {span}"
+        said = f"median of {effect.draws} draws {shown(effect.mean)}<br>draws from {span}"
+    else:
+        said = f"{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval over samples {span}"
+    return f"<b>{name}</b>, {heads}<br>{said}" + (f"<br>{effect.heads}" if effect.heads else "")
 
 
 def _span(found: Sequence[Effect], measure: str) -> tuple[float, float]:

@@ -3,11 +3,12 @@
     looks(dataset, folder)      # the "looks" dataset of a study and the folder with its pictures
     looks(dataset, on=samples)  # one of ``mech.looks``, and the samples it was made from
 
-For each question: the pictures as they are with the evidence outlined, then for every head the picture in grey with the
-attention of the question's tokens over it. All heads of one question share one colour scale (square root of the
-attention, so faint looks stay visible): a dark picture means that the head looks elsewhere, not that it was scaled.
-The numbers under a head are sums for this question: over the tokens that touch the evidence, and over all
-visual tokens ("visual"). What is left of 1 lies on text.
+For each question: the pictures as they are with the evidence outlined, then for every head the picture in grey with
+its attention over it. Which query looks is said under each head: the question (the mean over its tokens), or the one
+token at which the head decides the answer. All heads of one question share one linear scale, and the colour is as
+strong as the attention: a dark picture means that the head looks elsewhere or spreads thin, not that it was scaled. The
+numbers under a head are sums for this question: over the tokens that touch the evidence, and over all visual tokens
+("visual"). What is left of 1 lies on text.
 
 A visual token of a video may stand for several frames; it is drawn on the first of them, and frames without a token of
 their own are shown only in the original strip.
@@ -30,9 +31,14 @@ from mech.results.schema import check, look_facts
 from mech.views.drawing.images import Picture, embedded, mark, stage, styles
 from mech.views.drawing.page import View, escape
 
-BAND_TITLES = {"top": "Top heads of the ranking", "bottom": "Bottom heads of the ranking"}
+BAND_TITLES = {
+    "top": "Top heads of the ranking",
+    "necessary": "Necessary heads without RAM: they look elsewhere, and the answer needs them",
+    "bottom": "Bottom heads of the ranking",
+}
+BAND_COLOURS = {"top": "top", "necessary": "matched", "bottom": "bottom"}
 HEAT = ("#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf")
-FAINTEST = 0.08  # of the colour scale; below it nothing is drawn
+FAINTEST = 0.02  # of the colour scale; below it nothing is drawn
 
 
 @dataclass(frozen=True)
@@ -197,12 +203,12 @@ def _article(look: _Look, shown: list[tuple[str, str, float]]) -> str:
     for band in dict.fromkeys(band for band, _, _ in shown):
         drawn = [_head(look, i, name, ram, most) for i, (b, name, ram) in enumerate(shown) if b == band]
         title = BAND_TITLES.get(band, band)
-        style = f"--band:var(--{band if band in BAND_TITLES else 'accent'})"
+        style = f"--band:var(--{BAND_COLOURS.get(band, 'accent')})"
         name = f'<p class="band-name" style="{style}">{escape(title)}</p>'
         bands.append(f'<div>{name}<div class="heads">{"".join(drawn)}</div></div>')
     answer, prediction = escape(facts["answer"]), escape(facts["prediction"])
     strip = f'<div class="strip" style="--columns:{_columns(len(look.pictures), 8)}">{originals}</div>'
-    scale = gradient("attention on one visual token", most, "; one scale for all heads of this question")
+    scale = gradient("attention on one visual token", most, "; one scale for all heads of this question", power=1)
     original = f"{strip}<figcaption>As the model gets it; outlined: the evidence</figcaption>"
     return (
         f'<article class="look{" many" if many else ""}"><p class="question">{escape(facts["question"])}</p>'
@@ -217,10 +223,13 @@ def _head(look: _Look, i: int, name: str, ram: float, most: float) -> str:
     with_tokens = sorted(set(look.image.tolist()))
     stages = "".join(_stage(look, k, row, most) for k in with_tokens)
     numbers = f"evidence {row[look.on_evidence].sum():.2f} · visual {row.sum():.2f}"
+    asked = str((look.facts.get("queries") or {i: "question"})[i])
+    token, colon, lost = asked.rpartition(": ")
+    query = f"from {escape(token)}, where it decides {escape(lost)}" if colon else f"from the {escape(asked)}, mean"
     return (
         f'<figure data-head="{name}">'
         f'<div class="strip" style="--columns:{_columns(len(with_tokens), 4)}">{stages}</div>'
-        f"<figcaption><b>{name}</b> · mean RAM {ram:.2f}<br>{numbers}</figcaption></figure>"
+        f"<figcaption><b>{name}</b> · mean RAM {ram:.2f}<br>{query}<br>{numbers}</figcaption></figure>"
     )
 
 
@@ -230,10 +239,10 @@ def _stage(look: _Look, k: int, row: np.ndarray | None, most: float) -> str:
     if row is not None:
         # Line breaks and class tokens of a picture lie nowhere in it.
         for token in np.flatnonzero((look.image == k) & ~np.isnan(look.rect).any(axis=1)):
-            strength = float(np.sqrt(row[token] / most))
+            strength = float(row[token] / most)
             if strength >= FAINTEST:
                 tip = f"attention {row[token]:.3f}"
-                marks.append(mark(look.rect[token], heat(strength), 0.25 + 0.6 * strength, tip))
+                marks.append(mark(look.rect[token], heat(strength), 0.85 * min(1.0, strength + 0.1), tip))
     outlined = [rect for home, *rect in look.facts["evidence"] if home == k]
     return stage(look.pictures[k], "".join(marks), dim=row is not None, evidence=outlined)
 
@@ -247,12 +256,12 @@ def heat(strength: float) -> str:
     return "#" + "".join(f"{value:02x}" for value in mixed)
 
 
-def gradient(what: str, most: float, note: str = "") -> str:
-    """The scale of what is drawn with ``heat(sqrt(value / most))``."""
+def gradient(what: str, most: float, note: str = "", power: int = 2) -> str:
+    """The scale of what is drawn with ``heat((value / most) ** (1 / power))``."""
     style = f"background:linear-gradient(90deg,{','.join(HEAT)})"
     return (
         f'<p class="heat-legend">{escape(what)}: 0 <i style="{style}"></i> {most:.2g}'
-        f"<span>(middle of the bar: {most / 4:.2g}{escape(note)})</span></p>"
+        f"<span>(middle of the bar: {most / 2**power:.2g}{escape(note)})</span></p>"
     )
 
 

@@ -15,7 +15,7 @@ import xarray as xr
 
 from mech.axes import EXAMPLE
 from mech.views.curves import MEASURES
-from mech.views.drawing.intervals import mean_interval
+from mech.views.drawing.intervals import accuracy_interval, mean_interval
 from mech.views.drawing.page import View, chart, escape, tabs
 
 COLOURS = {"top": "top", "bottom": "bottom", "random": "random", "vision": "matched", "all": "middle"}
@@ -157,7 +157,8 @@ def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len(values) > 1:
         drawn = values.mean(-1)
         return np.median(drawn, axis=0), drawn.min(0), drawn.max(0)
-    mean, low, high = mean_interval(np.moveaxis(values[0], -1, 0))
+    of_answers = bool(np.isin(values, (0, 1)).all())
+    mean, low, high = (accuracy_interval if of_answers else mean_interval)(np.moveaxis(values[0], -1, 0))
     return mean, np.where(np.isnan(low), mean, low), np.where(np.isnan(high), mean, high)  # one sample has no interval
 
 

@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 
 from mech.results.store import read_json
@@ -251,12 +252,16 @@ def test_an_interrupt_ends_with_130(mech, monkeypatch):
 
 def test_rank_prints_a_table_or_json_and_writes_the_ranking(mech, tmp_path):
     code, out, _ = mech("rank", "--samples", "6", "--top", "3", "-q")
-    assert code == 0 and "95% interval" in out and out.count("L") >= 3
+    assert code == 0 and "95% over samples" in out and out.count("L") >= 3 and "null: even attention" in out
+    assert out.startswith("Caution. ram: Unstable top set")  # six samples: said before the table
     path = tmp_path / "heads.json"
     code, out, err = mech("rank", "--samples", "6", "--json", "--out", str(path))
     assert code == 0 and err == ""
     assert json.loads(out) == read_json(path)
-    assert len(json.loads(out)["heads"]) == 48
+    assert len(json.loads(out)["heads"]) == 48 and json.loads(out)["cautions"]
+    null = json.loads(out)["null"]
+    assert np.shape(null["even"]) == np.shape(null["elsewhere"]) == (6, 8) and 0 < np.ptp(null["elsewhere"]) < 0.2
+    np.testing.assert_allclose(null["even"], null["even"][0][0], atol=1e-6)  # the same of every head
 
 
 def test_rank_by_several_scores_prints_and_writes_how_far_they_agree(mech, tmp_path):
@@ -287,7 +292,7 @@ def test_a_study_prints_its_findings_or_the_summary(mech, tmp_path):
     ]
     code, out, err = mech("study", *words)
     assert code == 0 and "report.html" in "".join(out.split())
-    assert "in 1 of 1 places (llava-s on grounding)" in " ".join(out.split())
+    assert "in 1 of 1 settings (llava-s on grounding)" in " ".join(out.split())
     assert "ablation" in err  # the progress
     code, out, err = mech("study", *words, "--json")
     assert code == 0 and json.loads(out)["schema"] == 1 and err == ""
@@ -310,6 +315,12 @@ def test_ablate_says_what_each_band_costs(mech, tmp_path):
     found = json.loads(out)
     assert {entry["method"] for entry in found["ablation"]} == {"mean", "zero"}
     assert {entry["band"] for entry in found["ablation"]} == {"top", "bottom", "middle", "random", "layer_matched"}
+    assert "Few random sets: with 2" in found["cautions"][-1]
+    for entry in found["ablation"]:
+        drop = entry["accuracy_drop"]
+        assert -1 <= drop["low"] < drop["high"] <= 1  # six samples: neither empty nor beyond what is possible
+    code, out, _ = mech("ablate", *words, "-q", "--band", "top", "--band", "random")
+    assert code == 0 and out.startswith("Caution. ") and "top 5 against random" in out
 
 
 def test_ablate_takes_heads_that_look_at_pictures_or_sinks_as_bands(mech):
@@ -329,7 +340,9 @@ def test_a_revision_is_opened_and_named(mech):
 def test_transfer_says_what_the_heads_of_each_domain_cost_on_each(mech, tmp_path):
     words = ["transfer", "-d", "grounding", "-d", "pages", "--samples", "8", "--n-random", "2", "--fraction", "2"]
     code, out, _ = mech(*words, "-q", "--out", str(tmp_path / "t.html"))
-    assert code == 0 and "without 2 heads" in out and [line.split()[0] for line in out.splitlines()[2:]] == [
+    cautions, table = out.split("\n\n")  # four test samples, two random sets: said before the numbers
+    assert "Few random sets" in cautions and "no loss of accuracy can be significant" in cautions
+    assert code == 0 and "without 2 heads" in table and [line.split()[0] for line in table.splitlines()[2:]] == [
         "grounding", "pages", "random"
     ]  # fmt: skip
     assert (tmp_path / "t.html").read_text().startswith("<!doctype html>")
@@ -339,7 +352,8 @@ def test_transfer_says_what_the_heads_of_each_domain_cost_on_each(mech, tmp_path
         code == 0 and err == "" and (tmp_path / "t.nc").exists() and list(found["accuracy"]) == ["grounding", "pages"]
     )
     assert len(found["lost"]) == 4 and len(found["random"]) == 2
-    assert all(cell["lost_low"] <= cell["lost"] <= cell["lost_high"] for cell in found["lost"])
+    assert all(-1 <= cell["lost_low"] < cell["lost_high"] <= 1 for cell in found["lost"])
+    assert all(cell["p"] == max(cell["p_samples"], cell["p_sets"]) for cell in found["lost"])
 
 
 def test_patch_names_the_cells_that_carry_the_answer(mech, tmp_path):

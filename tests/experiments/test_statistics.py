@@ -6,6 +6,7 @@ from scipy import stats
 
 from mech.errors import ExperimentError
 from mech.experiments.statistics import (
+    accuracy_interval,
     benjamini_hochberg,
     bootstrap_interval,
     bootstrap_means,
@@ -52,6 +53,56 @@ def test_two_way_interval_covers_when_sets_differ_and_the_one_way_does_not():
     one = coverage(draw, 0.0, lambda x, s: bootstrap_interval(x.mean(axis=0), 0.9, 300, s), repeats=150)
     assert both >= 0.85
     assert one <= 0.5
+
+
+# What happens to one answer: right before, lost if it was, gained if it was not.
+CHANGES = [(0.9, 0.3, 0.1), (0.8, 0.6, 0.2), (0.95, 0.15, 0.1), (0.5, 0.5, 0.5), (0.95, 0.9, 0.05)]
+RARE = [(0.95, 0.0, 0.0), (0.95, 0.02, 0.0), (0.6, 0.1, 0.05)]
+
+
+def covered(change, truth):
+    found = accuracy_interval(change)
+    assert (found.high > found.low).all() and (found.low >= -1).all() and (found.high <= 1).all()
+    return np.mean((found.low <= truth + 1e-12) & (truth - 1e-12 <= found.high))
+
+
+@pytest.mark.parametrize("n", [4, 8, 16, 32, 48, 100])
+def test_the_interval_of_lost_accuracy_covers_as_often_as_it_says(n):
+    """2,000 experiments each; where hardly an answer changes it errs to the wide side, as every honest one does."""
+    rng = np.random.default_rng(n)
+    for right, lost, gained in CHANGES + RARE:
+        before = rng.random((2000, 1, n)) < right
+        after = np.where(before, rng.random(before.shape) >= lost, rng.random(before.shape) < gained)
+        share = covered(before * 1.0 - after, right * lost - (1 - right) * gained)
+        wide = n < 32 or (right, lost, gained) in (*RARE, CHANGES[-1])
+        assert 0.9 <= share <= (1.0 if wide else 0.97), (right, lost, gained)
+
+
+@pytest.mark.parametrize(("n", "draws"), [(32, 20), (32, 100), (48, 20), (48, 100)])
+def test_the_interval_of_random_sets_counts_examples_and_sets(n, draws):
+    rng, shape = np.random.default_rng(draws), (2000, draws, n)
+    few = rng.random((2000, 1, n)) < 0.05
+    for hurt, strong, truth, most in (  # how easily an example is lost, how much a set does
+        (rng.beta(2, 1, (2000, 1, n)), rng.beta(2, 2, (2000, draws, 1)), 2 / 3 * 0.5, 0.98),
+        (np.full((2000, 1, n), 0.9), 0.1 + 0.8 * (rng.random((2000, draws, 1)) < 0.3), 0.9 * 0.34, 0.97),
+        (rng.beta(0.5, 4, (2000, 1, n)), rng.beta(1, 3, (2000, draws, 1)), 0.5 / 4.5 * 0.25, 1.0),  # hardly any loss
+        (0.6 * few, np.ones((2000, draws, 1)), 0.03, 1.0),  # one example in twenty, which may not be among these
+    ):
+        change = (rng.random(shape) < hurt * strong).astype(float)
+        assert 0.9 <= covered(change, truth) <= most
+
+
+def test_the_interval_of_lost_accuracy_is_never_empty_and_never_beyond_what_is_possible():
+    none, all_lost = accuracy_interval(np.zeros((1, 4))), accuracy_interval(np.ones((3, 32)))
+    assert none.low == -none.high and 0.3 < none.high < 0.6 and all_lost.high == 1 and 0.7 < all_lost.low < 1
+    once = np.zeros((100, 32))
+    once[3, 5] = 1  # 32 examples, however many sets: one answer that is lost once does not make it narrow
+    assert accuracy_interval(once).high > accuracy_interval(np.zeros((100, 32))).high > 0.04
+    wide, narrow = (accuracy_interval(np.tile([0.0, 1.0], (1, n))) for n in (8, 32))
+    assert wide.mean == narrow.mean == 0.5 and wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+    for bad in (np.zeros(4), np.full((1, 4), 1.5), np.full((1, 4), np.nan), np.zeros((1, 0))):
+        with pytest.raises(ExperimentError, match="changes of accuracy"):
+            accuracy_interval(bad)
 
 
 def test_bootstrap_interval_is_seeded_ordered_and_keeps_the_other_axes():

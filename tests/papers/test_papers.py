@@ -45,9 +45,10 @@ def test_every_point_is_there_and_says_what_it_measured(claims):
         assert any(digit in point.text for digit in "0123456789")
     facts = claims.to_json()
     assert json.loads(json.dumps(facts))["points"]["queries"]["holds"] == claims["queries"].holds
-    assert claims.sentences()[1].startswith(
-        f"low-ranked ({'holds' if claims['low-ranked'].holds else 'does not hold'}): "
-    )
+    low = claims["low-ranked"]
+    verdict = f"low-ranked. Published: {low.claim} Here ({'holds' if low.holds else 'does not hold'}): "
+    assert claims.sentences()[1].startswith(verdict)
+    assert "Few random sets: with 3" in claims.cautions[-1] and claims.cautions[-1] in facts["cautions"]
     shown = claims._repr_html_()
     assert shown.count("<tr>") == 13 and "planted:roles" in shown
 
@@ -55,8 +56,9 @@ def test_every_point_is_there_and_says_what_it_measured(claims):
 def test_the_planted_retrieval_head_is_necessary_and_a_low_ranked_head_too(claims, key):
     """Of eight heads one retrieves; carry has RAM 0, and nobody knows what is asked without it."""
     top = claims["top-5%"]
-    assert top.holds and top.numbers["sizes"][0]["n_heads"] == 1
-    assert top.numbers["sizes"][0]["top"]["mean"] > 0.8
+    first = top.numbers["sizes"][0]
+    assert first["n_heads"] == 1 and first["top"]["mean"] > 0.8 and first["p_samples"] < 0.05
+    assert top.holds is False and first["p_value"] == first["p_sets"] >= 1 / 4  # three sets are no claim
     low = claims["low-ranked"]
     assert low.holds is False and low.numbers["sizes"][-1]["bottom"]["mean"] > 0.5
     assert low.text.endswith("Low-ranked heads matter.")
@@ -84,14 +86,16 @@ class Made:
 
 def test_sentences_follow_the_numbers_whichever_way_they_fall():
     lost, kept = np.array([1.0] * 18 + [0.0] * 2), np.zeros(20)
-    few = np.stack([kept, np.roll(lost, 3) * (np.arange(20) < 2)])
+    few = np.stack([np.roll(lost, 3) * (np.arange(20) < 2), *[kept] * 39])
     needed = never_ablated(Made(lost, kept, few))
     assert needed.holds and "The top 5% cost more" in needed.text and "90 points [" in needed.text
     idle = never_ablated(Made(kept, kept, few))
-    assert not idle.holds and "are not shown to cost more" in idle.text and "p = 1.000" in idle.text
+    assert not idle.holds and "are not shown to cost more" in idle.text and "p = 1.000 over sets" in idle.text
+    lone = never_ablated(Made(lost, kept, few[:2]))
+    assert not lone.holds and "p < 0.001 over samples (sign flips), p = 0.333 over sets" in lone.text
     harmless = low_ranked(Made(lost, kept, few))
     assert harmless.holds and harmless.text.endswith("No set of them is shown to cost five points.")
-    assert "0 points [-16, 16]" in harmless.text, "that no answer of twenty changed does not mean none ever would"
+    assert "0 points [-13, 13]" in harmless.text, "that no answer of twenty changed does not mean none ever would"
     assert low_ranked(Made(lost, lost, few)).holds is False
 
 
@@ -225,7 +229,11 @@ def test_each_set_of_heads_is_ablated_once(key, toy, monkeypatch):
 def test_the_command_prints_sentences_and_writes_numbers(mech, tmp_path):
     code, said, _ = mech("claims", "--only", "low-ranked", "--samples", "12", "--n-random", "2", "-q",
                          "--out", str(tmp_path / "claims.json"))  # fmt: skip
-    assert code == 0 and "low-ranked (" in said and "reference:llava-s on grounding, 12 samples" in said
+    assert (
+        code == 0
+        and "low-ranked. Published: Lower-ranked heads" in said
+        and "reference:llava-s on grounding, 12 samples" in said
+    )
     assert list(json.loads((tmp_path / "claims.json").read_text())["points"]) == ["low-ranked"]
     code, _, wrong = mech("claims", "--only", "low-rank")
     assert code == 2 and "use 'low-ranked'" in wrong

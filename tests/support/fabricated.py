@@ -30,7 +30,7 @@ def fabricated_study(
 ) -> Path:
     """Write the folder (models are ``(name, family, layers, heads)``) and return it; with ``causal`` heads patched."""
     rng = np.random.default_rng(0)
-    summary = {"schema": 1, "models": {}, "scales": {}, "provenance": _provenance()}
+    summary = {"schema": 1, "models": {}, "scales": {}, "scope": "2 models; haystacks", "provenance": _provenance()}
     for name, family, n_layers, n_heads in models:
         truth = _map(rng, n_layers, n_heads)
         entry = {"n_layers": n_layers, "n_heads": n_heads, "family": family, "domains": {}}
@@ -90,7 +90,7 @@ def fabricated_study(
         {"text": "All domains share most of their top heads.", "model": None, "domain": None, "against_papers": False},
     ]
     summary["headlines"] = [
-        {"text": "Low-ranked heads matter: in 1 of 2 places.", "model": None, "domain": None, "against_papers": True}
+        {"text": "Low-ranked heads matter: in 1 of 2 settings.", "model": None, "domain": None, "against_papers": True}
     ]
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "study.json").write_text(json.dumps({"settings": {"n_test": n, "seed": 0}, "created": "2026-06-01"}))
@@ -182,7 +182,10 @@ def _ablation(rng: np.random.Generator, methods: tuple[str, ...], n: int, draws:
                         "fraction": f,
                         "n_heads": k,
                         "statistic": 0.5,
-                        "p_value": 0.0123,
+                        "primary": (m, f) == ("mean", 0.05),
+                        "p_value": 0.0234,
+                        "p_samples": 0.0123,
+                        "p_sets": 0.0234,
                         "p_adjusted": 0.0456,
                     }
                 )

@@ -121,7 +121,7 @@ def test_the_numbers_of_the_summary_appear(study, written):
         f"L{layer}H{head}",
         f"({score:.2f})",
         "0.046",
-        "(0.012)",
+        "0.046* (0.012, 0.023)",
         "0.873",
     ):
         assert number in written.text, number
@@ -312,7 +312,32 @@ def test_the_first_screen_holds_the_pooled_numbers(study, written):
         wanted = [point["accuracy"]["mean"] for point in found["curve"] if point["band"] == band]
         (line,) = [trace for name, trace in lines.items() if name.startswith(band)]
         assert line["y"] == pytest.approx(wanted, rel=1e-4) and len(wanted) == 4
-    assert "“which digit is in the red frame?”" in written.text
+    looks = load(study / "llava-s" / "grounding" / "looks.nc")
+    middle = json.loads(looks.attrs["looks"])[looks.sizes["look"] // 2]["question"]
+    assert f"“{middle}”" in written.text and "the middle one of its samples" in written.text
+
+
+def test_what_limits_the_findings_is_read_first(tmp_path):
+    study = fabricated_study(tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), n=6)
+    summary = json.loads((study / "summary.json").read_text())
+    limit = {"kind": "unstable", "text": "The top set is <b>not</b> stable", "model": None, "domain": None}
+    summary["headlines"] = [{**limit, "against_papers": False}, *summary["headlines"]]
+    (study / "summary.json").write_text(json.dumps(summary))
+    text = report(study).read_text()
+    assert text.index('id="limits"') < text.index('id="first"') and "Scope: 2 models; haystacks." in text
+    assert "Read first The top set is <b>not</b> stable" in Page(text).text
+
+
+def test_studies_of_earlier_versions_open(tmp_path):
+    study = fabricated_study(tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), n=6)
+    summary = json.loads((study / "summary.json").read_text())
+    del summary["scope"]
+    for test in summary["models"]["llava-s"]["domains"]["grounding"]["tests"]:
+        for name in ("primary", "p_samples", "p_sets"):
+            del test[name]
+    (study / "summary.json").write_text(json.dumps(summary))
+    text = Page(report(study).read_text()).text
+    assert "(0.023, over samples only)" in text and "Scope: the settings of this study." in text
 
 
 def test_a_summary_that_brings_its_own_answers_is_shown_as_it_is(tmp_path):

@@ -1,8 +1,9 @@
 """Do the heads matter? Bands of a ranking are ablated, and accuracy and logit difference are measured.
 
-A band says *which* heads: the top of the ranking, its bottom, its middle, random sets, and random sets with as many
-heads in each layer as the top one. Only against those controls does a drop say anything about the *ranking*. The
-method says *how* (see ``mech.interventions``): results of different methods are never pooled.
+A band says *which* heads: the top of the ranking, its bottom, its middle, random sets of other heads than the top, and
+random sets with as many heads in each layer as the top one. Only against those controls does a drop say anything about
+the *ranking*; a control that holds a tested head would hold the treatment. The method says *how* (see
+``mech.interventions``): results of different methods are never pooled.
 
     ram = retrieval_attention_mass(model, train)
     effects = ablation(model, test, rank_heads(ram), reference=train, to="mean", fractions=(1, 0.05, 0.2))
@@ -13,6 +14,10 @@ for "it is only that these heads look at the picture", or "at something".
     others = rank_heads(ram, "vision_mass"), rank_heads(attention_sinks(model, train), "sink_mass")
     effects = ablation(model, test, rank_heads(ram), reference=train, bands=("top", "random", *others))
     effects.isel(condition=effects["band"] == "by vision_mass")
+
+Two more controls on request: ``unneeded``, random sets that also spare heads known to be necessary (``necessary=``:
+from patching on samples that do not test, say), and ``unrestricted``, random sets of all heads; summaries and pictures
+show apart those of them that hold a top head.
 
 The samples that found the heads must not be those that test them: they are compared by their ids.
 """
@@ -32,12 +37,15 @@ from mech.errors import ExperimentError
 from mech.experiments.metrics import Quiz, ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking
+from mech.indices import Pairs
 from mech.interventions import METHODS, Ablate, Reference, check_positions, intervene, reference_activations
 from mech.interventions.specs import Phase, Where, Z
 from mech.model import HookedMLLM
 from mech.results import ablation_dataset, provenance
 
 BANDS = ("top", "bottom", "middle", "random", "layer_matched")
+KNOWN = (*BANDS, "unneeded", "unrestricted")  # the last two on request
+CONTROLS = 20  # sets of a control that no p-value is read off, at most
 FRACTIONS = (1, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -63,9 +71,10 @@ def conditions(
     ranking: Ranking,
     *,
     to: one_of(METHODS) | some_of(METHODS) = "mean",
-    bands: Annotated[Sequence[one_of(BANDS) | Ranking], NOT_EMPTY] = BANDS,
+    bands: Annotated[Sequence[one_of(KNOWN) | Ranking], NOT_EMPTY] = BANDS,
     fractions: Annotated[Sequence[Amount], NOT_EMPTY] = FRACTIONS,
     n_random: Count = 20,
+    necessary: Pairs = (),
     seed: Seed = 0,
 ) -> list[Condition]:
     """Every combination of method, band and size, as a list that can be joined, cut and counted before it is run.
@@ -73,17 +82,20 @@ def conditions(
     Args:
         ranking: which heads are at the top.
         to: one method or several.
-        bands: which of ``top``, ``bottom``, ``middle``, ``random``, ``layer_matched``; and rankings by other scores,
-            whose top heads are the band ``by SCORE``, such as ``by vision_mass``.
+        bands: which of ``top``, ``bottom``, ``middle``, ``random`` (of other heads than the top), ``layer_matched``,
+            ``unneeded``, ``unrestricted``; and rankings by other scores, whose top heads are the band ``by SCORE``,
+            such as ``by vision_mass``.
         fractions: an int is a number of heads, a float a share of all heads (at least one head).
-        n_random: how many random sets of each size; fewer where there are not so many.
+        n_random: how many random sets of each size (of the other controls at most 20); fewer where there are not so
+            many. The p-value over sets cannot fall below ``1 / (1 + n_random)``.
+        necessary: heads that ``unneeded`` spares beside the top; not found on the samples to test.
         seed: of the random sets. The same sets are used for every method.
 
-    ``layer_matched`` is left out where the top heads fill their layers.
+    ``layer_matched`` and ``unneeded`` are left out where too few heads remain.
 
     Raises:
         ExperimentError: an unknown method or band; a ranking of other heads, of none above the others, or two by one
-            score.
+            score; ``unneeded`` without necessary heads; too few other heads for ``random``.
     """
     methods = (to,) if isinstance(to, str) else tuple(to)
     others = {f"by {band.score}": band for band in bands if isinstance(band, Ranking)}
@@ -94,12 +106,18 @@ def conditions(
         )
     for name, other in others.items():
         _comparable(name, other, ranking)
+    if "unneeded" in words and not len(necessary):
+        raise ExperimentError("the band 'unneeded' without necessary heads", "necessary=[(layer, head), ...]")
     found: dict[Condition, None] = {}
     for method in methods:
         for band in (*words, *others):
             for size in fractions:
                 count = ranking.count(size)
-                sets = [others[band].top(count)] if band in others else _sets(ranking, band, count, n_random, seed)
+                sets = (
+                    [others[band].top(count)]
+                    if band in others
+                    else _sets(ranking, band, count, n_random, necessary, seed)
+                )
                 for draw, heads in enumerate(sets):
                     found[Condition(method, band, count / len(ranking), tuple(heads), draw)] = None
     return list(found)
@@ -118,12 +136,26 @@ def _comparable(name: str, other: Ranking, ranking: Ranking) -> None:
         )
 
 
-def _sets(ranking: Ranking, band: str, count: int, n_random: int, seed: int) -> Sequence[Sequence[Head]]:
+def _sets(
+    ranking: Ranking, band: str, count: int, n_random: int, necessary: Sequence[tuple[int, int]], seed: int
+) -> Sequence[Sequence[Head]]:
+    top, few = ranking.top(count), min(n_random, CONTROLS)
     if band == "random":
-        return ranking.random(count, n_random, seed)
+        if 2 * count > len(ranking):
+            raise ExperimentError(
+                f"random sets of {count} of {len(ranking)} heads, none of them among the {count} tested",
+                "at most half of the heads",
+                "leave the band 'random' out, or ask for 'unrestricted'",
+            )
+        return ranking.random(count, n_random, seed, exclude=top)
+    if band == "unrestricted":
+        return ranking.random(count, few, seed)
+    if band == "unneeded":
+        others = len(ranking) - len({*top, *map(tuple, necessary)})
+        return ranking.random(count, few, seed, exclude=(*top, *necessary)) if count <= others else []
     if band == "layer_matched":
         try:
-            return ranking.layer_matched(ranking.top(count), n_random, seed)
+            return ranking.layer_matched(top, few, seed)
         except ExperimentError:  # the top heads fill their layers: there is nothing to match them with
             return []
     return [{"top": ranking.top, "bottom": ranking.bottom, "middle": ranking.middle}[band](count)]
@@ -137,9 +169,10 @@ def ablation(
     *,
     reference: Samples | Reference | None = None,
     to: one_of(METHODS) | some_of(METHODS) = "mean",
-    bands: Annotated[Sequence[one_of(BANDS) | Ranking], NOT_EMPTY] = BANDS,
+    bands: Annotated[Sequence[one_of(KNOWN) | Ranking], NOT_EMPTY] = BANDS,
     fractions: Annotated[Sequence[Amount], NOT_EMPTY] = FRACTIONS,
     n_random: Count = 20,
+    necessary: Pairs = (),
     positions: Where = "all",
     phase: Phase = "both",
     seed: Seed = 0,
@@ -150,14 +183,15 @@ def ablation(
     """Accuracy and logit difference of every sample under every condition, the unablated baseline first.
 
     Sign: higher is better, so what a condition costs is baseline minus condition. Unit: accuracy is 0 or 1 per
-    sample, the logit difference is in logits (right minus counterfactual answer).
+    sample, the logit difference is in logits (right minus counterfactual answer). The coordinate ``heads`` says which
+    heads each condition ablated.
 
     Args:
         model: a hooked model.
         samples: the samples to test on.
         ranking: the heads in order, or a list of ``conditions`` made before.
         reference: samples (or their activations) that ``mean`` and ``resample`` draw from; not ``samples``.
-        to, bands, fractions, n_random, seed: see ``conditions``.
+        to, bands, fractions, n_random, necessary, seed: see ``conditions``.
         positions, phase: see ``Ablate``.
         batch_size: samples per forward.
         progress: called with (conditions done, conditions in all).
@@ -172,8 +206,8 @@ def ablation(
     References: arXiv 2606.05843 (bands; ``paper``), 2407.08734 (methods disagree), 2309.16042 (logit difference).
     """
     samples = Samples(samples)
-    todo = list(conditions(ranking, to=to, bands=bands, fractions=fractions, n_random=n_random, seed=seed)
-                if isinstance(ranking, Ranking) else ranking)  # fmt: skip
+    options: dict[str, Any] = dict(to=to, bands=bands, fractions=fractions, n_random=n_random, seed=seed)
+    todo = list(conditions(ranking, necessary=necessary, **options) if isinstance(ranking, Ranking) else ranking)
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
     given = [one for one in (ranking, *bands) if isinstance(one, Ranking)] if isinstance(ranking, Ranking) else []
     others = [refuse_ranking(one, model, samples, allow_other_model) for one in given]
@@ -231,6 +265,7 @@ def ablated(
             fraction=[condition.fraction],
             n_heads=[len(condition.heads)],
             draw=[condition.draw],
+            heads=[condition.heads],
             examples=questions.examples,
         )
 

@@ -22,15 +22,16 @@ from mech.axes import EXAMPLE
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, suggestion
+from mech.experiments.effects import share
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
-from mech.experiments.statistics import bootstrap_interval, two_way_bootstrap
+from mech.experiments.statistics import mean_of
 from mech.interventions import Scale, check_positions, intervene
 from mech.interventions.specs import Phase, Where
 from mech.model import HookedMLLM
-from mech.results import provenance
+from mech.results import heads_text, provenance
 
 BANDS = ("top", "bottom", "random")
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
@@ -65,7 +66,7 @@ def steering(
         factors: what their output is multiplied by; 1 is measured once, without any intervention.
         heads: how many, see ``Ranking.count``.
         bands: which of ``"top"``, ``"bottom"``, ``"random"``.
-        n_random: random sets.
+        n_random: random sets, of other heads than the top.
         positions, phase: see ``Scale``.
         seed: of the random sets.
         batch_size: samples per forward.
@@ -111,7 +112,7 @@ def steering(
         {
             BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
             "draw": ("set", np.array([draw for _, draw, _ in sets])),
-            "heads": ("set", np.array([" ".join(map(str, chosen)) for *_, chosen in sets], dtype=str)),
+            "heads": ("set", np.array([heads_text(chosen) for *_, chosen in sets], dtype=str)),
             FACTOR: factors,
             EXAMPLE: list(questions.examples),
         },
@@ -143,12 +144,12 @@ def steering_table(
         here = curve[measure].isel(set=np.flatnonzero(curve[BAND].values == band))
         for factor in curve[FACTOR].values:
             value = here.sel(factor=factor).values
-            interval = two_way_bootstrap(value) if len(value) > 1 else bootstrap_interval(value[0])
-            table.append({"band": band, "factor": float(factor), **interval.as_dict()})
+            found = share(value) if measure == "accuracy" else mean_of(value).as_dict()
+            table.append({"band": band, "factor": float(factor), **(found or {})})
     return table
 
 
 def _heads(ranking: Ranking, band: str, heads: int | float, n_random: int, seed: int) -> Sequence[Heads]:
     if band == "random":
-        return ranking.random(heads, n_random, seed)
+        return ranking.random(heads, n_random, seed, exclude=ranking.top(heads))
     return [ranking.top(heads) if band == "top" else ranking.bottom(heads)]

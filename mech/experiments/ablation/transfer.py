@@ -25,15 +25,16 @@ from mech.arguments import NOT_EMPTY, Amount, Count, Seed, at_least, checked, on
 from mech.axes import CONDITION
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
-from mech.experiments.ablation.ablation import BASELINE, Condition, conditions
+from mech.experiments.ablation.ablation import BASELINE, Condition
+from mech.experiments.effects import against_random
 from mech.experiments.metrics import Quiz, ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
-from mech.experiments.statistics import paired_bootstrap, permutation_test, two_way_bootstrap
+from mech.experiments.statistics import accuracy_interval
 from mech.interventions import METHODS, Ablate, intervene, reference_activations
 from mech.model import HookedMLLM
-from mech.results import provenance
+from mech.results import heads_text, provenance
 
 MEASURES = ("accuracy", "logit_diff", "in_form")
 
@@ -67,8 +68,9 @@ def transfer(
         rankings: by name, in place of those by RAM on ``find``: of this model, by another score.
         k: heads of each set: a number or a share.
         to: the method, see ``Ablate``.
-        n_random: random sets of as many heads. The same ones are used for every task.
-        seed: of the random sets and resamples.
+        n_random: random sets of as many heads, none of them a top head of any task (where that leaves too few: of
+            all heads, see ``attrs["random_of"]``). The same ones are used for every task.
+        seed: of the random sets and the resampled outputs.
         batch_size: samples per forward.
         progress: called with (conditions done, conditions in all).
         allow_other_model: take ``rankings`` of another model of this shape, such as another training step; the
@@ -77,10 +79,11 @@ def transfer(
     Returns:
         ``accuracy`` (0 or 1), ``logit_diff`` (logits, answer minus counterfactual answer) and ``in_form`` (0 or 1) over
         (tested_on, condition, example): unablated (``band`` "none"), without the top heads of a task (``band`` its
-        name), without random ones (``band`` "random"). Tasks with fewer examples end in nan; ``example_id`` names
-        all. From the accuracy: ``lost`` over (found_on, tested_on) with ``lost_low``, ``lost_high`` (95%, paired
-        bootstrap over examples); ``random_lost`` over (tested_on) with its interval over examples and sets; ``p`` over
-        (found_on, tested_on), the rank of the top set among the random ones, not corrected for the number of cells.
+        name), without random ones (``band`` "random"); ``heads`` names the heads of each condition. Tasks with fewer
+        examples end in nan; ``example_id`` names all. From the accuracy: ``lost`` over (found_on, tested_on) with
+        ``lost_low``, ``lost_high`` (95%, over examples); ``random_lost`` over (tested_on) with its interval over
+        examples and sets; over (found_on, tested_on) ``p_samples`` (sign flips over samples), ``p_sets`` (the rank of
+        the top set among the random ones) and ``p``, the larger of the two; not corrected for the number of cells.
 
     Raises:
         ExperimentError: samples that find and test, a task to test without samples to find, no task with evidence,
@@ -100,7 +103,10 @@ def transfer(
     ]
     first = next(iter(rankings.values()))
     tops = [Condition(to, name, one.count(k) / len(one), one.top(k)) for name, one in rankings.items()]
-    todo = [BASELINE, *tops, *conditions(first, to=to, bands=["random"], fractions=[k], n_random=n_random, seed=seed)]
+    tested = {head for top in tops for head in top.heads}
+    apart = len(tested) + len(tops[0].heads) <= len(first)
+    drawn = first.random(k, n_random, seed, exclude=tested if apart else ())
+    todo = [BASELINE, *tops, *(Condition(to, "random", tops[0].fraction, one, i) for i, one in enumerate(drawn))]
     parts: list[xr.Dataset] = []
     for task, samples in test.items():
         reference = reference_activations(model, find[task], batch_size=batch_size, seed=seed)
@@ -119,30 +125,34 @@ def transfer(
         example_id=joined["example_id"].fillna("").astype(str),
         band=(CONDITION, [condition.band for condition in todo]),
         draw=(CONDITION, [condition.draw for condition in todo]),
+        heads=(CONDITION, [heads_text(condition.heads) for condition in todo]),
     )
     joined.attrs.update(
         model=model.name, method=to, n_heads=len(tops[0].heads), unit="share of answers", sign="positive: needed",
+        random_of="other heads than the tested ones" if apart else "all heads",
         provenance=provenance(model, {"find": _joined(find), "test": _joined(test)}, seed=seed),
         **other_model_attrs(others),
     )  # fmt: skip
-    return joined.merge(_summary(joined, list(rankings), seed))
+    return joined.merge(_summary(joined, list(rankings)))
 
 
-def _summary(found: xr.Dataset, names: list[str], seed: int) -> xr.Dataset:
-    cells: dict[str, list[Any]] = {name: [] for name in ("lost", "lost_low", "lost_high", "p")}
+def _summary(found: xr.Dataset, names: list[str]) -> xr.Dataset:
+    names_of_p = ("p", "p_samples", "p_sets")
+    cells: dict[str, list[Any]] = {name: [] for name in ("lost", "lost_low", "lost_high", *names_of_p)}
     chance: dict[str, list[float]] = {name: [] for name in ("random_lost", "random_lost_low", "random_lost_high")}
     for task in found["tested_on"].values:
         accuracy = found["accuracy"].sel(tested_on=task).dropna("example")
         bands = accuracy["band"].values
         (full,) = accuracy.values[bands == "none"]
         random = full - accuracy.values[bands == "random"]
-        by_chance = two_way_bootstrap(random, seed=seed)
+        by_chance = accuracy_interval(random)
         for name, value in zip(chance, (by_chance.mean, by_chance.low, by_chance.high), strict=True):
             chance[name].append(value)
         tops = [accuracy.values[bands == name][0] for name in names]
-        lost = [paired_bootstrap(full, top, seed=seed) for top in tops]
-        p = [permutation_test(full - top, random, over="sets").p_value for top in tops]
-        columns = ([one.mean for one in lost], [one.low for one in lost], [one.high for one in lost], p)
+        lost = [accuracy_interval((full - top)[None]) for top in tops]
+        tests = [against_random(full - top, random) for top in tops]
+        columns = ([one.mean for one in lost], [one.low for one in lost], [one.high for one in lost])
+        columns += tuple([test[name] for test in tests] for name in ("p_value", "p_samples", "p_sets"))
         for name, column in zip(cells, columns, strict=True):
             cells[name].append(column)
     values = {name: (("found_on", "tested_on"), np.array(columns).T) for name, columns in cells.items()}

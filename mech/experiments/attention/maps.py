@@ -3,9 +3,12 @@
     found = looks(model, samples[:3], ranking)           # the first four heads and the last four
     mech.view(found, on=samples[:3])                     # drawn over the pictures, side by side
     looks(model, samples[:1], ranking, bands={"circuit": circuit.heads})
+    known = [mech.deciding_queries(model, sample, ranking.top(4)) for sample in samples[:3]]
+    looks(model, samples[:3], ranking, bands={"top": ranking.top(4)}, deciding=known)    # where each head matters
 
-The numbers behind the picture are those of RAM: attention after the softmax, averaged over the question's tokens. It
-measures nothing over samples; for that see ``retrieval_attention_mass``.
+The numbers behind the picture are those of RAM: attention after the softmax, averaged over the question's tokens; or
+that of one token, the query at which a head decides the answer. It measures nothing over samples; for that see
+``retrieval_attention_mass``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,6 +57,7 @@ def looks(
     k: Count = 4,
     bands: Annotated[Mapping[str, Sequence[tuple[int, int]]], NOT_EMPTY] | None = None,
     queries: str = "question",
+    deciding: Sequence[Sequence[tuple[int, float] | None]] | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
     """The attention of some heads on every visual token of some samples.
@@ -69,14 +73,18 @@ def looks(
         k: heads of the top and of the bottom of the ranking.
         bands: other heads, by the name they stand under.
         queries: which rows look, as in ``retrieval_attention_mass``.
+        deciding: for each sample and head the one row to draw instead, what ``deciding_queries`` found; None for a
+            head whose ``queries`` are drawn.
         allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
         A dataset of kind "looks" (``mech.results.looks_dataset``): ``attention`` over (look, shown, token), with the
-        rectangle of each token, and for each look its question, answer, prediction and evidence.
+        rectangle of each token, and for each look its question, answer, prediction, evidence and the query of each
+        head.
 
     Raises:
-        ExperimentError: no samples, no heads, a head the ranking does not know, or a ranking of another model.
+        ExperimentError: no samples, no heads, a head the ranking does not know, deciding queries of other heads, or a
+            ranking of another model.
 
     Cost: one forward and one short generation for each sample.
     """
@@ -88,12 +96,18 @@ def looks(
     if strange := [head for head in heads if head not in known]:
         raise ExperimentError(f"there is no head {strange[0]}", "heads of the ranking", "see ranking.heads")
     other = refuse_other_model(ranking, model, allow_other_model)
+    known = [[None] * len(heads)] * len(samples) if deciding is None else [list(one) for one in deciding]
+    if [len(one) for one in known] != [len(heads)] * len(samples):
+        raise ExperimentError(
+            f"deciding queries of {[len(one) for one in known]} heads",
+            f"{len(heads)} for each of {len(samples)} samples",
+        )
     seen, rects, owners, facts = [], [], [], []
     for i, sample in enumerate(samples):
         inputs = model.inputs_of(sample)
-        layout, attention = inputs.layout.visual, attention_from(model, inputs, queries)[0].cpu().numpy()
-        tokens, pace = layout.positions("image"), layout.frames_per_token
-        seen.append(np.stack([attention[ranking.layers.index(layer), head, tokens] for layer, head in heads]))
+        layout, tokens = inputs.layout.visual, inputs.layout.visual.positions("image")
+        pace, (attention, asked) = layout.frames_per_token, _attention(model, inputs, heads, queries, known[i])
+        seen.append(attention[:, tokens])
         rects.append(layout.rect[tokens])
         owners.append((layout.frame // pace if sample.video else layout.image)[tokens])
         said = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
@@ -105,6 +119,7 @@ def looks(
                 "pictures": [f"look{i}_{n}.png" for n in range(len(pictures_of(sample, pace)))],
                 "digests": [pixel_digest(shown.convert("RGB")) for shown in pictures_of(sample, pace)],
                 "evidence": outlines(sample, pace),
+                "queries": asked,
             }
         )
     width = max(len(rect) for rect in rects)
@@ -119,6 +134,27 @@ def looks(
         shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
         model=model.name,
     ).assign_attrs(other_model_attrs([other]))
+
+
+def _attention(
+    model: HookedMLLM,
+    inputs: Inputs,
+    heads: Sequence[Head],
+    queries: str,
+    deciding: Sequence[tuple[int, float] | None],
+) -> tuple[Float[np.ndarray, "head key_pos"], list[str]]:
+    """The attention of each head, and from which query it is."""
+    layers, asked = list(model.cfg.attention_layers), list(map(int, inputs.layout.positions(queries)))
+    rows = sorted({*asked, *(at[0] for at in deciding if at is not None)})
+    found = read_rows(model, inputs, torch.tensor(rows, device=model.device), lambda call, pattern: {"rows": pattern})
+    pattern = found["rows"][0].cpu().numpy()
+    mean = pattern[:, :, [rows.index(at) for at in asked]].mean(2)
+    drawn, names = [], []
+    for (layer, head), at in zip(heads, deciding, strict=True):
+        i = layers.index(layer)
+        drawn.append(mean[i, head] if at is None else pattern[i, head, rows.index(at[0])])
+        names.append(queries if at is None else f"{inputs.layout.tokens[at[0]]!r}: {at[1]:.0%}")
+    return np.stack(drawn), names
 
 
 def _padded(values: np.ndarray, width: int, fill: float, axis: int) -> np.ndarray:

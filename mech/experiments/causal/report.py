@@ -126,7 +126,7 @@ def causal_report(
     others = [refuse_ranking(ranking, model, samples, allow_other_model)]
     if isinstance(reference, Reference):
         others.append(reference.check(model, Z, allow_other_model))
-    ordered = _ordered(Runs.of(model, find, batch_size), ranking, say)
+    ordered, lost_find = _ordered(Runs.of(model, find, batch_size), ranking, say)
     runs = Runs.of(model, samples, batch_size)
     each = {"lost": _swept(runs, "noise", say), "recovered": _swept(runs, "denoise", say)}
     reason = ""
@@ -139,6 +139,7 @@ def causal_report(
         bank = reference_activations(model, find, batch_size=batch_size, seed=seed) if reference is None else reference
         each["ablated"] = _ablated(runs, method, bank, batch_size, say, seed=seed, allow_other_model=allow_other_model)
     heads = _heads(runs, ranking, each, threshold, alpha, n_boot, seed)
+    heads["lost_find"] = (("layer", "head"), lost_find, {"unit": "share of the gap, on the samples that find heads"})
     singles = {head: float(heads["lost"].values[ranking.layers.index(head.layer), head.head]) for head in ranking.heads}
     drawn = {f"random {i}": drawn for i, drawn in enumerate(ranking.random(len(ranking) // 2, n_random, seed))}
     orders = {**ordered, "ram": ranking.heads, **drawn}
@@ -317,8 +318,11 @@ def _swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
     return (swept["metric"] - swept["corrupted"]).values / runs.gap
 
 
-def _ordered(runs: Runs, ranking: Ranking, say: Progress) -> dict[str, list[Head]]:
-    """All heads in two orders, on the samples that find: first by greedy search, then by single effects."""
+def _ordered(runs: Runs, ranking: Ranking, say: Progress) -> tuple[dict[str, list[Head]], np.ndarray]:
+    """All heads in two orders, on the samples that find: first by greedy search, then by single effects.
+
+    Also what is lost without each head on these samples, [layer, head].
+    """
     try:
         direct = np.abs(runs.direct().mean(0))
     except NotResumable:
@@ -327,16 +331,16 @@ def _ordered(runs: Runs, ranking: Ranking, say: Progress) -> dict[str, list[Head
     def at(values: np.ndarray, head: Head) -> float:
         return float(values[ranking.layers.index(head.layer), head.head])
 
-    orders = {}
+    orders, singles = {}, {}
     for name, direction, effect, share in (
         ("effect", "noise", runs.lost, HALF),
         ("restoring", "denoise", runs.recovered, BACK),
     ):
-        single = _swept(runs, direction, lambda what, done, total: say("finding", done, total)).mean(0)
+        single = singles[name] = _swept(runs, direction, lambda what, done, total: say("finding", done, total)).mean(0)
         by_effect = sorted(ranking.heads, key=lambda head, single=single: -at(np.abs(single) + direct, head))
         found = greedy(effect, by_effect[:CANDIDATES], share, tie=lambda head: at(direct, head))
         orders[name] = found + [head for head in by_effect if head not in found]
-    return orders
+    return orders, singles["effect"]
 
 
 def _ablated(

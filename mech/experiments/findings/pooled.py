@@ -19,7 +19,8 @@ import numpy as np
 import xarray as xr
 
 from mech.experiments.effects import points
-from mech.experiments.findings.sentences import ALPHA, FLOOR, TOP
+from mech.experiments.findings.cautions import ALPHA
+from mech.experiments.findings.words import FLOOR, TOP
 from mech.experiments.statistics import bootstrap_interval
 
 Bounds = dict[str, float]
@@ -201,8 +202,8 @@ def _needed(settings: Mapping[Setting, Mapping[str, Any]], n_weak: int) -> dict[
     )
     text = (
         f"Without them ({' and '.join(methods)} ablation of about {TOP:.0%}) accuracy falls by {points(lost)}, without "
-        f"as many random heads by {points(control)}. {_over(len(pairs))}, n = {n}; counted are settings "
-        f"in which the top heads cost more (permutation test, Holm).{left_out}"
+        f"as many random other heads by {points(control)}. {_over(len(pairs))}, n = {n}; counted are settings in which "
+        f"the top heads cost more, over samples and over random sets.{left_out}"
     )
     return _answer(question, _share_of(sure, len(pairs)), text)
 

@@ -1,21 +1,23 @@
 """What a study found, in sentences. Every sentence is computed from the summary, whichever way the numbers fall.
 
-Each rule below reads the numbers of one model on one domain (or of one model, or of all) and says what they show,
-with the interval; where that contradicts arXiv 2606.05843 the finding is flagged. A rule that has nothing to say
-says nothing. No rule knows which model it reads. ``headlines`` counts in how many places each kind of finding was made.
+Each rule below reads the numbers of one model on one domain (a *setting*), of one model, or of all, and says what they
+show, with the interval; where that differs from what arXiv 2606.05843 reports the finding is flagged. A small model
+cannot contradict an 8B one: a flag means that a claim is not universal, within the ``scope`` of the study. A rule that
+has nothing to say says nothing. No rule knows which model it reads. What limits the findings (``cautions``) comes
+first. ``headlines`` counts in how many settings each kind of finding was made.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mech.experiments.effects import p_is as _p
+from mech.experiments.effects import both_units
 from mech.experiments.effects import points as _points
 from mech.experiments.findings import acceleration
+from mech.experiments.findings.causal import CAUSAL
+from mech.experiments.findings.cautions import ALPHA, cautions
+from mech.experiments.findings.cautions import KINDS as CAUTIONS
+from mech.experiments.findings.words import MATTERS, TOP, Said, are, too_weak
 
-ALPHA = 0.05
-MATTERS = 0.05  # a drop in accuracy that is worth a sentence
-FLOOR = 0.2  # below this accuracy nothing can be lost
-TOP = 0.05
 CONTROLS = ("vision_mass", "localization")  # scores that ask for no evidence
 
 Finding = dict[str, Any]
@@ -27,6 +29,7 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
     for model, facts in summary["models"].items():
         for domain, numbers in facts["domains"].items():
             n_heads = facts["n_layers"] * facts["n_heads"]
+            said += [_finding(model, domain, *one, False) for one in cautions(numbers)]
             for rule in (
                 _concentration,
                 _weak,
@@ -48,31 +51,39 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
 
 
 def headlines(found: list[Finding]) -> list[Finding]:
-    """One sentence for each kind of finding, saying in how many places (a model on a domain) it was made, and where.
+    """One sentence for each kind of finding, saying in how many settings (a model on a domain) it was made, and where.
 
-    What is said of a whole model or of all models is one place each and is kept as it is.
+    What limits the findings comes first. What is said of a whole model or of all models is kept as it is.
     """
     said = []
     for kind, phrase in KINDS.items():
         made = [f for f in found if f["kind"] == kind]
-        # Sparse inference is tried in a few places only.
+        # Sparse inference is tried in a few settings only.
         tried = [f for f in found if (f["kind"] in acceleration.KINDS) == (kind in acceleration.KINDS)]
-        places = list(dict.fromkeys((f["model"], f["domain"]) for f in tried if f["domain"]))
+        settings = list(dict.fromkeys((f["model"], f["domain"]) for f in tried if f["domain"]))
         if made and made[0]["domain"]:
             here = list(dict.fromkeys((f["model"], f["domain"]) for f in made))
-            text = f"{phrase}: in {len(here)} of {len(places)} places ({_listed(here, places)})."
+            text = f"{phrase}: in {len(here)} of {len(settings)} settings ({_listed(here, settings)})."
             said.append(_finding(None, None, kind, text, any(f["against_papers"] for f in made)))
         else:
             said += made
     return said
 
 
-def _listed(here: list[tuple[str, str]], places: list[tuple[str, str]]) -> str:
+def scope(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """On what the findings are made, in words: the models by their size, and the domains."""
+    heads = sorted({facts["n_layers"] * facts["n_heads"] for facts in models.values()})
+    sizes = f"{heads[0]} to {heads[-1]}" if len(heads) > 1 else str(heads[0])
+    domains = dict.fromkeys(domain for facts in models.values() for domain in facts["domains"])
+    return f"{len(models)} model{'s' * (len(models) != 1)} of {sizes} heads; {', '.join(domains)}"
+
+
+def _listed(here: list[tuple[str, str]], settings: list[tuple[str, str]]) -> str:
     """``llava-s on all domains; llava-m on grounding, documents``."""
     words = []
     for model in dict.fromkeys(model for model, _ in here):
         domains = [domain for name, domain in here if name == model]
-        everywhere = len(domains) == sum(name == model for name, _ in places) > 1
+        everywhere = len(domains) == sum(name == model for name, _ in settings) > 1
         words.append(f"{model} on {'all domains' if everywhere else ', '.join(domains)}")
     return "; ".join(words)
 
@@ -83,15 +94,16 @@ def _finding(model: str | None, domain: str | None, kind: str, text: str, agains
 
 # What each kind of finding says, without its numbers; the order is that of the headlines.
 KINDS = {
-    "needed": "The heads with the highest RAM are needed more than random heads",
-    "not needed": "The heads with the highest RAM are not shown to be needed more than random heads",
+    **CAUTIONS,
+    "needed": "The heads with the highest RAM are needed more than random other heads (over samples and over sets)",
+    "not needed": "The heads with the highest RAM are not shown to be needed more than random other heads",
     "layers": "Random heads of the same layers cost at least half as much as the heads with the highest RAM",
     "vision": "Heads that look at visual tokens of any kind cost at least half as much as those with the highest RAM",
     "redundant": "Heads stand in for one another: a set costs more than its size times its first head",
     "halving": "A top set that was tried halves accuracy",
     "not halving": "Accuracy stays above half without the largest top set",
     "low": "Low-ranked heads matter too",
-    "random": "Random heads are no harmless control",
+    "random": "Random heads are no harmless control, even without the heads with the highest RAM",
     "methods": "The method of ablation decides how much the same heads matter",
     "scores": "Scores of the literature name other heads than RAM does",
     "blind": "Heads that do not look at the evidence are necessary",
@@ -108,7 +120,6 @@ KINDS = {
     "domains": "",
     "scales": "",
 }
-Said = Iterator[tuple[str, str, bool]]
 
 
 def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
@@ -128,7 +139,7 @@ def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 def _weak(numbers: Mapping[str, Any], n_heads: int) -> Said:
     right = numbers["baseline"]["accuracy"]
-    if _too_weak(numbers):
+    if too_weak(numbers):
         yield (
             "weak",
             f"The model answers only {right['mean']:.0%} here: ablation cannot show what its heads are needed for.",
@@ -136,27 +147,27 @@ def _weak(numbers: Mapping[str, Any], n_heads: int) -> Said:
         )
 
 
-def _too_weak(numbers: Mapping[str, Any]) -> bool:
-    return numbers["baseline"]["accuracy"]["low"] < FLOOR
-
-
 def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
     top, random = _at(numbers, "mean", "top", TOP), _at(numbers, "mean", "random", TOP)
-    if top is None or random is None or _too_weak(numbers):
+    if top is None or random is None or too_weak(numbers):
         return
     test = next((t for t in numbers["tests"] if t["method"] == "mean" and t["n_heads"] == top["n_heads"]), None)
     if test is None:
         return
-    needed = test["p_adjusted"] < ALPHA
-    verdict = "they are needed more than random heads are" if needed else "they are not shown to be needed more"
-    as_costly = round(test["p_sets"] * (random["draws"] + 1)) - 1
-    yield (
-        "needed" if needed else "not needed",
-        f"Mean-ablating {_heads(top, 'highest')} costs {_points(top['accuracy_drop'])} of accuracy, as many random "
-        f"heads {_points(random['accuracy_drop'])}: {verdict} (sign-flip permutation test over samples: p "
-        f"{_p(test['p_adjusted'])} after Holm; {as_costly} of {random['draws']} random sets cost as much).",
-        top["accuracy_drop"]["high"] < MATTERS,
+    needed, cost = test["p_adjusted"] < ALPHA, top["accuracy_drop"]
+    text = (
+        f"Mean-ablating {_heads(top, 'highest')} costs {_points(cost)} of accuracy, as many random other heads "
+        f"{_points(random['accuracy_drop'])} ({random['draws']} sets)"
     )
+    spared = _at(numbers, "mean", "unneeded", TOP)
+    if spared is not None and spared["n_heads"] == top["n_heads"]:
+        text += f", without heads known to be necessary {_points(spared['accuracy_drop'])}"
+    if cost["mean"] <= 0:
+        text += ". No loss is shown, so there is nothing to compare."
+    else:
+        verdict = "they are needed more than random heads are" if needed else "they are not shown to be needed more"
+        text += f": {verdict} ({both_units(test)}; a claim needs both below {ALPHA:g})."
+    yield "needed" if needed else "not needed", text, cost["high"] < MATTERS
     matched = _at(numbers, "mean", "layer_matched", TOP)
     if needed and matched and matched["accuracy_drop"]["mean"] >= 0.5 * top["accuracy_drop"]["mean"]:
         yield (
@@ -171,7 +182,7 @@ def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
     """Is it the evidence, or would heads do that look at anything visual?"""
     top = _at(numbers, "mean", "top", TOP)
     vision = _at(numbers, "mean", "by vision_mass", TOP)
-    if top is None or vision is None or vision["n_heads"] != top["n_heads"] or _too_weak(numbers):
+    if top is None or vision is None or vision["n_heads"] != top["n_heads"] or too_weak(numbers):
         return
     cost, theirs = top["accuracy_drop"], vision["accuracy_drop"]
     if cost["low"] > 0 and cost["mean"] >= MATTERS and theirs["mean"] >= 0.5 * cost["mean"]:
@@ -179,7 +190,7 @@ def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
         same = "" if shared is None else f"; the two sets share {shared} of {top['n_heads']}"
         yield (
             "vision",
-            f"Mean-ablating the {_are(vision['n_heads'], 'head', 'that looks', 'that look')} most at visual tokens of "
+            f"Mean-ablating the {are(vision['n_heads'], 'head', 'that looks', 'that look')} most at visual tokens of "
             f"any kind costs {_points(theirs)}, at least half as much as those with the highest RAM ({_points(cost)})"
             f"{same}.",
             False,
@@ -198,7 +209,7 @@ def _shared(numbers: Mapping[str, Any], one: str, other: str) -> int | None:
 def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
     """Together they cost more than k times the first: single effects do not add up to that of the set."""
     tops = _sizes(numbers, "mean", "top")
-    if not tops or tops[0]["n_heads"] != 1 or _too_weak(numbers):
+    if not tops or tops[0]["n_heads"] != 1 or too_weak(numbers):
         return
     single = tops[0]
     for several in tops[1:]:
@@ -216,7 +227,7 @@ def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 def _halving(numbers: Mapping[str, Any], n_heads: int) -> Said:
     base, tops = numbers["baseline"]["accuracy"]["mean"], _sizes(numbers, "mean", "top")
-    if not tops or _too_weak(numbers):
+    if not tops or too_weak(numbers):
         return
     enough = next((e for e in tops if e["accuracy"]["mean"] <= base / 2), None)
     if enough:
@@ -232,7 +243,7 @@ def _halving(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 
 def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    if _too_weak(numbers):
+    if too_weak(numbers):
         return
     for entry in _sizes(numbers, "mean", "bottom"):
         drop = entry["accuracy_drop"]
@@ -259,7 +270,7 @@ def _methods(numbers: Mapping[str, Any], n_heads: int) -> Said:
     methods = dict.fromkeys(e["method"] for e in numbers["ablation"])
     found = {method: _at(numbers, method, "top", TOP) for method in methods}
     drops = {method: entry["accuracy_drop"] for method, entry in found.items() if entry}
-    if len(drops) < 2 or _too_weak(numbers):
+    if len(drops) < 2 or too_weak(numbers):
         return
     least = min(drops, key=lambda method: drops[method]["mean"])
     most = max(drops, key=lambda method: drops[method]["mean"])
@@ -288,101 +299,6 @@ def _scores(numbers: Mapping[str, Any], n_heads: int) -> Said:
             f"{found['jaccard_null'][0][0]:.2f}).",
             False,
         )
-
-
-def _causal(numbers: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What patching found; nothing where it could not be asked or the model is too weak."""
-    found = numbers.get("causal")
-    return found if found and "quadrants" in found and not _too_weak(numbers) else None
-
-
-def _blind(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    found = _causal(numbers)
-    if not found or not found["necessary_blind"]:
-        return
-    blind, worst = found["necessary_blind"], [path["text"] for path in found["paths"]
-                                              if path["head"] in found["necessary_blind"]]  # fmt: skip
-    text = (
-        f"{_are(len(blind), 'head')} necessary without looking at the evidence (RAM not clearly above what even "
-        f"attention gives): {_names(blind)}. {' '.join(worst[:2])}"
-    )
-    yield "blind", text.strip(), True
-
-
-def _idle(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    found = _causal(numbers)
-    if not found:
-        return
-    both, idle = (found["quadrants"][name] for name in ("looks and matters", "looks, does not matter"))
-    if len(idle) > len(both):
-        text = (
-            f"Of {len(both) + len(idle)} heads that look at the evidence, {len(idle)} change the answer by less than "
-            f"{found['threshold']:.0%} of the gap, or not surely, when they are patched one by one."
-        )
-        yield "idle", text, True
-
-
-def _order(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    found = _causal(numbers)
-    if not found or found["agreement"]["mean"] is None:
-        return
-    mean, low, high = (found["agreement"][name] for name in ("mean", "low", "high"))
-    against = high < 0.5
-    if not against and low < 0.5:
-        return
-    text = (
-        "RAM and causal effect (the share of the answer lost when a head is patched from the counterfactual) correlate "
-        f"over all heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}]."
-    )
-    yield "order" if against else "ordered", text, against
-
-
-def _repair(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    found = _causal(numbers)
-    if not found:
-        return
-    some, worth = found["set"], found["set"]["together"]
-    if some["size"] > 1 and worth["low"] > some["alone"] + MATTERS:
-        text = (
-            f"{_names(some['heads'])} are worth {some['alone']:.0%} of the gap as a sum of single effects, but lose "
-            f"{worth['mean']:.0%} [{worth['low']:.0%}, {worth['high']:.0%}] together: one by one, others repair it."
-        )
-        yield "repair", text, False
-    for head, other in found["stand_ins"]:
-        yield (
-            "stand-in",
-            f"{_names([head])} stands in for {_names([other])}: it says more of the answer without it.",
-            False,
-        )
-
-
-def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    found = _causal(numbers)
-    if not found:
-        return
-    size, by_ram = (found["smallest"]["lost"][order] for order in ("effect", "ram"))
-    if size is None or size > max(1, round(TOP * n_heads)):
-        return
-    back = found["smallest"]["recovered"]["restoring"]
-    text = (
-        f"{_are(size, 'head', 'carries', 'carry')} half of the answer ({_names(found['set']['heads'])}, found by "
-        f"patching on other samples); by RAM it takes {'more than was tried' if by_ram is None else by_ram}. "
-        f"{'No set that was tried' if back is None else f'{back} restored alone'} "
-        f"bring{'s' if back in (None, 1) else ''} nine tenths of it back."
-    )
-    yield "carried", text, False
-
-
-CAUSAL = (_blind, _idle, _order, _repair, _carried)
-
-
-def _names(heads: list[list[int]]) -> str:
-    shown = [f"L{layer}H{head}" for layer, head in heads[:6]]
-    return ", ".join(shown) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
-
-
-def _are(n: int, noun: str, one: str = "is", many: str = "are") -> str:
-    return f"{n} {noun}{'s' * (n != 1)} {one if n == 1 else many}"
 
 
 def _domains(facts: Mapping[str, Any]) -> Said:
@@ -415,7 +331,7 @@ def _scales(summary: Mapping[str, Any]) -> Said:
             "scales",
             f"Retrieval (RAM beyond what even attention gives) sits at {centre_a:.0%} of the depth of {a} and at "
             f"{centre_b:.0%} of that of {b} (mean over {n} domain{'s' * (n != 1)}); their depth profiles overlap by "
-            f"{sum(p['overlap'] for p in pairs) / n:.0%} (heads dealt to random places: "
+            f"{sum(p['overlap'] for p in pairs) / n:.0%} (heads permuted across layers: "
             f"{sum(p['overlap_null'] for p in pairs) / n:.0%}).",
             False,
         )

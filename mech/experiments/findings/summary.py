@@ -1,10 +1,13 @@
 """A study's results in numbers: ``summary.json``.
 
 Effects are *drops*: baseline minus ablated, paired by sample, so that a positive number means the heads were needed.
-Intervals are bootstrap intervals over samples; for bands with several random sets over samples and sets. The tests
-ask whether the top heads cost more than random sets of the same size. ``p_value`` is about new samples, and is
-corrected (Holm, ``p_adjusted``) over all sizes and methods of one model on one domain; ``p_sets`` is the rank of the
-top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 / (1 + sets) and is not corrected.
+Intervals of accuracy are ``accuracy_interval``, those of logit differences bootstrap intervals: over samples, and for
+bands with several random sets over samples crossed with sets. The tests ask whether the top heads cost more than random
+sets of as many *other* heads. ``p_samples`` is about new samples (sign flips), ``p_sets`` about new sets (the rank of
+the top set among the random ones, which cannot fall below ``smallest_p_sets`` = 1 / (1 + sets)), and ``p_value`` is the
+larger of the two. One test is *primary*: the first method, the size nearest to a twentieth of the heads, fixed before
+anything is measured; findings rest on it, and its ``p_adjusted`` is its p. The others are corrected (Holm) over all
+other sizes and methods of one model on one domain.
 
     {"schema": 1,
      "models": {MODEL: {"n_layers", "n_heads", "family",
@@ -13,18 +16,20 @@ top set among the random sets, which cannot fall below ``smallest_p_sets`` = 1 /
            "ranking": [[layer, head, score], ...],                       best first
            "half_mass_share": share of the heads that hold half of all RAM,
            "size_null": what a head scores that looks everywhere alike,
-           "ablation": [{"method", "band", "fraction", "n_heads", "draws",
+           "stability": {"n_top", "n_find", "inclusion": [[layer, head, share of resamples in the top set], ...]},
+           "ablation": [{"method", "band", "fraction", "n_heads", "draws", "heads": those of a named set,
                          "accuracy": I, "accuracy_drop": I, "logit_diff_drop": I or null}, ...],
-           "tests": [{"method", "fraction", "n_heads", "statistic", "p_value", "p_adjusted",
-                      "p_sets", "smallest_p_sets"}, ...],
+           "tests": [{"method", "fraction", "n_heads", "primary", "statistic", "p_value", "p_samples", "p_sets",
+                      "smallest_p_sets", "p_adjusted", "draws", "sets_as_costly"}, ...],
            "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices of every pair of scores;
                      ``_low`` and ``_high`` are 95% intervals over samples,
            "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
         "agreement": {"domains", "spearman", "jaccard", "jaccard_null"}}},
      "acceleration": {MODEL: ``acceleration.summarise``},   sparse inference, on one domain each
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "overlap_null", "pearson", "centre_a", "centre_b"}, ...]},
-     "findings": [{"kind", "text", "model", "domain", "against_papers"}, ...],
-     "headlines": the same, one for each kind,
+     "scope": on what the findings are made, in words,
+     "findings": [{"kind", "text", "model", "domain", "against_papers": differs from the paper (within scope)}, ...],
+     "headlines": the same, one for each kind; what limits the others (unstable top sets, too few samples) first,
      "verdicts": [{"claim", "cells": [{"model", "domain", "verdict", "text"}, ...]}, ...]: of ``verdicts``,
      "pooled": three answers and a curve over all settings, of ``pooled``,
      "provenance": {...}}                                                 I = {"mean", "low", "high"}
@@ -37,24 +42,20 @@ import numpy as np
 import xarray as xr
 
 from mech.axes import CONDITION
-from mech.experiments.effects import drop, interval, share
+from mech.experiments.effects import against_random, drop, interval, share
+from mech.experiments.findings.words import TOP
 from mech.experiments.ranking.agreement import agreement, scale_agreement
 from mech.experiments.ranking.ranking import Ranking, rank_heads
-from mech.experiments.statistics import (
-    holm,
-    permutation_test,
-    proportion_interval,
-)
-
-TOP = 0.05  # the share of heads that the literature calls CoRe
+from mech.experiments.statistics import holm, proportion_interval
+from mech.results import with_top_apart
 
 
 def summarise_domain(ranking: Ranking, ram: xr.Dataset, effects: xr.Dataset) -> dict[str, Any]:
     """One model on one domain: the ranking, the effect of every band, the tests."""
     return {
         "n_find": ram.sizes["example"],
-        "n_test": effects.sizes["example"],
         "ranking": [[layer, head, round(score, 6)] for layer, head, score in ranking.table],
+        "stability": stability(ranking),
         "half_mass_share": ranking.half_mass_share(),
         "size_null": float(ram["size_null"].mean()),
         **summarise_effects(effects),
@@ -62,7 +63,8 @@ def summarise_domain(ranking: Ranking, ram: xr.Dataset, effects: xr.Dataset) -> 
 
 
 def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
-    """What an ablation found: ``baseline``, ``ablation`` and ``tests`` of the schema above."""
+    """What an ablation found: ``n_test``, ``baseline``, ``ablation`` and ``tests`` of the schema above."""
+    effects = with_top_apart(effects)
     baseline = effects.isel({CONDITION: 0})
     right, margin = baseline["accuracy"].values, baseline["logit_diff"].values
     entries, tests = [], []
@@ -74,6 +76,9 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
                 "fraction": float(group["fraction"][0]),
                 "n_heads": n_heads,
                 "draws": group.sizes[CONDITION],
+                **(
+                    {"heads": str(group["heads"].values[0])} if group.sizes[CONDITION] == 1 and "heads" in group else {}
+                ),
                 "accuracy": share(group["accuracy"].values),
                 "accuracy_drop": drop(right, group["accuracy"].values),
                 "logit_diff_drop": interval(margin - group["logit_diff"].values),
@@ -82,26 +87,36 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
     for (method, band, n_heads), group in bands(effects):
         random = _select(effects, method, "random", n_heads)
         if band == "top" and random.sizes[CONDITION]:
-            drops = right - group["accuracy"].values[0], right - random["accuracy"].values
-            examples, sets = permutation_test(*drops, over="examples"), permutation_test(*drops, over="sets")
-            tests.append(
-                {
-                    "method": method,
-                    "fraction": float(group["fraction"][0]),
-                    "n_heads": n_heads,
-                    "statistic": examples.statistic,
-                    "p_value": examples.p_value,
-                    "p_sets": sets.p_value,
-                    "smallest_p_sets": sets.smallest_p,
-                }
-            )
-    for test, adjusted in zip(tests, holm(np.array([test["p_value"] for test in tests])), strict=True):
-        test["p_adjusted"] = float(adjusted)
+            test = against_random(right - group["accuracy"].values[0], right - random["accuracy"].values)
+            tests.append({"method": method, "fraction": float(group["fraction"][0]), "n_heads": n_heads, **test})
+    _adjust(tests)
     return {
+        "n_test": effects.sizes["example"],
         "baseline": {"accuracy": proportion_interval(right).as_dict(), "logit_diff": interval(margin[None])},
         "ablation": entries,
         "tests": tests,
     }
+
+
+def _adjust(tests: list[dict[str, Any]]) -> None:
+    """Mark the primary test, and correct the others."""
+    first = [test for test in tests if test["method"] == tests[0]["method"]]
+    primary = min(first, key=lambda test: abs(test["fraction"] - TOP), default=None)
+    others = [test for test in tests if test is not primary]
+    for test, adjusted in zip(others, holm(np.array([test["p_value"] for test in others])), strict=True):
+        test |= {"primary": False, "p_adjusted": float(adjusted)}
+    if primary is not None:
+        primary |= {"primary": True, "p_adjusted": primary["p_value"]}
+
+
+def stability(ranking: Ranking, k: int | float = TOP, n_resamples: int = 1000) -> dict[str, Any] | None:
+    """How often each of the top heads stays there when the samples that found it are drawn anew; None if unknown."""
+    if ranking.n_examples is None or ranking.n_examples < 2:
+        return None
+    share = ranking.stability(n_resamples, k)
+    top = ranking.top(k)
+    inclusion = [[layer, head, float(share.sel(layer=layer, head=head))] for layer, head in top]
+    return {"n_top": len(top), "n_find": ranking.n_examples, "inclusion": inclusion}
 
 
 def bands(effects: xr.Dataset) -> Iterator[tuple[tuple[str, str, int], xr.Dataset]]:

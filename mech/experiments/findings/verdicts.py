@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mech.experiments.effects import points
-from mech.experiments.findings.sentences import ALPHA, FLOOR, MATTERS
+from mech.experiments.findings.cautions import ALPHA
+from mech.experiments.findings.words import FLOOR, MATTERS
 
 AGREES, DIFFERS, CANNOT_TELL = "agrees", "differs", "cannot tell"
 Numbers = Mapping[str, Any]

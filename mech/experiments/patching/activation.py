@@ -136,7 +136,7 @@ def activation_patching(
             if progress:
                 progress(count, total)
 
-    parts = [_swept(model, plan, direction, method, tick) for plan in plans]
+    parts = [swept(model, plan, direction, method, tick) for plan in plans]
     shape, coords = plans[0].axes(regions)
     values, clean_scores, corrupted_scores = (torch.cat(v).double().cpu().numpy() for v in zip(*(
         (part.values, part.clean, part.corrupted) for part in parts), strict=True))  # fmt: skip
@@ -190,7 +190,8 @@ class _Part:
 
 
 @torch.no_grad()
-def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Callable[[int], None]) -> _Part:
+def swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Callable[[int], None]) -> _Part:
+    """The cells of a plan, all or those that were left in it, and the two runs."""
     base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
     at = torch.as_tensor(plan.reads, device=model.device)
     written: dict[str, Tensor] = {}

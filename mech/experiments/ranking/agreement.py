@@ -229,9 +229,9 @@ def scale_agreement(
     Returns:
         ``share`` over (ranking, depth); ``centre`` over (ranking), the mean depth of the score; and numbers:
         ``overlap`` (sum of the smaller share in each bin: 1 alike, 0 apart), ``overlap_null`` (its mean when the heads
-        of ``b`` are dealt to random places of its model, so that no depth is special), ``overlap_p`` (the share of such
-        deals that overlap at least as much) and ``pearson`` (correlation of the shares; nan with fewer than three bins
-        or an even profile, and weak evidence with few).
+        of ``b`` are permuted across its layers, so that no depth is special), ``overlap_p`` (the share of such
+        permutations that overlap at least as much) and ``pearson`` (correlation of the shares; nan with fewer than
+        three bins or an even profile, and weak evidence with few).
 
     Raises:
         ExperimentError: no bins, or a ranking without positive score.
@@ -246,7 +246,7 @@ def scale_agreement(
     middles = [(np.arange(ranking.n_layers) + 0.5) / ranking.n_layers for ranking in (a, b)]
     centres = [float(_profile(r.mean, r.n_layers) @ middle) for r, middle in zip((a, b), middles, strict=True)]
     overlap = float(np.minimum(*shares).sum())
-    deals = [np.minimum(shares[0], _profile(dealt, n_bins)).sum() for dealt in _permuted(b.mean, n_permutations, seed)]
+    null = [np.minimum(shares[0], _profile(mixed, n_bins)).sum() for mixed in _permuted(b.mean, n_permutations, seed)]
     even = n_bins < 3 or np.ptp(shares, axis=1).min() < 1e-12
     pearson = float("nan") if even else float(np.corrcoef(shares)[0, 1])
     names = [a.model or "a", b.model or "b"] if a.model != b.model else ["a", "b"]
@@ -255,8 +255,8 @@ def scale_agreement(
             "share": (("ranking", "depth"), shares),
             "centre": ("ranking", np.array(centres)),
             "overlap": overlap,
-            "overlap_null": float(np.mean(deals)),
-            "overlap_p": _tail(overlap, deals),
+            "overlap_null": float(np.mean(null)),
+            "overlap_p": _tail(overlap, null),
             "pearson": pearson,
         },
         {"ranking": names, "depth": (np.arange(n_bins) + 0.5) / n_bins},
@@ -271,7 +271,7 @@ def seed_agreement(a: Ranking, b: Ranking, k: Amount = 0.05, n_permutations: Cou
 
     * *depth*: the share of the score in each layer, as ``scale_agreement`` has it.
     * *order within layers*: ``sorted_spearman``, the rank correlation of the maps after each layer's heads are sorted
-      by score. Null: the heads of ``b`` dealt to random places, and sorted.
+      by score. Null: the heads of ``b`` permuted across layers, and sorted.
     * *the same examples*: heads are matched by what they do. ``similarity`` of two heads is the correlation of their
       scores over examples; the matching (one to one, over all layers) with the largest sum is the best there is
       (Hungarian method). ``same_examples`` is the mean similarity of a's top heads to their partners. Null: the
@@ -305,7 +305,7 @@ def seed_agreement(a: Ranking, b: Ranking, k: Amount = 0.05, n_permutations: Cou
     found = scale_agreement(a, b, n_permutations=n_permutations, seed=seed)
     one = np.sort(a.mean, axis=1)
     alike = spearman(one, np.sort(b.mean, axis=1))
-    deals = [spearman(one, np.sort(dealt, axis=1)) for dealt in _permuted(b.mean, n_permutations, seed)]
+    deals = [spearman(one, np.sort(mixed, axis=1)) for mixed in _permuted(b.mean, n_permutations, seed)]
     found = found.assign(
         sorted_spearman=alike, sorted_spearman_null=float(np.mean(deals)), sorted_spearman_p=_tail(alike, deals)
     )
@@ -341,7 +341,7 @@ def _profile(scores: np.ndarray, n_bins: int) -> np.ndarray:
 
 
 def _permuted(scores: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
-    """The scores of all heads, dealt to random places ``n`` times."""
+    """The scores of all heads, permuted across layers ``n`` times."""
     if n < 1:
         raise ExperimentError(f"n_permutations={n}", "a positive number", "use 200")
     rng = np.random.default_rng(seed)

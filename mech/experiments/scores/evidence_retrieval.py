@@ -29,7 +29,7 @@ from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, ro
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
-from mech.experiments.statistics import bootstrap_interval, holm, permutation_test, two_way_bootstrap
+from mech.experiments.statistics import holm, mean_of
 from mech.indices import Pairs
 from mech.inputs import TokenLayout
 from mech.model import AttentionCall, HookedMLLM
@@ -155,10 +155,11 @@ def retrieval_table(
             "sets": here.sizes["set"],
         }
         for name, value in _measures(here):
-            interval = two_way_bootstrap(value) if len(value) > 1 else bootstrap_interval(value[0])
+            interval = mean_of(value)
             row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
         if band != "random" and len(random):
-            row["p_value"] = permutation_test(here["reciprocal_rank"].values.mean(0), random).p_value
+            test = against_random(here["reciprocal_rank"].values.mean(0), random)
+            row |= {name: test[name] for name in ("p_value", "p_samples", "p_sets")}
         table.append(row)
     tested = [row for row in table if "p_value" in row]
     for row, adjusted in zip(tested, holm(np.array([row["p_value"] for row in tested])), strict=True):
@@ -261,7 +262,8 @@ def _sets(
     seen = np.mean([(one * size).sum(-1) for one, size in zip(attention, sizes, strict=True)], axis=0)
     vision = Ranking(seen, score="vision_mass", layers=ranking.layers)
     found = [("top", 0, ranking.top(count)), ("bottom", 0, ranking.bottom(count)), ("vision", 0, vision.top(count))]
-    found += [("random", draw, drawn) for draw, drawn in enumerate(ranking.random(count, n_random, seed))]
+    drawn_sets = ranking.random(count, n_random, seed, exclude=ranking.top(count))
+    found += [("random", draw, drawn) for draw, drawn in enumerate(drawn_sets)]
     return [*found, ("all", 0, ranking.heads)]
 
 

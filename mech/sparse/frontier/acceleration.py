@@ -118,7 +118,7 @@ def acceleration(
         window, sinks: what local heads see; by default the window of ``local_for``.
         choices: which of ``CHOICES``.
         shares: of the KV groups that stay dense; an int is a number of groups.
-        n_random: random sets at every share.
+        n_random: random sets at every share, of other groups than those by RAM where there are enough.
         rankings: rankings that are there already, by their name in ``CHOICES``; the others are made on ``find``.
         batch_size: samples per forward.
         turns: how often everything is timed; 0 leaves speed out.
@@ -256,7 +256,8 @@ def settings(
         for choice in choices:
             sets: Sequence[Heads] = [()]
             if choice == "random":
-                sets = any_of_them.random(n, n_random, seed)
+                tested = groups["ram"].top(n) if "ram" in groups and 2 * n <= total else ()
+                sets = any_of_them.random(n, n_random, seed, exclude=tested)
             elif choice == "layers":
                 sets = [layers_first(groups["ram"], n)]
             elif choice != "dynamic":

@@ -25,7 +25,7 @@ class PruningReport:
         kv_bytes: of keys and values, for each token in the cache.
         prefill_speed: how many times faster a forward over the samples is; the range is over turns.
         accuracy: shares of right answers, with Wilson's interval.
-        drop: what is lost of them, paired by sample, with its bootstrap interval (Wilson's where no answer changed).
+        drop: what is lost of them, paired by sample, with its 95% interval over samples.
         n: samples.
     """
 

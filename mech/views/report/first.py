@@ -1,7 +1,7 @@
 """The first screen: one picture of heads that attend, one curve of what removing heads costs, and three answers.
 
-The picture is not chosen by what it shows: it is the first question of the first setting with the fewest pictures to a
-question. The curve and the answers are those of ``mech.experiments.findings.pooled``.
+The picture is not chosen by what it shows: it is the middle one of the questions that were drawn, of the first setting
+with the fewest pictures to a question. The curve and the answers are those of ``mech.experiments.findings.pooled``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,11 @@ from mech.views.drawing.page import chart, escape
 from mech.views.overlay import BandPicture, band_pictures, gradient
 from mech.views.report.folder import Setting
 
-BANDS = {"top": "The top {n} heads by RAM", "bottom": "The bottom {n} heads by RAM"}
+BANDS = {
+    "top": "The top {n} heads by RAM",
+    "necessary": "{n} necessary heads without RAM",
+    "bottom": "The bottom {n} heads by RAM",
+}
 
 
 def first_screen(found: Mapping[str, Any], settings: Sequence[Setting]) -> str:
@@ -38,8 +42,10 @@ def _answers(answers: Sequence[Mapping[str, str]]) -> str:
 
 def _picture(settings: Sequence[Setting]) -> str:
     setting = min(settings, key=lambda one: len(look_facts(one.looks)[0]["pictures"]))
-    facts = look_facts(setting.looks)[0]
-    original, bands, most = band_pictures(setting.looks, setting.folder)
+    middle = setting.looks.sizes["look"] // 2
+    facts = look_facts(setting.looks)[middle]
+    original, bands, most = band_pictures(setting.looks, setting.folder, middle)
+    query = "each head from the query at which it decides" if "queries" in facts else "attention of the question"
     many = len(facts["pictures"]) > 1
     columns = f' style="--columns:{min(len(facts["pictures"]), 6)}"'
     right = "right" if str(facts["prediction"]).strip() == str(facts["answer"]).strip() else "wrong"
@@ -49,8 +55,8 @@ def _picture(settings: Sequence[Setting]) -> str:
     return (
         f"<section><h2>“{escape(facts['question'])}”</h2>"
         f'<div class="trio{" wide" if many else ""}">{"".join(figures)}</div>'
-        f"{gradient('attention on one visual token', most)}"
-        f'<p class="soft">{escape(setting.name)}, its first test sample; attention of the question.</p></section>'
+        f"{gradient('attention on one visual token', most, power=1)}"
+        f'<p class="soft">{escape(setting.name)}, the middle one of its samples; {query}.</p></section>'
     )
 
 

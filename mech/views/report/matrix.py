@@ -17,10 +17,15 @@ SEE = (
 )
 
 
-def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str, Any]]) -> str:
-    """The table of verdicts, and the findings in words."""
+def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str, Any]], scope: str) -> str:
+    """The table of verdicts within the ``scope`` of a study, and the findings in words."""
+    within = (
+        f"Scope: {escape(scope)}. A small model cannot contradict a large one; where it differs, the claim is not "
+        "universal."
+    )
     return (
-        f'<section id="claims"><h2>Does the literature hold here?</h2><p class="see">{SEE}</p>{claims_table(verdicts)}'
+        f'<section id="claims"><h2>Does the literature hold here?</h2><p class="see">{SEE} {within}</p>'
+        f"{claims_table(verdicts)}"
         f'<div class="card">{sentences(findings) or "<p>The study computed no findings.</p>"}</div></section>'
     )
 

@@ -75,6 +75,8 @@ def _see_map(setting: Setting) -> str:
 
 def _attending(key: int, setting: Setting) -> str:
     see = (
+        "Samples from little to much RAM of the top heads, each head drawn from one query that is named: the token at "
+        "which it decides (with the share of the answer that is lost there), or the question where it decides nothing. "
         "A head retrieves if the bright tokens lie in the outline, question after question; one that is bright at the "
         "same place in every picture does not."
     )
@@ -112,6 +114,16 @@ def _scores(found: Mapping[str, Any]) -> str:
     return f'<p class="see">{see}</p>{agreement.domain_agreement(found, "score")}'
 
 
+def _both(test: Mapping[str, Any]) -> str:
+    """The p-value of a claim, and those over samples and over sets that it is made of."""
+    if "p_samples" not in test:  # of an earlier version: over samples only
+        return f"{p_value(test['p_adjusted'])} <small>({p_value(test['p_value'])}, over samples only)</small>"
+    star = "*" if test.get("primary") else ""
+    return (
+        f"{p_value(test['p_adjusted'])}{star} <small>({p_value(test['p_samples'])}, {p_value(test['p_sets'])})</small>"
+    )
+
+
 def _effects_table(facts: Mapping[str, Any]) -> str:
     """Drop of accuracy of every band, with the test of top against random."""
     rows_of: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
@@ -123,7 +135,7 @@ def _effects_table(facts: Mapping[str, Any]) -> str:
     for (method, fraction), row in rows_of.items():
         heads = next(iter(row.values()))["n_heads"]
         test = tests.get((method, fraction))
-        p = "–" if test is None else f"{p_value(test['p_adjusted'])} <small>({p_value(test['p_value'])})</small>"
+        p = "–" if test is None else _both(test)
         drops = [in_points(row[band]["accuracy_drop"]) if band in row else "–" for band in bands]
         rows.append([f"{escape(method)}, {fraction:.3g}", str(heads), *drops, p])
     names = [escape(band.replace("_", "-")) for band in bands]

@@ -18,6 +18,7 @@ from typing import Any
 
 from mech.arguments import checking
 from mech.errors import MechError, OutputError
+from mech.experiments.findings.cautions import KINDS as CAUTIONS
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.verdicts import verdicts
 from mech.views import agreement, curves, frontier
@@ -72,8 +73,9 @@ def _body(summary: Mapping[str, Any], settings: Sequence[Setting], record: Mappi
     sections = [
         _masthead(summary, settings),
         f'<nav class="contents" aria-label="Contents"><div>{nav}</div></nav>',
+        _limits(summary),
         first_screen(short, settings),
-        matrix(told, summary.get("findings", [])),
+        matrix(told, summary.get("findings", []), str(summary.get("scope", "the settings of this study"))),
         _overview(settings),
         _baselines(summary, settings),
     ]
@@ -108,6 +110,13 @@ def _masthead(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
         "<header><h1>Which heads retrieve the visual evidence, and does the answer need them?</h1>"
         f'<p class="soft">{"; ".join(escape(fact) for fact in facts)}</p></header>'
     )
+
+
+def _limits(summary: Mapping[str, Any]) -> str:
+    """What limits all that follows: said before it."""
+    said = [finding["text"] for finding in summary.get("headlines", []) if finding.get("kind") in CAUTIONS]
+    items = "".join(f"<li>{escape(text)}</li>" for text in said)
+    return f'<section id="limits" class="card"><b>Read first</b><ul>{items}</ul></section>' if items else ""
 
 
 def _overview(settings: Sequence[Setting]) -> str:
@@ -156,6 +165,14 @@ def _baselines(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     note = "In brackets: 95% intervals. Last column: the smallest share of heads that together hold half of all RAM."
     folded = f"<details><summary>The models as they are</summary>{table(head, rows, note)}</details>"
     return f'<section id="baseline" class="card">{folded}</section>'
+
+
+def _both(test: Mapping[str, Any]) -> str:
+    """The p-value of a claim, and those over samples and over sets that it is made of."""
+    if "p_samples" not in test:  # of an earlier version: over samples only
+        return f"{_p(test['p_adjusted'])} <small>({_p(test['p_value'])}, over samples only)</small>"
+    star = "*" if test.get("primary") else ""
+    return f"{_p(test['p_adjusted'])}{star} <small>({_p(test['p_samples'])}, {_p(test['p_sets'])})</small>"
 
 
 def _sparse(accelerated: Mapping[str, Any]) -> str:

@@ -9,8 +9,10 @@ import torch
 
 from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError, RegionError
-from mech.experiments.ablation.ablation import BASELINE, Condition, ablation, conditions
-from mech.experiments.findings.sentences import KINDS, findings, headlines
+from mech.experiments.ablation.ablation import BASELINE, CONTROLS, Condition, ablation, conditions
+from mech.experiments.effects import against_random, both_units
+from mech.experiments.findings.cautions import cautions, detectable_loss, few_samples, few_sets, unstable
+from mech.experiments.findings.sentences import KINDS, findings, headlines, scope
 from mech.experiments.findings.summary import summarise_domain, summarise_effects
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.ranking import Head, rank_heads
@@ -18,6 +20,8 @@ from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.scores.sinks import attention_sinks
 from mech.interventions import Ablate, intervene, reference_activations
 from mech.model import HookedMLLM
+from mech.results import heads_text
+from mech.views import curves, view
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +104,48 @@ def test_conditions_are_every_combination_once(ram):
     assert same[0] == same[1]
     with pytest.raises(ExperimentError, match="use 'zero'"):
         conditions(ranking, to="zeros")
+    with pytest.raises(ExperimentError, match="ask for 'unrestricted'"):
+        conditions(ranking, bands=["random"], fractions=[0.6])
+    with pytest.raises(ExperimentError, match="without necessary heads"):
+        conditions(ranking, bands=["unneeded"])
     with pytest.raises(ExperimentError, match="use 'top'"):
         conditions(ranking, bands=["tops"])
+
+
+def test_random_controls_do_not_hold_the_treatment(ram):
+    ranking = rank_heads(ram)
+    needed = [ranking.heads[20], ranking.heads[30]]
+    bands = ("top", "random", "unneeded", "unrestricted")
+    todo = conditions(ranking, bands=bands, fractions=(3, 10), n_random=40, necessary=needed)
+    for size in (3, 10):
+        top = set(ranking.top(size))
+        sets = {band: [set(c.heads) for c in todo if c.band == band and len(c.heads) == size] for band in bands}
+        assert [len(sets[band]) for band in bands] == [1, 40, CONTROLS, CONTROLS]
+        assert not any(drawn & top for drawn in sets["random"] + sets["unneeded"])
+        assert any(drawn & set(needed) for drawn in sets["random"])
+        assert not any(drawn & set(needed) for drawn in sets["unneeded"])
+        assert any(drawn & top for drawn in sets["unrestricted"])
+    every = [Head(layer, head) for layer in range(6) for head in range(8)][:44]  # nothing is left to draw from
+    assert not conditions(ranking, bands=["unneeded"], fractions=(5,), necessary=every)
+
+
+def test_sets_of_all_heads_that_hold_a_top_head_are_shown_apart(model, halves, ram):
+    ranking = rank_heads(ram)
+    bands = ("top", "random", "unrestricted")
+    effects = ablation(model, halves[1][:4], ranking, to="zero", bands=bands, fractions=(10,), n_random=6)
+    assert effects["heads"].values[0] == "" and effects["heads"].values[1] == heads_text(ranking.top(10))
+    drawn = effects["heads"].values[effects["band"] == "unrestricted"]
+    top = set(effects["heads"].values[1].split())
+    holding = sum(bool(top & set(heads.split())) for heads in drawn)
+    entries = {entry["band"]: entry for entry in summarise_effects(effects)["ablation"]}
+    assert holding > 0 and entries["unrestricted, with top"]["draws"] == holding
+    assert entries.get("unrestricted", {"draws": 0})["draws"] == 6 - holding
+    assert entries["top"]["heads"] == heads_text(ranking.top(10)) and "heads" not in entries["random"]
+    drawn = {effect.band: effect for effect in curves.effects(effects, "accuracy")}
+    assert drawn["top"].heads.replace("<br>", ", ").split(", ") == heads_text(ranking.top(10)).split()
+    assert drawn["random"].heads.startswith("lowest: L") and drawn["unrestricted, with top"].draws == holding
+    assert "random of all heads, with one of the top" in view(effects).body
+    assert {effect.heads for effect in curves.effects(effects.drop_vars("heads"), "accuracy")} == {""}  # older files
 
 
 def test_a_ranking_by_another_score_is_a_band(model, halves, ram):
@@ -177,11 +221,46 @@ def test_summary_and_findings_follow_the_numbers(ram, effects):
     random = next(e for e in numbers["ablation"] if (e["method"], e["band"], e["n_heads"]) == ("mean", "random", 10))
     assert random["draws"] == 4 and len(numbers["tests"]) == 6
     assert all(test["p_value"] <= test["p_adjusted"] <= 1 for test in numbers["tests"])
+    assert all(test["p_value"] == max(test["p_samples"], test["p_sets"]) >= 1 / 5 for test in numbers["tests"])
+    (primary,) = [test for test in numbers["tests"] if test["primary"]]
+    assert primary["method"] == "mean" and primary["n_heads"] == 1 and primary["p_adjusted"] == primary["p_value"]
+    assert numbers["stability"]["n_top"] == 2 and numbers["stability"]["n_find"] == numbers["n_test"] == 16
+    assert [kind for kind, _ in cautions(numbers)][-1] == "few sets"
+
+
+def test_a_claim_needs_samples_and_sets():
+    sure, half = np.array([1.0] * 24), np.array([1.0, 0.0] * 12)
+    none = np.zeros((100, 24))
+    both = against_random(sure, none)
+    assert both["p_value"] == both["p_sets"] == pytest.approx(1 / 101) and both["p_samples"] < 1e-3
+    few = against_random(sure, none[:3])
+    assert few["p_samples"] < 1e-3 and few["p_value"] == few["p_sets"] == 0.25
+    some = against_random(half, np.concatenate([none[:90], np.tile(sure, (10, 1))]))
+    assert some["sets_as_costly"] == 10 and some["p_value"] == pytest.approx(11 / 101)
+    assert "p < 0.001 over samples (sign flips), p = 0.250 over sets (rank); 0 of 3 random sets" in both_units(few)
+    nothing = against_random(none[0], none)  # both cost nothing: no set "cost as much"
+    assert nothing["sets_as_costly"] is None and nothing["p_value"] == 1 and "cost as much" not in both_units(nothing)
+
+
+def test_what_limits_the_numbers_is_said():
+    assert detectable_loss(16) > detectable_loss(32) > detectable_loss(100) > 0.04 and np.isnan(detectable_loss(4))
+    n, trials = 32, np.random.default_rng(0).random((4000, 32)) < detectable_loss(32)
+    assert np.mean(trials.sum(1) >= 5) == pytest.approx(0.8, abs=0.03) and 0.5**5 < 0.05 < 0.5**4
+    stable = {"n_top": 2, "n_find": n, "inclusion": [[0, 2, 0.99], [3, 5, 0.6]]}
+    (text,) = [text for _, text in unstable(stable)]
+    assert "1 of its 2 heads" in text and "(L3H5 60%)" in text
+    assert not list(unstable(stable | {"inclusion": [[0, 2, 0.99], [3, 5, 0.8]]}))
+    assert (
+        not list(few_samples(32, interval(0.5))) and "32 detect a loss of 20" in next(few_samples(32, interval(0)))[1]
+    )
+    assert "no loss of accuracy can be significant" in next(few_samples(4, interval(1)))[1]
+    assert not list(few_sets(20)) and "0.10" in next(few_sets(9))[1]
 
 
 def fabricated(**changes):
     """A summary of one model in which the top heads matter, the bottom ones do not, and nothing else is odd."""
     drops = {"top": 0.6, "random": 0.02, "bottom": 0.0, "layer_matched": 0.05} | changes.pop("drops", {})
+    against = {"statistic": 0.5, "p_value": 0.01, "p_samples": 0.001, "p_sets": 0.01, "smallest_p_sets": 0.01}
     entries = [
         {
             "method": "mean", "band": band, "fraction": size, "n_heads": round(size * 100), "draws": 1,
@@ -190,9 +269,10 @@ def fabricated(**changes):
         for band, drop in drops.items()
         for size in (0.05, 0.2)
     ]  # fmt: skip
-    tests = [{"method": "mean", "fraction": 0.05, "n_heads": 5, "statistic": 0.5, "p_value": 0.001,
-              "p_adjusted": 0.002, "p_sets": 0.5, "smallest_p_sets": 0.5}]  # fmt: skip
+    tests = [{"method": "mean", "fraction": 0.05, "n_heads": 5, "primary": True, "p_adjusted": 0.01, **against,
+              "draws": 99, "sets_as_costly": 0}]  # fmt: skip
     domain = {
+        "n_test": 64, "stability": {"n_top": 5, "n_find": 64, "inclusion": [[2, 3, 1.0]] * 5},
         "baseline": {"accuracy": interval(0.98), "logit_diff": interval(5.0)}, "ranking": [[2, 3, 0.9]],
         "half_mass_share": 0.06, "size_null": 0.02, "ablation": entries, "tests": tests,
     } | changes  # fmt: skip
@@ -213,7 +293,13 @@ def said(summary, *words):
 def test_findings_turn_with_the_numbers():
     agreeing = fabricated()
     assert not any(finding["against_papers"] for finding in findings(agreeing))
-    assert said(agreeing, "they are needed more than random heads are", "60 points [59, 61]", "0 of 1 random sets")
+    assert said(
+        agreeing,
+        "they are needed more than random heads are",
+        "60 points [59, 61]",
+        "p = 0.001 over samples",
+        "0 of 99 random sets",
+    )
     assert said(agreeing, "smallest top set tried that halves accuracy (98%) holds 5 of 100 heads")
     assert said(agreeing, "L2H3 with RAM 0.9,")
 
@@ -251,14 +337,22 @@ def test_findings_do_not_claim_what_cannot_be_seen():
     blind = fabricated(baseline={"accuracy": interval(0.05), "logit_diff": interval(0.0)})
     assert said(blind, "answers only 5% here")
     assert not said(blind, "random heads are") and not said(blind, "halves accuracy")
-    # A random set that holds the same heads costs as much: the sentence says how many did.
-    unlucky = fabricated()
-    unlucky["models"]["m"]["domains"]["grounding"]["tests"][0]["p_sets"] = 1.0
-    assert said(unlucky, "needed more than random heads", "1 of 1 random sets cost as much")
+    unlucky = fabricated()  # sure on these samples, yet a fifth of the random sets cost as much
+    test = unlucky["models"]["m"]["domains"]["grounding"]["tests"][0]
+    test |= {"p_sets": 0.2, "p_value": 0.2, "p_adjusted": 0.2, "sets_as_costly": 19}
+    assert said(unlucky, "not shown to be needed more", "p = 0.200 over sets", "19 of 99 random sets cost as much")
+    idle = fabricated(drops={"top": 0.0})
+    idle["models"]["m"]["domains"]["grounding"]["tests"][0] |= {"p_adjusted": 1.0, "sets_as_costly": None}
+    assert said(idle, "No loss is shown, so there is nothing to compare.") and not said(idle, "cost as much")
+    assert findings(idle)[0]["kind"] == "few samples" == headlines(findings(idle))[0]["kind"]
+    loose = fabricated(stability={"n_top": 5, "n_find": 8, "inclusion": [[2, 3, 1.0], [0, 1, 0.4]]})
+    assert findings(loose)[0]["kind"] == "unstable" == headlines(findings(loose))[0]["kind"]
+    spared = fabricated(drops={"unneeded": 0.01})
+    assert said(spared, "2 points [1, 3] (1 sets), without heads known to be necessary 1 points [0, 2]")
     assert findings(fabricated(half_mass_share=float("nan"))) is not None
 
 
-def test_headlines_count_places_and_keep_what_is_said_of_a_model():
+def test_headlines_count_settings_and_keep_what_is_said_of_a_model():
     summary = fabricated()
     weak = fabricated(drops={"bottom": 0.3})["models"]["m"]["domains"]["grounding"]
     summary["models"]["m"]["domains"]["video"] = weak
@@ -266,9 +360,10 @@ def test_headlines_count_places_and_keep_what_is_said_of_a_model():
     found = findings(summary)
     assert all(finding["kind"] in KINDS for finding in found)
     by_kind = {finding["kind"]: finding["text"] for finding in headlines(found)}
-    assert by_kind["needed"].endswith("in 3 of 3 places (m on all domains; n on grounding).")
-    assert by_kind["low"].endswith("in 1 of 3 places (m on video).")
+    assert by_kind["needed"].endswith("in 3 of 3 settings (m on all domains; n on grounding).")
+    assert by_kind["low"].endswith("in 1 of 3 settings (m on video).")
     assert "not needed" not in by_kind
+    assert scope(summary["models"]) == "2 models of 100 heads; grounding, video"
     one = {"kind": "domains", "text": "x", "model": "m", "domain": None, "against_papers": False}
     assert headlines([one]) == [one]
 

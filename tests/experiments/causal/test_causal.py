@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def test_a_grid_centres_its_colours_on_no_effect(tmp_path):
     for direction in ("denoise", "noise"):
         swept = activation_patching(model, key.clean, key.corrupted, metric, direction=direction)
         body = view(swept).body
-        assert '"zmin": -1.0' in body and "colorscale" in body and "share of the gap" in body
+        assert re.search(r'"zmin": ?-1[.,]', body) and "colorscale" in body and "share of the gap" in body
     words = activation_patching(
         model, key.clean, key.corrupted, metric, point="hook_resid_pre", over=("layer", "region"),
         regions={"<b>evil</b>": "image", "question": "question"},

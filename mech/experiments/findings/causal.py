@@ -1,0 +1,95 @@
+"""What the causal report of a study says: heads that matter without looking, that look without mattering, that repair.
+
+Each rule reads the numbers of one model on one domain and yields (kind, text, whether it differs from the paper).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mech.experiments.findings.words import MATTERS, TOP, Said, are, names_of, too_weak
+
+
+def _causal(numbers: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What patching found; nothing where it could not be asked or the model is too weak."""
+    found = numbers.get("causal")
+    return found if found and "quadrants" in found and not too_weak(numbers) else None
+
+
+def _blind(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found or not found["necessary_blind"]:
+        return
+    blind, worst = found["necessary_blind"], [path["text"] for path in found["paths"]
+                                              if path["head"] in found["necessary_blind"]]  # fmt: skip
+    text = (
+        f"{are(len(blind), 'head')} necessary without looking at the evidence (RAM not clearly above what even "
+        f"attention gives): {names_of(blind)}. {' '.join(worst[:2])}"
+    )
+    yield "blind", text.strip(), True
+
+
+def _idle(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    both, idle = (found["quadrants"][name] for name in ("looks and matters", "looks, does not matter"))
+    if len(idle) > len(both):
+        text = (
+            f"Of {len(both) + len(idle)} heads that look at the evidence, {len(idle)} change the answer by less than "
+            f"{found['threshold']:.0%} of the gap, or not surely, when they are patched one by one."
+        )
+        yield "idle", text, True
+
+
+def _order(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found or found["agreement"]["mean"] is None:
+        return
+    mean, low, high = (found["agreement"][name] for name in ("mean", "low", "high"))
+    against = high < 0.5
+    if not against and low < 0.5:
+        return
+    text = (
+        "RAM and causal effect (the share of the answer lost when a head is patched from the counterfactual) correlate "
+        f"over all heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}]."
+    )
+    yield "order" if against else "ordered", text, against
+
+
+def _repair(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    some, worth = found["set"], found["set"]["together"]
+    if some["size"] > 1 and worth["low"] > some["alone"] + MATTERS:
+        text = (
+            f"{names_of(some['heads'])} are worth {some['alone']:.0%} of the gap as a sum of single effects, but lose "
+            f"{worth['mean']:.0%} [{worth['low']:.0%}, {worth['high']:.0%}] together: one by one, others repair it."
+        )
+        yield "repair", text, False
+    for head, other in found["stand_ins"]:
+        yield (
+            "stand-in",
+            f"{names_of([head])} stands in for {names_of([other])}: it says more of the answer without it.",
+            False,
+        )
+
+
+def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found:
+        return
+    size, by_ram = (found["smallest"]["lost"][order] for order in ("effect", "ram"))
+    if size is None or size > max(1, round(TOP * n_heads)):
+        return
+    back = found["smallest"]["recovered"]["restoring"]
+    text = (
+        f"{are(size, 'head', 'carries', 'carry')} half of the answer ({names_of(found['set']['heads'])}, found by "
+        f"patching on other samples); by RAM it takes {'more than was tried' if by_ram is None else by_ram}. "
+        f"{'No set that was tried' if back is None else f'{back} restored alone'} "
+        f"bring{'s' if back in (None, 1) else ''} nine tenths of it back."
+    )
+    yield "carried", text, False
+
+
+CAUSAL = (_blind, _idle, _order, _repair, _carried)

@@ -1,0 +1,53 @@
+"""Which heads and samples a study spares and shows, by rules that are fixed before the results are seen.
+
+    known_necessary(patched)                        # spared by the control "unneeded": found on the samples that find
+    necessary_blind(patched, 2)                     # drawn beside the top heads
+    representative(find, ram, ranking.top(0.05), 3) # samples whose pictures are drawn
+
+``patched`` is the dataset of a ``CausalReport``, or None where patching was not possible.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from mech.data.samples import Samples
+from mech.experiments.ranking.ranking import Head
+
+NECESSARY = 0.05  # of the answer: what a head must cost, by itself, to be known as necessary
+
+
+def known_necessary(patched: xr.Dataset | None) -> list[Head]:
+    """Heads that cost a twentieth of the answer when they are patched on the samples that find heads."""
+    if patched is None or "lost_find" not in patched:
+        return []
+    return _heads(patched, patched["lost_find"].values >= NECESSARY)
+
+
+def necessary_blind(patched: xr.Dataset | None, n: int) -> list[Head]:
+    """Heads that are necessary and do not look at the evidence, at most ``n``, the most costly first."""
+    if patched is None:
+        return []
+    blind = (patched["quadrant"].values == "matters, does not look") & patched["necessary"].values.astype(bool)
+    cost = patched["lost"]
+    return sorted(_heads(patched, blind), key=lambda at: -float(cost.sel(layer=at.layer).isel(head=at.head)))[:n]
+
+
+def representative(samples: Samples, ram: xr.Dataset, heads: Sequence[tuple[int, int]], n: int) -> Samples:
+    """Samples at even quantiles of these heads' RAM, from little to much: neither the first nor the best ones.
+
+    Args:
+        samples: those that ``ram`` was measured on.
+        ram: of ``retrieval_attention_mass``.
+        heads: whose mean RAM orders the samples.
+        n: how many, for three those at 1/6, 1/2 and 5/6.
+    """
+    mass = np.mean([ram["ram"].sel(layer=layer, head=head).values for layer, head in heads], axis=0)
+    order, n = np.argsort(mass, kind="stable"), min(n, len(mass))
+    return Samples([samples[int(order[int((i + 0.5) / n * len(mass))])] for i in range(n)])
+
+
+def _heads(patched: xr.Dataset, chosen: np.ndarray) -> list[Head]:
+    layers = patched["layer"].values
+    return [Head(int(layers[i]), int(j)) for i, j in np.argwhere(chosen).tolist()]

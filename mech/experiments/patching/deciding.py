@@ -1,0 +1,54 @@
+"""At which position does a head decide: where its output, taken from the counterfactual, costs most of the answer.
+
+deciding_queries(model, sample, [(0, 2), (2, 2)])       # [(31, 0.99), None]: position, share of the answer lost
+"""
+
+from dataclasses import replace
+
+from mech.arguments import checked
+from mech.data.samples import Sample
+from mech.errors import ExperimentError
+from mech.experiments.metrics import LogitDiff
+from mech.experiments.patching.activation import swept
+from mech.experiments.patching.plan import Plan, effect_of, pairs_of
+from mech.indices import Pairs
+from mech.model import HookedMLLM
+
+
+@checked
+def deciding_queries(
+    model: HookedMLLM, sample: Sample, heads: Pairs, threshold: float = 0.02
+) -> list[tuple[int, float] | None]:
+    """For each head the query position that matters most, among those of the question and the last one.
+
+    ``lost = (clean - noised) / (clean - corrupted)`` when the head's output at this position alone is that of the
+    counterfactual. None for a head whose output costs less than ``threshold`` everywhere. Unit: share of the gap.
+
+    Raises:
+        ExperimentError: no counterfactual of the same layout, or an answer that parts from it behind its first token.
+
+    Cost: three forwards and, for each head and position, what lies behind it.
+    """
+    if sample.counterfactual is None:
+        raise ExperimentError(f"sample {sample.id!r} without a counterfactual", "one", "set Sample.counterfactual")
+    ((clean, other),) = pairs_of(model, sample, None)
+    layout, metric = clean.layouts[0], LogitDiff(sample.answer, sample.counterfactual.answer)
+    positions = sorted({int(at) for name in ("question", "last") for at in layout.positions(name)})
+    layers = sorted({layer for layer, _ in heads})
+    over = ("layer", "head", "position")
+    plan = Plan.of(model, clean, other, metric, "attn.hook_z", over, positions, None, layers, 0)
+    wanted = set(map(tuple, heads))
+    plan = replace(plan, cells=[cell for cell in plan.cells if (cell.layers[0], cell.head) in wanted])
+    part = swept(model, plan, "noise", "auto", lambda times: None)
+    values, *ends = (value.double().cpu().numpy() for value in (part.values, part.clean, part.corrupted))
+    lost = effect_of(values, *ends, "noise")[0]
+    found: list[tuple[int, float] | None] = []
+    for head in map(tuple, heads):
+        costs = [
+            (float(value), positions[cell.region])
+            for cell, value in zip(plan.cells, lost, strict=True)
+            if (cell.layers[0], cell.head) == head
+        ]
+        most, position = max(costs)
+        found.append((position, most) if most >= threshold else None)
+    return found
