@@ -62,13 +62,14 @@ def some_of(words: Iterable[str]) -> Any:
     return Annotated[collections.abc.Sequence[one_of(words)], NOT_EMPTY]
 
 
-def at_least(least: int) -> Any:
-    """A whole number, not too small."""
-    return Annotated[int, Rule(f"a whole number of at least {least}", lambda value: value >= least)]
+def at_least(least: int) -> Rule:
+    """Not too small a whole number: ``Annotated[int, at_least(2)]``."""
+    return Rule(f"a whole number of at least {least}", lambda value: value >= least)
 
 
 NOT_EMPTY = Rule("at least one", lambda value: len(value) > 0)
-Count, Whole = at_least(1), at_least(0)
+Count = Annotated[int, at_least(1)]
+Whole = Annotated[int, at_least(0)]
 Seed = Annotated[int, Rule("one whole number of at least 0", lambda value: value >= 0)]
 Positive = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
 Share = Annotated[float, Rule("a number between 0 and 1, neither of them", lambda value: 0 < value < 1)]
@@ -78,7 +79,7 @@ Amount = Annotated[
     int | float,
     Rule(
         "an int from 1, or a share between 0.0 and 1.0",
-        lambda value: value >= 1 if isinstance(value, numbers.Integral) else 0 < value < 1,
+        lambda value: value >= 1 if is_whole(value) else 0 < value < 1,
     ),
 ]
 
@@ -103,7 +104,7 @@ def checked(function: F, error: type[MechError] = ExperimentError) -> F:
     """
     if isinstance(function, type):
         function.__init__ = checked(function.__init__, error)  # type: ignore[misc]
-        return function
+        return function  # type: ignore[return-value]
     name = function.__qualname__.removesuffix(".__init__")
 
     @functools.cache  # at the first call: by then every name in an annotation is known

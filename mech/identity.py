@@ -51,7 +51,7 @@ def weights_in(attrs: Mapping[str, Any]) -> str:
     record = attrs.get("provenance")
     try:
         record = json.loads(record) if isinstance(record, str) else record
-        return str(record["model"]["weights"] or "")
+        return str(record["model"]["weights"] or "")  # type: ignore[index]
     except (ValueError, TypeError, KeyError):  # no provenance, or that of no model
         return ""
 

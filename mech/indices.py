@@ -8,7 +8,7 @@ Masks may be numpy arrays, tensors, xarray arrays or lists. What is neither is r
 strings, and bools among numbers, which would count as 0 and 1.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -72,8 +72,8 @@ def pairs(name: str, given: Any, error: type[MechError] = ExperimentError) -> In
 
 
 # For signatures: what `checked` hands on is read already.
-Layers = Annotated[Iterable[int], Reading(indices, "whole numbers, or a mask")]
-Pairs = Annotated[Iterable[tuple[int, int]], Reading(pairs, "(layer, head) pairs")]
+Layers = Annotated[Sequence[int], Reading(indices, "whole numbers, or a mask")]
+Pairs = Annotated[Sequence[tuple[int, int]], Reading(pairs, "(layer, head) pairs")]
 
 
 def _read(array: np.ndarray) -> Indices:
@@ -90,7 +90,7 @@ def _array(given: Any) -> np.ndarray | None:
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         return None
     if callable(getattr(given, "detach", None)):  # a tensor, wherever it lies
-        given = given.detach().cpu()
+        given = given.detach().cpu()  # type: ignore[attr-defined]
     elif not hasattr(given, "dtype"):
         given = list(given)
         flat = [one for row in given for one in (row if isinstance(row, list | tuple) else [row])]

@@ -198,7 +198,7 @@ class Patch(Spec):
         else:
             check_layers(model, self.layers, self.point)
         if isinstance(self.source, Mapping) or hasattr(self.source, "cache_dict"):
-            absent = [name for name in names_of(self) if name not in self.source]
+            absent = [name for name in names_of(self) if name not in self.source]  # type: ignore[operator]
             if absent:
                 raise ExperimentError(
                     f"a source cache without {absent[0]!r}", "every patched point", f"names_filter={names_of(self)!r}"

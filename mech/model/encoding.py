@@ -67,7 +67,9 @@ class Encoding:
     @checking(InputError)
     def inputs_of(self, sample: Sample, answer: bool = False) -> Any:
         """``Inputs`` of a ``Sample``; with ``answer=True`` its answer follows the prompt."""
-        text = dict(answer=sample.answer if answer else "", context=sample.context, passages=sample.passages())
+        text: dict[str, Any] = dict(
+            answer=sample.answer if answer else "", context=sample.context, passages=sample.passages()
+        )
         return self.inputs(sample.question, sample.images, sample.video, sample.fps, **text)
 
     @checking(InputError)

@@ -11,7 +11,7 @@ A policy knows sizes and not speed: how near a machine comes to the bounds is fo
 know what the heads are for: accuracy has to be measured beside it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -89,7 +89,7 @@ class Policy:
             dense, as in the papers), while the answer is written ("decode"), or in "both".
     """
 
-    dense_heads: Annotated[Iterable[tuple[int, int]], Reading(_heads, "(layer, head) pairs")] = ()
+    dense_heads: Annotated[Sequence[tuple[int, int]], Reading(_heads, "(layer, head) pairs")] = ()
     sinks: Whole = 4
     window: Count = 256
     keep_text: bool = False

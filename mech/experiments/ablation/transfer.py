@@ -48,7 +48,7 @@ def transfer(
     rankings: Annotated[Mapping[str, Ranking], NOT_EMPTY] | None = None,
     k: Amount = 0.05,
     to: one_of(METHODS) = "mean",
-    n_random: at_least(2) = 20,
+    n_random: Annotated[int, at_least(2)] = 20,
     seed: Seed = 0,
     batch_size: Count = 16,
     progress: Callable[[int, int], None] | None = None,

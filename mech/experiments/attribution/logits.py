@@ -88,7 +88,7 @@ def logit_attribution(
     References: Elhage et al. 2021 (the residual stream as a sum); nostalgebraist 2020 (logit lens).
     """
     rows = [clean] if isinstance(clean, Inputs | Sample) else list(clean)
-    metric = _default_metric(rows) if metric is None else metric
+    difference: LogitDiff = _default_metric(rows) if metric is None else metric
     named = [sources] * len(rows) if sources is None or isinstance(sources, Mapping) else list(sources)
     sets = list(named[0] or ()) if named else []
     if len(named) != len(rows) or any(list(one or ()) != sets for one in named) or not rows:
@@ -99,7 +99,7 @@ def logit_attribution(
     check_direct(model, sources is not None)
     # With the answer behind it, so that a token of it that is not the first can be asked for.
     inputs = [model.inputs_of(row, answer=bool(row.answer.strip())) if isinstance(row, Sample) else row for row in rows]
-    readings = [metric.reading(model, row.layout, i) for i, row in enumerate(inputs)]
+    readings = [difference.reading(model, row.layout, i) for i, row in enumerate(inputs)]
     asked = [_Question.of(model, *one) for one in zip(inputs, readings, named, strict=True)]
     parts: list[dict[str, np.ndarray]] = []
     for i, (row, question) in enumerate(zip(inputs, asked, strict=True)):

@@ -100,7 +100,7 @@ def evidence_retrieval(
     samples = Samples(samples)
     _check(model, samples, ranking, ks)
     other = refuse_ranking(ranking, model, samples, allow_other_model) if isinstance(ranking, Ranking) else ""
-    over = _natural(samples) if over is None else over
+    over = over or _natural(samples)
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
     candidates = [_candidates(row.layout.visual, over, grid) for row in rows]
     right = [
