@@ -30,6 +30,8 @@ ELSEWHERE = {
     "TokenLayout": {"tokens", "spans", "images"},
     "Frames": {"indices"},
     "Pages": {"indices"},
+    "ablation": {"necessary"},
+    "looks": {"deciding"},
     "view": {"on", "options"},
 }
 done: Counter[str] = Counter()

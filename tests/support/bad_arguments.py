@@ -219,6 +219,8 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "logit_lens": Call(mech.logit_lens, {"model": model, "inputs": inputs}, {
             "model": "model", "inputs": "given", "positions": "where", "layers": "layers", "track": "?answers",
             "k": "count"}),
+        "deciding_queries": Call(mech.deciding_queries, {"model": model, "sample": one, "heads": [(0, 2)]}, {
+            "model": "model", "sample": "sample", "heads": "heads", "threshold": "number"}),
         "looks": Call(mech.looks, {**tested, "ranking": ranking}, {
             **run, "ranking": "ranking", "k": "count", "bands": "sets", "queries": "word", **other}),
         "modality_transfer": Call(getattr(mech, "modality_transfer", None), {

@@ -108,6 +108,8 @@ def conditions(
         _comparable(name, other, ranking)
     if "unneeded" in words and not len(necessary):
         raise ExperimentError("the band 'unneeded' without necessary heads", "necessary=[(layer, head), ...]")
+    if strange := [Head(*map(int, head)) for head in necessary if tuple(map(int, head)) not in ranking.heads]:
+        raise ExperimentError(f"there is no head {strange[0]}", f"heads of {ranking!r}", "give (layer, head) pairs")
     found: dict[Condition, None] = {}
     for method in methods:
         for band in (*words, *others):

@@ -12,6 +12,7 @@ from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import swept
 from mech.experiments.patching.plan import Plan, effect_of, pairs_of
 from mech.indices import Pairs
+from mech.interventions.specs import check_heads
 from mech.model import HookedMLLM
 
 
@@ -25,12 +26,16 @@ def deciding_queries(
     counterfactual. None for a head whose output costs less than ``threshold`` everywhere. Unit: share of the gap.
 
     Raises:
-        ExperimentError: no counterfactual of the same layout, or an answer that parts from it behind its first token.
+        ExperimentError: no heads, or one that is not there; no counterfactual of the same layout, or an answer that
+            parts from it behind its first token.
 
     Cost: three forwards and, for each head and position, what lies behind it.
     """
     if sample.counterfactual is None:
         raise ExperimentError(f"sample {sample.id!r} without a counterfactual", "one", "set Sample.counterfactual")
+    if not len(heads):
+        raise ExperimentError("no heads", "at least one (layer, head)", "pass ranking.top(3)")
+    check_heads(model, heads)
     ((clean, other),) = pairs_of(model, sample, None)
     layout, metric = clean.layouts[0], LogitDiff(sample.answer, sample.counterfactual.answer)
     positions = sorted({int(at) for name in ("question", "last") for at in layout.positions(name)})

@@ -108,6 +108,8 @@ def test_conditions_are_every_combination_once(ram):
         conditions(ranking, bands=["random"], fractions=[0.6])
     with pytest.raises(ExperimentError, match="without necessary heads"):
         conditions(ranking, bands=["unneeded"])
+    with pytest.raises(ExperimentError, match="there is no head L9H0"):
+        conditions(ranking, necessary=[(9, 0)])
     with pytest.raises(ExperimentError, match="use 'top'"):
         conditions(ranking, bands=["tops"])
 
