@@ -383,7 +383,7 @@ def causality(
 
 def longest(model: HookedMLLM, wanted: dict[str, Samples]) -> Samples:
     """The samples of the domain with the longest prompts, by the first sample of each."""
-    return max(wanted.values(), key=lambda samples: len(model.inputs_of(samples[0]).layout))
+    return max(wanted.values(), key=lambda samples: len(model.inputs_of(next(iter(samples))).layout))
 
 
 def accelerated(

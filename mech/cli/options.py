@@ -293,7 +293,7 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]
     from rich.text import Text
 
     console = Console()
-    title, *columns = map(printable, (title, *columns))
+    title, columns = printable(title), tuple(map(printable, columns))
     rows = [tuple(map(printable, row)) for row in rows]
     if not console.is_terminal:
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]

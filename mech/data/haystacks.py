@@ -223,9 +223,9 @@ def haystacks(
         InputError: an unknown domain, split, answer or form, more items than there is room for, too few pictures.
     """
     most = (MOST if answers.digits_of(answer) == 1 else MOST_NUMBERS)[domain]
-    n_items = most if n_items is None else n_items
-    if not 1 <= n_items <= most:
-        raise InputError(f"n_items={n_items}", f"1 to {most} for {domain!r}", f"leave it out for {most}")
+    items = most if n_items is None else n_items
+    if not 1 <= items <= most:
+        raise InputError(f"n_items={items}", f"1 to {most} for {domain!r}", f"leave it out for {most}")
     least = PICTURES[domain]
     shown = least if n_pictures is None else n_pictures
     if shown != least and (domain not in LONG or shown < least or (domain == "video" and shown % 2)):
@@ -233,7 +233,7 @@ def haystacks(
         raise InputError(f"n_pictures={shown} of {domain!r}", expected, "leave it out, or use 'pages' or 'video'")
     name = domain if shown == least else f"{domain}/{shown}"
     name = name if answer == "digit" else f"{name}/{answer}"
-    asked = functools.partial(_sample, domain, n_items=n_items, n_pictures=shown, split=split, answer=answer, form=form)
+    asked = functools.partial(_sample, domain, n_items=items, n_pictures=shown, split=split, answer=answer, form=form)
     return Samples([asked(f"{name}/{split}/{seed}/{i}") for i in range(n)])
 
 

@@ -98,7 +98,9 @@ def _is_whole(shard: Path) -> bool:
     try:
         with opened(shard) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = parse_json(file.read(length)) if 8 + length <= size else None
+            if 8 + length > size:
+                return False
+            header = parse_json(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return size == 8 + length + max(ends, default=0)
     except (AttributeError, LookupError, OSError, TypeError, ValueError, struct.error):  # it is no safetensors file

@@ -5,7 +5,7 @@ into cells and masks of positions, and refuses what would compare things that do
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ class Plan:
         over: tuple[str, ...],
         positions: Where,
         regions: Regions | None,
-        layers: Sequence[int] | None,
+        layers: Iterable[int] | None,
         example: int,
     ) -> "Plan":
         vision = point.startswith("vision.")
@@ -172,7 +172,7 @@ def _axes_of(point: str, is_global: bool) -> tuple[str, ...]:
     return (LAYER, *heads, POSITION, REGION)
 
 
-def _layers(model: HookedMLLM, point: str, vision: bool, layers: Sequence[int] | None, count: int) -> list[int]:
+def _layers(model: HookedMLLM, point: str, vision: bool, layers: Iterable[int] | None, count: int) -> list[int]:
     """The layers meant, by default all that have the point."""
     if layers is None:
         live = set(model.points())

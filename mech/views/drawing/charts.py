@@ -86,24 +86,24 @@ def on_axes(chart: Chart, ax: "Axes | None" = None) -> "Axes":
     except ImportError as error:
         raise OutputError("axes without matplotlib", "matplotlib installed", "pip install matplotlib") from error
     painted = _painted(chart, "")
-    ax = pyplot.subplots()[1] if ax is None else ax
+    axes: Any = pyplot.subplots()[1] if ax is None else ax
     layout, below = painted["layout"], None
     bars = [trace for trace in painted["data"] if trace["type"] == "bar"]
     for trace in painted["data"]:
         if trace["type"] == "heatmap":
-            _heatmap(ax, trace)
+            _heatmap(axes, trace)
         elif trace["type"] == "bar":
-            _bars(ax, trace, bars.index(trace), len(bars))
+            _bars(axes, trace, bars.index(trace), len(bars))
         else:
-            _scatter(ax, trace, below)
+            _scatter(axes, trace, below)
             below = trace
     for shape in layout.get("shapes", ()):
-        _shape(ax, shape)
-    for axis, name in ((ax.xaxis, "xaxis"), (ax.yaxis, "yaxis")):
-        _axis(ax, axis, layout[name])
-    if layout.get("showlegend") and ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize="small")
-    return ax
+        _shape(axes, shape)
+    for axis, name in ((axes.xaxis, "xaxis"), (axes.yaxis, "yaxis")):
+        _axis(axes, axis, layout[name])
+    if layout.get("showlegend") and axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize="small")
+    return axes
 
 
 def _scatter(ax: "Axes", trace: Mapping[str, Any], below: Mapping[str, Any] | None) -> None:
@@ -149,7 +149,7 @@ def _heatmap(ax: "Axes", trace: Mapping[str, Any]) -> None:
 
     z = np.array([_numbers(row) for row in trace["z"]])
     colours = LinearSegmentedColormap.from_list("mech", trace["colorscale"])
-    limits = {"vmin": trace.get("zmin"), "vmax": trace.get("zmax")}
+    limits: dict[str, Any] = {"vmin": trace.get("zmin"), "vmax": trace.get("zmax")}
     image = ax.imshow(z, cmap=colours, aspect="auto", origin="lower", **limits)
     for names, put in ((trace.get("x"), ax.set_xticks), (trace.get("y"), ax.set_yticks)):
         if names is not None and all(isinstance(name, str) for name in names):
@@ -161,7 +161,7 @@ def _heatmap(ax: "Axes", trace: Mapping[str, Any]) -> None:
 def _shape(ax: "Axes", shape: Mapping[str, Any]) -> None:
     line = shape.get("line", {})
     style = {"color": _colour(line.get("color")), "linewidth": line.get("width", 1)}
-    x, y = (shape.get("x0"), shape.get("x1")), (shape.get("y0"), shape.get("y1"))
+    x, y = ([shape.get(f"{axis}{end}", 0.0) for end in (0, 1)] for axis in "xy")
     if shape["type"] == "rect":
         ax.plot([x[0], x[1], x[1], x[0], x[0]], [y[0], y[0], y[1], y[1], y[0]], **style)
     elif shape.get("yref") == "paper":

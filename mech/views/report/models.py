@@ -103,6 +103,7 @@ def _mattering(setting: Setting) -> str:
         "If RAM told what a head does, the points would rise to the right; heads on the left that stand high are "
         "needed without attending to the evidence."
     )
+    assert setting.causal is not None  # asked for where there is one
     return f'<p class="see">{see}</p>{causal.causal_card(setting.causal, setting.facts["causal"])}'
 
 
