@@ -103,7 +103,7 @@ def transfer(
     ]
     first = next(iter(rankings.values()))
     tops = [Condition(to, name, one.count(k) / len(one), one.top(k)) for name, one in rankings.items()]
-    tested = {head for top in tops for head in top.heads}
+    tested = tuple({head: None for top in tops for head in top.heads})
     apart = len(tested) + len(tops[0].heads) <= len(first)
     drawn = first.random(k, n_random, seed, exclude=tested if apart else ())
     todo = [BASELINE, *tops, *(Condition(to, "random", tops[0].fraction, one, i) for i, one in enumerate(drawn))]

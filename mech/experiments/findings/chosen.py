@@ -45,7 +45,8 @@ def representative(samples: Samples, ram: xr.Dataset, heads: Sequence[tuple[int,
     """
     mass = np.mean([ram["ram"].sel(layer=layer, head=head).values for layer, head in heads], axis=0)
     order, n = np.argsort(mass, kind="stable"), min(n, len(mass))
-    return Samples([samples[int(order[int((i + 0.5) / n * len(mass))])] for i in range(n)])
+    listed = list(samples)
+    return Samples([listed[int(order[int((i + 0.5) / n * len(mass))])] for i in range(n)])
 
 
 def _heads(patched: xr.Dataset, chosen: np.ndarray) -> list[Head]:

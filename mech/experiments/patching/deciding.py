@@ -45,8 +45,8 @@ def deciding_queries(
     wanted = set(map(tuple, heads))
     plan = replace(plan, cells=[cell for cell in plan.cells if (cell.layers[0], cell.head) in wanted])
     part = swept(model, plan, "noise", "auto", lambda times: None)
-    values, *ends = (value.double().cpu().numpy() for value in (part.values, part.clean, part.corrupted))
-    lost = effect_of(values, *ends, "noise")[0]
+    values, plain, changed = (x.double().cpu().numpy() for x in (part.values, part.clean, part.corrupted))
+    lost = effect_of(values, plain, changed, "noise")[0]
     found: list[tuple[int, float] | None] = []
     for head in map(tuple, heads):
         costs = [

@@ -100,9 +100,9 @@ def evidence_retrieval(
     samples = Samples(samples)
     _check(model, samples, ranking, ks)
     other = refuse_ranking(ranking, model, samples, allow_other_model) if isinstance(ranking, Ranking) else ""
-    over = over or _natural(samples)
+    what = over or _natural(samples)
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
-    candidates = [_candidates(row.layout.visual, over, grid) for row in rows]
+    candidates = [_candidates(row.layout.visual, what, grid) for row in rows]
     right = [
         _right(row.layout.visual, sample, found) for row, sample, found in zip(rows, samples, candidates, strict=True)
     ]
@@ -129,8 +129,8 @@ def evidence_retrieval(
     chosen = _sets(model, ranking, heads, n_random, seed, attention, candidates, reduce)
     found = _dataset(chosen, samples, attention, right, model.cfg.attention_layers, ks)
     found.attrs = {
-        "kind": "retrieval", "model": model.name, "domain": ", ".join(samples.domains), "over": over, "reduce": reduce,
-        "provenance": provenance(model, samples, over=over, reduce=reduce, seed=seed),
+        "kind": "retrieval", "model": model.name, "domain": ", ".join(samples.domains), "over": what, "reduce": reduce,
+        "provenance": provenance(model, samples, over=what, reduce=reduce, seed=seed),
         **other_model_attrs([other]),
     }  # fmt: skip
     return found
