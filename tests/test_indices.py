@@ -36,7 +36,7 @@ def test_other_lists_of_whole_numbers_are_read_as_they_are():
     "given",
     [1.5, [1.5], [1.0], ["0"], "01", b"01", None, [None], [True, 3], [[1, 2]], {1: 2}, [object()], torch.tensor(3), 3,
      torch.tensor([1.0], dtype=torch.bfloat16), [[1], [2, 3]], float("nan")],
-    ids=repr,
+    ids=lambda given: type(given).__name__,
 )  # fmt: skip
 def test_what_is_no_index_is_refused(given):
     with pytest.raises(RegionError, match=r"layers=(.|\n)*whole numbers, or a mask(.|\n)*give layers"):
