@@ -26,6 +26,7 @@ from mech.data.regions import Frames, Pages
 from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
+from mech.experiments.effects import against_random
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
@@ -52,7 +53,7 @@ def evidence_retrieval(
     heads: Amount = 0.05,
     ks: Annotated[Sequence[Count], NOT_EMPTY] = (1, 2, 5),
     reduce: one_of(REDUCE) = "mean",
-    n_random: Count = 20,
+    n_random: Count = 100,
     seed: Seed = 0,
     batch_size: Count = 8,
     progress: Progress | None = None,
@@ -78,7 +79,7 @@ def evidence_retrieval(
         heads: how many heads a set holds, see ``Ranking.count``.
         ks: how many of the first candidates count.
         reduce: ``"mean"`` per token, or ``"sum"``, which favours large candidates.
-        n_random: random sets.
+        n_random: random sets, of other heads than the top; they cost no forward.
         seed: of the random sets.
         batch_size: samples per forward.
         progress: called with (samples done, samples in all).
@@ -142,8 +143,9 @@ def retrieval_table(
 ) -> list[dict[str, float | str | int]]:
     """Every band of ``evidence_retrieval`` as a row: means with intervals over samples (and random sets), and p-values.
 
-    ``p_value`` is of the top band's reciprocal rank against the random sets, over samples (sign flips); of other
-    bands it is the same test, and ``p_adjusted`` is Holm's over all of them. Chance is the last row.
+    ``p_value`` is of the top band's reciprocal rank against the random sets: the larger of ``p_samples`` (sign flips)
+    and ``p_sets`` (its rank among the sets); of other bands it is the same test, and ``p_adjusted`` is Holm's over all
+    of them. Chance is the last row.
     """
     random = found["reciprocal_rank"].values[found[BAND].values == "random"]
     table: list[dict[str, float | str | int]] = []

@@ -167,14 +167,6 @@ def _baselines(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     return f'<section id="baseline" class="card">{folded}</section>'
 
 
-def _both(test: Mapping[str, Any]) -> str:
-    """The p-value of a claim, and those over samples and over sets that it is made of."""
-    if "p_samples" not in test:  # of an earlier version: over samples only
-        return f"{_p(test['p_adjusted'])} <small>({_p(test['p_value'])}, over samples only)</small>"
-    star = "*" if test.get("primary") else ""
-    return f"{_p(test['p_adjusted'])}{star} <small>({_p(test['p_samples'])}, {_p(test['p_sets'])})</small>"
-
-
 def _sparse(accelerated: Mapping[str, Any]) -> str:
     """How few heads can see everything, model by model; those of long contexts first."""
     order = sorted(accelerated.items(), key=lambda one: -one[1]["length"])

@@ -66,7 +66,7 @@ def test_candidates_are_ordered_by_the_attention_they_get(qwen):
     assert found.attrs["over"] == "pages" and list(dict.fromkeys(found["band"].values)) == [
         "top", "bottom", "vision", "random", "all",
     ]  # fmt: skip
-    drawn = ranking.random(3, 2, 0)
+    drawn = ranking.random(3, 2, 0, exclude=ranking.top(3))
     for row, heads in ((0, ranking.top(3)), (1, ranking.bottom(3)), (4, drawn[1]), (5, ranking.heads)):
         for i, sample in enumerate(test):
             inputs = qwen.inputs_of(sample)
@@ -82,16 +82,18 @@ def test_candidates_are_ordered_by_the_attention_they_get(qwen):
 def test_frames_of_a_video_and_the_table_with_its_tests(qwen):
     find, test = mech.haystacks("video", 24, seed=1).split(0.5)
     ranking = mech.rank_heads(mech.retrieval_attention_mass(qwen, find))
-    found = evidence_retrieval(qwen, test, ranking, n_random=8)
+    found = evidence_retrieval(qwen, test, ranking, n_random=100)
     assert found.attrs["over"] == "frames" and (found["n_candidates"] == 4).all()
     rows = {row["band"]: row for row in retrieval_table(found)}
-    assert rows["random"]["sets"] == 8 and rows["top"]["n_heads"] == ranking.count(0.05)
+    assert rows["random"]["sets"] == 100 and rows["top"]["n_heads"] == ranking.count(0.05)
     for row in rows.values():
         for name in ("mrr", "hit@1", "recall@2"):
             assert 0 <= row[name] <= 1
             if row["band"] != "chance":
                 assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
-    assert rows["top"]["p_value"] <= rows["top"]["p_adjusted"] < 0.05 < rows["all"]["p_adjusted"]
+    assert rows["top"]["p_value"] == max(rows["top"]["p_samples"], rows["top"]["p_sets"])
+    assert rows["top"]["p_samples"] < 0.01 and rows["top"]["p_value"] < 0.05 < rows["all"]["p_value"]
+    assert rows["top"]["p_value"] <= rows["top"]["p_adjusted"] <= 1
     page = mech.view(found).html()
     for word in ("hit@1", "MRR", "About 4 frames to choose from", "vision"):
         assert word in page
