@@ -44,6 +44,10 @@ def ablate(
     heads: Annotated[
         Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
     ] = None,
+    allow_other_model: Annotated[
+        bool,
+        typer.Option("--allow-other-model", help="Take --heads of another model of this shape; the result says so."),
+    ] = False,
     samples: Annotated[int, options.samples("Half find heads (or make the reference), half test them.", 8)] = 96,
     n_random: options.NRandom = 100,
     positions: Annotated[
@@ -97,6 +101,7 @@ def ablate(
             positions=positions,
             seed=seed,
             progress=lambda i, n: say("ablation", i, n),
+            allow_other_model=allow_other_model,
         )
     if out is not None:
         save(effects, out)

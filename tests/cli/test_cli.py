@@ -384,3 +384,13 @@ def test_the_families_are_a_table_or_json(mech):
     assert {"models": "Qwen2-VL", "model_type": "qwen2_vl", "takes": ["images", "video"]}.items() <= next(
         row.items() for row in found if row["model_type"] == "qwen2_vl"
     )
+
+
+def test_heads_of_another_model_are_refused_or_allowed_by_name(mech, tmp_path):
+    heads = str(tmp_path / "ranking.json")
+    assert mech("rank", "--model", "reference:llava-s-seed1", "--samples", "8", "-q", "--out", heads)[0] == 0
+    words = ["ablate", "--heads", heads, "--samples", "16", "--seed", "1", "--n-random", "2", "--fraction", "2"]
+    words += ["--to", "zero", "--band", "top", "-q"]
+    code, _, err = mech(*words)
+    assert code == 2 and "reference:llava-s-seed1" in err and "allow" in err
+    assert mech(*words, "--allow-other-model")[0] == 0
