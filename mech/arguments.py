@@ -215,7 +215,7 @@ def _listed(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
         return isinstance(value, Mapping) and all(
             fits(key, inner[0]) and fits(one, inner[1]) for key, one in value.items()
         )
-    array = isinstance(value, np.ndarray)
+    array = callable(getattr(value, "tolist", None))  # numpy, torch
     # A list does where a tuple is wanted, an array for a list of numbers; a text is no list of its letters.
     allowed = collections.abc.Sequence if issubclass(origin, tuple | list) else origin
     if isinstance(value, str | bytes | Mapping) or not (array or isinstance(value, allowed)):

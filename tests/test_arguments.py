@@ -29,7 +29,7 @@ NAN, INF = float("nan"), float("inf")
         (some_of(("top", "bottom")), [["top"], ("top", "bottom")], ["top", [], ["tops"], None, {"top": 1}]),
         (
             Sequence[int],
-            [[1], (), range(3), np.arange(3)],
+            [[1], (), range(3), np.arange(3), torch.arange(3)],
             ["12", [1.5], [True], {1: 2}, 3, np.array([0.5]), iter([1])],
         ),
         (Iterable[int], [[1], {1, 2}], ["12", {1: 2}, 3]),
