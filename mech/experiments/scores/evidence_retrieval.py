@@ -27,7 +27,6 @@ from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.experiments.effects import against_random
-from mech.experiments.effects import against_random
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
