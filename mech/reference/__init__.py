@@ -1,7 +1,7 @@
 """Small trained MLLMs in real architectures that ship with the package: ``from_pretrained("reference:llava-m")``.
 
     >>> names()
-    ('llava-m', 'llava-s', 'llava-s-seed1', 'qwen-long', 'qwen-s')
+    ('llava-m', 'llava-s', 'llava-s-seed1', 'qwen-long', 'qwen-s', 'smol')
     >>> revisions("llava-s-seed1")       # how it was while it learned: from_pretrained(..., revision="step2300")
     ('step2200', 'step2300', 'step2500')
 
@@ -10,6 +10,10 @@ visual evidence, without a hub. They are not meant for anything else. There are 
 seed of one of them, with checkpoints of its training; and one that reads some thousand visual tokens. Each folder holds
 the weights (safetensors), the processor and ``card.json``: data, curve, held-out accuracy, heads, seed, time. How they
 are made: ``recipe`` and ``train``.
+
+``smol`` is another thing: a pretrained language model (SmolLM2-135M-Instruct, of the extra ``mech[smol]``) to which
+eyes were given here. Only those ship, with what tunes it; the whole is put together when it is first opened. Its one
+revision, ``"base"``, is the language model as it was before it was tuned, with the same eyes. See ``smol.assembly``.
 """
 
 import json
@@ -28,11 +32,20 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str) -> Path:
-    """The folder of a reference model, with or without the prefix ``reference:``.
+    """The folder of a reference model, with or without the prefix ``reference:``; ``smol`` is assembled if need be.
 
     Raises:
-        UnsupportedModel: no such model.
+        UnsupportedModel: no such model, or the package that it needs is not installed.
     """
+    folder = _shipped(name)
+    if not _needs_base(folder):
+        return folder
+    from mech.reference.smol.assembly import assembled
+
+    return assembled(folder)
+
+
+def _shipped(name: str) -> Path:
     short = name.removeprefix(PREFIX)
     if short not in names():
         known = [PREFIX + known for known in names()]
@@ -42,13 +55,20 @@ def path(name: str) -> Path:
     return FOLDER / short
 
 
+def _needs_base(folder: Path) -> bool:
+    return (folder / "adapter.safetensors").exists()
+
+
 def revisions(name: str) -> tuple[str, ...]:
     """The checkpoints of its training that ship with a reference model, in order; most have none."""
-    return tuple(sorted((file.stem for file in path(name).glob("step*.safetensors")), key=lambda step: int(step[4:])))
+    folder = _shipped(name)
+    if _needs_base(folder):
+        return ("base",)
+    return tuple(sorted((file.stem for file in folder.glob("step*.safetensors")), key=lambda step: int(step[4:])))
 
 
 def checkpoint(name: str, revision: str) -> Path:
-    """The weights of a revision of a reference model: all but those of the vision tower, which was frozen by then.
+    """The weights of a revision of a reference model: those that differ from the final ones.
 
     Raises:
         UnsupportedModel: no such model or revision.
@@ -65,4 +85,4 @@ def checkpoint(name: str, revision: str) -> Path:
 
 def card(name: str) -> dict[str, Any]:
     """What is known of a reference model: data, curve, accuracy, heads, seed, time."""
-    return json.loads((path(name) / "card.json").read_text(encoding="utf-8"))
+    return json.loads((_shipped(name) / "card.json").read_text(encoding="utf-8"))

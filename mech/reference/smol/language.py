@@ -1,0 +1,185 @@
+"""The first stage: the language model learns the tasks from text, before anything is seen.
+
+What a picture would show is given as the embeddings of its words (``words``), so that no tower runs and a sequence is
+short. Only LoRA on the attention is trained. Noise on the embeddings makes it robust to a tower that is not perfect,
+and on plain text the tuned model is held to what the untuned one predicts, so that it can still write.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mech.data import haystacks
+from mech.reference.smol.adapter import Adapted, Adapters
+from mech.reference.smol.steps import Checkpoint, learning_rate, stepped
+from mech.reference.smol.words import Turn, Vocabulary, turns
+
+DOMAINS = {"grounding": 0.5, "documents": 0.3, "pages": 0.2}  # the share of each in the steps
+BATCH = {"grounding": 8, "documents": 8, "pages": 4}
+ASKED = 4  # items of a scene that are asked about one by one
+FULLEST = 0.7  # the share of batches whose scenes are as full as they can be
+NOISE = 0.3  # of the embeddings of what is shown, relative to their own size, at most
+PLAIN = 160  # tokens of plain text in every other step
+HELD = 4.0  # how much a nat of drift on them counts, against a nat of the answers' loss
+RATE = 2e-3
+EVERY = 10  # steps between two lines of the curve
+WHOLE, ANNEALED = 240, 90  # the schedule is that of so many steps, and from the second on falls to nothing at the end
+
+
+@dataclass
+class Row:
+    """One dialogue as tokens: ``second`` is -1 where a token is one word; ``learned`` what is to be predicted."""
+
+    ids: list[int] = field(default_factory=list)
+    second: list[int] = field(default_factory=list)
+    learned: list[bool] = field(default_factory=list)
+    answers: list[tuple[str, range]] = field(default_factory=list)  # the kind of each full answer, and where it is
+
+    def add(self, ids: list[int], learned: bool = False) -> None:
+        self.ids += ids
+        self.second += [-1] * len(ids)
+        self.learned += [learned] * len(ids)
+
+
+def dialogue(vocabulary: Vocabulary, shown: list[tuple[int, int]], asked: list[Turn]) -> Row:
+    """The tokens of a dialogue about a picture, as the chat template writes it, with words in the picture's place."""
+    row, tokens = Row(), vocabulary.tokens
+    for number, turn in enumerate(asked):
+        row.add(tokens("<|im_start|>user\n"))
+        if number == 0:
+            row.ids += [first for first, _ in shown]
+            row.second += [second for _, second in shown]
+            row.learned += [False] * len(shown)
+        row.add(tokens(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n"))
+        start, answer = len(row.ids), tokens(turn.answer)
+        if turn.listed:
+            row.add(answer)
+            row.learned[start:] = [token in vocabulary.digit for token in answer]
+        else:
+            row.add([*answer, *tokens("<|im_end|>")], learned=True)
+            row.answers.append((turn.kind, range(start, len(row.ids))))
+        row.add(tokens("<|im_end|>\n" if turn.listed else "\n"))
+    return row
+
+
+def batch_of(vocabulary: Vocabulary, step: int) -> tuple[str, list[Row]]:
+    """The domain and the dialogues of a step, which decides everything that is random in them."""
+    rng = random.Random(f"smol/{step}")
+    domain = rng.choices(list(DOMAINS), list(DOMAINS.values()))[0]
+    n_digits = rng.choice((1, 3))
+    most = (haystacks.MOST if n_digits == 1 else haystacks.MOST_NUMBERS)[domain]
+    n_items = most if rng.random() < FULLEST else rng.randint(2, most)
+    rows = []
+    for _ in range(BATCH[domain]):
+        scene = haystacks.draw_scene(domain, rng, n_items, "train", n_digits=n_digits)
+        rows.append(dialogue(vocabulary, vocabulary.shown(scene), turns(scene, rng, ASKED)))
+    return domain, rows
+
+
+def embedded(table: Float[Tensor, "word d_model"], rows: list[Row], noise: float) -> Float[Tensor, "row pos d_model"]:
+    """The rows' embeddings, padded on the right: of two words the sum; with noise."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
+    second = torch.tensor([row.second + [-1] * (longest - len(row.ids)) for row in rows])
+    found = table[ids] + torch.where(second[..., None] >= 0, table[second.clamp(min=0)], 0.0)
+    return found + noise * found.norm(dim=-1, keepdim=True) * torch.randn_like(found) / found.shape[-1] ** 0.5
+
+
+def answer_loss(model, rows: list[Row], noise: float) -> tuple[Float[Tensor, ""], list[tuple[str, bool]]]:
+    """Cross-entropy of all learned tokens, and of every full answer whether all of it is what the model would say."""
+    table = model.get_input_embeddings().weight
+    hidden = model.model(inputs_embeds=embedded(table, rows, noise), use_cache=False).last_hidden_state
+    at = [(i, position) for i, row in enumerate(rows) for position, learned in enumerate(row.learned) if learned]
+    batch, position = torch.tensor(at).T
+    target = torch.tensor([rows[i].ids[position] for i, position in at])
+    logits = model.lm_head(hidden[batch, position - 1])
+    right = dict(zip(at, (logits.argmax(-1) == target).tolist(), strict=True))
+    said = [
+        (kind, all(right[i, place] for place in where)) for i, row in enumerate(rows) for kind, where in row.answers
+    ]
+    return nn.functional.cross_entropy(logits, target), said
+
+
+def plain_text() -> list[str]:
+    """English that is there offline, in paragraphs: the standard library's own documentation."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics) if len(topics[name]) > 1000]
+
+
+def piece(vocabulary: Vocabulary, texts: list[str], length: int, rng: random.Random) -> list[int]:
+    """``length`` tokens from somewhere in the texts."""
+    while True:
+        text = rng.choice(texts)
+        start = rng.randrange(max(1, len(text) - 6 * length))
+        ids = vocabulary.tokens(text[start : start + 8 * length])
+        if len(ids) >= length:
+            return ids[:length]
+
+
+def drift(model, ids: list[int]) -> Float[Tensor, ""]:
+    """KL divergence of the tuned model's predictions on plain text from the untuned one's, in nats a token."""
+    given = torch.tensor([ids])
+
+    def predicted() -> Tensor:
+        return model.lm_head(model.model(input_ids=given, use_cache=False).last_hidden_state[0]).log_softmax(-1)
+
+    adapted = [module for module in model.modules() if isinstance(module, Adapted)]
+    ranks = [module.rank for module in adapted]
+    with torch.no_grad():
+        for module in adapted:
+            module.rank = 0
+        before = predicted()
+        for module, rank in zip(adapted, ranks, strict=True):
+            module.rank = rank
+    return nn.functional.kl_div(predicted(), before, reduction="batchmean", log_target=True)
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate: warm-up and half a cosine, brought down to nothing in the last steps."""
+    cosine = learning_rate(step, WHOLE, RATE, warm_up=20, least=0.05)
+    return cosine * min(1.0, (steps - step) / max(1, steps - ANNEALED))
+
+
+def train_language(
+    model: nn.Module,
+    adapters: Adapters,
+    vocabulary: Vocabulary,
+    checkpoint: Path,
+    steps: int,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, float]]:
+    """Trains the adapters, going on from ``checkpoint`` where there is one; returns the curve.
+
+    Its accuracies are of whole answers, on scenes that were not seen before (every step draws its own).
+    """
+    texts = plain_text()[::2]  # the other half is left for whoever wants to measure on it
+    optimizer = torch.optim.AdamW(adapters.values(), weight_decay=0.0, betas=(0.9, 0.98))
+    kept = Checkpoint(checkpoint, model=adapters, optimizer=optimizer)
+    losses, drifts, right = [], [], defaultdict(list)
+    for step in range(kept.step, steps):
+        domain, rows = batch_of(vocabulary, step)
+        rng = random.Random(f"n{step}")
+        torch.manual_seed(step)
+        loss, said = answer_loss(model, rows, NOISE * rng.random())
+        losses.append(loss.item())
+        if step % 2 == 0:
+            away = drift(model, piece(vocabulary, texts, PLAIN, rng))
+            drifts.append(away.item())
+            loss = loss + HELD * away
+        stepped(optimizer, list(adapters.values()), loss, rate(step, steps))
+        for kind, well in said:
+            right[f"{domain} {kind}"].append(well)
+        if (step + 1) % EVERY == 0 or step + 1 == steps:
+            accuracy = {name: round(mean(well), 3) for name, well in sorted(right.items())}
+            kept.save(step + 1, loss=mean(losses), drift=mean(drifts), accuracy=accuracy)
+            say(f"language: {kept.curve[-1]}")
+            losses, drifts, right = [], [], defaultdict(list)
+    return kept.curve

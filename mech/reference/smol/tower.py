@@ -1,0 +1,103 @@
+"""The second stage: a vision tower and its projector learn to show the language model's own embeddings of words.
+
+The language model takes no part: what every visual token shows is known (``words``), and so is the embedding that says
+it. The tower begins as that of ``reference:llava-s``, which was pretrained on the same handwriting.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mech.data import haystacks
+from mech.data.haystacks import Scene
+from mech.reference.smol.steps import Checkpoint, learning_rate, stepped
+from mech.reference.smol.words import Vocabulary
+
+SHARPNESS = 8.0  # how much likelier a word is whose embedding is nearer
+SCENES = 32  # a step
+RATE = 2e-3
+EVERY = 100  # steps between two lines of the curve
+
+
+class Targets:
+    """The embeddings that a visual token can have: those of single words, and of a digit in a coloured frame."""
+
+    def __init__(self, vocabulary: Vocabulary, table: Float[Tensor, "word d_model"]):
+        pairs = [(word, -1) for word in vocabulary.single]
+        pairs += [(digit, colour) for digit in vocabulary.digit for colour in vocabulary.colours]
+        self.place = {pair: place for place, pair in enumerate(pairs)}
+        first, second = torch.tensor(pairs).T
+        self.vectors = table[first] + torch.where(second[:, None] >= 0, table[second.clamp(min=0)], 0.0)
+        self.scale = self.vectors.square().sum(-1).mean()
+
+    def labels(self, vocabulary: Vocabulary, scenes: list[Scene]) -> Int[Tensor, "visual_token"]:
+        return torch.tensor([self.place[pair] for scene in scenes for pair in vocabulary.shown(scene)])
+
+    def loss(
+        self, seen: Float[Tensor, "visual_token d_model"], labels: Int[Tensor, "visual_token"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "visual_token"], Float[Tensor, ""]]:
+        """(loss, whether each is nearest to what it shows, mean squared distance relative to an embedding's square).
+
+        ``loss = cross_entropy(-sharpness * distance^2) + distance^2``: nearest to the right one, and near it.
+        """
+        squares = seen.square().sum(-1, keepdim=True) + self.vectors.square().sum(-1) - 2 * seen @ self.vectors.T
+        squares = squares / self.scale
+        far = squares.gather(1, labels[:, None]).mean()
+        nearest = (squares.argmin(-1) == labels).float()
+        return nn.functional.cross_entropy(-SHARPNESS * squares, labels) + far, nearest, far
+
+
+def scenes_of(rng: random.Random, n: int, split: str) -> list[Scene]:
+    """Scenes of both kinds, with one digit or three, from nearly empty to full."""
+    found = []
+    for _ in range(n):
+        domain, n_digits = rng.choice(("grounding", "documents")), rng.choice((1, 3))
+        most = (haystacks.MOST if n_digits == 1 else haystacks.MOST_NUMBERS)[domain]
+        found.append(haystacks.draw_scene(domain, rng, rng.randint(1, most), split, n_digits=n_digits))
+    return found
+
+
+def pixels(scenes: list[Scene]) -> Float[Tensor, "picture 3 height width"]:
+    """What the image processor makes of the scenes' images: the size is right already."""
+    shown = np.stack([np.asarray(picture) for scene in scenes for picture in scene.pictures()])
+    return torch.from_numpy(shown).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def features(tower: nn.Module, projector: nn.Module, shown: Tensor) -> Float[Tensor, "visual_token d_model"]:
+    """What LLaVA gives its language model: the last layer's patches, projected."""
+    return projector(tower(shown).last_hidden_state[:, 1:]).flatten(0, 1)
+
+
+def train_tower(
+    tower: nn.Module,
+    projector: nn.Module,
+    vocabulary: Vocabulary,
+    table: Float[Tensor, "word d_model"],
+    checkpoint: Path,
+    steps: int,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, float]]:
+    """Trains both in place, going on from ``checkpoint`` where there is one; returns the curve."""
+    targets, trained = Targets(vocabulary, table), [*tower.parameters(), *projector.parameters()]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.02, betas=(0.9, 0.98))
+    kept = Checkpoint(checkpoint, tower=tower, projector=projector, optimizer=optimizer)
+    losses, right, far = [], [], []
+    for step in range(kept.step, steps):
+        scenes = scenes_of(random.Random(f"tower/{step}"), SCENES, "train")
+        seen = features(tower, projector, pixels(scenes))
+        loss, nearest, distance = targets.loss(seen, targets.labels(vocabulary, scenes))
+        stepped(optimizer, trained, loss, learning_rate(step, steps, RATE, warm_up=100))
+        losses.append(loss.item())
+        right.append(nearest.mean().item())
+        far.append(distance.item())
+        if (step + 1) % EVERY == 0 or step + 1 == steps:
+            kept.save(step + 1, loss=mean(losses), right=mean(right), distance=mean(far))
+            say(f"tower: {kept.curve[-1]}")
+            losses, right, far = [], [], []
+    return kept.curve
