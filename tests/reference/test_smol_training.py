@@ -157,6 +157,7 @@ def test_a_tower_learns_to_show_the_words(vocabulary, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tower, "SCENES", 4)
     monkeypatch.setattr(tower, "EVERY", 5)
+    monkeypatch.setattr(tower, "FITTED", 5)
     torch.manual_seed(0)
     table = torch.randn(49152, 32)
     sight, projector = eyes(LlamaConfig(hidden_size=32))
@@ -168,9 +169,9 @@ def test_targets_tell_every_word_and_every_framed_digit_apart(vocabulary):
     targets = tower.Targets(vocabulary, torch.randn(49152, 64))
     scenes = tower.scenes_of(random.Random(0), 6, "train")
     labels = targets.labels(vocabulary, scenes)
-    loss, nearest, distance = targets.loss(targets.vectors[labels], labels)
+    loss, nearest, distance = targets.loss(targets.vectors[labels], labels, 8.0, 1.0)
     assert nearest.all() and distance.abs() < 1e-4 and loss < 0.1
-    wrong, nearest, distance = targets.loss(targets.vectors[(labels + 1) % len(targets.vectors)], labels)
+    wrong, nearest, distance = targets.loss(targets.vectors[(labels + 1) % len(targets.vectors)], labels, 8.0, 1.0)
     assert not nearest.any() and distance > 0.5 and wrong > loss
     assert len(targets.vectors) == len(set(vocabulary.single)) + 10 * 12
 
