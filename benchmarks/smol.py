@@ -38,13 +38,11 @@ def compared(found) -> dict:
 def ablated(model, find: dict[str, Samples], test: dict[str, Samples], base_text, n_random: int) -> dict:
     """What the top heads of pictures, of text, and of text before tuning are worth on both forms."""
     found = transfer(model, find, test, rankings=base_text, n_random=n_random)
-    full = found["accuracy"].isel(condition=0).mean("example")
-    cells = ("lost", "lost_low", "lost_high", "p")
+    full, random = found["accuracy"].isel(condition=0).mean("example"), found["random_lost"]
+    cells, tasks = ("lost", "lost_low", "lost_high", "p"), list(map(str, found["tested_on"].values))
     return {
-        "accuracy": {str(task): float(full.sel(tested_on=task)) for task in found["tested_on"].values},
-        "random_lost": {
-            str(task): float(found["random_lost"].sel(tested_on=task)) for task in found["tested_on"].values
-        },
+        "accuracy": {task: float(full.sel(tested_on=task)) for task in tasks},
+        "random_lost": {task: float(random.sel(tested_on=task)) for task in tasks},
         "lost": {
             str(row): {
                 task: {name: round(float(found[name].sel(found_on=row, tested_on=task)), 4) for name in cells}
@@ -79,6 +77,7 @@ def main() -> None:
             name: rank_heads(of.sel(reading=reading), model=model.name, domain=domain)
             for name, reading in (("pictures", "pictures"), ("text", "text"), ("text before tuning", "base text"))
         }
+        given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         here["transfer"] = ablated(model, find, test, rankings, given.random)
         here["minutes"] = round((time.perf_counter() - start) / 60, 1)
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
