@@ -15,6 +15,8 @@ DOWN, UP = "lora_down", "lora_up"
 class Adapted(nn.Module):
     """A frozen linear map in bfloat16, and, with a rank, a low-rank one in float32 that is added to it."""
 
+    weight: Tensor
+
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
         self.register_buffer("weight", linear.weight.detach().bfloat16(), persistent=False)

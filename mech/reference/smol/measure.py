@@ -50,4 +50,5 @@ def sample_of_text() -> list[str]:
     """English that no stage was trained on: what scikit-learn says of its data sets."""
     from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
-    return [str(load().DESCR) for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)]
+    sets: tuple[Any, ...] = (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)
+    return [str(load().DESCR) for load in sets]
