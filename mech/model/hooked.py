@@ -145,8 +145,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
         A wrapper that nobody holds any more does the same when it is collected.
         """
-        if self._untie.alive:
-            self._untie()
+        if self._untie.alive and self._untie():
             self.hf_model.set_attn_implementation(self._stock_attention)
         self._layers, self._sites = [], []
         return self._given[0]

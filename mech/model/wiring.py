@@ -65,29 +65,44 @@ def branches(hf_model: nn.Module, modules: Iterable[nn.Module]) -> Branches:
     return [(parent, tuple(parent._modules.values())) for parent in parents]
 
 
+# config -> how many wrapped models share it, and their attention before the first was wrapped: models that are made
+# from one config have one attention implementation, and only the last wrapper may switch it back.
+_sharing: dict[int, tuple[int, dict[str, Any]]] = {}
+
+
 def tie(model: Any) -> finalize:
     """Switch the Hugging Face model to the attention of this package; what is returned switches it back once."""
     hf_model, stock = model.hf_model, attention_names(model.hf_model)
-    if attention.IMPLEMENTATION in stock.values():  # a copy of a wrapped model: what it was is not known
+    key = id(hf_model.config)
+    if key in _sharing:
+        stock = _sharing[key][1]
+    elif attention.IMPLEMENTATION in stock.values():  # a copy of a wrapped model: what it was is not known
         stock = sdpa_names(hf_model)
+    _sharing[key] = _sharing.get(key, (0, stock))[0] + 1, stock
     for module, record in model._layers:
         attention.register(module, record)
     model._branches = branches(hf_model, _listened(model))
     hf_model.set_attn_implementation(attention.IMPLEMENTATION)
     model._stock_attention = stock
     # Holds neither wrapper nor model, so that a wrapper that is dropped leaves the model as it found it.
-    untie = finalize(model, _untie, ref(hf_model), model._layers, stock)
+    untie = finalize(model, _untie, ref(hf_model), model._layers, stock, key)
     untie.atexit = False
     return untie
 
 
-def _untie(hf_model: ref, layers: Layers, stock: dict[str, Any]) -> None:
+def _untie(hf_model: ref, layers: Layers, stock: dict[str, Any], key: int) -> bool:
+    """Whether this was the last wrapper of a model with this config."""
     for module, _ in layers:
         attention.forget(module)
     layers.clear()
+    others = _sharing.pop(key)[0] - 1
+    if others:
+        _sharing[key] = others, stock
+        return False
     # What somebody chose in the meantime stays.
     if (left := hf_model()) is not None and attention.IMPLEMENTATION in attention_names(left).values():
         left.set_attn_implementation(stock)
+    return True
 
 
 def _listened(model: Any) -> set[nn.Module]:

@@ -177,6 +177,22 @@ def test_unwrap_gives_back_what_was_there_before_the_first_wrapping(name, stock)
     assert all(pattern is not None and pattern.ndim == 4 for pattern in out.attentions)
 
 
+def test_models_of_one_config_do_not_switch_each_other_back():
+    hf = tiny.model("llava")
+    before = chosen(hf)
+    first, second = wrapped(hf), wrapped(type(hf)(hf.config).eval())
+    inputs = first.inputs("What?")
+    expected = first(inputs)
+    del second
+    gc.collect()
+    assert first(inputs).equal(expected)
+    third = wrapped(type(hf)(hf.config).eval())
+    third.unwrap()
+    assert first(inputs).equal(expected)
+    first.unwrap()
+    assert chosen(hf) == before
+
+
 def test_what_somebody_chose_after_the_wrapper_was_dropped_stays():
     hf = tiny.model("llava")
     model = wrapped(hf)

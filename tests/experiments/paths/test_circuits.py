@@ -132,7 +132,7 @@ def test_denoising_finds_either_of_two():
     [
         ({"alpha": 0.05}, "at least 10 examples"),
         ({"start": "L1K9.v"}, "key/value heads"),
-        ({"threshold": 0.0}, "both positive"),
+        ({"threshold": 0.0}, "a finite number above 0"),
         ({"direction": "up"}, "direction"),
         ({"alpha": 2.0}, "between 0 and 1"),
     ],

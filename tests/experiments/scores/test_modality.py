@@ -1,10 +1,12 @@
 """The same scenes shown and written out: what the top heads share, and what layers alone would explain."""
 
+import json
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from pages import Page
 
 from mech import HookedMLLM, haystacks, modality_table, modality_transfer, retrieval_attention_mass, view
 from mech.data.samples import Samples
@@ -88,6 +90,12 @@ def test_the_null_exchanges_heads_within_layers():
     assert p == pytest.approx(np.mean(np.array(shared) >= (a & b).sum()))
 
 
+def shown(drawn):
+    """Words and charts of a view's page."""
+    page = Page(drawn.html())
+    return page.text + json.dumps(page.charts)
+
+
 def test_intervals_hold_the_estimate_and_the_matrix_is_symmetric(found):
     assert (found["shared_low"] <= found["shared"]).all() and (found["shared"] <= found["shared_high"]).all()
     for name in ("shared", "expected", "p", "within"):
@@ -99,12 +107,12 @@ def test_without_a_base_text_is_compared_as_the_model_reads_it_now(model, sample
     found = modality_transfer(model, *samples, k=K, n_resamples=50, score="visual_retrieval")
     assert found["reading"].values.tolist() == ["pictures", "text"] and found.attrs["base"] == ""
     assert found.attrs["unit"] == "attention mass" and found.attrs["score"] == "visual_retrieval"
-    drawn = view(found)._repr_html_()
+    drawn = shown(view(found))
     assert "written out (right)" in drawn and "on pictures only" in drawn
 
 
 def test_the_view_names_the_base_and_every_reading(found):
-    drawn = view(found)._repr_html_()
+    drawn = shown(view(found))
     assert "before it was tuned" in drawn
     assert all(name in drawn for name in ("base text", "base pictures", "by layers alone"))
 
