@@ -4,7 +4,7 @@ For every model and domain a study makes five results and saves each as soon as 
 
     ram        where every head looks, on the samples that find heads
     scores     the scores of the literature, on the samples that find heads: do they name the same ones?
-    causal     does looking mean mattering: every head patched from the counterfactual, sets, and paths
+    causal     does attention imply causal effect: every head patched from the counterfactual, sets, and paths
     ablation   what happens without bands of them, on other samples, condition by condition
     looks      where the top, a necessary and the bottom heads look on a few pictures, for the eye
 

@@ -56,7 +56,7 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert len(facts["domains"]["grounding"]["ranking"]) == facts["n_layers"] * facts["n_heads"] == 48
     assert facts["agreement"]["domains"] == ["grounding", "documents"]
     assert sum(map(len, facts["domains"]["grounding"]["causal"]["quadrants"].values())) == 48
-    assert finished.read_text().count("Does attending mean mattering?") == 2
+    assert finished.read_text().count("Does attention imply causal effect?") == 2
     assert finished.read_text().count("Do other published scores name the same heads?") == 2
     agreed = facts["domains"]["grounding"]["scores"]
     assert len(agreed["names"]) == len(agreed["spearman"]) == 11

@@ -1,4 +1,4 @@
-"""Does looking mean mattering? RAM against causal effect, and sets of heads.
+"""Does attention imply causal effect? RAM against causal effect, and sets of heads.
 
     view = causal_view(report)             # a ``CausalReport``, or its dataset
 
@@ -32,7 +32,7 @@ ORDERS = {
 }
 
 
-def causal_view(result: Any, title: str = "Does looking mean mattering?") -> View:
+def causal_view(result: Any, title: str = "Does attention imply causal effect?") -> View:
     """RAM against causal effect, self-repair and the curves of sets.
 
     Args:

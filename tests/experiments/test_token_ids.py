@@ -4,13 +4,14 @@ import pytest
 import torch
 
 import mech
-from mech.errors import InputError
+from mech.errors import InputError, MechError
 from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
 from mech.reference.tiny_tokenizer import VOCAB
 
 PICTURES = [tiny_processors.noise(16, 16, seed) for seed in range(2)]
-WRONG = (-5, -1, VOCAB, 10**6, True, 1.5)
+WRONG = (-5, -1, VOCAB, 10**6)
+NO_IDS = (True, 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,18 @@ def test_a_metric_refuses_them(model, pair, no_forward, metric, token):
             run()
 
 
-@pytest.mark.parametrize("token", [token for token in WRONG if token is not True])
+@pytest.mark.parametrize("token", NO_IDS)
+@pytest.mark.parametrize("metric", [mech.LogProb, mech.Probability, mech.Rank, lambda one: mech.LogitDiff(101, one)])
+def test_what_is_no_id_is_refused_where_it_is_written(model, pair, no_forward, metric, token):
+    with pytest.raises(MechError, match=f"={token}"):
+        metric(token)
+    with pytest.raises(MechError, match=str(token)):
+        mech.logit_lens(model, pair[0], track=[101, token])
+    with pytest.raises(MechError, match=str(token)):
+        model.tokens_to_residual_directions(token)
+
+
+@pytest.mark.parametrize("token", WRONG)
 def test_one_among_the_answers_is_refused_with_the_first(model, pair, no_forward, token):
     clean, corrupted = pair
     with pytest.raises(InputError, match="the token"):

@@ -1,4 +1,4 @@
-"""Does looking mean mattering? Every head's RAM beside what it does, with intervals, tests, sets and paths.
+"""Does attention imply causal effect? Every head's RAM beside what it does, with intervals, tests, sets and paths.
 
     find, test = samples.split(0.5)
     report = causal_report(model, test, find=find)

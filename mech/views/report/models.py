@@ -45,7 +45,7 @@ def _domain(key: int, setting: Setting) -> str:
         ("What removing them does", "by method and band of heads", _removing(setting)),
     ]
     if setting.causal is not None:
-        parts.append(("Does attending mean mattering?", "RAM against causal effect", _mattering(setting)))
+        parts.append(("Does attention imply causal effect?", "RAM against causal effect", _mattering(setting)))
     if "scores" in setting.facts:
         parts.append(
             ("Do other published scores name the same heads?", "rank agreement", _scores(setting.facts["scores"]))

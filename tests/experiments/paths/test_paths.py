@@ -355,7 +355,7 @@ def test_other_metrics(llava):
         ({"receivers": ["L1H0.k"]}, "'L1K0.k'"),
         ({"receivers": ["L1H0"]}, "receivers"),
         ({"receivers": {"two": ["logits", "mlp.1"]}}, "joins the logits"),
-        ({"freeze": ("heads",)}, "freeze names 'heads'"),
+        ({"freeze": ("heads",)}, r"freeze=\('heads',\)"),
         ({"regions": {}}, "at least one region"),
         ({"direction": "up"}, "direction"),
         ({"method": "fast"}, "method"),
