@@ -84,6 +84,7 @@ def how_tos(guide: str) -> dict[str, str]:
     for section in sections:
         title, body = section.split("\n", 1)
         body = re.sub(r"\]\((?!https?:|#|/)", "](../", body)
+        body = re.sub(r"^###", "##", body, flags=re.MULTILINE)  # the section is a page now
         begun = f"\n{CONTINUES}\n" if pages and "```python" in body else ""
         pages[re.sub(r"\W+", "-", title.lower()).strip("-")] = f"# {title}\n{begun}{body}"
     entries = "\n".join(pages)
