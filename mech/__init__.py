@@ -88,7 +88,7 @@ _NAMES = {
     "read_samples": "mech.data.jsonl",
     "reference_activations": "mech.interventions",
     "redirection": "mech.experiments.ablation.redirection",
-    "redirection_table": "mech.experiments.ablation.redirection",
+    "redirection_table": "mech.experiments.ablation.redirected",
     "report": "mech.views",
     "retrieval_attention_mass": "mech.experiments.scores.ram",
     "retrieval_table": "mech.experiments.scores.evidence_retrieval",
@@ -128,8 +128,8 @@ if TYPE_CHECKING:
     from mech.data.samples import Samples as Samples
     from mech.errors import MechError as MechError
     from mech.experiments.ablation.ablation import ablation as ablation
+    from mech.experiments.ablation.redirected import redirection_table as redirection_table
     from mech.experiments.ablation.redirection import redirection as redirection
-    from mech.experiments.ablation.redirection import redirection_table as redirection_table
     from mech.experiments.ablation.steering import steering as steering
     from mech.experiments.ablation.steering import steering_table as steering_table
     from mech.experiments.ablation.transfer import transfer as transfer

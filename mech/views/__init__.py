@@ -100,6 +100,8 @@ def _dataset_view(result: xr.Dataset) -> Any:
     names, dims = set(map(str, result.data_vars)), set(map(str, result.dims))
     if "shown" in dims:
         return looks
+    if "quadrant" in names:
+        return causal_view
     if "found_on" in dims:
         return transfer_view
     if "factor" in dims:
@@ -116,8 +118,6 @@ def _dataset_view(result: xr.Dataset) -> Any:
         return modality_view
     if "word" in names:
         return lens_view
-    if "quadrant" in names:
-        return causal_view
     if "jaccard_null" in names:
         return agreement_view
     if {"size", "split"} <= dims:

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from mech.experiments.causal.sufficiency import facts_of, redirection_of, sentence_of
 from mech.views.drawing.intervals import mean_interval
 from mech.views.drawing.page import View, chart, escape, table, tabs
+from mech.views.sets import dose_curves
 
 QUADRANTS = {
     "looks and matters": ("@top", "diamond"),
@@ -61,6 +63,7 @@ def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str
         "with only them (denoising)": _curves(data, "set_recovered", "share of the answer brought back"),
     }
     parts.append(tabs(curves, "direction"))
+    parts.append(_both_ways(data))
     if facts:
         parts.append(_smallest(facts))
         if paths := facts["paths"]:
@@ -219,6 +222,27 @@ def _curves(data: xr.Dataset, name: str, title: str) -> str:
         "yaxis": {"title": title, "tickformat": ".0%"},
     }
     return chart(traces, layout, height=300, label=f"{title} against the size of the set")
+
+
+def _both_ways(data: xr.Dataset) -> str:
+    """Necessity beside sufficiency of the first heads, with their controls, and the dose curves of the pull."""
+    facts, found = facts_of(data), redirection_of(data)
+    if facts is None or found is None:
+        return ""
+    named = {"top": f"first by the ranking ({', '.join(facts['heads'])})", "random": f"random, {facts['draws']} sets",
+             "all": "all heads"}  # fmt: skip
+    rows = [
+        [escape(name), _share(facts["lost"][band]), _share(facts["redirected"][band])] for band, name in named.items()
+    ]
+    rows.append(["none", "", _share(facts["plain"])])
+    head = ["heads", "share of the gap lost, noised together (necessary)",
+            f"answers that follow a pull of {facts['bias']:g} to a distractor (sufficient)"]  # fmt: skip
+    caption = f"{escape(sentence_of(facts))} Intervals: 95%, of random heads over samples and sets."
+    return table(head, rows, caption) + tabs(dose_curves(found), "measure")
+
+
+def _share(bounds: Mapping[str, float]) -> str:
+    return f"{bounds['mean']:.0%} [{bounds['low']:.0%}, {bounds['high']:.0%}]"
 
 
 def _smallest(facts: Mapping[str, Any]) -> str:

@@ -45,23 +45,27 @@ def redirection_view(result: xr.Dataset, title: str = "Heads pulled towards a di
         result: of ``redirection``.
         title: stands above a saved page.
     """
+    note = (
+        f"Sets of {result.attrs.get('n_heads', '')} heads, and all heads. If the heads choose where the answer comes "
+        "from, their curve rises and that of random heads does not."
+    )
+    return _of_sets(result, title, note, dose_curves(result))
+
+
+def dose_curves(result: xr.Dataset) -> dict[str, str]:
+    """Of ``redirection``, a chart against the bias for each measure."""
     names = {
         "redirected": "answers that became the distractor's (share)",
         "kept": "answers that stayed right (share)",
         "logit_diff": "distractor's answer minus own (logits)",
     }
-    panels = {
+    return {
         measure.replace("logit_diff", "logit difference"): _curves(
             result[measure], "bias", "bias on the distractor's tokens (logits of attention)", name,
             horizontal=float(result[f"plain_{measure}"].mean()),
         )
         for measure, name in names.items()
     }  # fmt: skip
-    note = (
-        f"Sets of {result.attrs.get('n_heads', '')} heads, and all heads. If the heads choose where the answer comes "
-    )
-    note += "from, their curve rises and that of random heads does not."
-    return _of_sets(result, title, note, panels)
 
 
 def _of_sets(result: xr.Dataset, title: str, note: str, panels: dict[str, str]) -> View:

@@ -181,7 +181,7 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "causal_report": Call(mech.causal_report, {**tested, "ranking": ranking, "find": find}, {
             **run, "ranking": "?ranking", "find": "?samples", "reference": "*samples", "method": "?word",
             "threshold": "positive", "alpha": "share", "n_random": "count", "n_boot": "count", "n_paths": "whole",
-            **usual, **told, **other}),
+            "top": "amount", "bias": "*numbers", **usual, **told, **other}),
         "edge_attribution": Call(mech.edge_attribution, right_pair, {
             **pair, "senders": "?ends", "receivers": "?ends", "ig_steps": "whole", "norm": "word",
             "direction": "word",

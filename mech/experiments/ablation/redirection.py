@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import xarray as xr
 
-from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, given_by, some_of
+from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, some_of
 from mech.axes import EXAMPLE
 from mech.data.samples import Distractor, Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
-from mech.experiments.effects import share
+from mech.experiments.ablation.redirected import BAND, BIAS
 from mech.experiments.metrics import Quiz, answer_logits, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Heads, Ranking
@@ -34,7 +34,6 @@ from mech.results import provenance
 
 BANDS = ("top", "bottom", "random", "all")
 BIASES = (2.0, 4.0, 8.0, 16.0)
-BAND, BIAS = "band", "bias"
 ATTRS = {
     "redirected": {"unit": "share of answers, 0 or 1 per example", "sign": "more: the answer followed the heads"},
     "kept": {"unit": "share of answers, 0 or 1 per example", "sign": "more: the answer stayed right"},
@@ -98,7 +97,7 @@ def redirection(
     if len(set(biases)) < len(biases):
         raise ExperimentError(f"bias={biases}", "different numbers", "use (2, 4, 8)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)
-    chosen = _drawn(samples, seed)
+    chosen = drawn_distractors(model, samples, seed)
     sets = [
         (band, draw, some) for band in bands for draw, some in enumerate(_heads(ranking, band, heads, n_random, seed))
     ]
@@ -131,43 +130,13 @@ def redirection(
     )
 
 
-@checked
-def redirection_table(found: given_by("redirection", BAND, BIAS, "redirected")) -> list[dict[str, float | str]]:
-    """Of every band and bias the share of redirected and of kept answers, with 95% intervals.
+def drawn_distractors(model: HookedMLLM, samples: Samples, seed: int = 0) -> list[tuple[Sample, Distractor]]:
+    """A distractor for every sample, drawn by the seed and the sample's place alone.
 
-    Over samples; of random heads over samples and sets.
+    Raises:
+        ExperimentError: samples without distractors, or an answer that equals the distractor's.
+        RegionError: a distractor that covers no token.
     """
-    table: list[dict[str, float | str]] = []
-    for band in dict.fromkeys(map(str, found[BAND].values)):
-        here = found.isel(set=np.flatnonzero(found[BAND].values == band))
-        for bias in found[BIAS].values:
-            row: dict[str, float | str] = {"band": band, "bias": float(bias)}
-            for name in ("redirected", "kept"):
-                bounds = share(here[name].sel(bias=bias).values)
-                assert bounds is not None  # no answer is missing
-                row |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
-            table.append(row)
-    return table
-
-
-def _questions(model: HookedMLLM, chosen: Sequence[tuple[Sample, Distractor]], batch_size: int) -> Quiz:
-    """The samples' questions, with the distractor's answer as the wrong one."""
-    for sample, target in chosen:
-        model.inputs_of(sample).layout.visual.positions(target.region)  # refuses what covers no token
-    asked = [replace(s, counterfactual=replace(s, answer=d.answer, counterfactual=None)) for s, d in chosen]
-    questions = quiz(model, asked, batch_size)
-    if -1 in questions.wrong:
-        where = asked[questions.wrong.index(-1)]
-        raise ExperimentError(
-            f"sample {where.id!r} whose distractor's answer begins with all of {where.answer!r}",
-            "a distractor with another answer",
-            "leave that distractor out",
-        )
-    return questions
-
-
-def _drawn(samples: Samples, seed: int) -> list[tuple[Sample, Distractor]]:
-    """A distractor for every sample, drawn by the seed and the sample's place alone."""
     lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.distractors]
     if lacking or not len(samples):
         raise ExperimentError(
@@ -176,7 +145,23 @@ def _drawn(samples: Samples, seed: int) -> list[tuple[Sample, Distractor]]:
             'set Sample(distractors=(Distractor(Box(...), "4"),)); haystacks have them',
         )
     draws = (np.random.default_rng([seed, i]).integers(len(s.distractors)) for i, s in enumerate(samples))
-    return [(sample, sample.distractors[draw]) for sample, draw in zip(samples, draws, strict=True)]
+    chosen = [(sample, sample.distractors[draw]) for sample, draw in zip(samples, draws, strict=True)]
+    for sample, target in chosen:
+        model.inputs_of(sample).layout.visual.positions(target.region)  # refuses what covers no token
+        own, theirs = (model.processor.answer_ids(text) for text in (sample.answer, target.answer))
+        if all(a == b for a, b in zip(own, theirs, strict=False)):
+            raise ExperimentError(
+                f"sample {sample.id!r} whose distractor's answer begins with all of {sample.answer!r}",
+                "a distractor with another answer",
+                "leave that distractor out",
+            )
+    return chosen
+
+
+def _questions(model: HookedMLLM, chosen: Sequence[tuple[Sample, Distractor]], batch_size: int) -> Quiz:
+    """The samples' questions, with the distractor's answer as the wrong one."""
+    asked = [replace(s, counterfactual=replace(s, answer=d.answer, counterfactual=None)) for s, d in chosen]
+    return quiz(model, asked, batch_size)
 
 
 def _heads(ranking: Ranking, band: str, heads: int | float, n_random: int, seed: int) -> Sequence[Heads]:

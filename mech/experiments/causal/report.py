@@ -5,12 +5,15 @@
     report.heads                        # [layer, head]: ram, lost, recovered, direct, mediated, ablated, quadrant, ...
     report.smallest                     # heads whose loss halves the answer, by greedy search, by RAM, at random
     report.paths[1, 0].carrier          # "through the values of L4H2"
+    report.redirection                  # answers that follow the first heads to a distractor, by band and bias
     print(*report.sentences(), sep="\\n")
 
 The samples need counterfactuals: the same layout with other evidence, and so another answer. A head is *necessary* if
 the answer is lost when the head says what it says on the counterfactual (noising), and *sufficient* if that head alone,
-saying what it says on the sample, brings the answer back (denoising). All effects are shares of the gap between the
-two runs, in the logit difference. Samples that find heads (``find``: the ranking, the order of sets) never test them.
+saying what it says on the sample, brings the answer back (denoising). Of the ranking's first heads together it is also
+asked whether they choose the evidence: pulled to a distractor, do they take the answer along? Effects are shares of the
+gap between the two runs, in the logit difference. Samples that find heads (``find``: the ranking, the order of sets)
+never test them.
 
 What this does not say: what a head does on questions of another kind; nor anything of heads that say the same in both
 runs (ablation sees those, patching does not).
@@ -18,7 +21,7 @@ runs (ablation sees those, patching does not).
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +30,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.arguments import Count, Positive, Seed, Share, Whole, checked, given_by, one_of
+from mech.arguments import Amount, Count, Positive, Seed, Share, Whole, checked, given_by, one_of
 from mech.data.samples import Samples, SomeSamples
+from mech.experiments.causal.both_ways import BIASES, both_ways, refuse_pull
 from mech.experiments.causal.mediation import HeadPath, looked, path_of
 from mech.experiments.causal.runs import Runs
 from mech.experiments.causal.sets import greedy, set_curves, sizes_of, smallest
+from mech.experiments.causal.sufficiency import facts_of, redirection_of, sentence_of
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.patching.activation import activation_patching
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
@@ -73,6 +78,8 @@ def causal_report(
     n_random: Count = 3,
     n_boot: Count = 2000,
     n_paths: Whole = 4,
+    top: Amount = 0.05,
+    bias: Sequence[float] = BIASES,
     batch_size: Count = 16,
     seed: Seed = 0,
     progress: Progress | None = None,
@@ -101,6 +108,8 @@ def causal_report(
         n_random: random orders of heads beside the two greedy ones and that of the ranking.
         n_boot: resamples of each interval.
         n_paths: heads whose paths are followed: those that matter without looking first.
+        top: how many of the ranking's first heads are noised together, and pulled to a distractor together.
+        bias: of the redirection, see ``Redirect``; none to leave it out, as it is where samples have no distractors.
         batch_size, seed: as everywhere.
         progress: called with (what, done, in all).
         allow_other_model: take a ranking, or reference activations, made on another model of this shape; the attribute
@@ -110,10 +119,12 @@ def causal_report(
         ExperimentError: samples without a counterfactual, samples that found the heads, or a model that does not tell
             samples from counterfactuals.
 
-    Cost: for each test sample three sweeps over all heads (noising, denoising, ablation) and two for each to find.
+    Cost: for each test sample three sweeps over all heads (noising, denoising, ablation) and two for each to find; of
+    redirection one forward for each sample, set (first, random, all heads) and bias, and one more for each set.
 
     References: arXiv 2404.15255 (noising and denoising), 2211.00593 (direct effects, faithfulness, completeness),
-    2307.15771 (self-repair). Completeness is the loss here, not the difference to the whole model's.
+    2307.15771 (self-repair), 2606.14703 (redirection). Completeness is the loss here, not the difference to the whole
+    model's.
     """
     say = progress or (lambda what, done, total: None)
     samples = Samples(samples)
@@ -121,6 +132,7 @@ def causal_report(
         find, samples = samples.split(0.5, seed)
     find = Samples(find)
     refuse_overlap(samples, [sample.id for sample in find], "find the heads")
+    unpulled = refuse_pull(model, samples, bias, seed)
     if ranking is None:
         ranking = rank_heads(retrieval_attention_mass(model, find, batch_size=batch_size))
     others = [refuse_ranking(ranking, model, samples, allow_other_model)]
@@ -128,6 +140,10 @@ def causal_report(
         others.append(reference.check(model, Z, allow_other_model))
     ordered, lost_find = _ordered(Runs.of(model, find, batch_size), ranking, say)
     runs = Runs.of(model, samples, batch_size)
+    pulled = xr.Dataset()
+    if not unpulled:
+        pulled = both_ways(runs, ranking, top, bias, n_random, seed, batch_size, allow_other_model).drop_attrs()
+        say("redirecting", 1, 1)
     each = {"lost": _swept(runs, "noise", say), "recovered": _swept(runs, "denoise", say)}
     reason = ""
     try:
@@ -152,11 +168,13 @@ def causal_report(
             say("paths", len(paths), n_paths)
     agreement = _agreement(ranking.mean, each["lost"], n_boot, seed)
     dims = ("example", "layer", "head")
-    whole = xr.merge([heads, curves, xr.Dataset({f"{name}_each": (dims, value) for name, value in each.items()})])
-    whole = whole.assign_coords(example=[sample.id or str(i) for i, sample in enumerate(samples)])
+    ids = [sample.id or str(i) for i, sample in enumerate(samples)]
+    singly = xr.Dataset({f"{name}_each": (dims, value) for name, value in each.items()})
+    whole = xr.merge([part.assign_coords(example=ids) for part in (heads, curves, singly, pulled)])
     whole.attrs.update(
         kind="causal", model=model.name, domain=", ".join(samples.domains), method=method or "none",
         threshold=threshold, alpha=alpha, gap=runs.gap, score=ranking.score, n_find=len(find), no_paths=reason,
+        no_redirection=unpulled,
         unit="share of the gap in logit difference between clean and corrupted runs",
         sign="positive: the answer needs it",
         agreement=json.dumps(agreement), paths=json.dumps([path.to_json() for path in paths]),
@@ -192,6 +210,11 @@ class CausalReport(Shown):
         """How the heads act that were followed."""
         found = [HeadPath.from_json(value) for value in json.loads(self.dataset.attrs["paths"])]
         return {(path.layer, path.head): path for path in found}
+
+    @property
+    def redirection(self) -> xr.Dataset | None:
+        """What ``mech.redirection`` measures of the first, random and all heads; None where heads were not pulled."""
+        return redirection_of(self.dataset)
 
     @property
     def agreement(self) -> dict[str, float | None]:
@@ -242,6 +265,8 @@ class CausalReport(Shown):
             share = HALF if what == "lost" else BACK
             found = ", ".join(f"{size or 'none tried'} ({order})" for order, size in sizes.items())
             said.append(f"Smallest set with {share:.0%} {what}: {found}.")
+        if (pulled := facts_of(self.dataset)) is not None:
+            said.append(sentence_of(pulled))
         said += [self.describe(path) for path in self.paths.values()]
         said += [f"{head} stands in for {other}." for head, other in self.stand_ins.items()]
         return said
@@ -264,6 +289,7 @@ class CausalReport(Shown):
     def facts(self) -> dict[str, Any]:
         """What a study's summary holds of it, in plain numbers."""
         heads, attrs = self.heads, self.dataset.attrs
+        pulled = facts_of(self.dataset)
         together, size = self.sets["set_lost"].sel(order="effect"), self.smallest["lost"]["effect"]
         size = size or int(self.sets["size"][-1])
         worth = bootstrap_interval(together.sel(size=size).values).as_dict()
@@ -281,6 +307,7 @@ class CausalReport(Shown):
                     "alone": alone},
             "even": float(self.dataset["even"]),
             "threshold": attrs["threshold"],
+            "redirection": pulled and {**pulled, "text": sentence_of(pulled)},
             "stand_ins": [[list(head), list(other)] for head, other in self.stand_ins.items()],
             "paths": [{"head": list(at), "carrier": path.carrier, "text": self.describe(path)}
                       for at, path in self.paths.items()],

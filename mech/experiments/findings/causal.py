@@ -92,4 +92,11 @@ def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
     yield "carried", text, False
 
 
-CAUSAL = (_blind, _idle, _order, _repair, _carried)
+def _choice(numbers: Mapping[str, Any], n_heads: int) -> Said:
+    found = _causal(numbers)
+    if not found or not (pulled := found.get("redirection")):
+        return
+    yield "chooses" if pulled["sufficient"] else "not choosing", pulled["text"], False
+
+
+CAUSAL = (_blind, _idle, _order, _repair, _carried, _choice)

@@ -112,6 +112,8 @@ KINDS = {
     "ordered": "RAM orders heads by their causal effect",
     "repair": "Heads repair each other: together they are worth more than the sum of what they are worth alone",
     "stand-in": "A head stands in for another that is lost",
+    "chooses": "The heads with the highest RAM choose where the answer comes from: it follows them to a distractor",
+    "not choosing": "The heads with the highest RAM are not shown to choose where the answer comes from",
     "carried": "Half of the answer hangs on a twentieth of the heads or less",
     "concentrated": "A quarter of the heads or less holds half of all retrieval attention mass",
     "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",

@@ -8,7 +8,8 @@ import torch
 import mech
 from mech.data.samples import Distractor
 from mech.errors import ExperimentError, RegionError
-from mech.experiments.ablation.redirection import redirection, redirection_table
+from mech.experiments.ablation.redirected import redirection_table
+from mech.experiments.ablation.redirection import redirection
 from mech.interventions import PerRow, Redirect, intervene
 from mech.model import HookedMLLM
 from mech.reference import planted, tiny, tiny_processors

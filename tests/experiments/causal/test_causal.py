@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import xarray as xr
 from pages import Page
 
 from mech.data.haystacks import haystacks
-from mech.data.samples import Samples
+from mech.data.samples import Distractor, Samples
 from mech.errors import ExperimentError, OutputError
 from mech.experiments.causal.report import QUADRANTS, CausalReport, causal_report
 from mech.experiments.causal.runs import Runs
@@ -20,7 +21,7 @@ from mech.experiments.findings.sentences import findings, headlines
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
 from mech.experiments.paths.path_patching import path_patching
-from mech.experiments.ranking.ranking import Head
+from mech.experiments.ranking.ranking import Head, Ranking
 from mech.experiments.statistics import sign_flip_test
 from mech.model import HookedMLLM
 from mech.reference import planted
@@ -105,6 +106,47 @@ def test_a_backup_shows_itself(family):
     assert float(pair["set_lost"].mean()) == pytest.approx(1, abs=CLOSE)
     assert float(pair["set_singles"]) == pytest.approx(0, abs=CLOSE)
     assert report.paths[first].through[0].inputs["q"] == pytest.approx(-1, abs=CLOSE)
+
+
+def pulled(name, role, **options):
+    """The report of a planted circuit in which one role is first in the ranking."""
+    key, model = opened(name)
+    first = np.zeros(key.truth.ram.shape)
+    first[key.truth.heads[role]] = 1
+    report = causal_report(model, key.samples(6), Ranking(first), find=key.samples(FIND, seed=5), n_boot=50, n_paths=0,
+                           method=None, top=1, **options)  # fmt: skip
+    return report, report.facts()["redirection"]
+
+
+def test_necessity_and_sufficiency_stand_side_by_side():
+    """A head that fetches the answer is needed and chooses it; one that carries it on is needed and chooses nothing."""
+    report, fetches = pulled("mover", "retrieval", bias=(1.0, 1000.0))
+    _, carries = pulled("mover", "mover", bias=(1000.0,))
+    assert fetches["necessary"] and fetches["sufficient"] and fetches["heads"] == ["L0H0"]
+    assert carries["necessary"] and not carries["sufficient"] and carries["redirected"]["top"]["mean"] == 0
+    assert fetches["redirected"]["top"]["mean"] == 1 and fetches["redirected"]["random"]["mean"] == 0
+    assert fetches["lost"]["all"]["mean"] == pytest.approx(1, abs=CLOSE) and fetches["lost"]["random"]["mean"] < 0.5
+    assert fetches["draws"] == 3 and fetches["plain"]["mean"] == 0
+    dose = {(row["band"], row["bias"]): row["redirected"] for row in fetches["dose"]}
+    assert dose["top", 1.0] == 0 and dose["top", 1000.0] == 1
+    assert any("they are needed, and they choose where" in line for line in report.sentences())
+    assert set(report.redirection["band"].values) == {"top", "random", "all"}
+
+
+def test_redirection_is_left_out_where_it_cannot_be_asked(monkeypatch):
+    _, facts = pulled("mover", "retrieval", bias=())
+    assert facts is None
+    key, model = opened("mover")
+    ranking, find = Ranking(key.truth.ram), key.samples(FIND, seed=5)
+    lone = Samples([replace(sample, distractors=()) for sample in key.samples(4)])
+    report = causal_report(model, lone, ranking, find=find, n_boot=50, n_paths=0, method=None)
+    assert report.redirection is None and "no distractors" in report.dataset.attrs["no_redirection"]
+    monkeypatch.setattr(HookedMLLM, "forward", lambda *_, **__: pytest.fail("a forward was run"))
+    with pytest.raises(ExperimentError, match="between -65504 and 65504"):
+        causal_report(model, key.samples(4), ranking, find=find, bias=(1e6,))
+    same = Samples([replace(s, distractors=(Distractor(s.evidence[0], s.answer),)) for s in key.samples(4)])
+    with pytest.raises(ExperimentError, match="another answer"):
+        causal_report(model, same, ranking, find=find)
 
 
 def test_samples_that_find_never_test():
@@ -205,7 +247,7 @@ def test_a_report_is_saved_and_read_again_and_drawn(tmp_path):
     page = view(again).save(tmp_path / "causal.html").read_text()
     written = Page(page)
     assert all(words in json.dumps(written.charts) for words in ("matters, does not look", "L1H0"))
-    assert not written.unclosed and not written.open and len(written.charts) == 4
+    assert not written.unclosed and not written.open and len(written.charts) == 7
 
 
 def test_findings_are_made_of_the_facts():

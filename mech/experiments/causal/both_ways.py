@@ -1,0 +1,66 @@
+"""Necessity and sufficiency of one set of heads, side by side, each beside random heads.
+
+    found = both_ways(runs, ranking, 0.05, bias=(4, 16))
+    found.set_noised, found.redirected         # share of the gap lost without the set; answers that follow it elsewhere
+
+Noised together, do these heads take the answer away? Then it *needs* them. Pulled to another region of the same picture
+(``mech.redirection``), do they take the answer along? Then they *choose* where it comes from. Heads that only pass the
+answer on are necessary and choose nothing. Random heads, as many, say what any set does; all heads, what the bias does
+to the model as a whole.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from mech.data.samples import Samples
+from mech.experiments.ablation.redirection import drawn_distractors, redirection
+from mech.experiments.causal.runs import Runs
+from mech.experiments.causal.sufficiency import BANDS
+from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.interventions import Redirect
+from mech.model import HookedMLLM
+
+BIASES = (4.0, 8.0, 16.0)
+UNIT = {"unit": "share of the gap in logit difference", "sign": "positive: the answer needs the set"}
+
+
+def refuse_pull(model: HookedMLLM, samples: Samples, bias: Sequence[float], seed: int) -> str:
+    """Why heads cannot be pulled on these samples, "" where they can.
+
+    Raises:
+        ExperimentError: a bias beyond every precision, or an answer that equals its distractor's.
+        RegionError: a distractor that covers no token.
+    """
+    if not len(bias):
+        return "it was left out"
+    if lacking := [sample.id or str(i) for i, sample in enumerate(samples) if not sample.distractors]:
+        return f"{len(lacking)} samples have no distractors, the first is {lacking[0]}"
+    for strength in bias:
+        Redirect([(model.cfg.attention_layers[0], 0)], "image", strength)
+    drawn_distractors(model, samples, seed)
+    return ""
+
+
+def both_ways(
+    runs: Runs, ranking: Ranking, heads: int | float, bias: Sequence[float], n_random: int = 3, seed: int = 0,
+    batch_size: int = 16, allow_other_model: bool = False,
+) -> xr.Dataset:  # fmt: skip
+    """What ``redirection`` measures of the first, random and all heads, and what each set costs when it is noised.
+
+    Returns:
+        The variables of ``redirection``, and ``set_noised`` over (set, example).
+
+    Cost: a forward for each sample, set and bias, one for each sample and set, and one for each sample.
+    """
+    found = redirection(
+        runs.model, runs.samples, ranking, bias=bias, heads=heads, bands=BANDS, n_random=n_random, seed=seed,
+        batch_size=batch_size, allow_other_model=allow_other_model,
+    )  # fmt: skip
+    first = ranking.top(heads)
+    sets: list[Heads] = [first, *ranking.random(heads, n_random, seed, exclude=first), ranking.heads]  # as in BANDS
+    noised = [runs.lost(some) for some in sets]
+    found["pulled"] = found["heads"]
+    found["set_noised"] = (("set", "example"), np.array(noised), UNIT)
+    return found.drop_vars("heads")
