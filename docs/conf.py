@@ -4,6 +4,7 @@ Warnings are errors and notebooks are run. The pages work from a file:// address
 is loaded from elsewhere, which ``frames`` checks at the end.
 """
 
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,12 @@ import generated
 
 import mech
 
+# Each kernel would warn that it listens on a local port, and its client say that it runs.
+ipython = Path(__file__).parent / "_build" / "ipython"
+(ipython / "profile_default").mkdir(parents=True, exist_ok=True)
+(ipython / "profile_default" / "ipython_kernel_config.py").write_text('c.IPKernelApp.log_level = "ERROR"\n')
+os.environ["IPYTHONDIR"] = str(ipython)
+logging.getLogger("traitlets").setLevel(logging.WARNING)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 project, author, version, release = "mech", "the authors of mech", mech.__version__, mech.__version__
