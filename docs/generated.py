@@ -35,7 +35,7 @@ PAGES = (
     ("interventions", "Interventions", "What is changed, where and when, as frozen values.", ("mech.interventions",)),
     ("patching", "Patching, paths and attribution", "What carries the answer.",
      tuple(f"mech.experiments.{name}" for name in CAUSAL)),
-    ("heads", "Scores, rankings and other readings of heads", "Where heads look, and how sure that is.",
+    ("heads", "Scores, rankings and other readings of heads", "What heads attend to, and how sure that is.",
      ("mech.experiments",)),
     ("sparse", "Sparse inference", "Few dense heads, the rest local.", ("mech.sparse",)),
     ("papers", "What the papers claim", "Published statements, measured on any model.", ("mech.papers",)),

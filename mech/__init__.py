@@ -55,8 +55,8 @@ _NAMES = {
     "acceleration": "mech.sparse.frontier.acceleration",
     "activation_patching": "mech.experiments.patching.activation",
     "agreement": "mech.experiments.ranking.agreement",
-    "asking": "mech.interventions.corruption",
     "attention_from": "mech.experiments.attention.maps",
+    "attention_maps": "mech.experiments.attention.maps",
     "attention_mass": "mech.experiments.attention.mass",
     "attention_sinks": "mech.experiments.scores.sinks",
     "attribution": "mech.experiments.attribution.nodes",
@@ -75,7 +75,6 @@ _NAMES = {
     "localize": "mech.sparse.localize",
     "logit_attribution": "mech.experiments.attribution.logits",
     "logit_lens": "mech.experiments.attribution.lenses",
-    "looks": "mech.experiments.attention.maps",
     "modality_table": "mech.experiments.scores.modality",
     "modality_transfer": "mech.experiments.scores.modality",
     "ov_reading": "mech.experiments.attribution.lenses",
@@ -106,10 +105,14 @@ _NAMES = {
     "transfer": "mech.experiments.ablation.transfer",
     "view": "mech.views",
     "with_counterfactuals": "mech.interventions.counterfactuals",
+    "with_question": "mech.interventions.corruption",
     "without_evidence": "mech.interventions.corruption",
     "without_pictures": "mech.interventions.corruption",
     "write_samples": "mech.data.jsonl_writing",
 }
+
+# name of the version before -> its name now
+_RENAMED = {"asking": "with_question", "looks": "attention_maps"}
 
 __all__ = ["__version__", *sorted(_NAMES)]
 
@@ -134,7 +137,7 @@ if TYPE_CHECKING:
     from mech.experiments.ablation.steering import steering_table as steering_table
     from mech.experiments.ablation.transfer import transfer as transfer
     from mech.experiments.attention.maps import attention_from as attention_from
-    from mech.experiments.attention.maps import looks as looks
+    from mech.experiments.attention.maps import attention_maps as attention_maps
     from mech.experiments.attention.mass import attention_mass as attention_mass
     from mech.experiments.attention.tokens import token_attention as token_attention
     from mech.experiments.attribution.edges import edge_attribution as edge_attribution
@@ -186,7 +189,7 @@ if TYPE_CHECKING:
     from mech.interventions import Scale as Scale
     from mech.interventions import intervene as intervene
     from mech.interventions import reference_activations as reference_activations
-    from mech.interventions.corruption import asking as asking
+    from mech.interventions.corruption import with_question as with_question
     from mech.interventions.corruption import without_evidence as without_evidence
     from mech.interventions.corruption import without_pictures as without_pictures
     from mech.interventions.counterfactuals import with_counterfactuals as with_counterfactuals
@@ -206,6 +209,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        importlib.import_module("mech.deprecation").renamed(f"mech.{name}", f"mech.{new}")
+        return getattr(importlib.import_module("mech"), new)
     if name not in _NAMES:
         raise AttributeError(f"module 'mech' has no attribute {name!r}")
     value = getattr(importlib.import_module(_NAMES[name]), name)

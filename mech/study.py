@@ -2,11 +2,11 @@
 
 For every model and domain a study makes five results and saves each as soon as it is there:
 
-    ram        where every head looks, on the samples that find heads
+    ram        RAM of every head, on the samples that find heads
     scores     the scores of the literature, on the samples that find heads: do they name the same ones?
     causal     does attention imply causal effect: every head patched from the counterfactual, sets, and paths
     ablation   what happens without bands of them, on other samples, condition by condition
-    looks      where the top, a necessary and the bottom heads look on a few pictures, for the eye
+    maps       what the top, a necessary and the bottom heads attend to on a few pictures, for the eye
 
 and for every model, on the domain with the longest prompts,
 
@@ -33,7 +33,7 @@ from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
 from mech.experiments.ablation.ablation import Condition, ablated
 from mech.experiments.ablation.design import CLAIM, design
-from mech.experiments.attention.maps import looks
+from mech.experiments.attention.maps import attention_maps
 from mech.experiments.causal.report import CausalReport, causal_report
 from mech.experiments.findings import acceleration
 from mech.experiments.findings.chosen import known_necessary, necessary_blind, representative
@@ -57,7 +57,7 @@ from mech.files import make_folder, write
 from mech.interventions import METHODS, reference_activations
 from mech.interventions.counterfactuals import with_counterfactuals
 from mech.model import HookedMLLM
-from mech.results import Study, look_facts, provenance, write_json
+from mech.results import Study, map_facts, provenance, write_json
 from mech.sparse.frontier.acceleration import local_for
 from mech.sparse.frontier.resumable import acceleration_in
 from mech.sparse.localize import localize
@@ -79,7 +79,7 @@ class Settings:
     Attributes:
         n_find: samples of each domain that find the heads.
         n_test: other samples, that test them.
-        n_looks: pictures that are drawn.
+        n_maps: pictures that are drawn.
         n_causal: test samples whose heads are patched one by one; 0 leaves that out.
         n_random: random sets of the size that the claim is made at (a twentieth of the heads, by the first method):
             the p-value over sets cannot fall below 1 / (1 + n_random).
@@ -97,7 +97,7 @@ class Settings:
 
     n_find: Some = 32
     n_test: Some = 32
-    n_looks: Count = 3
+    n_maps: Count = 3
     n_causal: Whole = 10
     n_random: Count = 100
     n_control: Count = 10
@@ -301,10 +301,10 @@ def one_domain(
         n_control=settings.n_control, seed=settings.seed,
     )  # fmt: skip
     ablations(place, model, key, find, test, todo, settings, say)
-    shown = representative(find, ram, ranking.top(CLAIM), settings.n_looks)
-    if not place.done(f"{key}/looks"):
+    shown = representative(find, ram, ranking.top(CLAIM), settings.n_maps)
+    if not place.done(f"{key}/maps"):
         say(f"{key}: pictures", 0, 1)
-        place.put(f"{key}/looks", look_at(model, shown, ranking, patched))
+        place.put(f"{key}/maps", maps_of(model, shown, ranking, patched))
         say(f"{key}: pictures", 1, 1)
     keep_pictures(place, key, shown)
     facts = summarise_domain(ranking, ram, place.get(f"{key}/ablation")) | {"scores": scores}
@@ -416,10 +416,11 @@ def accelerated_long(place: Study, domains: Sequence[str] | None, settings: Sett
     return found
 
 
-def look_at(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dataset | None) -> xr.Dataset:
-    """Where the first and the last heads of a ranking look on some samples.
+def maps_of(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dataset | None) -> xr.Dataset:
+    """What the first and the last heads of a ranking attend to in some samples.
 
-    Where patching was possible also necessary heads that do not look, each from the query at which it decides.
+    Where patching was possible also necessary heads that do not attend to the evidence, each from the query at which it
+    decides.
     """
     bands = {
         "top": ranking.top(SHOWN),
@@ -432,14 +433,14 @@ def look_at(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.D
         deciding = [deciding_queries(model, sample, heads) for sample in samples]
     except ExperimentError:  # no counterfactuals: nothing says where a head decides
         deciding = None
-    return looks(model, samples, ranking, bands=bands, deciding=deciding)
+    return attention_maps(model, samples, ranking, bands=bands, deciding=deciding)
 
 
 def keep_pictures(place: Study, key: str, samples: Samples) -> None:
-    """Write the pictures that the looks of these samples name, those that are missing or damaged."""
-    folder = place.file(f"{key}/looks").parent
+    """Write the pictures that the maps of these samples name, those that are missing or damaged."""
+    folder = place.file(f"{key}/maps").parent
     make_folder(folder)
-    for sample, facts in zip(samples, look_facts(place.get(f"{key}/looks")), strict=True):
+    for sample, facts in zip(samples, map_facts(place.get(f"{key}/maps")), strict=True):
         pace = -(-len(sample.video) // len(facts["pictures"])) or 1
         for file, picture in zip(facts["pictures"], pictures_of(sample, pace), strict=True):
             shown = picture.convert("RGB")

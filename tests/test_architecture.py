@@ -15,6 +15,7 @@ ROOT = Path(mech.__file__).parent
 ORDER = [
     "axes",
     "errors",
+    "deprecation",
     "arguments",
     "indices",
     "identity",

@@ -31,7 +31,7 @@ ELSEWHERE = {
     "Frames": {"indices"},
     "Pages": {"indices"},
     "ablation": {"necessary"},
-    "looks": {"deciding"},
+    "attention_maps": {"deciding"},
     "view": {"on", "options"},
 }
 done: Counter[str] = Counter()

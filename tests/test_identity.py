@@ -65,7 +65,7 @@ def uses(model, halves, foreign, bank, **options):
         ),
         "steering": lambda: mech.steering(model, test, foreign, factors=[1], bands=["top"], **options),
         "evidence_retrieval": lambda: mech.evidence_retrieval(model, test, foreign, n_random=1, **options),
-        "looks": lambda: mech.looks(model, test[:1], foreign, k=1, **options),
+        "attention_maps": lambda: mech.attention_maps(model, test[:1], foreign, k=1, **options),
         "transfer": lambda: mech.transfer(
             model, {"a": find}, {"a": test}, rankings={"a": foreign}, n_random=2, **options
         ),
@@ -77,7 +77,15 @@ def plain(ranking):
     return replace(ranking, weights="", examples=())
 
 
-CASES = ["ablation", "ablation, a band", "ablation, reference", "steering", "evidence_retrieval", "looks", "transfer"]
+CASES = [
+    "ablation",
+    "ablation, a band",
+    "ablation, reference",
+    "steering",
+    "evidence_retrieval",
+    "attention_maps",
+    "transfer",
+]
 
 
 @pytest.mark.parametrize("case", CASES)

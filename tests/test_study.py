@@ -20,7 +20,7 @@ from mech.results import Study
 from mech.study import Settings, study
 
 SMALL = Settings(
-    n_find=6, n_test=6, n_looks=1, n_causal=2, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), shares=(0.05,),
+    n_find=6, n_test=6, n_maps=1, n_causal=2, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), shares=(0.05,),
     batch_size=6,
 )  # fmt: skip
 WHAT = dict(models=["reference:llava-s"], domains=["grounding", "documents"], settings=SMALL)
@@ -48,7 +48,7 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert finished.name == "report.html" and finished.stat().st_size > 800_000
     place = Study(folder)
     for domain in WHAT["domains"]:
-        assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "looks", "scores", "causal"))
+        assert all(place.done(f"llava-s/{domain}/{kind}") for kind in ("ram", "ablation", "maps", "scores", "causal"))
     effects = place.get("llava-s/grounding/ablation")
     assert set(effects["method"].values) == {"none", "mean", "zero", "resample", "uniform", "paper"}
     assert (effects["band"] == "by vision_mass").sum() == 1 and "vision heads" in finished.read_text()

@@ -12,7 +12,7 @@ from mech.errors import ExperimentError
 
 EPILOG = (
     "[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]\n\n"
-    "[bold]mech ablate --band top --band random --band vision --band sinks[/]  is it only that they look at pictures?"
+    "[bold]mech ablate --band top --band random --band vision --band sinks[/]  is it only that they attend to pictures?"
 )
 
 
@@ -36,7 +36,7 @@ def ablate(
         list[str] | None,
         typer.Option(
             help="top, bottom, middle, random (other heads than the top), layer_matched (default: these five); "
-            "unrestricted, random ones of all heads; vision or sinks, the heads that look most at pictures or at "
+            "unrestricted, random ones of all heads; vision or sinks, the heads that attend most to pictures or to "
             "tokens with more than 30% of the attention; may be given again.",
             callback=options.among((*options.BANDS, "unrestricted", "vision", "sinks")),
         ),
@@ -88,7 +88,7 @@ def ablate(
                 )
         for word, score in (("vision", "vision_mass"), ("sinks", "sink_mass")):
             if word in bands:
-                bands[bands.index(word)] = mech.rank_heads(_looking(hooked, find, word, say), score)
+                bands[bands.index(word)] = mech.rank_heads(_attention_elsewhere(hooked, find, word, say), score)
         effects = mech.ablation(
             hooked,
             test,
@@ -140,8 +140,8 @@ def _print_effects(numbers: dict[str, Any], title: str) -> None:
             print(f"{name}: {both_units(test)}{p}")
 
 
-def _looking(hooked: Any, find: Any, word: str, say: Any) -> Any:
-    """Where heads look besides the evidence: at pictures, or at sinks."""
+def _attention_elsewhere(hooked: Any, find: Any, word: str, say: Any) -> Any:
+    """What heads attend to besides the evidence: pictures, or at sinks."""
     import mech
 
     measure = partial(mech.attention_sinks, by="attention") if word == "sinks" else mech.retrieval_attention_mass

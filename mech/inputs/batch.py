@@ -177,7 +177,7 @@ def _check_memories(rows: Sequence[Inputs]) -> None:
     if len(set(counts)) > 1:
         raise InputError(
             f"rows with {', '.join(map(str, counts))} pictures for a model with cross-attention",
-            "rows with as many pictures: text that sees none looks at the whole memory, which other rows make longer",
+            "rows with as many pictures: text that sees none attends to the whole memory, which other rows make longer",
             "run them in batches of their own, or one by one",
         )
 

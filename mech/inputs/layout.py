@@ -53,7 +53,7 @@ class TokenLayout(Shown):
         images: (width, height) of every original image, or of every frame of the video.
         frames_per_token: frames in one visual token of a video, else 1.
         memory: the layout of the visual tokens where they are not in the sequence but in what cross-attention layers
-            look at, else ``None``.
+            attend to, else ``None``.
     """
 
     kind: Int[np.ndarray, " pos"]

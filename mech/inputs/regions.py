@@ -102,7 +102,7 @@ def whole_images(layout: Layout, indices: Sequence[int], region: Region | None =
     if layout.memory is not None:
         raise RegionError(
             f"{given} in a sequence that holds no visual tokens",
-            "the memory that this model's cross-attention layers look at",
+            "the memory that this model's cross-attention layers attend to",
             "ask layout.memory",
         )
     count = len(layout.images)

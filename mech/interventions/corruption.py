@@ -1,7 +1,7 @@
 """Corrupted samples for patching: the same question about the same layout, without the evidence or with another.
 
     corrupted = without_evidence(sample, by="mean")        # or "blur", "removed"
-    corrupted = asking(sample, other.question, other.answer)
+    corrupted = with_question(sample, other.question, other.answer)
     scores = activation_patching(model, model.inputs_of(sample), model.inputs_of(corrupted), metric)
     blind = without_pictures(model, model.inputs_of(sample))     # every visual token is the mean one
 
@@ -60,7 +60,7 @@ def without_evidence(sample: Sample, by: one_of(WAYS) = "mean") -> Sample:
 
 
 @checked
-def asking(sample: Sample, question: Text, answer: str) -> Sample:
+def with_question(sample: Sample, question: Text, answer: str) -> Sample:
     """The sample with another question. Patching refuses it where it has another number of tokens.
 
     Raises:
@@ -68,7 +68,7 @@ def asking(sample: Sample, question: Text, answer: str) -> Sample:
     """
     if question == sample.question:
         raise ExperimentError(f"the same question {question!r}", "another one", "ask about something else")
-    return replace(sample, question=question, answer=answer, counterfactual=None, id=f"{sample.id}/asking")
+    return replace(sample, question=question, answer=answer, counterfactual=None, id=f"{sample.id}/with_question")
 
 
 @checked

@@ -54,9 +54,9 @@ def knocked_out(
     key: Bool[Tensor, "batch key_pos"],
     heads: Bool[Tensor, " head"],
 ) -> tuple[Float[Tensor, "batch pos head d_head"], bool]:
-    """z where the rows of ``query`` cannot look at ``key``, and whether any of them could.
+    """z where the rows of ``query`` cannot attend to ``key``, and whether any of them could.
 
-    A row that could look at nothing else puts out zero.
+    A row that could attend to nothing else puts out zero.
     """
     z, cut = z.clone(), False
     rows = query.any(0).nonzero().flatten()

@@ -3,7 +3,7 @@
     Ablate(heads=ranking.top(0.05), to="mean", reference=train)              # what is it needed for?
     Ablate("hook_mlp_out", layers=[3], to="zero")                            # MLPs, attention layers, visual tokens
     Patch("attn.hook_z", source=other_inputs, heads=[(3, 2)])                # values of another run
-    Knockout(query="question", key=Box(10, 10, 40, 40), layers=range(4, 9))  # who may not look at what
+    Knockout(query="question", key=Box(10, 10, 40, 40), layers=range(4, 9))  # who may not attend to what
     Redirect(heads=[(3, 2)], to=Box(10, 10, 40, 40), bias=8.0)               # where does the answer come from?
     Scale(heads=[(3, 2)], factor=2.0)                                        # steering
     Custom("blocks.3.hook_resid_post", fn)                                   # anything
@@ -208,7 +208,7 @@ class Patch(Spec):
 @checked
 @dataclass(frozen=True)
 class Knockout(Spec):
-    """Cut attention edges: the query positions may not look at the key positions; the rest is renormalised.
+    """Cut attention edges: the query positions may not attend to the key positions; the rest is renormalised.
 
     ``pattern'[q, k] = pattern[q, k] [k not in key] / sum of the same over k`` - the scores of the cut edges set to
     minus infinity before the softmax (Geva et al. 2023, arXiv 2304.14767; for MLLMs 2411.18620).

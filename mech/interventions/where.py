@@ -63,7 +63,7 @@ class Plan:
         return torch.cat([known, torch.full((len(known), stop - max(start, self.length)), generated)], dim=1)
 
     def keys(self, where: Where, call: AttentionCall) -> Bool[Tensor, "batch key_pos"]:
-        """Which keys of an attention call are meant; of its memory where the layer looks at one."""
+        """Which keys of an attention call are meant; of its memory where the layer attends to one."""
         count = call.k.shape[2]
         if call.cross:
             wanted = zip(self._by_row(where), self.layouts, strict=True)

@@ -11,7 +11,7 @@ Three ways through it:
   can compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
 * the layer's scores or pattern are hooked: the arithmetic is done step by step, for that layer only.
 
-A layer whose heads may look at less than its mask allows (``HeadMask``) computes z in a way of its own in place of
+A layer whose heads may attend to less than its mask allows (``HeadMask``) computes z in a way of its own in place of
 SDPA; for who observes or hooks it, every head then has a mask of its own.
 
 Where SDPA cannot compute a layer (a softcap, sinks) the first two do without it: ``_eager``.
@@ -87,7 +87,7 @@ class AttentionCall:
         return self.softcap is None and self.sinks is None
 
     def visible(self, rows: Sequence[int] | Tensor) -> Bool[Tensor, "batch #head rows key_pos"]:
-        """Which keys these query rows may look at: padding, causality and windows as the layer applies them.
+        """Which keys these query rows may attend to: padding, causality and windows as the layer applies them.
 
         One mask for all heads, unless they are narrowed.
         """
@@ -113,7 +113,7 @@ class AttentionCall:
     ) -> Float[Tensor, "batch head rows key_pos"]:
         """The exact post-softmax attention of these query rows, at least in float32; ``bias`` is added to the scores.
 
-        Recomputed from q, k and the mask; a hook that wrote the pattern is not seen here. A row that may look at
+        Recomputed from q, k and the mask; a hook that wrote the pattern is not seen here. A row that may attend to
         nothing (a padding row) is all zeros. Cost: ``len(positions) * key_pos * d_head`` per head.
         """
         index = torch.as_tensor(positions, device=self.q.device, dtype=torch.long)
@@ -139,7 +139,7 @@ class HeadMask(Protocol):
     """What narrows the heads of a layer (``mech.sparse``)."""
 
     def seen(self, call: AttentionCall, rows: Tensor) -> Bool[Tensor, "batch head rows key_pos"]:
-        """Which keys each head may look at in these query rows; the layer's own mask comes on top."""
+        """Which keys each head may attend to in these query rows; the layer's own mask comes on top."""
         ...
 
     def attend(self, call: AttentionCall, dropout: float) -> Float[Tensor, "batch pos head d_head"] | None:

@@ -2,7 +2,7 @@
 
 Every current family has ``get_image_features`` (and ``get_video_features``), takes their output back as
 ``mm_encoder_outputs``, and differs only in the tensors they ask for beside the pixels. Mllama has neither: its text
-stack is handed the memory that its cross-attention layers look at.
+stack is handed the memory that its cross-attention layers attend to.
 """
 
 import inspect

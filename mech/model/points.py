@@ -14,13 +14,13 @@ What writing a point means where it is not obvious:
 * ``hook_rot_k`` sees every key that is attended, so all earlier ones too while generating with a cache (in a layer with
   a sliding window, those the cache still holds); every other point sees the positions of this step only. ``hook_k``
   and ``hook_v`` are written before the cache.
-* ``hook_attn_scores`` is masked (``-inf`` where the layer may not look) and at least float32, as is ``hook_pattern``.
+* ``hook_attn_scores`` is masked (``-inf`` where the layer may not attend) and at least float32, as is ``hook_pattern``.
   A softcap is in it; an attention sink is not, and takes from the pattern, whose rows then sum to less than one.
 * ``hook_z`` is what W_O reads: behind the gate where attention is gated (Qwen3.5). ``hook_q`` is the query alone.
 * ``hook_result`` is ``z`` times W_O head by head, without the output bias; it exists only while somebody hooks it.
 * Layers with linear attention or a convolution have no heads: their ``attn.`` points are refused with that reason, and
   ``cfg.attention_layers`` names the others. A mixture of experts has no ``mlp.hook_post``.
-* In layers that look at a memory (Mllama's, ``cfg.cross_layers``) ``hook_k``, ``hook_v``, ``hook_rot_k`` and every
+* In layers that attend to a memory (Mllama's, ``cfg.cross_layers``) ``hook_k``, ``hook_v``, ``hook_rot_k`` and every
   ``key_pos`` count the memory (``layout.memory``). Text that sees no picture drops ``hook_mlp_out`` there.
 * ``hook_v`` of Gemma4 stands behind the norm of values: some layers make keys and values from one projection, which is
   ``hook_k``. What it adds behind the feed-forward (per-layer inputs) is in ``hook_resid_post`` and has no point.

@@ -3,7 +3,7 @@
     found = tag_leak(model, test)
     found["leak"].mean("example")                   # of every head: RAM that the tags bring when nothing is asked
 
-Where evidence is found by tags that stay in the prompt (``evidence: ( <image> )``), a head can look at the evidence
+Where evidence is found by tags that stay in the prompt (``evidence: ( <image> )``), a head can attend to the evidence
 because it is marked, and not because it was asked for. Under the question "N/A" nothing is asked for: RAM that the tags
 add there is a leak. ``mech`` itself finds evidence by position and leaves nothing in the prompt.
 

@@ -21,7 +21,7 @@ def scene(corruption: str, words: str, rng: random.Random, name: str) -> Sample:
     """A picture of four pairs of neighbouring cells, and what is asked of it.
 
     The left cell of a pair has a name and a fill, the right one a fill only. The pair that is asked for stands in the
-    lower half: near enough to the question for a head that looks at what is near.
+    lower half: near enough to the question for a head that attends to what is near.
     """
     names = rng.sample(COLOURS, 4)
     others = [colour for colour in COLOURS if colour not in names]

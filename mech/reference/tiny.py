@@ -291,7 +291,7 @@ def _llama4() -> Llama4Config:
 
 
 def _mllama() -> MllamaConfig:
-    """The middle layer looks at the tiles, which are not in the sequence; the tower's last layer sees all tiles."""
+    """The middle layer attends to the tiles, which are not in the sequence; the tower's last layer sees all tiles."""
     vision = {
         **_TOWER, "num_global_layers": 1, "image_size": SIDE,
         "patch_size": PATCH, "intermediate_layers_indices": [0, 1], "vision_output_dim": 3 * _TOWER["hidden_size"],

@@ -3,10 +3,10 @@
 A study folder is
 
     study.json                              settings and provenance
-    {model}/{domain}/ram.nc                 kind "ram":      where every head looks, per example
+    {model}/{domain}/ram.nc                 kind "ram":      RAM of every head, per example
     {model}/{domain}/ablation.nc            kind "ablation": what happens without some heads, per condition and example
-    {model}/{domain}/looks.nc               kind "looks":    attention of a few heads over a few pictures
-    {model}/{domain}/look{i}_{k}.png        those pictures
+    {model}/{domain}/maps.nc               kind "maps":    attention of a few heads over a few pictures
+    {model}/{domain}/map{i}_{k}.png        those pictures
     {model}/{domain}/causal.nc              kind "causal":   what every head does to the answer (mech.causal_report)
 
 Dimensions are words of ``mech.axes``; units and signs are attributes of each variable, so a figure can label its axes
@@ -36,9 +36,9 @@ VERSION = 1
 METHODS = ("none", "mean", "zero", "resample", "uniform", "paper")
 BANDS = ("none", "top", "bottom", "middle", "random", "unneeded", "unrestricted", "layer_matched", "by SCORE")
 WITH_TOP = "unrestricted, with top"  # sets of the unrestricted control that hold a tested head: shown apart
-LOOK_FACTS = ("question", "answer", "prediction", "pictures", "evidence")
+MAP_FACTS = ("question", "answer", "prediction", "pictures", "evidence")
 
-Kind = Literal["ram", "ablation", "looks", "causal"]
+Kind = Literal["ram", "ablation", "maps", "causal"]
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ KINDS: dict[str, _Layout] = {
         },
         made_by="mech.results.ablation_dataset",
     ),
-    "looks": _Layout(
+    "maps": _Layout(
         variables={
-            "attention": ("look", "shown", TOKEN),
-            "rect": ("look", TOKEN, "corner"),
-            "token_image": ("look", TOKEN),
+            "attention": (EXAMPLE, "shown", TOKEN),
+            "rect": (EXAMPLE, TOKEN, "corner"),
+            "token_image": (EXAMPLE, TOKEN),
         },
         coords={name: ("shown",) for name in ("shown_layer", "shown_head", "shown_band", "shown_ram")},
         units={
@@ -90,8 +90,8 @@ KINDS: dict[str, _Layout] = {
             "rect": ("pixels of the original picture", "x0, y0, x1, y1; x to the right, y down"),
             "token_image": ("index of the picture, -1 for padding", ""),
         },
-        attrs=("looks",),
-        made_by="mech.results.looks_dataset",
+        attrs=("facts",),
+        made_by="mech.results.maps_dataset",
     ),
     "causal": _Layout(
         variables={"ram": (LAYER, HEAD), "quadrant": (LAYER, HEAD)},
@@ -186,11 +186,11 @@ def with_top_apart(effects: xr.Dataset) -> xr.Dataset:
     return effects.assign_coords(band=(CONDITION, _names(named)))
 
 
-def looks_dataset(
-    attention: Float[np.ndarray, "look shown token"],
-    rect: Float[np.ndarray, "look token 4"],
-    token_image: Int[np.ndarray, "look token"],
-    looks: Sequence[Mapping[str, Any]],
+def maps_dataset(
+    attention: Float[np.ndarray, "example shown token"],
+    rect: Float[np.ndarray, "example token 4"],
+    token_image: Int[np.ndarray, "example token"],
+    facts: Sequence[Mapping[str, Any]],
     *,
     shown_layer: Sequence[int],
     shown_head: Sequence[int],
@@ -198,17 +198,17 @@ def looks_dataset(
     shown_ram: Sequence[float],
     **attrs: Any,
 ) -> xr.Dataset:
-    """Where a few heads look in a few examples.
+    """What a few heads attend to in a few examples.
 
     Args:
-        attention: mean attention of the question's tokens on each visual token; nan where a look has fewer tokens.
+        attention: mean attention of the question's tokens on each visual token; nan where an example has fewer tokens.
         rect: pixel rectangle of each visual token in its original picture.
         token_image: index of the picture a token lies in, -1 for padding.
-        looks: for each look a dict with ``question, answer, prediction, pictures`` (file names beside the dataset)
+        facts: for each example a dict with ``question, answer, prediction, pictures`` (file names beside the dataset)
             and ``evidence`` (lists ``[picture, x0, y0, x1, y1]``), with ``digests`` (of the pictures' pixels) if the
             files are to be checked, and perhaps ``queries``: for each head shown ``"question"`` (the mean over its
-            tokens) or the one token that looks, with the share of the answer that is lost there. Kept as one JSON
-            string in ``attrs["looks"]``.
+            tokens) or the one token that attends, with the share of the answer that is lost there. Kept as one JSON
+            string in ``attrs["facts"]``.
         shown_layer, shown_head, shown_band, shown_ram: which heads are shown, why ("top" or "bottom") and their RAM.
     """
     coords = {
@@ -218,7 +218,7 @@ def looks_dataset(
         "shown_ram": ("shown", np.asarray(shown_ram, dtype=np.float64)),
     }
     values = {"attention": attention, "rect": rect, "token_image": token_image}
-    return _build("looks", values, coords, {**attrs, "looks": json.dumps([dict(look) for look in looks])})
+    return _build("maps", values, coords, {**attrs, "facts": json.dumps([dict(known) for known in facts])})
 
 
 def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
@@ -252,23 +252,23 @@ def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
     if kind == "ablation":
         _check_words(dataset, "method", METHODS)
         _check_words(dataset, "band", BANDS)
-    if kind == "looks":
-        _check_looks(dataset)
+    if kind == "maps":
+        _check_maps(dataset)
     return dataset
 
 
-def look_facts(dataset: xr.Dataset) -> list[dict[str, Any]]:
-    """What is known about each look of a "looks" dataset: its question, answer, prediction, pictures and evidence.
+def map_facts(dataset: xr.Dataset) -> list[dict[str, Any]]:
+    """What is known about each example of a "maps" dataset: its question, answer, prediction, pictures and evidence.
 
     Raises:
-        OutputError: ``attrs["looks"]`` is damaged.
+        OutputError: ``attrs["facts"]`` is damaged.
     """
     try:
-        facts = parse_json(dataset.attrs["looks"])
+        facts = parse_json(dataset.attrs["facts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise OutputError(f"attrs['looks'] is no list ({error})", "one entry for each look") from error
-    if not isinstance(facts, list) or not all(isinstance(look, Mapping) for look in facts):
-        raise OutputError("attrs['looks'] is no list of records", "one entry for each look")
+        raise OutputError(f"attrs['facts'] is no list ({error})", "one entry for each example") from error
+    if not isinstance(facts, list) or not all(isinstance(known, Mapping) for known in facts):
+        raise OutputError("attrs['facts'] is no list of records", "one entry for each example")
     return facts
 
 
@@ -304,22 +304,23 @@ def _check_words(dataset: xr.Dataset, coord: str, known: tuple[str, ...]) -> Non
             raise OutputError(f"a condition has {coord}={str(word)!r}", ", ".join(known), suggestion(str(word), known))
 
 
-def _check_looks(dataset: xr.Dataset) -> None:
-    facts = look_facts(dataset)
-    if len(facts) != dataset.sizes["look"]:
+def _check_maps(dataset: xr.Dataset) -> None:
+    facts = map_facts(dataset)
+    if len(facts) != dataset.sizes[EXAMPLE]:
         raise OutputError(
-            f"{len(facts)} entries in attrs['looks'] for {dataset.sizes['look']} looks", "one entry for each look"
+            f"{len(facts)} entries in attrs['facts'] for {dataset.sizes[EXAMPLE]} examples",
+            "one entry for each example",
         )
-    for i, look in enumerate(facts):
-        if missing := [name for name in LOOK_FACTS if name not in look]:
-            raise OutputError(f"look {i} does not say its {', '.join(missing)}", ", ".join(LOOK_FACTS))
+    for i, known in enumerate(facts):
+        if missing := [name for name in MAP_FACTS if name not in known]:
+            raise OutputError(f"example {i} does not say its {', '.join(missing)}", ", ".join(MAP_FACTS))
         for name in ("pictures", "digests"):
-            texts = look.get(name, look["pictures"])
-            if not _is_list(texts, str) or len(texts) != len(look["pictures"]) or not texts:
-                raise OutputError(f"look {i} has other {name}: {texts!r:.80}", "a text for each picture")
-        places = look["evidence"]
+            texts = known.get(name, known["pictures"])
+            if not _is_list(texts, str) or len(texts) != len(known["pictures"]) or not texts:
+                raise OutputError(f"example {i} has other {name}: {texts!r:.80}", "a text for each picture")
+        places = known["evidence"]
         if not _is_list(places, list) or not all(len(place) == 5 and _is_list(place, int | float) for place in places):
-            raise OutputError(f"look {i} has other evidence: {places!r:.80}", "a list of [picture, x0, y0, x1, y1]")
+            raise OutputError(f"example {i} has other evidence: {places!r:.80}", "a list of [picture, x0, y0, x1, y1]")
     if dataset.sizes["corner"] != 4:
         raise OutputError(f"'rect' has {dataset.sizes['corner']} corners", "4: x0, y0, x1, y1")
 

@@ -28,6 +28,7 @@ import xarray as xr
 from mech.errors import OutputError
 from mech.files import parse_json, read, write
 from mech.results.checksum import NAME, SEALED, seal, sealed_record, unsealed, unsealed_record
+from mech.results.older import renewed, renewed_record
 from mech.results.provenance import jsonable
 
 _JSON = "json_attributes"  # names, in one attribute, of those attributes that were written as JSON
@@ -93,7 +94,7 @@ def load(path: str | Path) -> xr.Dataset:
             "a whole netCDF file",
             "delete it and run the same command again: only this file is computed anew",
         ) from error
-    return dataset
+    return renewed(dataset)
 
 
 def save_part(dataset: xr.Dataset, path: str | Path) -> Path:
@@ -145,7 +146,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: it is no JSON, nested too deep, or damaged.
     """
     value = parse_json(read(path))
-    return unsealed_record(value) if isinstance(value, dict) else value
+    return renewed_record(unsealed_record(value) if isinstance(value, dict) else value)
 
 
 def _check_inside(content: bytes) -> None:

@@ -14,7 +14,7 @@ loses at most the part in flight; a damaged file counts as missing.
 only *adds* files (one more model or domain) belongs in the keys, not in the settings. A study that ends in an error
 before its first result leaves nothing behind: a call that was refused must not keep out the next one.
 
-One process writes at a time. A key that ends in "ram", "ablation", "looks" or "causal" must hold that kind of dataset;
+One process writes at a time. A key that ends in "ram", "ablation", "maps" or "causal" must hold that kind of dataset;
 beyond that nothing here knows what the numbers mean.
 """
 
@@ -33,6 +33,7 @@ from mech.arguments import checking
 from mech.axes import CONDITION
 from mech.errors import OutputError
 from mech.files import make_folder, unwritable
+from mech.results.older import older_file
 from mech.results.provenance import jsonable
 from mech.results.schema import KINDS, VERSION, check
 from mech.results.store import load, load_part, read_json, save, save_part, write_json
@@ -128,7 +129,7 @@ class Study:
 
     def get(self, key: str) -> xr.Dataset:
         """The result of a key, checked."""
-        return _checked(load(self.file(key)), key)
+        return _checked(load(older_file(self.file(key))), key)
 
     def put(self, key: str, dataset: xr.Dataset) -> None:
         """Add a finished result. What is there and whole is not overwritten."""

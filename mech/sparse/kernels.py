@@ -1,4 +1,4 @@
-"""Attention in which some heads look at everything and the others nearby: what a layer's heads cost where they are.
+"""Attention in which some heads attend to everything and the others nearby: what a layer's heads cost where they are.
 
     z = split_heads(call, near, plan)        # dense heads in one call, local ones nearby
     z = by_definition(call, near, dense)     # every head over every key, under a mask of its own: the slow twin
@@ -228,7 +228,7 @@ def _block(call: AttentionCall, keys: Keys, window: int, begin: int, end: int, o
         next_one = call.query_start + end
         coming = call.mask[:, :, begin:end, next_one - keys.mask_start : high - keys.mask_start]
         if not (coming if coming.dtype == torch.bool else coming > torch.finfo(coming.dtype).min / 2).any():
-            high = min(high, next_one)  # the layer does not look ahead here
+            high = min(high, next_one)  # the layer does not attend ahead here
     here = slice(low - keys.start, high - keys.start)
     k = torch.cat([keys.pinned_k, keys.k[:, :, here]], dim=2)
     v = torch.cat([keys.pinned_v, keys.v[:, :, here]], dim=2)

@@ -9,7 +9,7 @@ While it is open the *model itself* is localized: whatever runs it (``run_with_c
 masked heads, ``hook_pattern`` included. Closing gives it back as it was. Generation keeps a split cache (``cache.py``);
 if somebody hooks or observes attention, it keeps a whole one, so that every key can be shown, and saves nothing.
 
-What it does not do: linear layers and convolutions have no heads and stay; layers that look at visual tokens outside
+What it does not do: linear layers and convolutions have no heads and stay; layers that attend to visual tokens outside
 the sequence (Mllama) stay dense and say so; families whose layers share keys and values (Gemma 3n, small Gemma 4) are
 refused. It chooses no heads: whether these are the right ones, accuracy has to say.
 """
@@ -98,7 +98,7 @@ class Localized:
         self._layers = []
         for record in model.text_attention():
             if record.cross:
-                _notice(f"layer {record.layer} looks at visual tokens outside the sequence: it stays dense")
+                _notice(f"layer {record.layer} attends to visual tokens outside the sequence: it stays dense")
                 continue
             heads = policy.dense(record.layer, model.cfg.n_heads)
             record.head_mask = LocalLayer(self, heads, Plan.of(heads, model.cfg.kv_heads[record.layer]))
@@ -242,7 +242,7 @@ class LocalLayer:
         self.owner, self.dense, self.plan = owner, dense, plan
 
     def seen(self, call: AttentionCall, rows: Tensor) -> Bool[Tensor, "batch head rows key_pos"]:
-        """Which keys each head may look at."""
+        """Which keys each head may attend to."""
         keys = start_of(call) + torch.arange(call.k.shape[2], device=rows.device)
         return self._near(call).heads(call.query_start + rows, keys, self.dense)
 

@@ -1,12 +1,12 @@
-"""What a local head may look at: the definition that the kernels and the cache are measured by.
+"""What a local head may attend to: the definition that the kernels and the cache are measured by.
 
     near = Near(policy, attention_mask, prompt)
     near.seen(rows, keys)            # batch x row x key: sinks, window, text; the layer's own mask comes on top
     near.heads(rows, keys, dense)    # batch x head x row x key
 
 A key is in the window of a row if it is less than ``window`` positions away: the row itself and ``window - 1`` before
-it. Layers that look ahead (an image that sees itself both ways) see as far to the other side; the layer's mask decides
-whether they do. Sinks and, with ``keep_text``, text tokens are *pinned*: seen from everywhere. All of it is
+it. Layers that attend ahead (an image that sees itself both ways) see as far to the other side; the layer's mask
+decides whether they do. Sinks and, with ``keep_text``, text tokens are *pinned*: seen from everywhere. All of it is
 intersected with the layer's own mask (padding, causality, sliding windows, image blocks), so a head never sees more
 than it did.
 
@@ -89,7 +89,7 @@ class Near:
         return int(self.first.max()) + self.policy.sinks
 
     def seen(self, rows: Int[Tensor, " row"], keys: Int[Tensor, " key"]) -> Bool[Tensor, "batch row key"]:
-        """Which keys a local head may look at, before the layer's own mask."""
+        """Which keys a local head may attend to, before the layer's own mask."""
         window = (rows[:, None] - keys).abs() < self.policy.window
         return window | self.pinned(keys)[:, None]
 

@@ -39,7 +39,7 @@ class Budgets:
 
     Attributes:
         length: tokens of the context.
-        flops: of the pairs (query, key) that attention looks at while a prompt of this length is read.
+        flops: of the pairs (query, key) that attention attends to while a prompt of this length is read.
         kv_bytes: of the bytes of keys and values that are held at this length, and read for the next token.
     """
 
@@ -78,7 +78,7 @@ class Policy:
     """A few heads attend to everything, the others to the first tokens and to those nearby.
 
     A local head sees, of what its layer lets it see, each row's first ``sinks`` tokens and the keys less than
-    ``window`` positions away: itself and ``window - 1`` before it (and after it, where a layer looks ahead).
+    ``window`` positions away: itself and ``window - 1`` before it (and after it, where a layer attends ahead).
 
     Attributes:
         dense_heads: (layer, query head) pairs; any iterable is taken. None at all is the window-only baseline.
@@ -167,7 +167,7 @@ class Policy:
     ) -> Budgets:
         """What the policy costs beside the dense model at a length, over the attention layers of the text stack.
 
-        A local head looks at ``min(t, s + W)`` of the ``t`` keys of a causal row. So with ``p`` the share of dense
+        A local head attends to ``min(t, s + W)`` of the ``t`` keys of a causal row. So with ``p`` the share of dense
         heads and S tokens, prefill costs about ``p + (1 - p) 2 (s + W) / S``, and with ``p`` that of whole KV groups
         the cache ``p + (1 - p) (s + W) / S``; the figures here count every pair.
 

@@ -17,6 +17,7 @@ from typing import Any
 import xarray as xr
 
 from mech.arguments import checked
+from mech.deprecation import renamed_options
 from mech.errors import OutputError
 from mech.views.agreement import agreement_view, modality_view, sample_curve_view, transfer_view
 from mech.views.attention import attention_view
@@ -28,7 +29,7 @@ from mech.views.frontier import frontier_view
 from mech.views.heatmap import head_maps, ram_map
 from mech.views.lens import lens_view
 from mech.views.objects import inputs_view, layout_view, sample_view, samples_view
-from mech.views.overlay import looks
+from mech.views.overlay import maps_view
 from mech.views.patching import attribution_map, patching_grid
 from mech.views.report.report import report
 from mech.views.sets import redirection_view, retrieval_view, steering_view
@@ -46,7 +47,7 @@ __all__ = [
     "inputs_view",
     "layout_view",
     "lens_view",
-    "looks",
+    "maps_view",
     "modality_view",
     "patching_grid",
     "ram_map",
@@ -70,9 +71,9 @@ def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **opt
         result: what a measurement returned (see the gallery in the docs), a ``Circuit``, ``Ranking``, ``CausalReport``,
             ``Sample``, ``Samples``, ``Inputs`` or ``TokenLayout``.
         on: the picture to draw over: a ``Sample`` (its evidence is outlined), an image, an array or a path; or several.
-        folder: where the pictures of a saved "looks" dataset lie.
+        folder: where the pictures of a saved "maps" dataset lie.
         options: of the view: ``title``; ``layout`` (of the inputs, where cells are positions) for patching and
-            attributions; ``ranking`` and ``looks`` for circuits; ``measure`` for ablation.
+            attributions; ``ranking`` and ``maps`` for circuits; ``measure`` for ablation.
 
     Raises:
         OutputError: nothing fits, or the picture is missing or does not fit.
@@ -84,6 +85,7 @@ def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **opt
             f"{what}, which does not say what its tokens are", "a result of mech",
             "draw attention with mech.view(mech.token_attention(model, inputs, layers=[3]))",
         )  # fmt: skip
+    options = renamed_options(options, {"looks": "maps"})
     draw = _dataset_view(result) if isinstance(result, xr.Dataset) else _object_view(result)
     takes = signature(draw).parameters
     given = {name: value for name, value in {"on": on, **options}.items() if value is not None}
@@ -99,7 +101,7 @@ def _dataset_view(result: xr.Dataset) -> Any:
     """How a dataset is drawn, by what is in it."""
     names, dims = set(map(str, result.data_vars)), set(map(str, result.dims))
     if "shown" in dims:
-        return looks
+        return maps_view
     if "quadrant" in names:
         return causal_view
     if "found_on" in dims:

@@ -3,7 +3,7 @@
     view(token_attention(model, inputs, layers=[3]))     # at most 64 groups of tokens: text, and cells of the picture
 
 The viewer shows the heads of a layer small; the one that is pointed at or chosen large, and for every query the keys
-it looks at. circuitsvis' own notebook code asks the network which copy of its script to take; here its local script
+it attends to. circuitsvis' own notebook code asks the network which copy of its script to take; here its local script
 goes into the page, so nothing is asked and the page is complete. It is drawn on white, also on a dark page.
 """
 
@@ -43,7 +43,7 @@ def attention_view(result: xr.DataArray, title: str = "Attention between tokens"
         panels[f"layer {layer}"], code, call = _viewer(values, names, heads)
         calls.append(call)
     note = (
-        "Rows look at columns. A picture's tokens are taken together in cells (row, column): the attention on all of a "
+        "Rows attend to columns. A picture's tokens are summed in cells (row, column): the attention on all of a "
         "cell's tokens, averaged over the tokens of the row. Unit: attention mass, 0 to 1."
     )
     script = f'<script type="module">{code}{"".join(calls)}</script>'

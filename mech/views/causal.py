@@ -2,9 +2,9 @@
 
     view = causal_view(report)             # a ``CausalReport``, or its dataset
 
-In the scatter every head is a point: to the right it looks at the evidence, above it is necessary. Lines divide it into
-the four quadrants; heads that matter are labelled. Beside it what sets of heads cost together and as the sum of single
-effects: where the two part, heads stand in for one another (or need one another).
+In the scatter every head is a point: to the right it attends to the evidence, above it is necessary. Lines divide it
+into the four quadrants; heads that matter are labelled. Beside it what sets of heads cost together and as the sum of
+single effects: where the two part, heads stand in for one another (or need one another).
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from mech.views.drawing.page import View, chart, escape, table, tabs
 from mech.views.sets import dose_curves
 
 QUADRANTS = {
-    "looks and matters": ("@top", "diamond"),
-    "looks, does not matter": ("@bottom", "square"),
-    "matters, does not look": ("@matched", "triangle-up"),
+    "attending and causal": ("@top", "diamond"),
+    "attending, not causal": ("@bottom", "square"),
+    "causal, not attending": ("@matched", "triangle-up"),
     "neither": ("@random", "circle"),
 }
 LABELLED = 8  # heads with their name beside them

@@ -2,12 +2,13 @@
 
     circuit_view(trace_circuit(model, samples, metric))                  # or what ``path_patching`` returned
     circuit_view(edge_attribution(model, clean, corrupted, metric))      # its strongest edges
-    circuit_view(circuit, on=sample, ranking=ranking, looks=looks(model, [sample], ranking, bands={"": circuit.heads}))
+    maps = mech.attention_maps(model, [sample], ranking, bands={"": circuit.heads})
+    circuit_view(circuit, on=sample, ranking=ranking, maps=maps)
 
 Height is depth: inputs at the bottom, logits on top. The width of an edge is the size of its effect, its colour the
 sign: blue carries what makes the clean answer, orange works against it. Edges enter a head on the left if they feed its
 queries, in the middle for keys, on the right for values. Pointing at an edge gives effect, interval and p; a click on a
-part shows what it reads and writes, what the ranking says of it, and where it looks.
+part shows what it reads and writes, what the ranking says of it, and what it attends to.
 
 Nothing is computed here: which edges there are was decided by what made the circuit.
 """
@@ -25,7 +26,7 @@ from mech.views.drawing.graph import NODE, READS, Arrow, called, drawing, key_of
 from mech.views.drawing.images import evidence_on, pictures_on, styles
 from mech.views.drawing.intervals import mean_interval
 from mech.views.drawing.page import View, escape, table
-from mech.views.overlay import look_of_head
+from mech.views.overlay import map_of_head
 from mech.views.patching import effects_from_zero
 
 STRONGEST = 30  # paths that are drawn of a result that has all of them
@@ -34,7 +35,7 @@ _number = count(1)
 
 
 def circuit_view(
-    result: Any, title: str = "", *, on: Any = None, ranking: Any = None, looks: xr.Dataset | None = None
+    result: Any, title: str = "", *, on: Any = None, ranking: Any = None, maps: xr.Dataset | None = None
 ) -> View:
     """The graph of a circuit, with a panel for every part.
 
@@ -42,23 +43,23 @@ def circuit_view(
         result: a ``Circuit``, or what ``path_patching`` or ``edge_attribution`` returned.
         title: stands above a saved page.
         on: a ``Sample``, whose evidence and pictures stand for the inputs (or its picture).
-        ranking: says of each head whether it looks.
-        looks: of ``mech.looks`` on that sample with the circuit's heads: shows where a head looks.
+        ranking: says of each head whether it attends to the evidence.
+        maps: of ``mech.attention_maps`` on that sample with the circuit's heads: shows what a head attends to.
 
     Raises:
-        OutputError: no edge has an effect, or ``looks`` without the sample.
+        OutputError: no edge has an effect, or ``maps`` without the sample.
     """
     arrows = _arrows(result)
     if not arrows:
         raise OutputError("a circuit without edges", "at least one path with an effect", "lower the threshold")
-    if looks is not None and on is None:
-        raise OutputError("looks without a picture", "the sample they were made from", "pass on=sample")
+    if maps is not None and on is None:
+        raise OutputError("maps without a picture", "the sample they were made from", "pass on=sample")
     number = next(_number)
     key = {name: f"part-{number}-{i}" for i, name in enumerate(parts_of(arrows))}
     pictures = pictures_on(on) if on is not None else []
     drawn, tall = drawing(arrows, key, thumbnails(pictures, evidence_on(on)))
-    panels = "".join(_panel(name, key[name], arrows, ranking, _seen(name, looks, on)) for name in key)
-    hint = "<p>Click a part: what it reads, what it writes, where it looks.</p>"
+    panels = "".join(_panel(name, key[name], arrows, ranking, _seen(name, maps, on)) for name in key)
+    hint = "<p>Click a part: what it reads, what it writes, what it attends to.</p>"
     words = getattr(result, "describe", None)
     said = str(words(ranking)) if callable(words) else ""
     sentences = "".join(f"<p>{escape(line)}</p>" for line in said.splitlines())
@@ -69,7 +70,7 @@ def circuit_view(
         f'<div class="circuit"><div class="scroll">{drawn}</div>'
         f'<div class="parts" aria-live="polite">{start}{panels}</div></div>{key_of(arrows)}'
     )
-    return View(title, body, height=max(tall, 300 if looks is None else 560) + 170)
+    return View(title, body, height=max(tall, 300 if maps is None else 560) + 170)
 
 
 def _arrows(result: Any) -> list[Arrow]:
@@ -136,16 +137,16 @@ def _panel(name: str, key: str, arrows: Sequence[Arrow], ranking: Any, seen: str
     return f'<div class="part" id="{key}" hidden><h4>{escape(called(name))}</h4>{said}{seen}{tables}</div>'
 
 
-def _seen(name: str, looks: xr.Dataset | None, on: Any) -> str:
-    """Where a head looks in the first of the looks."""
+def _seen(name: str, maps: xr.Dataset | None, on: Any) -> str:
+    """What a head attends to in the first of the examples."""
     found = NODE.fullmatch(name)
-    if looks is None or found is None or found[5] != "H":
+    if maps is None or found is None or found[5] != "H":
         return ""
-    heads = zip(looks["shown_layer"].values.tolist(), looks["shown_head"].values.tolist(), strict=True)
+    heads = zip(maps["shown_layer"].values.tolist(), maps["shown_head"].values.tolist(), strict=True)
     place = next((i for i, head in enumerate(heads) if head == (int(found[4]), int(found[6]))), None)
     if place is None:
         return ""
-    return look_of_head(looks, place, on)
+    return map_of_head(maps, place, on)
 
 
 def _source(result: Any, arrows: Sequence[Arrow]) -> str:

@@ -40,7 +40,7 @@ BANDS = {
     "unrestricted": ("random of all heads, none of the top drawn", "circle", "dashdot"),
     WITH_TOP: ("random of all heads, with one of the top", "star", "dashdot"),
     "layer_matched": ("random, same layers as the top", "circle", "dot"),
-    "by vision_mass": ("vision heads (look at any visual token)", "cross", "longdash"),
+    "by vision_mass": ("vision heads (attend to any visual token)", "cross", "longdash"),
     "by sink_mass": ("sink heads", "x", "longdashdot"),
 }
 DRAWN = ("random", "unneeded", "unrestricted", WITH_TOP, "layer_matched")

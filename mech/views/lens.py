@@ -67,7 +67,7 @@ def lens_view(
     note += f" · example {example + 1} of {result.sizes[EXAMPLE]}" if result.sizes[EXAMPLE] > 1 else ""
     figures = one.sizes[series] * len({home for home, _ in rects})
     height = 170 + 480 * -(-figures // 2) + (40 * (one.sizes[series] + 2) if there else 0)
-    title = title or ("Logit lens" if series == LAYER else "What heads say of what they look at")
+    title = title or ("Logit lens" if series == LAYER else "What heads say of what they attend to")
     body = f"<h3>{escape(title)}</h3><p class=soft>{escape(note)}</p>{styles(pictures)}"
     return View(title, body + (tabs(panels, "word") if panels else "") + there, height=height)
 

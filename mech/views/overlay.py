@@ -1,13 +1,13 @@
-"""Where heads look: their attention drawn over the pictures, token by token.
+"""What heads attend to: their attention drawn over the pictures, token by token.
 
-    looks(dataset, folder)      # the "looks" dataset of a study and the folder with its pictures
-    looks(dataset, on=samples)  # one of ``mech.looks``, and the samples it was made from
+    maps_view(dataset, folder)      # the "maps" dataset of a study and the folder with its pictures
+    maps_view(dataset, on=samples)  # one of ``mech.attention_maps``, and the samples it was made from
 
 For each question: the pictures as they are with the evidence outlined, then for every head the picture in grey with
-its attention over it. Which query looks is said under each head: the question (the mean over its tokens), or the one
+its attention over it. Which query attends is said under each head: the question (the mean over its tokens), or the one
 token at which the head decides the answer. All heads of one question share one linear scale, and the colour is as
-strong as the attention: a dark picture means that the head looks elsewhere or spreads thin, not that it was scaled. The
-numbers under a head are sums for this question: over the tokens that touch the evidence, and over all visual tokens
+strong as the attention: a dark picture means that the head attends elsewhere or spreads thin, not that it was scaled.
+The numbers under a head are sums for this question: over the tokens that touch the evidence, and over all visual tokens
 ("visual"). What is left of 1 lies on text.
 
 A visual token of a video may stand for several frames; it is drawn on the first of them, and frames without a token of
@@ -27,13 +27,13 @@ from mech.data.pictures import shows
 from mech.data.samples import Sample, pictures_of
 from mech.errors import OutputError
 from mech.files import is_below
-from mech.results.schema import check, look_facts
+from mech.results.schema import check, map_facts
 from mech.views.drawing.images import Picture, embedded, mark, stage, styles
 from mech.views.drawing.page import View, escape
 
 BAND_TITLES = {
     "top": "Top heads of the ranking",
-    "necessary": "Necessary heads without RAM: they look elsewhere, and the answer needs them",
+    "necessary": "Necessary heads without RAM: they attend elsewhere, and the answer needs them",
     "bottom": "Bottom heads of the ranking",
 }
 BAND_COLOURS = {"top": "top", "necessary": "matched", "bottom": "bottom"}
@@ -42,7 +42,7 @@ FAINTEST = 0.02  # of the colour scale; below it nothing is drawn
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Example:
     """One question, ready to draw: arrays over the tokens that are no padding."""
 
     facts: Mapping[str, Any]
@@ -53,41 +53,43 @@ class _Look:
     on_evidence: np.ndarray  # token, bool
 
 
-def looks(
-    result: xr.Dataset, folder: str | Path | None = None, title: str = "Where heads look", on: Any = None
+def maps_view(
+    result: xr.Dataset, folder: str | Path | None = None, title: str = "What heads attend to", on: Any = None
 ) -> View:
     """The attention of top and bottom heads over the pictures of a few questions.
 
     Args:
-        result: a "looks" dataset (of ``mech.looks`` or a study).
+        result: a "maps" dataset (of ``mech.attention_maps`` or a study).
         folder: where the picture files named in it lie.
         title: stands above a saved page.
         on: in place of the folder, the samples the dataset was made from; or the picture, where there is one.
 
     Raises:
-        OutputError: a picture is missing or unreadable, or the dataset is no "looks" dataset.
+        OutputError: a picture is missing or unreadable, or the dataset is no "maps" dataset.
     """
-    check(result, "looks")
+    check(result, "maps")
     if folder is None and on is None:
         raise OutputError(
-            "a 'looks' dataset without its pictures", "their folder, or the samples",
-            "view(looks, folder=...) or view(looks, on=samples)",
+            "a 'maps' dataset without its pictures", "their folder, or the samples",
+            "view(maps, folder=...) or view(maps, on=samples)",
         )  # fmt: skip
     sources = _beside(result, Path(folder)) if folder is not None else _given(result, on)
-    return View(title, f"<h3>{escape(title)}</h3>{_articles(result, sources)}", height=60 + 620 * result.sizes["look"])
+    return View(
+        title, f"<h3>{escape(title)}</h3>{_articles(result, sources)}", height=60 + 620 * result.sizes["example"]
+    )
 
 
-def look_articles(result: xr.Dataset, folder: Path) -> str:
+def map_articles(result: xr.Dataset, folder: Path) -> str:
     """All questions of the dataset, one under the other, with pictures from a folder."""
-    check(result, "looks")
+    check(result, "maps")
     return _articles(result, _beside(result, folder))
 
 
-def look_of_head(result: xr.Dataset, shown: int, on: Any) -> str:
-    """One head over the pictures of the first look; their pixels must be on the page (``images.styles``)."""
-    facts = look_facts(result)[0]
-    look = _read(result, 0, facts, [embedded(source) for source in _given(result.isel(look=[0]), on)[0]])
-    return _head(look, shown, *_shown(result)[shown][1:], float(look.attention.max(initial=0.0)) or 1.0)
+def map_of_head(result: xr.Dataset, shown: int, on: Any) -> str:
+    """One head over the pictures of the first example; their pixels must be on the page (``images.styles``)."""
+    facts = map_facts(result)[0]
+    example = _read(result, 0, facts, [embedded(source) for source in _given(result.isel(example=[0]), on)[0]])
+    return _head(example, shown, *_shown(result)[shown][1:], float(example.attention.max(initial=0.0)) or 1.0)
 
 
 @dataclass(frozen=True)
@@ -102,25 +104,25 @@ class BandPicture:
 
 
 def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, list[BandPicture], float]:
-    """The pictures of look ``i`` as they are, under the mean attention of each band, and the end of their one scale."""
-    facts = look_facts(result)[i]
-    look = _read(result, i, facts, [embedded(source) for source in _beside(result, folder)[i]])
+    """The pictures of example ``i`` as they are, under the mean attention of each band; the end of their scale."""
+    facts = map_facts(result)[i]
+    example = _read(result, i, facts, [embedded(source) for source in _beside(result, folder)[i]])
     bands = np.array([band for band, _, _ in _shown(result)])
-    rows = {str(band): look.attention[bands == band].mean(axis=0) for band in dict.fromkeys(bands)}
+    rows = {str(band): example.attention[bands == band].mean(axis=0) for band in dict.fromkeys(bands)}
     most = max(float(row.max(initial=0.0)) for row in rows.values()) or 1.0
     found = []
     for band, row in rows.items():
-        stages = "".join(_stage(look, k, row, most) for k in sorted(set(look.image.tolist())))
-        on_evidence = float(row[look.on_evidence].sum())
+        stages = "".join(_stage(example, k, row, most) for k in sorted(set(example.image.tolist())))
+        on_evidence = float(row[example.on_evidence].sum())
         found.append(BandPicture(band, int((bands == band).sum()), stages, on_evidence, float(row.sum())))
-    originals = "".join(_stage(look, k, None, most) for k in range(len(look.pictures)))
-    return styles(look.pictures) + originals, found, most
+    originals = "".join(_stage(example, k, None, most) for k in range(len(example.pictures)))
+    return styles(example.pictures) + originals, found, most
 
 
 def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
     """The pictures that a result names: files of its own folder, with the pixels they had."""
     sources = []
-    for facts in look_facts(result):
+    for facts in map_facts(result):
         sources.append([folder / name for name in facts["pictures"]])
         for path, digest in zip_longest(sources[-1], facts.get("digests", [])):
             if not is_below(path, folder):
@@ -137,40 +139,46 @@ def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
 
 
 def _given(result: xr.Dataset, on: Any) -> list[list[Any]]:
-    """The pictures of each look, of what a user passed as ``on=``."""
-    facts = look_facts(result)[: result.sizes["look"]]
+    """The pictures of each example, of what a user passed as ``on=``."""
+    facts = map_facts(result)[: result.sizes["example"]]
     given = [on] if isinstance(on, Sample) or not isinstance(on, Sequence) or isinstance(on, str) else list(on)
     if len(facts) == 1 and not any(isinstance(one, Sample) for one in given):
         given = [given]
     if len(given) != len(facts):
-        raise OutputError(f"{len(given)} samples for {len(facts)} looks", "those it was made from", "pass on=samples")
+        raise OutputError(
+            f"{len(given)} samples for {len(facts)} examples", "those it was made from", "pass on=samples"
+        )
     sources = []
-    for one, look in zip(given, facts, strict=True):
-        count = len(look["pictures"])
+    for one, example in zip(given, facts, strict=True):
+        count = len(example["pictures"])
         if isinstance(one, Sample):
             one = pictures_of(one, -(-len(one.video) // count) or 1)
         sources.append(list(one) if isinstance(one, list | tuple) else [one])
         if len(sources[-1]) != count:
-            raise OutputError(f"{len(sources[-1])} pictures for a look with {count}", "all of them", "pass on=samples")
+            raise OutputError(
+                f"{len(sources[-1])} pictures for an example with {count}", "all of them", "pass on=samples"
+            )
     return sources
 
 
 def _articles(result: xr.Dataset, sources: Sequence[Sequence[Any]]) -> str:
     found = [_read(result, i, facts, [embedded(source) for source in sources[i]])
-             for i, facts in enumerate(look_facts(result))]  # fmt: skip
-    articles = "".join(_article(look, _shown(result)) for look in found)
-    return f"{styles(picture for look in found for picture in look.pictures)}{articles}"
+             for i, facts in enumerate(map_facts(result))]  # fmt: skip
+    articles = "".join(_article(example, _shown(result)) for example in found)
+    return f"{styles(picture for example in found for picture in example.pictures)}{articles}"
 
 
-def _read(result: xr.Dataset, i: int, facts: Mapping, pictures: Sequence[Picture]) -> _Look:
-    one = result.isel(look=i)
+def _read(result: xr.Dataset, i: int, facts: Mapping, pictures: Sequence[Picture]) -> _Example:
+    one = result.isel(example=i)
     image = one["token_image"].values.astype(int)
     there = np.flatnonzero(image >= 0)
     if there.size and image.max() >= len(pictures):
-        raise OutputError(f"a token of picture {image.max()} in a look with {len(pictures)}", "an index of a picture")
+        raise OutputError(
+            f"a token of picture {image.max()} in an example with {len(pictures)}", "an index of a picture"
+        )
     attention = np.nan_to_num(one["attention"].values[:, there].astype(float))
     rect, image = one["rect"].values[there].astype(float), image[there]
-    return _Look(facts, pictures, attention, rect, image, _touches(facts["evidence"], rect, image))
+    return _Example(facts, pictures, attention, rect, image, _touches(facts["evidence"], rect, image))
 
 
 def _touches(evidence: Sequence[Sequence[float]], rect: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -192,38 +200,38 @@ def _shown(result: xr.Dataset) -> list[tuple[str, str, float]]:
     return [(str(band), f"L{layer}H{head}", ram) for band, layer, head, ram in zip(*columns, strict=True)]
 
 
-def _article(look: _Look, shown: list[tuple[str, str, float]]) -> str:
-    facts = look.facts
-    most = float(look.attention.max(initial=0.0)) or 1.0
+def _article(example: _Example, shown: list[tuple[str, str, float]]) -> str:
+    facts = example.facts
+    most = float(example.attention.max(initial=0.0)) or 1.0
     right = str(facts["prediction"]).strip() == str(facts["answer"]).strip()
     verdict = "✓" if right else "✗"
-    originals = "".join(_stage(look, k, None, most) for k in range(len(look.pictures)))
-    many = len(look.pictures) > 1
+    originals = "".join(_stage(example, k, None, most) for k in range(len(example.pictures)))
+    many = len(example.pictures) > 1
     bands = []
     for band in dict.fromkeys(band for band, _, _ in shown):
-        drawn = [_head(look, i, name, ram, most) for i, (b, name, ram) in enumerate(shown) if b == band]
+        drawn = [_head(example, i, name, ram, most) for i, (b, name, ram) in enumerate(shown) if b == band]
         title = BAND_TITLES.get(band, band)
         style = f"--band:var(--{BAND_COLOURS.get(band, 'accent')})"
         name = f'<p class="band-name" style="{style}">{escape(title)}</p>'
         bands.append(f'<div>{name}<div class="heads">{"".join(drawn)}</div></div>')
     answer, prediction = escape(facts["answer"]), escape(facts["prediction"])
-    strip = f'<div class="strip" style="--columns:{_columns(len(look.pictures), 8)}">{originals}</div>'
+    strip = f'<div class="strip" style="--columns:{_columns(len(example.pictures), 8)}">{originals}</div>'
     scale = gradient("attention on one visual token", most, "; one scale for all heads of this question", power=1)
     original = f"{strip}<figcaption>As the model gets it; outlined: the evidence</figcaption>"
     return (
-        f'<article class="look{" many" if many else ""}"><p class="question">{escape(facts["question"])}</p>'
+        f'<article class="maps{" many" if many else ""}"><p class="question">{escape(facts["question"])}</p>'
         f'<p class="answers">answer <b>{answer}</b> · model says <b>{prediction}</b> {verdict}</p>'
-        f'<div class="look-grid"><figure class="original">{original}</figure>'
+        f'<div class="maps-grid"><figure class="original">{original}</figure>'
         f'<div class="bands">{"".join(bands)}</div></div>{scale}</article>'
     )
 
 
-def _head(look: _Look, i: int, name: str, ram: float, most: float) -> str:
-    row = look.attention[i]
-    with_tokens = sorted(set(look.image.tolist()))
-    stages = "".join(_stage(look, k, row, most) for k in with_tokens)
-    numbers = f"evidence {row[look.on_evidence].sum():.2f} · visual {row.sum():.2f}"
-    asked = str((look.facts.get("queries") or {i: "question"})[i])
+def _head(example: _Example, i: int, name: str, ram: float, most: float) -> str:
+    row = example.attention[i]
+    with_tokens = sorted(set(example.image.tolist()))
+    stages = "".join(_stage(example, k, row, most) for k in with_tokens)
+    numbers = f"evidence {row[example.on_evidence].sum():.2f} · visual {row.sum():.2f}"
+    asked = str((example.facts.get("queries") or {i: "question"})[i])
     token, colon, lost = asked.rpartition(": ")
     query = f"from {escape(token)}, where it decides {escape(lost)}" if colon else f"from the {escape(asked)}, mean"
     return (
@@ -233,18 +241,18 @@ def _head(look: _Look, i: int, name: str, ram: float, most: float) -> str:
     )
 
 
-def _stage(look: _Look, k: int, row: np.ndarray | None, most: float) -> str:
+def _stage(example: _Example, k: int, row: np.ndarray | None, most: float) -> str:
     """One picture: as it is with its evidence (``row`` None), or dimmed under the attention of a head."""
     marks = []
     if row is not None:
         # Line breaks and class tokens of a picture lie nowhere in it.
-        for token in np.flatnonzero((look.image == k) & ~np.isnan(look.rect).any(axis=1)):
+        for token in np.flatnonzero((example.image == k) & ~np.isnan(example.rect).any(axis=1)):
             strength = float(row[token] / most)
             if strength >= FAINTEST:
                 tip = f"attention {row[token]:.3f}"
-                marks.append(mark(look.rect[token], heat(strength), 0.85 * min(1.0, strength + 0.1), tip))
-    outlined = [rect for home, *rect in look.facts["evidence"] if home == k]
-    return stage(look.pictures[k], "".join(marks), dim=row is not None, evidence=outlined)
+                marks.append(mark(example.rect[token], heat(strength), 0.85 * min(1.0, strength + 0.1), tip))
+    outlined = [rect for home, *rect in example.facts["evidence"] if home == k]
+    return stage(example.pictures[k], "".join(marks), dim=row is not None, evidence=outlined)
 
 
 def heat(strength: float) -> str:

@@ -116,7 +116,7 @@ def _curves(
     return chart(traces, layout, height=340, label=f"{name} against the {axis}")
 
 
-def retrieval_view(result: xr.Dataset, title: str = "Evidence found by where heads look") -> View:
+def retrieval_view(result: xr.Dataset, title: str = "Evidence found by attention") -> View:
     """A panel for MRR and for every hit@k: a bar for each set, the dotted line is an order by chance.
 
     Args:

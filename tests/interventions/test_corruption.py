@@ -11,7 +11,7 @@ from mech.data.regions import Box, Frames, Mask, Pages
 from mech.errors import ExperimentError, InputError, RegionError
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
-from mech.interventions.corruption import WAYS, asking, without_evidence, without_pictures
+from mech.interventions.corruption import WAYS, with_question, without_evidence, without_pictures
 from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
 
@@ -71,15 +71,15 @@ def test_another_question_of_the_same_length_or_refused(sample):
     model = HookedMLLM.from_pretrained("reference:llava-s")
     metric = LogitDiff(sample.answer, sample.counterfactual.answer)
     length = len(model.inputs_of(sample).layout)
-    others = (asking(sample, other.question, other.answer) for other in haystacks("grounding", 30, seed=3)
+    others = (with_question(sample, other.question, other.answer) for other in haystacks("grounding", 30, seed=3)
               if other.question != sample.question)  # fmt: skip
     other = next(other for other in others if len(model.inputs_of(other).layout) == length)
     found = activation_patching(model, sample, other, metric, point="hook_resid_pre", over=("layer",))
     np.testing.assert_allclose(found.effect, 1, atol=1e-3)
     with pytest.raises(InputError, match="first at position"):
-        activation_patching(model, sample, asking(sample, sample.question + " and why?", "x"), metric)
+        activation_patching(model, sample, with_question(sample, sample.question + " and why?", "x"), metric)
     with pytest.raises(ExperimentError, match="same question"):
-        asking(sample, sample.question, "1")
+        with_question(sample, sample.question, "1")
 
 
 def test_what_cannot_be_corrupted_is_refused(sample):

@@ -113,7 +113,7 @@ def test_a_knockout_is_minus_infinity_before_the_softmax(model, batch, heads):
 
 
 def test_knocking_out_everything_leaves_nothing(model, pair):
-    """A position that may look at nothing puts out zero."""
+    """A position that may attend to nothing puts out zero."""
     _, clean, _ = pair
     with intervene(model, Knockout("last", "all", layers=[2])) as cut:
         _, cache = cut.run_with_cache(clean, names_filter="blocks.2.attn.hook_z")

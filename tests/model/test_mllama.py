@@ -1,4 +1,4 @@
-"""Mllama: visual tokens in a memory outside the sequence, and experiments on the heads that look at it."""
+"""Mllama: visual tokens in a memory outside the sequence, and experiments on the heads that attend to it."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ def test_heads_of_cross_layers_attend_to_the_memory_alone(model, samples):
 
 
 def planted():
-    """Head 0 of the cross layer looks at the last of four tiles and at nothing else."""
+    """Head 0 of the cross layer attends to the last of four tiles and at nothing else."""
     hf = tiny.model("mllama")
     vision, text = hf.model.vision_model, hf.model.language_model
     with torch.no_grad():

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
-from fabricated import fabricated_circuit, fabricated_looks, fabricated_sample
+from fabricated import fabricated_circuit, fabricated_maps, fabricated_sample
 
 from mech import files
 from mech.data.pictures import pixel_digest, png, shows
@@ -75,7 +75,7 @@ def read_summary(path):
 KINDS = {
     "ram.nc": (lambda folder: save(ram(), folder / "ram.nc"), load),
     "ablation.nc": (lambda folder: save(ablation(), folder / "ablation.nc"), load),
-    "looks.nc": (lambda folder: save(fabricated_looks(), folder / "looks.nc"), load),
+    "maps.nc": (lambda folder: save(fabricated_maps(), folder / "maps.nc"), load),
     "part": (lambda folder: save_part(ablation(), folder / "0000.npz"), load_part),
     "summary.json": (lambda folder: write_json(SUMMARY, folder / "summary.json"), read_summary),
     "study.json": (study, settings_and_records),
@@ -181,11 +181,11 @@ def test_a_broken_attribute_in_a_study_counts_as_missing(tmp_path, value, sealed
     xr.testing.assert_identical(place.get("m/d/ram"), ram())
 
 
-@pytest.mark.parametrize("name", ["looks", "agreement"])
+@pytest.mark.parametrize("name", ["facts", "agreement"])
 def test_a_broken_text_of_a_kind_is_refused(tmp_path, name):
-    key = {"looks": "m/d/looks", "agreement": "m/d/causal"}[name]
+    key = {"facts": "m/d/maps", "agreement": "m/d/causal"}[name]
     heads = xr.Dataset({"ram": (("layer", "head"), np.ones((1, 2))), "quadrant": (("layer", "head"), [["a", "b"]])})
-    given = fabricated_looks() if name == "looks" else heads.assign_attrs(agreement="{}", paths="[]", members="{}")
+    given = fabricated_maps() if name == "facts" else heads.assign_attrs(agreement="{}", paths="[]", members="{}")
     place = Study(tmp_path, SETTINGS)
     place.put(key, given)
     for broken in ("{", "[" * 5000, 3):

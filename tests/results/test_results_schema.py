@@ -18,7 +18,7 @@ from mech import axes
 from mech.data.regions import Box
 from mech.data.samples import Sample, Samples
 from mech.errors import OutputError
-from mech.results import ablation_dataset, check, look_facts, looks_dataset, provenance, ram_dataset
+from mech.results import ablation_dataset, check, map_facts, maps_dataset, provenance, ram_dataset
 from mech.results.provenance import jsonable, weight_digest
 from mech.results.schema import KINDS
 
@@ -33,11 +33,11 @@ def ablation(**changes):
     return ablation_dataset(np.ones((2, 3), bool), np.zeros((2, 3)), **settings)
 
 
-LOOK = {"question": "?", "answer": "7", "prediction": "1", "pictures": ["look0_0.png"], "evidence": [[0, 1, 2, 3, 4]]}
+FACTS = {"question": "?", "answer": "7", "prediction": "1", "pictures": ["map0_0.png"], "evidence": [[0, 1, 2, 3, 4]]}
 
 
-def looks(facts=(LOOK,), corners=4):
-    return looks_dataset(
+def maps(facts=(FACTS,), corners=4):
+    return maps_dataset(
         np.zeros((1, 2, 6)), np.zeros((1, 6, corners)), np.zeros((1, 6), int), facts,
         shown_layer=[0, 1], shown_head=[2, 3], shown_band=["top", "bottom"], shown_ram=[0.9, 0.0],
     )  # fmt: skip
@@ -46,8 +46,8 @@ def looks(facts=(LOOK,), corners=4):
 def test_every_kind_has_its_dimensions_units_and_signs():
     assert ram().ram.dims == ("example", "layer", "head") and ram().sel(layer=1, head=3).ram.shape == (3,)
     assert ablation().accuracy.dims == ("condition", "example") and ablation().accuracy.dtype == float
-    assert looks().attention.dims == ("look", "shown", "token")
-    for dataset, kind in ((ram(), "ram"), (ablation(), "ablation"), (looks(), "looks")):
+    assert maps().attention.dims == ("example", "shown", "token")
+    for dataset, kind in ((ram(), "ram"), (ablation(), "ablation"), (maps(), "maps")):
         assert check(dataset, kind) is dataset
         assert dataset.attrs["kind"] == kind and dataset.attrs["schema"] == 1
         for variable in dataset.data_vars.values():
@@ -58,8 +58,8 @@ def test_every_kind_has_its_dimensions_units_and_signs():
 
 
 def test_look_facts_come_back():
-    assert look_facts(looks()) == [LOOK]
-    assert isinstance(looks().attrs["looks"], str)
+    assert map_facts(maps()) == [FACTS]
+    assert isinstance(maps().attrs["facts"], str)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_look_facts_come_back():
         (lambda: check(ram().drop_vars("n_evidence"), "ram"), "without the variable 'n_evidence'"),
         (lambda: check(ram().transpose("layer", ...), "ram"), r"\(layer, example, head\)\nExpected: \(example"),
         (lambda: check(ablation().drop_vars("draw"), "ablation"), "without the coordinate 'draw'"),
-        (lambda: check(looks().drop_attrs(), "looks"), r"without attrs\['looks'\]"),
+        (lambda: check(maps().drop_attrs(), "maps"), r"without attrs\['facts'\]"),
         (lambda: ablation(method=["none", "means"]), "method='means'\n.*\n.*'mean'"),
         (lambda: ablation(band=["none", "lowest"]), "band='lowest'"),
         (lambda: ablation(draw=[0]), "lengths that differ"),
-        (lambda: looks(facts=[]), "0 entries"),
-        (lambda: looks(facts=[{"question": ""}]), "look 0 does not say its answer, prediction"),
-        (lambda: looks(corners=2), "has 2 corners"),
+        (lambda: maps(facts=[]), "0 entries"),
+        (lambda: maps(facts=[{"question": ""}]), "example 0 does not say its answer, prediction"),
+        (lambda: maps(corners=2), "has 2 corners"),
         (lambda: ram_dataset(np.zeros((2, 4)), np.zeros((3, 2, 4)), np.zeros(3), np.ones(3)), "'ram' has shape"),
         (lambda: ram_dataset(*[np.zeros((3, 2, 4))] * 2, np.zeros(3), np.ones(2)), "lengths that differ"),
     ],
@@ -188,5 +188,5 @@ def test_results_need_no_torch():
 def test_saved_attributes_of_every_kind_survive(tmp_path):
     from mech.results import load, save
 
-    for kind, dataset in (("ram", ram(provenance=provenance(seed=1))), ("ablation", ablation()), ("looks", looks())):
+    for kind, dataset in (("ram", ram(provenance=provenance(seed=1))), ("ablation", ablation()), ("maps", maps())):
         xr.testing.assert_identical(check(load(save(dataset, tmp_path / f"{kind}.nc")), kind), dataset)

@@ -29,7 +29,7 @@ def dataset():
         {"method": ("condition", np.array(["none", "mean", "zero"])), "example": ["s0", "s1", "s2", "s3"]},
         {
             "provenance": {"seed": 0, "specs": [{"to": "mean"}], "nothing": None, "yes": True},
-            "text": '{"looks": "like JSON"}',
+            "text": '{"maps": "like JSON"}',
             "blank": "",
             "flag": True,
             "number": 3,

@@ -166,7 +166,7 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
             "direction": "word", "method": "word", "confirm": "amount", **told}),
         "agreement": Call(mech.agreement, {"rankings": {"a": ranking}}, {
             "rankings": "rankings", "k": "amount", "n_resamples": "whole", "seed": "seed"}),
-        "asking": Call(mech.asking, {"sample": one, "question": "What?", "answer": "3"}, {
+        "with_question": Call(mech.with_question, {"sample": one, "question": "What?", "answer": "3"}, {
             "sample": "sample", "question": "text", "answer": "text"}),
         "attention_from": Call(mech.attention_from, {"model": model, "inputs": inputs}, {
             "model": "model", "inputs": "inputs", "queries": "word"}),
@@ -221,7 +221,7 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
             "k": "count"}),
         "deciding_queries": Call(mech.deciding_queries, {"model": model, "sample": one, "heads": [(0, 2)]}, {
             "model": "model", "sample": "sample", "heads": "heads", "threshold": "number"}),
-        "looks": Call(mech.looks, {**tested, "ranking": ranking}, {
+        "attention_maps": Call(mech.attention_maps, {**tested, "ranking": ranking}, {
             **run, "ranking": "ranking", "k": "count", "bands": "sets", "queries": "word", **other}),
         "modality_transfer": Call(getattr(mech, "modality_transfer", None), {
             "model": model, "pictures": test, "text": mech.haystacks("grounding", n=2, form="text")}, {

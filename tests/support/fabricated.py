@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from mech.data.regions import Box
 from mech.data.samples import Sample
 from mech.experiments.paths.circuits import Circuit, Edge
-from mech.results import ablation_dataset, looks_dataset, ram_dataset, save
+from mech.results import ablation_dataset, maps_dataset, ram_dataset, save
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2)
 METHODS = ("mean", "zero", "resample", "uniform", "paper")
@@ -82,7 +82,7 @@ def fabricated_study(
         {
             "kind": "low",
             "text": "The bottom 20% of the ranking costs 31 points, more than every random draw: "
-            "heads that never look at the evidence are necessary.",
+            "heads that never attend to the evidence are necessary.",
             "model": first,
             "domain": domains[-1],
             "against_papers": True,
@@ -113,7 +113,7 @@ def _causal(rng: np.random.Generator, place: Path, ram: np.ndarray, n: int = 6) 
     (first, last), lost = (tuple(order[0]), tuple(order[-1])), rng.normal(0, 0.004, ram.shape)
     lost[first], lost[last] = 0.5, 0.1
     kind = np.full(ram.shape, "neither", dtype="<U24")
-    kind[first], kind[last] = "looks and matters", "matters, does not look"
+    kind[first], kind[last] = "attending and causal", "causal, not attending"
     values = {"ram": ram, "ram_rank": 1 + np.argsort(np.argsort(-ram.ravel())).reshape(ram.shape), "quadrant": kind}
     for name, effect in {"lost": lost, "recovered": lost / 2, "direct": lost / 4, "mediated": lost * 3 / 4}.items():
         values |= {name: effect, f"{name}_low": effect - 0.02, f"{name}_high": effect + 0.02}
@@ -128,7 +128,7 @@ def _causal(rng: np.random.Generator, place: Path, ram: np.ndarray, n: int = 6) 
     )  # fmt: skip
     save(dataset, place / "causal.nc")
     at = {name: [list(map(int, head)) for head in np.argwhere(kind == name)] for name in np.unique(kind)}
-    found = {"looks and matters": [], "looks, does not matter": [], "matters, does not look": [], **at}
+    found = {"attending and causal": [], "attending, not causal": [], "causal, not attending": [], **at}
     smallest = {"effect": 1, "restoring": 1, "ram": 1, "random": None}
     path = {"head": list(map(int, last)), "carrier": "directly", "text": "It acts <i>directly</i> on the logits."}
     return {"n_test": n, "quadrants": found, "necessary_blind": [path["head"]], "threshold": 0.02, "paths": [path],
@@ -209,7 +209,7 @@ def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, 
             picture = Image.fromarray(noise).resize((SIDE, SIDE))
             ImageDraw.Draw(picture).rectangle(box, outline=COLOURS[colour] if k == target else "#888", width=3)
             ImageDraw.Draw(picture).text((box[0] + 9, box[1] + 8), str(3 + k), fill="white")
-            names.append(f"look{i}_{k}.png")
+            names.append(f"map{i}_{k}.png")
             picture.save(place / names[-1])
         inside = (
             (image == target)
@@ -231,7 +231,7 @@ def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, 
                 "evidence": [[target, *box]],
             }
         )
-    dataset = looks_dataset(
+    dataset = maps_dataset(
         attention,
         np.repeat(rect[None], n, 0),
         np.repeat(image[None], n, 0),
@@ -241,7 +241,7 @@ def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, 
         shown_band=["top"] * 4 + ["bottom"] * 4,
         shown_ram=[h[2] for h in shown],
     )
-    save(dataset, place / "looks.nc")
+    save(dataset, place / "maps.nc")
 
 
 def fabricated_sample():
@@ -288,15 +288,15 @@ def fabricated_attention() -> xr.DataArray:
     return xr.DataArray(pattern, dims, tuple(dims))
 
 
-def fabricated_looks() -> xr.Dataset:
-    """Where two heads look in ``fabricated_sample``: one at the evidence, one at the first token."""
+def fabricated_maps() -> xr.Dataset:
+    """What two heads attend to in ``fabricated_sample``: one at the evidence, one at the first token."""
     size = SIDE // 4
     rect = np.array([[c * size, r * size, (c + 1) * size, (r + 1) * size] for r in range(4) for c in range(4)], float)
     attention = np.full((1, 2, 16), 0.01)
     attention[0, 0, 5], attention[0, 1, 0] = 0.64, 0.3
     sample = fabricated_sample()
-    facts = {"question": sample.question, "answer": sample.answer, "prediction": "5", "pictures": ["look0_0.png"]}
-    return looks_dataset(
+    facts = {"question": sample.question, "answer": sample.answer, "prediction": "5", "pictures": ["map0_0.png"]}
+    return maps_dataset(
         attention, rect[None], np.zeros((1, 16), int), [{**facts, "evidence": [[0, 28, 42, 56, 70]]}],
         shown_layer=[0, 1], shown_head=[2, 3], shown_band=["top", "bottom"], shown_ram=[0.7, 0.01],
     )  # fmt: skip

@@ -9,7 +9,7 @@ from fabricated import (
     fabricated_attention,
     fabricated_circuit,
     fabricated_grid,
-    fabricated_looks,
+    fabricated_maps,
     fabricated_sample,
 )
 
@@ -21,7 +21,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives th
 
 def test_a_circuit_opens_its_parts(browser, tmp_path):
     ranking = rank_heads(xr.DataArray([[0.1, 0, 0.7, 0], [0, 0, 0, 0.3]], dims=("layer", "head")))
-    drawn = view(fabricated_circuit(), on=fabricated_sample(), ranking=ranking, looks=fabricated_looks())
+    drawn = view(fabricated_circuit(), on=fabricated_sample(), ranking=ranking, maps=fabricated_maps())
     browser.open(drawn.save(tmp_path / "circuit.html"))
     nodes = {node.text: node for node in browser.all(".graph .node")}
     assert set(nodes) == {"logits", "L1H3", "L1H0", "MLP 0", "L0H2", "evidence", "picture"}
@@ -32,7 +32,7 @@ def test_a_circuit_opens_its_parts(browser, tmp_path):
     (panel,) = browser.shown(".part")
     for words in ("L0H2", "rank 1 of 8", "evidence", "+0.80 [+0.60, +0.90]", "evidence 0.65"):
         assert words in panel.text, words
-    assert panel.find_element("css selector", ".stage.dim").rect["height"] > 100, "where it looks"
+    assert panel.find_element("css selector", ".stage.dim").rect["height"] > 100, "what it attends to"
     assert len(browser.all(".edge-group.on")) == 3, "from the evidence, to the MLP and to L1H3"
     nodes["L1H0"].send_keys(webdriver.Keys.ENTER)
     assert "-0.20 [-0.30, -0.10]" in browser.shown(".part")[0].text

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
-from fabricated import fabricated_looks, fabricated_sample, fabricated_study
+from fabricated import fabricated_maps, fabricated_sample, fabricated_study
 from pages import Page
 
 from mech.errors import OutputError
@@ -44,7 +44,7 @@ def test_a_chart_that_is_not_there_is_refused(wrong):
     with pytest.raises(OutputError, match=r"(?s)chart .* of a view.*0: Map of 2 layers"):
         ram_map(SCORES).figure(wrong)
     with pytest.raises(OutputError, match="made of pictures"):
-        view(fabricated_looks(), on=fabricated_sample()).figure()
+        view(fabricated_maps(), on=fabricated_sample()).figure()
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

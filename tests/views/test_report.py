@@ -15,7 +15,7 @@ from mech.data.pictures import picture, pixel_digest
 from mech.errors import OutputError
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.verdicts import verdicts
-from mech.results import load, look_facts, save
+from mech.results import load, map_facts, save
 from mech.views import ram_map, report, view
 from mech.views.drawing import page
 
@@ -181,7 +181,7 @@ def test_a_prefixed_model_name_finds_its_folder(tmp_path):
     assert "reference:llava-m" in Page(report(study).read_text()).text
 
 
-@pytest.mark.parametrize("missing", ["summary.json", "llava-s/grounding/ram.nc", "llava-s/grounding/looks.nc"])
+@pytest.mark.parametrize("missing", ["summary.json", "llava-s/grounding/ram.nc", "llava-s/grounding/maps.nc"])
 def test_a_missing_piece_is_named(tmp_path, missing):
     study = fabricated_study(
         tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
@@ -201,11 +201,11 @@ def test_a_missing_picture_is_named(tmp_path):
 
 
 def looks_of(folder, **changes):
-    """A saved "looks" dataset whose first look says something else."""
-    found = load(folder / "looks.nc")
-    facts = look_facts(found)
+    """A saved "maps" dataset whose first example says something else."""
+    found = load(folder / "maps.nc")
+    facts = map_facts(found)
     facts[0] |= changes
-    return save(found.assign_attrs(looks=json.dumps(facts)), folder / "looks.nc")
+    return save(found.assign_attrs(facts=json.dumps(facts)), folder / "maps.nc")
 
 
 def test_pictures_of_a_result_lie_in_its_folder(tmp_path):
@@ -219,7 +219,7 @@ def test_pictures_of_a_result_lie_in_its_folder(tmp_path):
     (folder / "inner").symlink_to(tmp_path)
     for name in (str(secret), "../../../secret.png", "link.png", "inner/secret.png"):
         looks_of(folder, pictures=[name])
-        for draw in (lambda: report(study), lambda: view(load(folder / "looks.nc"), folder=folder)):
+        for draw in (lambda: report(study), lambda: view(load(folder / "maps.nc"), folder=folder)):
             with pytest.raises(OutputError, match="lies outside of"):
                 draw()
     os.mkfifo(folder / "pipe.png")
@@ -312,8 +312,8 @@ def test_the_first_screen_holds_the_pooled_numbers(study, written):
         wanted = [point["accuracy"]["mean"] for point in found["curve"] if point["band"] == band]
         (line,) = [trace for name, trace in lines.items() if name.startswith(band)]
         assert line["y"] == pytest.approx(wanted, rel=1e-4) and len(wanted) == 4
-    looks = load(study / "llava-s" / "grounding" / "looks.nc")
-    middle = json.loads(looks.attrs["looks"])[looks.sizes["look"] // 2]["question"]
+    maps = load(study / "llava-s" / "grounding" / "maps.nc")
+    middle = json.loads(maps.attrs["facts"])[maps.sizes["example"] // 2]["question"]
     assert f"“{middle}”" in written.text and "the middle one of its samples" in written.text
 
 
@@ -382,7 +382,7 @@ def test_every_head_has_a_page(study, written):
     assert facts["said"] == {last: ["It acts <i>directly</i> on the logits."]}
     assert len(written.values) == 6
     for key in range(6):
-        assert f"heads-{key}" in written.ids and f"looks-{key}" in written.ids
+        assert f"heads-{key}" in written.ids and f"maps-{key}" in written.ids
 
 
 def test_top_heads_show_attention_and_effect(written):
@@ -390,7 +390,9 @@ def test_top_heads_show_attention_and_effect(written):
     address = "#head=0/{}/{}".format(*first)
     assert address in written.addresses
     assert (
-        "lost without it" in written.text and "50% [48%, 52%]" in written.text and "looks and matters" in written.text
+        "lost without it" in written.text
+        and "50% [48%, 52%]" in written.text
+        and "attending and causal" in written.text
     )
 
 

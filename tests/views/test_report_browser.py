@@ -136,14 +136,14 @@ def test_a_cell_of_the_map_opens_the_page_of_its_head(browser, study_page):
         "even attention would give",
         "(necessity)",
     ]
-    wanted += ["50.0% [48.0%, 52.0%]", "writes to the logits", "looks and matters", "Where it attends"]
+    wanted += ["50.0% [48.0%, 52.0%]", "writes to the logits", "attending and causal", "Where it attends"]
     for words in wanted:
         assert words in page.text, words
     browser.settle()
     assert page.find_elements("css selector", ".stage.dim rect[data-tip]"), "its pictures are here too"
     for _ in range(6):
         page.find_elements("css selector", ".bar button")[1].click()
-    assert "Rank 7 of 24" in page.text and "mech.looks(" in page.text, "this one was not drawn"
+    assert "Rank 7 of 24" in page.text and "mech.attention_maps(" in page.text, "this one was not drawn"
     page.find_element("css selector", ".close").click()
     assert not page.is_displayed() and "#head" not in browser.driver.current_url
     browser.run("arguments[0].click()", browser.shown('#model-1 a[href^="#head="]')[0])

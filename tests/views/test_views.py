@@ -15,7 +15,7 @@ from pages import Page
 
 from mech.errors import OutputError
 from mech.results import load
-from mech.views import View, ablation_curves, looks, ram_map, view
+from mech.views import View, ablation_curves, maps_view, ram_map, view
 from mech.views.curves import effects
 from mech.views.drawing.intervals import mean_interval
 from mech.views.drawing.page import chart, page
@@ -42,7 +42,7 @@ def test_an_unwritable_place_is_named_and_left_clean(study, tmp_path):
         View("title", "<p>body</p>").save(tmp_path / "view.gif")
 
 
-@pytest.mark.parametrize("kind", ["ram", "ablation", "looks"])
+@pytest.mark.parametrize("kind", ["ram", "ablation", "maps"])
 def test_every_saved_result_shows_itself(study, tmp_path, kind):
     folder = domain_folder(study)
     picture = view(load(folder / f"{kind}.nc"), folder=folder)
@@ -51,7 +51,7 @@ def test_every_saved_result_shows_itself(study, tmp_path, kind):
     frame = picture._repr_html_()
     inner = Page(html.unescape(re.search(r'srcdoc="([^"]*)"', frame).group(1)))
     assert inner.text == saved.text and not inner.unclosed
-    assert bool(saved.charts) == (kind != "looks")
+    assert bool(saved.charts) == (kind != "maps")
     assert len(frame) < 3e6, "a notebook holds many of them"
 
 
@@ -127,12 +127,12 @@ def test_the_interval_is_that_of_a_bootstrap():
 
 def test_looks_draw_attention_where_it_is(study):
     folder = domain_folder(study)
-    result = load(folder / "looks.nc").isel(look=[0], shown=[0, 4]).copy(deep=True)
-    result.attrs["looks"] = json.dumps(json.loads(result.attrs["looks"])[:1])
+    result = load(folder / "maps.nc").isel(example=[0], shown=[0, 4]).copy(deep=True)
+    result.attrs["facts"] = json.dumps(json.loads(result.attrs["facts"])[:1])
     result["attention"][:] = 0
     result["attention"][0, 0, 26] = 0.36  # row 3, column 2 of 8: in the evidence
     result["attention"][0, 0, 63] = 0.09
-    text = looks(result, folder).body
+    text = maps_view(result, folder).body
     mark = r'<rect x="(\d+)" y="(\d+)" width="14" height="14" fill="(#\w+)"[^>]*data-tip="attention ([\d.]+)'
     marks = re.findall(mark, text)
     assert [mark[:2] + mark[3:] for mark in marks] == [("28", "42", "0.360"), ("98", "98", "0.090")]
@@ -144,14 +144,14 @@ def test_looks_draw_attention_where_it_is(study):
 
 def test_frames_without_a_token_count_with_the_frame_before(study):
     folder = study / "llava-s" / "video"
-    result = load(folder / "looks.nc").isel(look=[0], shown=[0]).copy(deep=True)
-    facts = json.loads(result.attrs["looks"])[:1]
+    result = load(folder / "maps.nc").isel(example=[0], shown=[0]).copy(deep=True)
+    facts = json.loads(result.attrs["facts"])[:1]
     facts[0]["evidence"] = [[1, 0, 0, 112, 112]]
-    result.attrs["looks"] = json.dumps(facts)
+    result.attrs["facts"] = json.dumps(facts)
     result["token_image"][:] = result["token_image"].values // 2 * 2  # two frames to a token: only even frames have any
     result["attention"][:] = 0
     result["attention"][0, 0, :64] = 0.5 / 64  # frame 0, which stands for frame 1 too
-    text = looks(result, folder).body
+    text = maps_view(result, folder).body
     assert "evidence 0.50 · visual 0.50" in text
     assert text.count('class="stage dim"') == 3 and text.count('class="stage"') == 6
 

@@ -12,7 +12,7 @@ from fabricated import (
     fabricated_attention,
     fabricated_circuit,
     fabricated_grid,
-    fabricated_looks,
+    fabricated_maps,
     fabricated_sample,
     fabricated_study,
 )
@@ -20,7 +20,7 @@ from pages import Page, unpacked
 
 from mech.data.samples import Samples, outlines
 from mech.errors import ExperimentError, OutputError
-from mech.experiments.attention.maps import looks
+from mech.experiments.attention.maps import attention_maps
 from mech.experiments.attention.tokens import token_attention, token_groups
 from mech.experiments.ranking.ranking import rank_heads
 from mech.inputs import TokenLayout
@@ -63,11 +63,11 @@ def sample_curve() -> xr.Dataset:
 KINDS = {
     "sample curve": lambda: view(sample_curve()),
     "estimates": lambda: view(fabricated_grid().assign_attrs(rank_correlation=0.83)),
-    "circuit": lambda: view(fabricated_circuit(), on=fabricated_sample(), looks=fabricated_looks()),
+    "circuit": lambda: view(fabricated_circuit(), on=fabricated_sample(), maps=fabricated_maps()),
     "edges": lambda: view(edges()),
     "grid": lambda: view(fabricated_grid()),
     "grid on a picture": lambda: view(fabricated_grid("noise"), on=fabricated_sample().images[0]),
-    "looks": lambda: view(fabricated_looks(), on=fabricated_sample()),
+    "maps": lambda: view(fabricated_maps(), on=fabricated_sample()),
     "lens": lambda: view(lens(), on=fabricated_sample()),
     "lens without a picture": lambda: view(lens(signed=True)),
     "attention": lambda: view(fabricated_attention()),
@@ -105,7 +105,7 @@ def poisoned(result):
     """A result in which every text is markup: names of dimensions that are free, coordinates, attributes."""
     words = {name: value.astype(str).str.cat(EVIL) for name, value in result.coords.items()
              if value.dtype.kind in "US" and name not in ("sender", "receiver")}  # fmt: skip
-    kept = ("direction", "looks", "over")
+    kept = ("direction", "maps", "over")
     attrs = {
         name: value if name in kept or not isinstance(value, str) else EVIL for name, value in result.attrs.items()
     }
@@ -220,12 +220,12 @@ def test_words_stand_in_their_cells():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: view(fabricated_looks()), "without its pictures"),
-        (lambda: view(fabricated_looks(), on=[fabricated_sample()] * 2), r"2 samples for 1 looks"),
+        (lambda: view(fabricated_maps()), "without its pictures"),
+        (lambda: view(fabricated_maps(), on=[fabricated_sample()] * 2), r"2 samples for 1 examples"),
         (lambda: view(fabricated_grid(), on="nowhere.png"), "nowhere.png cannot be read"),
         (lambda: view(fabricated_grid().sel(region=["last"]), on=fabricated_sample()), "no region that lies in it"),
         (lambda: view(fabricated_grid(), colour="red"), "colour= with patching_grid"),
-        (lambda: view(fabricated_circuit(), looks=fabricated_looks()), "looks without a picture"),
+        (lambda: view(fabricated_circuit(), maps=fabricated_maps()), "maps without a picture"),
         (lambda: view(edges() * 0), "without edges"),
         (lambda: view(lens().isel(layer=[0] * 16000), on=fabricated_sample()), r"64,000 cells to draw"),
         (lambda: view(fabricated_attention().isel(query=[0, 1])), "attention over"),
@@ -294,7 +294,7 @@ def test_looks_are_where_ram_is(model, samples):
 
     ram = retrieval_attention_mass(model, samples)
     ranking = rank_heads(ram)
-    found = looks(model, samples, ranking, k=2)
+    found = attention_maps(model, samples, ranking, k=2)
     assert found.sizes["shown"] == 4 and found["shown_band"].values.tolist() == ["top", "top", "bottom", "bottom"]
     for i, sample in enumerate(samples):
         layout = model.inputs_of(sample).layout
@@ -305,8 +305,8 @@ def test_looks_are_where_ram_is(model, samples):
             np.testing.assert_allclose(seen[on].sum(), ram["ram"].values[i, layer, head], atol=1e-5)
     assert view(found, on=samples).body.count("<article") == 3
     with pytest.raises(ExperimentError, match="no head L9H9"):
-        looks(model, samples, ranking, bands={"mine": [(9, 9)]})
-    with pytest.raises(OutputError, match="2 samples for 3 looks"):
+        attention_maps(model, samples, ranking, bands={"mine": [(9, 9)]})
+    with pytest.raises(OutputError, match="2 samples for 3 examples"):
         view(found, on=samples[:2])
 
 
@@ -328,7 +328,7 @@ def test_saved_results_are_drawn_without_a_model(mech, tmp_path):
     study = fabricated_study(tmp_path / "study", models=(("toy", "llava", 2, 4),), domains=("pages",), n=4, draws=2)
     code, out, _ = mech("view", str(study), "--out", str(tmp_path / "again.html"))
     assert code == 0 and out.strip() == str(tmp_path / "again.html") and (study / "report.html").exists()
-    assert mech("view", str(study / "toy" / "pages" / "looks.nc"))[0] == 0, "its pictures lie beside it"
+    assert mech("view", str(study / "toy" / "pages" / "maps.nc"))[0] == 0, "its pictures lie beside it"
     for words, said in (
         ((str(tmp_path / "none.nc"),), "none.nc"),
         ((str(tmp_path),), "summary.json"),

@@ -8,8 +8,8 @@ the *ranking*; a control that holds a tested head would hold the treatment. The 
     ram = retrieval_attention_mass(model, train)
     effects = ablation(model, test, rank_heads(ram), reference=train, to="mean", fractions=(1, 0.05, 0.2))
 
-A band may also be another ranking, and is then its top: heads that look at any visual token, or at sinks, are controls
-for "it is only that these heads look at the picture", or "at something".
+A band may also be another ranking, and is then its top: heads that attend to any visual token, or to sinks, are
+controls for "it is only that these heads attend to the picture", or "to something".
 
     others = rank_heads(ram, "vision_mass"), rank_heads(attention_sinks(model, train), "sink_mass")
     effects = ablation(model, test, rank_heads(ram), reference=train, bands=("top", "random", *others))

@@ -6,7 +6,7 @@
     found.lost - found.random_lost                                # against random heads of the same number
 
 A row that costs much in every column is a general reading circuit; a diagonal is one circuit for each task. Which of
-them it is cannot be told from rankings that agree: heads can look alike everywhere and matter in one place only.
+them it is cannot be told from rankings that agree: heads can seem alike everywhere and matter in one place only.
 
 Specificity has two sides. *Other tasks*: name some in ``find`` and ``test`` whose samples have no evidence (a text
 question with a blank picture, say): they find no heads, and what is lost on them is no retrieval. *The form of the

@@ -1,10 +1,10 @@
 """The attention of every head on every key, and the maps of a few heads over the pictures of a few samples.
 
-    found = looks(model, samples[:3], ranking)           # the first four heads and the last four
+    found = attention_maps(model, samples[:3], ranking)           # the first four heads and the last four
     mech.view(found, on=samples[:3])                     # drawn over the pictures, side by side
-    looks(model, samples[:1], ranking, bands={"circuit": circuit.heads})
+    attention_maps(model, samples[:1], ranking, bands={"circuit": circuit.heads})
     known = [mech.deciding_queries(model, sample, ranking.top(4)) for sample in samples[:3]]
-    looks(model, samples[:3], ranking, bands={"top": ranking.top(4)}, deciding=known)    # where each head matters
+    attention_maps(model, samples[:3], ranking, bands={"top": ranking.top(4)}, deciding=known)
 
 The numbers behind the picture are those of RAM: attention after the softmax, averaged over the question's tokens; or
 that of one token, the query at which a head decides the answer. It measures nothing over samples; for that see
@@ -28,7 +28,7 @@ from mech.experiments.ranking.checks import other_model_attrs, refuse_other_mode
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
-from mech.results import looks_dataset
+from mech.results import maps_dataset
 
 
 @checked
@@ -49,7 +49,7 @@ def attention_from(
 
 
 @checked
-def looks(
+def attention_maps(
     model: HookedMLLM,
     samples: SomeSamples,
     ranking: Ranking,
@@ -64,7 +64,7 @@ def looks(
 
     ``attention[head, y] = mean over x in queries of A[x, y]``.
 
-    Sign: the higher, the more the question looks at this token. Unit: attention mass, between 0 and 1.
+    Sign: the higher, the more the question attends to this token. Unit: attention mass, between 0 and 1.
 
     Args:
         model: a hooked model.
@@ -72,14 +72,14 @@ def looks(
         ranking: names the heads, and their mean RAM.
         k: heads of the top and of the bottom of the ranking.
         bands: other heads, by the name they stand under.
-        queries: which rows look, as in ``retrieval_attention_mass``.
+        queries: which rows attend, as in ``retrieval_attention_mass``.
         deciding: for each sample and head the one row to draw instead, what ``deciding_queries`` found; None for a
             head whose ``queries`` are drawn.
         allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
-        A dataset of kind "looks" (``mech.results.looks_dataset``): ``attention`` over (look, shown, token), with the
-        rectangle of each token, and for each look its question, answer, prediction, evidence and the query of each
+        A dataset of kind "maps" (``mech.results.maps_dataset``): ``attention`` over (example, shown, token), with the
+        rectangle of each token, and for each example its question, answer, prediction, evidence and the query of each
         head.
 
     Raises:
@@ -116,14 +116,14 @@ def looks(
                 "question": sample.question,
                 "answer": sample.answer,
                 "prediction": said,
-                "pictures": [f"look{i}_{n}.png" for n in range(len(pictures_of(sample, pace)))],
+                "pictures": [f"map{i}_{n}.png" for n in range(len(pictures_of(sample, pace)))],
                 "digests": [pixel_digest(shown.convert("RGB")) for shown in pictures_of(sample, pace)],
                 "evidence": outlines(sample, pace),
                 "queries": asked,
             }
         )
     width = max(len(rect) for rect in rects)
-    return looks_dataset(
+    return maps_dataset(
         np.stack([_padded(one, width, 0.0, axis=1) for one in seen]),
         np.stack([_padded(one, width, np.nan, axis=0) for one in rects]),
         np.stack([_padded(one, width, -1, axis=0) for one in owners]),

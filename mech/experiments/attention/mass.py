@@ -5,7 +5,8 @@
 
 The sets' indicator vectors ride behind the values through the model's own fused kernel (``mech.model.KeySums``), so no
 ``S x S`` attention is made and masks, windows and shared key/value heads are the kernel's own. RAM asks the same of the
-question's rows only (``mech.retrieval_attention_mass``); which single key a query looks at is ``mech.attention_from``.
+question's rows only (``mech.retrieval_attention_mass``); which single key a query attends to is
+``mech.attention_from``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ def attention_mass(
 
     ``mass[l, h, x, s] = sum over y in s of A[l, h, x, y]`` with ``A`` the attention after the softmax.
 
-    Sign: the higher, the more the query looks at the set. Unit: attention mass, between 0 and 1, in the model's own
+    Sign: the higher, the more the query attends to the set. Unit: attention mass, between 0 and 1, in the model's own
     precision.
 
     Args:
@@ -53,7 +54,7 @@ def attention_mass(
     """
     if inputs.layouts[0].memory is not None:
         raise ExperimentError(
-            "inputs whose pictures are in a memory, which only some layers look at", "a model with its pictures in the "
+            "pictures in a memory, which only some layers attend to", "a model with its pictures in the "
             "sequence", "use mech.attention_from(model, inputs), whose keys are those of inputs.layout.memory",
         )  # fmt: skip
     named = [sets] * len(inputs) if isinstance(sets, Mapping) else list(sets)
@@ -87,5 +88,9 @@ def attention_mass(
         dims=("example", "layer", "head", *(["query_pos"] if queries == "all" else []), "set"),
         coords={"layer": layers, "set": names},
         name="attention_mass",
-        attrs={"unit": "attention mass", "sign": "the higher, the more the query looks at the set", "queries": queries},
+        attrs={
+            "unit": "attention mass",
+            "sign": "the higher, the more the query attends to the set",
+            "queries": queries,
+        },
     )

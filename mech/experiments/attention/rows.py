@@ -31,7 +31,7 @@ def read_rows(
 ) -> dict[str, Float[Tensor, "batch layer *rest"]]:
     """What ``read`` makes of the attention of ``rows``, layer by layer; layers are ``cfg.attention_layers``.
 
-    Where visual tokens are in a memory that only some layers look at, the other layers give zeros: no visual token is
+    Where visual tokens are in a memory that only some layers attend to, the other layers give zeros: no visual token is
     in their reach. ``pictures`` is what ``encode_pictures`` saw, for inputs without pixels.
 
     Cost: one forward, and ``rows x S x d_head`` for each head.

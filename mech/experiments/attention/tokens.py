@@ -4,8 +4,8 @@
     mech.view(found)                                             # circuitsvis: every head, every query
 
 Text stands token by token while there is room, then word by word of the question and the rest in runs; every picture is
-cut into equal cells. Looking at a cell is looking at any of its tokens (the attention is summed), and what a cell looks
-at is the mean over its tokens, so that rows still sum to one. No ``S x S`` attention is kept.
+cut into equal cells. Attending to a cell is attending to any of its tokens (the attention is summed), and what a cell
+attends to is the mean over its tokens, so that rows still sum to one. No ``S x S`` attention is kept.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def token_attention(
 
     ``attention[l, h, Q, K] = mean over x in Q of ( sum over y in K of A[l, h, x, y] )``, ``A`` after the softmax.
 
-    Sign: the higher, the more the query looks at the key. Unit: attention mass; rows sum to 1.
+    Sign: the higher, the more the query attends to the key. Unit: attention mass; rows sum to 1.
 
     Args:
         model: a hooked model.
@@ -51,7 +51,7 @@ def token_attention(
     Cost: one forward, and its attention once more in these layers, ``256 x S`` at a time.
     """
     if len(inputs) != 1 or inputs.layout.memory is not None:
-        given = f"{len(inputs)} rows" if len(inputs) != 1 else "pictures in a memory, which only some layers look at"
+        given = f"{len(inputs)} rows" if len(inputs) != 1 else "pictures in a memory, which only some layers attend to"
         raise ExperimentError(given, "one row with everything in its sequence", "use mech.attention_from")
     known = list(model.cfg.attention_layers)
     every = (model.cfg.n_layers,)
@@ -84,7 +84,7 @@ def token_attention(
         name="token_attention",
         attrs={
             "unit": "attention mass",
-            "sign": "the higher, the more the query looks at the key",
+            "sign": "the higher, the more the query attends to the key",
             "model": model.name,
         },
     )

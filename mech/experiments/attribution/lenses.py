@@ -1,4 +1,4 @@
-"""Reading activations as words: the logit lens of any position, and what each head writes for what it looks at.
+"""Reading activations as words: the logit lens of any position, and what each head writes for what it attends to.
 
     lens = logit_lens(model, sample, track=sample.answer)        # image tokens, layer by layer, as words
     lens["tracked_rank"].sel(layer=4, tracked="7")               # where in the picture can the answer be read?
@@ -7,7 +7,7 @@
 
 The logit lens sends the stream of any layer through the final norm and the unembedding, as if the model ended there;
 in the last layer and at a text position it is what the model says. The OV circuit of a head is ``W_V W_O``: what it
-adds to the stream *if* it looks at a token. How far it looks there is another question (``mech.attention_from``).
+adds to the stream *if* it attends to a token. How far it attends there is another question (``mech.attention_from``).
 
 What they do not say: that later layers read the stream in the basis of the unembedding. Early layers often do not, and
 visual tokens need not stand for words at all; a rank near the top is evidence, a rank far from it is none.
@@ -115,7 +115,7 @@ def ov_reading(
     track: str | int | Sequence[str | int] = (),
     k: Count = 5,
 ) -> xr.Dataset:
-    """Which words a head says for each token it could look at: its OV circuit, read by the unembedding.
+    """Which words a head says for each token it could attend to: its OV circuit, read by the unembedding.
 
     ``logit[y] = W_U N(W_O[h] v[y])`` with ``v[y]`` the head's value of token y, and ``N`` the final norm with its scale
     frozen where the answer is read: what the head would add to the logits there if all its attention were on y.
@@ -135,7 +135,8 @@ def ov_reading(
 
     Returns:
         ``word`` and ``logit`` (example, sender, position, place), ``tracked_logit`` (example, sender, position,
-        tracked); of token strings ``own_rank`` (example, sender, position): 0 where a head says the token it looks at.
+        tracked); of token strings ``own_rank`` (example, sender, position): 0 where a head says the token it attends
+        to.
 
     Raises:
         ExperimentError: a head the model does not have; positions that differ.
@@ -170,7 +171,7 @@ def ov_reading(
 def _of_run(
     model: HookedMLLM, pairs: Sequence[tuple[int, int]], row: Inputs, where: np.ndarray, k: int, ids: list[int]
 ) -> list[dict[str, np.ndarray]]:
-    """What each head would write where the answer is read, for each of the tokens it may look at."""
+    """What each head would write where the answer is read, for each of the tokens it may attend to."""
     layers, n = sorted({layer for layer, _ in pairs}), model.cfg.n_layers
     at, values, seen = int(row.layout.positions("last")[0]), {}, {}
 

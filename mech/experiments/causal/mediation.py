@@ -1,6 +1,6 @@
 """How a head acts: at which positions, what it reads there, and which later heads and MLPs carry its effect on.
 
-    path = path_of(runs, (1, 0), looked(runs))
+    path = path_of(runs, (1, 0), attended_regions(runs))
     path.direct, path.through, path.acts, path.reads
     path.carrier                          # "directly", or "through the values of L4H2"
 
@@ -90,8 +90,8 @@ class HeadPath:
 
 
 @torch.no_grad()
-def path_of(runs: Runs, head: tuple[int, int], looks: xr.DataArray | None, threshold: float = 0.02) -> HeadPath:
-    """How a head acts. ``looks`` is ``looked(runs)``; legs below ``threshold`` are left out.
+def path_of(runs: Runs, head: tuple[int, int], attended: xr.DataArray | None, threshold: float = 0.02) -> HeadPath:
+    """How a head acts. ``attended`` is ``attended_regions(runs)``; legs below ``threshold`` are left out.
 
     Raises:
         NotResumable: a model whose layers cannot be run on some rows alone.
@@ -120,10 +120,10 @@ def path_of(runs: Runs, head: tuple[int, int], looks: xr.DataArray | None, thres
     acts = {name: float(runs.lost([head], name).mean()) for name in present}
     direct = float(heads[layers.index(layer), index])
     path = HeadPath(layer, index, direct, through, acts, {})
-    if looks is None or path.where not in looks["query"]:
+    if attended is None or path.where not in attended["query"]:
         return path
-    mass = looks.sel(query=path.where, layer=layer).isel(head=index)
-    return HeadPath(layer, index, direct, through, acts, dict(zip(looks["set"].values.tolist(), mass.values.tolist(),
+    mass = attended.sel(query=path.where, layer=layer).isel(head=index)
+    return HeadPath(layer, index, direct, through, acts, dict(zip(attended["set"].values.tolist(), mass.values.tolist(),
                                                                  strict=True)))  # fmt: skip
 
 
@@ -145,8 +145,8 @@ def _inputs(runs: Runs, noised: list[dict[str, Tensor]], layer: int, head: int |
     return found
 
 
-def looked(runs: Runs) -> xr.DataArray | None:
-    """Where heads look from each region, on average: (query, layer, head, set), queries and sets being regions.
+def attended_regions(runs: Runs) -> xr.DataArray | None:
+    """What heads attend to from each region, on average: (query, layer, head, set), queries and sets being regions.
 
     None where pictures are not in the sequence. Cost: a forward for each sample.
     """

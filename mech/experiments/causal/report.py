@@ -32,8 +32,9 @@ import xarray as xr
 
 from mech.arguments import Amount, Count, Positive, Seed, Share, Whole, checked, given_by, one_of
 from mech.data.samples import Samples, SomeSamples
+from mech.deprecation import renamed
 from mech.experiments.causal.both_ways import BIASES, both_ways, refuse_pull
-from mech.experiments.causal.mediation import HeadPath, looked, path_of
+from mech.experiments.causal.mediation import HeadPath, attended_regions, path_of
 from mech.experiments.causal.runs import Runs
 from mech.experiments.causal.sets import greedy, set_curves, sizes_of, smallest
 from mech.experiments.causal.sufficiency import facts_of, redirection_of, sentence_of
@@ -56,9 +57,10 @@ from mech.model import HookedMLLM
 from mech.model.partial.cached_run import NotResumable
 from mech.notebook import Shown
 from mech.results import check, load, provenance, save
+from mech.results.older import LABELS
 
-QUADRANTS = ("looks and matters", "looks, does not matter", "matters, does not look", "neither")
-LOOKS = 0.05  # a head looks if this much of the attention that even attention puts elsewhere is on the evidence
+QUADRANTS = ("attending and causal", "attending, not causal", "causal, not attending", "neither")
+ATTENDING = 0.05  # a head attends if this much of the attention that even attention puts elsewhere is on the evidence
 HALF, BACK = 0.5, 0.9  # of the gap: lost by the smallest set, and recovered by it
 CANDIDATES = 16  # heads among which the greedy search chooses
 Progress = Callable[[str, int, int], None]
@@ -89,8 +91,9 @@ def causal_report(
 
     ``lost = (clean - noised) / gap``, ``recovered = (denoised - corrupted) / gap`` with ``gap`` the mean over samples
     of clean minus corrupted; ``direct`` is ``lost`` when only the final norm sees the head's change, ``mediated`` the
-    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *looks* if its RAM is above what even
-    attention would give by a twentieth of the rest, and its interval above that; it *matters* if ``lost`` or
+    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *attends* (to the evidence) if its RAM
+    is above what even attention would give by a twentieth of the rest, and its interval above that; it *matters* if
+    ``lost`` or
     ``recovered`` is at least ``threshold`` and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all
     heads and both directions).
 
@@ -99,7 +102,7 @@ def causal_report(
     Args:
         model: a hooked model.
         samples: with counterfactuals; they test. Without ``find`` they are split in halves, and one half finds.
-        ranking: where heads look, from other samples than ``samples``; by RAM on ``find`` if None.
+        ranking: by attention to the evidence, of other samples than ``samples``; by RAM on ``find`` if None.
         find: samples that rank heads and order sets.
         reference: of the ablation; ``find`` if None.
         method: of the ablation of single heads, see ``Ablate``; None to leave it out.
@@ -107,7 +110,7 @@ def causal_report(
         alpha: of the tests.
         n_random: random orders of heads beside the two greedy ones and that of the ranking.
         n_boot: resamples of each interval.
-        n_paths: heads whose paths are followed: those that matter without looking first.
+        n_paths: heads whose paths are followed: those that matter without attending first.
         top: how many of the ranking's first heads are noised together, and pulled to a distractor together.
         bias: of the redirection, see ``Redirect``; none to leave it out, as it is where samples have no distractors.
         batch_size, seed: as everywhere.
@@ -162,9 +165,9 @@ def causal_report(
     curves = set_curves(runs, orders, sizes_of(len(ranking)), singles)
     paths: list[HeadPath] = []
     if not reason:
-        looks = looked(runs)
+        attended = attended_regions(runs)
         for head in _followed(heads, n_paths):
-            paths.append(path_of(runs, head, looks, threshold))
+            paths.append(path_of(runs, head, attended, threshold))
             say("paths", len(paths), n_paths)
     agreement = _agreement(ranking.mean, each["lost"], n_boot, seed)
     dims = ("example", "layer", "head")
@@ -232,6 +235,9 @@ class CausalReport(Shown):
 
     def quadrant(self, name: str) -> list[Head]:
         """The heads of one of ``QUADRANTS``, the largest effect first."""
+        if name in LABELS:
+            renamed(f"quadrant {name!r}", repr(LABELS[name]))
+            name = LABELS[name]
         heads = self.heads
         size = np.maximum(np.abs(heads["lost"].values), np.abs(heads["recovered"].values))
         chosen = np.argwhere(heads["quadrant"].values == name)
@@ -253,7 +259,7 @@ class CausalReport(Shown):
         heads, attrs = self.heads, self.dataset.attrs
         counts = {name: len(self.quadrant(name)) for name in QUADRANTS}
         said = [f"{attrs['model']} on {attrs['domain']}: of {heads['ram'].size} heads "
-                + "; ".join(f"{n} {_plural(name, n)}" for name, n in counts.items()) + "."]  # fmt: skip
+                + "; ".join(f"{n} {name}" for name, n in counts.items()) + "."]  # fmt: skip
         # The smallest p of a sign-flip test is 2 / 2^n, and the correction is over all heads in both directions.
         n, needed = self.dataset.sizes["example"], math.ceil(math.log2(4 * heads["ram"].size / attrs["alpha"]))
         if n < needed:
@@ -272,7 +278,7 @@ class CausalReport(Shown):
         return said
 
     def describe(self, path: HeadPath) -> str:
-        """One head in a sentence: where it looks, what it is worth, and the way its effect takes."""
+        """One head in a sentence: what it attends to, what it is worth, and the way its effect takes."""
         one = self.heads.sel(layer=path.layer, head=path.head)
         lost, low, high = (100 * float(one[name]) + 0.0 for name in ("lost", "lost_low", "lost_high"))
         text = (
@@ -328,10 +334,6 @@ class CausalReport(Shown):
 
 PLACES = {"last": "last token", "evidence": "evidence", "picture": "rest of the picture", "question": "question",
           "template": "template"}  # fmt: skip
-
-
-def _plural(name: str, n: int) -> str:
-    return name if n == 1 else name.replace("looks", "look").replace("matters", "matter").replace("does not", "do not")
 
 
 def _swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
@@ -405,15 +407,15 @@ def _heads(
     found["hinders"] = (shown["lost"] & (found["lost"] < 0)) | (shown["recovered"] & (found["recovered"] < 0))
     null = _even(runs)
     low = ranking.mean if ranking.per_example is None else bootstrap_interval(ranking.per_example, seed=seed).low
-    looks, matters = (ranking.mean - null >= LOOKS * (1 - null)) & (low > null), shown["lost"] | shown["recovered"]
-    found["quadrant"] = np.select([looks & matters, looks, matters], QUADRANTS[:3], QUADRANTS[3])
+    attends, causal = (ranking.mean - null >= ATTENDING * (1 - null)) & (low > null), shown["lost"] | shown["recovered"]
+    found["quadrant"] = np.select([attends & causal, attends, causal], QUADRANTS[:3], QUADRANTS[3])
     coords = {"layer": list(ranking.layers), "head": np.arange(ranking.n_heads)}
     data = {name: (("layer", "head"), values) for name, values in found.items()}
     return xr.Dataset({**data, "even": null}, coords)
 
 
 def _even(runs: Runs) -> float:
-    """The RAM of a head that looks everywhere alike: evidence over visible keys, averaged over the question."""
+    """The RAM of a head that attends to everything alike: evidence over visible keys, averaged over the question."""
     shares = []
     for batch in runs.batches:
         real = sum(mask.int() for mask in batch.regions.values()).cumsum(1)  # type: ignore[union-attr]
@@ -424,14 +426,14 @@ def _even(runs: Runs) -> float:
 
 
 def _followed(heads: xr.Dataset, n: int) -> list[Head]:
-    """Heads that matter: at most ``n``, those that do not look first, then by their effect."""
+    """Heads that matter: at most ``n``, those that do not attend to the evidence first, then by their effect."""
     size = np.maximum(np.abs(heads["lost"].values), np.abs(heads["recovered"].values))
-    matters = np.isin(heads["quadrant"].values, ("looks and matters", "matters, does not look"))
-    blind = heads["quadrant"].values == "matters, does not look"
+    matters = np.isin(heads["quadrant"].values, ("attending and causal", "causal, not attending"))
+    blind = heads["quadrant"].values == "causal, not attending"
     order = sorted(np.argwhere(matters).tolist(), key=lambda at: (not blind[tuple(at)], -size[tuple(at)]))
-    looking = [at for at in order if not blind[tuple(at)]]
-    chosen = order[: max(1, n - min(1, len(looking)))]
-    chosen += [at for at in looking if at not in chosen][: n - len(chosen)]  # one that looks, to compare with
+    attending = [at for at in order if not blind[tuple(at)]]
+    chosen = order[: max(1, n - min(1, len(attending)))]
+    chosen += [at for at in attending if at not in chosen][: n - len(chosen)]  # one that attends, to compare with
     return [Head(int(heads["layer"].values[i]), int(j)) for i, j in chosen[:n]]
 
 

@@ -1,4 +1,5 @@
-"""What the causal report of a study says: heads that matter without looking, that look without mattering, that repair.
+"""What the causal report of a study says: heads that matter without attending, that attend without mattering,
+that repair.
 
 Each rule reads the numbers of one model on one domain and yields (kind, text, whether it differs from the paper).
 """
@@ -22,7 +23,7 @@ def _blind(numbers: Mapping[str, Any], n_heads: int) -> Said:
     blind, worst = found["necessary_blind"], [path["text"] for path in found["paths"]
                                               if path["head"] in found["necessary_blind"]]  # fmt: skip
     text = (
-        f"{are(len(blind), 'head')} necessary without looking at the evidence (RAM not clearly above what even "
+        f"{are(len(blind), 'head')} necessary without attending to the evidence (RAM not clearly above what even "
         f"attention gives): {names_of(blind)}. {' '.join(worst[:2])}"
     )
     yield "blind", text.strip(), True
@@ -32,10 +33,10 @@ def _idle(numbers: Mapping[str, Any], n_heads: int) -> Said:
     found = _causal(numbers)
     if not found:
         return
-    both, idle = (found["quadrants"][name] for name in ("looks and matters", "looks, does not matter"))
+    both, idle = (found["quadrants"][name] for name in ("attending and causal", "attending, not causal"))
     if len(idle) > len(both):
         text = (
-            f"Of {len(both) + len(idle)} heads that look at the evidence, {len(idle)} change the answer by less than "
+            f"Of {len(both) + len(idle)} heads that attend to the evidence, {len(idle)} change the answer by less than "
             f"{found['threshold']:.0%} of the gap, or not surely, when they are patched one by one."
         )
         yield "idle", text, True

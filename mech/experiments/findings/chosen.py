@@ -26,10 +26,10 @@ def known_necessary(patched: xr.Dataset | None) -> list[Head]:
 
 
 def necessary_blind(patched: xr.Dataset | None, n: int) -> list[Head]:
-    """Heads that are necessary and do not look at the evidence, at most ``n``, the most costly first."""
+    """Heads that are necessary and do not attend to the evidence, at most ``n``, the most costly first."""
     if patched is None:
         return []
-    blind = (patched["quadrant"].values == "matters, does not look") & patched["necessary"].values.astype(bool)
+    blind = (patched["quadrant"].values == "causal, not attending") & patched["necessary"].values.astype(bool)
     cost = patched["lost"]
     return sorted(_heads(patched, blind), key=lambda at: -float(cost.sel(layer=at.layer).isel(head=at.head)))[:n]
 

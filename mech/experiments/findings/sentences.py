@@ -98,7 +98,7 @@ KINDS = {
     "needed": "The heads with the highest RAM are needed more than random other heads (over samples and over sets)",
     "not needed": "The heads with the highest RAM are not shown to be needed more than random other heads",
     "layers": "Random heads of the same layers cost at least half as much as the heads with the highest RAM",
-    "vision": "Heads that look at visual tokens of any kind cost at least half as much as those with the highest RAM",
+    "vision": "Heads that attend to visual tokens of any kind cost at least half as much as those with the highest RAM",
     "redundant": "Heads stand in for one another: a set costs more than its size times its first head",
     "halving": "A top set that was tried halves accuracy",
     "not halving": "Accuracy stays above half without the largest top set",
@@ -106,8 +106,8 @@ KINDS = {
     "random": "Random heads are no harmless control, even without the heads with the highest RAM",
     "methods": "The method of ablation decides how much the same heads matter",
     "scores": "Scores of the literature name other heads than RAM does",
-    "blind": "Heads that do not look at the evidence are necessary",
-    "idle": "Most heads that look at the evidence do not matter",
+    "blind": "Heads that do not attend to the evidence are necessary",
+    "idle": "Most heads that attend to the evidence do not matter",
     "order": "RAM does not order heads by their causal effect",
     "ordered": "RAM orders heads by their causal effect",
     "repair": "Heads repair each other: together they are worth more than the sum of what they are worth alone",
@@ -132,7 +132,7 @@ def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
     half = round(share * n_heads)
     text = (
         f"{half} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; the first is "
-        f"L{layer}H{head} with RAM {best:.2g}, where a head that looks everywhere alike would have {null:.2g}."
+        f"L{layer}H{head} with RAM {best:.2g}, where a head that attends to everything alike would have {null:.2g}."
     )
     # The papers find 4-10% of the heads with half of the mass.
     spread = share > 0.25
@@ -181,7 +181,7 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 
 def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    """Is it the evidence, or would heads do that look at anything visual?"""
+    """Is it the evidence, or would heads do that attend to anything visual?"""
     top = _at(numbers, "mean", "top", TOP)
     vision = _at(numbers, "mean", "by vision_mass", TOP)
     if top is None or vision is None or vision["n_heads"] != top["n_heads"] or too_weak(numbers):
@@ -192,9 +192,9 @@ def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
         same = "" if shared is None else f"; the two sets share {shared} of {top['n_heads']}"
         yield (
             "vision",
-            f"Mean-ablating the {are(vision['n_heads'], 'head', 'that looks', 'that look')} most at visual tokens of "
-            f"any kind costs {_points(theirs)}, at least half as much as those with the highest RAM ({_points(cost)})"
-            f"{same}.",
+            f"Mean-ablating the {are(vision['n_heads'], 'head', 'that attends', 'that attend')} most to visual tokens "
+            f"of any kind costs {_points(theirs)}, at least half as much as those with the highest RAM "
+            f"({_points(cost)}){same}.",
             False,
         )
 

@@ -15,7 +15,7 @@ other sizes and methods of one model on one domain.
            "baseline": {"accuracy": I, "logit_diff": I},
            "ranking": [[layer, head, score], ...],                       best first
            "half_mass_share": share of the heads that hold half of all RAM,
-           "size_null": what a head scores that looks everywhere alike,
+           "size_null": what a head scores that attends to everything alike,
            "stability": {"n_top", "n_find", "inclusion": [[layer, head, share of resamples in the top set], ...]},
            "ablation": [{"method", "band", "fraction", "n_heads", "draws", "heads": those of a named set,
                          "accuracy": I, "accuracy_drop": I, "logit_diff_drop": I or null}, ...],

@@ -149,7 +149,7 @@ def _low_ranked(numbers: Numbers) -> Verdict:
 
 def _attending(numbers: Numbers) -> Verdict:
     found = numbers["causal"]["quadrants"]
-    both, idle = len(found["looks and matters"]), len(found["looks, does not matter"])
+    both, idle = len(found["attending and causal"]), len(found["attending, not causal"])
     text = f"Of {both + idle} heads that attend to the evidence {both} change the answer when they are patched."
     return (AGREES if both >= idle and both else CANNOT_TELL), text
 

@@ -2,7 +2,7 @@
 
     circuit = trace_circuit(model, samples, LogitDiff(answers, wrong), threshold=0.02)
     circuit.heads                                   # (L1H0, L0H3)
-    print(circuit.describe(ranking))                # "L1H0 does not look (RAM 0.00) but matters: ..."
+    print(circuit.describe(ranking))                # "L1H0 does not attend to the evidence (RAM 0.00) but ..."
     circuit.faithfulness(model, samples, metric)    # what is kept when everything else is switched off
     circuit.graph                                   # a networkx.DiGraph: embed:evidence -> L0H3 -> L1H0 -> logits
 
@@ -48,7 +48,7 @@ from mech.results.store import read_json, write_json
 
 LEAVES = ("evidence", "picture", "question", "template")
 DIRECT = frozenset(("attention", "mlp"))
-LOOKS = 0.05  # RAM below which a head is said not to look
+ATTENDING = 0.05  # RAM below which a head is said not to attend to the evidence
 _READS = {"q": "queries come", "k": "keys come", "v": "values come", "": "input comes"}
 
 
@@ -133,7 +133,7 @@ class Circuit(Shown):
         return tuple(str(head) for head in self.heads if head.layer == layer and head.head // self.groups[layer] == kv)
 
     def describe(self, ranking: Ranking | None = None) -> str:
-        """A sentence for each part, from the one that is read last; with a ranking also whether it looks."""
+        """A sentence for each part, from the one that is read last; with a ranking also its RAM."""
         lines = []
         parts = [name for name in self.nodes if not name.startswith("embed")]
         for name in sorted(parts, key=lambda name: -_drawn(name)["layer"]):
@@ -426,9 +426,9 @@ def _looks(name: str, ranking: Ranking | None) -> str:
     if ranking is None or not name.startswith("L"):
         return ""
     mass = float(ranking.scores().sel(layer=_head(name).layer, head=_head(name).head))
-    if mass < LOOKS:
-        return f" does not look (RAM {mass:.2f}) but matters: it"
-    return f" looks (RAM {mass:.2f}) and matters: it"
+    if mass < ATTENDING:
+        return f" does not attend to the evidence (RAM {mass:.2f}) but matters: it"
+    return f" attends to the evidence (RAM {mass:.2f}) and matters: it"
 
 
 def _number(value: Any) -> float:

@@ -1,4 +1,4 @@
-"""Evidence retrieval: can a few heads find the right page, frame or part of a picture by where they look?
+"""Evidence retrieval: can a few heads find the right page, frame or part of a picture by what they attend to?
 
     found = evidence_retrieval(model, test, ranking, over="pages")
     retrieval_table(found)                          # hit@k, recall@k and MRR of every band, with intervals and tests
@@ -6,7 +6,7 @@
 
 Every candidate (a page, a frame, a cell of the picture) is scored by the attention that a set of heads pays to it under
 the question, and the candidates are put in order. Nothing is trained: a good order says that the heads point at the
-evidence, not only that they look at it more than others do. Top heads stand beside as many bottom heads, random
+evidence, not only that they attend to it more than others do. Top heads stand beside as many bottom heads, random
 heads, vision heads and all heads, and beside the order of chance, on samples that did not find them.
 
 What it does not say: that the model *uses* what these heads see (``mech.ablation``).

@@ -1,7 +1,7 @@
-"""Localization heads: heads that look at the picture, and at few places of it (arXiv 2503.06287).
+"""Localization heads: heads that attend to the picture, and to few places of it (arXiv 2503.06287).
 
 Three steps: keep the heads whose mean image mass reaches the elbow of its sorted curve; in each example order them by
-the spatial entropy of where they look; count how often a head is among the first. ``head_scores`` does it under the
+the spatial entropy of what they attend to; count how often a head is among the first. ``head_scores`` does it under the
 name ``localization``. No evidence is asked for, so that it is a control for scores that use it.
 """
 

@@ -7,7 +7,7 @@
 
     head_scores(model, samples, {"mine": Score("last", "share", calibrate="shifted")})
 
-A score is one frozen ``Score``: which query rows look (``queries``), what becomes of a row's attention (``reduce``),
+A score is one frozen ``Score``: which query rows attend (``queries``), what becomes of a row's attention (``reduce``),
 what it is compared with (``calibrate``), and what becomes of an example (``aggregate``); the mean over rows, then over
 examples, is the score of a head. ``PUBLISHED`` names those of the papers, each with its source and where it differs
 here.

@@ -5,7 +5,7 @@
     found["shared"].sel(reading="pictures", other="base text"), modality_table(found)
 
 A head's score is read on the pictures and on the text, in the model and, where one is given, in the model as it was
-before it was tuned. Then: do the top heads coincide, beyond what layers explain? Which of those that look at the
+before it was tuned. Then: do the top heads coincide, beyond what layers explain? Which of those that attend to the
 evidence of pictures did so with text already, before any picture was seen, and which were recruited?
 
 That two sets coincide does not say that they matter, let alone for the other form: ``transfer`` with

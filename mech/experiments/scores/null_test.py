@@ -6,7 +6,7 @@
 
 Every ranking has a first head, also that of random weights. A head above its size null is no answer: a random head may
 prefer pictures to text, or near tokens to far ones, and beats even attention by that alone. Nor is a region elsewhere:
-a head that looks at every object, whatever is asked, prefers evidence to background. What makes a head *retrieve* is
+a head that attends to every object, whatever is asked, prefers evidence to background. What makes a head *retrieve* is
 that its attention to the evidence depends on the question that asks for it. So samples are paired, the questions of a
 pair are exchanged, and the two sums are compared; where attention does not follow the question, either is as likely the
 larger.
@@ -55,7 +55,7 @@ def retrieval_test(
     seed: Seed = 0,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Which heads look at the evidence *because* it was asked for, corrected over all heads.
+    """Which heads attend to the evidence *because* it was asked for, corrected over all heads.
 
     For a pair of samples (1, 2), ``D = s(q1, E1) + s(q2, E2) - s(q2, E1) - s(q1, E2)`` with ``s(q, E)`` the score of a
     head on evidence E, in E's own picture, under question q; ``D`` of two questions is the sum over the samples that
@@ -65,7 +65,7 @@ def retrieval_test(
     whatever the dependence between heads. Differences within rounding are 0. Questions that share a word are taken as
     different ones.
 
-    Sign: ``difference`` is positive when the right question makes the head look. Unit: that of the score.
+    Sign: ``difference`` is positive when the right question makes the head attend. Unit: that of the score.
 
     Args:
         samples: with evidence, asking many different things; questions are paired at random, and with them samples.
@@ -111,7 +111,7 @@ def retrieval_test(
     gain = asked.values - swapped.values
     difference = gain.reshape(len(pairs), 2, *gain.shape[1:]).sum(axis=1)
     together = np.stack([difference[[draw == one for one in asked_by]].sum(axis=0) for draw in draws])
-    # t has no scale: what is within rounding of the scores would count as much as a head that looks elsewhere.
+    # t has no scale: what is within rounding of the scores would count as much as a head that attends elsewhere.
     together[np.abs(together) < ROUNDING * np.abs(asked.values).max()] = 0
     p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed).reshape(difference.shape[1:])
     mean = difference.mean(axis=0) / 2

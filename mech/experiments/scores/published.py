@@ -128,7 +128,7 @@ PUBLISHED: dict[str, Score] = {
         on="parts",
         source="arXiv 2506.05344; tokens for which a sample names no box of their own share the evidence",
     ),
-    "vera": Score(reduce="share", source="arXiv 2602.10146; the question's rows look, as for RAM"),
+    "vera": Score(reduce="share", source="arXiv 2602.10146; the question's rows attend, as for RAM"),
     "qr_head": Score(
         reduce="trimmed",
         calibrate="null_question",

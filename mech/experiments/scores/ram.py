@@ -1,6 +1,6 @@
 """Where every head attends: Retrieval Attention Mass.
 
-A head *retrieves* when the tokens of the question look at the visual tokens that hold the answer. Retrieval Attention
+A head *retrieves* when the tokens of the question attend to the visual tokens that hold the answer. Retrieval Attention
 Mass measures just that, for every head of every layer, from one ordinary forward pass per sample: the fused kernel
 computes the forward, and only the question's rows of the attention matrix are computed once more beside it. No head's
 ``S x S`` attention is ever made.
@@ -42,18 +42,18 @@ def retrieval_attention_mass(
     ``RAM = mean over x in queries of ( sum over y in evidence of A[x, y] )`` with ``A`` the head's attention after the
     softmax, in the layer's own mask.
 
-    Sign: the higher, the more the question looks at the evidence. Unit: attention mass, between 0 and 1.
+    Sign: the higher, the more the question attends to the evidence. Unit: attention mass, between 0 and 1.
 
     Args:
         samples: each with evidence; its tokens are found through the layout, any overlap counts.
-        queries: which rows look: ``"question"`` (the published definition), ``"last"``, ``"text"``.
+        queries: which rows attend: ``"question"`` (the published definition), ``"last"``, ``"text"``.
         batch_size: samples per forward.
         progress: called with (samples done, samples in all).
 
     Returns:
         ``ram`` and ``vision_mass`` (the same sum over *all* visual tokens) with dims example, layer, head;
-        ``size_null`` (what a head would score that looks everywhere alike: the mean over the query rows of evidence
-        keys over visible keys) and ``n_evidence`` (tokens) with dim example.
+        ``size_null`` (what a head would score that attends to everything alike: the mean over the query rows of
+        evidence keys over visible keys) and ``n_evidence`` (tokens) with dim example.
 
     Raises:
         ExperimentError: a sample without evidence.
@@ -104,7 +104,7 @@ def evidence_mass(
     """One batch of ``retrieval_attention_mass``: the mass on ``keys[row]`` and on all visual tokens; the size null.
 
     For evidence given as positions, or inputs that were not made from samples. Layers are ``cfg.attention_layers``.
-    Where visual tokens are in a memory that some layers look at, ``keys`` count it, and the other layers score 0: no
+    Where visual tokens are in a memory that some layers attend to, ``keys`` count it, and the other layers score 0: no
     visual token is in their reach. Cost: as there.
     """
     weight = row_weights(inputs, queries).to(model.device)

@@ -36,7 +36,7 @@ class Family:
         nested: the image processor must be told which pictures belong to one row.
         types: name and values of the tensor that tells the model the kind of every position, where it needs one.
         placeholder: of a picture in the prompt, where it is not the visual token itself (``config.image_token_id``).
-        memory: adds the layout of visual tokens that are not in the sequence, and the mask of who may look at them.
+        memory: adds the layout of visual tokens that are not in the sequence, and the mask of who may attend to them.
         video: ``(processor, frames, fps) -> (tensors, pieces)``, or ``None`` where the family takes no video.
         video_placeholder: of a video in the prompt, where it is not the token ``config.video_token_id``.
         video_as_images: the tokens of a video are written as an image's.

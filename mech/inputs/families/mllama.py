@@ -1,14 +1,14 @@
-"""Mllama (Llama 3.2 Vision): the picture is not in the sequence but in a memory that some layers look at.
+"""Mllama (Llama 3.2 Vision): the picture is not in the sequence but in a memory that some layers attend to.
 
 A picture is resized onto a canvas of one to four tiles and padded at the right and the bottom. In the sequence it is
 one placeholder, a text token like others. The vision tower makes a class token and a grid of patch tokens for each
 tile; all tiles of all pictures of a row, one after the other and empty ones included, are the memory:
 
     inputs.layout.positions("question")              # rows of the sequence
-    inputs.layout.memory.positions(mech.Box(...))    # the keys that cross-attention layers may look at
+    inputs.layout.memory.positions(mech.Box(...))    # the keys that cross-attention layers may attend to
 
-``cross_attention_mask`` lets text look at the pictures in front of it, up to the next one. Text that sees no picture
-looks at the whole memory evenly: that is how transformers computes it, so rows of a batch must have as many pictures.
+``cross_attention_mask`` lets text attend to the pictures in front of it, up to the next one. Text that sees no picture
+attends to the whole memory evenly: that is how transformers computes it, so rows of a batch must have as many pictures.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ def canvas_sizes(made: Any, image_processor: Any) -> list[tuple[int, Size]]:
 def with_memory(
     tensors: dict[str, Tensor], layout: TokenLayout, shown: list[Shown], geometry: Geometry
 ) -> tuple[dict[str, Tensor], TokenLayout]:
-    """The mask of what each position may look at, and the layout of the memory."""
+    """The mask of what each position may attend to, and the layout of the memory."""
     vision = geometry.config.vision_config
     ids = tensors["input_ids"][0].numpy()
     length, tiles = len(ids), vision.max_num_tiles

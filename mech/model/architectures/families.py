@@ -46,7 +46,7 @@ class ModelConfig:
     """The sizes of a model, under the names TransformerLens gives them; ``vision_*`` for the vision stack.
 
     ``attention_layers`` are the text layers that have heads; in the others (linear attention, convolutions) attention
-    points are refused by name. ``cross_layers`` are those of them that look at visual tokens outside the sequence.
+    points are refused by name. ``cross_layers`` are those of them that attend to visual tokens outside the sequence.
     ``n_kv_heads`` and ``d_head`` are those of the first layer; ``kv_heads`` and ``d_heads`` say them for every layer,
     as a few architectures change them (0 where a layer has no heads).
     """

@@ -51,7 +51,7 @@ def names(model: Any, batches: Batches) -> Iterator[Finding]:
         known = dict(sizes.get(layer_of(name), {}))
         if not name.startswith("vision."):
             known |= {"batch": rows, "d_model": model.cfg.d_model}
-            # Keys and values are made of the memory where a layer looks at one, of the sequence elsewhere.
+            # Keys and values are made of the memory where a layer attends to one, of the sequence elsewhere.
             known["pos"] = known["key_pos"] if name.endswith(("attn.hook_k", "attn.hook_v")) else length
         fits = len(shapes) == 1 and len(shapes[0]) == len(words)
         fits = fits and all(known.get(word, size) == size for word, size in zip(words, shapes[0], strict=True))
@@ -86,7 +86,7 @@ def meaning(model: Any, batches: Batches) -> Iterator[Finding]:
       hook at the input of W_O;
     * ``hook_pattern``: the edit of z that the pattern implies through the values of its key/value head;
     * ``hook_resid_mid``: the same vector added to ``hook_attn_out``, so that MLP and skip connection both see it;
-    * every row of a pattern sums to one, or to zero where the row may look at nothing;
+    * every row of a pattern sums to one, or to zero where the row may attend to nothing;
     * ``hook_embed`` at the visual tokens: the same edit at the projector, where a model puts nothing in between.
 
     Forwards: 8 s + 4, on the padded batch.

@@ -101,7 +101,7 @@ def make_batches(model: Any, full: bool = False) -> Batches:
 
 
 def reached(model: Any, batches: Batches) -> list[str]:
-    """The points that fire on these batches: without pictures, those of text layers that look at no picture."""
+    """The points that fire on these batches: without pictures, those of text layers that attend to no picture."""
     crossing = [f"blocks.{layer}." for layer in model.cfg.cross_layers]
     visual = ("vision.", "projector.", *crossing)
     return [name for name in model.points() if not (batches.blind and name.startswith(visual))]
@@ -156,7 +156,7 @@ def continued(batches: Batches, new: Tensor) -> dict[str, Tensor]:
     longer = {}
     for name, value in batches.padded.items():
         if value.shape[:2] == (rows, length):
-            more = value[:, -1:].expand(rows, steps, *value.shape[2:])  # what looks at the memory goes on doing so
+            more = value[:, -1:].expand(rows, steps, *value.shape[2:])  # what attends to the memory goes on doing so
             if value.ndim == 2:
                 more = torch.full_like(more, batches.of_answer.get(name, 1))
             value = torch.cat((value, new.to(value.device) if name == "input_ids" else more), 1)

@@ -81,7 +81,7 @@ class Continuation:
     def span(self, changed: int) -> tuple[int, int]:
         """First row, and the row behind the last, of what has to be run when ``changed`` is the first changed row.
 
-        Under a causal mask this is from the change to the last row that is read. Where earlier rows may look ahead
+        Under a causal mask this is from the change to the last row that is read. Where earlier rows may attend ahead
         (bidirectional image blocks) it begins with the first that sees a changed one.
         """
         first = min(changed, int(self.reads.min()))

@@ -5,7 +5,7 @@
     planted.sample, planted.sample.counterfactual                # a Sample and its corruption, as everywhere
     planted.clean, planted.corrupted                             # Inputs of the two: the same layout
     planted.truth.heads["mover"]                                 # (1, 0)
-    planted.truth.ram[1, 0]                                      # 0.0: it does not look ...
+    planted.truth.ram[1, 0]                                      # 0.0: it does not attend to the evidence ...
     planted.truth.effects["mover",]                              # Effect(lost=1.0, recovered=1.0): ... and is necessary
     planted.truth.edges["retrieval", "mover.v"]                  # Effect(lost=1.0, recovered=1.0)
 
@@ -19,7 +19,7 @@ Which circuits there are (``NAMES``) and why their numbers are what they are: ``
 * ``roles``, ``gqa``: a retrieval, a sink, an even and a recency head; the same with shared keys and values;
 * ``q_composition``, ``k_composition``: an early head writes what a later one queries with, or has as its key;
 * ``and``, ``or``, ``backup``: two heads of which both, either, or first one and then the other is needed;
-* ``mover``: a head that does not look at the picture and is necessary.
+* ``mover``: a head that does not attend to the picture and is necessary.
 
 What this does not do: resemble a trained model. Attention is saturated (the gradient through queries and keys is zero),
 so that gradients find value paths and miss the others; that, too, is a known answer.
@@ -157,8 +157,8 @@ def _ram(planted: Circuit, sample: Sample, layout: TokenLayout, family: str) -> 
         rows["near"].append(near[evidence].sum() / near.sum())
     ram = np.full((LAYERS, HEADS), np.mean(rows["evenly"]))
     for role, head in planted.heads.items():
-        looks = planted.looks[role]
-        ram[head.layer, head.head] = np.mean(rows[looks]) if isinstance(looks, str) else looks
+        expected = planted.ram_of[role]
+        ram[head.layer, head.head] = np.mean(rows[expected]) if isinstance(expected, str) else expected
     return ram
 
 

@@ -53,7 +53,7 @@ class Circuit:
     effects: Mapping[Roles, Effect]
     zeroed: Mapping[Roles, float]
     edges: Mapping[tuple[str, str], Effect]
-    looks: Mapping[str, float | str]  # RAM of each role: a number, "evenly" or "near"
+    ram_of: Mapping[str, float | str]  # RAM of each role: a number, "evenly" or "near"
     words: str = ""
     answer_mark: bool = False
     gate: float = 0.0
@@ -77,7 +77,7 @@ def _fetch(
     value: tuple[Wire, ...] = (),
     write: tuple[Wire, ...] = (),
 ) -> Head:
-    """A retrieval head: looks at the cell whose ``on`` is the colour it has in ``by``, writes that cell's fill."""
+    """A retrieval head: attends to the cell whose ``on`` is the colour it has in ``by``, writes that cell's fill."""
     return Head(
         layer,
         head,
@@ -89,7 +89,7 @@ def _fetch(
 
 
 def _carry(layer: int, head: int, what: str, to: str) -> Head:
-    """A head that looks from anywhere at the colour's word and writes there what the word's position holds."""
+    """A head that attends from anywhere to the colour's word and writes there what the word's position holds."""
     return Head(
         layer,
         head,
@@ -101,11 +101,12 @@ def _carry(layer: int, head: int, what: str, to: str) -> Head:
 
 
 def _roles(kv_heads: int) -> Circuit:
-    """Four ways to look, in layer 1: a retrieval head (RAM 1), a sink head (all mass on the first token, RAM 0), one
-    that looks evenly (RAM |evidence| / visible keys, averaged over the question) and one that looks at what is near.
+    """Four ways to attend, in layer 1: a retrieval head (RAM 1), a sink head (all mass on the first token, RAM 0), one
+    that attends evenly (RAM |evidence| / visible keys, averaged over the question) and one that attends to what is
+    near.
 
     The question has four words and the colour is the first: the head ``carry`` brings it to the others, so that the
-    retrieval head looks at the evidence from each. Only that head writes to the answer; the other three write the
+    retrieval head attends to the evidence from each. Only that head writes to the answer; the other three write the
     fills they see where nobody reads. The corruption gives the evidence another fill: ``carry`` is
     needed (zero it, and nobody knows what is asked) but does the same in both runs, so that patching cannot see it.
 
@@ -132,7 +133,7 @@ def _roles(kv_heads: int) -> Circuit:
             ("carry", "retrieval.q"): NOTHING,
             ("uniform", "logits"): NOTHING,
         },
-        looks={"carry": 0.0, "retrieval": 1.0, "sink": 0.0, "uniform": "evenly", "recency": "near"},
+        ram_of={"carry": 0.0, "retrieval": 1.0, "sink": 0.0, "uniform": "evenly", "recency": "near"},
         words=" which colour ?",
         kv_heads=kv_heads,
     )
@@ -152,7 +153,7 @@ def _q_composition() -> Circuit:
         effects={("carry",): WHOLE, ("retrieval",): WHOLE},
         zeroed={("carry",): 0.0, ("retrieval",): 0.0},
         edges={**_one_way("carry", "retrieval", "q"), ("retrieval", "logits"): WHOLE},
-        looks={"carry": 0.0, "retrieval": 1.0},
+        ram_of={"carry": 0.0, "retrieval": 1.0},
         words=" ?",
     )
 
@@ -178,7 +179,7 @@ def _k_composition() -> Circuit:
         effects={("previous",): WHOLE, ("retrieval",): WHOLE},
         zeroed={("previous",): 0.0, ("retrieval",): 0.0},
         edges={**_one_way("previous", "retrieval", "k"), ("retrieval", "logits"): WHOLE},
-        looks={"previous": 0.0, "retrieval": 1.0},
+        ram_of={"previous": 0.0, "retrieval": 1.0},
         families=("llava",),
     )
 
@@ -196,7 +197,7 @@ def _and() -> Circuit:
         zeroed={("left",): -LOGIT / 2, ("right",): -LOGIT / 2, ("left", "right"): -LOGIT / 2},
         edges={(side, "mlp.1"): Effect(1.0, 0.0) for side in ("left", "right")}
         | {(side, "logits"): NOTHING for side in ("left", "right")},
-        looks={"left": 1.0, "right": 1.0},
+        ram_of={"left": 1.0, "right": 1.0},
         gate=1.0,
     )
 
@@ -216,7 +217,7 @@ def _or() -> Circuit:
         zeroed={("left",): LOGIT / 2, ("right",): LOGIT / 2, ("left", "right"): -LOGIT / 2},
         edges={(side, "logits"): WHOLE for side in ("left", "right")}
         | {(side, "mlp.1"): Effect(-1.0, 0.0) for side in ("left", "right")},
-        looks={"left": 1.0, "right": 1.0},
+        ram_of={"left": 1.0, "right": 1.0},
         gate=-1.0,
     )
 
@@ -243,15 +244,15 @@ def _backup() -> Circuit:
             ("first", "second.v"): NOTHING,
             ("second", "logits"): NOTHING,
         },
-        looks={"first": 1.0, "second": 0.0},
+        ram_of={"first": 1.0, "second": 0.0},
     )
 
 
 def _mover() -> Circuit:
     """``retrieval`` fetches the fill at the colour's word; ``mover`` carries it on to the last token, ``<answer>``.
 
-    The mover never looks at the picture (RAM 0) and is as necessary as the head that does. All of the effect passes
-    through its values: it looks at the same word in both runs. The path is linear, so attribution is exact.
+    The mover never attends to the picture (RAM 0) and is as necessary as the head that does. All of the effect passes
+    through its values: it attends to the same word in both runs. The path is linear, so attribution is exact.
     """
     return Circuit(
         {"retrieval": _fetch(0, 0, to="left"), "mover": _carry(1, 0, "left", "answer")},
@@ -259,7 +260,7 @@ def _mover() -> Circuit:
         effects={("retrieval",): WHOLE, ("mover",): WHOLE},
         zeroed={("retrieval",): 0.0, ("mover",): 0.0},
         edges={**_one_way("retrieval", "mover", "v"), ("mover", "logits"): WHOLE},
-        looks={"retrieval": 1.0, "mover": 0.0},
+        ram_of={"retrieval": 1.0, "mover": 0.0},
         answer_mark=True,
     )
 

@@ -49,7 +49,7 @@ PACE = 0.1  # radians a position of the rotary pair that sees distance
 # One-hot subspaces of the residual stream; those of colours have a dimension for each.
 _SIZES = {
     "constant": 1,  # LOUD at every token
-    "first": 1,  # the first token: where heads look that find nothing
+    "first": 1,  # the first token: what heads attend to that find nothing
     "word": 1,  # a colour's word
     "ask": 8,  # the colour a word names
     "cell": 8,  # the left colour of a cell: its name
@@ -100,7 +100,7 @@ class Head:
     write: tuple[Wire, ...] = ()
 
 
-# A head that finds nothing looks at the first token, which holds no colour.
+# A head that finds nothing attends to the first token, which holds no colour.
 FALLBACK_QUERY, FALLBACK_KEY = Wire("constant", "sink", HARD / 2), Wire("first", "sink")
 
 

@@ -8,10 +8,10 @@ The dense heads are whole KV groups, so at one *share* every ranking costs the s
 of cache. What is compared is only *which* groups stay dense:
 
 =============  =====================================================================================================
-``ram``        those that look at the evidence (CoRe heads)
+``ram``        those that attend to the evidence (CoRe heads)
 ``bottom``     those with the lowest RAM
 ``random``     several random sets
-``vision``     those that look at visual tokens of any kind
+``vision``     those that attend to visual tokens of any kind
 ``causal``     those that cost most of the answer when they say what they say on the counterfactual
 ``gates``      those whose learned gate stays open (DuoAttention)
 ``reach``      those whose output at the question depends on what is far, averaged over samples; no evidence asked

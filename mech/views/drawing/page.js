@@ -100,8 +100,8 @@
       return make("tr", {}, make("th", { textContent: label }), make("td", {},
         typeof values[at] === "string" ? values[at] : number(values[at], unit), make("small", { textContent: interval })));
     });
-    const looks = [...document.querySelectorAll(`#looks-${setting} figure[data-head="${name}"]`)].map(one => one.cloneNode(true));
-    looks.forEach(one => one.querySelectorAll(".stage").forEach(mark));
+    const maps = [...document.querySelectorAll(`#maps-${setting} figure[data-head="${name}"]`)].map(one => one.cloneNode(true));
+    maps.forEach(one => one.querySelectorAll(".stage").forEach(mark));
     const close = make("button", { type: "button", textContent: "Close", className: "close", autofocus: true });
     close.addEventListener("click", () => dialog.close());
     dialog.replaceChildren(
@@ -111,7 +111,7 @@
       make("table", { className: "record" }, make("tbody", {}, ...rows)),
       ...(facts.said[name] || []).map(text => make("p", { textContent: text })),
       make("h4", { textContent: "Where it attends" }),
-      looks.length ? make("div", { className: "heads" }, ...looks) : make("p", { className: "soft", textContent: facts.elsewhere }));
+      maps.length ? make("div", { className: "heads" }, ...maps) : make("p", { className: "soft", textContent: facts.elsewhere }));
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
   };

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mech.results.schema import look_facts
+from mech.results.schema import map_facts
 from mech.views import curves
 from mech.views.drawing.page import chart, escape
 from mech.views.overlay import BandPicture, band_pictures, gradient
@@ -41,10 +41,10 @@ def _answers(answers: Sequence[Mapping[str, str]]) -> str:
 
 
 def _picture(settings: Sequence[Setting]) -> str:
-    setting = min(settings, key=lambda one: len(look_facts(one.looks)[0]["pictures"]))
-    middle = setting.looks.sizes["look"] // 2
-    facts = look_facts(setting.looks)[middle]
-    original, bands, most = band_pictures(setting.looks, setting.folder, middle)
+    setting = min(settings, key=lambda one: len(map_facts(one.maps)[0]["pictures"]))
+    middle = setting.maps.sizes["example"] // 2
+    facts = map_facts(setting.maps)[middle]
+    original, bands, most = band_pictures(setting.maps, setting.folder, middle)
     query = "each head from the query at which it decides" if "queries" in facts else "attention of the question"
     many = len(facts["pictures"]) > 1
     columns = f' style="--columns:{min(len(facts["pictures"]), 6)}"'

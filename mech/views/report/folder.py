@@ -10,6 +10,7 @@ import xarray as xr
 from mech.errors import OutputError
 from mech.files import is_below
 from mech.results import store
+from mech.results.older import older_file
 
 AGAIN = "run the same `mech study` command again; it computes only what is missing"
 
@@ -24,7 +25,7 @@ class Setting:
     folder: Path
     ram: xr.Dataset
     ablation: xr.Dataset
-    looks: xr.Dataset
+    maps: xr.Dataset
     causal: xr.Dataset | None = None  # studies may leave it out
 
     @property
@@ -71,7 +72,7 @@ def read_settings(study: Path, summary: Mapping[str, Any]) -> list[Setting]:
     for model, of_model in summary["models"].items():
         for domain, facts in of_model.get("domains", {}).items():
             folder = _folder(study, model, domain)
-            parts = {kind: _part(folder / f"{kind}.nc") for kind in ("ram", "ablation", "looks")}
+            parts = {kind: _part(older_file(folder / f"{kind}.nc")) for kind in ("ram", "ablation", "maps")}
             patched = _part(folder / "causal.nc") if "quadrants" in (facts.get("causal") or {}) else None
             found.append(Setting(model, domain, facts, folder, **parts, causal=patched))
     if not found:

@@ -46,7 +46,7 @@ def head_data(setting: Setting, key: int) -> str:
         "columns": columns,
         "said": said,
         "elsewhere": "The study drew the heads at the top and the bottom of the ranking only. To see this one: "
-        "mech.view(mech.looks(model, samples, ranking, bands={'mine': [(layer, head)]}), on=samples)",
+        "mech.view(mech.attention_maps(model, samples, ranking, bands={'mine': [(layer, head)]}), on=samples)",
     }
     return f'<span id="heads-{key}" hidden></span>{embedded_json(facts)}'
 

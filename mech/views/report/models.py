@@ -80,7 +80,7 @@ def _attending(key: int, setting: Setting) -> str:
         "A head retrieves if the bright tokens lie in the outline, question after question; one that is bright at the "
         "same place in every picture does not."
     )
-    return f'<p class="see">{see}</p><div id="looks-{key}">{overlay.look_articles(setting.looks, setting.folder)}</div>'
+    return f'<p class="see">{see}</p><div id="maps-{key}">{overlay.map_articles(setting.maps, setting.folder)}</div>'
 
 
 def _removing(setting: Setting) -> str:

@@ -318,7 +318,7 @@ def test_findings_turn_with_the_numbers():
     seeing = fabricated(drops={"by vision_mass": 0.4}, scores={
         "names": ["ram", "vision_mass"], "n_top": 5, "jaccard": [[1, 3 / 7], [3 / 7, 1]],
         "jaccard_high": [[1, 1], [1, 1]], "jaccard_null": [[0, 0], [0, 0]]})  # fmt: skip
-    assert said(seeing, "5 heads that look most at visual tokens of any kind costs 40 points", "share 3 of 5.")
+    assert said(seeing, "5 heads that attend most to visual tokens of any kind costs 40 points", "share 3 of 5.")
     assert said(fabricated(half_mass_share=0.5), "50 of 100 heads (50%)")[0]["against_papers"]
 
 

@@ -246,7 +246,7 @@ def test_a_report_is_saved_and_read_again_and_drawn(tmp_path):
     assert "too few" not in " ".join(report.sentences())
     page = view(again).save(tmp_path / "causal.html").read_text()
     written = Page(page)
-    assert all(words in json.dumps(written.charts) for words in ("matters, does not look", "L1H0"))
+    assert all(words in json.dumps(written.charts) for words in ("causal, not attending", "L1H0"))
     assert not written.unclosed and not written.open and len(written.charts) == 7
 
 
@@ -257,9 +257,11 @@ def test_findings_are_made_of_the_facts():
                "half_mass_share": 0.1, "size_null": 0.1, "causal": facts}  # fmt: skip
     summary = {"models": {"m": {"n_layers": 2, "n_heads": 4, "domains": {"d": numbers}}}, "scales": {"pairs": []}}
     found = {finding["kind"]: finding for finding in findings(summary)}
-    assert "1 head is necessary without looking" in found["blind"]["text"] and found["blind"]["against_papers"]
+    assert "1 head is necessary without attending" in found["blind"]["text"] and found["blind"]["against_papers"]
     assert "L1H0 (RAM 0.00" in found["blind"]["text"] and "1 head carries half" in found["carried"]["text"]
-    assert any("do not look at the evidence are necessary" in line["text"] for line in headlines(list(found.values())))
+    assert any(
+        "do not attend to the evidence are necessary" in line["text"] for line in headlines(list(found.values()))
+    )
     numbers["causal"] = {"reason": "no counterfactuals"}
     assert not {"blind", "carried"} & {finding["kind"] for finding in findings(summary)}
 

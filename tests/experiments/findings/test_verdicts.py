@@ -79,7 +79,7 @@ def test_a_weak_model_tells_nothing():
 
 
 def test_none_found_counts_only_where_one_could_be():
-    heads = {"looks and matters": [[0, 0]], "looks, does not matter": [], "matters, does not look": [],
+    heads = {"attending and causal": [[0, 0]], "attending, not causal": [], "causal, not attending": [],
              "neither": [[0, i] for i in range(1, 48)]}  # fmt: skip
     few, many = ({"quadrants": heads, "n_test": n} for n in (5, 20))
     found = verdicts(summary({"few": numbers(causal=few), "many": numbers(causal=many)}))

@@ -8,7 +8,7 @@ import xarray as xr
 
 from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError
-from mech.experiments.attention.maps import looks
+from mech.experiments.attention.maps import attention_maps
 from mech.experiments.findings.chosen import known_necessary, necessary_blind, representative
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
@@ -55,24 +55,24 @@ def test_it_is_the_position_where_the_exact_sweep_loses_most(model, sample, know
 
 def test_the_picture_is_of_that_query_and_says_so(model, sample, known):
     ranking = Ranking(np.random.default_rng(0).random((6, 8)))
-    found = looks(model, [sample], ranking, bands={"top": HEADS}, deciding=[known])
+    found = attention_maps(model, [sample], ranking, bands={"top": HEADS}, deciding=[known])
     inputs = model.inputs_of(sample)
     _, cache = model.run_with_cache(inputs, names_filter="blocks.0.attn.hook_pattern")
     row = cache["blocks.0.attn.hook_pattern"][0, 2, known[0][0], inputs.layout.visual.positions("image")]
     np.testing.assert_allclose(found["attention"][0, 0, : len(row)], row.numpy(), atol=1e-6)
-    mean = looks(model, [sample], ranking, bands={"top": HEADS})
+    mean = attention_maps(model, [sample], ranking, bands={"top": HEADS})
     np.testing.assert_allclose(found["attention"][0, 2], mean["attention"][0, 2], atol=1e-6)
-    queries = json.loads(found.attrs["looks"])[0]["queries"]
+    queries = json.loads(found.attrs["facts"])[0]["queries"]
     assert queries[0].endswith(f": {known[0][1]:.0%}") and queries[2] == "question"
     body = view(found, on=[sample]).body
     assert f"where it decides {known[0][1]:.0%}" in body and "from the question, mean" in body
     with pytest.raises(ExperimentError, match="3 for each of 1 samples"):
-        looks(model, [sample], ranking, bands={"top": HEADS}, deciding=[known[:2]])
+        attention_maps(model, [sample], ranking, bands={"top": HEADS}, deciding=[known[:2]])
 
 
 def test_what_is_shown_and_spared_follows_rules():
     dims, coords = ("layer", "head"), {"layer": [1, 4], "head": [0, 1]}
-    blind, seeing = "matters, does not look", "looks and matters"
+    blind, seeing = "causal, not attending", "attending and causal"
     patched = xr.Dataset(
         {
             "lost": (dims, [[0.2, 0.9], [0.6, 0.4]]), "lost_find": (dims, [[0.01, 0.9], [0.05, 0.0]]),

@@ -66,8 +66,9 @@ def test_its_sentences_say_who_does_not_look_and_matters(mover):
     known, _, _, _, circuit = mover
     ranking = Ranking(known.truth.ram)
     text = circuit.describe(ranking)
-    assert f"{label(known, 'mover')} does not look (RAM 0.00) but matters: it writes to logits (+1.00)" in text
-    assert f"{label(known, 'retrieval')} looks (RAM 1.00)" in text
+    mover = f"{label(known, 'mover')} does not attend to the evidence (RAM 0.00) but matters"
+    assert f"{mover}: it writes to logits (+1.00)" in text
+    assert f"{label(known, 'retrieval')} attends to the evidence (RAM 1.00)" in text
     assert f"its values come from {label(known, 'retrieval')} (+1.00)" in text
     assert "RAM" not in circuit.describe()
 
