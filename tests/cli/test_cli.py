@@ -323,7 +323,7 @@ def test_ablate_says_what_each_band_costs(mech, tmp_path):
     assert code == 0 and out.startswith("Caution. ") and "top 5 against random" in out
 
 
-def test_ablate_takes_heads_that_look_at_pictures_or_sinks_as_bands(mech):
+def test_ablate_takes_heads_that_attend_to_pictures_or_sinks_as_bands(mech):
     words = ["--band", "sinks", "--band", "top", "--band", "vision", "--samples", "8", "--fraction", "1"]
     code, out, _ = mech("ablate", *words, "--json")
     assert code == 0

@@ -130,7 +130,7 @@ def test_small_chunks_change_nothing(llava, monkeypatch):
     torch.testing.assert_close(row.run(0, x, rows), whole)
 
 
-def test_rows_that_look_ahead_are_run_as_well():
+def test_rows_that_attend_ahead_are_run_as_well():
     """A change in the middle of an image block that sees itself whole reaches the block's earlier rows."""
     model = opened("gemma3")
     row = row_of(model)

@@ -287,7 +287,7 @@ def test_a_family_that_shares_keys_is_refused(models):
     assert models("gemma4").localized is None
 
 
-def test_layers_that_look_outside_say_that_they_stay_dense(models):
+def test_layers_that_attend_outside_say_that_they_stay_dense(models):
     with pytest.warns(StillDense, match="layer 1 attends to visual tokens outside"), mech.localize(models("mllama")):
         pass
 

@@ -195,8 +195,8 @@ def test_a_missing_picture_is_named(tmp_path):
     study = fabricated_study(
         tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
     )
-    (domain_folder(study) / "look1_0.png").write_bytes(b"no picture")
-    with pytest.raises(OutputError, match=r"look1_0\.png cannot be read"):
+    (domain_folder(study) / "map1_0.png").write_bytes(b"no picture")
+    with pytest.raises(OutputError, match=r"map1_0\.png cannot be read"):
         report(study)
 
 
@@ -214,7 +214,7 @@ def test_pictures_of_a_result_lie_in_its_folder(tmp_path):
         tmp_path / "study", models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
     )
     folder, secret = domain_folder(study), tmp_path / "secret.png"
-    (folder / "look0_0.png").rename(secret)
+    (folder / "map0_0.png").rename(secret)
     (folder / "link.png").symlink_to(secret)
     (folder / "inner").symlink_to(tmp_path)
     for name in (str(secret), "../../../secret.png", "link.png", "inner/secret.png"):
@@ -233,13 +233,13 @@ def test_a_picture_that_is_another_one_is_refused(tmp_path):
         tmp_path, models=(("llava-s", "llava", 4, 4),), domains=("grounding",), methods=("mean",), n=6
     )
     folder = domain_folder(study)
-    path = folder / "look0_0.png"
+    path = folder / "map0_0.png"
     looks_of(folder, digests=[pixel_digest(picture(path))])
     assert report(study).exists()
     image = picture(path)
     image.putpixel((3, 3), (1, 2, 3))
     image.save(path)
-    with pytest.raises(OutputError, match=r"look0_0\.png is missing, damaged or another picture"):
+    with pytest.raises(OutputError, match=r"map0_0\.png is missing, damaged or another picture"):
         report(study)
 
 
