@@ -95,7 +95,7 @@ def test_a_killed_study_goes_on_and_ends_in_the_same_numbers(finished, tmp_path,
     study(tmp_path, **WHAT)
     assert {path for path in before if path.stat().st_mtime_ns != before[path]} == damaged  # and nothing else anew
     assert numbers(tmp_path)["models"] == theirs["models"]
-    assert (tmp_path / "llava-s/grounding/look0_0.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "llava-s/grounding/map0_0.png").read_bytes().startswith(b"\x89PNG")
 
 
 def damage(folder):
@@ -107,7 +107,7 @@ def damage(folder):
     (folder / "documents/scores.nc").write_bytes(whole)
     cut_off = folder / "acceleration/speed.nc"
     cut_off.write_bytes(cut_off.read_bytes()[:-20])
-    (folder / "grounding/look0_0.png").write_bytes(b"damaged")
+    (folder / "grounding/map0_0.png").write_bytes(b"damaged")
     return ["grounding/ram.nc", "documents/scores.nc", "acceleration/speed.nc"]
 
 
