@@ -25,7 +25,7 @@ HOW_TO = (
     "A page for each job. Blocks of Python run from page to page, as the tests run them: `docs/guide.md` in one piece."
 )
 CONTINUES = "*Goes on from the pages before: names such as `model`, `find` and `test` were made [there](index.md).*"
-CAUSAL = ("patching", "paths", "circuits", "attribution", "causal", "metrics")
+CAUSAL = ("patching", "paths", "circuits", "circuit_tasks", "attribution", "causal", "metrics")
 # First fitting prefix wins: page, title, what stands on it.
 PAGES = (
     ("data", "Data", "Samples with evidence, and where they come from.", ("mech.data",)),

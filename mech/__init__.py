@@ -24,6 +24,8 @@ _NAMES = {
     "Box": "mech.data.regions",
     "CausalReport": "mech.experiments.causal.report",
     "Circuit": "mech.experiments.paths.circuits",
+    "CircuitGraph": "mech.experiments.circuit_tasks.graph",
+    "CircuitTask": "mech.experiments.circuit_tasks.tasks",
     "Custom": "mech.interventions",
     "Distractor": "mech.data.samples",
     "Frames": "mech.data.regions",
@@ -61,6 +63,9 @@ _NAMES = {
     "attention_sinks": "mech.experiments.scores.sinks",
     "attribution": "mech.experiments.attribution.nodes",
     "causal_report": "mech.experiments.causal.report",
+    "circuit_scores": "mech.experiments.circuit_tasks.scoring",
+    "circuit_table": "mech.experiments.circuit_tasks.curves",
+    "circuit_task": "mech.experiments.circuit_tasks.tasks",
     "deciding_queries": "mech.experiments.patching.deciding",
     "edge_attribution": "mech.experiments.attribution.edges",
     "evidence_retrieval": "mech.experiments.scores.evidence_retrieval",
@@ -149,6 +154,11 @@ if TYPE_CHECKING:
     from mech.experiments.attribution.nodes import attribution as attribution
     from mech.experiments.causal.report import CausalReport as CausalReport
     from mech.experiments.causal.report import causal_report as causal_report
+    from mech.experiments.circuit_tasks.curves import circuit_table as circuit_table
+    from mech.experiments.circuit_tasks.graph import CircuitGraph as CircuitGraph
+    from mech.experiments.circuit_tasks.scoring import circuit_scores as circuit_scores
+    from mech.experiments.circuit_tasks.tasks import CircuitTask as CircuitTask
+    from mech.experiments.circuit_tasks.tasks import circuit_task as circuit_task
     from mech.experiments.metrics import KL as KL
     from mech.experiments.metrics import LogitDiff as LogitDiff
     from mech.experiments.metrics import LogProb as LogProb

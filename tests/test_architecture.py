@@ -76,7 +76,7 @@ def test_every_public_name_can_be_had():
 
 # The same inside experiments: a folder or file imports nothing of those that come after it.
 EXPERIMENTS = ["metrics", "gradients", "statistics", "effects", "ranking", "attention", "scores"]
-EXPERIMENTS += ["ablation", "patching", "paths", "attribution", "causal", "findings"]
+EXPERIMENTS += ["ablation", "patching", "paths", "attribution", "circuit_tasks", "causal", "findings"]
 
 
 def module(path: Path) -> str:

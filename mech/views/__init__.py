@@ -22,7 +22,7 @@ from mech.errors import OutputError
 from mech.views.agreement import agreement_view, modality_view, sample_curve_view, transfer_view
 from mech.views.attention import attention_view
 from mech.views.causal import causal_view
-from mech.views.circuit import circuit_view
+from mech.views.circuit import circuit_scores_view, circuit_view
 from mech.views.curves import ablation_curves
 from mech.views.drawing.page import View
 from mech.views.frontier import frontier_view
@@ -41,6 +41,7 @@ __all__ = [
     "attention_view",
     "attribution_map",
     "causal_view",
+    "circuit_scores_view",
     "circuit_view",
     "frontier_view",
     "head_maps",
@@ -104,6 +105,8 @@ def _dataset_view(result: xr.Dataset) -> Any:
         return maps_view
     if "quadrant" in names:
         return causal_view
+    if "faithfulness" in names:
+        return circuit_scores_view
     if "found_on" in dims:
         return transfer_view
     if "factor" in dims:

@@ -10,6 +10,8 @@ sign: blue carries what makes the clean answer, orange works against it. Edges e
 queries, in the middle for keys, on the right for values. Pointing at an edge gives effect, interval and p; a click on a
 part shows what it reads and writes, what the ranking says of it, and what it attends to.
 
+    circuit_scores_view(circuit_scores(task))                            # faithfulness against size, CPR, CMD, AUROC
+
 Nothing is computed here: which edges there are was decided by what made the circuit.
 """
 
@@ -22,15 +24,18 @@ import xarray as xr
 
 from mech.axes import EXAMPLE
 from mech.errors import OutputError
+from mech.experiments.circuit_tasks.curves import circuit_table
 from mech.views.drawing.graph import NODE, READS, Arrow, called, drawing, key_of, parts_of, thumbnails
 from mech.views.drawing.images import evidence_on, pictures_on, styles
 from mech.views.drawing.intervals import mean_interval
-from mech.views.drawing.page import View, escape, table
+from mech.views.drawing.page import View, chart, escape, table, tabs
 from mech.views.overlay import map_of_head
 from mech.views.patching import effects_from_zero
 
 STRONGEST = 30  # paths that are drawn of a result that has all of them
 LEAST = 0.005  # share of the gap: below it nothing is drawn
+COLOURS = ("@top", "@bottom", "@matched", "@middle", "@accent")
+DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
 _number = count(1)
 
 
@@ -71,6 +76,65 @@ def circuit_view(
         f'<div class="parts" aria-live="polite">{start}{panels}</div></div>{key_of(arrows)}'
     )
     return View(title, body, height=max(tall, 300 if maps is None else 560) + 170)
+
+
+def circuit_scores_view(result: xr.Dataset, title: str = "Who finds a faithful circuit?") -> View:
+    """Faithfulness against the share of edges, a curve for each entry, and CPR, CMD and AUROC in a table.
+
+    Args:
+        result: of ``circuit_scores``.
+        title: stands above a saved page.
+    """
+    panels = {
+        name: _faithfulness(result["faithfulness"].sel(order=order))
+        for order, name in (("signed", "edges by signed score (CPR)"), ("size", "edges by size (CMD)"))
+    }
+    rows = [
+        [escape(row["entry"]), *(_between(row, name) for name in ("cpr", "cmd")), _known(row["auroc"])]
+        for row in circuit_table(result)
+    ]
+    about = result.attrs
+    note = (
+        f"{about.get('task', '')}: {about.get('n_edges', '')} edges, scored on {about.get('n_find', '')} samples; "
+        f"circuits measured on {result.sizes[EXAMPLE]} others. Edges outside a circuit carry the corrupted run."
+    )
+    head = ["entry", "CPR (more is better)", "CMD (less is better)", "AUROC over edges (chance 0.5)"]
+    body = (
+        f'<h3>{escape(title)}</h3><p class="soft">{escape(note)}</p>{tabs(panels, "order of edges")}{table(head, rows)}'
+    )
+    return View(title, body, height=620)
+
+
+def _faithfulness(values: xr.DataArray) -> str:
+    """A curve for each entry, mean and 95% interval over samples."""
+    shares, traces = values["share"].values, []
+    for number, entry in enumerate(map(str, values["entry"].values)):
+        mean, low, high = mean_interval(values.sel(entry=entry).transpose(EXAMPLE, "share").values)
+        random, colour = entry == "random", COLOURS[number % len(COLOURS)]
+        text = [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)]
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": escape(entry), "x": shares, "y": mean, "text": text,
+            "hovertemplate": f"<b>{escape(entry)}</b>, %{{x:.1%}} of all edges<br>%{{text}}<extra></extra>",
+            "line": {"color": "@random" if random else colour, "width": 2, "dash": DASHES[number % len(DASHES)]},
+            "marker": {"size": 7, "color": "@random" if random else colour},
+        })  # fmt: skip
+    line = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": 1, "y1": 1,
+            "line": {"color": "@none", "width": 1.5, "dash": "dot"}}  # fmt: skip
+    layout = {
+        "showlegend": True, "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "margin": {"l": 8, "r": 8, "t": 44, "b": 8}, "shapes": [line], "yaxis": {"title": "faithfulness"},
+        "xaxis": {"title": "share of all edges in the circuit", "type": "log", "tickvals": shares,
+                  "ticktext": [f"{share:.1%}" for share in shares]},
+    }  # fmt: skip
+    return chart(traces, layout, height=340, label="Faithfulness of circuits against their size, by entry")
+
+
+def _between(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+
+
+def _known(value: float) -> str:
+    return "no truth" if np.isnan(value) else f"{value:.3f}"
 
 
 def _arrows(result: Any) -> list[Arrow]:

@@ -151,6 +151,9 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
     right_pair = {"model": model, "clean": one, "corrupted": None, "metric": metric}
     tested = {"model": model, "samples": test}
     layout = inputs.layout
+    task = mech.CircuitTask("a task", model, find, test)
+    graph = mech.CircuitGraph.of(model, np.zeros((1 + model.cfg.n_layers * (model.cfg.n_heads + 1),
+                                                  model.cfg.n_layers * (3 * model.cfg.n_heads + 1) + 1)))  # fmt: skip
     columns = {name: getattr(layout, name) for name in ("kind", "image", "frame", "row", "col", "view", "rect")}
     picture = one.images[0]
     found = {
@@ -182,6 +185,15 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
             **run, "ranking": "?ranking", "find": "?samples", "reference": "*samples", "method": "?word",
             "threshold": "positive", "alpha": "share", "n_random": "count", "n_boot": "count", "n_paths": "whole",
             "top": "amount", "bias": "*numbers", **usual, **told, **other}),
+        "circuit_scores": Call(mech.circuit_scores, {"task": task}, {
+            "task": "ranking", "entries": "words", "n_boot": "count", **usual, **told}),
+        "circuit_task": Call(mech.circuit_task, {}, {
+            "name": "word", "family": "word", "n": "count", "seed": "seed"}),
+        "circuit_table": Call(mech.circuit_table, {}, {"found": "dataset"}),
+        "CircuitTask": Call(mech.CircuitTask, {"name": "a", "model": model, "find": find, "test": test}, {
+            "name": "text", "model": "model", "find": "samples", "test": "samples", "truth": "?array"}),
+        "CircuitGraph": Call(mech.CircuitGraph, dict(shape=graph.shape, scores=graph.scores, inside=graph.inside), {
+            "shape": "ranking", "scores": "array", "inside": "array"}),
         "edge_attribution": Call(mech.edge_attribution, right_pair, {
             **pair, "senders": "?ends", "receivers": "?ends", "ig_steps": "whole", "norm": "word",
             "direction": "word",

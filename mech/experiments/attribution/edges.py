@@ -33,6 +33,7 @@ from mech.experiments.attribution.nodes import DIRECTIONS, agreement_of, compare
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints, still
 from mech.experiments.metrics import Metric
 from mech.experiments.patching.plan import Given, Plan, pairs_of
+from mech.experiments.paths.ends import Node
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
@@ -190,7 +191,7 @@ class _Graph:
     @classmethod
     def of(cls, model: HookedMLLM, senders: Sequence[str] | None, receivers: Sequence[str] | None) -> "_Graph":
         cfg = model.cfg
-        _check_layers(model)
+        check_layers(model)
         writing, reading = [_Node("embed", "embed", -1, 0, -1)], []
         for layer in range(cfg.n_layers):
             writing += [_Node(f"L{layer}H{h}", "head", layer, h, 2 * layer) for h in range(cfg.n_heads)]
@@ -212,7 +213,7 @@ def _chosen(what: str, nodes: Sequence[_Node], labels: Sequence[str] | None) -> 
     return known if labels is None else {label: known[label] for label in labels}
 
 
-def _check_layers(model: HookedMLLM) -> None:
+def check_layers(model: HookedMLLM) -> None:
     """Refuse layers in which a stream is not simply the sum of what was written to it."""
     cfg, live = model.cfg, set(model.points())
     needed = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "hook_resid_mid", "hook_mlp_out")
@@ -319,7 +320,7 @@ class _Run:
             norm, stream = self.model.norm(layer), slopes.values[point_name("hook_resid_pre", layer)]
             behind = torch.stack([
                 slopes.slopes[point_name(f"attn.hook_{node.kind}", layer)][:, :, node.index]
-                @ _rows_of(self.model, node)
+                @ rows_of(self.model, node)
                 for node in nodes
             ])  # fmt: skip
         through = frozen_norm(norm, stream) if self.frozen else norm
@@ -383,12 +384,12 @@ class _Written:
             return torch.autograd.grad(pulled, onto, written)[0]
 
 
-def _seam(model: HookedMLLM, node: _Node) -> Any:
+def _seam(model: HookedMLLM, node: "_Node | Node") -> Any:
     name = point_name(f"attn.hook_{node.kind}", node.layer)
     return next(site for site in model._sites if site.point == name)
 
 
-def _rows_of(model: HookedMLLM, node: _Node) -> Float[Tensor, "d_head d_model"]:
+def rows_of(model: HookedMLLM, node: "_Node | Node") -> Float[Tensor, "d_head d_model"]:
     """The part of the projection that makes this head's query, key or value."""
     site = _seam(model, node)
     rows = site._own(linear_map(site.module).weight.detach().T.unflatten(-1, (site.heads, -1)))
