@@ -68,6 +68,7 @@ _NAMES = {
     "circuit_task": "mech.experiments.circuit_tasks.tasks",
     "deciding_queries": "mech.experiments.patching.deciding",
     "edge_attribution": "mech.experiments.attribution.edges",
+    "explore": "mech.explorer.widget",
     "evidence_retrieval": "mech.experiments.scores.evidence_retrieval",
     "haystacks": "mech.data.haystacks",
     "head_scores": "mech.experiments.scores.measure",
@@ -188,6 +189,7 @@ if TYPE_CHECKING:
     from mech.experiments.scores.ram import retrieval_attention_mass as retrieval_attention_mass
     from mech.experiments.scores.sinks import attention_sinks as attention_sinks
     from mech.experiments.scores.sinks import sink_tokens as sink_tokens
+    from mech.explorer.widget import explore as explore
     from mech.inputs import Inputs as Inputs
     from mech.inputs import TokenLayout as TokenLayout
     from mech.interventions import Ablate as Ablate

@@ -20,3 +20,12 @@ def mech(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One browser for all tests of pages."""
+    support = pytest.importorskip("browser", reason="selenium drives the browser: pip install selenium")
+    found = support.started()
+    yield found
+    found.driver.quit()

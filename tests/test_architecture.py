@@ -31,6 +31,7 @@ ORDER = [
     "sparse",
     "papers",
     "views",
+    "explorer",
 ]
 PROGRAMS = {"study.py", "__init__.py", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("cli/*.py"))}
 

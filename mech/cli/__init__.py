@@ -1,5 +1,5 @@
 """The command line, one file a command: ``mech study``, ``rank``, ``ablate``, ``transfer``, ``patch``, ``paths``,
-``accelerate``, ``claims``, ``check``, ``data``, ``view``. What commands share is in ``options``.
+``accelerate``, ``explore``, ``claims``, ``check``, ``data``, ``view``. What commands share is in ``options``.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mech.cli import ablate, accelerate, check, claims, data, patching, rank, study, transfer, view
+from mech.cli import ablate, accelerate, check, claims, data, explore, patching, rank, study, transfer, view
 from mech.errors import MechError, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the system
@@ -54,6 +54,7 @@ for _command, _epilog in (
     (patching.paths, patching.PATHS),
     (accelerate.accelerate, accelerate.EPILOG),
     (transfer.transfer, transfer.EPILOG),
+    (explore.explore, explore.EPILOG),
     (view.view, view.EPILOG),
     (data.data, data.EPILOG),
     (claims.claims, claims.EPILOG),

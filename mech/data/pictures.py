@@ -11,13 +11,15 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mech.errors import InputError, MechError
 from mech.files import opened
+
+SENT = ("PNG", "JPEG", "WEBP")  # formats that are decoded for somebody else
 
 
 def picture(given: Any) -> Image.Image:
@@ -69,19 +71,45 @@ def shows(path: str | Path, digest: str) -> bool:
         return False
 
 
+def decoded(raw: bytes, name: str, most_pixels: int) -> Image.Image:
+    """An upright RGB image from a file that somebody sent: PNG, JPEG or WebP, told by its bytes and not by its name.
+
+    Args:
+        raw: the content of the file.
+        name: what the file is called, for messages.
+        most_pixels: a picture with more is refused before any of them is read.
+
+    Raises:
+        InputError: another format, a broken file, or too many pixels.
+    """
+    return _read(io.BytesIO(raw), name, SENT, most_pixels)
+
+
 def _opened(path: str | Path) -> Image.Image:
     try:
-        with opened(path) as file, warnings.catch_warnings():
+        with opened(path) as file:
+            return _read(file, path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read(
+    file: BinaryIO, name: str | Path, formats: Sequence[str] | None = None, most_pixels: int | None = None
+) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
             # Only a warning up to twice the limit, and an error beyond; both come before a pixel is read.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=formats) as image:
+                if most_pixels is not None and image.width * image.height > most_pixels:
+                    raise _too_large(f"{str(name)!r} of {image.width} x {image.height} pixels", most_pixels)
                 return _upright(image)
     except MechError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _too_large(f"{str(path)!r}") from error
+        raise _too_large(f"{str(name)!r}") from error
     except Exception as error:  # a broken file is a SyntaxError, a ValueError or worse: every format has its own
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
 
 
 def _upright(given: Image.Image) -> Image.Image:
@@ -116,16 +144,17 @@ def _upright(given: Image.Image) -> Image.Image:
     return given.convert("RGB")
 
 
-def _too_large(given: str) -> InputError:
+def _too_large(given: str, most_pixels: int | None = None) -> InputError:
     return InputError(
         f"{given}, which is too large",
-        f"at most {Image.MAX_IMAGE_PIXELS} pixels",
+        f"at most {most_pixels or Image.MAX_IMAGE_PIXELS} pixels",
         "shrink it and its boxes by the same factor, cut it into pages, or raise PIL's Image.MAX_IMAGE_PIXELS",
     )
 
 
 def _unreadable(path: str | Path, error: Exception) -> InputError:
-    reason = getattr(error, "strerror", None) or str(error)
+    unknown = "it is of no kind that is read here" if isinstance(error, UnidentifiedImageError) else str(error)
+    reason = getattr(error, "strerror", None) or unknown
     return InputError(f"{str(path)!r} cannot be read as a picture ({reason})", "an image file", "check path and format")
 
 

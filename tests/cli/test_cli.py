@@ -24,6 +24,7 @@ from mech.results.store import read_json
         ["transfer", "--help"],
         ["patch", "--help"],
         ["paths", "--help"],
+        ["explore", "--help"],
         ["view", "--help"],
         ["check", "--help"],
         ["data", "--help"],

@@ -201,6 +201,7 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "evidence_retrieval": Call(mech.evidence_retrieval, {**tested, "ranking": ranking}, {
             **run, "ranking": "ranking", "over": "?word", "grid": "grid", "heads": "amount", "ks": "numbers",
             "reduce": "word", "n_random": "count", **usual, **told, **other}),
+        "explore": Call(mech.explore, tested, {**run, "reference": "?samples", "link": "text"}),
         "haystacks": Call(mech.haystacks, {"domain": "grounding", "n": 1}, {
             "domain": "word", "n": "count", "seed": "seed", "n_items": "?count", "n_pictures": "?count",
             "split": "word",

@@ -18,13 +18,14 @@ class Browser:
     def __init__(self, driver):
         self.driver = driver
 
-    def open(self, path, width=1400, dark=False):
+    def open(self, page, width=1400, dark=False):
+        """A file, or an address."""
         self.complaints(), self.requests()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get(path.as_uri())
+        self.driver.get(page if isinstance(page, str) else page.as_uri())
         self.settle()
 
     def settle(self):
