@@ -71,7 +71,8 @@ class Engine:
     """
 
     def __init__(self, model: HookedMLLM, samples: Samples, reference: Samples, origin: Origin | None = None):
-        self.model, self.samples, self.reference = model, samples, reference
+        self.model, self.reference = model, reference
+        self.samples: Sequence[Sample] = samples
         self.origin = origin or Origin()
         self.pictures: OrderedDict[str, Any] = OrderedDict()
         self._names: dict[str, str] = {}

@@ -138,17 +138,17 @@ def heads_in(text: str) -> tuple[Pair, ...]:
     Raises:
         ValueError: it is something else.
     """
-    found = [_HEAD.fullmatch(part) for part in text.split(",")] if text else []
-    return tuple(dict.fromkeys((int(one[1]), int(one[2])) for one in found if one or _refuse(text)))
+    found: dict[Pair, None] = {}
+    for part in text.split(",") if text else []:
+        if (one := _HEAD.fullmatch(part)) is None:
+            raise ValueError(part)
+        found[int(one[1]), int(one[2])] = None
+    return tuple(found)
 
 
 def in_words(heads: Iterable[Pair]) -> str:
     """Pairs as ``"L0H2,L4H1"``."""
     return ",".join(f"L{layer}H{head}" for layer, head in heads)
-
-
-def _refuse(text: str) -> bool:
-    raise ValueError(text)
 
 
 def _boxes(text: str) -> tuple[Box, ...]:

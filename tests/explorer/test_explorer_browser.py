@@ -240,7 +240,7 @@ WIDGET = """const done = arguments[0], heard = {}, set = {};
             send: async ({number, request}) => {
                 const answer = await (await fetch("ask", {method: "POST", headers: {"Content-Type": "application/json"},
                     body: JSON.stringify(request)})).json();
-                heard["msg:custom"]({number, answer});
+                heard["msg:custom"]?.({number, answer});
             },
         };
         const el = document.createElement("div");
