@@ -11,8 +11,10 @@ A policy knows sizes and not speed: how near a machine comes to the bounds is fo
 know what the heads are for: accuracy has to be measured beside it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -20,8 +22,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mech.arguments import Count, Reading, Whole, checked, one_of
-from mech.errors import ExperimentError
+from mech.errors import ExperimentError, OutputError
 from mech.experiments.ranking.ranking import Head, Ranking
+from mech.files import parse_json, read, write
 from mech.indices import Indices, pairs
 from mech.interventions.specs import check_heads
 from mech.model.architectures.families import ModelConfig
@@ -142,6 +145,38 @@ class Policy:
             else:
                 high = middle - 1
         return cls(ranking.heads[:count], **options)
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """``{"dense_heads": [[layer, head], ...], "sinks", "window", "keep_text", "phase"}``; written if given a path.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        value = {field.name: getattr(self, field.name) for field in fields(self)}
+        value["dense_heads"] = [list(head) for head in self.dense_heads]
+        if path is not None:
+            write(path, json.dumps(value), "\n")
+        return value
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> "Policy":
+        """A policy from what ``to_json`` gave: a path or the dict.
+
+        Raises:
+            OutputError: a file that cannot be read, or something else in it.
+            ExperimentError: heads, sinks, a window or a phase that cannot be.
+        """
+        value: Any = source
+        if not isinstance(source, Mapping):
+            try:
+                value = parse_json(read(source))
+            except (OSError, ValueError) as error:
+                raise OutputError(f"{source} cannot be read ({error})", "a file of Policy.to_json") from error
+        known = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping) or set(value) != set(known):
+            keys = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+            raise OutputError(f"no policy ({keys})", f"an object with {', '.join(known)}", "write it with to_json")
+        return cls(**value)
 
     def check(self, model: Any) -> None:
         """Refuse heads that a model does not have.

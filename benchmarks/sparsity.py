@@ -1,0 +1,149 @@
+"""Does training for sparsity buy efficiency and interpretability? Post-training of reference models, and what it gives.
+
+    python benchmarks/sparsity.py train   --out training/sparsity      # resumable; one process on one core
+    python benchmarks/sparsity.py measure --out training/sparsity      # resumable; docs/sparsity.json
+    make sparsity                                                      # both
+
+Every run starts from a model that ships with `mech` and goes on with its own kind of conversations, under one objective
+of `mech.sparse.training`. Runs of one seed see the same batches in the same order, the control among them. One domain
+is left out of all, to be the new one.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mech import HookedMLLM
+from mech.inputs import Inputs
+from mech.reference.recipe import RECIPES, Recipe
+from mech.reference.train import Marks, Shape, batch_of
+from mech.sparse.policy import Policy
+from mech.sparse.training.loop import Batch, SparseTraining
+from mech.sparse.training.mixture import final_states
+from mech.sparse.training.objectives import OBJECTIVES, Objective
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of model: where its seeds start, what they see, how long they train.
+
+    Attributes:
+        seeds: name of a seed -> the shipped model it starts from; two that start from one see other batches.
+        domains: what is trained and tested on; ``new`` is tested only.
+        longest: visual tokens of the longest scenes; 0 for scenes of the default length.
+    """
+
+    seeds: dict[str, str]
+    domains: tuple[str, ...]
+    new: str
+    window: int
+    steps: int
+    batch: int = 8
+    longest: int = 0
+    sinks: int = 4
+
+
+SIZES = {
+    "llava-s": Size(
+        {"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, ("documents", "pages"), "grounding", 16, 160
+    ),
+    "qwen-long": Size(
+        {"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, ("pages", "video"), "documents", 64, 160, 8, 576
+    ),
+}
+ARMS: dict[str, Objective] = {
+    "control": OBJECTIVES["control"],
+    "far 1": replace(OBJECTIVES["far"], strength=1.0),
+    "far 10": replace(OBJECTIVES["far"], strength=10.0),
+    "constrained 0.02": replace(OBJECTIVES["constrained"], target=0.02),
+    "constrained 0.1": replace(OBJECTIVES["constrained"], target=0.1),
+    "gates 0.2": replace(OBJECTIVES["gates"], strength=0.2),
+    "gates 1": replace(OBJECTIVES["gates"], strength=1.0),
+    "entropy 0.3": OBJECTIVES["entropy"],
+}
+
+
+def recipe_of(size: Size, name: str, seed: str) -> Recipe:
+    """What draws the conversations of a seed."""
+    own = RECIPES[size.seeds[seed]]
+    return replace(own, domains=size.domains, batch=size.batch, seed=1000 + int(seed), longest=size.longest,
+                   steps=1, weights={})  # fmt: skip
+
+
+def text_weights(model: HookedMLLM) -> dict[str, nn.Parameter]:
+    """What is trained: the text stack's layers. Everything else is frozen, the vision stack among it."""
+    chosen = {}
+    for name, parameter in model.hf_model.named_parameters():
+        parameter.requires_grad_("language_model" in name and ".layers." in name)
+        if parameter.requires_grad:
+            chosen[name] = parameter
+    return chosen
+
+
+def answer_loss(model: HookedMLLM, inputs: Inputs, marks: Marks) -> tuple[torch.Tensor, float]:
+    """Cross-entropy of the answers of a conversation, and the share of full answers that are right."""
+    ids, states = inputs.tensors["input_ids"], final_states(model, inputs)
+    answer, full, end = marks.of(ids)
+    rows, positions = (answer | end).nonzero(as_tuple=True)
+    logits, target = model.hf_model.lm_head(states[rows, positions - 1]), ids[rows, positions]
+    right = (logits.argmax(-1) == target)[full[rows, positions]].float().mean().item()
+    return nn.functional.cross_entropy(logits, target), right
+
+
+def training_of(name: str, seed: str, arm: str, steps: int | None = None) -> SparseTraining:
+    """One run, ready to go."""
+    size, objective = SIZES[name], ARMS[arm]
+    model = HookedMLLM.from_pretrained(f"reference:{size.seeds[seed]}")
+    recipe, marks = recipe_of(size, name, seed), Marks(model.processor.tokenizer)
+
+    def batch(step: int) -> Batch:
+        inputs = batch_of(model.processor, Shape.at(step, recipe), f"sparsity/{recipe.seed}/{step}")[0]
+        return Batch(inputs, lambda: answer_loss(model, inputs, marks))
+
+    steps = steps or size.steps
+    return SparseTraining(
+        model, objective, Policy((), size.sinks, size.window), batch, text_weights(model), steps=steps,
+        settle=2 * steps // 5 if objective.penalty == "gates" else 0, seed=int(seed),
+    )  # fmt: skip
+
+
+def train(name: str, seed: str, arm: str, out: Path) -> None:
+    """One run: weights (half precision) and ``run.json``, unless they are there."""
+    folder = out / f"{name}.{seed}.{arm.replace(' ', '-')}"
+    if (folder / "run.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    training = training_of(name, seed, arm)
+    training.run(folder / "state.pt")
+    save_file({key: value.detach().half() for key, value in training.weights.items()}, folder / "weights.safetensors")
+    record = {"size": name, "seed": seed, "arm": arm, "start": SIZES[name].seeds[seed],
+              "objective": asdict(training.objective), "steps": training.steps, "settle": training.settle,
+              "sinks": training.policy.sinks, "window": training.policy.window, "curve": training.curve}  # fmt: skip
+    if training.has_gates:
+        record["dense_heads"] = [list(head) for head in training.dense_heads()]
+        record["log_alpha"] = training.gates.log_alpha.detach().tolist()
+    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(folder.name, json.dumps(training.curve[-1]), record.get("dense_heads"), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train for sparsity, and measure what it gives.")
+    parser.add_argument("what", choices=["train", "measure"])
+    parser.add_argument("--size", default="llava-s", choices=SIZES)
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--out", type=Path, default=Path("training/sparsity"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in given.seeds:
+        for arm in given.arms:
+            train(given.size, seed, arm, given.out)
+
+
+if __name__ == "__main__":
+    main()

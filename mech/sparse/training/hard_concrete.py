@@ -1,0 +1,45 @@
+"""Hard-concrete gates (arXiv 1712.01312): random numbers that are often exactly 0 or 1, with a gradient all the same.
+
+gates = HardConcrete(n_layers, n_kv_heads)
+gates.draw(batch, generator)        # [batch layer kv_head], for a training step
+gates.open_probability()            # how likely each is not 0: what an L0 penalty counts
+gates.value()                       # without noise: what the gate has become
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+SHARPNESS, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the paper: temperature, and how far the interval is stretched
+START = 3.0  # log alpha of a gate that is open in 99 of 100 draws
+
+
+class HardConcrete(nn.Module):
+    """A gate for each key/value head of each layer, all of them open at first."""
+
+    def __init__(self, n_layers: int, n_kv_heads: int):
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.full((n_layers, n_kv_heads), START))
+
+    def draw(self, batch: int, generator: torch.Generator) -> Float[Tensor, "batch layer kv_head"]:
+        """``clip(sigmoid((logit(u) + log_alpha) / temperature) stretched to [-0.1, 1.1], 0, 1)``, u even in (0, 1)."""
+        even = torch.rand(batch, *self.log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+        return _stretched((torch.logit(even).to(self.log_alpha) + self.log_alpha) / SHARPNESS)
+
+    def open_probability(self) -> Float[Tensor, "layer kv_head"]:
+        """The probability that a draw is not 0: ``sigmoid(log_alpha - temperature log(-low / high))``."""
+        return torch.sigmoid(self.log_alpha - SHARPNESS * math.log(-LOW / HIGH))
+
+    def value(self) -> Float[Tensor, "layer kv_head"]:
+        """The gate without noise."""
+        return _stretched(self.log_alpha)
+
+    def chosen(self) -> Bool[Tensor, "layer kv_head"]:
+        """Which gates stay open when all are made 0 or 1: those whose value is at least one half."""
+        return self.value().detach() >= 0.5
+
+
+def _stretched(logits: Tensor) -> Tensor:
+    return (torch.sigmoid(logits) * (HIGH - LOW) + LOW).clamp(0, 1)

@@ -1,0 +1,172 @@
+"""The loop that trains for sparsity: whole models from a checkpoint (the experiment), or gates and LoRA (``sparsify``).
+
+    training = SparseTraining(model, OBJECTIVES["gates"], Policy((), 4, 16), batch, weights, steps=300)
+    training.run(Path("state.pt"))          # goes on from there if it was stopped
+    training.dense_heads()                  # what its gates chose
+
+With gates there are two stages. First they are drawn at random, and trained with the weights; in the last ``settle``
+steps each is 0 or 1, and the weights learn to work under just the policy that will be served.
+
+Step ``i`` draws the same numbers whoever runs it, so a training that was stopped and resumed gives the same weights as
+one that was not, bit for bit on one machine.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mech.errors import UnsupportedModel
+from mech.experiments.ranking.ranking import Heads
+from mech.inputs import Inputs
+from mech.model import HookedMLLM
+from mech.reference.smol.adapter import Adapters
+from mech.reference.smol.steps import Checkpoint, learning_rate
+from mech.sparse.groups import expanded
+from mech.sparse.policy import Policy
+from mech.sparse.training.hard_concrete import HardConcrete
+from mech.sparse.training.mixture import far_mass, gated
+from mech.sparse.training.objectives import Objective, Strength, spread
+
+EVERY = 20  # steps between two entries of the curve, and two checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step learns from.
+
+    Attributes:
+        inputs: what runs, for the masks of local heads.
+        loss: runs the model on them, and gives the task's loss in nats and a figure for the curve (accuracy, say).
+    """
+
+    inputs: Inputs
+    loss: Callable[[], tuple[Float[Tensor, ""], float]]
+
+
+@dataclass
+class SparseTraining:
+    """One training: what it needs, and what it has come to.
+
+    Attributes:
+        model: hooked; whatever else in it than ``weights`` asks for gradients is the caller's to freeze.
+        objective: what is asked for beside the task.
+        policy: sinks and window of local heads; its dense heads are not read.
+        batch: what each step learns from.
+        weights: what is trained beside gates.
+        steps, settle: all of them, and how many at the end run with gates of 0 and 1.
+        rate, gate_rate: of Adam at its peak; that of gates is constant.
+        most: the largest number of key/value heads whose gates may stay open in the end.
+        seed: of the gates' noise.
+    """
+
+    model: HookedMLLM
+    objective: Objective
+    policy: Policy
+    batch: Callable[[int], Batch]
+    weights: Mapping[str, nn.Parameter]
+    steps: int
+    settle: int = 0
+    rate: float = 5e-4
+    gate_rate: float = 0.15
+    most: int | None = None
+    seed: int = 0
+    gates: HardConcrete = field(init=False)
+    strength: Strength = field(init=False)
+    curve: list[dict[str, float]] = field(init=False, default_factory=list)
+
+    def __post_init__(self):
+        cfg = self.model.cfg
+        refuse_without_groups(self.model)
+        self.gates = HardConcrete(len(cfg.attention_layers), cfg.n_kv_heads).to(self.model.device)
+        self.strength = Strength(self.objective)
+        groups = [{"params": list(self.weights.values())}, {"params": list(self.gates.parameters())}]
+        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether the objective trains gates."""
+        return self.objective.penalty == "gates"
+
+    def run(self, checkpoint: Path | None = None, progress: Callable[[int, int], None] | None = None) -> None:
+        """All steps that are left, from ``checkpoint`` on if there is one; it is written every ``EVERY`` steps."""
+        parts = {"weights": Adapters(self.weights), "gates": self.gates, "optimizer": self._optimizer}
+        kept = None if checkpoint is None else Checkpoint(checkpoint, **parts, strength=self.strength)
+        figures: list[dict[str, float]] = []
+        for step in range(kept.step if kept else 0, self.steps):
+            figures.append(self.step(step))
+            if (step + 1) % EVERY == 0 or step + 1 == self.steps:
+                entry = {name: mean(one[name] for one in figures) for name in figures[0]}
+                entry |= {"open": int(self.gates.chosen().sum())} if self.has_gates else {}
+                self.curve.append({"step": step + 1, **entry})
+                if kept:
+                    kept.save(step + 1, **entry)
+                figures.clear()
+            if progress:
+                progress(step + 1, self.steps)
+        self.curve = kept.curve if kept else self.curve
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step; returns ``task``, ``figure``, ``penalty`` and ``strength``."""
+        batch, searching = self.batch(step), step < self.steps - self.settle
+        task, figure, penalty = self._forward(batch, step, searching)
+        strength = self.strength.at(step) if searching else 0.0
+        for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        (task + strength * penalty if strength else task).backward()
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0)
+        self._optimizer.step()
+        if searching:
+            self.strength.seen(task.item())
+        return {"task": task.item(), "figure": figure, "penalty": float(penalty.detach()), "strength": strength}
+
+    def _rates(self, step: int) -> list[float]:
+        weights = learning_rate(step, self.steps, self.rate, warm_up=10, least=0.05)
+        return [weights, self.gate_rate] if self.weights else [self.gate_rate]
+
+    def _forward(self, batch: Batch, step: int, searching: bool) -> tuple[Tensor, float, Tensor]:
+        """The task's loss under the objective, its figure, and the penalty."""
+        if self.has_gates:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            gates = self.gates.draw(len(batch.inputs), generator) if searching else self.chosen().float()
+            with gated(self.model, batch.inputs, self.policy, gates):
+                return *batch.loss(), self.gates.open_probability().mean()
+        if self.objective.penalty == "none":
+            return *batch.loss(), torch.zeros(())
+        with far_mass(self.model, batch.inputs, self.policy) as found:
+            loss = batch.loss()
+        mass = torch.stack(found)
+        return *loss, mass.mean() if self.objective.penalty == "far" else spread(mass)
+
+    def chosen(self) -> Bool[Tensor, "layer kv_head"]:
+        """Which key/value heads stay dense: open gates, the highest ``most`` of them if there is such a limit."""
+        chosen = self.gates.chosen()
+        if self.most is not None and int(chosen.sum()) > self.most:
+            least = self.gates.log_alpha.detach().flatten().topk(self.most).indices
+            chosen = torch.zeros_like(chosen).flatten().index_fill(0, least, True).reshape(chosen.shape)
+        return chosen
+
+    def dense_heads(self) -> Heads:
+        """All query heads of the key/value heads whose gates stay open."""
+        layers = self.model.cfg.attention_layers
+        return expanded([(layers[i], group) for i, group in self.chosen().nonzero().tolist()], self.model.cfg)
+
+
+def refuse_without_groups(model: HookedMLLM) -> None:
+    """Refuse models whose key/value heads a gate for each layer and head does not describe.
+
+    Raises:
+        UnsupportedModel: no layer with attention heads, or layers that differ in their number of key/value heads.
+    """
+    counts = {model.cfg.kv_heads[layer] for layer in model.cfg.attention_layers}
+    if len(counts) != 1:
+        what = f"layers of {sorted(counts)} key/value heads" if counts else "no layer with attention heads"
+        raise UnsupportedModel(
+            f"{model.name} ({model.cfg.family}), with {what}, to be trained for sparsity",
+            "as many key/value heads in every attention layer", "choose the dense heads of a policy by a ranking",
+        )  # fmt: skip
