@@ -11,14 +11,19 @@ is left out of all, to be the new one.
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from sparsity_measures import measured
 from torch import nn
 
-from mech import HookedMLLM
+from mech import HookedMLLM, Ranking
 from mech.inputs import Inputs
 from mech.reference.recipe import RECIPES, Recipe
 from mech.reference.train import Marks, Shape, batch_of
@@ -35,7 +40,9 @@ class Size:
     Attributes:
         seeds: name of a seed -> the shipped model it starts from; two that start from one see other batches.
         domains: what is trained and tested on; ``new`` is tested only.
-        longest: visual tokens of the longest scenes; 0 for scenes of the default length.
+        longest: visual tokens of the longest scenes it trains on; 0 for scenes of the default length.
+        pictures: domain -> how many pictures the scenes have that it is tested on, where it is not the default.
+        longer: pages of scenes that are longer than any it was trained on.
     """
 
     seeds: dict[str, str]
@@ -45,15 +52,25 @@ class Size:
     steps: int
     batch: int = 8
     longest: int = 0
+    longer: int = 9
+    pictures: Mapping[str, int] = field(default_factory=dict)
     sinks: int = 4
 
 
 SIZES = {
     "llava-s": Size(
-        {"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, ("documents", "pages"), "grounding", 16, 160
+        {"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, ("documents", "pages"), "grounding", 16, 96
     ),
     "qwen-long": Size(
-        {"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, ("pages", "video"), "documents", 64, 160, 8, 576
+        {"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"},
+        ("pages", "video"),
+        "documents",
+        64,
+        160,
+        8,
+        576,
+        64,
+        {"pages": 16, "video": 64},
     ),
 }
 ARMS: dict[str, Objective] = {
@@ -112,9 +129,13 @@ def training_of(name: str, seed: str, arm: str, steps: int | None = None) -> Spa
     )  # fmt: skip
 
 
+def run_name(name: str, seed: str, arm: str) -> str:
+    return f"{name}.{seed}.{arm.replace(' ', '-')}"
+
+
 def train(name: str, seed: str, arm: str, out: Path) -> None:
     """One run: weights (half precision) and ``run.json``, unless they are there."""
-    folder = out / f"{name}.{seed}.{arm.replace(' ', '-')}"
+    folder = out / run_name(name, seed, arm)
     if (folder / "run.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +152,32 @@ def train(name: str, seed: str, arm: str, out: Path) -> None:
     print(folder.name, json.dumps(training.curve[-1]), record.get("dense_heads"), flush=True)
 
 
+def opened(folder: Path) -> tuple[HookedMLLM, dict[str, Any]]:
+    """The model of a run, and its record."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    model = HookedMLLM.from_pretrained(f"reference:{record['start']}")
+    model.hf_model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    model.name = f"{record['size']} {record['arm']} (seed {record['seed']})"
+    return model, record
+
+
+def measure(folder: Path, out: Path) -> None:
+    """One run into the JSON, unless it is there."""
+    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"runs": {}}
+    if folder.name in found["runs"] or not (folder / "run.json").exists():
+        return
+    began, (model, record) = time.perf_counter(), opened(folder)
+    gates = None
+    if "log_alpha" in record:
+        per_group = model.cfg.n_heads // model.cfg.n_kv_heads
+        mean = np.repeat(np.array(record["log_alpha"]), per_group, axis=1)
+        gates = Ranking(mean, None, "gate", layers=model.cfg.attention_layers)
+    facts = measured(model, SIZES[record["size"]], gates)
+    found["runs"][folder.name] = record | facts | {"measured_minutes": round((time.perf_counter() - began) / 60, 1)}
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(folder.name, found["runs"][folder.name]["measured_minutes"], "min", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train for sparsity, and measure what it gives.")
     parser.add_argument("what", choices=["train", "measure"])
@@ -138,11 +185,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("training/sparsity"))
+    parser.add_argument("--json", type=Path, default=Path("docs/sparsity.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     for seed in given.seeds:
         for arm in given.arms:
-            train(given.size, seed, arm, given.out)
+            if given.what == "train":
+                train(given.size, seed, arm, given.out)
+            else:
+                measure(given.out / run_name(given.size, seed, arm), given.json)
 
 
 if __name__ == "__main__":

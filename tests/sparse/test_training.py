@@ -196,10 +196,31 @@ def test_settled_gates_no_longer_move_and_a_limit_holds():
     run.step(0)
     before = run.gates.log_alpha.detach().clone()
     run.step(2)
-    assert torch.equal(run.gates.log_alpha, before) and run.chosen().sum() == 3
-    assert len(run.dense_heads()) == 3 * run.model.cfg.n_heads // run.model.cfg.n_kv_heads
-    best = run.gates.log_alpha.detach().flatten().topk(3).values.min()
-    assert (run.gates.log_alpha.detach()[run.chosen()] >= best).all()
+    assert int(run.gates.chosen().sum()) == 3 and len(run.dense_heads()) == 3 * run.model.cfg.n_heads // groups(run)
+    best = before.flatten().topk(3).indices
+    assert run.gates.chosen().flatten()[best].all()
+    assert torch.equal(run.gates.log_alpha.flatten()[best], before.flatten()[best])  # no noise, no steps
+
+
+@pytest.mark.parametrize(("target", "closed"), [(1e9, 2), (1e-9, 0)])
+def test_gates_close_one_by_one_while_the_loss_is_within_its_target(target, closed):
+    run = training(hooked(), replace(OBJECTIVES["constrained"], target=target), steps=9, settle=9)
+    run.run()
+    assert int((~run.gates.chosen()).sum()) == closed  # after steps 3 and 6; the last third makes up for it
+
+
+def test_gates_that_are_closed_later_stand_above_those_closed_before():
+    gates = HardConcrete(1, 4)
+    with torch.no_grad():
+        gates.log_alpha.copy_(torch.tensor([[-4.0, 2.0, 0.5, 1.0]]))
+    for closed in (2, 3, 1):
+        gates.close_lowest()
+        assert not gates.chosen()[0, closed] and gates.log_alpha[0, closed] > gates.log_alpha[0, 0]
+    assert gates.log_alpha[0].argsort().tolist() == [0, 2, 3, 1] and not gates.chosen().any()
+
+
+def groups(run):
+    return run.model.cfg.n_kv_heads
 
 
 def test_models_without_a_group_structure_are_refused(monkeypatch):

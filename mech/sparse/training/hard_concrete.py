@@ -36,9 +36,20 @@ class HardConcrete(nn.Module):
         """The gate without noise."""
         return _stretched(self.log_alpha)
 
+    @torch.no_grad()
+    def close_lowest(self) -> None:
+        """Close the lowest of the open gates: it comes to stand above all that were closed before it."""
+        chosen = self.chosen()
+        if not chosen.any():
+            return
+        lowest = self.log_alpha.masked_fill(~chosen, torch.inf).argmin()
+        closed = self.log_alpha[~chosen]
+        above = 0.9 * float(closed.max()) if closed.numel() else -1.0
+        self.log_alpha.view(-1)[lowest] = above
+
     def chosen(self) -> Bool[Tensor, "layer kv_head"]:
         """Which gates stay open when all are made 0 or 1: those whose value is at least one half."""
-        return self.value().detach() >= 0.5
+        return self.log_alpha.detach() >= 0
 
 
 def _stretched(logits: Tensor) -> Tensor:

@@ -4,8 +4,9 @@
     training.run(Path("state.pt"))          # goes on from there if it was stopped
     training.dense_heads()                  # what its gates chose
 
-With gates there are two stages. First they are drawn at random, and trained with the weights; in the last ``settle``
-steps each is 0 or 1, and the weights learn to work under just the policy that will be served.
+With gates there are two stages. First they are drawn at random, and trained with the weights. In the last ``settle``
+steps each is 0 or 1, and the weights learn to work under just the policy that will be served; while the loss is within
+the target of a constrained objective, the lowest of the open gates closes, one at a time.
 
 Step ``i`` draws the same numbers whoever runs it, so a training that was stopped and resumed gives the same weights as
 one that was not, bit for bit on one machine.
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mech.errors import UnsupportedModel
@@ -33,6 +34,8 @@ from mech.sparse.training.mixture import far_mass, gated
 from mech.sparse.training.objectives import Objective, Strength, spread
 
 EVERY = 20  # steps between two entries of the curve, and two checkpoints
+PATIENCE = 3  # steps that weights have to make up for a gate that was closed, before the next one is
+REST = 1 / 3  # of the steps that settle: the last ones, in which no gate closes
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +75,7 @@ class SparseTraining:
     steps: int
     settle: int = 0
     rate: float = 5e-4
-    gate_rate: float = 0.15
+    gate_rate: float = 0.3
     most: int | None = None
     seed: int = 0
     gates: HardConcrete = field(init=False)
@@ -113,6 +116,8 @@ class SparseTraining:
     def step(self, step: int) -> dict[str, float]:
         """One step; returns ``task``, ``figure``, ``penalty`` and ``strength``."""
         batch, searching = self.batch(step), step < self.steps - self.settle
+        if step == self.steps - self.settle and self.has_gates:
+            self._limit()
         task, figure, penalty = self._forward(batch, step, searching)
         strength = self.strength.at(step) if searching else 0.0
         for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
@@ -121,8 +126,9 @@ class SparseTraining:
         (task + strength * penalty if strength else task).backward()
         torch.nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0)
         self._optimizer.step()
-        if searching:
-            self.strength.seen(task.item())
+        self.strength.seen(task.item())
+        if not searching:
+            self._close(step)
         return {"task": task.item(), "figure": figure, "penalty": float(penalty.detach()), "strength": strength}
 
     def _rates(self, step: int) -> list[float]:
@@ -133,7 +139,7 @@ class SparseTraining:
         """The task's loss under the objective, its figure, and the penalty."""
         if self.has_gates:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            gates = self.gates.draw(len(batch.inputs), generator) if searching else self.chosen().float()
+            gates = self.gates.draw(len(batch.inputs), generator) if searching else self.gates.chosen().float()
             with gated(self.model, batch.inputs, self.policy, gates):
                 return *batch.loss(), self.gates.open_probability().mean()
         if self.objective.penalty == "none":
@@ -143,18 +149,23 @@ class SparseTraining:
         mass = torch.stack(found)
         return *loss, mass.mean() if self.objective.penalty == "far" else spread(mass)
 
-    def chosen(self) -> Bool[Tensor, "layer kv_head"]:
-        """Which key/value heads stay dense: open gates, the highest ``most`` of them if there is such a limit."""
-        chosen = self.gates.chosen()
-        if self.most is not None and int(chosen.sum()) > self.most:
-            least = self.gates.log_alpha.detach().flatten().topk(self.most).indices
-            chosen = torch.zeros_like(chosen).flatten().index_fill(0, least, True).reshape(chosen.shape)
-        return chosen
+    def _limit(self) -> None:
+        """Where settling begins: no more open gates than there may be, and a mean loss that knows only those steps."""
+        self.strength.forget()
+        while self.most is not None and int(self.gates.chosen().sum()) > self.most:
+            self.gates.close_lowest()
+
+    def _close(self, step: int) -> None:
+        """Close one gate more, if the loss is within its target and there is time to make up for it."""
+        target, settled = self.objective.target, step - (self.steps - self.settle) + 1
+        due = settled % PATIENCE == 0 and settled <= (1 - REST) * self.settle
+        if self.has_gates and target is not None and due and self.strength.mean <= target:
+            self.gates.close_lowest()
 
     def dense_heads(self) -> Heads:
         """All query heads of the key/value heads whose gates stay open."""
         layers = self.model.cfg.attention_layers
-        return expanded([(layers[i], group) for i, group in self.chosen().nonzero().tolist()], self.model.cfg)
+        return expanded([(layers[i], group) for i, group in self.gates.chosen().nonzero().tolist()], self.model.cfg)
 
 
 def refuse_without_groups(model: HookedMLLM) -> None:

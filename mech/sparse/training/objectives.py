@@ -48,14 +48,14 @@ class Objective:
     penalty: one_of(PENALTIES) = "none"
     strength: NotNegative = 0.0
     target: Positive | None = None
-    warm_up: Whole = 40
+    warm_up: Whole = 20
 
 
 OBJECTIVES: Mapping[str, Objective] = {
     "control": Objective(),
     "far": Objective("far", strength=3.0),
     "gates": Objective("gates", strength=0.5),
-    "constrained": Objective("gates", strength=0.1, target=0.02),
+    "constrained": Objective("gates", strength=1.0, target=0.02),
     "entropy": Objective("entropy", strength=0.3),
 }
 
@@ -90,6 +90,10 @@ class Strength:
             room = 1 - self.mean / self.objective.target
             moved = self.value * math.exp(self.rate * max(-1.0, min(1.0, room)))
             self.value = min(self.MOST, max(self.LEAST, moved))
+
+    def forget(self) -> None:
+        """Begin the running mean anew."""
+        self.mean = math.nan
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""

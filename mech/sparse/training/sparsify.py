@@ -158,7 +158,7 @@ def sparsify(
         pass
     adapter = Lora.fresh(model, rank, seed) if rank else None
     objective = OBJECTIVES["constrained"] if strength is None else replace(OBJECTIVES["gates"], strength=strength)
-    objective = replace(objective, target=target, warm_up=min(objective.warm_up, steps // 4))
+    objective = replace(objective, target=target, warm_up=min(objective.warm_up, steps // 8))
     with still(model):
         questions = quiz(model, samples, batch_size)
         teacher = _said(model, questions)
@@ -244,7 +244,7 @@ def _settled(
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(adapter.merged(model))
-        n = int(training.chosen().sum())
+        n = int(training.gates.chosen().sum())
         tried = [served(n)]
         while target is not None and tried[-1][1] > target and n < limit:
             n = min(limit, n + max(1, n // 4))
