@@ -59,20 +59,14 @@ class Size:
 
 SIZES = {
     "llava-s": Size(
-        {"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, ("documents", "pages"), "grounding", 16, 96
+        seeds={"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, domains=("documents", "pages"), new="grounding",
+        window=16, steps=120, batch=8, longer=9,
     ),
     "qwen-long": Size(
-        {"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"},
-        ("pages", "video"),
-        "documents",
-        64,
-        160,
-        8,
-        576,
-        64,
-        {"pages": 16, "video": 64},
+        seeds={"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, domains=("pages", "video"), new="documents",
+        window=64, steps=80, batch=6, longest=432, longer=32, pictures={"pages": 12, "video": 48},
     ),
-}
+}  # fmt: skip
 ARMS: dict[str, Objective] = {
     "control": OBJECTIVES["control"],
     "far 1": replace(OBJECTIVES["far"], strength=1.0),

@@ -102,6 +102,7 @@ _NAMES = {
     "scale_agreement": "mech.experiments.ranking.agreement",
     "seed_agreement": "mech.experiments.ranking.agreement",
     "sink_tokens": "mech.experiments.scores.sinks",
+    "sparsify": "mech.sparse.training.sparsify",
     "steering": "mech.experiments.ablation.steering",
     "steering_table": "mech.experiments.ablation.steering",
     "tag_leak": "mech.papers",
@@ -216,6 +217,7 @@ if TYPE_CHECKING:
     from mech.sparse.policy import Policy as Policy
     from mech.sparse.pruning.prune import prune_heads as prune_heads
     from mech.sparse.pruning.report import pruning_report as pruning_report
+    from mech.sparse.training.sparsify import sparsify as sparsify
     from mech.views import report as report
     from mech.views import view as view
 

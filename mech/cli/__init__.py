@@ -1,5 +1,6 @@
 """The command line, one file a command: ``mech study``, ``rank``, ``ablate``, ``transfer``, ``patch``, ``paths``,
-``accelerate``, ``explore``, ``claims``, ``check``, ``data``, ``view``. What commands share is in ``options``.
+``accelerate``, ``sparsify``, ``explore``, ``claims``, ``check``, ``data``, ``view``. What commands share is in
+``options``.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
@@ -53,6 +54,7 @@ for _command, _epilog in (
     (patching.patch, patching.PATCH),
     (patching.paths, patching.PATHS),
     (accelerate.accelerate, accelerate.EPILOG),
+    (accelerate.sparsify, accelerate.SPARSIFY),
     (transfer.transfer, transfer.EPILOG),
     (explore.explore, explore.EPILOG),
     (view.view, view.EPILOG),

@@ -1,4 +1,4 @@
-"""``mech accelerate``: how few heads can see everything, at which accuracy, speed and size of cache."""
+"""``mech accelerate`` and ``mech sparsify``: how few heads can see everything, and learning to need fewer."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,26 @@ import typer
 from mech.cli import options
 from mech.errors import ExperimentError
 
+SPARSIFY = (
+    "[bold]mech sparsify -m reference:qwen-long -d pages --pictures 6 --window 64 --out sparse[/]\n\n"
+    "[bold]mech sparsify -m FOLDER --data mine.jsonl --at-most 0.1 --rank 16 --out sparse[/]"
+)
 EPILOG = (
     "[bold]mech accelerate -m reference:llava-m --share 0.02 --share 0.1[/]\n\n"
     "[bold]mech accelerate -m reference:qwen-long --pictures 32 --out frontier.html[/]  more pages, and a picture of it"
 )
+
+Pictures = Annotated[
+    int | None,
+    typer.Option(
+        help="Pages or frames of each generated sample, for models of long contexts.", callback=options.whole(1)
+    ),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Tokens a local head sees; by default a bit over the question.", callback=options.whole(1)),
+]
+Sinks = Annotated[int, typer.Option(help="First tokens that every head sees.", callback=options.whole(0))]
 
 
 def accelerate(
@@ -21,18 +37,10 @@ def accelerate(
     domain: options.Domain = None,
     data: options.Data = None,
     root: options.Root = None,
-    pictures: Annotated[
-        int | None,
-        typer.Option(
-            help="Pages or frames of each generated sample, for models of long contexts.", callback=options.whole(1)
-        ),
-    ] = None,
+    pictures: Pictures = None,
     samples: Annotated[int, options.samples("A quarter ranks the heads, the others test them.", 16)] = 96,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Tokens a local head sees; by default a bit over the question.", callback=options.whole(1)),
-    ] = None,
-    sinks: Annotated[int, typer.Option(help="First tokens that every head sees.", callback=options.whole(0))] = 4,
+    window: Window = None,
+    sinks: Sinks = 4,
     share: Annotated[
         list[float] | None,
         typer.Option(
@@ -93,6 +101,75 @@ def accelerate(
     columns = ("KV heads dense", "chosen by", "accuracy", "loss in points (95%)", "attention work", "cache")
     options.print_table(title, columns, [_row(entry) for entry in facts["curve"]])
     options.tell(*(text for _, text, _ in sentences(facts)))
+
+
+def sparsify(
+    model: options.Model = "reference:qwen-long",
+    revision: options.Revision = None,
+    domain: options.Domain = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    pictures: Pictures = None,
+    samples: Annotated[int, options.samples("Half of them train, the others test.", 4)] = 48,
+    window: Window = None,
+    sinks: Sinks = 4,
+    target: Annotated[
+        float,
+        typer.Option(help="The largest divergence from the dense model, nats per token.", callback=options.positive),
+    ] = 0.02,
+    at_most: Annotated[
+        float | None,
+        typer.Option(help="Share of KV heads that may stay dense, or from 1 on their number.", callback=options.size),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of the adapter; 0 for gates alone.", callback=options.whole(0))] = 8,
+    steps: Annotated[int, typer.Option(help="Of training.", callback=options.whole(1))] = 120,
+    batch_size: options.BatchSize = 4,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for policy.json and the adapter (PEFT's format).")
+    ] = None,
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Learn which KV heads can be local, with an adapter that makes up for it: a head policy for ``localize``."""
+    import mech
+    from mech.experiments.metrics import ask, quiz
+    from mech.experiments.statistics import accuracy_interval
+    from mech.files import make_folder
+    from mech.sparse.frontier.acceleration import local_for
+
+    if out is not None:
+        make_folder(out)  # before anything is trained
+    some, called = _samples(data, root, domain, pictures, samples, seed)
+    train, test = some.split(0.5, seed)
+    hooked = options.open_model(model, revision)
+    local = local_for(hooked, some, sinks=sinks, window=window)
+    most = None if at_most is None else options.share_or_number(at_most)
+    with options.progress(quiet or as_json) as say:
+        found = mech.sparsify(
+            hooked, train, sinks=local.sinks, window=local.window, target=target, at_most=most, rank=rank, steps=steps,
+            batch_size=batch_size, seed=seed, progress=lambda done, total: say("steps", done, total),
+        )  # fmt: skip
+    questions = quiz(hooked, test, batch_size)
+    dense = ask(hooked, questions)["accuracy"]
+    with found.serve(hooked) as fast:
+        served = ask(fast, questions)["accuracy"]
+    length = max(int(batch.tensors["attention_mask"].sum(1).max()) for batch in questions.batches)
+    cache = found.policy.budgets(hooked.cfg, length).kv_bytes
+    if out is not None:
+        found.save(out)
+    lost = accuracy_interval((dense - served)[None]).as_dict()
+    facts = {"n_kv_heads": found.n_kv_heads, "nats": found.loss, "dense": float(dense.mean()),
+             "served": float(served.mean()), "lost": lost, "n_test": len(test), "kv_bytes": cache, "length": length,
+             "policy": found.policy.to_json()}  # fmt: skip
+    if as_json:
+        print(json.dumps(facts))
+        return
+    kept, of = found.n_kv_heads
+    title = f"{hooked.name} on {called}: {kept} of {of} KV heads stay dense ({local.sinks} + {local.window} tokens)"
+    interval = " to ".join(f"{100 * lost[end]:.1f}" for end in ("low", "high"))
+    row = (f"{dense.mean():.1%}", f"{served.mean():.1%}", f"{100 * lost['mean']:.1f} ({interval})", f"{cache:.0%}")
+    options.print_table(title, ("dense", "served", f"loss in points (95%), {len(test)} samples", "cache"), [row])
 
 
 def _samples(

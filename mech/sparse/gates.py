@@ -13,13 +13,11 @@ What it is not: a test. Gates say what a *joint* relaxation of all heads can spa
 another one closes, and which is up to the seed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mech.arguments import Count, Positive, Rule, Seed, Whole, checked
@@ -29,12 +27,10 @@ from mech.experiments.gradients import still
 from mech.experiments.ranking.ranking import Ranking
 from mech.identity import weight_digest
 from mech.inputs import Inputs
-from mech.model import AttentionCall, HookedMLLM
-from mech.sparse.kernels import by_definition
-from mech.sparse.masks import Near
+from mech.model import HookedMLLM
 from mech.sparse.policy import Policy
+from mech.sparse.training.mixture import final_states, gated
 
-FINAL = "ln_final.hook_normalized"
 Progress = Callable[[int, int], None]
 
 
@@ -101,9 +97,9 @@ def learned_gates(
             inputs = model.collate([rows[i] for i in chosen]).to(model.device, model.dtype)
             asked = _asked(inputs)
             with torch.no_grad():
-                wanted = _states(model, inputs)[asked]
-            with _gated(model, inputs, policy, gates):
-                found = _states(model, inputs)[asked]
+                wanted = final_states(model, inputs)[asked]
+            with gated(model, inputs, policy, gates):
+                found = final_states(model, inputs)[asked]
             harm = (found - wanted).square().sum() / wanted.square().sum()
             optimiser.zero_grad()
             (harm + sparsity * gates.mean()).backward()
@@ -125,29 +121,3 @@ def _asked(inputs: Inputs) -> Tensor:
     for row, layout in enumerate(inputs.layouts):
         chosen[row, [position - 1 for position in layout.spans["answer"]]] = True
     return chosen.to(inputs.tensors["input_ids"].device)
-
-
-def _states(model: HookedMLLM, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
-    kept: list[Tensor] = []
-    with model.hooks([(FINAL, lambda value, hook: kept.append(value))]):
-        model(inputs, logits_to_keep=1)
-    return kept[0].float()
-
-
-@contextmanager
-def _gated(model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Float[Tensor, "layer kv_head"]) -> Iterator[None]:
-    """While open, every head is mixed with its local self."""
-    mask = inputs.tensors["attention_mask"]
-    near = Near(policy, mask.argmax(1), torch.full((len(mask),), mask.shape[1], device=mask.device))
-    place = {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
-
-    def mix(call: AttentionCall) -> Tensor | None:
-        if call.cross:  # a memory of visual tokens has no window
-            return None
-        heads, groups = call.q.shape[1], call.k.shape[1]
-        local = by_definition(call, near, torch.zeros(heads, dtype=torch.bool, device=call.q.device))
-        gate = gates[place[call.layer]].to(call.z).repeat_interleave(heads // groups)[:, None]
-        return gate * call.z + (1 - gate) * torch.nan_to_num(local)  # nothing is seen from a row of padding
-
-    with model.attending(mix):
-        yield

@@ -194,29 +194,46 @@ def test_settled_gates_no_longer_move_and_a_limit_holds():
     run = training(hooked(), replace(OBJECTIVES["gates"], strength=1.0), steps=4, settle=2)
     run.most = 3
     run.step(0)
-    before = run.gates.log_alpha.detach().clone()
+    before, costs = run.gates.log_alpha.detach().clone(), dict(run._cheapest(run.batch(2)))
     run.step(2)
     assert int(run.gates.chosen().sum()) == 3 and len(run.dense_heads()) == 3 * run.model.cfg.n_heads // groups(run)
-    best = before.flatten().topk(3).indices
-    assert run.gates.chosen().flatten()[best].all()
-    assert torch.equal(run.gates.log_alpha.flatten()[best], before.flatten()[best])  # no noise, no steps
+    kept = run.gates.chosen()
+    assert torch.equal(run.gates.log_alpha[kept], before[kept])  # no noise, no steps
+    first = min(costs, key=costs.get)
+    assert not kept[first]
 
 
-@pytest.mark.parametrize(("target", "closed"), [(1e9, 2), (1e-9, 0)])
-def test_gates_close_one_by_one_while_the_loss_is_within_its_target(target, closed):
+@pytest.mark.parametrize(("target", "some"), [(1e9, True), (1e-9, False)])
+def test_gates_go_on_closing_only_while_the_loss_is_within_its_target(target, some):
     run = training(hooked(), replace(OBJECTIVES["constrained"], target=target), steps=9, settle=9)
     run.run()
-    assert int((~run.gates.chosen()).sum()) == closed  # after steps 3 and 6; the last third makes up for it
+    assert bool((~run.gates.chosen()).any()) == some
+
+
+def test_what_closes_is_what_costs_least_and_fits_into_the_room():
+    run = training(hooked(), replace(OBJECTIVES["constrained"], target=1.0), steps=9, settle=9)
+    costs = run._cheapest(run.batch(0))
+    base = run._under(run.batch(0), torch.ones_like(run.gates.log_alpha))
+    for place, cost in costs[:3]:
+        gates = torch.ones_like(run.gates.log_alpha)
+        gates[place] = 0
+        with torch.no_grad():
+            assert run._under(run.batch(0), gates) - base == pytest.approx(cost)
+    assert [cost for _, cost in costs] == sorted(cost for _, cost in costs)
+    sums = np.cumsum([max(0.0, cost) for _, cost in costs])
+    run.strength.mean = 1.0 - float(sums[4] + sums[5]) / 2  # room for five
+    run._close(5, run.batch(0))
+    assert {tuple(place) for place in (~run.gates.chosen()).nonzero().tolist()} == {place for place, _ in costs[:5]}
 
 
 def test_gates_that_are_closed_later_stand_above_those_closed_before():
     gates = HardConcrete(1, 4)
     with torch.no_grad():
         gates.log_alpha.copy_(torch.tensor([[-4.0, 2.0, 0.5, 1.0]]))
-    for closed in (2, 3, 1):
-        gates.close_lowest()
-        assert not gates.chosen()[0, closed] and gates.log_alpha[0, closed] > gates.log_alpha[0, 0]
-    assert gates.log_alpha[0].argsort().tolist() == [0, 2, 3, 1] and not gates.chosen().any()
+    gates.close([(0, 2), (0, 3)])
+    assert gates.log_alpha[0].argsort().tolist() == [0, 2, 3, 1] and gates.chosen().tolist() == [
+        [False, True] + 2 * [False]
+    ]
 
 
 def groups(run):

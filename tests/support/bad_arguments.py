@@ -224,6 +224,9 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "localize": Call(_opened(mech.localize), {"model": model}, {
             "model": "model", "policy": "?ranking", "dense_heads": "*heads", "sinks": "whole", "window": "count",
             "keep_text": "flag", "phase": "word"}),
+        "sparsify": Call(mech.sparsify, tested, {
+            **run, "sinks": "whole", "window": "count", "target": "?positive", "strength": "?positive",
+            "at_most": "?amount", "rank": "whole", "steps": "count", "rate": "positive", **usual, **told}),
         "localize_dynamic": Call(_opened(mech.localize_dynamic), {"model": model, "n": 2}, {
             "model": "model", "n": "amount", "sinks": "whole", "window": "count", "layers": "?count",
             "keep_text": "flag", "phase": "word"}),

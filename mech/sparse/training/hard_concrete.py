@@ -7,6 +7,7 @@ gates.value()                       # without noise: what the gate has become
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,15 +38,11 @@ class HardConcrete(nn.Module):
         return _stretched(self.log_alpha)
 
     @torch.no_grad()
-    def close_lowest(self) -> None:
-        """Close the lowest of the open gates: it comes to stand above all that were closed before it."""
-        chosen = self.chosen()
-        if not chosen.any():
-            return
-        lowest = self.log_alpha.masked_fill(~chosen, torch.inf).argmin()
-        closed = self.log_alpha[~chosen]
-        above = 0.9 * float(closed.max()) if closed.numel() else -1.0
-        self.log_alpha.view(-1)[lowest] = above
+    def close(self, places: Sequence[tuple[int, int]]) -> None:
+        """Close some open gates, one after the other: each comes to stand above all that were closed before it."""
+        for place in places:
+            closed = self.log_alpha[~self.chosen()]
+            self.log_alpha[place] = 0.9 * float(closed.max()) if closed.numel() else -1.0
 
     def chosen(self) -> Bool[Tensor, "layer kv_head"]:
         """Which gates stay open when all are made 0 or 1: those whose value is at least one half."""

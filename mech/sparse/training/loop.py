@@ -5,8 +5,8 @@
     training.dense_heads()                  # what its gates chose
 
 With gates there are two stages. First they are drawn at random, and trained with the weights. In the last ``settle``
-steps each is 0 or 1, and the weights learn to work under just the policy that will be served; while the loss is within
-the target of a constrained objective, the lowest of the open gates closes, one at a time.
+steps each is 0 or 1, and the weights learn to work under just the policy that will be served; where an objective has a
+target, gates go on closing while there is room: those that cost least, tried one by one on a batch.
 
 Step ``i`` draws the same numbers whoever runs it, so a training that was stopped and resumed gives the same weights as
 one that was not, bit for bit on one machine.
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ from mech.sparse.training.mixture import far_mass, gated
 from mech.sparse.training.objectives import Objective, Strength, spread
 
 EVERY = 20  # steps between two entries of the curve, and two checkpoints
-PATIENCE = 3  # steps that weights have to make up for a gate that was closed, before the next one is
+PATIENCE = 6  # steps that weights have to make up for gates that were closed, before others are
+TRIED = 16  # open gates, the lowest, that are tried before some close
 REST = 1 / 3  # of the steps that settle: the last ones, in which no gate closes
 
 
@@ -75,7 +77,7 @@ class SparseTraining:
     steps: int
     settle: int = 0
     rate: float = 5e-4
-    gate_rate: float = 0.3
+    gate_rate: float = 0.15
     most: int | None = None
     seed: int = 0
     gates: HardConcrete = field(init=False)
@@ -117,7 +119,7 @@ class SparseTraining:
         """One step; returns ``task``, ``figure``, ``penalty`` and ``strength``."""
         batch, searching = self.batch(step), step < self.steps - self.settle
         if step == self.steps - self.settle and self.has_gates:
-            self._limit()
+            self._limit(batch)
         task, figure, penalty = self._forward(batch, step, searching)
         strength = self.strength.at(step) if searching else 0.0
         for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
@@ -128,7 +130,7 @@ class SparseTraining:
         self._optimizer.step()
         self.strength.seen(task.item())
         if not searching:
-            self._close(step)
+            self._close(step, batch)
         return {"task": task.item(), "figure": figure, "penalty": float(penalty.detach()), "strength": strength}
 
     def _rates(self, step: int) -> list[float]:
@@ -149,18 +151,40 @@ class SparseTraining:
         mass = torch.stack(found)
         return *loss, mass.mean() if self.objective.penalty == "far" else spread(mass)
 
-    def _limit(self) -> None:
+    def _limit(self, batch: Batch) -> None:
         """Where settling begins: no more open gates than there may be, and a mean loss that knows only those steps."""
         self.strength.forget()
-        while self.most is not None and int(self.gates.chosen().sum()) > self.most:
-            self.gates.close_lowest()
+        while self.most is not None and (over := int(self.gates.chosen().sum()) - self.most) > 0:
+            places = self._cheapest(batch)
+            self.gates.close([place for place, _ in places[: max(1, min(over, len(places) // 2))]])
 
-    def _close(self, step: int) -> None:
-        """Close one gate more, if the loss is within its target and there is time to make up for it."""
+    def _close(self, step: int, batch: Batch) -> None:
+        """Close some gates more, if the loss is within its target and there is time to make up for it."""
         target, settled = self.objective.target, step - (self.steps - self.settle) + 1
         due = settled % PATIENCE == 0 and settled <= (1 - REST) * self.settle
-        if self.has_gates and target is not None and due and self.strength.mean <= target:
-            self.gates.close_lowest()
+        if not (self.has_gates and target is not None and due and self.strength.mean <= target):
+            return
+        room, places = target - self.strength.mean, self._cheapest(batch)
+        costs = np.cumsum([max(0.0, cost) for _, cost in places])
+        self.gates.close([place for (place, _), cost in zip(places, costs, strict=True) if cost <= room])
+
+    @torch.no_grad()
+    def _cheapest(self, batch: Batch) -> list[tuple[tuple[int, int], float]]:
+        """The lowest of the open gates, and what the task's loss gains when each is closed alone; cheapest first."""
+        gates = self.gates.chosen().float()
+        order = self.gates.log_alpha.masked_fill(gates == 0, torch.inf).flatten().argsort(stable=True)
+        costs: list[tuple[tuple[int, int], float]] = []
+        base = self._under(batch, gates)
+        for index in order[: min(TRIED, int(gates.sum()))].tolist():
+            place = divmod(index, gates.shape[1])
+            without = gates.clone()
+            without[place] = 0
+            costs.append((place, self._under(batch, without) - base))
+        return sorted(costs, key=lambda one: one[1])
+
+    def _under(self, batch: Batch, gates: Float[Tensor, "layer kv_head"]) -> float:
+        with gated(self.model, batch.inputs, self.policy, gates):
+            return batch.loss()[0].item()
 
     def dense_heads(self) -> Heads:
         """All query heads of the key/value heads whose gates stay open."""

@@ -55,7 +55,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "control": Objective(),
     "far": Objective("far", strength=3.0),
     "gates": Objective("gates", strength=0.5),
-    "constrained": Objective("gates", strength=1.0, target=0.02),
+    "constrained": Objective("gates", strength=0.1, target=0.02),
     "entropy": Objective("entropy", strength=0.3),
 }
 
