@@ -60,22 +60,21 @@ class Size:
 SIZES = {
     "llava-s": Size(
         seeds={"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, domains=("documents", "pages"), new="grounding",
-        window=16, steps=120, batch=8, longer=9,
+        window=16, steps=60, batch=6, longer=9,
     ),
     "qwen-long": Size(
         seeds={"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, domains=("pages", "video"), new="documents",
-        window=64, steps=80, batch=6, longest=432, longer=32, pictures={"pages": 12, "video": 48},
+        window=64, steps=60, batch=4, longest=288, longer=32, pictures={"pages": 8, "video": 36},
     ),
 }  # fmt: skip
 ARMS: dict[str, Objective] = {
     "control": OBJECTIVES["control"],
-    "far 1": replace(OBJECTIVES["far"], strength=1.0),
+    "constrained 0.1": replace(OBJECTIVES["constrained"], target=0.1),
     "far 10": replace(OBJECTIVES["far"], strength=10.0),
     "constrained 0.02": replace(OBJECTIVES["constrained"], target=0.02),
-    "constrained 0.1": replace(OBJECTIVES["constrained"], target=0.1),
-    "gates 0.2": replace(OBJECTIVES["gates"], strength=0.2),
-    "gates 1": replace(OBJECTIVES["gates"], strength=1.0),
+    "far 1": replace(OBJECTIVES["far"], strength=1.0),
     "entropy 0.3": OBJECTIVES["entropy"],
+    "gates 0.2": replace(OBJECTIVES["gates"], strength=0.2),
 }
 
 
@@ -182,8 +181,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("docs/sparsity.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for seed in given.seeds:
-        for arm in given.arms:
+    for arm in given.arms:
+        for seed in given.seeds:
             if given.what == "train":
                 train(given.size, seed, arm, given.out)
             else:
