@@ -1,4 +1,4 @@
-"""What is measured of a model that was trained for sparsity: with the library's own measurements, all on held-out scenes.
+"""What is measured of a model that was trained for sparsity: by the library's own measurements, on held-out scenes.
 
     facts = measured(model, size, gates)       # plain numbers, with intervals over samples
 
@@ -6,29 +6,36 @@ Efficiency is asked without favour: heads are ranked by RAM, by causal effect an
 needs fewest dense key/value heads counts, for the control as for the sparse models.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from mech import HookedMLLM, LogitDiff, Ranking, causal_report, haystacks, learned_gates, localize, rank_heads
-
-from mech import edge_attribution, retrieval_attention_mass  # isort: skip
+from mech import (
+    CircuitTask,
+    HookedMLLM,
+    Ranking,
+    causal_report,
+    circuit_scores,
+    haystacks,
+    learned_gates,
+    localize,
+    rank_heads,
+    retrieval_attention_mass,
+)
 from mech.data.samples import Samples
 from mech.experiments.causal.report import QUADRANTS
 from mech.experiments.metrics import Quiz, ask, quiz
-from mech.experiments.ranking.ranking import Heads
 from mech.experiments.statistics import accuracy_interval, bootstrap_means, proportion_interval, spearman
 from mech.sparse.groups import expanded, grouped
 from mech.sparse.policy import Policy
 from mech.sparse.training.mixture import far_mass
 
-N_FIND, N_TEST, N_CAUSAL, N_EDGES = 32, 64, 32, 8
-COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+N_FIND, N_TEST, N_CAUSAL, N_CIRCUIT = 24, 48, 24, 12
+COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
 LENGTHS = (2048, 8192, 16384)
 MARGIN = 0.01  # the loss of accuracy that is let pass: one point
-SHARES = (0.5, 0.9)
+FAITHFUL = 0.8
 
 
 def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, A
         "ram": {domain: sparseness(ranking) for domain, ranking in ram.items()},
         "stability": stability(*ram.values()) if len(ram) > 1 else None,
         "causal": causal_facts(report),
-        "edges": edges(model, test[main][:N_EDGES]),
+        "circuit": circuit(model, find[main][:N_CIRCUIT], test[main][:N_CIRCUIT]),
         "needed": needed,
         "efficiency": efficiency(model, size, best["heads"], questions, dense),
     }
@@ -116,12 +123,17 @@ def causal_facts(report: Any) -> dict[str, Any]:
     }
 
 
-def edges(model: HookedMLLM, samples: Samples) -> dict[str, float]:
-    """How many edges hold half, and nine tenths, of all attribution (absolute, mean over samples)."""
-    metric = LogitDiff([s.answer for s in samples], [s.counterfactual.answer for s in samples])
-    found = edge_attribution(model, samples, None, metric, ig_steps=2, check=0)
-    size = np.sort(np.abs(np.nan_to_num(found["effect"].mean("example").values)), axis=None)[::-1].cumsum()
-    return {f"{share:.0%}": int(np.searchsorted(size, share * size[-1]) + 1) for share in SHARES}
+def circuit(model: HookedMLLM, find: Samples, test: Samples) -> dict[str, Any]:
+    """How faithful circuits of few edges are: CMD, and the share of all edges from which on 80% of the gap is kept."""
+    found = circuit_scores(CircuitTask("pages", model, find, test), ["eap_ig"]).sel(entry="eap_ig")
+    curve = found["faithfulness"].sel(order="size").mean("example")
+    enough = curve["share"].values[curve.values >= FAITHFUL]
+    return {
+        "cmd": {"mean": float(found["cmd"]), "low": float(found["cmd_low"]), "high": float(found["cmd_high"])},
+        "edges": int(found.attrs["n_edges"]),
+        "share": float(enough[0]) if len(enough) else None,
+        "faithfulness": {f"{share:g}": round(float(curve.sel(share=share)), 3) for share in curve["share"].values},
+    }
 
 
 @torch.no_grad()
@@ -174,11 +186,3 @@ def efficiency(
         "served": {name: interval(values) for name, values in served.items()},
         "lost": {name: accuracy_interval((dense[name] - values)[None]).as_dict() for name, values in served.items()},
     }
-
-
-def policy_of(size: Any, facts: dict[str, Any]) -> Policy:
-    """The smallest policy that was found for a model."""
-    best: Heads = min((one for one in facts["needed"].values() if one["n"] is not None), key=lambda one: one["n"])[
-        "heads"
-    ]
-    return Policy([tuple(head) for head in best], size.sinks, size.window)
