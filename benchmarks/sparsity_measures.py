@@ -171,7 +171,7 @@ def fewest(
 def efficiency(
     model: HookedMLLM,
     size: Any,
-    heads: Sequence[Sequence[int]],
+    heads: list[list[int]],
     questions: dict[str, Quiz],
     dense: dict[str, np.ndarray],
 ) -> dict[str, Any]:
