@@ -122,7 +122,7 @@ def checked(function: F, error: type[MechError] = ExperimentError) -> F:
         for key, value in bound.arguments.items():
             parameter = signature.parameters[key]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                bound.arguments[key] = tuple(_taken(name, parameter, one, error) for one in value)
+                bound.arguments[key] = tuple(_taken(name, parameter, item, error) for item in value)
             elif parameter.kind is not inspect.Parameter.VAR_KEYWORD and hints[key] is not inspect.Parameter.empty:
                 bound.arguments[key] = _taken(name, parameter, value, error)
         return function(*bound.args, **bound.kwargs)
@@ -159,7 +159,7 @@ def _taken(function: str, parameter: inspect.Parameter, value: Any, error: type[
     do = f"leave {name} out ({short(default)})" if default not in (inspect.Parameter.empty, MISSING) else ""
     if words := _words_of(hint):
         given = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-        do = next((suggestion(one, words) for one in given if isinstance(one, str) and one not in words), do)
+        do = next((suggestion(item, words) for item in given if isinstance(item, str) and item not in words), do)
     raise error(f"{name}={short(value)} in {function}", wanted(hint), do or f"see help({function})")
 
 
@@ -194,7 +194,7 @@ def fits(value: Any, hint: Any) -> bool:
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Rule)]
         return fits(value, inner[0]) and all(rule.holds(value) for rule in rules)
     if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
+        return any(fits(value, option) for option in inner)
     if origin is Literal:
         return isinstance(value, str) and value in inner
     if origin is collections.abc.Callable:
@@ -213,7 +213,7 @@ def _listed(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
     """Whether a value is a mapping, a list or a tuple of what it should hold."""
     if issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
-            fits(key, inner[0]) and fits(one, inner[1]) for key, one in value.items()
+            fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
         )
     array = callable(getattr(value, "tolist", None))  # numpy, torch
     # A list does where a tuple is wanted, an array for a list of numbers; a text is no list of its letters.
@@ -228,7 +228,7 @@ def _listed(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
     if issubclass(origin, tuple) and inner[-1] is not Ellipsis:
         items = list(items)
         return len(items) == len(inner) and all(map(fits, items, inner))
-    return all(fits(one, inner[0]) for one in items)
+    return all(fits(item, inner[0]) for item in items)
 
 
 def wanted(hint: Any) -> str:
@@ -238,7 +238,7 @@ def wanted(hint: Any) -> str:
         rule = hint.__metadata__[-1]
         return f"{wanted(inner[0])}, {rule.expected}" if rule is NOT_EMPTY else rule.expected
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(wanted(one) for one in inner))
+        return " or ".join(dict.fromkeys(wanted(option) for option in inner))
     if origin is Literal:
         return " or ".join(map(repr, inner))
     if origin is collections.abc.Callable:
@@ -254,8 +254,8 @@ def wanted(hint: Any) -> str:
 
 def _reading(hint: Any) -> Reading | None:
     """How a value of this annotation is read, if it says so; ``None`` may stand beside it."""
-    for one in typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]:
-        for extra in getattr(one, "__metadata__", ()):
+    for option in typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]:
+        for extra in getattr(option, "__metadata__", ()):
             if isinstance(extra, Reading):
                 return extra
     return None
@@ -273,7 +273,7 @@ def _words_of(hint: Any) -> list[str]:
     """The words among which a value is to be chosen."""
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
-    return [word for one in typing.get_args(hint) for word in _words_of(one)]
+    return [word for option in typing.get_args(hint) for word in _words_of(option)]
 
 
 def is_whole(value: Any) -> bool:

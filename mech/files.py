@@ -57,9 +57,9 @@ def parse_json(text: str | bytes) -> Any:
     for _ in range(DEEPEST):
         level = [
             inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for part in level
+            if isinstance(part, dict | list)
+            for inner in (part.values() if isinstance(part, dict) else part)
         ]
         if not level:
             return value
@@ -71,9 +71,9 @@ def is_below(path: str | Path, folder: str | Path) -> bool:
 
     A snapshot of the Hugging Face cache consists of links into the ``blobs`` beside it, which count as its own.
     """
-    home, real = (Path(os.path.realpath(one)) for one in (folder, path))  # Path.resolve() raises where links go round
+    home, real = (Path(os.path.realpath(p)) for p in (folder, path))  # Path.resolve() raises where links go round
     blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
-    return any(real.is_relative_to(place) for place in (home, *blobs))
+    return any(real.is_relative_to(root) for root in (home, *blobs))
 
 
 def write(path: str | Path, *content: bytes | memoryview | str) -> Path:

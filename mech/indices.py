@@ -78,8 +78,8 @@ Pairs = Annotated[Sequence[tuple[int, int]], Reading(pairs, "(layer, head) pairs
 
 def _read(array: np.ndarray) -> Indices:
     mask = array.dtype.kind == "b"
-    found = (np.argwhere(array) if array.ndim == 2 else np.flatnonzero(array)) if mask else array
-    read = Indices(tuple(one) if isinstance(one, list) else one for one in found.tolist())
+    indices = (np.argwhere(array) if array.ndim == 2 else np.flatnonzero(array)) if mask else array
+    read = Indices(tuple(index) if isinstance(index, list) else index for index in indices.tolist())
     if mask:
         read.of = array.shape
     return read
@@ -93,8 +93,8 @@ def _array(given: Any) -> np.ndarray | None:
         given = given.detach().cpu()  # type: ignore[attr-defined]
     elif not hasattr(given, "dtype"):
         given = list(given)
-        flat = [one for row in given for one in (row if isinstance(row, list | tuple) else [row])]
-        bools = [isinstance(one, bool | np.bool_) for one in flat]
+        flat = [index for row in given for index in (row if isinstance(row, list | tuple) else [row])]
+        bools = [isinstance(index, bool | np.bool_) for index in flat]
         if any(bools) and not all(bools):
             return None
     try:

@@ -106,12 +106,12 @@ def ablate(
     if out is not None:
         save(effects, out)
     numbers = summarise_effects(effects)
-    said = [text for _, text in cautions(numbers | {"stability": stability(ranking)})]
-    numbers = {"cautions": said, **numbers}
+    warned = [text for _, text in cautions(numbers | {"stability": stability(ranking)})]
+    numbers = {"cautions": warned, **numbers}
     if as_json:
         print(json.dumps(numbers))
         return
-    options.print_cautions(said)
+    options.print_cautions(warned)
     _print_effects(numbers, f"{hooked.name} on {called}")
 
 

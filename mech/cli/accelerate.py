@@ -78,20 +78,20 @@ def accelerate(
     from mech.results import save
     from mech.sparse.frontier.acceleration import CHOICES, SHARES
 
-    sizes = [options.share_or_number(one) for one in share or SHARES]
+    sizes = [options.share_or_number(size) for size in share or SHARES]
     some, called = _samples(data, root, domain, pictures, samples, seed)
     find, test = some.split(0.25, seed)
     hooked = options.open_model(model, revision)
     with options.progress(quiet or as_json) as say:
-        found = mech.acceleration(
+        result = mech.acceleration(
             hooked, test, find=find, window=window, sinks=sinks, choices=choice or CHOICES, shares=sizes,
             n_random=n_random, batch_size=batch_size, seed=seed, progress=say,
         )  # fmt: skip
     if out is not None and out.suffix == ".nc":
-        save(found, out)
+        save(result, out)
     elif out is not None:
-        mech.view(found, margin=margin).save(out)
-    facts = summarise(found, margin)
+        mech.view(result, margin=margin).save(out)
+    facts = summarise(result, margin)
     if as_json:
         print(json.dumps(facts))
         return

@@ -39,13 +39,13 @@ def claims(
     used, where = options.chosen(data, root, domain, samples, seed)
     hooked = options.open_model(model, revision)
     with options.progress(quiet or as_json) as say:
-        found = mech.published_claims(
+        result = mech.published_claims(
             hooked, used, only, n_random=n_random, seed=seed, progress=lambda i, n: say("points", i, n)
         )
     if out is not None:
-        write_json(found.to_json(), out)
+        write_json(result.to_json(), out)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(result.to_json()))
         return
-    options.print_cautions(list(found.cautions))
-    options.tell(f"{hooked.name} on {where}, {len(used)} samples", *found.sentences(), sep="\n\n")
+    options.print_cautions(list(result.cautions))
+    options.tell(f"{hooked.name} on {where}, {len(used)} samples", *result.sentences(), sep="\n\n")

@@ -43,25 +43,25 @@ def data(
         cells = [(name, *(_cell(value) for value in counts.values())) for name, counts in found.items()]
         options.print_table(f"{what}: every line can be used", ("domain", *next(iter(found.values()))), cells)
     else:
-        said = _said(hub.source(what))
+        facts = _said(hub.source(what))
         if as_json:
-            print(json.dumps(said))
+            print(json.dumps(facts))
         else:
-            options.tell(*(f"{name:9} {value}" for name, value in said.items() if value))
+            options.tell(*(f"{name:9} {value}" for name, value in facts.items() if value))
 
 
 def _said(row: Any) -> dict[str, Any]:
-    return {one.name: getattr(row, one.name) for one in fields(row) if one.name != "read"}
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "read"}
 
 
 def _counted(samples: "Samples") -> dict[str, dict[str, Any]]:
     """What each domain holds."""
-    found = {}
+    counts = {}
     for domain in samples.domains:
         some = samples.where(lambda sample, domain=domain: sample.domain == domain)
         shown = [picture for sample in some for picture in sample.images or sample.video]
         sizes = [f"{width} x {height}" for width, height in sorted({picture.size for picture in shown})]
-        found[domain] = {
+        counts[domain] = {
             "samples": len(some),
             "pictures": len(shown),
             "sizes": sizes if len(sizes) <= 2 else [sizes[0], "...", sizes[-1]],
@@ -69,7 +69,7 @@ def _counted(samples: "Samples") -> dict[str, dict[str, Any]]:
             "without evidence": sum(not sample.evidence for sample in some),
             "counterfactuals": sum(sample.counterfactual is not None for sample in some),
         }
-    return found
+    return counts
 
 
 def _cell(value: Any) -> str:

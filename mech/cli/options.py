@@ -45,8 +45,8 @@ def checked(check: Callable[[str, Any], None]) -> Any:
 
     def callback(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
         if not context.resilient_parsing:  # the tab key completes a line that is not there yet
-            for one in value if isinstance(value, list) else [] if value is None else [value]:
-                check(f"--{str(param.name).replace('_', '-')}", one)
+            for item in value if isinstance(value, list) else [] if value is None else [value]:
+                check(f"--{str(param.name).replace('_', '-')}", item)
         return value
 
     return callback
@@ -245,24 +245,24 @@ def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
         )  # fmt: skip
     if count and not (count.isdigit() and int(count)):
         raise ExperimentError(f"--data {data}", "a number of samples behind the colon", f"write {name}:200")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         samples = mech.hub_samples(name, int(count or n), seed, root=root, skip_bad=True)
-    for one in said:
-        if str(one.message).startswith(f"{name}:"):
-            print(f"mech: {printable(one.message)}", file=sys.stderr)
+    for warning in caught:
+        if str(warning.message).startswith(f"{name}:"):
+            print(f"mech: {printable(warning.message)}", file=sys.stderr)
     return samples
 
 
-def save_or_draw(found: Any, target: Path | None) -> None:
+def save_or_draw(result: Any, target: Path | None) -> None:
     """Save a result, or its picture, as the path's ending says."""
     import mech
     from mech.results import save
 
     if target is not None and target.suffix == ".nc":
-        save(found, target)
+        save(result, target)
     elif target is not None:
-        mech.view(found).save(target)
+        mech.view(result).save(target)
 
 
 def share_or_number(value: float) -> float:

@@ -62,12 +62,12 @@ def patch(
     pairs, called = _paired(hooked, some, called)
     axes = tuple(over or ("layer", "head"))
     with options.progress(quiet or as_json) as say:
-        found = mech.activation_patching(
+        result = mech.activation_patching(
             hooked, list(pairs), None, _difference(pairs), point=point, over=axes, positions=positions,
             regions=_regions(hooked, pairs, regions), direction=direction,
             progress=lambda i, n: say("patching", i, n),
         )  # fmt: skip
-    _print_effects(found, f"{hooked.name} on {called}: {point}, {direction}", out, top, as_json)
+    _print_effects(result, f"{hooked.name} on {called}: {point}, {direction}", out, top, as_json)
 
 
 def paths(
@@ -100,12 +100,12 @@ def paths(
     every = [f"L{layer}H{head}" for layer in hooked.cfg.attention_layers for head in range(hooked.cfg.n_heads)]
     frozen = tuple(freeze or ("attention", "mlp"))
     with options.progress(quiet or as_json) as say:
-        found = mech.path_patching(
+        result = mech.path_patching(
             hooked, list(pairs), None, _difference(pairs), senders=sender or every, freeze=frozen, direction=direction,
             receivers="logits" if receiver in (None, ["logits"]) else receiver,
             progress=lambda i, n: say("samples", i, n),
         )  # fmt: skip
-    _print_effects(found, f"{hooked.name} on {called}: {', '.join(frozen)} held, {direction}", out, top, as_json)
+    _print_effects(result, f"{hooked.name} on {called}: {', '.join(frozen)} held, {direction}", out, top, as_json)
 
 
 def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
@@ -140,10 +140,10 @@ def _regions(hooked: Any, data: Any, wanted: str | None) -> dict[str, Any] | Non
     return cells[0]
 
 
-def _print_effects(found: Any, title: str, target: Path | None, top: int, as_json: bool) -> None:
+def _print_effects(result: Any, title: str, target: Path | None, top: int, as_json: bool) -> None:
     """The cells with the largest effects, or all of them as JSON."""
-    options.save_or_draw(found, target)
-    mean = found["effect"].mean("example")
+    options.save_or_draw(result, target)
+    mean = result["effect"].mean("example")
     cells = [
         {**{str(axis): value.item() for axis, value in zip(mean.dims, at, strict=True)}, "effect": float(value)}
         for at, value in zip(
@@ -151,7 +151,7 @@ def _print_effects(found: Any, title: str, target: Path | None, top: int, as_jso
         )
     ]
     if as_json:
-        attrs = {name: value for name, value in found.attrs.items() if isinstance(value, str | int | float)}
+        attrs = {name: value for name, value in result.attrs.items() if isinstance(value, str | int | float)}
         print(
             json.dumps({**attrs, "cells": [c if c["effect"] == c["effect"] else {**c, "effect": None} for c in cells]})
         )
@@ -159,7 +159,7 @@ def _print_effects(found: Any, title: str, target: Path | None, top: int, as_jso
     known = [cell for cell in cells if cell["effect"] == cell["effect"]]
     best = sorted(known, key=lambda cell: -abs(cell["effect"]))[:top]
     rows = [(*(str(cell[str(axis)]) for axis in mean.dims), f"{cell['effect']:.3f}") for cell in best]
-    n = found.sizes["example"]
-    whole = "the whole answer is lost" if found.attrs.get("direction") == "noise" else "the whole answer comes back"
+    n = result.sizes["example"]
+    whole = "the whole answer is lost" if result.attrs.get("direction") == "noise" else "the whole answer comes back"
     note = f"{title} ({n} sample{'s' * (n > 1)}; effect 0: nothing changes, 1: {whole})"
     options.print_table(note, (*map(str, mean.dims), "effect"), rows)

@@ -49,22 +49,22 @@ def rank(
     first = rankings[names[0]]
     if not 1 <= top <= len(first):
         raise ExperimentError(f"--top {top}", f"1 to {len(first)}, the heads of {model}", "leave it out for ten")
-    said = [
+    warned = [
         f"{name}: {text}" for name, ranking in rankings.items() for _, text in unstable(stability(ranking) or EMPTY)
     ]
-    written = {**first.to_json(), "null": nulls[names[0]], "cautions": said}
+    written = {**first.to_json(), "null": nulls[names[0]], "cautions": warned}
     if len(rankings) > 1:
         agree = mech.agreement(rankings, k=top, n_resamples=500, seed=seed)
         matrices = {str(name): values.values.tolist() for name, values in agree.items()}
         written = {"rankings": {n: {**ranking.to_json(), "null": nulls[n]} for n, ranking in rankings.items()},
-                   "cautions": said,
+                   "cautions": warned,
                    "agreement": {"scores": names, "n_top": top, **matrices}}  # fmt: skip
     if out is not None:
         write_json(written, out)
     if as_json:
         print(json.dumps(written))
         return
-    options.print_cautions(said)
+    options.print_cautions(warned)
     for name, ranking in rankings.items():
         _print_ranking(
             ranking, nulls[name], f"{hooked.name} on {called}: {name} ({scores[name].attrs['unit']}), {len(some)}", top
@@ -75,7 +75,7 @@ def rank(
             ("spearman", "Rank correlation of all heads"),
             ("jaccard", f"Jaccard of the top {top}, {chance}"),
         ):
-            rows = [(one, *(_agreed(agree, name, one, other) for other in names)) for one in names]
+            rows = [(row_name, *(_agreed(agree, name, row_name, other) for other in names)) for row_name in names]
             options.print_table(f"{what} (95% interval over samples)", ("", *names), rows)
 
 
@@ -95,16 +95,18 @@ def _scored(model: Any, samples: Any, names: list[str], seed: int, progress: Any
     elsewhere = {f"{name} elsewhere": replace(score, calibrate="random") for name, score in plain.items()}
     options: dict[str, Any] = dict(seed=seed, progress=progress)
     try:
-        found = mech.head_scores(model, samples, asked | even | elsewhere, **options)
+        scores = mech.head_scores(model, samples, asked | even | elsewhere, **options)
     except ExperimentError:  # evidence that leaves no room for a region elsewhere
-        found = mech.head_scores(model, samples, asked | even, **options)
+        scores = mech.head_scores(model, samples, asked | even, **options)
     nulls: dict[str, Any] = {}
     for name in names:
         differences = {
-            word: found[name] - found[f"{name} {word}"] for word in ("even", "elsewhere") if f"{name} {word}" in found
+            word: scores[name] - scores[f"{name} {word}"]
+            for word in ("even", "elsewhere")
+            if f"{name} {word}" in scores
         }
         nulls[name] = {word: value.mean("example").values.tolist() for word, value in differences.items()}
-    return found[names].assign_attrs(found.attrs), nulls
+    return scores[names].assign_attrs(scores.attrs), nulls
 
 
 def _print_ranking(ranking: Any, null: dict[str, Any], title: str, top: int) -> None:
@@ -122,7 +124,7 @@ def _between(low: Any, high: Any, *, digits: int = 3) -> str:
     return f"{float(low):.{digits}f} to {float(high):.{digits}f}"
 
 
-def _agreed(agree: Any, name: str, one: str, other: str) -> str:
-    pair = agree.sel(ranking=one, other=other)
-    between = "" if one == other else f" ({_between(pair[f'{name}_low'], pair[f'{name}_high'], digits=2)})"
+def _agreed(agree: Any, name: str, name_a: str, other: str) -> str:
+    pair = agree.sel(ranking=name_a, other=other)
+    between = "" if name_a == other else f" ({_between(pair[f'{name}_low'], pair[f'{name}_high'], digits=2)})"
     return f"{float(pair[name]):.2f}{between}"

@@ -53,61 +53,61 @@ def transfer(
     find, test = ({task: half[i] for task, half in halves.items()} for i in (0, 1))
     hooked = options.open_model(model, revision)
     with options.progress(quiet or as_json) as say:
-        found = mech.transfer(
+        result = mech.transfer(
             hooked, find, test, k=options.share_or_number(fraction), to=to,
             n_random=n_random, seed=seed, progress=lambda i, n: say("ablation", i, n),
         )  # fmt: skip
-    options.save_or_draw(found, out)
-    base = found["accuracy"].isel(condition=0).mean("example")
-    cautions = _cautions(found)
+    options.save_or_draw(result, out)
+    base = result["accuracy"].isel(condition=0).mean("example")
+    cautions = _cautions(result)
     if as_json:
-        print(json.dumps({"cautions": cautions, **_said(found, base)}))
+        print(json.dumps({"cautions": cautions, **_said(result, base)}))
         return
     options.print_cautions(cautions)
-    rows = [(str(task), *_cells(found.sel(found_on=task), "lost")) for task in found["found_on"].values]
-    rows.append(("random", *_cells(found, "random_lost")))
+    rows = [(str(task), *_cells(result.sel(found_on=task), "lost")) for task in result["found_on"].values]
+    rows.append(("random", *_cells(result, "random_lost")))
     options.print_table(
         f"{hooked.name}: points of accuracy lost (95% over samples; of {n_random} random sets over samples and sets) "
-        f"without {found.attrs['n_heads']} heads",
+        f"without {result.attrs['n_heads']} heads",
         ("found on", *(f"on {task} ({float(base.sel(tested_on=task)):.1%})" for task in tasks)),
         rows,
     )
 
 
-def _cautions(found: Any) -> list[str]:
+def _cautions(result: Any) -> list[str]:
     """Too few samples for what a task's own heads cost on it, too few random sets."""
     from mech.experiments.findings.cautions import few_samples, few_sets
 
-    said = [text for _, text in few_sets(int((found["band"] == "random").sum()))]
-    for task in found["tested_on"].values:
-        n = int(found["accuracy"].sel(tested_on=task).isel(condition=0).notnull().sum())
-        if task in found["found_on"].values:
-            own = found.sel(found_on=task, tested_on=task)
+    warned = [text for _, text in few_sets(int((result["band"] == "random").sum()))]
+    for task in result["tested_on"].values:
+        n = int(result["accuracy"].sel(tested_on=task).isel(condition=0).notnull().sum())
+        if task in result["found_on"].values:
+            own = result.sel(found_on=task, tested_on=task)
             loss = {
                 end: float(own[name]) for end, name in (("mean", "lost"), ("low", "lost_low"), ("high", "lost_high"))
             }
-            said += [f"{task}: {text}" for _, text in few_samples(n, loss)]
-    return said
+            warned += [f"{task}: {text}" for _, text in few_samples(n, loss)]
+    return warned
 
 
-def _cells(found: Any, name: str) -> list[str]:
+def _cells(result: Any, name: str) -> list[str]:
     """What is lost on each domain, in points, with its interval."""
-    columns = zip(*(100 * found[name + end].values + 0.0 for end in ("", "_low", "_high")), strict=True)
+    columns = zip(*(100 * result[name + end].values + 0.0 for end in ("", "_low", "_high")), strict=True)
     return [f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in columns]
 
 
-def _said(found: Any, base: Any) -> dict[str, Any]:
+def _said(result: Any, base: Any) -> dict[str, Any]:
     """Every pair of domains, random heads and no ablation, as JSON."""
-    tasks = [str(task) for task in found["tested_on"].values]
+    tasks = [str(task) for task in result["tested_on"].values]
     cells = (
-        found[["lost", "lost_low", "lost_high", "p", "p_samples", "p_sets"]]
+        result[["lost", "lost_low", "lost_high", "p", "p_samples", "p_sets"]]
         .to_dataframe()
         .reset_index()
         .to_dict("records")
     )
-    chance = found[["random_lost", "random_lost_low", "random_lost_high"]].to_dataframe().reset_index()
+    chance = result[["random_lost", "random_lost_low", "random_lost_high"]].to_dataframe().reset_index()
     return {
-        **{name: found.attrs[name] for name in ("model", "method", "n_heads")},
+        **{name: result.attrs[name] for name in ("model", "method", "n_heads")},
         "accuracy": dict(zip(tasks, base.values.tolist(), strict=True)),
         "lost": cells,
         "random": chance.to_dict("records"),

@@ -104,10 +104,10 @@ class Scene:
 
     def box(self, item: Item) -> Box:
         """The pixels of an item alone: a frame, or a line."""
-        place = {"frame" if self.domain == "video" else "image": item.picture}
+        where = {"frame" if self.domain == "video" else "image": item.picture}
         if self.domain in ("documents", "pages"):
-            return Box(0, item.y, SIDE, item.y + CELL, **place)
-        return Box(item.x, item.y, item.x + CELL * len(item.digits) - 2, item.y + 14, **place)
+            return Box(0, item.y, SIDE, item.y + CELL, **where)
+        return Box(item.x, item.y, item.x + CELL * len(item.digits) - 2, item.y + 14, **where)
 
     def distractors(self, item: Item, answer: str, form: str) -> tuple[Distractor, ...]:
         """The other items that lie outside of this one's evidence and would be answered in another way."""
@@ -145,7 +145,7 @@ class Scene:
     def sample(self, index: int, question: str, id: str, answer: str = "digit", form: str = "pictures") -> Sample:
         """The question about one item, of the pictures or of the scene written out."""
         item, pictures, context = self.items[index], (), ""
-        said = answers.answer_to(answer, self.domain, item.key, item.number)
+        answered = answers.answer_to(answer, self.domain, item.key, item.number)
         evidence, where = self.evidence(item), functools.partial(self.shown, item)
         if form == "pictures":
             pictures = self.pictures()
@@ -154,7 +154,7 @@ class Scene:
             where = functools.partial(_passage, item, evidence)
         return Sample(
             question=question.format(key=item.key, number=item.number),
-            answer=said,
+            answer=answered,
             images=() if self.domain == "video" else pictures,
             video=pictures if self.domain == "video" else (),
             evidence=(evidence,),
@@ -162,7 +162,7 @@ class Scene:
             id=id,
             distractors=self.distractors(item, answer, form),
             spans=() if answer == "digit" else tuple(
-                Span(first, first + length, where(part)) for first, length, part in _parts(item, said)
+                Span(first, first + length, where(part)) for first, length, part in _parts(item, answered)
             ),
             context=context,
         )  # fmt: skip
@@ -171,9 +171,9 @@ class Scene:
         """The scene written out, a line for each item in the order of reading; and the line of one of them."""
         line = "{}: {}" if self.domain in ("documents", "pages") else "{} frame: {}"
         order = sorted(self.items, key=lambda item: (item.picture, item.y, item.x))
-        lines = [line.format(one.key, one.number) for one in order]
-        start = sum(len(one) + 1 for one in lines[: order.index(item)])
-        return "".join(f"{one}\n" for one in lines), Passage(start, start + len(lines[order.index(item)]))
+        lines = [line.format(entry.key, entry.number) for entry in order]
+        start = sum(len(entry) + 1 for entry in lines[: order.index(item)])
+        return "".join(f"{entry}\n" for entry in lines), Passage(start, start + len(lines[order.index(item)]))
 
 
 def _passage(item: Item, line: Passage, part: int | None) -> tuple[Region, ...]:

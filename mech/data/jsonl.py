@@ -123,7 +123,7 @@ def _report(path: Path, wrong: list[tuple[int, _Wrong]], good: int) -> InputErro
     if len(wrong) == 1:
         given = f"{path}, line {first_number}, {first.path}: {first.error.given}"
         return InputError(given, first.error.expected, first.error.do)
-    told = [f"  line {number}, {one.path}: {_told(one.error)}" for number, one in wrong[:SHOWN]]
+    told = [f"  line {number}, {line.path}: {_told(line.error)}" for number, line in wrong[:SHOWN]]
     more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
     head = f"{len(wrong)} of {len(wrong) + good} lines of {path} cannot be used:"
     return InputError("\n".join([head, *told, *more]), "", f"begin with line {first_number}: {first.error.do}")
@@ -204,7 +204,7 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
         if not isinstance(regions, list):
             raise InputError(repr(regions)[:60], "a list of regions", 'write [{"box": [x0, y0, x1, y1]}]')
         given["evidence"] = tuple(
-            _region(one, i, pictures, bool(shown["video"]), folder) for i, one in enumerate(regions)
+            _region(region, i, pictures, bool(shown["video"]), folder) for i, region in enumerate(regions)
         )
     with _at("distractors"):
         given["distractors"] = _distractors(record.get("distractors", []), pictures, bool(shown["video"]), folder)
@@ -226,23 +226,23 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
 def _distractors(given: Any, pictures: Sequence[Image.Image], video: bool, folder: _Folder) -> tuple[Distractor, ...]:
     if not isinstance(given, list):
         raise InputError(repr(given)[:60], "a list of regions with answers", '[{"box": [0, 0, 9, 9], "answer": "7"}]')
-    found = []
-    for i, one in enumerate(given):
+    distractors = []
+    for i, item in enumerate(given):
         with _at(f"[{i}]"):
-            if not isinstance(one, dict) or "answer" not in one:
-                raise InputError(repr(one)[:60], "a region with its answer", 'such as {"box": [...], "answer": "7"}')
+            if not isinstance(item, dict) or "answer" not in item:
+                raise InputError(repr(item)[:60], "a region with its answer", 'such as {"box": [...], "answer": "7"}')
             with _at("answer"):
-                answer = _text(one["answer"])
-        region = {name: value for name, value in one.items() if name != "answer"}
-        found.append(Distractor(_region(region, i, pictures, video, folder), answer))
-    return tuple(found)
+                answer = _text(item["answer"])
+        region = {name: value for name, value in item.items() if name != "answer"}
+        distractors.append(Distractor(_region(region, i, pictures, video, folder), answer))
+    return tuple(distractors)
 
 
 def _check_partner(sample: Sample, partner: Sample) -> None:
     """Patching goes position by position: the pictures must be of the same sizes."""
     if partner.answer == sample.answer:
         raise InputError(f"the same answer {sample.answer!r}", "another answer", "say what is right on its pictures")
-    ours, theirs = ([one.size for one in (s.images or s.video)] for s in (sample, partner))
+    ours, theirs = ([picture.size for picture in (s.images or s.video)] for s in (sample, partner))
     if ours != theirs:
         raise InputError(f"pictures of sizes {theirs}", f"those of the sample, {ours}", "keep sizes and their number")
 
@@ -278,13 +278,15 @@ def _pictures(record: Mapping[str, Any], name: str, folder: _Folder) -> tuple[Im
         paths = record.get(name) or []
         if not isinstance(paths, list):
             raise InputError(repr(paths)[:60], "a list of paths", f'write "{name}": ["a.png"]')
-        found = []
+        pictures = []
         for i, path in enumerate(paths):
             with _at(f"[{i}]"):
-                found.append(folder.picture(path))
-        if name == "video" and len({frame.size for frame in found}) > 1:
-            raise InputError(f"frames of sizes {sorted({f.size for f in found})}", "frames of one size", "resize them")
-    return tuple(found)
+                pictures.append(folder.picture(path))
+        if name == "video" and len({frame.size for frame in pictures}) > 1:
+            raise InputError(
+                f"frames of sizes {sorted({f.size for f in pictures})}", "frames of one size", "resize them"
+            )
+    return tuple(pictures)
 
 
 def _region(given: Any, i: int, pictures: Sequence[Image.Image], video: bool, folder: _Folder) -> Region:
@@ -294,8 +296,8 @@ def _region(given: Any, i: int, pictures: Sequence[Image.Image], video: bool, fo
             raise InputError(
                 repr(given)[:80], f"an object with one of {', '.join(REGIONS)}", 'such as {"box": [0, 0, 9, 9]}'
             )
-        kind, place = kinds[0], "frame" if video else "image"
-        allowed = (kind, place) if kind in ("box", "xywh", "mask") else (kind,)
+        kind, axis = kinds[0], "frame" if video else "image"
+        allowed = (kind, axis) if kind in ("box", "xywh", "mask") else (kind,)
         for name in given:
             if name not in allowed:
                 with _at(name):
@@ -310,13 +312,13 @@ def _region(given: Any, i: int, pictures: Sequence[Image.Image], video: bool, fo
                 if not isinstance(indices, list) or not indices or not all(_is_index(k, pictures) for k in indices):
                     raise InputError(repr(indices), f"a list of numbers from 0 to {len(pictures) - 1}", "count from 0")
                 return Frames(*indices) if kind == "frames" else Pages(*indices)
-        with _at(place):
-            index = given.get(place, 0)
-            if video and place not in given:
+        with _at(axis):
+            index = given.get(axis, 0)
+            if video and axis not in given:
                 raise InputError("missing", f"which frame, from 0 to {len(pictures) - 1}", 'add "frame": 0')
             if not _is_index(index, pictures):
                 raise InputError(repr(index), f"a number from 0 to {len(pictures) - 1}", "count from 0")
-        where: dict[str, Any] = {place: index}
+        where: dict[str, Any] = {axis: index}
         with _at(kind):
             return (_mask if kind == "mask" else _box)(given, kind, pictures[index].size, where, folder)
 

@@ -64,12 +64,14 @@ def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"id": id, "question": sample.question, "answer": sample.answer}
     for name in ("images", "video"):
         if shown := getattr(sample, name):
-            record[name] = [_saved(picture(one), folder, "images") for one in shown]
+            record[name] = [_saved(picture(image), folder, "images") for image in shown]
     if sample.video:
         record["fps"] = sample.fps
     record["evidence"] = [_written(region, folder) for region in sample.evidence]
     if sample.distractors:
-        record["distractors"] = [{**_written(one.region, folder), "answer": one.answer} for one in sample.distractors]
+        record["distractors"] = [
+            {**_written(other.region, folder), "answer": other.answer} for other in sample.distractors
+        ]
     record["domain"] = sample.domain
     if sample.counterfactual is not None:
         other = _record(sample.counterfactual, sample.counterfactual.id or f"{id}/counterfactual", folder)
@@ -81,12 +83,12 @@ def _written(region: Region, folder: Path) -> dict[str, Any]:
     if isinstance(region, Frames | Pages):
         return {"frames" if isinstance(region, Frames) else "pages": [int(index) for index in region.indices]}
     assert isinstance(region, Box | Mask)  # a passage has a context, which was refused
-    place = {"image": region.image} if region.frame is None else {"frame": region.frame}
+    where = {"image": region.image} if region.frame is None else {"frame": region.frame}
     if isinstance(region, Mask):
         white = Image.fromarray(region.pixels.astype(bool).astype(np.uint8) * 255)
-        return {"mask": _saved(white, folder, "masks"), **place}
+        return {"mask": _saved(white, folder, "masks"), **where}
     corners = (region.x0, region.y0, region.x1, region.y1)
-    return {"box": [int(c) if isinstance(c, int | np.integer) else float(c) for c in corners], **place}
+    return {"box": [int(c) if isinstance(c, int | np.integer) else float(c) for c in corners], **where}
 
 
 def _saved(image: Image.Image, folder: Path, kind: str) -> str:

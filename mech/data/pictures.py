@@ -162,4 +162,4 @@ def pictures(given: Any, name: str = "images") -> list[Image.Image]:
     """Several pictures; a single one in place of a list is refused, since an array of four could be either."""
     if isinstance(given, str | Path | np.ndarray | Image.Image) or not isinstance(given, Sequence):
         raise InputError(f"{name} of type {type(given).__name__}", "a list of pictures", f"pass {name}=[...]")
-    return [picture(one) for one in given]
+    return [picture(image) for image in given]

@@ -132,7 +132,7 @@ def where(name: str, given: Any) -> str | Region | tuple[Region, ...] | Indices:
     """
     if isinstance(given, str | Region):
         return given
-    if isinstance(given, Sequence) and given and all(isinstance(one, Region) for one in given):
+    if isinstance(given, Sequence) and given and all(isinstance(part, Region) for part in given):
         return tuple(given)
     return indices(name, [given] if is_whole(given) else given, RegionError)
 

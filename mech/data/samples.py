@@ -81,7 +81,7 @@ class Sample(Shown):
         """The stretches of the context that are evidence, of the answer or of a part of it, or distractors."""
         parts = [
             *(region for span in self.spans for region in span.evidence),
-            *(one.region for one in self.distractors),
+            *(distractor.region for distractor in self.distractors),
         ]
         regions = (*self.evidence, *parts)
         return tuple(dict.fromkeys(region for region in regions if isinstance(region, Passage)))
@@ -89,7 +89,7 @@ class Sample(Shown):
     def digest(self) -> str:
         """A SHA-256 over the question, the answer, the evidence (and its spans), every pixel and the counterfactual."""
         words = [self.question, self.answer, self.domain, repr(self.evidence), self.fps, bool(self.video)]
-        words += [one for one in (repr(self.spans) if self.spans else "", self.context) if one]
+        words += [word for word in (repr(self.spans) if self.spans else "", self.context) if word]
         sha = hashlib.sha256(json.dumps(words).encode())
         for picture in (*self.images, *self.video):
             sha.update(f"{picture.mode}{picture.size}".encode())
@@ -173,20 +173,20 @@ def pictures_of(sample: Sample, frames_per_token: int = 1) -> tuple[Image.Image,
 
 def outlines(sample: Sample, frames_per_token: int = 1) -> list[list[float]]:
     """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` over ``pictures_of``; of a mask, the box around it."""
-    found: list[list[Any]] = []
+    boxes: list[list[Any]] = []
 
     def shown(region: Box | Mask) -> int:
         return region.image if region.frame is None else region.frame // frames_per_token
 
     for region in sample.evidence:
         if isinstance(region, Box):
-            found.append([shown(region), region.x0, region.y0, region.x1, region.y1])
+            boxes.append([shown(region), region.x0, region.y0, region.x1, region.y1])
         elif isinstance(region, Pages):
-            found += [[page, 0, 0, *sample.images[page].size] for page in region.indices]
+            boxes += [[page, 0, 0, *sample.images[page].size] for page in region.indices]
         elif isinstance(region, Frames):
             patches = dict.fromkeys(frame // frames_per_token for frame in region.indices)
-            found += [[patch, 0, 0, *sample.video[0].size] for patch in patches]
+            boxes += [[patch, 0, 0, *sample.video[0].size] for patch in patches]
         elif isinstance(region, Mask):
             rows, cols = np.nonzero(region.pixels)
-            found.append([shown(region), *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
-    return found
+            boxes.append([shown(region), *map(float, (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1))])
+    return boxes

@@ -68,9 +68,9 @@ def both_units(test: Mapping[str, Any]) -> str:
 
 def points(drop: Mapping[str, float] | Interval) -> str:
     """A drop in accuracy in percentage points: ``62 points [55, 70]``."""
-    found = drop.as_dict() if isinstance(drop, Interval) else drop
-    low, high = sorted((found["low"], found["high"]))
-    mean, low, high = (round(100 * value) for value in (found["mean"], low, high))  # whole numbers have no -0
+    interval = drop.as_dict() if isinstance(drop, Interval) else drop
+    low, high = sorted((interval["low"], interval["high"]))
+    mean, low, high = (round(100 * value) for value in (interval["mean"], low, high))  # whole numbers have no -0
     return f"{mean} points [{low}, {high}]"
 
 

@@ -73,7 +73,7 @@ def differentiate(
 
     Cost: one forward and one backward.
     """
-    found, leaves = Slopes(), {}
+    gradients, leaves = Slopes(), {}
 
     def leaf(key: Any, value: Tensor) -> Tensor:
         # A leaf of zeros is added: it gets the gradient, and in-place writes downstream cannot reach it.
@@ -81,18 +81,18 @@ def differentiate(
         return value + leaves[key]
 
     def track(value: Tensor, hook: HookPoint) -> Tensor:
-        found.values[hook.name] = value.detach().clone()
+        gradients.values[hook.name] = value.detach().clone()
         return leaf(hook.name, value)
 
     def attend(call: AttentionCall) -> Tensor | None:
         if call.layer not in layers:
             return None
-        found.calls[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
+        gradients.calls[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
         return leaf(call.layer, call.z)
 
     def behind(label: str) -> Callable:
         def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            found.values[label] = args[0].detach().clone()
+            gradients.values[label] = args[0].detach().clone()
             return leaf(label, output)
 
         return after
@@ -112,9 +112,9 @@ def differentiate(
         slopes = torch.autograd.grad(scores.sum(), [leaves[key] for key in order], allow_unused=True)
     # A place the metric does not depend on (behind the read rows of the last layer) has gradient zero.
     for key, slope in zip(order, slopes, strict=True):
-        found.slopes[key] = torch.zeros_like(leaves[key]) if slope is None else slope
-    found.scores = scores.detach()
-    return found
+        gradients.slopes[key] = torch.zeros_like(leaves[key]) if slope is None else slope
+    gradients.scores = scores.detach()
+    return gradients
 
 
 @contextmanager
@@ -150,8 +150,8 @@ def _without_gradient(metric: str) -> ExperimentError:
 
 def between(name: str, ours: Tensor, theirs: Tensor, share: float) -> Edit:
     """A hook that puts an activation ``share`` of the way from one run's to the other's."""
-    place = torch.lerp(ours, theirs, share)
-    return name, lambda value, hook: place.to(value)
+    mixed = torch.lerp(ours, theirs, share)
+    return name, lambda value, hook: mixed.to(value)
 
 
 def midpoints(steps: int) -> list[float]:

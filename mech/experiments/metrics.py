@@ -77,15 +77,15 @@ def quiz(
         if not sample.answer.strip():
             raise ExperimentError(f"sample {sample.id!r} has no answer", "a text to compare with", "set Sample.answer")
         row = model.inputs_of(sample, answer=True).to("cpu")
-        said = _answer_ids(row)
+        answer_ids = _answer_ids(row)
         fork, other = 0, -1
         if sample.counterfactual is not None:
             theirs = model.processor.answer_ids(sample.counterfactual.answer)
-            differing = [i for i, (a, b) in enumerate(zip(said, theirs, strict=False)) if a != b]
+            differing = [i for i, (a, b) in enumerate(zip(answer_ids, theirs, strict=False)) if a != b]
             if differing:
                 fork, other = differing[0], theirs[differing[0]]
         rows.append(row)
-        answers.append(said)
+        answers.append(answer_ids)
         forks.append(fork)
         wrong.append(other)
     joined = [model.collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
@@ -120,9 +120,9 @@ def answer_logits(
         answers = questions.answers[row : row + len(batch)]
         keep = max(map(len, answers)) + 1
         logits = forward(batch, logits_to_keep=keep, mm_encoder_outputs=dict(pictures)).float().cpu()
-        for said, answer in zip(logits, answers, strict=True):
+        for logit_row, answer in zip(logits, answers, strict=True):
             # Rows end with the answer; the token at place j is predicted one row earlier.
-            yield said[keep - len(answer) - 1 : keep - 1]
+            yield logit_row[keep - len(answer) - 1 : keep - 1]
         row += len(batch)
 
 
@@ -174,7 +174,7 @@ class Metric(ABC):
             raise ExperimentError("KL of one run's logits", "those of the clean run too", "give clean=clean_logits")
         before = logits if clean is None else clean
         read = [self.reading(model, _LAST, example) for example in range(len(logits))]  # type: ignore[arg-type]
-        scores = [one.score(logits[i : i + 1, -1:], before[i, -1:]) for i, one in enumerate(read)]
+        scores = [reading.score(logits[i : i + 1, -1:], before[i, -1:]) for i, reading in enumerate(read)]
         return torch.cat(scores)
 
     @abstractmethod
@@ -274,9 +274,9 @@ def _ids(model: HookedMLLM | None, answer: Answer, example: int) -> tuple[int, .
             raise ExperimentError(
                 f"{len(answer)} answers for example {example + 1}", "one answer for each", "give as many as examples"
             )
-        for one in answer:  # all of them with the first, so that none is refused behind a forward
-            if not isinstance(one, str):
-                _token(model, one)
+        for text in answer:  # all of them with the first, so that none is refused behind a forward
+            if not isinstance(text, str):
+                _token(model, text)
         answer = answer[example]
     if not isinstance(answer, str):
         return (_token(model, answer),)

@@ -186,8 +186,8 @@ def proportion_interval(correct: Float[np.ndarray, "example"], level: float = 0.
         raise ExperimentError(
             "values that are not 0 or 1 per example", "one 0 or 1 per example", "use bootstrap_interval"
         )
-    found = stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(level, method="wilson")
-    return Interval(float(correct.mean()), float(found.low), float(found.high), level)
+    bounds = stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(level, method="wilson")
+    return Interval(float(correct.mean()), float(bounds.low), float(bounds.high), level)
 
 
 def permutation_test(
@@ -235,16 +235,16 @@ def permutation_test(
         raise ExperimentError("random holds nan", "a number for every draw and example", "drop those examples")
     difference = top - random.mean(axis=0)
     statistic = float(difference.mean())
-    found = {}
+    tests = {}
     if over in ("examples", "both"):
-        found["examples"] = _sign_flips(difference, max(_slack(top), _slack(random)), n_permutations, seed)
+        tests["examples"] = _sign_flips(difference, max(_slack(top), _slack(random)), n_permutations, seed)
     if over in ("sets", "both"):
         costs = random.mean(axis=1)
         hits = int((costs >= top.mean() - _slack(random)).sum())
-        found["sets"] = ((1 + hits) / (1 + len(costs)), 1 / (1 + len(costs)))
-    if not found:
+        tests["sets"] = ((1 + hits) / (1 + len(costs)), 1 / (1 + len(costs)))
+    if not tests:
         raise ExperimentError(f"over={over!r}", "'examples', 'sets' or 'both'")
-    p_value, smallest = (max(values) for values in zip(*found.values(), strict=True))
+    p_value, smallest = (max(values) for values in zip(*tests.values(), strict=True))
     return Test(statistic, p_value, smallest, over)
 
 
@@ -357,8 +357,8 @@ def spearman(a: Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"]) -> 
 
 def kendall(a: Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"]) -> float:
     """Kendall's tau-b of two maps: pairs in the same order minus those in the other; nan if one is constant."""
-    found: Any = stats.kendalltau(a, b)
-    return float(found.statistic)
+    result: Any = stats.kendalltau(a, b)
+    return float(result.statistic)
 
 
 def _examples(values: Any) -> np.ndarray:

@@ -98,7 +98,7 @@ class Inputs(Shown):
                 continue
             if len(mine) != len(theirs):  # the tokens part before the kinds do
                 pairs = enumerate(zip(mine.tokens, theirs.tokens, strict=False))
-                at = min(at, next((i for i, (one, other) in pairs if one != other), at))
+                at = min(at, next((i for i, (first, other) in pairs if first != other), at))
             raise InputError(
                 f"inputs that differ in layout, in row {row} first at position {at}: {mine.describe(at)} against "
                 f"{theirs.describe(at)} ({len(mine)} and {len(theirs)} positions)",
@@ -173,7 +173,7 @@ def _pad_left(part: Tensor, length: int, value: int) -> Tensor:
 
 
 def _check_memories(rows: Sequence[Inputs]) -> None:
-    counts = [one.shape[2] if (one := row.tensors.get("cross_attention_mask")) is not None else 0 for row in rows]
+    counts = [mask.shape[2] if (mask := row.tensors.get("cross_attention_mask")) is not None else 0 for row in rows]
     if len(set(counts)) > 1:
         raise InputError(
             f"rows with {', '.join(map(str, counts))} pictures for a model with cross-attention",

@@ -113,10 +113,10 @@ class Canvas:
         rows, columns = self.grid(side)
         return _tokens(rows, columns, self.rectangles(side, size))
 
-    def resampled(self, side: int, size: Size, rows: int, columns: int, kept: tuple[slice, slice]) -> Tokens:
+    def resampled(self, side: int, size: Size, rows: int, columns: int, cropped: tuple[slice, slice]) -> Tokens:
         """Tokens made by interpolating the ``kept`` (rows, columns) of the canvas' grid to another number of them."""
         lines = []
-        for starts, part, count in zip(self._starts(side), kept[::-1], (columns, rows), strict=True):
+        for starts, part, count in zip(self._starts(side), cropped[::-1], (columns, rows), strict=True):
             edges = np.append(starts, starts[-1] + side)
             lines.append(np.interp(np.linspace(part.start, part.stop, count + 1), np.arange(len(edges)), edges))
         x, y = lines

@@ -135,23 +135,23 @@ class TokenLayout(Shown):
         if isinstance(asked, Indices):
             return self._seen(self._checked(asked), view, where)
         regions = [asked] if isinstance(asked, Region) else asked
-        found = np.any([covered(self, region, image, coverage) for region in regions], axis=0)
-        return self._seen(np.flatnonzero(found), view, where)
+        inside = np.any([covered(self, region, image, coverage) for region in regions], axis=0)
+        return self._seen(np.flatnonzero(inside), view, where)
 
-    def _seen(self, found: Int[np.ndarray, " pos"], view: str | None, where: Where) -> Int[np.ndarray, " pos"]:
+    def _seen(self, positions: Int[np.ndarray, " pos"], view: str | None, where: Where) -> Int[np.ndarray, " pos"]:
         """Those of some positions that belong to a view."""
         if view is None:
-            return found
+            return positions
         if view not in ("whole", "tiles"):
             raise RegionError(f"view={view!r}", "'whole' or 'tiles'", suggestion(view, ("whole", "tiles")))
-        kept = found[self.view[found] > 0] if view == "tiles" else found[self.view[found] == 0]
-        if not len(kept):
+        seen = positions[self.view[positions] > 0] if view == "tiles" else positions[self.view[positions] == 0]
+        if not len(seen):
             raise RegionError(
                 f"{where!r} has no tokens in the view {view!r}",
                 "a picture that has this view",
                 "leave out view=: a family may show small pictures without tiles, or long ones without the whole",
             )
-        return kept
+        return seen
 
     def _named(self, name: str, image: int | None) -> Int[np.ndarray, " pos"]:
         named = {
@@ -252,16 +252,16 @@ class TokenLayout(Shown):
         x0, y0, x1, y1 = self.rect[here].T
         at = [np.clip(middle * count / size, 0, count - 1).astype(int)
               for middle, count, size in (((y0 + y1) / 2, rows, height), ((x0 + x1) / 2, cols, width))]  # fmt: skip
-        found = {
+        by_cell = {
             f"{row},{col}": here[(at[0] == row) & (at[1] == col)].tolist() for row in range(rows) for col in range(cols)
         }
-        if empty := [name for name, positions in found.items() if not positions]:
+        if empty := [name for name, positions in by_cell.items() if not positions]:
             raise RegionError(
                 f"{rows} x {cols} cells, of which {len(empty)} hold no visual token, the first is {empty[0]}",
                 f"at most {' x '.join(map(str, self.grid(image, frame)))} cells",
                 "ask for fewer cells",
             )
-        return found
+        return by_cell
 
     @checking(RegionError)
     def words(self, span: str = "question") -> dict[str, list[int]]:
@@ -277,13 +277,13 @@ class TokenLayout(Shown):
             text += token
         if not text.strip() and len(groups) > 1:
             groups[-2:] = [groups[-2] + groups[-1]]
-        found: dict[str, list[int]] = {}
+        by_word: dict[str, list[int]] = {}
         seen: dict[str, int] = {}
         for group in groups:
             word = "".join(self.tokens[position] for position in group).strip()
             seen[word] = seen.get(word, 0) + 1
-            found[word if seen[word] == 1 else f"{word} {seen[word]}"] = group
-        return found
+            by_word[word if seen[word] == 1 else f"{word} {seen[word]}"] = group
+        return by_word
 
     @checking(RegionError)
     def shifted(self, left: int, length: int) -> "TokenLayout":

@@ -127,9 +127,9 @@ class Processor:
         """
         geometry, size = self.geometry, len(self.tokenizer)
         probed = self.tokenizer.convert_ids_to_tokens(sorted({*range(0, size, max(1, size // 512)), size - 1}))
-        said = (geometry.side, geometry.frames_per_token, geometry.class_tokens, geometry.tile, size, probed)
+        measured = (geometry.side, geometry.frames_per_token, geometry.class_tokens, geometry.tile, size, probed)
         ids = self.tokenizer.convert_tokens_to_ids([token for token in self.visual_tokens if token])
-        return f"{geometry.name}-{hashlib.sha256(repr((said, self.visual_tokens, ids)).encode()).hexdigest()[:8]}"
+        return f"{geometry.name}-{hashlib.sha256(repr((measured, self.visual_tokens, ids)).encode()).hexdigest()[:8]}"
 
     def visual_token(self, video: bool) -> str:
         """What a visual token of an image, or of a video, is written as."""
@@ -178,8 +178,8 @@ class Processor:
 
     def settings(self) -> dict[str, Any]:
         """What a result should say about how its inputs were made."""
-        kept = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "resample", "image_mean", "image_std")
-        settings = {name: getattr(self.image_processor, name, None) for name in kept}
+        names = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "resample", "image_mean", "image_std")
+        settings = {name: getattr(self.image_processor, name, None) for name in names}
         for name in ("size", "crop_size"):
             settings[name] = {edge: value for edge, value in dict(settings[name] or {}).items() if value}
         return {
@@ -286,9 +286,9 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
     except UnsupportedModel:
         raise
     except Exception as error:  # of transformers, tokenizers and PIL, which have no common one for a malformed file
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedModel(
-            f"the processor of {where!r} cannot be loaded: {said}",
+            f"the processor of {where!r} cannot be loaded: {reason}",
             "config.json, tokenizer.json and preprocessor_config.json",
             "check the name and the network; for an interrupted download run it again",
         ) from error

@@ -61,9 +61,9 @@ def build(
     for name, given in (("question", question), ("answer", answer), ("context", context)):
         if not isinstance(given, str):
             raise InputError(f"the {name} {given!r} of type {type(given).__name__}", "text", "pass str(...) of it")
-        if found := [token for token in processor.special_tokens if token in given]:
+        if special := [token for token in processor.special_tokens if token in given]:
             raise InputError(
-                f"the {name} holds the special token {found[0]!r}",
+                f"the {name} holds the special token {special[0]!r}",
                 "plain text; placeholders are put in by the chat template",
                 "take it out and pass images=[...]",
             )
@@ -151,7 +151,7 @@ def encode(
         **_fields(source, slots, runs),
         tokens=tuple(shown_as[index] for index in source),
         spans={name: _span(offsets, source, slots, *characters) for name, characters in spans.items()},
-        images=tuple(one.size for one in frames or shown),
+        images=tuple(picture.size for picture in frames or shown),
         frames_per_token=processor.geometry.frames_per_token if frames else 1,
     )
     sequence = torch.from_numpy(ids[source])[None]
@@ -160,7 +160,7 @@ def encode(
         name, types = family.types
         tensors[name] = torch.from_numpy(types(layout).astype(np.int64))[None]
     if family.memory and shown:
-        made = [processor.geometry.show(one.size, processor.image_processor) for one in shown]
+        made = [processor.geometry.show(picture.size, processor.image_processor) for picture in shown]
         tensors, layout = family.memory(tensors, layout, made, processor.geometry)
     return Inputs(tensors, (layout,), processor.mark)
 
@@ -178,10 +178,10 @@ def _check_counts(processor: Processor, text: str, images: int, frames: int) -> 
         (processor.image_token, images, "image"),
         (processor.video_token, min(frames, 1), "video"),
     ):
-        found = text.count(token) if token else 0
-        if found != count:
+        written = text.count(token) if token else 0
+        if written != count:
             raise InputError(
-                f"{found} placeholders {token!r} in the text for {count} {name}{'s' * (count != 1)}",
+                f"{written} placeholders {token!r} in the text for {count} {name}{'s' * (count != 1)}",
                 "one placeholder for each",
                 "pass as many pictures as there are placeholders; build() puts them in by itself",
             )
@@ -231,12 +231,12 @@ def _written_out(
     parts = text.split(placeholder)
     replaced = ["".join(piece if isinstance(piece, str) else visual for piece in pieces) for pieces in written]
     starts = np.cumsum([len(part) for part in parts[:-1]]) + len(placeholder) * np.arange(len(written))
-    growth = np.cumsum([0, *(len(one) - len(placeholder) for one in replaced)])
+    growth = np.cumsum([0, *(len(tokens) - len(placeholder) for tokens in replaced)])
 
     def moved(character: int) -> int:
         return int(character + growth[np.searchsorted(starts, character)])
 
-    whole = parts[0] + "".join(one + part for one, part in zip(replaced, parts[1:], strict=True))
+    whole = parts[0] + "".join(tokens + part for tokens, part in zip(replaced, parts[1:], strict=True))
     runs = [piece for pieces in written for piece in pieces if isinstance(piece, Run)]
     return whole, {name: (moved(first), moved(behind)) for name, (first, behind) in spans.items()}, runs
 

@@ -43,27 +43,27 @@ class Layout(Protocol):
 def covered(layout: Layout, region: Region, image: int | None, coverage: float) -> Bool[np.ndarray, " pos"]:
     """Which positions a region covers; ``image`` overrides the image that a box or a mask names."""
     if isinstance(region, Frames):
-        found = whole_frames(layout, region.indices, region)
+        inside = whole_frames(layout, region.indices, region)
     elif isinstance(region, Pages):
-        found = whole_images(layout, region.indices, region)
+        inside = whole_images(layout, region.indices, region)
     elif isinstance(region, Passage):
-        found = _passage(layout, region)
+        inside = _passage(layout, region)
     else:
         here, size = _place(layout, region, image)
         _inside(size, region)
         rects = layout.rect[here]
         area = (rects[:, 2] - rects[:, 0]) * (rects[:, 3] - rects[:, 1])
         overlap = _box_overlap(rects, region) if isinstance(region, Box) else _mask_overlap(rects, region.pixels)
-        found = here.copy()
+        inside = here.copy()
         # A token without a rectangle has area nan, and nan is larger than nothing.
-        found[here] = overlap / area > coverage + _ROUNDING
-    if not found.any():
+        inside[here] = overlap / area > coverage + _ROUNDING
+    if not inside.any():
         raise RegionError(
             f"{region!r} covers no visual token" + (f" by more than {coverage}" if coverage else ""),
             "a region on a part of the picture that the processor keeps",
             "see layout.overlay(picture, 'image') for what is kept, or lower coverage",
         )
-    return found
+    return inside
 
 
 def _passage(layout: Layout, region: Passage) -> Bool[np.ndarray, " pos"]:
@@ -74,9 +74,9 @@ def _passage(layout: Layout, region: Passage) -> Bool[np.ndarray, " pos"]:
             "inputs made with passages=[...], as model.inputs_of(sample) makes them of a sample's evidence",
             "build the inputs from a sample that names it",
         )
-    found = np.zeros(len(layout.image), dtype=bool)
-    found[list(layout.spans[region.span])] = True
-    return found
+    inside = np.zeros(len(layout.image), dtype=bool)
+    inside[list(layout.spans[region.span])] = True
+    return inside
 
 
 def _place(layout: Layout, region: Box | Mask, image: int | None) -> tuple[Bool[np.ndarray, " pos"], tuple[int, int]]:

@@ -37,11 +37,13 @@ def image_visuals(processor: Processor, images: list[Image.Image]) -> tuple[dict
     if not images:
         return {}, []
     geometry = processor.geometry
-    shown = [geometry.show(one.size, processor.image_processor, len(images) == 1) for one in images]
+    shown = [geometry.show(image.size, processor.image_processor, len(images) == 1) for image in images]
     given: Any = [images] if geometry.family.nested else images
     made = processor.image_processor(images=given, return_tensors="pt", **geometry.options)
     if geometry.family.sizes is not None:
-        geometry.agree([(one.tiles, one.tile) for one in shown], geometry.family.sizes(made, processor.image_processor))
+        geometry.agree(
+            [(image.tiles, image.tile) for image in shown], geometry.family.sizes(made, processor.image_processor)
+        )
     else:
         geometry.agree(_expected(shown, made), _made(made))
     if missing := [name for name in geometry.family.tensors if name not in made]:
@@ -52,14 +54,14 @@ def image_visuals(processor: Processor, images: list[Image.Image]) -> tuple[dict
         )
     tensors = {name: made[name] for name in geometry.family.tensors}
     return tensors, [
-        _runs(one.pieces, IMAGE, k) if one.memory is None else _runs(one.pieces, TEXT, -1)
-        for k, one in enumerate(shown)
+        _runs(image.pieces, IMAGE, k) if image.memory is None else _runs(image.pieces, TEXT, -1)
+        for k, image in enumerate(shown)
     ]
 
 
 def _expected(shown: list[Shown], made: Any) -> list[tuple[int, Size]]:
     """How many tiles of which size, in all; of the picture with the most where others are padded to it."""
-    counts = [one.tiles for one in shown]
+    counts = [image.tiles for image in shown]
     if made["pixel_values"].ndim == 5 and len(made["pixel_values"]) == len(shown):
         counts = [max(counts)]
     return [(sum(counts), shown[0].tile)]

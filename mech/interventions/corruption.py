@@ -92,11 +92,11 @@ def without_pictures(model: HookedMLLM, inputs: Inputs, reference: Sequence[Inpu
     References: mean-embedding ablation of visual tokens, arXiv 2410.07149 (over a data set; here as you give it).
     """
     blind, seen = model.encode_pictures(inputs)
-    known = [model.encode_pictures(one)[1] for one in reference] or [seen]
+    known = [model.encode_pictures(other)[1] for other in reference] or [seen]
     for kind in seen or ("image",):
-        if not all(kind in one for one in (seen, *known)):
+        if not all(kind in outputs for outputs in (seen, *known)):
             raise ExperimentError(f"inputs without {kind}s", "pictures in inputs and reference", "leave the others out")
-    means = {kind: _averaged(output, [one[kind] for one in known]) for kind, output in seen.items()}
+    means = {kind: _averaged(output, [outputs[kind] for outputs in known]) for kind, output in seen.items()}
     return replace(blind, tensors={**blind.tensors, "mm_encoder_outputs": means})
 
 
@@ -105,16 +105,16 @@ def _averaged(output: Any, known: Sequence[Any]) -> Any:
     if isinstance(output, Tensor):
         return _filled(output, known)
     handed = "last_hidden_state" if output.get("pooler_output") is None else "pooler_output"
-    changed = {handed: _filled(output[handed], [one[handed] for one in known])}
+    changed = {handed: _filled(output[handed], [each[handed] for each in known])}
     if (layers := output.get("deepstack_features")) is not None:
-        others = zip(*(one["deepstack_features"] for one in known), strict=True)
+        others = zip(*(each["deepstack_features"] for each in known), strict=True)
         changed["deepstack_features"] = [_filled(*pair) for pair in zip(layers, others, strict=True)]
     return replace(output, **changed)
 
 
 def _filled(tokens: Any, known: Sequence[Any]) -> Any:
     """A tensor of tokens, or one for each picture, with the mean over ``known`` in every place."""
-    flat = [part for one in known for part in ([one] if isinstance(one, Tensor) else one)]
+    flat = [part for output in known for part in ([output] if isinstance(output, Tensor) else output)]
     mean = torch.cat([part.flatten(0, -2) for part in flat]).mean(0)
     return mean.expand_as(tokens) if isinstance(tokens, Tensor) else [mean.expand_as(part) for part in tokens]
 

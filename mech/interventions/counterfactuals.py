@@ -34,27 +34,27 @@ def with_counterfactuals(model: HookedMLLM, samples: SomeSamples, by: one_of(WAY
     """
     # Everything is blanked before the model is asked: a sample without evidence is refused at once.
     blank = [None if sample.counterfactual else without_evidence(sample, by) for sample in samples]
-    found = []
+    paired = []
     for sample, other in zip(samples, blank, strict=True):
         if other is None:
-            found.append(sample)
-        elif said := _another_answer(model, other):
-            found.append(replace(sample, counterfactual=replace(other, answer=said)))
-    if len(found) < min(2, len(blank)):
+            paired.append(sample)
+        elif another := _another_answer(model, other):
+            paired.append(replace(sample, counterfactual=replace(other, answer=another)))
+    if len(paired) < min(2, len(blank)):
         raise ExperimentError(
-            f"{model.name} says something else on {len(found)} of {len(blank)} samples when their evidence is blanked",
+            f"{model.name} says something else on {len(paired)} of {len(blank)} samples when their evidence is blanked",
             "at least two",
             "use samples that it can answer only from the evidence, or give counterfactuals",
         )
-    return Samples(found)
+    return Samples(paired)
 
 
 def _another_answer(model: HookedMLLM, blank: Sample) -> str:
     """What the model says, if it parts from the answer at some token; else nothing."""
     right = model.processor.answer_ids(blank.answer)
-    said = model.generate_text(model.inputs_of(blank), max_new_tokens=max(4, len(right)), do_sample=False)[0]
+    text = model.generate_text(model.inputs_of(blank), max_new_tokens=max(4, len(right)), do_sample=False)[0]
     try:
-        wrong = model.processor.answer_ids(said) if said else ()
+        wrong = model.processor.answer_ids(text) if text else ()
     except InputError:  # it melts into the prompt, as a stray line break does
         return ""
-    return said if any(a != b for a, b in zip(right, wrong, strict=False)) else ""
+    return text if any(a != b for a, b in zip(right, wrong, strict=False)) else ""

@@ -62,11 +62,11 @@ def knocked_out(
     rows = query.any(0).nonzero().flatten()
     for part in rows.split(ROWS):
         seen = call.rows(part)
-        kept = seen * ~key[:, None, None, :]
-        cut = cut or bool(((seen - kept).sum(-1) > 0)[:, 0][query[:, part]].any())
-        kept = kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+        allowed = seen * ~key[:, None, None, :]
+        cut = cut or bool(((seen - allowed).sum(-1) > 0)[:, 0][query[:, part]].any())
+        allowed = allowed / allowed.sum(-1, keepdim=True).clamp(min=torch.finfo(allowed.dtype).tiny)
         chosen = query[:, part, None, None] & heads[None, None, :, None]
-        z[:, part] = torch.where(chosen, _mixed(kept, call, z), z[:, part])
+        z[:, part] = torch.where(chosen, _mixed(allowed, call, z), z[:, part])
     return z, cut
 
 

@@ -155,8 +155,8 @@ class Intervened:
             return spec.source
         inputs.check_same_layout(spec.source)
         if id(spec.source) not in (held := self._sources.setdefault(-1, {})):
-            names = [name for one in self.specs if isinstance(one, Patch) and one.source is spec.source
-                     for name in names_of(one)]  # fmt: skip
+            names = [name for other in self.specs if isinstance(other, Patch) and other.source is spec.source
+                     for name in names_of(other)]  # fmt: skip
             with torch.no_grad():  # no plan is set yet: the source is a run without interventions
                 held[id(spec.source)] = self.model.run_with_cache(spec.source, names_filter=names)[1]
         return held[id(spec.source)]

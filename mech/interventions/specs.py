@@ -367,5 +367,5 @@ def check_layers(model: Any, layers: Layers, point: str) -> None:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool) or value is None else repr(value)

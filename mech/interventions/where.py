@@ -40,7 +40,7 @@ class Plan:
     def prepare(self, where: Where, phase: str = "both") -> None:
         """Work a choice of positions out, so that a wrong one is refused before the run."""
         wanted = zip(self._by_row(where), self.layouts, strict=True)
-        self._chosen[repr(where), phase] = torch.stack([_chosen(one, phase, layout) for one, layout in wanted])
+        self._chosen[repr(where), phase] = torch.stack([_chosen(part, phase, layout) for part, layout in wanted])
 
     def _by_row(self, where: Where) -> Sequence[Where]:
         rows = where.rows if isinstance(where, PerRow) else (where,) * len(self.layouts)
@@ -67,7 +67,7 @@ class Plan:
         count = call.k.shape[2]
         if call.cross:
             wanted = zip(self._by_row(where), self.layouts, strict=True)
-            return torch.stack([_remembered(one, layout.visual) for one, layout in wanted])
+            return torch.stack([_remembered(part, layout.visual) for part, layout in wanted])
         # A windowed layer's cache has dropped its first keys, and a static one has room for more than was read.
         start = max(0, call.query_start + call.q.shape[2] - count)
         return self.rows(where, "both", start, start + count)
@@ -127,7 +127,7 @@ def _remembered(where: Where, memory: TokenLayout) -> Bool[Tensor, " key_pos"]:
 
 def _is_region(where: Where) -> bool:
     listed = where if isinstance(where, list | tuple) else [where]
-    return bool(listed) and all(isinstance(one, Region) for one in listed)
+    return bool(listed) and all(isinstance(part, Region) for part in listed)
 
 
 def for_beams(rows: Tensor, batch: int) -> Tensor:

@@ -92,17 +92,17 @@ class ActivationCache(transformer_lens.ActivationCache):
             raise OutputError(f"there is no file {path}", "a file of ActivationCache.save", "check the path")
         try:
             with safe_open(path, "pt") as opened:
-                said = opened.metadata() or {}
-                if said.get("kind") != _KIND:
+                header = opened.metadata() or {}
+                if header.get("kind") != _KIND:
                     raise OutputError(
                         f"{path} holds no activation cache", "a file of ActivationCache.save", "check the path"
                     )
-                about = parse_json(said["about"])
+                about = parse_json(header["about"])
                 tensors = {str(name): opened.get_tensor(name) for name in about["names"]}  # as they fired
             sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["cfg"].items()}
             cfg = ModelConfig(**sizes)
-            kept = _Elsewhere(str(about["model"]), cfg)
-            made = cls(tensors, model or kept, has_batch_dim=bool(about["has_batch_dim"]))
+            origin = _Elsewhere(str(about["model"]), cfg)
+            made = cls(tensors, model or origin, has_batch_dim=bool(about["has_batch_dim"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, MechError):
                 raise
@@ -111,8 +111,8 @@ class ActivationCache(transformer_lens.ActivationCache):
             ) from error
         if model is not None and model.cfg != cfg:
             raise InputError(
-                f"a cache of {kept.name} with the model {model.name}, whose sizes are others",
-                f"{kept.name}", "load it with the model that made it, or without one",
+                f"a cache of {origin.name} with the model {model.name}, whose sizes are others",
+                f"{origin.name}", "load it with the model that made it, or without one",
             )  # fmt: skip
         return made
 
@@ -333,8 +333,8 @@ class Kept:
         """Store the gradient of what the run returned at every point that it depends on."""
         if not self.live:
             return
-        found = torch.autograd.grad(returned, list(self.live.values()), allow_unused=True)
-        for name, slope in zip(self.live, found, strict=True):
+        gradients = torch.autograd.grad(returned, list(self.live.values()), allow_unused=True)
+        for name, slope in zip(self.live, gradients, strict=True):
             if slope is not None:
                 self._store(name, f"{name}_grad", slope)
 
@@ -358,10 +358,10 @@ def _positions(pos_slice: Any, length: int) -> Slice | None:
         return None
     try:
         chosen = Slice.unwrap(pos_slice)
-        kept = chosen.apply(torch.arange(length))
+        positions = chosen.apply(torch.arange(length))
     except (ValueError, IndexError, TypeError, RuntimeError):
-        kept = None
-    if kept is None or not kept.numel():
+        positions = None
+    if positions is None or not positions.numel():
         raise InputError(
             f"pos_slice={pos_slice!r} of {length} positions", f"positions from {-length} to {length - 1}",
             "use a number, (first, behind), or a list of positions",

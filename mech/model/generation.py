@@ -44,9 +44,9 @@ def generation_config(stock: GenerationConfig, asked: Mapping[str, Any], pad_tok
     try:
         config.update(**settings)
     except (ValueError, TypeError) as error:  # transformers' own rules: no temperature below 0, and so on
-        said = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"settings of a generation that transformers refuses ({said})", "others", "change them"
+            f"settings of a generation that transformers refuses ({reason})", "others", "change them"
         ) from error
     return config
 

@@ -239,7 +239,7 @@ def _on_heads(
     return output.detach() + change + (0.0 if bias is None else bias - bias.detach())
 
 
-def stack_seams(
+def stack_sites(
     model: nn.Module, stack: Stack, kind: str, layers: int, d_head: int, step: Step
 ) -> tuple[list[HookSite | str], dict[str, str]]:
     """What one stack's first ``layers`` layers offer.
@@ -257,7 +257,7 @@ def stack_seams(
         points that do not exist with the reason.
     """
     blocks = layers_of(model, stack)
-    found: list[HookSite | str] = []
+    sites: list[HookSite | str] = []
     refused: dict[str, str] = {}
     for index, block in enumerate(blocks[:layers]):
         behind = block
@@ -271,10 +271,10 @@ def stack_seams(
             if isinstance(at, str):
                 refused[name] = f"layer {index}: {at}"
             elif at is None:
-                found.append(name)
+                sites.append(name)
             else:
-                found.append(HookSite(name, at[1], at[0], **at[2]))
-    return found, refused
+                sites.append(HookSite(name, at[1], at[0], **at[2]))
+    return sites, refused
 
 
 def _layer_seams(block: nn.Module, stack: Stack, d_head: int, step: Step) -> dict[str, Any]:
@@ -348,17 +348,17 @@ def offered(
     model: nn.Module, family: Family, cfg: ModelConfig, step: Step
 ) -> tuple[list[HookSite | str], dict[str, str], int]:
     """What a model offers in the order of firing, what is refused and why, and how many vision layers are live."""
-    found: list[HookSite | str] = []
+    sites: list[HookSite | str] = []
     refused: dict[str, str] = {}
     live = 0
     if family.vision is not None:
         layers = len(layers_of(model, family.vision))
         live = live_vision_layers(model.config, family, layers)
-        found, refused = stack_seams(model, family.vision, "vision", live, cfg.vision_d_head, step)
+        sites, refused = stack_sites(model, family.vision, "vision", live, cfg.vision_d_head, step)
         refused |= behind_features(live, layers)
     between, behind = joining_seams(model, family)
-    text, none = stack_seams(model, family.text, "text", cfg.n_layers, cfg.d_head, step)
-    return [*found, *between, *text, *behind], refused | none, live
+    text, none = stack_sites(model, family.text, "text", cfg.n_layers, cfg.d_head, step)
+    return [*sites, *between, *text, *behind], refused | none, live
 
 
 def measured(cfg: ModelConfig, layers: list[tuple[nn.Module, Any]], sites: list[HookSite]) -> ModelConfig:

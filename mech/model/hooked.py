@@ -296,16 +296,16 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         by_name = names_filter is not None and not callable(names_filter)
         if (stop := tensors.get("stop_at_layer")) is not None:
             chosen = points_until(chosen, run_options.layer_of(stop, self.cfg.n_layers), by_name)
-        kept = Kept.of(self, inputs, tensors, device, pos_slice, incl_bwd, remove_batch_dim)
-        with self.hooks([(name, kept.save) for name in chosen], (), reset_hooks_end, clear_contexts):
+        cached = Kept.of(self, inputs, tensors, device, pos_slice, incl_bwd, remove_batch_dim)
+        with self.hooks([(name, cached.save) for name in chosen], (), reset_hooks_end, clear_contexts):
             returned = self.forward(inputs, **tensors)
-            kept.differentiate(returned)
-        silent = [name for name in chosen if name not in kept.stored]
+            cached.differentiate(returned)
+        silent = [name for name in chosen if name not in cached.stored]
         if silent and by_name:
             raise PointError(
                 f"nothing passed through {silent[0]!r}", "inputs with an image or a video", "add one, or drop the name"
             )
-        cache = ActivationCache(kept.stored, self)
+        cache = ActivationCache(cached.stored, self)
         if remove_batch_dim:
             cache.remove_batch_dim(1)
         return returned, cache if return_cache_object else cache.cache_dict

@@ -78,7 +78,9 @@ def check_folder(folder: Path) -> None:
         if not isinstance(stored[file.name], dict):
             raise UnsupportedModel(f"{file} holds a {type(stored[file.name]).__name__}", "a JSON object", again)
     names = stored[INDEX].get("weight_map") if INDEX in stored else {"": "model.safetensors"}
-    if not isinstance(names, dict) or not all(isinstance(one, str) and one == Path(one).name for one in names.values()):
+    if not isinstance(names, dict) or not all(
+        isinstance(filename, str) and filename == Path(filename).name for filename in names.values()
+    ):
         raise UnsupportedModel(f"{folder / INDEX} names no files of its folder", "JSON with a weight_map", again)
     shards = sorted(set(names.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -163,9 +165,9 @@ def _told(what: str, source: str) -> Iterator[None]:
     except MechError:
         raise
     except Exception as error:
-        said = next(iter(str(error).strip().splitlines()), "")
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModel(
-            f"the {what} of {source!r} cannot be used ({type(error).__name__}: {said})",
+            f"the {what} of {source!r} cannot be used ({type(error).__name__}: {reason})",
             "a folder written by save_pretrained", "take all files from the same checkpoint, or download it again",
         ) from error  # fmt: skip
 
@@ -210,7 +212,7 @@ def open_checkpoint(
     if device is not None and device_map is not None:
         raise InputError("device and device_map", "one of them: device_map says where every part of the model goes")
     source = resolve(name)
-    kept = _checkpoint(str(name), revision)
+    checkpoint = _checkpoint(str(name), revision)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if quantization is not None:
@@ -240,8 +242,8 @@ def open_checkpoint(
                     **placed,
                     **options,
                 )
-            if kept is not None:
-                model.load_state_dict(load_file(kept), strict=False)
+            if checkpoint is not None:
+                model.load_state_dict(load_file(checkpoint), strict=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise _unopened(source, device_map, str(error).splitlines()[0]) from error
     absent = sorted(report["missing_keys"])

@@ -89,7 +89,10 @@ def _taken(kinds: tuple[type[nn.Module], ...]) -> frozenset[str]:
     """The names that any of these modules' forward takes, and those that transformers passes on everywhere."""
     named = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
     names = {
-        name for kind in kinds for name, one in signature(kind.forward).parameters.items() if one.kind in named
+        name
+        for kind in kinds
+        for name, parameter in signature(kind.forward).parameters.items()
+        if parameter.kind in named
     } | {*TransformersKwargs.__annotations__, "use_cache", "cache_position"}
     return frozenset(names - {"self"})
 
@@ -110,8 +113,8 @@ def check_tensors(given: Mapping[str, Any], hf_model: Any, family: Family) -> No
     if ids is None:
         raise InputError("no input_ids", "Inputs from model.inputs(...), or input_ids=...")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
-        said = f"of shape {tuple(ids.shape)} and {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise InputError(f"input_ids {said}", "whole numbers of shape [batch, pos]", "use model.inputs(...)")
+        what = f"of shape {tuple(ids.shape)} and {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"input_ids {what}", "whole numbers of shape [batch, pos]", "use model.inputs(...)")
     _check_lengths(given, ids)
     _check_ids(ids, hf_model)
     _check_pictures(given, ids, hf_model.config)
@@ -186,8 +189,8 @@ def _check_pictures(given: Mapping[str, Any], ids: Int[Tensor, "batch pos"], con
 
 def visual_ids(config: Any) -> list[int]:
     """The tokens that pictures and videos are written with."""
-    found = [getattr(config, field, None) for field in _PIXELS]
-    return [token for token in found if token is not None]
+    ids = [getattr(config, field, None) for field in _PIXELS]
+    return [token for token in ids if token is not None]
 
 
 def visual(ids: Int[Tensor, "batch pos"], config: Any) -> Bool[Tensor, "batch pos"]:

@@ -33,7 +33,7 @@ def attention_layers(model: Any, live: int) -> Layers:
         UnsupportedModel: another wrapper holds them.
     """
     known = {(record.stack, record.layer): record for _, record in getattr(model, "_layers", ())}
-    found = []
+    layers = []
     for stack, count in (("vision", live), ("text", model.cfg.n_layers)):
         row = getattr(model.family, stack)
         for index, layer in enumerate(layers_of(model.hf_model, row)[:count] if row else ()):
@@ -50,8 +50,8 @@ def attention_layers(model: Any, live: int) -> Layers:
                 record = attention.LayerRecord(stack, index, ref(model), inside, model._observers[stack])
                 if stack == "text":
                     record.step, record.cross = model.step, module is original(getattr(layer, row.cross, None))
-            found.append((module, record))
-    return found
+            layers.append((module, record))
+    return layers
 
 
 def branches(hf_model: nn.Module, modules: Iterable[nn.Module]) -> Branches:

@@ -50,7 +50,7 @@ class Alignment(torch.nn.Module):
         shown = [contents(scene, layout) for scene, layout in zip(scenes, inputs.layouts, strict=True)]
         total, right = seen.new_zeros(()), 0.0
         for group, ids in enumerate(self.ids):
-            label = torch.tensor([one for row in shown for one in row[group]], device=seen.device)
+            label = torch.tensor([index for row in shown for index in row[group]], device=seen.device)
             logits = seen @ model.get_input_embeddings().weight[ids].T
             logits = torch.cat([self.nothing[group].expand(len(seen), 1), logits], dim=1)
             total = total + torch.nn.functional.cross_entropy(logits, label)
@@ -69,9 +69,9 @@ def vision_tower(model) -> list[torch.nn.Module]:
 
 def _image_features(model, tensors: dict[str, torch.Tensor]):
     if "pixel_values_videos" in tensors:
-        found = model.model.get_video_features(tensors["pixel_values_videos"], tensors["video_grid_thw"])
+        features = model.model.get_video_features(tensors["pixel_values_videos"], tensors["video_grid_thw"])
     elif "image_grid_thw" in tensors:
-        found = model.model.get_image_features(tensors["pixel_values"], tensors["image_grid_thw"])
+        features = model.model.get_image_features(tensors["pixel_values"], tensors["image_grid_thw"])
     else:
-        found = model.model.get_image_features(tensors["pixel_values"])
-    return found.pooler_output
+        features = model.model.get_image_features(tensors["pixel_values"])
+    return features.pooler_output

@@ -84,7 +84,7 @@ class Shape:
         one. The longest grows until half of the steps are done. Batches are smaller to match, but hold two scenes.
         """
         rng = random.Random(f"{recipe.seed}/domain/{step}")
-        domain = rng.choices(recipe.domains, [recipe.weights.get(one, 1.0) for one in recipe.domains])[0]
+        domain = rng.choices(recipe.domains, [recipe.weights.get(known, 1.0) for known in recipe.domains])[0]
         most, least = haystacks.MOST[domain], haystacks.PICTURES[domain]
         n_items = most if rng.random() < FULLEST else rng.randint(1, most)
         if not recipe.longest or domain not in haystacks.LONG:
@@ -302,8 +302,8 @@ def held_out_accuracy(
         part = samples[i : i + size]
         rows = [build(processor, s.question, images=s.images, video=s.video, fps=s.fps) for s in part]
         logits = model(**collate(rows, processor.pad_token_id).tensors, logits_to_keep=1).logits[:, -1]
-        said = processor.tokenizer.batch_decode(logits.argmax(-1, keepdim=True))
-        right += sum(a == s.answer for a, s in zip(said, part, strict=True))
+        texts = processor.tokenizer.batch_decode(logits.argmax(-1, keepdim=True))
+        right += sum(a == s.answer for a, s in zip(texts, part, strict=True))
     return round(right / n, 4)
 
 

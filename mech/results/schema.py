@@ -161,7 +161,7 @@ def ablation_dataset(
         "draw": (CONDITION, np.asarray(draw, dtype=np.int64)),
     }
     if heads is not None:
-        coords["heads"] = (CONDITION, _names([heads_text(one) for one in heads]))
+        coords["heads"] = (CONDITION, _names([heads_text(chosen) for chosen in heads]))
     if examples is not None:
         coords[EXAMPLE] = (EXAMPLE, _names(examples))
     values = {"accuracy": np.asarray(accuracy, dtype=np.float64), "logit_diff": logit_diff}
@@ -318,12 +318,12 @@ def _check_maps(dataset: xr.Dataset) -> None:
             texts = known.get(name, known["pictures"])
             if not _is_list(texts, str) or len(texts) != len(known["pictures"]) or not texts:
                 raise OutputError(f"example {i} has other {name}: {texts!r:.80}", "a text for each picture")
-        places = known["evidence"]
-        if not _is_list(places, list) or not all(len(place) == 5 and _is_list(place, int | float) for place in places):
-            raise OutputError(f"example {i} has other evidence: {places!r:.80}", "a list of [picture, x0, y0, x1, y1]")
+        boxes = known["evidence"]
+        if not _is_list(boxes, list) or not all(len(box) == 5 and _is_list(box, int | float) for box in boxes):
+            raise OutputError(f"example {i} has other evidence: {boxes!r:.80}", "a list of [picture, x0, y0, x1, y1]")
     if dataset.sizes["corner"] != 4:
         raise OutputError(f"'rect' has {dataset.sizes['corner']} corners", "4: x0, y0, x1, y1")
 
 
 def _is_list(value: Any, of: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, of) for one in value)
+    return isinstance(value, list) and all(isinstance(item, of) for item in value)

@@ -156,18 +156,18 @@ def _check_inside(content: bytes) -> None:
     def problem(name: str, link: Any) -> str | None:  # returned, as h5py cannot pass an error on
         if isinstance(link, h5py.ExternalLink):
             return f"{name!r} lies in another file, {link.filename}"
-        found = None if isinstance(link, h5py.SoftLink) else opened[name]
-        if not isinstance(found, h5py.Dataset):
+        part = None if isinstance(link, h5py.SoftLink) else opened[name]
+        if not isinstance(part, h5py.Dataset):
             return None
-        if found.external or found.is_virtual:
+        if part.external or part.is_virtual:
             return f"the values of {name!r} lie in other files"
-        if found.nbytes > _PACKED * len(content):
-            return f"{name!r} announces {found.nbytes} bytes in a file of {len(content)}"
+        if part.nbytes > _PACKED * len(content):
+            return f"{name!r} announces {part.nbytes} bytes in a file of {len(content)}"
         return None
 
     with h5py.File(io.BytesIO(content), "r") as opened:
-        if said := opened.visititems_links(problem):
-            raise ValueError(said)
+        if wrong := opened.visititems_links(problem):
+            raise ValueError(wrong)
 
 
 def _plain(values: np.ndarray, name: Any) -> np.ndarray:

@@ -79,56 +79,56 @@ def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
     return f'<div class="multiples"><div>{spearman}</div><div>{jaccard}</div></div>'
 
 
-def agreement_view(found: xr.Dataset, title: str = "Agreement of rankings") -> View:
+def agreement_view(result: xr.Dataset, title: str = "Agreement of rankings") -> View:
     """What ``mech.agreement`` found: how far scores, domains or seeds name the same heads.
 
     Args:
         found: of ``mech.agreement``.
         title: stands above a saved page.
     """
-    names = [str(name) for name in found["ranking"].values]
-    facts = {"names": names, "n_top": found.attrs["n_top"], **{str(n): v.values.tolist() for n, v in found.items()}}
+    names = [str(name) for name in result["ranking"].values]
+    facts = {"names": names, "n_top": result.attrs["n_top"], **{str(n): v.values.tolist() for n, v in result.items()}}
     body = f"<h3>{escape(title)}</h3>{domain_agreement(facts, '')}"
     return View(title, body, height=(220 if len(names) > BESIDE else 170) + 64 * len(names))
 
 
-def transfer_view(found: xr.Dataset, title: str = "Transfer of heads") -> View:
+def transfer_view(result: xr.Dataset, title: str = "Transfer of heads") -> View:
     """What ``mech.transfer`` found: what is lost on each task (columns) without the top heads of each (rows).
 
     Args:
         found: of ``mech.transfer``.
         title: stands above a saved page.
     """
-    rows, columns = ([str(name) for name in found[dim].values] for dim in ("found_on", "tested_on"))
-    chance = np.broadcast_to(found["random_lost"].values, (len(rows), len(columns)))
-    between = [found[f"lost_{end}"].values for end in ("low", "high")]
-    caption = f"Accuracy lost without {found.attrs['n_heads']} heads. Rows: found on; columns: tested on"
-    table = matrix(rows, found["lost"].values.tolist(), caption, chance, between, columns)
+    rows, columns = ([str(name) for name in result[dim].values] for dim in ("found_on", "tested_on"))
+    chance = np.broadcast_to(result["random_lost"].values, (len(rows), len(columns)))
+    between = [result[f"lost_{end}"].values for end in ("low", "high")]
+    caption = f"Accuracy lost without {result.attrs['n_heads']} heads. Rows: found on; columns: tested on"
+    table = matrix(rows, result["lost"].values.tolist(), caption, chance, between, columns)
     return View(title, f"<h3>{escape(title)}</h3>{table}", height=170 + 64 * len(rows))
 
 
-def modality_view(found: xr.Dataset, title: str = "Pictures and text") -> View:
+def modality_view(result: xr.Dataset, title: str = "Pictures and text") -> View:
     """Every head's score on pictures against that on text, and how many top heads the readings share.
 
     Args:
         found: of ``mech.modality_transfer``.
         title: stands above a saved page.
     """
-    before = "base text" if "base text" in found["reading"].values else "text"
-    of_base = f" of {escape(found.attrs['base'])}, before it was tuned" if before == "base text" else ""
+    before = "base text" if "base text" in result["reading"].values else "text"
+    of_base = f" of {escape(result.attrs['base'])}, before it was tuned" if before == "base text" else ""
     caption = (
-        f"Every point is a head of {escape(found.attrs['model'])}: {escape(found.attrs['score'])} on pictures (up) and "
-        f"on the same {found.sizes['example']} scenes written out{of_base} (right). Marked: the "
-        f"{found.attrs['n_top']} top heads of each."
+        f"Every point is a head of {escape(result.attrs['model'])}: {escape(result.attrs['score'])} on pictures (up) "
+        f"and on the same {result.sizes['example']} scenes written out{of_base} (right). Marked: the "
+        f"{result.attrs['n_top']} top heads of each."
     )
-    parts = f"<figure>{_forms(found, before)}<figcaption>{caption}</figcaption></figure>{_shared(found)}"
+    parts = f"<figure>{_forms(result, before)}<figcaption>{caption}</figcaption></figure>{_shared(result)}"
     return View(title, f"<h3>{escape(title)}</h3>{parts}", height=820)
 
 
-def _forms(found: xr.Dataset, before: str) -> str:
-    means, layers = found["score"].mean("example"), found["layer"].values
+def _forms(result: xr.Dataset, before: str) -> str:
+    means, layers = result["score"].mean("example"), result["layer"].values
     on, had = means.sel(reading="pictures").values, means.sel(reading=before).values
-    origin = found["origin"].values
+    origin = result["origin"].values
     labelled = set(np.argsort(-np.maximum(on, had), axis=None)[:LABELLED].tolist())
     traces = []
     for name, (colour, symbol) in ORIGINS.items():
@@ -160,18 +160,18 @@ def _forms(found: xr.Dataset, before: str) -> str:
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
         "margin": {"l": 8, "r": 8, "t": 60, "b": 8},
-        "xaxis": {"title": f"{before}: {found.attrs['unit']}"},
-        "yaxis": {"title": f"pictures: {found.attrs['unit']}"},
+        "xaxis": {"title": f"{before}: {result.attrs['unit']}"},
+        "yaxis": {"title": f"pictures: {result.attrs['unit']}"},
     }
     return chart(traces, layout, height=440, label="Score of every head on pictures against its score on text")
 
 
-def _shared(found: xr.Dataset) -> str:
+def _shared(result: xr.Dataset) -> str:
     """What the top heads of pictures share with every other reading, beside what layers explain."""
     rows = []
-    for other in found["other"].values[1:]:
-        one = found.sel(reading="pictures", other=other)
-        values = {name: float(one[name]) for name in ("shared", "shared_low", "shared_high", "expected", "p", "within")}
+    for other in result["other"].values[1:]:
+        row = result.sel(reading="pictures", other=other)
+        values = {name: float(row[name]) for name in ("shared", "shared_low", "shared_high", "expected", "p", "within")}
         rows.append(
             [
                 escape(str(other)),
@@ -183,12 +183,12 @@ def _shared(found: xr.Dataset) -> str:
         )
     head = ["top heads of pictures and of", "shared [95%]", "by layers alone", "p", "correlation within layers"]
     caption = (
-        f"Of {found.attrs['n_top']} heads each. By layers alone: what sets with as many heads in each layer share."
+        f"Of {result.attrs['n_top']} heads each. By layers alone: what sets with as many heads in each layer share."
     )
     return table(head, rows, caption)
 
 
-def sample_curve_view(found: xr.Dataset, title: str = "How many samples does a ranking need?") -> View:
+def sample_curve_view(result: xr.Dataset, title: str = "How many samples does a ranking need?") -> View:
     """How well two rankings from disjoint samples agree, as their number grows: mean and 95% range over the splits.
 
     Args:
@@ -200,9 +200,9 @@ def sample_curve_view(found: xr.Dataset, title: str = "How many samples does a r
         {"spearman": "Spearman correlation of all heads", "jaccard": "Jaccard overlap of the top heads"}.items(),
         ("bottom", "top"), strict=True,
     ):  # fmt: skip
-        values = found[name].transpose("split", "size").values
+        values = result[name].transpose("split", "size").values
         mean, (low, high) = values.mean(0), np.quantile(values, [0.025, 0.975], axis=0)
-        sizes = found["size"].values
+        sizes = result["size"].values
         edge = {"type": "scatter", "mode": "lines", "x": sizes, "hoverinfo": "skip", "line": {"width": 0}}
         edge["showlegend"] = False
         traces += [edge | {"y": low}, edge | {"y": high, "fill": "tonexty", "fillcolor": f"@{colour}-soft"}]
@@ -226,8 +226,8 @@ def sample_curve_view(found: xr.Dataset, title: str = "How many samples does a r
         "xaxis": {"title": "samples of each of the two rankings (log scale)", "type": "log", "tickvals": sizes},
         "yaxis": {"title": "agreement", "range": [min(0.0, float(traces[0]["y"].min())) - 0.02, 1.04]},
     }
-    null = found.attrs.get("jaccard_null")
-    note = f"Shaded: 95% of {found.sizes['split']} splits into disjoint samples."
+    null = result.attrs.get("jaccard_null")
+    note = f"Shaded: 95% of {result.sizes['split']} splits into disjoint samples."
     note += f" By chance the top heads overlap by {float(null):.2f}." if null is not None else ""
     drawn = chart(traces, layout, height=360, label="Agreement of two rankings against the number of samples")
     return View(title, f"<h3>{escape(title)}</h3><p class=soft>{note}</p>{drawn}", height=500)

@@ -60,10 +60,10 @@ def _viewer(values: np.ndarray, names: list[str], heads: list[str]) -> tuple[str
         min_value=0.0, mask_upper_tri=False,
     ).local_src  # fmt: skip
     code, draws, call = source.partition("CircuitsVis.render(")
-    found = re.match(r'<div id="([\w-]+)".*?<script[^>]*>', code, re.DOTALL)
-    if found is None or not draws:
+    match = re.match(r'<div id="([\w-]+)".*?<script[^>]*>', code, re.DOTALL)
+    if match is None or not draws:
         raise OutputError("a circuitsvis whose pages look otherwise", "circuitsvis 1.43", "install that version")
-    code = re.sub(r"//# sourceMappingURL=\S+", "", code[found.end() :])
+    code = re.sub(r"//# sourceMappingURL=\S+", "", code[match.end() :])
     # Tokens of users stand in the call: "<" would end the script, or open a comment in it.
     call = draws + call.rpartition("</script>")[0].replace("<", "\\u003c") + ";"
-    return f'<div class="viewer" id="{found[1]}"></div>', code, call
+    return f'<div class="viewer" id="{match[1]}"></div>', code, call

@@ -194,7 +194,7 @@ def _curves(data: xr.Dataset, name: str, title: str) -> str:
     sizes = data["size"].values
     traces = []
     for order, (label, colour, dash) in ORDERS.items():
-        chosen = [i for i, one in enumerate(orders) if one == order]
+        chosen = [i for i, member in enumerate(orders) if member == order]
         if not chosen:
             continue
         mean, low, high = mean_interval(values[:, chosen].mean(1))

@@ -66,8 +66,8 @@ def circuit_view(
     panels = "".join(_panel(name, key[name], arrows, ranking, _seen(name, maps, on)) for name in key)
     hint = "<p>Click a part: what it reads, what it writes, what it attends to.</p>"
     words = getattr(result, "describe", None)
-    said = str(words(ranking)) if callable(words) else ""
-    sentences = "".join(f"<p>{escape(line)}</p>" for line in said.splitlines())
+    description = str(words(ranking)) if callable(words) else ""
+    sentences = "".join(f"<p>{escape(line)}</p>" for line in description.splitlines())
     start = f'<div class="part" id="part-{number}-none">{hint}{sentences}</div>'
     title = title or "Circuit"
     body = (
@@ -140,14 +140,14 @@ def _known(value: float) -> str:
 def _arrows(result: Any) -> list[Arrow]:
     """The paths of a result, the strongest first."""
     if isinstance(result, xr.Dataset):
-        found = _measured(result)
+        measured = _measured(result)
     else:
-        found = [
+        measured = [
             Arrow(e.sender, name, e.through, e.effect, e.low, e.high, e.p_value, e.at)
             for name in result.graph.nodes
             for e in result.edges(name)
         ]
-    return sorted(found, key=lambda arrow: -abs(arrow.effect))
+    return sorted(measured, key=lambda arrow: -abs(arrow.effect))
 
 
 def _measured(result: xr.Dataset) -> list[Arrow]:
@@ -160,18 +160,18 @@ def _measured(result: xr.Dataset) -> list[Arrow]:
     named = [receiver.partition(".") for receiver in receivers]
     if _counts(receivers, "H") == _counts(receivers, "K"):  # no sharing: keys and values are their head's own
         named = [(name.replace("K", "H"), dot, through) for name, dot, through in named]
-    found = []
+    edges = []
     for i, j in np.argwhere(np.isfinite(mean).any(-1)):
         at = int(np.nanargmax(np.abs(mean[i, j])))
         target, _, through = named[j] if receivers[j].startswith("L") else (receivers[j], "", "")
         numbers = (float(part[i, j, at]) for part in (mean, low, high))
-        found.append(Arrow(str(senders[i]), str(target), through, *numbers, at=places[at]))
-    found.sort(key=lambda arrow: -abs(arrow.effect))
-    return [arrow for arrow in found[:STRONGEST] if abs(arrow.effect) >= LEAST]
+        edges.append(Arrow(str(senders[i]), str(target), through, *numbers, at=places[at]))
+    edges.sort(key=lambda arrow: -abs(arrow.effect))
+    return [arrow for arrow in edges[:STRONGEST] if abs(arrow.effect) >= LEAST]
 
 
 def _counts(receivers: Sequence[str], letter: str) -> int:
-    return len({name.partition(".")[0] for name in receivers if (found := NODE.match(name)) and found[5] == letter})
+    return len({name.partition(".")[0] for name in receivers if (match := NODE.match(name)) and match[5] == letter})
 
 
 def _product(axes: Sequence[Sequence[Any]]) -> list[tuple]:
@@ -180,13 +180,13 @@ def _product(axes: Sequence[Sequence[Any]]) -> list[tuple]:
 
 def _panel(name: str, key: str, arrows: Sequence[Arrow], ranking: Any, seen: str) -> str:
     """What is said of a part when it is chosen."""
-    said = ""
-    found = NODE.fullmatch(name)
-    if ranking is not None and found is not None and found[5] == "H":
-        layer, head = int(found[4]), int(found[6])
-        place = [tuple(known) for known in ranking.heads].index((layer, head)) + 1
+    rank_line = ""
+    match = NODE.fullmatch(name)
+    if ranking is not None and match is not None and match[5] == "H":
+        layer, head = int(match[4]), int(match[6])
+        rank = [tuple(known) for known in ranking.heads].index((layer, head)) + 1
         value = float(ranking.scores().sel(layer=layer, head=head))
-        said = f"<p>{escape(ranking.score)} {value:.2f}, rank {place} of {len(ranking.heads)}.</p>"
+        rank_line = f"<p>{escape(ranking.score)} {value:.2f}, rank {rank} of {len(ranking.heads)}.</p>"
     tables = ""
     for what, mine, other in (("reads from", "target", "sender"), ("writes to", "sender", "target")):
         rows = [
@@ -196,21 +196,21 @@ def _panel(name: str, key: str, arrows: Sequence[Arrow], ranking: Any, seen: str
         ]
         if rows:
             columns = [what, "as", "effect", "at"]
-            kept = [c for c in range(4) if c in (0, 2) or any(row[c] for row in rows)]
-            tables += table([columns[c] for c in kept], [[row[c] for c in kept] for row in rows])
-    return f'<div class="part" id="{key}" hidden><h4>{escape(called(name))}</h4>{said}{seen}{tables}</div>'
+            shown = [c for c in range(4) if c in (0, 2) or any(row[c] for row in rows)]
+            tables += table([columns[c] for c in shown], [[row[c] for c in shown] for row in rows])
+    return f'<div class="part" id="{key}" hidden><h4>{escape(called(name))}</h4>{rank_line}{seen}{tables}</div>'
 
 
 def _seen(name: str, maps: xr.Dataset | None, on: Any) -> str:
     """What a head attends to in the first of the examples."""
-    found = NODE.fullmatch(name)
-    if maps is None or found is None or found[5] != "H":
+    match = NODE.fullmatch(name)
+    if maps is None or match is None or match[5] != "H":
         return ""
     heads = zip(maps["shown_layer"].values.tolist(), maps["shown_head"].values.tolist(), strict=True)
-    place = next((i for i, head in enumerate(heads) if head == (int(found[4]), int(found[6]))), None)
-    if place is None:
+    shown = next((i for i, head in enumerate(heads) if head == (int(match[4]), int(match[6]))), None)
+    if shown is None:
         return ""
-    return map_of_head(maps, place, on)
+    return map_of_head(maps, shown, on)
 
 
 def _source(result: Any, arrows: Sequence[Arrow]) -> str:
@@ -218,12 +218,12 @@ def _source(result: Any, arrows: Sequence[Arrow]) -> str:
     measured = isinstance(result, xr.Dataset)
     n = result.sizes[EXAMPLE] if measured else result.n_examples
     facts = result.attrs if measured else {"model": result.model, "direction": result.direction}
-    said = [str(facts[name]) for name in ("model", "direction") if facts.get(name)]
-    said.append(f"{n} example{'s' * (n != 1)}")
+    parts = [str(facts[name]) for name in ("model", "direction") if facts.get(name)]
+    parts.append(f"{n} example{'s' * (n != 1)}")
     if measured:
         held = facts.get("freeze")
-        said.append(f"held: {', '.join(held) or 'nothing'}" if held is not None else "estimated (edge attribution)")
-        said.append(f"the {len(arrows)} strongest paths")
+        parts.append(f"held: {', '.join(held) or 'nothing'}" if held is not None else "estimated (edge attribution)")
+        parts.append(f"the {len(arrows)} strongest paths")
     elif result.unfollowed:
-        said.append(f"not followed further: {', '.join(result.unfollowed)}")
-    return " · ".join(said)
+        parts.append(f"not followed further: {', '.join(result.unfollowed)}")
+    return " · ".join(parts)

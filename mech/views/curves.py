@@ -84,10 +84,10 @@ def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablatio
     if measure and measure not in known:
         raise OutputError(f"measure {measure!r}", f"one of {known}", "leave it out to see all of them")
     shown = [measure] if measure else known
-    found = {name: effects(result, name) for name in shown}
-    panels = {MEASURES[name].split(" (")[0]: method_panels(found[name], name) for name in shown}
-    body = f"<h3>{escape(title)}</h3>{legend(found[shown[0]])}{tabs(panels, 'measure')}"
-    return View(title, body, height=170 + 330 * -(-len(methods(found[shown[0]])) // 3))
+    by_measure = {name: effects(result, name) for name in shown}
+    panels = {MEASURES[name].split(" (")[0]: method_panels(by_measure[name], name) for name in shown}
+    body = f"<h3>{escape(title)}</h3>{legend(by_measure[shown[0]])}{tabs(panels, 'measure')}"
+    return View(title, body, height=170 + 330 * -(-len(methods(by_measure[shown[0]])) // 3))
 
 
 def effects(result: xr.Dataset, measure: str) -> list[Effect]:
@@ -107,7 +107,7 @@ def effects(result: xr.Dataset, measure: str) -> list[Effect]:
     columns = [result[name].values.tolist() for name in ("method", "band", "fraction", "n_heads")]
     for i, (method, band, fraction, n_heads) in enumerate(zip(*columns, strict=True)):
         groups.setdefault((str(method), str(band), float(fraction), int(n_heads)), []).append(i)
-    found = []
+    measured = []
     for (method, band, fraction, n_heads), members in groups.items():
         mean = float(np.median(means[members]))
         low, high = (lows[members[0]], highs[members[0]])
@@ -116,8 +116,8 @@ def effects(result: xr.Dataset, measure: str) -> list[Effect]:
             least, most = members[means[members].argmin()], members[means[members].argmax()]
             low, high = means[least], means[most]
             heads = f"lowest: {_wrapped(names[least])}<br>highest: {_wrapped(names[most])}" if names[least] else ""
-        found.append(Effect(method, band, fraction, n_heads, len(members), mean, float(low), float(high), heads))
-    return found
+        measured.append(Effect(method, band, fraction, n_heads, len(members), mean, float(low), float(high), heads))
+    return measured
 
 
 def _wrapped(heads: str, a_line: int = 8) -> str:
@@ -126,13 +126,13 @@ def _wrapped(heads: str, a_line: int = 8) -> str:
     return "<br>".join(", ".join(names[i : i + a_line]) for i in range(0, len(names), a_line))
 
 
-def baseline(found: Sequence[Effect]) -> Effect | None:
-    return next((effect for effect in found if effect.method == "none"), None)
+def baseline(effects: Sequence[Effect]) -> Effect | None:
+    return next((effect for effect in effects if effect.method == "none"), None)
 
 
-def methods(found: Sequence[Effect]) -> list[str]:
+def methods(effects: Sequence[Effect]) -> list[str]:
     """The methods there are, in the order of METHODS."""
-    there = dict.fromkeys(effect.method for effect in found if effect.method != "none")
+    there = dict.fromkeys(effect.method for effect in effects if effect.method != "none")
     return [m for m in METHODS if m in there] + [m for m in there if m not in METHODS]
 
 
@@ -147,26 +147,28 @@ def looks_like(band: str) -> tuple[str, str, str]:
     return BANDS.get(band, (f"top {band}", "star", "longdash"))
 
 
-def legend(found: Sequence[Effect]) -> str:
+def legend(effects: Sequence[Effect]) -> str:
     """One legend for all panels."""
-    items = [_key("none", "unablated model", "dot")] if baseline(found) else []
-    there = {effect.band for effect in found}
+    items = [_key("none", "unablated model", "dot")] if baseline(effects) else []
+    there = {effect.band for effect in effects}
     items += [_key(band, looks_like(band)[0], looks_like(band)[2]) for band in in_order(there)]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def method_panels(found: Sequence[Effect], measure: str) -> str:
+def method_panels(effects: Sequence[Effect], measure: str) -> str:
     """A small chart for each method, all on one scale."""
-    span = _span(found, measure)
-    return f'<div class="multiples">{"".join(_panel(found, m, measure, span) for m in methods(found))}</div>'
+    span = _span(effects, measure)
+    return f'<div class="multiples">{"".join(_panel(effects, m, measure, span) for m in methods(effects))}</div>'
 
 
 def overview(settings: Mapping[str, Sequence[Effect]], method: str, fraction: float) -> str:
     """One row for each setting (a model on a domain): the whole model, and without top, random and bottom heads."""
-    lanes = [band for band in OVERVIEW if any(effect.band == band for found in settings.values() for effect in found)]
+    lanes = [
+        band for band in OVERVIEW if any(effect.band == band for effects in settings.values() for effect in effects)
+    ]
     traces = []
     for band in (*lanes, "none"):
-        picked = [(row, nearest(found, method, band, fraction)) for row, found in enumerate(settings.values())]
+        picked = [(row, nearest(effects, method, band, fraction)) for row, effects in enumerate(settings.values())]
         there = [(row, effect) for row, effect in picked if effect is not None]
         if there:
             traces.append(_dots(there, band, lanes))
@@ -192,20 +194,20 @@ def overview(settings: Mapping[str, Sequence[Effect]], method: str, fraction: fl
     return chart(traces, layout, height=(LANE * len(lanes) + 14) * len(settings) + 80, label=label)
 
 
-def overview_legend(found: Sequence[Effect]) -> str:
+def overview_legend(effects: Sequence[Effect]) -> str:
     """What the rows of the overview hold, each drawn as it is there."""
-    there = {effect.band for effect in found}
+    there = {effect.band for effect in effects}
     bar = '<svg viewBox="0 0 30 14" aria-hidden="true"><path d="M15 0V14" stroke="var(--none)" stroke-width="2"/></svg>'
-    items = [f"<li>{bar}unablated model</li>"] if baseline(found) else []
+    items = [f"<li>{bar}unablated model</li>"] if baseline(effects) else []
     items += [_key(band, looks_like(band)[0], "solid") for band in OVERVIEW if band in there]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def nearest(found: Sequence[Effect], method: str, band: str, fraction: float) -> Effect | None:
+def nearest(effects: Sequence[Effect], method: str, band: str, fraction: float) -> Effect | None:
     """The effect of a band whose share of heads is nearest; the baseline for band "none"."""
     if band == "none":
-        return baseline(found)
-    there = [effect for effect in found if effect.method == method and effect.band == band]
+        return baseline(effects)
+    there = [effect for effect in effects if effect.method == method and effect.band == band]
     return min(there, key=lambda effect: abs(effect.fraction - fraction), default=None)
 
 
@@ -240,10 +242,10 @@ def _dots(there: list[tuple[int, Effect]], band: str, lanes: Sequence[str]) -> d
     return trace
 
 
-def _panel(found: Sequence[Effect], method: str, measure: str, span: tuple[float, float]) -> str:
+def _panel(effects: Sequence[Effect], method: str, measure: str, span: tuple[float, float]) -> str:
     traces: list[dict] = []
-    shares = sorted({effect.fraction for effect in found if effect.method == method})
-    base = baseline(found)
+    shares = sorted({effect.fraction for effect in effects if effect.method == method})
+    base = baseline(effects)
     if base is not None and shares:
         traces.append(
             {
@@ -256,8 +258,8 @@ def _panel(found: Sequence[Effect], method: str, measure: str, span: tuple[float
             }
         )
     # Shades first, so that the lines lie over them; the top of the ranking over all.
-    for band in sorted(in_order(effect.band for effect in found)[::-1], key=lambda band: band not in DRAWN):
-        line = sorted((e for e in found if e.method == method and e.band == band), key=lambda e: e.fraction)
+    for band in sorted(in_order(effect.band for effect in effects)[::-1], key=lambda band: band not in DRAWN):
+        line = sorted((e for e in effects if e.method == method and e.band == band), key=lambda e: e.fraction)
         if line:
             traces += _shade(line, band) if band in DRAWN else []
             traces.append(_line(line, band, measure))
@@ -326,16 +328,16 @@ def _says(effect: Effect, measure: str) -> str:
     heads = f"{effect.n_heads} head{'s' if effect.n_heads > 1 else ''} ({_percent(effect.fraction)})"
     name = escape(looks_like(effect.band)[0].split(" (")[0])
     if effect.band in DRAWN or effect.draws > 1:
-        said = f"median of {effect.draws} draws {shown(effect.mean)}<br>draws from {span}"
+        text = f"median of {effect.draws} draws {shown(effect.mean)}<br>draws from {span}"
     else:
-        said = f"{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval over samples {span}"
-    return f"<b>{name}</b>, {heads}<br>{said}" + (f"<br>{effect.heads}" if effect.heads else "")
+        text = f"{measure.replace('_', ' ')} {shown(effect.mean)}<br>95% interval over samples {span}"
+    return f"<b>{name}</b>, {heads}<br>{text}" + (f"<br>{effect.heads}" if effect.heads else "")
 
 
-def _span(found: Sequence[Effect], measure: str) -> tuple[float, float]:
+def _span(effects: Sequence[Effect], measure: str) -> tuple[float, float]:
     if measure == "accuracy":
         return (-0.03, 1.05)
-    ends = [value for e in found for value in (e.low, e.mean, e.high) if np.isfinite(value)]
+    ends = [value for e in effects for value in (e.low, e.mean, e.high) if np.isfinite(value)]
     low, high = min(0.0, *ends), max(0.0, *ends)
     room = 0.05 * (high - low or 1.0)
     return (low - room, high + room)
@@ -343,12 +345,12 @@ def _span(found: Sequence[Effect], measure: str) -> tuple[float, float]:
 
 def _ticks(shares: Sequence[float]) -> list[float]:
     """The shares that were tried, without those whose labels would touch the one to the right."""
-    kept: list[float] = []
+    ticks: list[float] = []
     span = np.log10(shares[-1] / shares[0]) if len(shares) > 1 else 1.0
     for share in reversed(shares):
-        if not kept or np.log10(kept[-1] / share) > 0.13 * span:
-            kept.append(share)
-    return kept[::-1]
+        if not ticks or np.log10(ticks[-1] / share) > 0.13 * span:
+            ticks.append(share)
+    return ticks[::-1]
 
 
 def _percent(share: float) -> str:

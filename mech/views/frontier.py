@@ -40,8 +40,8 @@ def frontier_view(result: xr.Dataset, title: str = "How few heads can see everyt
         margin: the loss of accuracy that the recommended setting stays below.
     """
     facts = summarise(result, margin)
-    said = "".join(f"<li>{escape(text)}</li>" for _, text, _ in sentences(facts))
-    return View(title, f"<h3>{escape(title)}</h3>{frontier_card(facts)}<ul>{said}</ul>", height=900)
+    sentences_html = "".join(f"<li>{escape(text)}</li>" for _, text, _ in sentences(facts))
+    return View(title, f"<h3>{escape(title)}</h3>{frontier_card(facts)}<ul>{sentences_html}</ul>", height=900)
 
 
 def frontier_card(facts: Mapping[str, Any]) -> str:
@@ -63,10 +63,11 @@ def frontier_card(facts: Mapping[str, Any]) -> str:
     parts.append(_recommended(facts))
     rows = [
         [
-            escape(NAMES[one["choice"]]), f"{one['n_kv_heads']} <small>({one['n_kv_heads'] / n:.0%})</small>",
-            _with(one["accuracy"], 100), _with(one["loss"], 100), f"{one['flops']:.0%}", f"{one['kv_bytes']:.0%}",
+            escape(NAMES[point["choice"]]), f"{point['n_kv_heads']} <small>({point['n_kv_heads'] / n:.0%})</small>",
+            _with(point["accuracy"], 100), _with(point["loss"], 100),
+            f"{point['flops']:.0%}", f"{point['kv_bytes']:.0%}",
         ]
-        for one in curve
+        for point in curve
     ]  # fmt: skip
     head = ["dense heads chosen by", "KV heads", "accuracy, %", "loss, points", "attention work", "cache"]
     parts.append(f"<details><summary>All settings as a table</summary>{table(head, rows)}</details>")
@@ -74,11 +75,13 @@ def frontier_card(facts: Mapping[str, Any]) -> str:
 
 
 def _accuracy(facts: Mapping[str, Any]) -> str:
-    shares = sorted({one["share"] for one in facts["curve"]})
+    shares = sorted({point["share"] for point in facts["curve"]})
     first, last = shares[0] * WINDOW_AT, shares[-1] * 1.15
     traces = _random(facts, shares)
     for choice, (colour, symbol, dash) in reversed(LINES.items()):
-        line = sorted((one for one in facts["curve"] if one["choice"] == choice), key=lambda one: one["share"])
+        line = sorted(
+            (point for point in facts["curve"] if point["choice"] == choice), key=lambda point: point["share"]
+        )
         if line:
             traces.append(_line(line, NAMES[choice], colour, symbol, dash))
     for name, entry, dash in (
@@ -106,36 +109,36 @@ def _accuracy(facts: Mapping[str, Any]) -> str:
 
 def _random(facts: Mapping[str, Any], shares: Sequence[float]) -> list[dict]:
     """Where random sets fall: the interval over samples and sets, shaded."""
-    line = sorted((one for one in facts["curve"] if one["choice"] == "random"), key=lambda one: one["share"])
+    line = sorted((point for point in facts["curve"] if point["choice"] == "random"), key=lambda point: point["share"])
     if not line:
         return []
-    x = [one["share"] for one in line]
+    x = [point["share"] for point in line]
     edge = {"type": "scatter", "mode": "lines", "x": x, "hoverinfo": "skip", "line": {"width": 0}}
     return [
-        edge | {"y": [one["accuracy"]["low"] for one in line]},
-        edge | {"y": [one["accuracy"]["high"] for one in line], "fill": "tonexty", "fillcolor": "@random-soft"},
+        edge | {"y": [point["accuracy"]["low"] for point in line]},
+        edge | {"y": [point["accuracy"]["high"] for point in line], "fill": "tonexty", "fillcolor": "@random-soft"},
         _line(line, "random sets", "@random", "circle", "solid", bars=False),
     ]
 
 
 def _line(line: Sequence[Mapping[str, Any]], name: str, colour: str, symbol: str, dash: str, bars: bool = True) -> dict:
     text = [
-        f"<b>{escape(name)}</b>, {one['n_kv_heads']} KV heads<br>accuracy {one['accuracy']['mean']:.1%} "
-        f"[{one['accuracy']['low']:.1%}, {one['accuracy']['high']:.1%}]"
-        + (f"<br>mean of {one['draws']} sets" if one["draws"] > 1 else "")
-        for one in line
+        f"<b>{escape(name)}</b>, {point['n_kv_heads']} KV heads<br>accuracy {point['accuracy']['mean']:.1%} "
+        f"[{point['accuracy']['low']:.1%}, {point['accuracy']['high']:.1%}]"
+        + (f"<br>mean of {point['draws']} sets" if point["draws"] > 1 else "")
+        for point in line
     ]
     trace: dict[str, Any] = {
-        "type": "scatter", "mode": "lines+markers", "x": [one["share"] for one in line],
-        "y": [one["accuracy"]["mean"] for one in line], "text": text, "hovertemplate": "%{text}<extra></extra>",
+        "type": "scatter", "mode": "lines+markers", "x": [point["share"] for point in line],
+        "y": [point["accuracy"]["mean"] for point in line], "text": text, "hovertemplate": "%{text}<extra></extra>",
         "line": {"color": colour, "width": 2.5 if symbol == "diamond" else 1.5, "dash": dash},
         "marker": {"symbol": symbol, "size": 9 if bars else 4, "color": colour},
     }  # fmt: skip
     if symbol == "diamond":  # one line with bars: seven would hide each other, and the table has them all
         trace["error_y"] = {
             "type": "data", "symmetric": False, "color": colour, "thickness": 1, "width": 3,
-            "array": np.array([one["accuracy"]["high"] - one["accuracy"]["mean"] for one in line]),
-            "arrayminus": np.array([one["accuracy"]["mean"] - one["accuracy"]["low"] for one in line]),
+            "array": np.array([point["accuracy"]["high"] - point["accuracy"]["mean"] for point in line]),
+            "arrayminus": np.array([point["accuracy"]["mean"] - point["accuracy"]["low"] for point in line]),
         }  # fmt: skip
     return trace
 
@@ -150,11 +153,11 @@ def _star(best: Mapping[str, Any], x: float) -> dict:
 
 
 def _memory(facts: Mapping[str, Any]) -> str:
-    entries = [facts["window_only"], *(one for one in facts["curve"] if one["choice"] == "ram")]
-    counted = {one["share"]: one for one in entries}
-    shares = [one["share"] for one in facts["speed"] if one["share"] in counted]
+    entries = [facts["window_only"], *(point for point in facts["curve"] if point["choice"] == "ram")]
+    counted = {point["share"]: point for point in entries}
+    shares = [point["share"] for point in facts["speed"] if point["share"] in counted]
     names = [_share(share) for share in shares]
-    measured = {one["share"]: one["kv_measured"] for one in facts["speed"]}
+    measured = {point["share"]: point["kv_measured"] for point in facts["speed"]}
     traces = [
         _bars("cache, counted", "@bottom", names, [counted[share]["kv_bytes"] for share in shares]),
         _bars("cache, measured", "@middle", names, [measured[share] for share in shares]),
@@ -169,10 +172,10 @@ def _memory(facts: Mapping[str, Any]) -> str:
 
 def _speed(facts: Mapping[str, Any]) -> str:
     speeds, traces = facts["speed"], []
-    names, ticks = [_share(one["share"]) for one in speeds], [2.0**power for power in range(-4, 9)]
+    names, ticks = [_share(timed["share"]) for timed in speeds], [2.0**power for power in range(-4, 9)]
     kinds = (("prefill", "reading the prompt", "@top", "diamond"), ("decode", "a token", "@middle", "triangle-up"))
     for kind, label, colour, symbol in kinds:
-        middle = np.array([one[kind]["mean"] for one in speeds])
+        middle = np.array([timed[kind]["mean"] for timed in speeds])
         traces.append(
             {
                 "type": "scatter", "mode": "lines+markers", "name": label, "x": names, "y": middle,
@@ -180,14 +183,14 @@ def _speed(facts: Mapping[str, Any]) -> str:
                 "line": {"color": colour, "width": 2}, "marker": {"color": colour, "symbol": symbol, "size": 9},
                 "error_y": {
                     "type": "data", "symmetric": False, "color": colour, "thickness": 1, "width": 3,
-                    "array": np.array([one[kind]["high"] for one in speeds]) - middle,
-                    "arrayminus": middle - np.array([one[kind]["low"] for one in speeds]),
+                    "array": np.array([timed[kind]["high"] for timed in speeds]) - middle,
+                    "arrayminus": middle - np.array([timed[kind]["low"] for timed in speeds]),
                 },
             }
         )  # fmt: skip
         traces.append(
             {"type": "scatter", "mode": "lines", "name": f"{label}, bound", "x": names,
-             "y": [one[f"{kind}_bound"] for one in speeds], "line": {"color": colour, "width": 1.5, "dash": "dot"},
+             "y": [timed[f"{kind}_bound"] for timed in speeds], "line": {"color": colour, "width": 1.5, "dash": "dot"},
              "hovertemplate": f"{label}, at best in attention: %{{y:.1f}}x<extra></extra>"}
         )  # fmt: skip
     layout = {
@@ -242,7 +245,7 @@ def _with(value: Mapping[str, float] | None, scale: float = 1.0, plain: bool = F
 
 
 def _legend(facts: Mapping[str, Any]) -> str:
-    there = {one["choice"] for one in facts["curve"]}
+    there = {point["choice"] for point in facts["curve"]}
     items = [_key("@none", "", "dot", "dense model"), _key("@none", "", "dash", "window alone")]
     items += [_key(*LINES[choice], NAMES[choice]) for choice in LINES if choice in there]
     if "random" in there:

@@ -138,7 +138,7 @@ def ranks(mean: np.ndarray) -> np.ndarray:
 
 def _hover(scores: HeadScores, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[str]]:
     """What pointing at a head says."""
-    place, name = ranks(mean), escape(scores.name)
+    rank, name = ranks(mean), escape(scores.name)
     lines = []
     for row in range(mean.shape[0]):
         line = []
@@ -146,7 +146,7 @@ def _hover(scores: HeadScores, mean: np.ndarray, low: np.ndarray, high: np.ndarr
             interval = f" [{low[row, head]:.3f}, {high[row, head]:.3f}]" if np.isfinite(low[row, head]) else ""
             value = f"{mean[row, head]:.3f}{interval}"
             called = f"L{scores.layer(row)}H{head}"
-            line.append(f"<b>{called}</b><br>{name} {value}<br>rank {place[row, head]} of {mean.size}")
+            line.append(f"<b>{called}</b><br>{name} {value}<br>rank {rank[row, head]} of {mean.size}")
         lines.append(line)
     return lines
 
@@ -207,13 +207,13 @@ def _layer_ticks(scores: HeadScores) -> dict[str, Any]:
 
 def _ranked(scores: HeadScores) -> str:
     mean, low, high = mean_interval(scores.values)
-    place = ranks(mean).ravel()
-    order = np.argsort(place)
+    rank = ranks(mean).ravel()
+    order = np.argsort(rank)
     text = [cell for line in _hover(scores, mean, low, high) for cell in line]
     values = {
         "type": "scatter",
         "mode": "lines+markers",
-        "x": place[order],
+        "x": rank[order],
         "y": mean.ravel()[order],
         "text": [text[i] for i in order],
         "hovertemplate": "%{text}<extra></extra>",

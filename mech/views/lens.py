@@ -46,64 +46,64 @@ def lens_view(
     """
     if not 0 <= example < result.sizes[EXAMPLE]:
         raise OutputError(f"example={example}", f"0 to {result.sizes[EXAMPLE] - 1}", "leave it out for the first")
-    one = result.isel(example=example)
-    series = LAYER if LAYER in one.dims else "sender"
-    measure = "probability" if "probability" in one else "logit"
-    placed = np.flatnonzero(one["row"].values >= 0) if "row" in one.coords else np.array([], int)
-    pictures = pictures_on(on) if on is not None and len(placed) else _blank(one, placed)
-    rects = [_rect(one, int(p), pictures, layout) for p in placed]
-    shown = {"likeliest word": (one[measure].isel(place=0).values, True)}
-    if f"tracked_{measure}" in one:
-        for i, word in enumerate(one["tracked"].values.tolist()):
-            shown[f"“{word}”"] = (one[f"tracked_{measure}"].values[..., i], False)
-    refuse_many(len(shown) * one.sizes[series] * len(placed))
+    drawn = result.isel(example=example)
+    series = LAYER if LAYER in drawn.dims else "sender"
+    measure = "probability" if "probability" in drawn else "logit"
+    placed = np.flatnonzero(drawn["row"].values >= 0) if "row" in drawn.coords else np.array([], int)
+    pictures = pictures_on(on) if on is not None and len(placed) else _blank(drawn, placed)
+    rects = [_rect(drawn, int(p), pictures, layout) for p in placed]
+    shown = {"likeliest word": (drawn[measure].isel(place=0).values, True)}
+    if f"tracked_{measure}" in drawn:
+        for i, word in enumerate(drawn["tracked"].values.tolist()):
+            shown[f"“{word}”"] = (drawn[f"tracked_{measure}"].values[..., i], False)
+    refuse_many(len(shown) * drawn.sizes[series] * len(placed))
     panels = {}
     for name, (values, written) in shown.items():
         if len(placed):
-            panels[name] = _stages(one, series, values, written, placed, rects, pictures, evidence_on(on))
-    there = "".join(_words(one, series, measure, np.setdiff1d(np.arange(one.sizes["position"]), placed)))
-    place = "the stream entering each layer" if series == LAYER else "each head"
-    note = f"{one.attrs.get('model', '')} · {measure} of words at {place}"
+            panels[name] = _stages(drawn, series, values, written, placed, rects, pictures, evidence_on(on))
+    there = "".join(_words(drawn, series, measure, np.setdiff1d(np.arange(drawn.sizes["position"]), placed)))
+    where = "the stream entering each layer" if series == LAYER else "each head"
+    note = f"{drawn.attrs.get('model', '')} · {measure} of words at {where}"
     note += f" · example {example + 1} of {result.sizes[EXAMPLE]}" if result.sizes[EXAMPLE] > 1 else ""
-    figures = one.sizes[series] * len({home for home, _ in rects})
-    height = 170 + 480 * -(-figures // 2) + (40 * (one.sizes[series] + 2) if there else 0)
+    figures = drawn.sizes[series] * len({home for home, _ in rects})
+    height = 170 + 480 * -(-figures // 2) + (40 * (drawn.sizes[series] + 2) if there else 0)
     title = title or ("Logit lens" if series == LAYER else "What heads say of what they attend to")
     body = f"<h3>{escape(title)}</h3><p class=soft>{escape(note)}</p>{styles(pictures)}"
     return View(title, body + (tabs(panels, "word") if panels else "") + there, height=height)
 
 
-def _blank(one: xr.Dataset, placed: np.ndarray) -> list[Picture]:
+def _blank(shown: xr.Dataset, placed: np.ndarray) -> list[Picture]:
     """Empty pictures with the grids of the tokens."""
     if not len(placed):
         return []
-    owner, found = owners(one["image"].values, one["frame"].values)[placed], []
+    owner, pages = owners(shown["image"].values, shown["frame"].values)[placed], []
     for k in range(int(owner.max(initial=-1)) + 1):
-        rows, cols = (int(one[axis].values[placed[owner == k]].max(initial=0)) + 1 for axis in ("row", "col"))
-        found.append(Picture("blank", cols * CELL, rows * CELL, ""))
-    return found
+        rows, cols = (int(shown[axis].values[placed[owner == k]].max(initial=0)) + 1 for axis in ("row", "col"))
+        pages.append(Picture("blank", cols * CELL, rows * CELL, ""))
+    return pages
 
 
-def _rect(one: xr.Dataset, p: int, pictures: Sequence[Picture], layout: Any) -> tuple[int, list[float]]:
+def _rect(shown: xr.Dataset, p: int, pictures: Sequence[Picture], layout: Any) -> tuple[int, list[float]]:
     """In which picture a position lies, and where."""
-    owner = owners(one["image"].values, one["frame"].values)
-    home, position = int(owner[p]), int(one["position"].values[p])
+    owner = owners(shown["image"].values, shown["frame"].values)
+    home, position = int(owner[p]), int(shown["position"].values[p])
     if home >= len(pictures):
         raise OutputError(f"a token of picture {home}, and {len(pictures)} pictures", "all of them", "pass on=sample")
     if layout is not None and not np.isnan(layout.visual.rect[position]).any():
         return home, layout.visual.rect[position].tolist()
-    rows, cols = (int(one[axis].values[owner == home].max()) + 1 for axis in ("row", "col"))
-    return home, cell((int(one["row"].values[p]), int(one["col"].values[p])), (rows, cols), pictures[home])
+    rows, cols = (int(shown[axis].values[owner == home].max()) + 1 for axis in ("row", "col"))
+    return home, cell((int(shown["row"].values[p]), int(shown["col"].values[p])), (rows, cols), pictures[home])
 
 
 def _stages(
-    one: xr.Dataset, series: str, values: np.ndarray, written: bool, placed: np.ndarray,
+    shown: xr.Dataset, series: str, values: np.ndarray, written: bool, placed: np.ndarray,
     rects: Sequence[tuple[int, list[float]]], pictures: Sequence[Picture], evidence: Sequence[Sequence[float]],
 ) -> str:  # fmt: skip
     """One measure over the pictures, a picture for each layer or head."""
     signed = bool((values < 0).any())
     most = max(float(np.abs(values[:, placed]).max()), 1e-9)
     drawn = []
-    for i, name in enumerate(one[series].values.tolist()):
+    for i, name in enumerate(shown[series].values.tolist()):
         for k in sorted({home for home, _ in rects}):  # frames without a token of their own are left out
             picture, marks = pictures[k], []
             for p, (home, rect) in zip(placed.tolist(), rects, strict=True):
@@ -112,31 +112,33 @@ def _stages(
                 share = float(values[i, p]) / most
                 colour = f"var(--{'plus' if share > 0 else 'minus'})" if signed else heat(abs(share) ** 0.5)
                 opacity = 0.82 * abs(share) if signed else 0.1 + 0.75 * abs(share) ** 0.5
-                marks.append(mark(rect, colour, opacity, _says(one, series, i, p)))
-                word = str(one["word"].values[i, p, 0])
+                marks.append(mark(rect, colour, opacity, _says(shown, series, i, p)))
+                word = str(shown["word"].values[i, p, 0])
                 if written and "\ufffd" not in word:  # a part of a letter is no word; pointing at it still says it
                     marks.append(_written(rect, word))
             outlined = [rect for home, *rect in evidence if home == k]
-            said = f"{'layer ' if series == LAYER else ''}{name}" + (f", picture {k}" if len(pictures) > 1 else "")
+            caption = f"{'layer ' if series == LAYER else ''}{name}" + (f", picture {k}" if len(pictures) > 1 else "")
             figure = stage(picture, "".join(marks), dim=bool(picture.uri), evidence=outlined)
-            drawn.append(f"<figure>{figure}<figcaption><b>{escape(said)}</b></figcaption></figure>")
-    unit = "logits" if "logit" in one else "probability"
+            drawn.append(f"<figure>{figure}<figcaption><b>{escape(caption)}</b></figcaption></figure>")
+    unit = "logits" if "logit" in shown else "probability"
     bar = diverging_bar(0.0, most, unit) if signed else gradient(unit, most)
     return f'<div class="cells wide">{"".join(drawn)}</div>{bar}'
 
 
-def _says(one: xr.Dataset, series: str, i: int, p: int) -> str:
+def _says(shown: xr.Dataset, series: str, i: int, p: int) -> str:
     """What pointing at a cell says."""
-    measure = "probability" if "probability" in one else "logit"
-    where = f"row {int(one['row'].values[p])}, column {int(one['col'].values[p])}"
-    head = f"{series} {one[series].values[i]}, {where} (position {int(one['position'].values[p])})"
+    measure = "probability" if "probability" in shown else "logit"
+    where = f"row {int(shown['row'].values[p])}, column {int(shown['col'].values[p])}"
+    head = f"{series} {shown[series].values[i]}, {where} (position {int(shown['position'].values[p])})"
     lines = [
         f"{word.strip()}  {value:.3g}"
-        for word, value in zip(one["word"].values[i, p].astype(str), one[measure].values[i, p], strict=True)
+        for word, value in zip(shown["word"].values[i, p].astype(str), shown[measure].values[i, p], strict=True)
     ]
-    if f"tracked_{measure}" in one:
-        ranks = one["tracked_rank"].values[i, p] if "tracked_rank" in one else [None] * one.sizes["tracked"]
-        for word, value, rank in zip(one["tracked"].values, one[f"tracked_{measure}"].values[i, p], ranks, strict=True):
+    if f"tracked_{measure}" in shown:
+        ranks = shown["tracked_rank"].values[i, p] if "tracked_rank" in shown else [None] * shown.sizes["tracked"]
+        for word, value, rank in zip(
+            shown["tracked"].values, shown[f"tracked_{measure}"].values[i, p], ranks, strict=True
+        ):
             lines.append(f"{word}: {value:.3g}" + (f" (rank {int(rank)})" if rank is not None else ""))
     return "\n".join([head, *lines])
 
@@ -153,15 +155,15 @@ def _written(rect: Sequence[float], word: str) -> str:
     )
 
 
-def _words(one: xr.Dataset, series: str, measure: str, positions: np.ndarray) -> list[str]:
+def _words(shown: xr.Dataset, series: str, measure: str, positions: np.ndarray) -> list[str]:
     """A table of the likeliest words at positions that lie in no picture."""
     if not len(positions):
         return []
-    names = [escape(one["position"].values[p]) for p in positions.tolist()]
+    names = [escape(shown["position"].values[p]) for p in positions.tolist()]
     rows = []
-    for i, name in enumerate(one[series].values.tolist()):
-        words = one["word"].values[i, positions, 0].astype(str)
-        numbers = one[measure].values[i, positions, 0]
+    for i, name in enumerate(shown[series].values.tolist()):
+        words = shown["word"].values[i, positions, 0].astype(str)
+        numbers = shown[measure].values[i, positions, 0]
         cells = [f"{escape(w.strip())} <small>{v:.2g}</small>" for w, v in zip(words, numbers, strict=True)]
         rows.append([escape(name), *cells])
     return [table([escape(series), *names], rows, f"The likeliest word at each position, with its {measure}")]

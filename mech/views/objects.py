@@ -34,13 +34,14 @@ def sample_view(sample: Sample, title: str = "") -> View:
         pictures += theirs
         halves = (("the sample", sample, drawn), ("its counterfactual", other, _pictures(other, theirs)))
         both = "".join(
-            f'<div><p class="answers">{name}: <b>{escape(one.answer)}</b></p>{half}</div>' for name, one, half in halves
+            f'<div><p class="answers">{name}: <b>{escape(part.answer)}</b></p>{half}</div>'
+            for name, part, half in halves
         )
         drawn = f'<div class="multiples apart">{both}</div>'
-    said = f"{sample.domain}, {sample.id}" if sample.id else sample.domain
+    told = f"{sample.domain}, {sample.id}" if sample.id else sample.domain
     body = (
         f'{styles(pictures)}<p class="question">{escape(sample.question)}</p>'
-        f'<p class="answers">answer <b>{escape(sample.answer)}</b> · {escape(said)} · outlined: the evidence</p>{drawn}'
+        f'<p class="answers">answer <b>{escape(sample.answer)}</b> · {escape(told)} · outlined: the evidence</p>{drawn}'
     )
     return View(title or "Sample", body, height=580)
 
@@ -88,7 +89,7 @@ def layout_view(layout: "TokenLayout", title: str = "", *, on: Any = None) -> Vi
 def inputs_view(inputs: "Inputs", title: str = "", *, on: Any = None) -> View:
     """The rows of a batch, position by position, and its tensors."""
     samples = list(on) if isinstance(on, Samples | list | tuple) and len(inputs) > 1 else [on] * len(inputs)
-    rows = [layout_view(layout, on=one).body for layout, one in zip(inputs.layouts, samples, strict=False)]
+    rows = [layout_view(layout, on=sample).body for layout, sample in zip(inputs.layouts, samples, strict=False)]
     more = f"<p class=soft>and {len(rows) - MOST_ROWS} more rows</p>" if len(rows) > MOST_ROWS else ""
     tensors = [[escape(name), "×".join(map(str, value.shape)), escape(str(value.dtype).removeprefix("torch."))]
                for name, value in inputs.tensors.items()]  # fmt: skip

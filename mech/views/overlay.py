@@ -110,13 +110,13 @@ def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, li
     bands = np.array([band for band, _, _ in _shown(result)])
     rows = {str(band): example.attention[bands == band].mean(axis=0) for band in dict.fromkeys(bands)}
     most = max(float(row.max(initial=0.0)) for row in rows.values()) or 1.0
-    found = []
+    pictures = []
     for band, row in rows.items():
         stages = "".join(_stage(example, k, row, most) for k in sorted(set(example.image.tolist())))
         on_evidence = float(row[example.on_evidence].sum())
-        found.append(BandPicture(band, int((bands == band).sum()), stages, on_evidence, float(row.sum())))
+        pictures.append(BandPicture(band, int((bands == band).sum()), stages, on_evidence, float(row.sum())))
     originals = "".join(_stage(example, k, None, most) for k in range(len(example.pictures)))
-    return styles(example.pictures) + originals, found, most
+    return styles(example.pictures) + originals, pictures, most
 
 
 def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
@@ -142,18 +142,18 @@ def _given(result: xr.Dataset, on: Any) -> list[list[Any]]:
     """The pictures of each example, of what a user passed as ``on=``."""
     facts = map_facts(result)[: result.sizes["example"]]
     given = [on] if isinstance(on, Sample) or not isinstance(on, Sequence) or isinstance(on, str) else list(on)
-    if len(facts) == 1 and not any(isinstance(one, Sample) for one in given):
+    if len(facts) == 1 and not any(isinstance(item, Sample) for item in given):
         given = [given]
     if len(given) != len(facts):
         raise OutputError(
             f"{len(given)} samples for {len(facts)} examples", "those it was made from", "pass on=samples"
         )
     sources = []
-    for one, example in zip(given, facts, strict=True):
+    for item, example in zip(given, facts, strict=True):
         count = len(example["pictures"])
-        if isinstance(one, Sample):
-            one = pictures_of(one, -(-len(one.video) // count) or 1)
-        sources.append(list(one) if isinstance(one, list | tuple) else [one])
+        if isinstance(item, Sample):
+            item = pictures_of(item, -(-len(item.video) // count) or 1)
+        sources.append(list(item) if isinstance(item, list | tuple) else [item])
         if len(sources[-1]) != count:
             raise OutputError(
                 f"{len(sources[-1])} pictures for an example with {count}", "all of them", "pass on=samples"
@@ -162,36 +162,36 @@ def _given(result: xr.Dataset, on: Any) -> list[list[Any]]:
 
 
 def _articles(result: xr.Dataset, sources: Sequence[Sequence[Any]]) -> str:
-    found = [_read(result, i, facts, [embedded(source) for source in sources[i]])
+    examples = [_read(result, i, facts, [embedded(source) for source in sources[i]])
              for i, facts in enumerate(map_facts(result))]  # fmt: skip
-    articles = "".join(_article(example, _shown(result)) for example in found)
-    return f"{styles(picture for example in found for picture in example.pictures)}{articles}"
+    articles = "".join(_article(example, _shown(result)) for example in examples)
+    return f"{styles(picture for example in examples for picture in example.pictures)}{articles}"
 
 
 def _read(result: xr.Dataset, i: int, facts: Mapping, pictures: Sequence[Picture]) -> _Example:
-    one = result.isel(example=i)
-    image = one["token_image"].values.astype(int)
+    drawn = result.isel(example=i)
+    image = drawn["token_image"].values.astype(int)
     there = np.flatnonzero(image >= 0)
     if there.size and image.max() >= len(pictures):
         raise OutputError(
             f"a token of picture {image.max()} in an example with {len(pictures)}", "an index of a picture"
         )
-    attention = np.nan_to_num(one["attention"].values[:, there].astype(float))
-    rect, image = one["rect"].values[there].astype(float), image[there]
+    attention = np.nan_to_num(drawn["attention"].values[:, there].astype(float))
+    rect, image = drawn["rect"].values[there].astype(float), image[there]
     return _Example(facts, pictures, attention, rect, image, _touches(facts["evidence"], rect, image))
 
 
 def _touches(evidence: Sequence[Sequence[float]], rect: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Which tokens share area with the evidence."""
-    found = np.zeros(len(rect), dtype=bool)
+    inside = np.zeros(len(rect), dtype=bool)
     for picture, x0, y0, x1, y1 in evidence:
         # A frame that is not the first of its patch has no token: the nearest earlier frame with one stands for it.
         earlier = image[image <= picture]
         home = earlier.max() if earlier.size else picture
         wide = np.minimum(rect[:, 2], x1) - np.maximum(rect[:, 0], x0)
         high = np.minimum(rect[:, 3], y1) - np.maximum(rect[:, 1], y0)
-        found |= (image == home) & (wide > 0) & (high > 0)
-    return found
+        inside |= (image == home) & (wide > 0) & (high > 0)
+    return inside
 
 
 def _shown(result: xr.Dataset) -> list[tuple[str, str, float]]:
@@ -257,10 +257,10 @@ def _stage(example: _Example, k: int, row: np.ndarray | None, most: float) -> st
 
 def heat(strength: float) -> str:
     """The colour at a place between 0 and 1 of the scale."""
-    place = min(max(strength, 0.0), 1.0) * (len(HEAT) - 1)
-    i = min(int(place), len(HEAT) - 2)
+    at = min(max(strength, 0.0), 1.0) * (len(HEAT) - 1)
+    i = min(int(at), len(HEAT) - 2)
     ends = [[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in HEAT[i : i + 2]]
-    mixed = [round(a + (b - a) * (place - i)) for a, b in zip(*ends, strict=True)]
+    mixed = [round(a + (b - a) * (at - i)) for a, b in zip(*ends, strict=True)]
     return "#" + "".join(f"{value:02x}" for value in mixed)
 
 

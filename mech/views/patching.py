@@ -105,27 +105,27 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
         OutputError: a sweep over three axes, or a picture and no cell that lies in it.
     """
     attrs = result.attrs
-    found = _Effects.of(effects_from_zero(result), 0.0, "share of the gap")
-    said = [str(attrs[name]) for name in ("model", "point", "positions", "direction") if name in attrs]
-    note = f"{escape(' · '.join(said))}. {NOTES.get(str(attrs.get('direction')), '')}"
+    effects = _Effects.of(effects_from_zero(result), 0.0, "share of the gap")
+    facts = [str(attrs[name]) for name in ("model", "point", "positions", "direction") if name in attrs]
+    note = f"{escape(' · '.join(facts))}. {NOTES.get(str(attrs.get('direction')), '')}"
     if "rank_correlation" in attrs:  # an estimate says how far it can be trusted
         note += f" Rank correlation with exact patching, on a sample of cells: {float(attrs['rank_correlation']):.2f}."
     title = title or ("Attribution patching (estimated)" if "rank_correlation" in attrs else "Activation patching")
     head = f"<h3>{escape(title)}</h3><p class=soft>{note}</p>"
     if on is None:
-        return View(title, head + _grid(found), height=map_height(len(found.rows)) + 140)
+        return View(title, head + _grid(effects), height=map_height(len(effects.rows)) + 140)
     pictures = pictures_on(on)
-    places = _places(found, pictures, layout)
-    rest = [i for i in range(len(found.columns)) if i not in places]
-    body = head + _over(found, places, pictures, evidence_on(on))
+    places = _places(effects, pictures, layout)
+    rest = [i for i in range(len(effects.columns)) if i not in places]
+    body = head + _over(effects, places, pictures, evidence_on(on))
     if rest:
-        beside = found.only(rest)
-        if layout is not None and found.axes[-1] == "position":
+        beside = effects.only(rest)
+        if layout is not None and effects.axes[-1] == "position":
             beside = replace(beside, columns=tuple(f"{p} {layout.tokens[int(p)].strip()}" for p in beside.columns))
-        body += f"<h4>What lies nowhere in the picture</h4>{_grid(beside, found.reach)}"
-    figures = len(found.rows) * len({home for there in places.values() for home, _ in there})
+        body += f"<h4>What lies nowhere in the picture</h4>{_grid(beside, effects.reach)}"
+    figures = len(effects.rows) * len({home for there in places.values() for home, _ in there})
     height = 610 if figures == 1 else 140 + 265 * -(-figures // 4)
-    return View(title, body, height=height + (map_height(len(found.rows)) + 40) * bool(rest))
+    return View(title, body, height=height + (map_height(len(effects.rows)) + 40) * bool(rest))
 
 
 def effects_from_zero(result: xr.Dataset) -> xr.DataArray:
@@ -156,8 +156,8 @@ def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "To
         f"{metric:.2f}, {gap:+.2f} against the baseline; the attributions sum to {total:+.2f}."
     )
     if values.dims == (TOKEN,):
-        found = _Effects.of(values, 0.0, unit)
-        body = _over(found, _places(found, pictures, layout, result), pictures, evidence)
+        effects = _Effects.of(values, 0.0, unit)
+        body = _over(effects, _places(effects, pictures, layout, result), pictures, evidence)
     elif values.dims == ("picture", "y", "x"):
         reach = max(float(np.abs(values).max()), 1e-9)
         drawn = [
@@ -172,44 +172,44 @@ def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "To
     return View(title, f"<h3>{escape(title)}</h3><p class=soft>{note}</p>{body}", height=620)
 
 
-def _grid(found: _Effects, reach: float | None = None) -> str:
+def _grid(effects: _Effects, reach: float | None = None) -> str:
     """All cells as a heatmap."""
-    reach = reach or found.reach
-    text = [[f"<b>{escape(said[0])}</b><br>{escape(said[1])}"
-             for said in (found.says(i, j).split("\n") for j in range(len(found.columns)))]
-            for i in range(len(found.rows))]  # fmt: skip
-    ordered = [_consecutive(names) for names in (found.columns, found.rows)]
+    reach = reach or effects.reach
+    text = [[f"<b>{escape(tip[0])}</b><br>{escape(tip[1])}"
+             for tip in (effects.says(i, j).split("\n") for j in range(len(effects.columns)))]
+            for i in range(len(effects.rows))]  # fmt: skip
+    ordered = [_consecutive(names) for names in (effects.columns, effects.rows)]
     heat = {
         "type": "heatmap",
-        "z": found.mean,
-        "zmin": found.start - reach,
-        "zmax": found.start + reach,
+        "z": effects.mean,
+        "zmin": effects.start - reach,
+        "zmax": effects.start + reach,
         "colorscale": "@diverging",
         "text": text,
         "hovertemplate": "%{text}<extra></extra>",
         "hoverongaps": False,
         "xgap": 1,
         "ygap": 1,
-        "x": [int(name) if ordered[0] else escape(name) for name in found.columns],
-        "y": [int(name) if ordered[1] else escape(name) for name in found.rows],
+        "x": [int(name) if ordered[0] else escape(name) for name in effects.columns],
+        "y": [int(name) if ordered[1] else escape(name) for name in effects.rows],
         "colorbar": {
-            "title": {"text": escape(found.unit), "side": "right", "font": {"size": 13}},
+            "title": {"text": escape(effects.unit), "side": "right", "font": {"size": 13}},
             "thickness": 12,
             "outlinewidth": 0,
             "tickfont": {"size": 13},
         },
     }
-    flat, plain = len(found.axes) == 1, {"showgrid": False, "zeroline": False}
+    flat, plain = len(effects.axes) == 1, {"showgrid": False, "zeroline": False}
     kinds = [
         {"dtick": step(len(names)) if len(names) <= 64 else None} if whole else {"type": "category"}
-        for whole, names in zip(ordered, (found.columns, found.rows), strict=True)
+        for whole, names in zip(ordered, (effects.columns, effects.rows), strict=True)
     ]
     layout = {
-        "xaxis": {"title": escape(found.axes[-1]), **plain, **kinds[0]},
-        "yaxis": {"title": "" if flat else escape(found.axes[0]), "showticklabels": not flat, **plain, **kinds[1]},
+        "xaxis": {"title": escape(effects.axes[-1]), **plain, **kinds[0]},
+        "yaxis": {"title": "" if flat else escape(effects.axes[0]), "showticklabels": not flat, **plain, **kinds[1]},
     }
-    height = 190 if flat else map_height(len(found.rows))
-    return chart([heat], layout, height=height, label=f"Effect of patching by {' and '.join(found.axes)}")
+    height = 190 if flat else map_height(len(effects.rows))
+    return chart([heat], layout, height=height, label=f"Effect of patching by {' and '.join(effects.axes)}")
 
 
 def _consecutive(names: Sequence[str]) -> bool:
@@ -218,15 +218,15 @@ def _consecutive(names: Sequence[str]) -> bool:
 
 
 def _places(
-    found: _Effects, pictures: Sequence[Picture], layout: "TokenLayout | None", result: xr.Dataset | None = None
+    effects: _Effects, pictures: Sequence[Picture], layout: "TokenLayout | None", result: xr.Dataset | None = None
 ) -> Places:
     """Where in which picture the columns lie: from the layout, or from what they are called."""
-    axis, seen = found.axes[-1], {}
+    axis, seen = effects.axes[-1], {}
     at = {name: result[name].values for name in ("image", "frame", "row", "col")} if result is not None else {}
-    cells = [tuple(map(int, name.split(","))) if re.fullmatch(r"\d+,\d+", name) else None for name in found.columns]
+    cells = [tuple(map(int, name.split(","))) if re.fullmatch(r"\d+,\d+", name) else None for name in effects.columns]
     known = [named for named in cells if named is not None]
     size = (max((r for r, _ in known), default=0) + 1, max((c for _, c in known), default=0) + 1)
-    for i, name in enumerate(found.columns):
+    for i, name in enumerate(effects.columns):
         position = int(result["pos"].values[i]) if result is not None else int(name) if name.isdigit() else None
         if layout is not None and position is not None:
             visual = layout.visual
@@ -254,31 +254,32 @@ def _places(
     return seen
 
 
-def _over(found: _Effects, places: Places, pictures: Sequence[Picture], evidence: Sequence[Sequence[float]]) -> str:
+def _over(effects: _Effects, places: Places, pictures: Sequence[Picture], evidence: Sequence[Sequence[float]]) -> str:
     """Every row of effects over the pictures, in one scale."""
-    reach, drawn = found.reach, []
-    refuse_many(len(found.rows) * sum(map(len, places.values())))
+    reach, drawn = effects.reach, []
+    refuse_many(len(effects.rows) * sum(map(len, places.values())))
     homes = sorted({home for there in places.values() for home, _ in there})  # frames may have no token of their own
-    for row, name in enumerate(found.rows):
+    for row, name in enumerate(effects.rows):
         for k in homes:
             picture, marks = pictures[k], []
             for column, there in places.items():
                 for home, rect in there:
-                    if home == k and np.isfinite(found.mean[row, column]):
+                    if home == k and np.isfinite(effects.mean[row, column]):
                         x0, y0, x1, y1 = rect
                         where = f" (pixels {x0:.0f}-{x1:.0f}, {y0:.0f}-{y1:.0f})"
-                        away = (found.mean[row, column] - found.start) / reach
+                        away = (effects.mean[row, column] - effects.start) / reach
                         colour = f"var(--{'plus' if away > 0 else 'minus'})"
-                        marks.append(mark(rect, colour, 0.82 * abs(away), found.says(row, column, where)))
+                        marks.append(mark(rect, colour, 0.82 * abs(away), effects.says(row, column, where)))
             outlined = [rect for home, *rect in evidence if home == k]
-            said = f"{found.axes[0]} {name}" if name else ""
-            said += f"{', ' if said else ''}picture {k}" if len(pictures) > 1 else ""
-            drawn.append(_figure(stage(picture, "".join(marks), dim=True, evidence=outlined), said))
-    return f'{styles(pictures)}<div class="cells">{"".join(drawn)}</div>{diverging_bar(found.start, reach, found.unit)}'
+            caption = f"{effects.axes[0]} {name}" if name else ""
+            caption += f"{', ' if caption else ''}picture {k}" if len(pictures) > 1 else ""
+            drawn.append(_figure(stage(picture, "".join(marks), dim=True, evidence=outlined), caption))
+    bar = diverging_bar(effects.start, reach, effects.unit)
+    return f'{styles(pictures)}<div class="cells">{"".join(drawn)}</div>{bar}'
 
 
-def _figure(drawn: str, said: str) -> str:
-    return f"<figure>{drawn}<figcaption><b>{escape(said)}</b></figcaption></figure>"
+def _figure(drawn: str, caption: str) -> str:
+    return f"<figure>{drawn}<figcaption><b>{escape(caption)}</b></figcaption></figure>"
 
 
 def diverging_bar(start: float, reach: float, unit: str) -> str:

@@ -84,7 +84,7 @@ def _curves(
 ) -> str:
     """A curve for every band along an axis; a dotted line where the model is as it is."""
     along, traces = measured[axis].values.astype(float), []
-    for band, here in sorted(_by_band(measured), key=lambda one: one[0] != "random"):  # the shade lies below
+    for band, here in sorted(_by_band(measured), key=lambda named: named[0] != "random"):  # the shade lies below
         mean, low, high = _ends(here)
         colour = f"@{COLOURS.get(band, 'accent')}"
         line: dict[str, Any] = {

@@ -54,7 +54,7 @@ def settings_and_records(path):
 
 
 def picture(folder):
-    path = folder / "look0_0.png"
+    path = folder / "map0_0.png"
     return files.write(path, png(fabricated_sample().images[0]))
 
 

@@ -300,11 +300,11 @@ def calls(model: Any, folder: Any) -> dict[str, Call]:
         "write_samples": Call(mech.write_samples, {"samples": test, "folder": folder}, {
             "samples": "samples", "folder": "path", "name": "text"}),
         # tables of results
-        **{name: Call(getattr(mech, name), {}, {"found": "dataset"})
+        **{name: Call(getattr(mech, name), {}, {"result": "dataset"})
            for name in ("redirection_table", "retrieval_table", "modality_table", "sink_tokens")
            if hasattr(mech, name)},
         "steering_table": Call(mech.steering_table, {}, {"curve": "dataset", "measure": "path"}),
-        "top_edges": Call(mech.top_edges, {}, {"found": "dataset", "n": "path"}),
+        "top_edges": Call(mech.top_edges, {}, {"result": "dataset", "n": "path"}),
         # values
         "Ablate": Call(mech.Ablate, {"heads": [(0, 0)], "to": "zero"}, {
             "point": "word", "to": "word", "phase": "word", "reference": "*samples", "seed": "seed", **other}),

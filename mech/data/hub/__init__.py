@@ -89,7 +89,7 @@ def hub_samples(
     if (folder is None and row.root) or (folder is not None and not folder.is_dir()):
         given = f"root={str(root)!r} for {name}, which is no folder" if root is not None else f"{name} without root="
         raise InputError(given, row.root or "no root=: the records hold the pictures", "see docs/data.md")
-    found: list[Sample] = []
+    samples: list[Sample] = []
     bad: list[MechError] = []
     without = 0
     for index, fields in _records(row, n, seed, records, split, files):
@@ -104,17 +104,17 @@ def hub_samples(
                 raise
             raise bad[0] from error
         without += sum(not sample.evidence for sample in made)
-        found += [sample for sample in made if sample.evidence]
-        if len(found) >= n:
+        samples += [sample for sample in made if sample.evidence]
+        if len(samples) >= n:
             break
-    if bad and not found and not without:
+    if bad and not samples and not without:
         raise bad[0]
     if bad or without:
         what = [f"{without} samples without evidence"] * bool(without) + [f"{len(bad)} bad records"] * bool(bad)
         warnings.warn(f"{name}: {' and '.join(what)} passed over. Evidence: {row.evidence}", stacklevel=2)
-    if not found:
+    if not samples:
         raise InputError(f"{name} gave no sample with evidence", row.evidence, f"root: {row.root or 'not needed'}")
-    return Samples(_told_apart(found[:n]))
+    return Samples(_told_apart(samples[:n]))
 
 
 def _named(record: Record, error: Exception) -> MechError:
@@ -154,13 +154,13 @@ def _records(
 def _in_file(path: Path) -> list[Mapping[str, Any]]:
     try:
         text = read_text(path.expanduser())
-        found = [parse_json(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
-        found = parse_json(text) if found is None else found
+        records = [parse_json(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
+        records = parse_json(text) if records is None else records
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read", "a .json list or a .jsonl file of records", str(error)) from error
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise OutputError(f"{path} holds no list of records", "a list of objects", "look at the file")
-    return found
+    return records
 
 
 def _told_apart(samples: list[Sample]) -> list[Sample]:

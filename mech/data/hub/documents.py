@@ -60,8 +60,8 @@ def slidevqa(record: Record) -> Iterator[Sample]:
     if present != list(range(1, len(present) + 1)) or not present:
         raise record.wrong("page_1", f"pages {present}", "page_1 to page_20 without a gap")
     needed = _from_one(record, "evidence_pages", record.listed("evidence_pages"), len(present))
-    images, place = _pages(record, len(present), needed, lambda k: record.image(f"page_{k + 1}"))
-    evidence = [Pages(*(place[k] for k in needed))] if needed else []
+    images, index_of = _pages(record, len(present), needed, lambda k: record.image(f"page_{k + 1}"))
+    evidence = [Pages(*(index_of[k] for k in needed))] if needed else []
     yield _sample(record, record.text("question"), record.text("answer"), images, evidence)
 
 
@@ -72,8 +72,8 @@ def mmlongbench_doc(record: Record) -> Iterator[Sample]:
     if sorted(pages) != list(range(1, len(pages) + 1)):
         raise record.wrong("doc_id", f"pages {sorted(pages)[:8]} in {document}", record.source.root, "number from 1")
     needed = _from_one(record, "evidence_pages", record.listed("evidence_pages"), len(pages))
-    images, place = _pages(record, len(pages), needed, lambda k: record.opened("doc_id", pages[k + 1]))
-    evidence = [Pages(*(place[k] for k in needed))] if needed else []
+    images, index_of = _pages(record, len(pages), needed, lambda k: record.opened("doc_id", pages[k + 1]))
+    evidence = [Pages(*(index_of[k] for k in needed))] if needed else []
     id = f"{record.source.name}/{document}/{record.index}"
     yield _sample(record, record.text("question"), _answer(record.text("answer")), images, evidence, id)
 
@@ -93,8 +93,8 @@ def mmlongbench(record: Record) -> Iterator[Sample]:
     if missing := [page for page in asked if page not in own]:
         raise record.wrong("ans_page_list", f"page {missing[0]} of {document}", f"one of {sorted(own)}")
     needed = sorted({own[page] for page in asked})
-    images, place = _pages(record, len(paths), needed, lambda k: record.opened("page_list", paths[k]))
-    evidence = [Pages(*(place[k] for k in needed))] if needed else []
+    images, index_of = _pages(record, len(paths), needed, lambda k: record.opened("page_list", paths[k]))
+    evidence = [Pages(*(index_of[k] for k in needed))] if needed else []
     yield _sample(record, record.text("question"), _answer(record.text("answer")), images, evidence)
 
 
@@ -108,26 +108,28 @@ def mmdocir(record: Record) -> Iterator[Sample]:
     document = record.text("doc_name")
     opened = functools.cache(lambda page: _picture(record, rows, first + page))  # questions share pages
     for k, asked in enumerate(record.listed("questions")):
-        one = record.inside(f"questions[{k}]", asked)
-        parts = one.listed("layout_mapping")
-        where: list[Any] = [part.get("page") for part in parts if isinstance(part, dict)] or one.listed("page_id")
+        question = record.inside(f"questions[{k}]", asked)
+        parts = question.listed("layout_mapping")
+        where: list[Any] = [part.get("page") for part in parts if isinstance(part, dict)] or question.listed("page_id")
         if not all(isinstance(page, int) and 0 <= page <= last - first for page in where):
-            raise one.wrong("page_id", f"{where}", f"pages from 0 to {last - first}")
+            raise question.wrong("page_id", f"{where}", f"pages from 0 to {last - first}")
         for page in where:
             if (owner := rows.select_columns(["doc_name"])[first + page]["doc_name"]) != document:
                 raise record.wrong("page_indices", f"row {first + page} is of {owner}", f"pages of {document}")
-        images, place = _pages(one, last - first + 1, where, opened)
-        evidence: list[Region] = [Pages(*(place[page] for page in sorted(set(where))))] if not parts and where else []
+        images, index_of = _pages(question, last - first + 1, where, opened)
+        evidence: list[Region] = (
+            [Pages(*(index_of[page] for page in sorted(set(where))))] if not parts and where else []
+        )
         for n, part in enumerate(parts):
             name = f"layout_mapping[{n}]"
-            width, height = one.numbers(f"{name}.page_size", part.get("page_size"), 2)
-            corners = one.numbers(f"{name}.bbox", part.get("bbox"), 4)
-            shown = images[place[part["page"]]]
+            width, height = question.numbers(f"{name}.page_size", part.get("page_size"), 2)
+            corners = question.numbers(f"{name}.bbox", part.get("bbox"), 4)
+            shown = images[index_of[part["page"]]]
             scale = (shown.width / width, shown.height / height) * 2
             pixels = [c * s for c, s in zip(corners, scale, strict=True)]
             box = box_of(record, f"{name}.bbox", pixels, shown.size)
-            evidence.append(Box(box.x0, box.y0, box.x1, box.y1, image=place[part["page"]]))
-        yield _sample(record, one.text("Q"), _answer(one.text("A")), images, evidence, f"{record.id}/{k}")
+            evidence.append(Box(box.x0, box.y0, box.x1, box.y1, image=index_of[part["page"]]))
+        yield _sample(record, question.text("Q"), _answer(question.text("A")), images, evidence, f"{record.id}/{k}")
 
 
 @functools.lru_cache(maxsize=2)

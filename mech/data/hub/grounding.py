@@ -39,12 +39,12 @@ def refcoco(record: Record) -> Iterator[Sample]:
     """The first expression of an object, asked for its box."""
     picture = record.image("image")
     box = _xywh(record, "bbox", record.numbers("bbox", record.listed("bbox"), 4), picture.size)
-    said = record.listed("answer")
-    if not said or not isinstance(said[0], str) or not said[0].strip():
-        raise record.wrong("answer", f"{said!r:.80}", "a list of referring expressions")
+    phrases = record.listed("answer")
+    if not phrases or not isinstance(phrases[0], str) or not phrases[0].strip():
+        raise record.wrong("answer", f"{phrases!r:.80}", "a list of referring expressions")
     (width, height), corners = picture.size, (box.x0, box.y0, box.x1, box.y1)
     answer = [round(1000 * c / side) for c, side in zip(corners, (width, height, width, height), strict=True)]
-    question = WHERE.format(said[0].strip())
+    question = WHERE.format(phrases[0].strip())
     yield Sample(question, str(answer), (picture,), evidence=(box,), domain=record.source.name, id=record.id)
 
 
@@ -95,7 +95,7 @@ def vstar(record: Record) -> Iterator[Sample]:
     picture = record.opened("image", relative)
     beside = record.path("image", str(Path(relative).with_suffix(".json")))
     boxes = parse_json(read(beside)).get("bbox") or []
-    found = tuple(
+    regions = tuple(
         _xywh(record, f"{beside.name}: bbox[{k}]", record.numbers(f"{beside.name}: bbox[{k}]", box, 4), picture.size)
         for k, box in enumerate(boxes)
     )
@@ -103,7 +103,7 @@ def vstar(record: Record) -> Iterator[Sample]:
     if len(label) != 1 or not label.isupper():
         raise record.wrong("label", repr(label), "the letter of the right choice")
     question = record.text("text")
-    yield Sample(question, label, (picture,), evidence=found, domain=record.source.name, id=record.id)
+    yield Sample(question, label, (picture,), evidence=regions, domain=record.source.name, id=record.id)
 
 
 def vidstg(record: Record) -> Iterator[Sample]:
@@ -119,7 +119,7 @@ def vidstg(record: Record) -> Iterator[Sample]:
         raise record.wrong("vid", f"no picture of frame {missing[0]}", record.source.root, "extract all frames, from 0")
     video = tuple(record.opened("vid", frames[fid]) for fid in shown)
     fps = record.get("fps", (int, float), "frames a second")
-    objects = {one.get("tid"): one.get("category") for one in record.listed("subject/objects")}
+    objects = {thing.get("tid"): thing.get("category") for thing in record.listed("subject/objects")}
     seen = [k for k, fid in enumerate(shown) if begin <= fid < end]
     evidence = (Frames(*seen),) if seen else ()
     for k, asked in enumerate(record.listed("questions")):

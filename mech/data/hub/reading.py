@@ -19,10 +19,10 @@ OCR = "TextVQA_Rosetta_OCR_v0.2_{}.json"
 def textvqa(record: Record) -> Iterator[Sample]:
     """The most frequent of ten answers; evidence is where its words were read."""
     picture = record.image("image")
-    said = [str(answer).strip() for answer in record.listed("answers")]
-    if not any(said):
-        raise record.wrong("answers", f"{said!r:.60}", "answers; the test split has none", "use split='validation'")
-    answer = Counter(text for text in said if text).most_common(1)[0][0]
+    answers = [str(answer).strip() for answer in record.listed("answers")]
+    if not any(answers):
+        raise record.wrong("answers", f"{answers!r:.60}", "answers; the test split has none", "use split='validation'")
+    answer = Counter(text for text in answers if text).most_common(1)[0][0]
     evidence = tuple(_read_words(record, answer, picture.size))
     yield Sample(
         record.text("question"), answer, (picture,), evidence=evidence, domain=record.source.name, id=record.id
@@ -53,7 +53,7 @@ def _bare(word: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _words(path: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
-    return {one["image_id"]: one.get("ocr_info") or [] for one in parse_json(read(path))["data"]}
+    return {record["image_id"]: record.get("ocr_info") or [] for record in parse_json(read(path))["data"]}
 
 
 def synthdog(record: Record) -> Iterator[Sample]:

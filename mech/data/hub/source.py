@@ -157,10 +157,10 @@ class Record:
             )
         if os.path.isabs(relative) or os.path.normpath(relative).split(os.sep)[0] == os.pardir:
             raise self.wrong(name, f"{relative!r} leaves the folder", "a path inside root", "look at the record")
-        found = self.root / relative
-        if not found.exists():
-            raise self.wrong(name, f"{found} is not there", self.source.root, "see root= of this set in docs/data.md")
-        return found
+        file = self.root / relative
+        if not file.exists():
+            raise self.wrong(name, f"{file} is not there", self.source.root, "see root= of this set in docs/data.md")
+        return file
 
     def numbered(self, name: str, relative: str) -> dict[int, str]:
         """The files of a folder below ``root``, by the number their names end in; paths are below ``root``."""

@@ -110,7 +110,7 @@ def conditions(
         raise ExperimentError("the band 'unneeded' without necessary heads", "necessary=[(layer, head), ...]")
     if strange := [Head(*map(int, head)) for head in necessary if tuple(map(int, head)) not in ranking.heads]:
         raise ExperimentError(f"there is no head {strange[0]}", f"heads of {ranking!r}", "give (layer, head) pairs")
-    found: dict[Condition, None] = {}
+    unique: dict[Condition, None] = {}
     for method in methods:
         for band in (*words, *others):
             for size in fractions:
@@ -121,8 +121,8 @@ def conditions(
                     else _sets(ranking, band, count, n_random, necessary, seed)
                 )
                 for draw, heads in enumerate(sets):
-                    found[Condition(method, band, count / len(ranking), tuple(heads), draw)] = None
-    return list(found)
+                    unique[Condition(method, band, count / len(ranking), tuple(heads), draw)] = None
+    return list(unique)
 
 
 def _comparable(name: str, other: Ranking, ranking: Ranking) -> None:
@@ -211,8 +211,8 @@ def ablation(
     options: dict[str, Any] = dict(to=to, bands=bands, fractions=fractions, n_random=n_random, seed=seed)
     todo = list(conditions(ranking, necessary=necessary, **options) if isinstance(ranking, Ranking) else ranking)
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
-    given = [one for one in (ranking, *bands) if isinstance(one, Ranking)] if isinstance(ranking, Ranking) else []
-    others = [refuse_ranking(one, model, samples, allow_other_model) for one in given]
+    given = [band for band in (ranking, *bands) if isinstance(band, Ranking)] if isinstance(ranking, Ranking) else []
+    others = [refuse_ranking(band, model, samples, allow_other_model) for band in given]
     if reference is not None and not isinstance(reference, Reference):
         reference = Samples(reference)
         refuse_overlap(samples, [s.id for s in reference], "are the reference")

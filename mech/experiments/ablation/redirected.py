@@ -9,15 +9,15 @@ BAND, BIAS = "band", "bias"
 
 
 @checked
-def redirection_table(found: given_by("redirection", BAND, BIAS, "redirected")) -> list[dict[str, float | str]]:
+def redirection_table(result: given_by("redirection", BAND, BIAS, "redirected")) -> list[dict[str, float | str]]:
     """Of every band and bias the share of redirected and of kept answers, with 95% intervals.
 
     Over samples; of random heads over samples and sets.
     """
     table: list[dict[str, float | str]] = []
-    for band in dict.fromkeys(map(str, found[BAND].values)):
-        here = found.isel(set=np.flatnonzero(found[BAND].values == band))
-        for bias in found[BIAS].values:
+    for band in dict.fromkeys(map(str, result[BAND].values)):
+        here = result.isel(set=np.flatnonzero(result[BAND].values == band))
+        for bias in result[BIAS].values:
             row: dict[str, float | str] = {"band": band, "bias": float(bias)}
             for name in ("redirected", "kept"):
                 bounds = share(here[name].sel(bias=bias).values)

@@ -93,7 +93,7 @@ def redirection(
 
     References: Gaze heads, arXiv 2606.14703 (there the last token's rows, the top 100 heads, six panels).
     """
-    samples, biases = Samples(samples), [float(one) for one in bias]
+    samples, biases = Samples(samples), [float(b) for b in bias]
     if len(set(biases)) < len(biases):
         raise ExperimentError(f"bias={biases}", "different numbers", "use (2, 4, 8)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)
@@ -112,7 +112,7 @@ def redirection(
                 parts[name][row, column] = value
             if progress:
                 progress(row * len(biases) + column + 1, len(sets) * len(biases))
-    found = xr.Dataset(
+    result = xr.Dataset(
         {name: (("set", BIAS, EXAMPLE), value, ATTRS[name]) for name, value in parts.items()}
         | {f"plain_{name}": (EXAMPLE, value, ATTRS[name]) for name, value in plain.items()},
         {
@@ -125,7 +125,7 @@ def redirection(
     )
     about = {"domain": ", ".join(samples.domains), "n_heads": ranking.count(heads), "query": query, "phase": phase}
     record = provenance(model, samples, seed=seed, query=query, phase=phase)
-    return found.assign_attrs(
+    return result.assign_attrs(
         kind="redirection", model=model.name, **about, **other_model_attrs([other]), provenance=record
     )
 
@@ -194,12 +194,12 @@ def _pulled(
 @torch.no_grad()
 def _answers(forward: object, questions: Quiz) -> dict[str, np.ndarray]:
     """Of each sample: is the distractor's answer the first, is its own, and by how many logits they differ."""
-    redirected, kept, difference = [], [], []
+    redirected, unchanged, difference = [], [], []
     for row, says in enumerate(answer_logits(forward, questions)):  # type: ignore[arg-type]
         at, wrong = questions.forks[row], questions.wrong[row]
         right = questions.answers[row][at]
         first = int(says[at].argmax())
         redirected.append(float(first == wrong))
-        kept.append(float(first == right))
+        unchanged.append(float(first == right))
         difference.append(float(says[at, wrong] - says[at, right]))
-    return {"redirected": np.array(redirected), "kept": np.array(kept), "logit_diff": np.array(difference)}
+    return {"redirected": np.array(redirected), "kept": np.array(unchanged), "logit_diff": np.array(difference)}

@@ -144,8 +144,8 @@ def steering_table(
         here = curve[measure].isel(set=np.flatnonzero(curve[BAND].values == band))
         for factor in curve[FACTOR].values:
             value = here.sel(factor=factor).values
-            found = share(value) if measure == "accuracy" else mean_of(value).as_dict()
-            table.append({"band": band, "factor": float(factor), **(found or {})})
+            interval = share(value) if measure == "accuracy" else mean_of(value).as_dict()
+            table.append({"band": band, "factor": float(factor), **(interval or {})})
     return table
 
 

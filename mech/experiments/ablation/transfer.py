@@ -102,11 +102,11 @@ def transfer(
         for samples in test.values()
     ]
     first = next(iter(rankings.values()))
-    tops = [Condition(to, name, one.count(k) / len(one), one.top(k)) for name, one in rankings.items()]
+    tops = [Condition(to, name, ranked.count(k) / len(ranked), ranked.top(k)) for name, ranked in rankings.items()]
     tested = tuple({head: None for top in tops for head in top.heads})
     apart = len(tested) + len(tops[0].heads) <= len(first)
     drawn = first.random(k, n_random, seed, exclude=tested if apart else ())
-    todo = [BASELINE, *tops, *(Condition(to, "random", tops[0].fraction, one, i) for i, one in enumerate(drawn))]
+    todo = [BASELINE, *tops, *(Condition(to, "random", tops[0].fraction, heads, i) for i, heads in enumerate(drawn))]
     parts: list[xr.Dataset] = []
     for task, samples in test.items():
         reference = reference_activations(model, find[task], batch_size=batch_size, seed=seed)
@@ -136,12 +136,12 @@ def transfer(
     return joined.merge(_summary(joined, list(rankings)))
 
 
-def _summary(found: xr.Dataset, names: list[str]) -> xr.Dataset:
+def _summary(effects: xr.Dataset, names: list[str]) -> xr.Dataset:
     names_of_p = ("p", "p_samples", "p_sets")
     cells: dict[str, list[Any]] = {name: [] for name in ("lost", "lost_low", "lost_high", *names_of_p)}
     chance: dict[str, list[float]] = {name: [] for name in ("random_lost", "random_lost_low", "random_lost_high")}
-    for task in found["tested_on"].values:
-        accuracy = found["accuracy"].sel(tested_on=task).dropna("example")
+    for task in effects["tested_on"].values:
+        accuracy = effects["accuracy"].sel(tested_on=task).dropna("example")
         bands = accuracy["band"].values
         (full,) = accuracy.values[bands == "none"]
         random = full - accuracy.values[bands == "random"]
@@ -151,7 +151,11 @@ def _summary(found: xr.Dataset, names: list[str]) -> xr.Dataset:
         tops = [accuracy.values[bands == name][0] for name in names]
         lost = [accuracy_interval((full - top)[None]) for top in tops]
         tests = [against_random(full - top, random) for top in tops]
-        columns = ([one.mean for one in lost], [one.low for one in lost], [one.high for one in lost])
+        columns = (
+            [interval.mean for interval in lost],
+            [interval.low for interval in lost],
+            [interval.high for interval in lost],
+        )
         columns += tuple([test[name] for test in tests] for name in ("p_value", "p_samples", "p_sets"))
         for name, column in zip(cells, columns, strict=True):
             cells[name].append(column)
@@ -163,12 +167,12 @@ def _asked(
     model: HookedMLLM, questions: Quiz, condition: Condition, reference: Any, seed: int
 ) -> dict[str, np.ndarray]:
     """``ask``, and whether the first token said is that of any answer of these questions."""
-    said: list[torch.Tensor] = []
+    answers: list[torch.Tensor] = []
 
     def listening(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def listened(*args: Any, **options: Any) -> torch.Tensor:
             logits = forward(*args, **options)
-            said.extend(logits.argmax(-1).cpu())
+            answers.extend(logits.argmax(-1).cpu())
             return logits
 
         return listened
@@ -180,7 +184,7 @@ def _asked(
         with intervene(model, spec) as without:
             scores = ask(listening(without), questions)
     # Rows end with the answer: its first token is said one row before it.
-    begins = [int(row[-len(answer) - 1]) for row, answer in zip(said, questions.answers, strict=True)]
+    begins = [int(row[-len(answer) - 1]) for row, answer in zip(answers, questions.answers, strict=True)]
     known = {answer[0] for answer in questions.answers}
     return {**scores, "in_form": np.array([float(token in known) for token in begins])}
 
@@ -189,7 +193,7 @@ def _ranked(model: HookedMLLM, find: Mapping[str, Samples], batch_size: int) -> 
     located = {name: samples for name, samples in find.items() if all(sample.evidence for sample in samples)}
     if not located:
         raise ExperimentError("no task whose samples have evidence", "at least one", "set Sample.evidence")
-    scores = {name: retrieval_attention_mass(model, one, batch_size=batch_size) for name, one in located.items()}
+    scores = {name: retrieval_attention_mass(model, split, batch_size=batch_size) for name, split in located.items()}
     return {name: rank_heads(score, domain=name) for name, score in scores.items()}
 
 

@@ -44,8 +44,8 @@ def attention_from(
     """
     weight = row_weights(inputs, queries).to(model.device)
     rows = weight.sum(0).nonzero().flatten()
-    found = read_rows(model, inputs, rows, lambda call, pattern: {"mean": mean_rows(pattern, weight[:, rows])})
-    return found["mean"]
+    means = read_rows(model, inputs, rows, lambda call, pattern: {"mean": mean_rows(pattern, weight[:, rows])})
+    return means["mean"]
 
 
 @checked
@@ -96,10 +96,10 @@ def attention_maps(
     if strange := [head for head in heads if head not in known]:
         raise ExperimentError(f"there is no head {strange[0]}", "heads of the ranking", "see ranking.heads")
     other = refuse_other_model(ranking, model, allow_other_model)
-    known = [[None] * len(heads)] * len(samples) if deciding is None else [list(one) for one in deciding]
-    if [len(one) for one in known] != [len(heads)] * len(samples):
+    known = [[None] * len(heads)] * len(samples) if deciding is None else [list(values) for values in deciding]
+    if [len(values) for values in known] != [len(heads)] * len(samples):
         raise ExperimentError(
-            f"deciding queries of {[len(one) for one in known]} heads",
+            f"deciding queries of {[len(values) for values in known]} heads",
             f"{len(heads)} for each of {len(samples)} samples",
         )
     seen, rects, owners, facts = [], [], [], []
@@ -110,12 +110,12 @@ def attention_maps(
         seen.append(attention[:, tokens])
         rects.append(layout.rect[tokens])
         owners.append((layout.frame // pace if sample.video else layout.image)[tokens])
-        said = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
+        prediction = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
         facts.append(
             {
                 "question": sample.question,
                 "answer": sample.answer,
-                "prediction": said,
+                "prediction": prediction,
                 "pictures": [f"map{i}_{n}.png" for n in range(len(pictures_of(sample, pace)))],
                 "digests": [pixel_digest(shown.convert("RGB")) for shown in pictures_of(sample, pace)],
                 "evidence": outlines(sample, pace),
@@ -124,9 +124,9 @@ def attention_maps(
         )
     width = max(len(rect) for rect in rects)
     return maps_dataset(
-        np.stack([_padded(one, width, 0.0, axis=1) for one in seen]),
-        np.stack([_padded(one, width, np.nan, axis=0) for one in rects]),
-        np.stack([_padded(one, width, -1, axis=0) for one in owners]),
+        np.stack([_padded(values, width, 0.0, axis=1) for values in seen]),
+        np.stack([_padded(values, width, np.nan, axis=0) for values in rects]),
+        np.stack([_padded(values, width, -1, axis=0) for values in owners]),
         facts,
         shown_layer=[head.layer for head in heads],
         shown_head=[head.head for head in heads],
@@ -146,8 +146,10 @@ def _attention(
     """The attention of each head, and from which query it is."""
     layers, asked = list(model.cfg.attention_layers), list(map(int, inputs.layout.positions(queries)))
     rows = sorted({*asked, *(at[0] for at in deciding if at is not None)})
-    found = read_rows(model, inputs, torch.tensor(rows, device=model.device), lambda call, pattern: {"rows": pattern})
-    pattern = found["rows"][0].cpu().numpy()
+    patterns = read_rows(
+        model, inputs, torch.tensor(rows, device=model.device), lambda call, pattern: {"rows": pattern}
+    )
+    pattern = patterns["rows"][0].cpu().numpy()
     mean = pattern[:, :, [rows.index(at) for at in asked]].mean(2)
     drawn, names = [], []
     for (layer, head), at in zip(heads, deciding, strict=True):

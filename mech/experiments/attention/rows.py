@@ -39,16 +39,16 @@ def read_rows(
     crossing = inputs.layouts[0].memory is not None
     seen: dict[int, dict[str, Tensor]] = {}
 
-    def look(call: AttentionCall) -> None:
+    def read_call(call: AttentionCall) -> None:
         if call.cross == crossing:
-            found = read(call, call.rows(rows))
-            seen[call.layer] = {name: value.float().to(model.device) for name, value in found.items()}
+            values = read(call, call.rows(rows))
+            seen[call.layer] = {name: value.float().to(model.device) for name, value in values.items()}
 
-    with model.attending(look):
+    with model.attending(read_call):
         model(inputs, logits_to_keep=1, **({"mm_encoder_outputs": dict(pictures)} if pictures else {}))
     nothing = {name: torch.zeros_like(value) for name, value in next(iter(seen.values())).items()}
     layers = [seen.get(layer, nothing) for layer in model.cfg.attention_layers]
-    return {name: torch.stack([found[name] for found in layers], dim=1) for name in nothing}
+    return {name: torch.stack([values[name] for values in layers], dim=1) for name in nothing}
 
 
 def row_weights(inputs: Inputs, queries: str) -> Float[Tensor, "batch pos"]:

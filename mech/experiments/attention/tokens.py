@@ -65,7 +65,7 @@ def token_attention(
     mean = member / member.sum(1, keepdim=True)
     seen: dict[int, torch.Tensor] = {}
 
-    def look(call: AttentionCall) -> None:
+    def read_call(call: AttentionCall) -> None:
         if call.layer not in wanted:
             return
         total = 0.0
@@ -74,7 +74,7 @@ def token_attention(
             total = total + torch.einsum("qr,hrs,ks->hqk", mean[:, rows], pattern, member)
         seen[call.layer] = torch.as_tensor(total).cpu()
 
-    with model.attending(look):
+    with model.attending(read_call):
         model(inputs, logits_to_keep=1)
     names = list(named)
     return xr.DataArray(
@@ -109,10 +109,10 @@ def token_groups(layout: TokenLayout, most: int = MOST) -> dict[str, list[int]]:
             "give fewer pictures, or more groups",
         )  # fmt: skip
     pieces = text + [piece for name, run in pictures.items() for piece in _cells(layout, name, run, side)]
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for name, positions in sorted(pieces, key=lambda piece: piece[1][0]):
-        found[name if name not in found else f"{name} ({positions[0]})"] = positions
-    return found
+        groups[name if name not in groups else f"{name} ({positions[0]})"] = positions
+    return groups
 
 
 def _pictures(layout: TokenLayout) -> dict[str, np.ndarray]:

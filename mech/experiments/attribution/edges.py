@@ -104,11 +104,13 @@ def edge_attribution(
     graph = _Graph.of(model, senders, receivers)
     pairs = pairs_of(model, clean, corrupted)
     runs, example = [], 0
-    for one, other in pairs:
-        plan = Plan.of(model, one, other, metric, "attn.hook_z", ("layer", "head"), "all", None, None, example)
+    for clean_row, corrupted_row in pairs:
+        plan = Plan.of(
+            model, clean_row, corrupted_row, metric, "attn.hook_z", ("layer", "head"), "all", None, None, example
+        )
         check_smooth(model, plan.readings, metric)
         runs.append(_Run(model, graph, plan, direction, norm == "frozen"))
-        example += len(one)
+        example += len(clean_row)
     parts = [run.estimated(ig_steps) for run in runs]
     change, ours, theirs = (torch.cat(v).double().cpu().numpy() for v in zip(*parts, strict=True))
     gap = np.where(theirs == ours, np.nan, theirs - ours)[:, None]  # what switching everything does
@@ -160,13 +162,13 @@ def _sample(size: np.ndarray, count: int, seed: int) -> list[tuple[int, int]]:
 
 @checked
 def top_edges(
-    found: given_by("edge_attribution", "effect", "sender", "receiver"), n: Count = 20
+    result: given_by("edge_attribution", "effect", "sender", "receiver"), n: Count = 20
 ) -> list[tuple[str, str, float]]:
     """The edges with the largest mean effect, either way: (sender, receiver, effect)."""
-    mean = found.effect.mean("example").values
+    mean = result.effect.mean("example").values
     order = np.argsort(-np.nan_to_num(abs(mean), nan=-1.0), axis=None)[:n]
     rows = zip(*np.unravel_index(order, mean.shape), strict=True)
-    return [(str(found.sender.values[s]), str(found.receiver.values[r]), float(mean[s, r]))
+    return [(str(result.sender.values[s]), str(result.receiver.values[r]), float(mean[s, r]))
             for s, r in rows if not np.isnan(mean[s, r])]  # fmt: skip
 
 
@@ -297,7 +299,7 @@ class _Run:
     def _edges(self, slopes: Slopes, written: "_Written") -> Float[Tensor, "batch sender receiver"]:
         """Every sender's change times every receiver's slope, one stage of receivers at a time."""
         senders, receivers = list(self.graph.senders.values()), list(self.graph.receivers.values())
-        found = torch.full((len(slopes.scores), len(senders), len(receivers)), float("nan"),
+        effects = torch.full((len(slopes.scores), len(senders), len(receivers)), float("nan"),
                            dtype=slopes.scores.dtype, device=slopes.scores.device)  # fmt: skip
         for stage in sorted({node.stage for node in receivers}):
             group = [i for i, node in enumerate(receivers) if node.stage == stage]
@@ -305,10 +307,10 @@ class _Run:
             for origin in sorted({node.stage for node in senders if node.stage < stage}):
                 from_here = [i for i, node in enumerate(senders) if node.stage == origin]
                 change = written.by([senders[i] for i in from_here])
-                found[:, torch.tensor(from_here)[:, None], torch.tensor(group)] = torch.einsum(
+                effects[:, torch.tensor(from_here)[:, None], torch.tensor(group)] = torch.einsum(
                     "sbpm,rbpm->bsr", change.to(slope), slope
-                ).to(found)
-        return found
+                ).to(effects)
+        return effects
 
     def _slope(self, nodes: Sequence[_Node], slopes: Slopes) -> Float[Tensor, "receiver batch pos d_model"]:
         """The metric's slope at the stream as each of these receivers, all of one stage, reads it."""

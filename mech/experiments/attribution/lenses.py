@@ -89,7 +89,7 @@ def logit_lens(
     where = _same_places(rows, positions)
     names = {f"blocks.{n - 1}.hook_resid_post" if layer == n else f"blocks.{layer}.hook_resid_pre": layer
              for layer in chosen}  # fmt: skip
-    found: list[list[dict[str, np.ndarray]]] = []
+    examples: list[list[dict[str, np.ndarray]]] = []
     for row in rows:
         streams: dict[int, Tensor] = {}
 
@@ -98,8 +98,8 @@ def logit_lens(
 
         with model.hooks([(name, keep) for name in names]):
             model(row, logits_to_keep=1)
-        found.append([_words(model, streams[layer], k, ids) for layer in chosen])
-    value = {name: np.stack([[layer[name] for layer in row] for row in found]) for name in found[0][0]}
+        examples.append([_words(model, streams[layer], k, ids) for layer in chosen])
+    value = {name: np.stack([[layer[name] for layer in row] for row in examples]) for name in examples[0][0]}
     coords = {LAYER: chosen, **_place_coords(rows[0], where)}
     return _dataset(model, inputs, value, (LAYER, POSITION), coords, ids, "logit_lens")
 
@@ -153,17 +153,17 @@ def ov_reading(
     check_direct(model, by_source=True)
     _check_k(model, k)
     ids, listed = _tracked(model, track), _listed(of)
-    found: list[list[dict[str, np.ndarray]]] = []
-    if all(isinstance(one, str) for one in listed):
-        tokens = [model.to_single_token(str(one)) for one in listed]
-        found.append(_of_strings(model, pairs, tokens, k, ids))
-        coords: dict[str, Any] = {POSITION: [str(one) for one in listed]}
+    examples: list[list[dict[str, np.ndarray]]] = []
+    if all(isinstance(item, str) for item in listed):
+        tokens = [model.to_single_token(str(item)) for item in listed]
+        examples.append(_of_strings(model, pairs, tokens, k, ids))
+        coords: dict[str, Any] = {POSITION: [str(item) for item in listed]}
     else:
         rows = _rows(model, of)
         where = _same_places(rows, positions)
-        found += [_of_run(model, pairs, row, where, k, ids) for row in rows]
+        examples += [_of_run(model, pairs, row, where, k, ids) for row in rows]
         coords = _place_coords(rows[0], where)
-    value = {name: np.stack([[head[name] for head in row] for row in found]) for name in found[0][0]}
+    value = {name: np.stack([[head[name] for head in row] for row in examples]) for name in examples[0][0]}
     coords[SENDER] = [f"L{layer}H{head}" for layer, head in pairs]
     return _dataset(model, of, value, (SENDER, POSITION), coords, ids, "ov_reading")
 
@@ -175,7 +175,7 @@ def _of_run(
     layers, n = sorted({layer for layer, _ in pairs}), model.cfg.n_layers
     at, values, seen = int(row.layout.positions("last")[0]), {}, {}
 
-    def look(call: AttentionCall) -> None:
+    def read_call(call: AttentionCall) -> None:
         values[call.layer] = call.v[0]
 
     def keep(value: Tensor, hook: Any) -> None:
@@ -183,14 +183,14 @@ def _of_run(
 
     end = f"blocks.{n - 1}.hook_resid_post"
     names = [*(f"blocks.{layer}.attn.hook_z" for layer in layers), end]
-    with model.hooks([(name, keep) for name in names]), model.attending(look):
+    with model.hooks([(name, keep) for name in names]), model.attending(read_call):
         model(row, logits_to_keep=1)
-    through, carried, found = frozen_norm(model.norm(n), seen[end][None]), carried_on(model), []
+    through, carried, words = frozen_norm(model.norm(n), seen[end][None]), carried_on(model), []
     for layer, head in pairs:
         W_O, between = head_maps(model, layer, seen[f"blocks.{layer}.attn.hook_z"].float())
         value = values[layer][head * len(values[layer]) // model.cfg.n_heads, where].to(W_O)
-        found.append(_spoken(model, through(between(value @ W_O[head]) * carried[layer]), k, ids))
-    return found
+        words.append(_spoken(model, through(between(value @ W_O[head]) * carried[layer]), k, ids))
+    return words
 
 
 def _of_strings(
@@ -200,43 +200,43 @@ def _of_strings(
     values: dict[int, Tensor] = {}
     embedded: list[Tensor] = []
 
-    def look(call: AttentionCall) -> None:
+    def read_call(call: AttentionCall) -> None:
         values[call.layer] = call.v[0]
 
     hooks: list[Any] = [("hook_embed", lambda value, hook: embedded.append(value))]
     hooks += [(f"blocks.{layer}.hook_resid_pre", lambda value, hook: embedded[0]) for layer, _ in dict.fromkeys(pairs)]
-    with model.hooks(hooks), model.attending(look):
+    with model.hooks(hooks), model.attending(read_call):
         model(input_ids=torch.tensor([tokens], device=model.device), logits_to_keep=1)
-    norm, found = model.norm(model.cfg.n_layers), []
+    norm, heads = model.norm(model.cfg.n_layers), []
     for layer, head in pairs:
         value = values[layer][head * len(values[layer]) // model.cfg.n_heads].float()
         written = []
-        for one in value:
-            z = one.new_zeros(model.cfg.n_heads, len(one))
-            z[head] = one
+        for vector in value:
+            z = vector.new_zeros(model.cfg.n_heads, len(vector))
+            z[head] = vector
             W_O, between = head_maps(model, layer, z)
-            written.append(between((one @ W_O[head])[None]))
+            written.append(between((vector @ W_O[head])[None]))
         alone = torch.cat(written).to(model.dtype)
-        said = _spoken(model, frozen_norm(norm, alone)(alone), k, [*ids, *tokens])
-        logit = said.pop("tracked_logit")
-        said["own_rank"] = said.pop("tracked_rank")[np.arange(len(tokens)), len(ids) + np.arange(len(tokens))]
-        found.append({**said, **({"tracked_logit": logit[:, : len(ids)]} if ids else {})})
-    return found
+        words = _spoken(model, frozen_norm(norm, alone)(alone), k, [*ids, *tokens])
+        logit = words.pop("tracked_logit")
+        words["own_rank"] = words.pop("tracked_rank")[np.arange(len(tokens)), len(ids) + np.arange(len(tokens))]
+        heads.append({**words, **({"tracked_logit": logit[:, : len(ids)]} if ids else {})})
+    return heads
 
 
 def _words(model: HookedMLLM, stream: Float[Tensor, "position d_model"], k: int, ids: list[int]) -> dict[str, Any]:
     """What the final norm and the unembedding make of some states of the stream."""
-    norm, cap, found = model.norm(model.cfg.n_layers), softcap(model), []
+    norm, cap, pieces = model.norm(model.cfg.n_layers), softcap(model), []
     for part in stream.split(_ROWS):
         logits = _unembedded(model, norm(part))
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        found.append(_top(model, logits.softmax(-1), k, ids, "probability"))
-    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+        pieces.append(_top(model, logits.softmax(-1), k, ids, "probability"))
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _spoken(model: HookedMLLM, normed: Float[Tensor, "position d_model"], k: int, ids: list[int]) -> dict[str, Any]:
-    found = [_top(model, part.to(model.W_U) @ model.W_U, k, ids, "logit") for part in normed.split(_ROWS)]
-    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    pieces = [_top(model, part.to(model.W_U) @ model.W_U, k, ids, "logit") for part in normed.split(_ROWS)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _unembedded(model: HookedMLLM, normed: Tensor) -> Float[Tensor, "position vocab"]:
@@ -250,12 +250,12 @@ def _top(
     """The ``k`` largest of each row as words, and how the tracked tokens fare."""
     best = value.float().topk(k, dim=-1)
     words = [[model.tokenizer.decode([token]) for token in row] for row in best.indices.tolist()]
-    found: dict[str, np.ndarray] = {"word": np.array(words, dtype=str), name: best.values.cpu().numpy()}
+    columns: dict[str, np.ndarray] = {"word": np.array(words, dtype=str), name: best.values.cpu().numpy()}
     if ids:
         tracked = value[:, ids].float()
         rank = torch.stack([(value > value[:, token, None]).sum(-1) for token in ids], dim=-1)
-        found |= {"tracked_rank": rank.cpu().numpy(), f"tracked_{name}": tracked.cpu().numpy()}
-    return found
+        columns |= {"tracked_rank": rank.cpu().numpy(), f"tracked_{name}": tracked.cpu().numpy()}
+    return columns
 
 
 def _listed(of: Any) -> list[Any]:
@@ -266,7 +266,7 @@ def _listed(of: Any) -> list[Any]:
 
 
 def _rows(model: HookedMLLM, of: Any) -> list[Inputs]:
-    rows = [model.inputs_of(one) if isinstance(one, Sample) else one for one in _listed(of)]
+    rows = [model.inputs_of(item) if isinstance(item, Sample) else item for item in _listed(of)]
     if any(not isinstance(row, Inputs) or len(row) != 1 for row in rows):
         raise ExperimentError("something else than samples or inputs of one row", "those", "read one row at a time")
     return rows
@@ -274,7 +274,7 @@ def _rows(model: HookedMLLM, of: Any) -> list[Inputs]:
 
 def _same_places(rows: Sequence[Inputs], positions: Where) -> Int[np.ndarray, " position"]:
     places = [row.layout.positions(positions) for row in rows]
-    if any(not np.array_equal(place, places[0]) for place in places):
+    if any(not np.array_equal(at, places[0]) for at in places):
         raise ExperimentError(
             "examples whose positions lie at different places", "the same positions in every example",
             "read one example at a time",
@@ -289,7 +289,7 @@ def _place_coords(row: Inputs, where: np.ndarray) -> dict[str, Any]:
 
 def _tracked(model: HookedMLLM, track: str | int | Sequence[str | int]) -> list[int]:
     listed = [track] if isinstance(track, str | int) else list(track)
-    return [model.token_id(one) for one in listed]
+    return [model.token_id(token) for token in listed]
 
 
 def _check_k(model: HookedMLLM, k: int) -> None:
@@ -302,20 +302,20 @@ def _dataset(
     ids: list[int], kind: str,
 ) -> xr.Dataset:  # fmt: skip
     listed = _listed(of)
-    samples = Samples([one for one in listed if isinstance(one, Sample)])
+    samples = Samples([item for item in listed if isinstance(item, Sample)])
     behind = {"word": (PLACE,), "probability": (PLACE,), "logit": (PLACE,), "own_rank": ()}
-    found = xr.Dataset(
+    result = xr.Dataset(
         {name: ((EXAMPLE, *dims, *behind.get(name, (TRACKED,))), array) for name, array in value.items()},
         coords,
         {"kind": kind, "model": model.name, "provenance": provenance(model, samples if len(samples) else None)},
     )
     if ids:
-        found = found.assign_coords({TRACKED: [model.tokenizer.decode([token]).strip() for token in ids]})
-    names = [one.id or str(i) if isinstance(one, Sample) else str(i) for i, one in enumerate(listed)]
-    found = found.assign_coords({EXAMPLE: names[: found.sizes[EXAMPLE]]})
+        result = result.assign_coords({TRACKED: [model.tokenizer.decode([token]).strip() for token in ids]})
+    names = [item.id or str(i) if isinstance(item, Sample) else str(i) for i, item in enumerate(listed)]
+    result = result.assign_coords({EXAMPLE: names[: result.sizes[EXAMPLE]]})
     signs = {"probability": ("probability", "more: likelier"), "rank": ("rank", "0 is the first of the vocabulary"),
              "logit": ("logits", "more: speaks for the word"), "word": ("token", "best first")}  # fmt: skip
-    for name in found.data_vars:
+    for name in result.data_vars:
         unit, sign = signs[str(name).rsplit("_", 1)[-1]]
-        found[name].attrs = {"unit": unit, "sign": sign}
-    return found
+        result[name].attrs = {"unit": unit, "sign": sign}
+    return result

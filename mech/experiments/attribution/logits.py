@@ -91,7 +91,7 @@ def logit_attribution(
     difference: LogitDiff = _default_metric(rows) if metric is None else metric
     named = [sources] * len(rows) if sources is None or isinstance(sources, Mapping) else list(sources)
     sets = list(named[0] or ()) if named else []
-    if len(named) != len(rows) or any(list(one or ()) != sets for one in named) or not rows:
+    if len(named) != len(rows) or any(list(positions or ()) != sets for positions in named) or not rows:
         raise ExperimentError(
             f"{len(named)} sources for {len(rows)} examples", "at least one example, and one mapping or one for each",
             'sources=[{"evidence": sample.evidence} for sample in samples]',
@@ -100,7 +100,7 @@ def logit_attribution(
     # With the answer behind it, so that a token of it that is not the first can be asked for.
     inputs = [model.inputs_of(row, answer=bool(row.answer.strip())) if isinstance(row, Sample) else row for row in rows]
     readings = [difference.reading(model, row.layout, i) for i, row in enumerate(inputs)]
-    asked = [_Question.of(model, *one) for one in zip(inputs, readings, named, strict=True)]
+    asked = [_Question.of(model, *positions) for positions in zip(inputs, readings, named, strict=True)]
     parts: list[dict[str, np.ndarray]] = []
     for i, (row, question) in enumerate(zip(inputs, asked, strict=True)):
         parts.append(_parts(model, row, question))
@@ -208,7 +208,7 @@ def _parts(model: HookedMLLM, row: Inputs, asked: _Question) -> dict[str, np.nda
             rest[layer] -= heads[layer].sum()
             if layer in values:
                 by_source[layer] = said(between(torch.einsum("hsd,hdm->hsm", values[layer].to(W_O), W_O)), layer)
-    found = {
+    parts = {
         "heads": heads,
         "mlps": mlps,
         "attention_rest": rest,
@@ -219,7 +219,7 @@ def _parts(model: HookedMLLM, row: Inputs, asked: _Question) -> dict[str, np.nda
         "logit_diff": asked.of_logits(logits.to(direction)),
         "by_source": by_source,
     }
-    return {name: value.double().cpu().numpy() for name, value in found.items()}
+    return {name: value.double().cpu().numpy() for name, value in parts.items()}
 
 
 def _run(
@@ -232,7 +232,7 @@ def _run(
     def keep(value: Tensor, hook: Any) -> None:
         seen[hook.name] = value[0, asked.at]
 
-    def look(call: AttentionCall) -> None:
+    def read_call(call: AttentionCall) -> None:
         if asked.keys is not None:
             looked = call.rows([asked.at])[0]  # [head 1 key_pos]
             taken = looked * asked.keys.to(looked)
@@ -241,7 +241,7 @@ def _run(
     n, live = model.cfg.n_layers, set(model.points())
     names = [f"blocks.{layer}.{point}" for layer in range(n) for point in POINTS]
     names = ["hook_embed", *(name for name in names if name in live), f"blocks.{n - 1}.hook_resid_post"]
-    with model.hooks([(name, keep) for name in names]), model.attending(look):
+    with model.hooks([(name, keep) for name in names]), model.attending(read_call):
         logits = model(row)[0, asked.at]
     return seen, values, logits
 
@@ -267,7 +267,7 @@ def _dataset(
     if not sets:
         del value["by_source"]
     samples = Samples([row for row in rows if isinstance(row, Sample)])
-    found = xr.Dataset(
+    result = xr.Dataset(
         {name: ((EXAMPLE, *dims.get(name, ())), array) for name, array in value.items()},
         {
             EXAMPLE: [row.id or str(i) if isinstance(row, Sample) else str(i) for i, row in enumerate(rows)],
@@ -282,6 +282,6 @@ def _dataset(
             "provenance": provenance(model, samples if len(samples) else None, metric="logit difference"),
         },
     )
-    for name in found.data_vars:
-        found[name].attrs = {"unit": LogitDiff.unit, "sign": "more: speaks for the answer"}
-    return found
+    for name in result.data_vars:
+        result[name].attrs = {"unit": LogitDiff.unit, "sign": "more: speaks for the answer"}
+    return result

@@ -101,20 +101,22 @@ def attribution(
     """
     pairs = pairs_of(model, clean, corrupted)
     plans, example = [], 0
-    for one, other in pairs:
-        plans.append(Plan.of(model, one, other, metric, point, tuple(over), positions, regions, layers, example))
+    for clean_row, corrupted_row in pairs:
+        plans.append(
+            Plan.of(model, clean_row, corrupted_row, metric, point, tuple(over), positions, regions, layers, example)
+        )
         check_smooth(model, plans[-1].readings, metric)
         if model.cfg.cross_layers and point in KEYS:
             raise ExperimentError(
                 f"{point!r} of {model.name}, where keys are not positions in some layers", "a point of positions",
                 "use attn.hook_z",
             )  # fmt: skip
-        if len(one) > 1 and (point.startswith("vision.") or point == "projector.hook_out"):
+        if len(clean_row) > 1 and (point.startswith("vision.") or point == "projector.hook_out"):
             raise ExperimentError(
-                f"{len(one)} rows at {point!r}, where pictures of all rows are one batch", "one row at a time",
+                f"{len(clean_row)} rows at {point!r}, where pictures of all rows are one batch", "one row at a time",
                 "pass the rows as a list",
             )  # fmt: skip
-        example += len(one)
+        example += len(clean_row)
     alike(plans, over)
     cells = np.random.default_rng(seed).permutation(len(plans[0].cells))[:check]
     fixed = qk_fix and ig_steps == 0 and point.removeprefix("vision.") in SOFTMAXED
@@ -183,7 +185,7 @@ def agreement_of(estimate: np.ndarray, exact: np.ndarray, labels: Sequence[str])
 
 def _label(index: int, over: Sequence[str], shape: Sequence[int], coords: dict[str, Any]) -> str:
     places = np.unravel_index(index, tuple(shape)) if shape else ()
-    return ", ".join(f"{axis} {coords[axis][place]}" for axis, place in zip(over, places, strict=True)) or "everything"
+    return ", ".join(f"{axis} {coords[axis][at]}" for axis, at in zip(over, places, strict=True)) or "everything"
 
 
 def _estimated(
@@ -231,7 +233,7 @@ def _estimated(
     exact = here.scores.new_zeros(len(base), 0)
     if chosen:
         exact = literal(model, base, plan.point, chosen, where, dict(cache), plan.reads,
-                        lambda found: plan.scores(found, clean_logits), lambda: None)  # fmt: skip
+                        lambda estimates: plan.scores(estimates, clean_logits), lambda: None)  # fmt: skip
     return estimate, exact, here.scores, plan.scores(logits, clean_logits)
 
 
@@ -276,22 +278,22 @@ def _groups(call: AttentionCall, slope: Float[Tensor, "batch pos head d_head"]) 
     size = call.q.shape[1] // call.k.shape[1]
     for kv in range(call.k.shape[1]):
         heads = slice(kv * size, (kv + 1) * size)
-        one = replace(
+        group = replace(
             call, q=call.q[:, heads], k=call.k[:, kv : kv + 1], v=call.v[:, kv : kv + 1],
             sinks=None if call.sinks is None else call.sinks[heads],
         )  # fmt: skip
         # z = pattern @ v, so the slope at the pattern is a product, and no pattern has to be kept for the backward.
-        yield kv, heads, one, torch.einsum("bqhd,bkd->bhqk", slope[:, :, heads], one.v[:, 0])
+        yield kv, heads, group, torch.einsum("bqhd,bkd->bhqk", slope[:, :, heads], group.v[:, 0])
 
 
 def _of_queries(call: AttentionCall, other: AttentionCall, slope: Tensor) -> Float[Tensor, "batch pos head"]:
     """What the pattern that each patched query would make, does by the slope of the pattern."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
-    found = []
-    for _, heads, one, slopes in _groups(call, slope):
-        change = replace(one, q=other.q[:, heads]).rows(rows) - one.rows(rows)
-        found.append((change * slopes).sum(-1))
-    return torch.cat(found, 1).transpose(1, 2)
+    effects = []
+    for _, heads, group, slopes in _groups(call, slope):
+        change = replace(group, q=other.q[:, heads]).rows(rows) - group.rows(rows)
+        effects.append((change * slopes).sum(-1))
+    return torch.cat(effects, 1).transpose(1, 2)
 
 
 def _of_keys(
@@ -300,10 +302,10 @@ def _of_keys(
     """The same for keys: all keys of a region are patched together, and every query's softmax is computed anew."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
     where = masks.expand(-1, len(call.q), call.k.shape[2])[:, :, None, :, None].to(call.k.device)
-    found = []
-    for kv, _, one, slopes in _groups(call, slope):
-        before, theirs = one.rows(rows), other.k[:, kv : kv + 1]
-        changes = (replace(one, k=torch.where(region, theirs, one.k)).rows(rows) - before for region in where)
-        found.append(torch.stack([(change * slopes).sum((1, 2, 3)) for change in changes], 1))
-    effect = torch.stack(found, -1)
+    effects = []
+    for kv, _, group, slopes in _groups(call, slope):
+        before, theirs = group.rows(rows), other.k[:, kv : kv + 1]
+        changes = (replace(group, k=torch.where(region, theirs, group.k)).rows(rows) - before for region in where)
+        effects.append(torch.stack([(change * slopes).sum((1, 2, 3)) for change in changes], 1))
+    effect = torch.stack(effects, -1)
     return effect if masks.shape[1] == len(call.q) else effect.sum(0, keepdim=True)

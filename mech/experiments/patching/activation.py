@@ -121,10 +121,10 @@ def activation_patching(
     """
     pairs = pairs_of(model, clean, corrupted)
     plans, example = [], 0
-    for one, other in pairs:
-        plan = Plan.of(model, one, other, metric, point, tuple(over), positions, regions, layers, example)
+    for clean_row, corrupted_row in pairs:
+        plan = Plan.of(model, clean_row, corrupted_row, metric, point, tuple(over), positions, regions, layers, example)
         plans.append(plan)
-        example += len(one)
+        example += len(clean_row)
     alike(plans, over)
     if method == "screened":
         plans = [replace(plan, confirm=plan.count(confirm)) for plan in plans]
@@ -201,7 +201,7 @@ def swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Call
         source_logits = model(source, logits_to_keep=at)
     if silent := [name for name in plan.names if name not in written]:
         raise ExperimentError(f"nothing passed through {silent[0]!r}", "inputs with a picture", "choose another point")
-    kept, values, reason = None, None, "asked for"
+    cached, values, reason = None, None, "asked for"
 
     def refused(error: NotResumable) -> str:
         if method == "wavefront":
@@ -215,10 +215,10 @@ def swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Call
                 raise NotResumable(f"{plan.point} lies before the text layers")
             if any(len(cell.layers) > 1 for cell in plan.cells):
                 raise NotResumable("several layers are patched at once")
-            kept = cached_run(model, base, plan.reads)
+            cached = cached_run(model, base, plan.reads)
         except NotResumable as error:
             reason = refused(error)
-    base_logits = model(base, logits_to_keep=at) if kept is None else kept.logits
+    base_logits = model(base, logits_to_keep=at) if cached is None else cached.logits
     clean_logits = source_logits if direction == "denoise" else base_logits
     scores = [plan.scores(logits, clean_logits) for logits in (source_logits, base_logits)]
     if direction == "noise":
@@ -228,18 +228,18 @@ def swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Call
     if plan.confirm is not None:
         cells, estimate = _screened(model, plan, (base, source), masks, clean_logits)
         forwards += 4
-    if kept is not None:
-        found = []
+    if cached is not None:
+        batches = []
         try:
-            rows = [_row(model, kept, i, reading) for i, reading in enumerate(plan.readings)]
+            rows = [_row(model, cached, i, reading) for i, reading in enumerate(plan.readings)]
             for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
                 mine = {name: value[i : i + 1] for name, value in written.items()}
                 clean_row = clean_logits[i, plan.places[i]]
                 sweep = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in masks])
                 score = lambda x, r=reading, c=clean_row: r.score(x, c)  # noqa: E731
-                found.append(sweep.measure(cells, score, lambda: tick(1), check=i == 0))
-            values = torch.stack(found)
-            whole = len(kept.layers) * kept.last.shape[0] * kept.last.shape[1]
+                batches.append(sweep.measure(cells, score, lambda: tick(1), check=i == 0))
+            values = torch.stack(batches)
+            whole = len(cached.layers) * cached.last.shape[0] * cached.last.shape[1]
             algorithm, reason, forwards = "wavefront", "", forwards + sum(row.row_layers for row in rows) / whole
         except NotResumable as error:
             reason = refused(error)
@@ -269,5 +269,5 @@ def _screened(
     return [plan.cells[index] for index in sorted(best.tolist())], estimate
 
 
-def _row(model: HookedMLLM, kept: CachedRun, example: int, reading: Reading) -> Continuation:
-    return Continuation(model, kept, example, torch.tensor(reading.positions, device=model.device))
+def _row(model: HookedMLLM, cached: CachedRun, example: int, reading: Reading) -> Continuation:
+    return Continuation(model, cached, example, torch.tensor(reading.positions, device=model.device))

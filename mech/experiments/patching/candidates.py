@@ -59,9 +59,9 @@ def estimates(
             sums[name] = (where.to(product) @ product)[None]
         else:
             sums[name] = torch.einsum("rbp,bp...->br...", where.to(product).expand(-1, *product.shape[:2]), product)
-    found = []
+    values = []
     for cell in cells:
         parts = [sums[name][:, cell.region] for name in names_of(point, cell.layers)]
         parts = [part[:, cell.head] if cell.head is not None else part for part in parts]
-        found.append(sum(part.sum(-1) if part.ndim == 2 else part for part in parts))
-    return torch.stack(found, 1)
+        values.append(sum(part.sum(-1) if part.ndim == 2 else part for part in parts))
+    return torch.stack(values, 1)

@@ -47,7 +47,7 @@ def deciding_queries(
     part = swept(model, plan, "noise", "auto", lambda times: None)
     values, plain, changed = (x.double().cpu().numpy() for x in (part.values, part.clean, part.corrupted))
     lost = effect_of(values, plain, changed, "noise")[0]
-    found: list[tuple[int, float] | None] = []
+    deciding: list[tuple[int, float] | None] = []
     for head in map(tuple, heads):
         costs = [
             (float(value), positions[cell.region])
@@ -55,5 +55,5 @@ def deciding_queries(
             if (cell.layers[0], cell.head) == head
         ]
         most, position = max(costs)
-        found.append((position, most) if most >= threshold else None)
-    return found
+        deciding.append((position, most) if most >= threshold else None)
+    return deciding

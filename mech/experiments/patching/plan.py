@@ -37,19 +37,19 @@ def pairs_of(model: HookedMLLM, clean: Given, corrupted: Given | None) -> list[t
     """Clean and corrupted inputs of one layout each, built from samples where samples were given."""
     ours = [clean] if isinstance(clean, Inputs | Sample) else list(clean)
     if corrupted is None:
-        missing = [one for one in ours if not isinstance(one, Sample) or one.counterfactual is None]
+        missing = [sample for sample in ours if not isinstance(sample, Sample) or sample.counterfactual is None]
         if missing:
             raise ExperimentError(
                 "nothing corrupted was given", "samples with a counterfactual, or corrupted inputs", "pass corrupted"
             )
-        theirs: list[Any] = [one.counterfactual for one in ours if isinstance(one, Sample)]
+        theirs: list[Any] = [sample.counterfactual for sample in ours if isinstance(sample, Sample)]
     else:
         theirs = [corrupted] if isinstance(corrupted, Inputs | Sample) else list(corrupted)
     if len(ours) != len(theirs) or not ours:
         raise ExperimentError(f"{len(ours)} clean and {len(theirs)} corrupted inputs", "as many of each, at least one")
     pairs = []
-    for one, other in zip(ours, theirs, strict=True):
-        pair = [model.inputs_of(given) if isinstance(given, Sample) else given for given in (one, other)]
+    for sample, other in zip(ours, theirs, strict=True):
+        pair = [model.inputs_of(given) if isinstance(given, Sample) else given for given in (sample, other)]
         pair[0].check_same_layout(pair[1])
         pairs.append((pair[0], pair[1]))
     return pairs
@@ -160,9 +160,9 @@ class Plan:
 
     def scores(self, logits: Tensor, clean: Tensor) -> Tensor:
         """The metric of every row of a batch."""
-        found = [r.score(logits[i : i + 1, at], clean[i, at])
+        values = [r.score(logits[i : i + 1, at], clean[i, at])
                  for i, (r, at) in enumerate(zip(self.readings, self.places, strict=True))]  # fmt: skip
-        return torch.cat(found)
+        return torch.cat(values)
 
 
 def _axes_of(point: str, is_global: bool) -> tuple[str, ...]:
@@ -176,8 +176,8 @@ def _layers(model: HookedMLLM, point: str, vision: bool, layers: Iterable[int] |
     """The layers meant, by default all that have the point."""
     if layers is None:
         live = set(model.points())
-        found = [i for i in range(count) if names_of(f"{'vision.' * vision}{point}", [i])[0] in live]
-        return found or [0]  # refused by name, with the reason
+        present = [i for i in range(count) if names_of(f"{'vision.' * vision}{point}", [i])[0] in live]
+        return present or [0]  # refused by name, with the reason
     listed = list(indices("layers", layers).check_mask("layers", (count,)))
     if not listed or len(set(listed)) < len(listed) or not all(0 <= layer < count for layer in listed):
         raise ExperimentError(f"layers={listed}", f"different layers from 0 to {count - 1}", "count layers from 0")
@@ -206,7 +206,7 @@ def _regions(clean: Inputs, positions: Where, regions: Regions | None, each: boo
             "sweep over regions, or pass the rows as a list",
         )  # fmt: skip
     places = whole[0].nonzero()[:, 0].tolist()
-    return [mask([place]) for place in places], places
+    return [mask([position]) for position in places], places
 
 
 def alike(plans: Sequence[Plan], over: Sequence[str]) -> None:

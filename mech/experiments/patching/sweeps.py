@@ -62,7 +62,7 @@ def literal(
     tick: Callable[[], None],
 ) -> Float[Tensor, "batch cell"]:
     """Every cell by a forward of its own: hooks that write the source's activation at the cell's places."""
-    found = []
+    values = []
     for cell in cells:
         names = names_of(point, cell.layers)
         hooks = []
@@ -70,9 +70,9 @@ def literal(
             edit = _edit(source[name], regions[cell.region], None if cell.head is None else [cell.head], name)
             hooks.append((name, edit))
         with torch.no_grad(), model.hooks(hooks):
-            found.append(measure(model(base, logits_to_keep=torch.as_tensor(reads, device=model.device))))
+            values.append(measure(model(base, logits_to_keep=torch.as_tensor(reads, device=model.device))))
         tick()
-    return torch.stack(found, 1)
+    return torch.stack(values, 1)
 
 
 def names_of(point: str, layers: Sequence[int]) -> list[str]:
@@ -136,7 +136,7 @@ class Wavefront:
         Raises:
             NotResumable: ``check``, and running on an unchanged variant is not the cached run. Before any cell.
         """
-        found: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         groups = self._groups(cells)
         first, stop = self.row.span(min(map(self._first, self.regions)))
         along = check and stop - first <= FEW
@@ -148,9 +148,9 @@ class Wavefront:
                 self.row.agree(logits[0])
                 logits, along = logits[1:], False
             for index, value in zip(group, measure(logits), strict=True):
-                found[index] = value
+                values[index] = value
                 tick()
-        return torch.stack([found[index] for index in range(len(cells))])
+        return torch.stack([values[index] for index in range(len(cells))])
 
     @staticmethod
     def _first(region: Bool[Tensor, " pos"]) -> int:

@@ -108,11 +108,11 @@ def _intervals(
         "spearman": np.array([[(a * b).sum(1) for b in ranks] for a in ranks]),
         "jaccard": np.array([[(a & b).sum(1) / (a | b).sum(1) for b in tops] for a in tops]),
     }
-    found = {}
+    intervals = {}
     for name, draws in drawn.items():
-        found[f"{name}_low"] = np.minimum(np.quantile(draws, 0.025, axis=-1), values[name])
-        found[f"{name}_high"] = np.maximum(np.quantile(draws, 0.975, axis=-1), values[name])
-    return found
+        intervals[f"{name}_low"] = np.minimum(np.quantile(draws, 0.025, axis=-1), values[name])
+        intervals[f"{name}_high"] = np.maximum(np.quantile(draws, 0.975, axis=-1), values[name])
+    return intervals
 
 
 @checked
@@ -145,14 +145,14 @@ def sample_curve(
         raise ExperimentError(f"sizes {sizes}, {n_splits} splits", f"sizes from 1 to {n // 2}: halves are disjoint")
     rng, count, scores = np.random.default_rng(seed), ranking.count(k), ranking.per_example
     assert scores is not None
-    found = np.empty((2, len(sizes), n_splits))
+    agreements = np.empty((2, len(sizes), n_splits))
     for split in range(n_splits):
         order = rng.permutation(n)
         for i, size in enumerate(sizes):
             a, b = (scores[order[start : start + size]].mean(axis=0) for start in (0, size))
             tops = [set(np.argsort(-mean, axis=None, kind="stable")[:count].tolist()) for mean in (a, b)]
-            found[:, i, split] = spearman(a, b), jaccard(*tops)
-    data = {name: (("size", "split"), values) for name, values in zip(("spearman", "jaccard"), found, strict=True)}
+            agreements[:, i, split] = spearman(a, b), jaccard(*tops)
+    data = {name: (("size", "split"), values) for name, values in zip(("spearman", "jaccard"), agreements, strict=True)}
     null = jaccard_null(ranking.mean.size, count, count)
     return xr.Dataset(data, {"size": sizes}, {"n_top": count, "jaccard_null": null})
 
@@ -169,7 +169,7 @@ def overlap(ranking: Ranking, heads: Pairs) -> dict[str, float]:
         ExperimentError: no heads, or one that the model does not have.
     """
     listed = {Head(*map(int, head)) for head in heads}
-    places = {head: place for place, head in enumerate(ranking.heads)}
+    places = {head: rank for rank, head in enumerate(ranking.heads)}
     if not listed or not listed <= set(places):
         raise ExperimentError(
             f"there is no head {min(listed - set(places))}" if listed else "an empty list",
@@ -302,16 +302,16 @@ def seed_agreement(a: Ranking, b: Ranking, k: Amount = 0.05, n_permutations: Cou
             "two models of the same shape, by the same score",
             "use scale_agreement for models of different size",
         )
-    found = scale_agreement(a, b, n_permutations=n_permutations, seed=seed)
-    one = np.sort(a.mean, axis=1)
-    alike = spearman(one, np.sort(b.mean, axis=1))
-    deals = [spearman(one, np.sort(mixed, axis=1)) for mixed in _permuted(b.mean, n_permutations, seed)]
-    found = found.assign(
+    result = scale_agreement(a, b, n_permutations=n_permutations, seed=seed)
+    ours = np.sort(a.mean, axis=1)
+    alike = spearman(ours, np.sort(b.mean, axis=1))
+    deals = [spearman(ours, np.sort(mixed, axis=1)) for mixed in _permuted(b.mean, n_permutations, seed)]
+    result = result.assign(
         sorted_spearman=alike, sorted_spearman_null=float(np.mean(deals)), sorted_spearman_p=_tail(alike, deals)
     )
     if a.per_example is None or b.per_example is None or a.examples != b.examples or len(a.examples) < 3:
-        return found
-    places = {head: place for place, head in enumerate(sorted(a.heads))}
+        return result
+    places = {head: i for i, head in enumerate(sorted(a.heads))}
     tops = [[places[head] for head in ranking.top(k)] for ranking in (a, b)]
     mine, theirs = (_standardised(ranking.per_example) for ranking in (a, b))
     partner, similarity = _matched(mine, theirs)
@@ -320,7 +320,7 @@ def seed_agreement(a: Ranking, b: Ranking, k: Amount = 0.05, n_permutations: Cou
     same, nulls = similarity[tops[0]].mean(), [null[tops[0]].mean() for null in shuffled]
     layer, head = np.divmod(partner, a.n_heads)
     dims, shape = ("layer", "head"), a.mean.shape
-    return found.assign_coords(layer=list(a.layers), head=np.arange(a.n_heads)).assign(
+    return result.assign_coords(layer=list(a.layers), head=np.arange(a.n_heads)).assign(
         same_examples=float(same),
         same_examples_null=float(np.mean(nulls)),
         same_examples_p=_tail(same, nulls),

@@ -215,8 +215,8 @@ class Ranking(Shown):
     @checked
     def interval(self, level: Share = 0.95, n_resamples: Count = 2000, seed: Seed = 0) -> xr.Dataset:
         """Mean, low and high of every head's score: bootstrap over examples, each head by itself."""
-        found = bootstrap_interval(self._examples(), level, n_resamples, seed)
-        parts = {"mean": found.mean, "low": found.low, "high": found.high}
+        bounds = bootstrap_interval(self._examples(), level, n_resamples, seed)
+        parts = {"mean": bounds.mean, "low": bounds.low, "high": bounds.high}
         return xr.Dataset({name: self._map(value, name) for name, value in parts.items()}, attrs={"level": level})
 
     @checked
@@ -311,21 +311,21 @@ class Ranking(Shown):
         return Head(self.layers[row], head)
 
     def _known(self, heads: Iterable[tuple[int, int]]) -> list[Head]:
-        found = [Head(int(layer), int(head)) for layer, head in heads]
-        for head in found:
+        chosen = [Head(int(layer), int(head)) for layer, head in heads]
+        for head in chosen:
             if not (head.layer in self.layers and 0 <= head.head < self.n_heads):
                 raise ExperimentError(f"there is no head {head}", f"{self.n_layers} layers of {self.n_heads} heads")
-        return found
+        return chosen
 
     def _draws(self, draw: Callable[[], list[Head]], n_draws: int, n_possible: int) -> tuple[Heads, ...]:
-        found: list[Heads] = []
+        draws: list[Heads] = []
         seen: set[Heads] = set()
-        while len(found) < min(n_draws, n_possible):  # a set drawn twice would count as two
+        while len(draws) < min(n_draws, n_possible):  # a set drawn twice would count as two
             heads = tuple(sorted(draw()))
             if heads not in seen:
                 seen.add(heads)
-                found.append(heads)
-        return tuple(found)
+                draws.append(heads)
+        return tuple(draws)
 
     def _map(self, values: np.ndarray, name: str) -> xr.DataArray:
         coords = {LAYER: np.array(self.layers), HEAD: np.arange(self.n_heads)}

@@ -77,12 +77,12 @@ def key_coverage(
         weight = row_weights(inputs, "question").to(model.device)
         at = weight.sum(0).nonzero().flatten()
         shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
-        found = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
+        on = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
 
-        def read(call: AttentionCall, pattern: torch.Tensor, inputs=inputs, weight=weight, at=at, found=found) -> dict:
+        def read(call: AttentionCall, pattern: torch.Tensor, inputs=inputs, weight=weight, at=at, on=on) -> dict:
             mean = mean_rows(pattern, weight[:, at])
-            hit = torch.zeros(*mean.shape[:2], max(map(len, found)), device=mean.device)
-            for row, (here, layout) in enumerate(zip(found, inputs.layouts, strict=True)):
+            hit = torch.zeros(*mean.shape[:2], max(map(len, on)), device=mean.device)
+            for row, (here, layout) in enumerate(zip(on, inputs.layouts, strict=True)):
                 real = int((layout.visual.kind != PADDING).sum())
                 best = mean[row].topk(head_count(keys, real), dim=-1).indices
                 among = torch.zeros_like(mean[row]).scatter_(1, best, 1.0)
@@ -90,7 +90,7 @@ def key_coverage(
             return {"hit": hit}
 
         hits = read_rows(model, inputs, at, read)["hit"].cpu().numpy()
-        parts += [hit[..., : len(here)] for hit, here in zip(hits, found, strict=True)]
+        parts += [hit[..., : len(here)] for hit, here in zip(hits, on, strict=True)]
     ratio = np.stack([hit.mean(-1) for hit in parts])
     covered = [
         [np.any([hit[layers.index(layer), head] for layer, head in heads], axis=0).mean() for heads in chosen.values()]

@@ -104,9 +104,7 @@ def evidence_retrieval(
     what = over or _natural(samples)
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
     candidates = [_candidates(row.layout.visual, what, grid) for row in rows]
-    right = [
-        _right(row.layout.visual, sample, found) for row, sample, found in zip(rows, samples, candidates, strict=True)
-    ]
+    right = [_right(row.layout.visual, sample, own) for row, sample, own in zip(rows, samples, candidates, strict=True)]
     attention: list[Float[np.ndarray, "layer head candidate"]] = []
     for batch, indices in in_batches(rows, batch_size):
         inputs = model.collate(batch)
@@ -116,30 +114,30 @@ def evidence_retrieval(
         member = torch.zeros(len(batch), length, most, device=model.device)
         for row, index in enumerate(indices):
             left = length - len(rows[index].layout.visual)
-            for place, tokens in enumerate(candidates[index]):
-                member[row, torch.as_tensor(tokens + left), place] = 1 / len(tokens) if reduce == "mean" else 1
+            for slot, tokens in enumerate(candidates[index]):
+                member[row, torch.as_tensor(tokens + left), slot] = 1 / len(tokens) if reduce == "mean" else 1
 
         def read(call: AttentionCall, pattern: torch.Tensor, weight=weight, at=at, member=member) -> dict:
             mean = mean_rows(pattern, weight[:, at])
             return {"candidate": torch.einsum("bhk,bkc->bhc", mean, member.to(mean))}
 
         mass = read_rows(model, inputs, at, read)["candidate"].cpu().numpy()
-        attention += [one[..., : len(candidates[i])] for one, i in zip(mass, indices, strict=True)]
+        attention += [values[..., : len(candidates[i])] for values, i in zip(mass, indices, strict=True)]
         if progress:
             progress(indices[-1] + 1, len(samples))
     chosen = _sets(model, ranking, heads, n_random, seed, attention, candidates, reduce)
-    found = _dataset(chosen, samples, attention, right, model.cfg.attention_layers, ks)
-    found.attrs = {
+    result = _dataset(chosen, samples, attention, right, model.cfg.attention_layers, ks)
+    result.attrs = {
         "kind": "retrieval", "model": model.name, "domain": ", ".join(samples.domains), "over": what, "reduce": reduce,
         "provenance": provenance(model, samples, over=what, reduce=reduce, seed=seed),
         **other_model_attrs([other]),
     }  # fmt: skip
-    return found
+    return result
 
 
 @checked
 def retrieval_table(
-    found: given_by("evidence_retrieval", BAND, RANK_K, "reciprocal_rank"),
+    result: given_by("evidence_retrieval", BAND, RANK_K, "reciprocal_rank"),
 ) -> list[dict[str, float | str | int]]:
     """Every band of ``evidence_retrieval`` as a row: means with intervals over samples (and random sets), and p-values.
 
@@ -147,10 +145,10 @@ def retrieval_table(
     and ``p_sets`` (its rank among the sets); of other bands it is the same test, and ``p_adjusted`` is Holm's over all
     of them. Chance is the last row.
     """
-    random = found["reciprocal_rank"].values[found[BAND].values == "random"]
+    random = result["reciprocal_rank"].values[result[BAND].values == "random"]
     table: list[dict[str, float | str | int]] = []
-    for band in dict.fromkeys(map(str, found[BAND].values)):
-        here = found.isel(set=np.flatnonzero(found[BAND].values == band))
+    for band in dict.fromkeys(map(str, result[BAND].values)):
+        here = result.isel(set=np.flatnonzero(result[BAND].values == band))
         row: dict[str, float | str | int] = {
             "band": band,
             "n_heads": int(here["n_heads"][0]),
@@ -170,11 +168,11 @@ def retrieval_table(
         "band": "chance",
         "n_heads": 0,
         "sets": 0,
-        "mrr": float(found["chance_rr"].mean()),
+        "mrr": float(result["chance_rr"].mean()),
     }
-    for k in found[RANK_K].values:
+    for k in result[RANK_K].values:
         for name in ("hit", "recall"):
-            chance[f"{name}@{k}"] = float(found[f"chance_{name}"].sel(k=k).mean())
+            chance[f"{name}@{k}"] = float(result[f"chance_{name}"].sel(k=k).mean())
     return [*table, chance]
 
 
@@ -219,17 +217,19 @@ def _candidates(layout: TokenLayout, over: str, grid: tuple[int, int]) -> list[n
     """The tokens of each candidate. A token of several frames is one candidate."""
     if over == "frames":
         starts = range(0, len(layout.images), layout.frames_per_token) if layout.has_video else ()
-        found = [layout.positions(Frames(start)) for start in starts]
+        candidates = [layout.positions(Frames(start)) for start in starts]
     elif layout.has_video:
         raise ExperimentError(f"over={over!r} of a video", "frames", 'use over="frames"')
     elif over == "pages":
-        found = [layout.positions(Pages(page)) for page in range(len(layout.images))]
+        candidates = [layout.positions(Pages(page)) for page in range(len(layout.images))]
     else:
         cells = [layout.cells(*grid, image=image) for image in range(len(layout.images))]
-        found = [np.asarray(tokens) for one in cells for tokens in one.values()]
-    if len(found) < 2:
-        raise ExperimentError(f"{len(found)} candidates (over={over!r})", "at least two to choose from", 'over="cells"')
-    return found
+        candidates = [np.asarray(tokens) for picture_cells in cells for tokens in picture_cells.values()]
+    if len(candidates) < 2:
+        raise ExperimentError(
+            f"{len(candidates)} candidates (over={over!r})", "at least two to choose from", 'over="cells"'
+        )
+    return candidates
 
 
 def _right(layout: TokenLayout, sample: Sample, candidates: list[np.ndarray]) -> Bool[np.ndarray, " candidate"]:
@@ -260,13 +260,13 @@ def _sets(
     if not isinstance(ranking, Ranking):
         return [(str(name), 0, tuple(map(tuple, given))) for name, given in ranking.items()]  # type: ignore[misc]
     count = ranking.count(heads)
-    sizes = [[len(tokens) if reduce == "mean" else 1 for tokens in one] for one in candidates]
-    seen = np.mean([(one * size).sum(-1) for one, size in zip(attention, sizes, strict=True)], axis=0)
+    sizes = [[len(tokens) if reduce == "mean" else 1 for tokens in groups] for groups in candidates]
+    seen = np.mean([(groups * size).sum(-1) for groups, size in zip(attention, sizes, strict=True)], axis=0)
     vision = Ranking(seen, score="vision_mass", layers=ranking.layers)
-    found = [("top", 0, ranking.top(count)), ("bottom", 0, ranking.bottom(count)), ("vision", 0, vision.top(count))]
+    sets = [("top", 0, ranking.top(count)), ("bottom", 0, ranking.bottom(count)), ("vision", 0, vision.top(count))]
     drawn_sets = ranking.random(count, n_random, seed, exclude=ranking.top(count))
-    found += [("random", draw, drawn) for draw, drawn in enumerate(drawn_sets)]
-    return [*found, ("all", 0, ranking.heads)]
+    sets += [("random", draw, drawn) for draw, drawn in enumerate(drawn_sets)]
+    return [*sets, ("all", 0, ranking.heads)]
 
 
 def _dataset(
@@ -277,22 +277,22 @@ def _dataset(
     layers: Sequence[int],
     ks: Sequence[int],
 ) -> xr.Dataset:
-    place = {layer: i for i, layer in enumerate(layers)}
+    index_of = {layer: i for i, layer in enumerate(layers)}
     rr, hit, recall = np.zeros((len(sets), len(samples))), *np.zeros((2, len(sets), len(ks), len(samples)))
     for row, (_, _, heads) in enumerate(sets):
-        at = tuple(np.array([(place[layer], head) for layer, head in heads]).T)
+        at = tuple(np.array([(index_of[layer], head) for layer, head in heads]).T)
         for column, (mass, gold) in enumerate(zip(attention, right, strict=True)):
             rr[row, column], hit[row, :, column], recall[row, :, column] = _judged(mass[at].sum(0), gold, ks)
     chance = [_judged(np.zeros(len(gold)), gold, ks) for gold in right]
     by_k = ("set", RANK_K, EXAMPLE)
-    found = xr.Dataset(
+    result = xr.Dataset(
         {
             "reciprocal_rank": (("set", EXAMPLE), rr),
             "hit": (by_k, hit),
             "recall": (by_k, recall),
-            "chance_rr": (EXAMPLE, np.array([one[0] for one in chance])),
-            "chance_hit": ((RANK_K, EXAMPLE), np.array([one[1] for one in chance]).T),
-            "chance_recall": ((RANK_K, EXAMPLE), np.array([one[2] for one in chance]).T),
+            "chance_rr": (EXAMPLE, np.array([pair[0] for pair in chance])),
+            "chance_hit": ((RANK_K, EXAMPLE), np.array([pair[1] for pair in chance]).T),
+            "chance_recall": ((RANK_K, EXAMPLE), np.array([pair[2] for pair in chance]).T),
             "n_candidates": (EXAMPLE, np.array([len(gold) for gold in right])),
             "n_right": (EXAMPLE, np.array([int(gold.sum()) for gold in right])),
         },
@@ -304,9 +304,9 @@ def _dataset(
             EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
         },
     )
-    for name in found.data_vars:
-        found[name].attrs = {"unit": "candidates" if str(name).startswith("n_") else "share", "sign": "more: better"}
-    return found
+    for name in result.data_vars:
+        result[name].attrs = {"unit": "candidates" if str(name).startswith("n_") else "share", "sign": "more: better"}
+    return result
 
 
 def _judged(
@@ -315,7 +315,7 @@ def _judged(
     """Reciprocal rank, hit@k and recall@k: the expected ones, where candidates of equal score come in any order."""
     n = len(score)
     rr, none_yet, hit, recall = 0.0, 1.0, np.zeros(n), np.zeros(n)
-    done, found = 0, 0.0
+    done, share = 0, 0.0
     for value in np.unique(score)[::-1]:
         tied = score == value
         size, good = int(tied.sum()), int((tied & right).sum())
@@ -326,7 +326,7 @@ def _judged(
             rr += none_yet * none * here / (done + j)
             none *= 1 - here
             hit[done + j - 1] = 1 - none_yet * none
-            recall[done + j - 1] = found + good * j / size
-        none_yet, done, found = none_yet * none, done + size, found + good
+            recall[done + j - 1] = share + good * j / size
+        none_yet, done, share = none_yet * none, done + size, share + good
     at = np.minimum(np.asarray(ks), n) - 1
     return rr, hit[at], recall[at] / right.sum()

@@ -30,11 +30,11 @@ def spatial_entropy(attention: Float[np.ndarray, "head visual"], layout: TokenLa
     at = visual[shown]
     pictures = np.stack([layout.image[at], layout.frame[at], layout.view[at] > 0])
     picture = np.unique(pictures, axis=1, return_inverse=True)[1].reshape(-1)
-    place = (picture, layout.row[at], layout.col[at])
+    cell = (picture, layout.row[at], layout.col[at])
     entropy = []
     for values in attention[:, shown]:
-        grid = np.zeros([int(index.max()) + 1 for index in place])
-        grid[place] = np.where(values >= values.mean(), values, 0)
+        grid = np.zeros([int(index.max()) + 1 for index in cell])
+        grid[cell] = np.where(values >= values.mean(), values, 0)
         labels, count = ndimage.label(grid, _BESIDE)
         mass = ndimage.sum_labels(grid, labels, np.arange(1, count + 1))
         share = mass[mass > 0] / max(mass.sum(), 1e-30)

@@ -88,7 +88,7 @@ def head_scores(
     rows = _prepared(model, samples, named, plan, batch_size, seed, max_new_tokens)
     parts: dict[str, list[np.ndarray]] = {}
     for _, batch in in_batches(samples, batch_size):
-        found: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
         null: dict[str, Tensor] = {}
         pictures = None
         for step, names in plan.items():
@@ -101,8 +101,8 @@ def head_scores(
                 inputs, pictures = model.encode_pictures(inputs)
             asked = {name: named[name] for name in names}
             own = step.asked == QUESTION
-            (found if own else null).update(read_pass(model, inputs, here, asked, sink_tau, pictures))
-        for name, value in found.items():
+            (totals if own else null).update(read_pass(model, inputs, here, asked, sink_tau, pictures))
+        for name, value in totals.items():
             value = value - null[name] if name in null else value
             if name in named and named[name].reduce == "trimmed":
                 step = next(step for step in plan if name in plan[step])
@@ -110,7 +110,7 @@ def head_scores(
             parts.setdefault(name, []).append(value.cpu().numpy())
         if progress:
             progress(batch[-1] + 1, len(samples))
-    values = {name: np.concatenate(found) for name, found in parts.items()}
+    values = {name: np.concatenate(batches) for name, batches in parts.items()}
     return _dataset(model, samples, named, values, plan, seed)
 
 
@@ -125,25 +125,25 @@ def _prepared(
 ) -> dict[Pass, list[Prepared]]:
     """The rows of every pass. All that can be refused is refused before the first forward."""
     rows: dict[Pass, list[Prepared]] = {}
-    said: list[str] = []
+    texts: list[str] = []
     for step in sorted(plan, key=lambda step: step.text == "generated"):  # known only behind a forward, so last
         scores = [named[name] for name in plan[step]]
         draws = REGION_DRAWS if any(score.calibrate in ("random", "shifted") for score in scores) else 0
-        if step.text == "generated" and not said:
-            said = _generated(model, samples, batch_size, max_new_tokens)
+        if step.text == "generated" and not texts:
+            texts = _generated(model, samples, batch_size, max_new_tokens)
         rows[step] = []
         for i, sample in enumerate(samples):
             asked = replace(
                 sample,
                 question={QUESTION: sample.question, NULL: NULL_QUESTION}.get(step.asked) or _another(samples, i),
-                answer=said[i] if step.text == "generated" else sample.answer,
+                answer=texts[i] if step.text == "generated" else sample.answer,
             )
             on = {score.on for score in scores}
             evidence = sample.evidence if on & {"evidence", "parts"} else ()
             inputs = model.inputs_of(asked, answer=bool(step.text)).to("cpu")
             row = prepared(inputs, evidence, draws, [seed, i], sample if "parts" in on else None)
             if any(score.calibrate == "distractors" for score in scores):
-                apart = (inputs.layout.visual.positions(one.region) for one in sample.distractors)
+                apart = (inputs.layout.visual.positions(distractor.region) for distractor in sample.distractors)
                 row = replace(row, distractors=tuple(apart))
             rows[step].append(row)
     return rows
@@ -179,20 +179,20 @@ def _check(named: Mapping[str, Score], samples: Samples) -> None:
 
 
 def _generated(model: HookedMLLM, samples: Samples, batch_size: int, max_new_tokens: int) -> list[str]:
-    said: list[str] = []
+    texts: list[str] = []
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
         if sample.evidence:
             row.layout.visual.positions(sample.evidence)  # refuses what covers no token before anything is generated
     for batch, _ in in_batches(rows, batch_size):
-        said += model.generate_text(model.collate(batch), max_new_tokens=max_new_tokens)
-    if silent := [sample.id or str(i) for i, (sample, text) in enumerate(zip(samples, said, strict=True)) if not text]:
+        texts += model.generate_text(model.collate(batch), max_new_tokens=max_new_tokens)
+    if silent := [sample.id or str(i) for i, (sample, text) in enumerate(zip(samples, texts, strict=True)) if not text]:
         raise ExperimentError(
             f"nothing was generated for {len(silent)} samples, the first is {silent[0]!r}",
             "an answer whose rows can be read",
             'score the rows of the right answer instead: queries="answer"',
         )
-    return said
+    return texts
 
 
 def _dataset(
@@ -203,7 +203,7 @@ def _dataset(
     plan: Mapping[Pass, tuple[str, ...]],
     seed: int,
 ) -> xr.Dataset:
-    found = xr.Dataset(
+    result = xr.Dataset(
         coords={
             EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
             LAYER: list(model.cfg.attention_layers),
@@ -223,15 +223,15 @@ def _dataset(
             value = localized(value, values[f"{name}/mass"], top)
         elif score.aggregate == "frequency":
             value = _among_the_top(value, head_count(top, value[0].size))
-        found[name] = ((EXAMPLE, LAYER, HEAD), value)
-        found[name].attrs = {
+        result[name] = ((EXAMPLE, LAYER, HEAD), value)
+        result[name].attrs = {
             "unit": score.unit,
             "sign": "more: the head retrieves more",
             "definition": score.definition,
             "source": score.source,
             "passes": [str(step) for step, names in plan.items() if name in names],
         }
-    return found
+    return result
 
 
 def _among_the_top(value: np.ndarray, count: int) -> np.ndarray:

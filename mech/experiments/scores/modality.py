@@ -88,13 +88,13 @@ def modality_transfer(
     _check(model, pictures, text, base)
     models = {"": model, BASE: base} if base is not None else {"": model}
     name, asked = (score, (score,)) if isinstance(score, str) else ("score", {"score": score})
-    readings = {f"{which}{form}": (one, samples) for which, one in models.items()
+    readings = {f"{which}{form}": (model_read, samples) for which, model_read in models.items()
                 for form, samples in ((PICTURES, pictures), (TEXT, text))}  # fmt: skip
     values, unit = [], ""
-    for done, (one, samples) in enumerate(readings.values(), start=1):
-        found = head_scores(one, samples, asked, batch_size=batch_size, seed=seed)[name]
-        values.append(found.transpose(EXAMPLE, LAYER, HEAD).values)
-        unit = found.attrs.get("unit", "")
+    for done, (model_read, samples) in enumerate(readings.values(), start=1):
+        measured = head_scores(model_read, samples, asked, batch_size=batch_size, seed=seed)[name]
+        values.append(measured.transpose(EXAMPLE, LAYER, HEAD).values)
+        unit = measured.attrs.get("unit", "")
         if progress:
             progress(done, len(readings))
     scores = np.stack(values).astype(np.float64)
@@ -119,18 +119,18 @@ def modality_transfer(
 
 
 @checked
-def modality_table(found: given_by("modality_transfer", "score", "origin")) -> list[dict[str, Any]]:
+def modality_table(result: given_by("modality_transfer", "score", "origin")) -> list[dict[str, Any]]:
     """Every head that is at the top on pictures or on text, best on pictures first: its origin, scores and ranks."""
-    means = found["score"].mean(EXAMPLE)
+    means = result["score"].mean(EXAMPLE)
     ranks = {
         str(reading): stats.rankdata(-means.sel(reading=reading).values, method="min", axis=None).reshape(
             means.shape[1:]
         )
-        for reading in found["reading"].values
+        for reading in result["reading"].values
     }
     rows = []
-    for i, j in np.argwhere(found["origin"].values != NEITHER):
-        row = {"head": f"L{int(found[LAYER][i])}H{j}", "origin": str(found["origin"].values[i, j])}
+    for i, j in np.argwhere(result["origin"].values != NEITHER):
+        row = {"head": f"L{int(result[LAYER][i])}H{j}", "origin": str(result["origin"].values[i, j])}
         for reading, rank in ranks.items():
             row |= {reading: float(means.sel(reading=reading).values[i, j]), f"{reading} rank": int(rank[i, j])}
         rows.append(row)
@@ -158,13 +158,13 @@ def matched_overlap(a: Bool[np.ndarray, "layer head"], b: Bool[np.ndarray, "laye
 
 def _compared(scores: np.ndarray, count: int, n_resamples: int, seed: int) -> dict[str, tuple[tuple[str, str], Any]]:
     n = len(scores)
-    tops = [top_heads(one.mean(0), count) for one in scores]
+    tops = [top_heads(reading.mean(0), count) for reading in scores]
     drawn = []
-    for one in scores:  # the same examples are drawn for every reading
-        means = bootstrap_means(one, n_resamples, seed)
+    for reading in scores:  # the same examples are drawn for every reading
+        means = bootstrap_means(reading, n_resamples, seed)
         drawn.append(np.stack([top_heads(mean, count) for mean in means]))
-    centred = [(one.mean(0) - one.mean(0).mean(-1, keepdims=True)).ravel() for one in scores]
-    found = {name: np.empty((n, n)) for name in ("shared", "shared_low", "shared_high", "expected", "p", "within")}
+    centred = [(reading.mean(0) - reading.mean(0).mean(-1, keepdims=True)).ravel() for reading in scores]
+    columns = {name: np.empty((n, n)) for name in ("shared", "shared_low", "shared_high", "expected", "p", "within")}
     for i in range(n):
         for j in range(n):
             shared = (tops[i] & tops[j]).sum()
@@ -174,13 +174,13 @@ def _compared(scores: np.ndarray, count: int, n_resamples: int, seed: int) -> di
             within = centred[i] @ centred[j] / size if size else np.nan
             # Means of fewer distinct examples are noisier, so that draws share fewer heads than the whole does.
             values = (shared, min(low, shared), max(high, shared), expected, p, within)
-            for name, value in zip(found, values, strict=True):
-                found[name][i, j] = value
-    return {name: (("reading", "other"), value) for name, value in found.items()}
+            for name, value in zip(columns, values, strict=True):
+                columns[name][i, j] = value
+    return {name: (("reading", "other"), value) for name, value in columns.items()}
 
 
 def _check(model: HookedMLLM, pictures: Samples, text: Samples, base: HookedMLLM | None) -> None:
-    asked = [[(one.id, one.question, one.answer) for one in samples] for samples in (pictures, text)]
+    asked = [[(item.id, item.question, item.answer) for item in samples] for samples in (pictures, text)]
     if len(pictures) < 2 or asked[0] != asked[1]:
         differ = [i for i, (a, b) in enumerate(zip(*asked, strict=False)) if a != b]
         raise ExperimentError(
@@ -191,7 +191,7 @@ def _check(model: HookedMLLM, pictures: Samples, text: Samples, base: HookedMLLM
         )
     if any(sample.images or sample.video for sample in text) or not all(s.images or s.video for s in pictures):
         raise ExperimentError("pictures among the text, or text among the pictures", "pictures first, then text")
-    shapes = [(one.cfg.attention_layers, one.cfg.n_heads) for one in (model, base) if one is not None]
+    shapes = [(known.cfg.attention_layers, known.cfg.n_heads) for known in (model, base) if known is not None]
     if len(set(shapes)) > 1:
         raise ExperimentError(
             f"{model.name} with a base of another shape, {base.name if base else ''}",

@@ -87,13 +87,13 @@ def retrieval_test(
 
     References: Westfall & Young 1993 (max-T); Phipson & Smyth 2010, arXiv 1603.05766 (permutation p-values).
     """
-    one = score if isinstance(score, Score) else score_called(score)
-    if one.queries not in ("question", "last") or one.on != "evidence" or one.aggregate != "mean":
+    measured = score if isinstance(score, Score) else score_called(score)
+    if measured.queries not in ("question", "last") or measured.on != "evidence" or measured.aggregate != "mean":
         raise ExperimentError(
-            f"{one!r}", 'queries="question" or "last", on="evidence", aggregate="mean"', 'use score="ram"'
+            f"{measured!r}", 'queries="question" or "last", on="evidence", aggregate="mean"', 'use score="ram"'
         )
     pairs = question_pairs(samples, seed)
-    asked_by = [frozenset((one.question.strip(), two.question.strip())) for one, two in pairs]
+    asked_by = [frozenset((first.question.strip(), second.question.strip())) for first, second in pairs]
     draws = list(dict.fromkeys(asked_by))
     smallest = 1 / (2 ** len(draws) if len(draws) <= MOST_ENUMERATED else n_permutations + 1)
     if smallest > alpha:
@@ -105,12 +105,12 @@ def retrieval_test(
     own = [sample for pair in pairs for sample in pair]
     other = [replace(a, question=b.question) for pair in pairs for a, b in (pair, pair[::-1])]
     asked, swapped = (
-        head_scores(model, rows, {"score": one}, batch_size=batch_size, seed=seed, progress=progress)["score"]
+        head_scores(model, rows, {"score": measured}, batch_size=batch_size, seed=seed, progress=progress)["score"]
         for rows in (own, other)
     )
     gain = asked.values - swapped.values
     difference = gain.reshape(len(pairs), 2, *gain.shape[1:]).sum(axis=1)
-    together = np.stack([difference[[draw == one for one in asked_by]].sum(axis=0) for draw in draws])
+    together = np.stack([difference[[draw == by for by in asked_by]].sum(axis=0) for draw in draws])
     # t has no scale: what is within rounding of the scores would count as much as a head that attends elsewhere.
     together[np.abs(together) < ROUNDING * np.abs(asked.values).max()] = 0
     p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed).reshape(difference.shape[1:])
@@ -127,7 +127,7 @@ def retrieval_test(
             "smallest_p": smallest,
             "alpha": alpha,
             "model": model.name,
-            "score": one.definition,
+            "score": measured.definition,
         },
     )
 
@@ -141,7 +141,11 @@ def question_pairs(samples: Samples | Sequence[Sample], seed: int = 0) -> list[t
     for sample in rng.sample(list(samples), len(samples)):
         asking.setdefault(sample.question.strip(), []).append(sample)
     groups = sorted(asking.values(), key=len, reverse=True)  # stable: at random among those of one size
-    return [pair for one, two in zip(groups[::2], groups[1::2], strict=False) for pair in zip(one, two, strict=False)]
+    return [
+        pair
+        for ones, others in zip(groups[::2], groups[1::2], strict=False)
+        for pair in zip(ones, others, strict=False)
+    ]
 
 
 def max_t(

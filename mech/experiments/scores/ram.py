@@ -110,8 +110,8 @@ def evidence_mass(
     weight = row_weights(inputs, queries).to(model.device)
     rows = weight.sum(0).nonzero().flatten()
     target = torch.zeros(len(inputs), 2, len(inputs.layouts[0].visual), device=model.device)
-    for row, (found, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
-        target[row, 0, torch.as_tensor(found)] = 1
+    for row, (positions, layout) in enumerate(zip(keys, inputs.layouts, strict=True)):
+        target[row, 0, torch.as_tensor(positions)] = 1
         target[row, 1, torch.as_tensor(layout.visual.pictured)] = 1
     sizes: list[torch.Tensor] = []
 

@@ -55,14 +55,14 @@ def prepared(
         ExperimentError: evidence for which there is no room elsewhere.
     """
     layout = inputs.layouts[0].visual
-    found = layout.positions(evidence) if len(evidence) else np.empty(0, dtype=int)
-    parts = () if sample is None else _parts(inputs.layouts[0], sample, found)
+    positions = layout.positions(evidence) if len(evidence) else np.empty(0, dtype=int)
+    parts = () if sample is None else _parts(inputs.layouts[0], sample, positions)
     if not draws:
-        return Prepared(inputs, found, found, (), parts=parts)
+        return Prepared(inputs, positions, positions, (), parts=parts)
     visual, rng = layout.positions("image"), np.random.default_rng(seed)
     moved = []
     for ring in (visual[layout.view[visual] == 0], visual[layout.view[visual] != 0]):
-        here = np.flatnonzero(np.isin(ring, found))
+        here = np.flatnonzero(np.isin(ring, positions))
         if not len(here):
             continue
         inside = np.zeros(len(ring))
@@ -78,7 +78,7 @@ def prepared(
         half = free[np.argmin(np.abs(free - len(ring) / 2))]
         moved.append([ring[(here + step) % len(ring)] for step in (half, *rng.choice(free, draws))])
     shifted, *drawn = (np.sort(np.concatenate(parts)) for parts in zip(*moved, strict=True))
-    return Prepared(inputs, found, shifted, tuple(drawn), parts=parts)
+    return Prepared(inputs, positions, shifted, tuple(drawn), parts=parts)
 
 
 def _parts(layout: TokenLayout, sample: Sample, evidence: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -87,11 +87,11 @@ def _parts(layout: TokenLayout, sample: Sample, evidence: np.ndarray) -> tuple[n
     ends = np.cumsum([0, *(len(layout.tokens[position]) for position in at)])
     # The tokens may begin with a space that belongs to the template.
     ends -= "".join(layout.tokens[position] for position in at).index(sample.answer)
-    found = []
+    parts = []
     for start, stop in pairwise(ends):
         own = [region for span in sample.spans if span.start < stop and start < span.stop for region in span.evidence]
-        found.append(layout.visual.positions(own) if own else evidence)
-    return tuple(found)
+        parts.append(layout.visual.positions(own) if own else evidence)
+    return tuple(parts)
 
 
 @torch.no_grad()
@@ -113,8 +113,8 @@ def read_pass(
 
     def marked(positions: Sequence[np.ndarray]) -> Float[Tensor, "batch key_pos"]:
         mask = torch.zeros(len(rows), keys, device=device)
-        for row, (found, left) in enumerate(zip(positions, shift, strict=True)):
-            at = torch.as_tensor(found + left, device=device)
+        for row, (own, left) in enumerate(zip(positions, shift, strict=True)):
+            at = torch.as_tensor(own + left, device=device)
             mask[row].index_put_((at,), torch.ones((), device=device), accumulate=True)
         return mask
 
@@ -127,7 +127,7 @@ def read_pass(
     if any(score.on == "parts" for score in scores.values()):
         targets["parts"] = _of_parts(inputs.layouts, rows, shift, targets["evidence"])[:, at]
     regions = {"shifted": [marked([row.shifted for row in rows])]}
-    regions["random"] = [marked(found) for found in zip(*(row.random for row in rows), strict=True)]
+    regions["random"] = [marked(drawn) for drawn in zip(*(row.random for row in rows), strict=True)]
     if any(row.distractors for row in rows):  # masses are sums over tokens: the mean of the regions is a region
         each = [np.concatenate(row.distractors) for row in rows]
         counts = torch.tensor([len(row.distractors) for row in rows], device=device)
@@ -136,7 +136,7 @@ def read_pass(
     sinks: dict[int, Bool[Tensor, "batch key_pos"]] = {}
 
     def read(call: AttentionCall, pattern: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         visible = call.visible(at).to(pattern)
         even = visible / visible.sum(-1, keepdim=True).clamp(min=1)
         norms = torch.linalg.vector_norm(call.v, dim=-1, dtype=pattern.dtype)
@@ -150,10 +150,10 @@ def read_pass(
             if score.reduce in ("trimmed", "entropy"):
                 mean = mean_rows(looked, weight)
                 if score.reduce == "trimmed":
-                    found[name] = _each(mean, [row.evidence + left for row, left in zip(rows, shift, strict=True)])
+                    values[name] = _each(mean, [row.evidence + left for row, left in zip(rows, shift, strict=True)])
                 else:
-                    found[name] = _entropies(mean, inputs.layouts)
-                    found[f"{name}/mass"] = torch.einsum("bhk,bk->bh", mean, on)
+                    values[name] = _entropies(mean, inputs.layouts)
+                    values[f"{name}/mass"] = torch.einsum("bhk,bk->bh", mean, on)
                 continue
             value = _reduced(score.reduce, looked, on, image, norms)
             if score.calibrate == "size":
@@ -161,8 +161,8 @@ def read_pass(
             elif score.calibrate in regions:
                 others = [_reduced(score.reduce, looked, o.to(on), image, norms) for o in regions[score.calibrate]]
                 value = value - torch.stack(others).mean(0)
-            found[name] = torch.einsum("bhr,br->bh", value, weight.to(value))
-        return found
+            values[name] = torch.einsum("bhr,br->bh", value, weight.to(value))
+        return values
 
     with ExitStack() as stack:
         if "no_sinks" in calibrated:
@@ -186,12 +186,12 @@ def trimmed(
     each: Float[Tensor, "batch layer head token"], evidence: Sequence[np.ndarray]
 ) -> Float[Tensor, "batch layer head"]:
     """The sum over evidence tokens but those more than two deviations below their mean (ICR, arXiv 2410.02642)."""
-    kept = []
+    left = []
     for values, tokens in zip(each, evidence, strict=True):
         values = values[..., : len(tokens)]
         low = values.mean(-1, keepdim=True) - 2 * values.std(-1, keepdim=True, correction=0)
-        kept.append(values.masked_fill(values < low, 0.0).sum(-1))
-    return torch.stack(kept)
+        left.append(values.masked_fill(values < low, 0.0).sum(-1))
+    return torch.stack(left)
 
 
 def _weight(layouts: Sequence[TokenLayout], queries: str) -> Float[Tensor, "batch pos"]:
@@ -242,11 +242,11 @@ def _each(mean: Float[Tensor, "batch head key_pos"], positions: Sequence[np.ndar
 
 
 def _entropies(mean: Float[Tensor, "batch head key_pos"], layouts: Sequence[TokenLayout]) -> Tensor:
-    found = []
+    entropies = []
     for values, layout in zip(mean.cpu().numpy(), layouts, strict=True):
         visual = layout.visual
-        found.append(spatial_entropy(values[:, visual.positions("image")], visual))
-    return torch.as_tensor(np.array(found))
+        entropies.append(spatial_entropy(values[:, visual.positions("image")], visual))
+    return torch.as_tensor(np.array(entropies))
 
 
 def _watching(model: HookedMLLM, inputs: Inputs, sinks: dict[int, Tensor], tau: float) -> list[tuple[str, Any]]:

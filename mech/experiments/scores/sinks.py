@@ -105,14 +105,14 @@ def attention_sinks(
         masks = torch.zeros(len(batch), len(inputs.layouts[0]))
         for row, (index, left) in enumerate(zip(indices, shift, strict=True)):
             masks[row, torch.as_tensor(evidence[index] + left)] = 1
-        found = _masses(model, inputs, sink, masks)
-        found |= {"strength": _aligned(strength, shift, length), "sink": _aligned(sink.float(), shift, length) == 1}
-        parts.append(found)
+        masses = _masses(model, inputs, sink, masks)
+        masses |= {"strength": _aligned(strength, shift, length), "sink": _aligned(sink.float(), shift, length) == 1}
+        parts.append(masses)
         if progress:
             progress(indices[-1] + 1, len(samples))
     value = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     value["ram_without"] = value["ram"] - value["ram_on_sinks"]
-    kind = np.stack([_kinds(row.layout, found, length) for row, found in zip(rows, evidence, strict=True)])
+    kind = np.stack([_kinds(row.layout, own, length) for row, own in zip(rows, evidence, strict=True)])
     heads, places = (EXAMPLE, LAYER, HEAD), (EXAMPLE, LAYER, POS)
     result = xr.Dataset(
         {name: (places if name in ("strength", "sink") else heads, array) for name, array in value.items()}
@@ -140,25 +140,25 @@ def attention_sinks(
 
 
 @checked
-def sink_tokens(found: given_by("attention_sinks", "sink", "kind", "strength")) -> list[str]:
+def sink_tokens(result: given_by("attention_sinks", "sink", "kind", "strength")) -> list[str]:
     """Which tokens the sinks of ``attention_sinks`` are, and how much RAM is on them, in sentences.
 
     A token counts as a sink of an example if it is one in any layer.
     """
-    sink, kind = found["sink"].values.any(axis=1), found["kind"].values
+    sink, kind = result["sink"].values.any(axis=1), result["kind"].values
     names = {"first": "The first position", "text": "Another text token", "visual": "A visual token without evidence",
              "evidence": "A visual token of the evidence"}  # fmt: skip
-    by, threshold, strongest = found.attrs["by"], found.attrs["threshold"], float(found["strength"].max())
+    by, threshold, strongest = result.attrs["by"], result.attrs["threshold"], float(result["strength"].max())
     if not sink.any():
         return [f"No token is a sink (by {by}): the strongest reaches {strongest:.2g}, the threshold is {threshold:g}."]
-    said = []
+    lines = []
     for index, name in enumerate(KINDS, start=1):
         here = sink & (kind == index)
         if here.any():
             share, count = here.any(1).mean(), here.sum(1).mean()
-            said.append(f"{names[name]} is a sink in {share:.0%} of the examples ({count:.1f} an example).")
-    ram, on = float(found["ram"].mean()), float(found["ram_on_sinks"].mean())
-    return [*said, f"{on / ram if ram else 0.0:.0%} of all RAM sits on sinks (by {by})."]
+            lines.append(f"{names[name]} is a sink in {share:.0%} of the examples ({count:.1f} an example).")
+    ram, on = float(result["ram"].mean()), float(result["ram_on_sinks"].mean())
+    return [*lines, f"{on / ram if ram else 0.0:.0%} of all RAM sits on sinks (by {by})."]
 
 
 def _check(model: HookedMLLM, samples: Samples, dims: Sequence[int] | None) -> None:
@@ -208,11 +208,11 @@ def _masses(
 ) -> dict[str, np.ndarray]:
     """RAM, its part on sinks, and the mass on all sinks, of every head."""
     weight = row_weights(inputs, "question").to(model.device)
-    at, place = weight.sum(0).nonzero().flatten(), {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
+    at, index_of = weight.sum(0).nonzero().flatten(), {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
     evidence = evidence.to(model.device)
 
     def read(call: AttentionCall, pattern: Tensor) -> dict[str, Tensor]:
-        mean, sinks = mean_rows(pattern, weight[:, at]), sink[:, place[call.layer]].to(pattern)
+        mean, sinks = mean_rows(pattern, weight[:, at]), sink[:, index_of[call.layer]].to(pattern)
         wanted = torch.stack([evidence.to(pattern), sinks * evidence.to(pattern), sinks])  # [3 batch pos]
         return {"mass": torch.einsum("bhk,sbk->bsh", mean, wanted)}
 

@@ -52,7 +52,9 @@ def show_memory(size: Size, image_processor: Any, geometry: Geometry, alone: boo
     canvas = Canvas(wide, high, new_width / width, new_height / height)
     tokens, across = canvas.tokens(geometry.side, size), tile // geometry.side
     tiles = [tokens] if (wide, high) == (tile, tile) else tokens.tiled(across, across)
-    memory = Tokens.join([part for one in tiles for part in (Tokens.nowhere(1, int(one.view[0])), one)])
+    memory = Tokens.join(
+        [part for shown_tile in tiles for part in (Tokens.nowhere(1, int(shown_tile.view[0])), shown_tile)]
+    )
     return Shown((Tokens.nowhere(1, view=-1),), (wide, high), len(tiles), memory)
 
 
@@ -75,20 +77,24 @@ def with_memory(
     length, tiles = len(ids), vision.max_num_tiles
     starts = np.flatnonzero(ids == geometry.config.image_token_id).tolist()
     mask = torch.zeros(1, length, len(shown), tiles, dtype=torch.long)
-    for image, one in enumerate(shown):
+    for image, tokens in enumerate(shown):
         # Up to the next picture; pictures side by side are looked at together.
         later = [start for start, before in zip(starts[1:], starts, strict=False) if start > before + 1]
         end = next((start for start in later if start > starts[image]), length)
-        mask[0, starts[image] : end, image, : one.tiles] = 1
+        mask[0, starts[image] : end, image, : tokens.tiles] = 1
     per_tile = (vision.image_size // vision.patch_size) ** 2 + 1
-    memory = memory_layout([one.memory for one in shown if one.memory is not None], tiles * per_tile, layout.images)
+    memory = memory_layout(
+        [tokens.memory for tokens in shown if tokens.memory is not None], tiles * per_tile, layout.images
+    )
     return {**tensors, "cross_attention_mask": mask}, layout.beside(memory)
 
 
 def memory_layout(parts: list[Tokens], each: int, images: tuple[Size, ...]) -> TokenLayout:
     """What every key of the memory is; each picture takes ``each`` places, the last of them empty."""
     empty = [each - len(part) for part in parts]
-    tokens = Tokens.join([one for part, n in zip(parts, empty, strict=True) for one in (part, Tokens.nowhere(n, -1))])
+    tokens = Tokens.join(
+        [section for part, n in zip(parts, empty, strict=True) for section in (part, Tokens.nowhere(n, -1))]
+    )
     filled = np.concatenate([np.arange(each) < len(part) for part in parts])
     return TokenLayout(
         kind=np.where(filled, IMAGE, PADDING),

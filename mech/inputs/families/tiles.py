@@ -175,7 +175,7 @@ def measure_anyres(name: str, config: Any, image_processor: Any) -> dict[str, An
             "'default': tiles are squares of patches, without a class token",
             "set config.vision_feature_select_strategy = 'default'",
         )
-    theirs, ours = ([list(one) for one in each.image_grid_pinpoints] for each in (config, image_processor))
+    theirs, ours = ([list(pair) for pair in each.image_grid_pinpoints] for each in (config, image_processor))
     if ours != theirs:
         raise UnsupportedModel(
             f"an image processor with image_grid_pinpoints={ours}",
@@ -197,9 +197,9 @@ def measure_anyres(name: str, config: Any, image_processor: Any) -> dict[str, An
 def show_llava_next(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
     """LLaVA-NeXT: the whole picture, then the tiles' rows, without their padding, each with a line break."""
     tile = _tile(geometry)
-    canvas, kept = _anyres(size, image_processor, geometry)
+    canvas, cropped = _anyres(size, image_processor, geometry)
     grid = canvas.tokens(geometry.side, size)
-    high, wide = kept
+    high, wide = cropped
     inside = (grid.row >= high.start) & (grid.row < high.stop) & (grid.col >= wide.start) & (grid.col < wide.stop)
     across = tile[0] // geometry.side
     view = (grid.row // across) * (canvas.width // tile[0]) + grid.col // across + 1

@@ -72,8 +72,8 @@ def liveness(model: Any, batches: Batches) -> Iterator[Finding]:
     for name in reached(model, batches):
         if layer_of(name) in looked_at:
             stepwise = name.endswith(INSIDE_ATTENTION)
-            kept = model.run_with_hooks(row, fwd_hooks=[(name, lambda v, hook: v.clone())]) if stepwise else clean
-            change = apart(model.run_with_hooks(row, fwd_hooks=[(name, _add_noise)]), kept)
+            now = model.run_with_hooks(row, fwd_hooks=[(name, lambda v, hook: v.clone())]) if stepwise else clean
+            change = apart(model.run_with_hooks(row, fwd_hooks=[(name, _add_noise)]), now)
             alive = change > torch.finfo(model.dtype).eps
             says = "" if alive else f"writing it moves the logits by {change:.1e}"
             yield Finding(name, alive, 0.0 if alive else change, says)
@@ -141,38 +141,38 @@ def _edit_of_z(model: Any, batches: Batches, prefix: str, stack: str, layer: int
 
 def _edit_of_pattern(model: Any, batches: Batches, prefix: str, stack: str, layer: int) -> Iterator[Finding]:
     batch = batches.padded
-    name, kept = f"{prefix}attn.hook_pattern", {}
+    name, patterns = f"{prefix}attn.hook_pattern", {}
 
     def implied(call: attention.AttentionCall) -> Tensor | None:
         if call.layer != layer:
             return None
         z = call.z.clone()
-        z[:, :, -1] = kept["last"].to(z.dtype) @ call.v[:, -1]  # the last head reads the last key/value head
+        z[:, :, -1] = patterns["last"].to(z.dtype) @ call.v[:, -1]  # the last head reads the last key/value head
         return z
 
     def shuffle(pattern: Tensor, hook: Any) -> Tensor:
-        kept["sums"] = pattern.sum(-1)
+        patterns["sums"] = pattern.sum(-1)
         pattern = pattern.clone()
         pattern[:, -1] = torch.softmax(noise(pattern[:, -1]), dim=-1)
-        kept["last"] = pattern[:, -1]
+        patterns["last"] = pattern[:, -1]
         return pattern
 
     through_pattern = model.run_with_hooks(batch, fwd_hooks=[(name, shuffle)])
     with model.attending(implied, stack):
         through_z = model(batch)
     yield same(f"{name}: the edit of z it implies", through_pattern, through_z, batch, batches.rounding)
-    off = torch.minimum((kept["sums"] - 1).abs(), kept["sums"].abs()).max().item()
+    off = torch.minimum((patterns["sums"] - 1).abs(), patterns["sums"].abs()).max().item()
     yield Finding(f"{name}: rows sum to one", off <= 1e-5, off, "" if off <= 1e-5 else f"a row is off by {off:.1e}")
 
 
 def _edit_of_stream(model: Any, batches: Batches, prefix: str) -> Iterator[Finding]:
     batch = batches.padded
-    kept: list[Tensor] = []
+    streams: list[Tensor] = []
 
     def add(value: Tensor, hook: Any) -> Tensor:
-        if not kept:
-            kept.append(noise(value) * spread(value))
-        return value + kept[0]
+        if not streams:
+            streams.append(noise(value) * spread(value))
+        return value + streams[0]
 
     added = model.run_with_hooks(batch, fwd_hooks=[(f"{prefix}hook_attn_out", add)])
     written = model.run_with_hooks(batch, fwd_hooks=[(f"{prefix}hook_resid_mid", add)])

@@ -42,27 +42,31 @@ class Report:
 
     def failures(self) -> list[tuple[str, Finding]]:
         """(law, finding) of everything that failed."""
-        return [(law, one) for law, found in self.findings.items() for one in found if one.ok is False]
+        return [
+            (law, finding) for law, findings in self.findings.items() for finding in findings if finding.ok is False
+        ]
 
     def inapplicable(self) -> list[tuple[str, Finding]]:
         """(law, finding) of everything that has no meaning for this model; the finding says why."""
-        return [(law, one) for law, found in self.findings.items() for one in found if one.ok is None]
+        return [(law, finding) for law, findings in self.findings.items() for finding in findings if finding.ok is None]
 
     def cell(self, law: str) -> str:
         """The verdict in a word: "ok 3e-07" (the worst deviation), "FAIL 2 of 60" or "n/a"."""
-        found = self.findings[law]
-        failed = sum(one.ok is False for one in found)
+        findings = self.findings[law]
+        failed = sum(finding.ok is False for finding in findings)
         if failed:
-            return f"FAIL {failed} of {len(found)}"
-        held = [one.deviation for one in found if one.ok]
+            return f"FAIL {failed} of {len(findings)}"
+        held = [finding.deviation for finding in findings if finding.ok]
         if not held:
             return "n/a"
         return f"ok {max(held):.0e}" if max(held) else "ok"
 
     def notes(self) -> list[str]:
         """Every failure, and what does not apply, a line each."""
-        lines = [f"{self.model}: {law} FAILED at {one.where}: {one.says}" for law, one in self.failures()]
-        return lines + [f"{self.model}: {law}, {one.where}: n/a, {one.says}" for law, one in self.inapplicable()]
+        lines = [f"{self.model}: {law} FAILED at {finding.where}: {finding.says}" for law, finding in self.failures()]
+        return lines + [
+            f"{self.model}: {law}, {finding.where}: n/a, {finding.says}" for law, finding in self.inapplicable()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; of what holds only the worst deviation of each law."""
@@ -72,11 +76,11 @@ class Report:
             "ok": self.ok,
             "laws": {law: self.cell(law) for law in self.findings},
             "failures": [
-                {"law": law, "where": one.where, "deviation": one.deviation, "says": one.says}
-                for law, one in self.failures()
+                {"law": law, "where": finding.where, "deviation": finding.deviation, "says": finding.says}
+                for law, finding in self.failures()
             ],
             "not_applicable": [
-                {"law": law, "where": one.where, "reason": one.says} for law, one in self.inapplicable()
+                {"law": law, "where": finding.where, "reason": finding.says} for law, finding in self.inapplicable()
             ],
         }
 
@@ -175,13 +179,13 @@ def family_rows() -> list[dict[str, Any]]:
         config: Any = make()
         text, vision = config.text_config.model_type, config.vision_config.model_type.removesuffix("_vision_model")
         pairs.setdefault(config.model_type, []).append(f"{text} + {vision}")
-    found = []
+    rows = []
     for kind in sorted(ROWS):
         row = FAMILIES.get(kind)
         takes = [] if row is None else ["images", "video"] if row.video else ["images"]
         checked = list(dict.fromkeys(pairs.get(kind, [])))
-        found.append({"models": CALLED.get(kind, kind), "model_type": kind, "takes": takes, "checked": checked})
-    return found
+        rows.append({"models": CALLED.get(kind, kind), "model_type": kind, "takes": takes, "checked": checked})
+    return rows
 
 
 def family_table() -> str:

@@ -203,5 +203,5 @@ def _state(model: Any) -> dict[str, Any]:
     }
 
 
-def _equal(one: Any, other: Any) -> bool:
-    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+def _equal(ours: Any, theirs: Any) -> bool:
+    return torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs

@@ -96,7 +96,7 @@ def make_batches(model: Any, full: bool = False) -> Batches:
     joined = model.collate(list(built.values())).tensors
     taught = model.inputs(QUESTION, answer="a").tensors
     of_answer = {name: int(value[0, -1]) for name, value in taught.items() if value.shape == taught["input_ids"].shape}
-    rows = {name: one.tensors for name, one in built.items()}
+    rows = {name: inputs.tensors for name, inputs in built.items()}
     return Batches(rows, joined, "", _rounding(model, joined), of_answer, full)
 
 

@@ -69,18 +69,18 @@ def linear_map(module: nn.Module) -> LinearMap:
     asked[:width].fill_diagonal_(1)
     asked[-1] = torch.arange(width, device=device).cos()  # of both signs: a linear map adds them up
     with _without_dropout(module):
-        said = module.forward(asked[None])[0]
-    bias = said[-2]
-    found = LinearMap((said[:width] - bias).T, bias)
+        output = module.forward(asked[None])[0]
+    bias = output[-2]
+    linear = LinearMap((output[:width] - bias).T, bias)
     with torch.no_grad():
-        off = asked[-1] @ found.weight.T + bias - said[-1]
-        fits = off.abs().max() <= _ROUNDING.get(said.dtype, 0.05) * said[-1].abs().max().clamp_min(1)
+        off = asked[-1] @ linear.weight.T + bias - output[-1]
+        fits = off.abs().max() <= _ROUNDING.get(output.dtype, 0.05) * output[-1].abs().max().clamp_min(1)
     if not fits:
         raise UnsupportedModel(
             f"the matrix of a {type(module).__name__}, which is no linear map", "a module that computes x W + b",
             "use what it reads and returns: attn.hook_z, hook_attn_out",
         )  # fmt: skip
-    return found
+    return linear
 
 
 def by_head(weight: Float[Tensor, "d_model d_in"], heads: int) -> Float[Tensor, "head d_head d_model"]:
@@ -104,7 +104,7 @@ def accelerate_hook(module: nn.Module) -> Any:
     """The hook with which accelerate places a module's weights for its forward, if it does."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
-    return next((one for one in hooks if getattr(one, "execution_device", None) is not None), None)
+    return next((candidate for candidate in hooks if getattr(candidate, "execution_device", None) is not None), None)
 
 
 def execution_device(module: nn.Module) -> torch.device:

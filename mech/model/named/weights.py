@@ -27,8 +27,8 @@ from mech.model.named.tokens import Tokens
 
 def _map_at(module: nn.Module | None, path: str) -> LinearMap | None:
     """The map at a path below a module; None where there is none, or only quantized weights."""
-    found = part_at(module, path) if path else None
-    return None if found is None or is_quantized(found) else linear_map(found)
+    part = part_at(module, path) if path else None
+    return None if part is None or is_quantized(part) else linear_map(part)
 
 
 def _read(what: str, which: int) -> Any:
@@ -51,22 +51,25 @@ class AttentionWeights:
         """The matrix, by head, and the bias of "Q", "K", "V" or "O"; biases but the last are ``[head d_head]``."""
         stack = self.stack
         if letter == "O":
-            found = _map_at(self.module, stack.o)
-            return found and (by_head(found.weight, found.weight.shape[1] // self.d_head), found.bias)
+            mapped = _map_at(self.module, stack.o)
+            return mapped and (by_head(mapped.weight, mapped.weight.shape[1] // self.d_head), mapped.bias)
         path = {"Q": stack.q, "K": stack.k, "V": stack.values or stack.v}[letter]
         if letter == "V" and part_at(self.module, path) is None:
             path = stack.k if stack.values else path  # values are made from the keys' projection
-        found = _map_at(self.module, path)
-        if found is None:
+        mapped = _map_at(self.module, path)
+        if mapped is None:
             return None
         width = self.d_head * (2 if stack.gated and letter == "Q" else 1)
-        heads: list[Any] = [None if part is None else part.unflatten(0, (-1, width)) for part in found]
+        heads: list[Any] = [None if part is None else part.unflatten(0, (-1, width)) for part in mapped]
         if stack.qkv:
             own = part_at(self.module, stack.o).in_features // self.d_head
             shared = (len(heads[0]) - own) // 2
             first = {"Q": 0, "K": own, "V": own + shared}[letter]
-            heads = [None if one is None else one[first : first + (own if letter == "Q" else shared)] for one in heads]
-        weight, bias = (None if one is None else one[:, : self.d_head] for one in heads)
+            heads = [
+                None if matrix is None else matrix[first : first + (own if letter == "Q" else shared)]
+                for matrix in heads
+            ]
+        weight, bias = (None if matrix is None else matrix[:, : self.d_head] for matrix in heads)
         return weight.transpose(1, 2), bias  # type: ignore[union-attr]
 
     W_Q, b_Q = _read("Q", 0), _read("Q", 1)
@@ -88,10 +91,10 @@ class MLPWeights:
     def projection(self, name: str) -> tuple[Tensor, Tensor | None] | None:
         """The matrix and the bias of "in", "gate" or "out"."""
         path = {"in": self.stack.up, "gate": self.stack.gate, "out": self.stack.down}[name]
-        found = _map_at(self.module, path)
-        if found is None:
+        mapped = _map_at(self.module, path)
+        if mapped is None:
             return None
-        weight, bias = found
+        weight, bias = mapped
         if name != "out" and self.stack.up == self.stack.gate:  # one projection: the gate, then what it gates
             half = slice(weight.shape[0] // 2) if name == "gate" else slice(weight.shape[0] // 2, None)
             weight, bias = weight[half], None if bias is None else bias[half]
@@ -138,12 +141,12 @@ class NamedWeights(Tokens):
     @property
     def blocks(self) -> list[SimpleNamespace]:
         """``blocks[layer].attn.W_O``, ``.attn.b_O``, ``.mlp.W_out``, ``.mlp.b_out``, ...; None where there is none."""
-        stack, found = self.family.text, []
+        stack, views = self.family.text, []
         for layer in layers_of(self.hf_model, stack):
             module = attention_of(layer, stack)
             attn = AttentionWeights(module, stack, getattr(module, "head_dim", self.cfg.d_head))
-            found.append(SimpleNamespace(attn=attn, mlp=MLPWeights(part_at(layer, stack.mlp), stack)))
-        return found
+            views.append(SimpleNamespace(attn=attn, mlp=MLPWeights(part_at(layer, stack.mlp), stack)))
+        return views
 
     def _over_layers(self, part: str, name: str) -> Tensor:
         """One weight of all layers.
@@ -162,8 +165,8 @@ class NamedWeights(Tokens):
                 )  # fmt: skip
         if name.startswith("b_"):
             like = [weight[..., 0, :] if name != "b_O" else weight[0, 0] for weight in weights]
-            found = [getattr(block, name) for block in blocks]
-            weights = [zero.new_zeros(zero.shape) if b is None else b for b, zero in zip(found, like, strict=True)]
+            values = [getattr(block, name) for block in blocks]
+            weights = [zero.new_zeros(zero.shape) if b is None else b for b, zero in zip(values, like, strict=True)]
         return torch.stack([weight.to(weights[0].device) for weight in weights])
 
     def _why_none(self, block: AttentionWeights | MLPWeights, name: str) -> str:
@@ -244,13 +247,13 @@ class NamedWeights(Tokens):
         block = layers_of(self.hf_model, self.family.text)[layer]
         if mlp_input:
             return module_at(block, self.family.text.mid)
-        found = part_at(block, "input_layernorm")
-        if found is None:
+        part = part_at(block, "input_layernorm")
+        if part is None:
             raise UnsupportedModel(
                 f"layer {layer} of {self.family.model_type} has no norm before its attention",
                 "a pre-norm layer", "use apply_ln=False, or the final norm (layer=None)",
             )  # fmt: skip
-        return found
+        return part
 
     def _unembed(self) -> Any:
         return module_at(self.hf_model, self.family.unembed)

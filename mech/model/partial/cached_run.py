@@ -133,7 +133,7 @@ def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRu
         stream = output[0] if isinstance(output, tuple) else output
         left.append((stream, stream._version))
 
-    def look(call: AttentionCall) -> None:
+    def read_call(call: AttentionCall) -> None:
         # Queries are made anew while running on; only their shape is asked for.
         kept = {name: pool.put(getattr(call, name)) for name in "kvz"}
         calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape), **kept))
@@ -143,7 +143,7 @@ def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRu
         handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
         handles.append(layer.register_forward_hook(leave))
     try:
-        with model.attending(look), last_mlp_at(model, reads):
+        with model.attending(read_call), last_mlp_at(model, reads):
             logits = model(inputs, logits_to_keep=torch.as_tensor(reads, device=model.device))
     finally:
         for handle in handles:

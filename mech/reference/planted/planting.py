@@ -266,10 +266,10 @@ def _see_llava(inner: Any) -> None:
     kernel = tower.embeddings.patch_embedding.weight  # [out, rgb, y, x]
     half = CELL // 2
     for colour in range(3):
-        for place, columns in ((0, slice(0, half)), (3, slice(half, CELL))):
-            kernel[place + colour, colour, :, columns] = 1 / (CELL * half)
+        for at, columns in ((0, slice(0, half)), (3, slice(half, CELL))):
+            kernel[at + colour, colour, :, columns] = 1 / (CELL * half)
             # The negative beside it, so that LayerNorm has no mean to take away.
-            kernel[6 + place + colour, colour, :, columns] = -1 / (CELL * half)
+            kernel[6 + at + colour, colour, :, columns] = -1 / (CELL * half)
     tower.embeddings.position_embedding.weight[:, 14] = LOUD
     tower.embeddings.position_embedding.weight[:, 15] = -LOUD
     tower.pre_layrnorm.weight.fill_(LOUD / sqrt(8))

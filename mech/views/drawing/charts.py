@@ -44,12 +44,12 @@ Chart = dict[str, Any]
 
 def charts_of(body: str) -> dict[str, Chart]:
     """What the charts in a piece of a page show, and their data and layout as plotly takes them."""
-    found: dict[str, Chart] = {}
+    charts: dict[str, Chart] = {}
     for label, zipped, text in CHART.findall(body):
         plain = gzip.decompress(base64.b64decode(text)).decode() if zipped else text
         name = html.unescape(label)
-        found[name if name not in found else f"{name} ({len(found) + 1})"] = json.loads(plain)
-    return found
+        charts[name if name not in charts else f"{name} ({len(charts) + 1})"] = json.loads(plain)
+    return charts
 
 
 def chosen(charts: Mapping[str, Chart], which: int | str) -> Chart:
@@ -214,9 +214,9 @@ def _painted(value: Any, key: str) -> Any:
         return [_painted(inner, key) for inner in value]
     if not isinstance(value, str) or not value.startswith("@") or "color" not in key.lower():
         return value
-    found = _variables()[value[1:]]
-    stops = found.split(", ")
-    return [[i / (len(stops) - 1), stop] for i, stop in enumerate(stops)] if key == "colorscale" else found
+    colour = _variables()[value[1:]]
+    stops = colour.split(", ")
+    return [[i / (len(stops) - 1), stop] for i, stop in enumerate(stops)] if key == "colorscale" else colour
 
 
 @cache
@@ -230,5 +230,5 @@ def _colour(value: str | None) -> Any:
     """A colour of a sheet as matplotlib takes it."""
     if value is None:
         return "black"
-    found = re.fullmatch(r"rgba\((\d+), (\d+), (\d+), ([\d.]+)\)", value)
-    return value if found is None else (*(int(found[i]) / 255 for i in (1, 2, 3)), float(found[4]))
+    match = re.fullmatch(r"rgba\((\d+), (\d+), (\d+), ([\d.]+)\)", value)
+    return value if match is None else (*(int(match[i]) / 255 for i in (1, 2, 3)), float(match[4]))

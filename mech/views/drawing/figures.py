@@ -38,7 +38,7 @@ def find_browser() -> str | None:
     """Where a Chromium is, or None."""
     named = os.environ.get("MECH_BROWSER")
     candidates = [named] if named else [*BROWSERS, *PLACES.get(sys.platform, ())]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+    return next((browser for name in candidates if (browser := shutil.which(name))), None)
 
 
 def draw(page: str, kind: str, *, width: int, scale: float) -> bytes:
@@ -88,10 +88,10 @@ def draw(page: str, kind: str, *, width: int, scale: float) -> bytes:
 def _laid_out(browser: str, source: Path, width: int) -> tuple[int, str]:
     """The height of a page, and all of it as one SVG: what ``figure.js`` left in it."""
     text = _run(browser, source, width, 1000, "--dump-dom")
-    found = re.search(r'<pre id="figure" hidden="">(.*?)</pre>', text, re.DOTALL)
-    if found is None:
+    match = re.search(r'<pre id="figure" hidden="">(.*?)</pre>', text, re.DOTALL)
+    if match is None:
         raise OutputError(f"{browser} drew no page", "a browser of the last years", "try another one in MECH_BROWSER")
-    made = json.loads(html.unescape(found[1]))
+    made = json.loads(html.unescape(match[1]))
     return int(made["height"]), str(made["svg"])
 
 
@@ -111,8 +111,8 @@ def _run(browser: str, source: Path, width: int, height: int, *options: str) -> 
     try:
         done = subprocess.run(words, capture_output=True, timeout=PATIENCE, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or b""
-        last = said.decode(errors="replace").strip().splitlines()[-1:] or [str(error)]
+        stderr = getattr(error, "stderr", None) or b""
+        last = stderr.decode(errors="replace").strip().splitlines()[-1:] or [str(error)]
         raise OutputError(
             f"{browser} did not draw the page ({last[0][:200]})", "a browser that runs headless",
             "try another one in MECH_BROWSER, or save as .html",

@@ -41,11 +41,11 @@ class Arrow:
 
     @property
     def tip(self) -> str:
-        said = [f"{called(self.sender)} to {called(self.target)}", f"effect {self.value} of the gap"]
-        said += [f"feeds its {READS[self.through]}"] if self.through else []
-        said += [f"written at: {self.at}"] if self.at else []
-        said += [f"p = {self.p_value:.2g} (corrected)"] if np.isfinite(self.p_value) else []
-        return "\n".join(said)
+        lines = [f"{called(self.sender)} to {called(self.target)}", f"effect {self.value} of the gap"]
+        lines += [f"feeds its {READS[self.through]}"] if self.through else []
+        lines += [f"written at: {self.at}"] if self.at else []
+        lines += [f"p = {self.p_value:.2g} (corrected)"] if np.isfinite(self.p_value) else []
+        return "\n".join(lines)
 
 
 def parts_of(arrows: Sequence[Arrow]) -> list[str]:
@@ -53,10 +53,10 @@ def parts_of(arrows: Sequence[Arrow]) -> list[str]:
 
 
 def called(name: str) -> str:
-    found = NODE.fullmatch(name)
-    if found is None or found[4]:
-        return f"L{found[4]} kv {found[6]}" if found and found[5] == "K" else name
-    return f"MLP {found[3]}" if found[3] else found[2] or {"embed": "inputs"}.get(name, name)
+    match = NODE.fullmatch(name)
+    if match is None or match[4]:
+        return f"L{match[4]} kv {match[6]}" if match and match[5] == "K" else name
+    return f"MLP {match[3]}" if match[3] else match[2] or {"embed": "inputs"}.get(name, name)
 
 
 def drawing(arrows: Sequence[Arrow], key: Mapping[str, str], thumbnails: Mapping[str, str]) -> tuple[str, int]:
@@ -107,10 +107,10 @@ def _rows(arrows: Sequence[Arrow]) -> list[list[str]]:
 
 def _depth(name: str) -> float:
     """Where a part stands: inputs, then attention and MLP of each layer, then the logits."""
-    found = NODE.fullmatch(name)
-    if found is None:  # a group of parts, named by the user
+    match = NODE.fullmatch(name)
+    if match is None:  # a group of parts, named by the user
         return -0.5
-    whole, _, mlp, layer, _, _ = found.groups()
+    whole, _, mlp, layer, _, _ = match.groups()
     return {"embed": -1.0, "logits": 1e6}[whole] if whole else 2.0 * int(layer) if layer else 2.0 * int(mlp) + 1
 
 
@@ -135,13 +135,13 @@ def _edge(
 
 
 def _node(name: str, key: str, x: float, y: float, thumbnail: str) -> str:
-    said = escape(called(name))
+    label = escape(called(name))
     kind = "head" if name.startswith("L") else "other"
-    place = f'x="{x - WIDE / 2:.1f}" y="{y - HIGH / 2:.1f}" width="{WIDE}" height="{HIGH}" rx="9"'
+    box = f'x="{x - WIDE / 2:.1f}" y="{y - HIGH / 2:.1f}" width="{WIDE}" height="{HIGH}" rx="9"'
     below = f'<g transform="translate({x:.1f} {y + HIGH / 2 + 4:.1f})">{thumbnail}</g>' if thumbnail else ""
     return (
         f'<g class="node {kind}" tabindex="0" role="button" data-opens="{key}" '
-        f'aria-label="{said}"><rect {place}/><text x="{x:.1f}" y="{y + 5:.1f}">{said}</text>{below}</g>'
+        f'aria-label="{label}"><rect {box}/><text x="{x:.1f}" y="{y + 5:.1f}">{label}</text>{below}</g>'
     )
 
 
@@ -162,5 +162,5 @@ def thumbnails(pictures: Sequence[Any], evidence: Sequence[Sequence[float]]) -> 
         )
 
     whole = cut(0, 0, picture.width, picture.height)
-    found = {"embed:picture": whole, "embed": whole}
-    return found if rect is None else {**found, "embed:evidence": cut(*rect)}
+    shown = {"embed:picture": whole, "embed": whole}
+    return shown if rect is None else {**shown, "embed:evidence": cut(*rect)}

@@ -79,7 +79,7 @@ def pictures_on(on: Any) -> list[Picture]:
     if isinstance(on, Sample):
         return [embedded(picture) for picture in pictures_of(on)]
     if isinstance(on, Samples | list | tuple):
-        return [picture for one in on for picture in pictures_on(one)]
+        return [picture for part in on for picture in pictures_on(part)]
     return [embedded(on)]
 
 

@@ -11,8 +11,8 @@ def accuracy_interval(
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
     """Share of right answers over the first axis with its 95% interval, the same as in every table."""
     columns = right.reshape(len(right), -1).T
-    found = [share(column[None]) or {} for column in columns]
-    mean, low, high = (np.array([one[name] for one in found]) for name in ("mean", "low", "high"))
+    intervals = [share(column[None]) or {} for column in columns]
+    mean, low, high = (np.array([interval[name] for interval in intervals]) for name in ("mean", "low", "high"))
     return tuple(part.reshape(right.shape[1:]) for part in (mean, low, high))  # type: ignore[return-value]
 
 

@@ -233,9 +233,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "",
 def tabular(whole: str, caption: str = "") -> str:
     """A table, as HTML, with its caption and a button that saves it as CSV (``page.js`` reads what is shown)."""
     # Above the table and not in it: a caption would scroll away with a wide table.
-    said = f'<p class="soft">{caption}</p>' if caption else "<span></span>"
+    captioned = f'<p class="soft">{caption}</p>' if caption else "<span></span>"
     button = '<button type="button" class="csv" title="Save this table as a CSV file">CSV</button>'
-    return f'<div class="tabular"><div class="above">{said}{button}</div><div class="scroll">{whole}</div></div>'
+    return f'<div class="tabular"><div class="above">{captioned}{button}</div><div class="scroll">{whole}</div></div>'
 
 
 def write(path: Path, content: str | bytes) -> Path:
