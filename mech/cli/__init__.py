@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from mech.cli import ablate, accelerate, check, claims, data, explore, patching, rank, study, transfer, view
+from mech.cli.options import command
 from mech.errors import MechError, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the system
@@ -62,7 +63,7 @@ for _command, _epilog in (
     (claims.claims, claims.EPILOG),
     (check.check, check.EPILOG),
 ):
-    app.command(epilog=_epilog)(_command)
+    app.command(epilog=_epilog)(command(_command))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """``mech ablate``: what bands of heads cost when they are ablated, beside random heads."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,22 +17,20 @@ EPILOG = (
 )
 
 
-def ablate(
-    model: options.Model = "reference:llava-s",
-    revision: options.Revision = None,
-    domain: options.Domain = None,
-    data: options.Data = None,
-    root: options.Root = None,
+@dataclass(frozen=True)
+class Ablations:
+    """What is ablated, how, and beside how many random sets."""
+
     to: Annotated[
         list[str] | None,
         typer.Option(
             help="mean, zero, resample, uniform, paper; may be given again.", callback=options.among(options.METHODS)
         ),
-    ] = None,
+    ] = None
     fraction: Annotated[
         list[float] | None,
         typer.Option(help="Share of all heads, or from 1 on their number; repeatable.", callback=options.size),
-    ] = None,
+    ] = None
     band: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,7 +39,17 @@ def ablate(
             "tokens with more than 30% of the attention; may be given again.",
             callback=options.among((*options.BANDS, "unrestricted", "vision", "sinks")),
         ),
-    ] = None,
+    ] = None
+    n_random: options.NRandom = 100
+    positions: Annotated[
+        str, typer.Option(help="all, question, last, image or text.", callback=options.among(options.POSITIONS))
+    ] = "all"
+
+
+def ablate(
+    run: options.Run,
+    ablations: Ablations,
+    domain: options.Domain = None,
     heads: Annotated[
         Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
     ] = None,
@@ -49,17 +58,10 @@ def ablate(
         typer.Option("--allow-other-model", help="Take --heads of another model of this shape; the result says so."),
     ] = False,
     samples: Annotated[int, options.samples("Half find heads (or make the reference), half test them.", 8)] = 96,
-    n_random: options.NRandom = 100,
-    positions: Annotated[
-        str, typer.Option(help="all, question, last, image or text.", callback=options.among(options.POSITIONS))
-    ] = "all",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Save every sample's result (netCDF).", callback=options.written_to()),
     ] = None,
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Ablate bands of heads, and say what each costs beside random heads."""
     import mech
@@ -67,52 +69,52 @@ def ablate(
     from mech.experiments.findings.summary import stability, summarise_effects
     from mech.results import save
 
-    methods, sizes = to or ["mean"], [options.share_or_number(f) for f in fraction or (0.05, 0.2)]
-    bands: list[Any] = list(dict.fromkeys(band or options.BANDS))
-    some, called = options.chosen(data, root, domain, samples, seed)
-    find, test = some.split(0.5, seed)
-    hooked = options.open_model(model, revision)
-    with options.progress(quiet or as_json) as say:
+    some, called = run.samples(domain, samples)
+    find, test = some.split(0.5, run.seed)
+    hooked = run.open_model()
+    with run.progress() as say:
         if heads is None:
-            ranking = mech.rank_heads(
-                mech.retrieval_attention_mass(hooked, find, progress=lambda i, n: say("attention", i, n))
-            )
+            ranking = mech.rank_heads(_attention(hooked, find, "attention", say))
         else:
-            ranking = mech.Ranking.from_json(heads)
-            test = test.where(lambda sample: sample.id not in ranking.examples)
-            if len(test) < 4:
-                raise ExperimentError(
-                    f"{heads} was found on all but {len(test)} of these samples",
-                    "samples that did not find the heads",
-                    "give another --seed",
-                )
-        for word, score in (("vision", "vision_mass"), ("sinks", "sink_mass")):
-            if word in bands:
-                bands[bands.index(word)] = mech.rank_heads(_attention_elsewhere(hooked, find, word, say), score)
+            ranking, test = _found_before(heads, test)
         effects = mech.ablation(
-            hooked,
-            test,
-            ranking,
-            reference=find,
-            to=methods,
-            bands=bands,
-            fractions=sizes,
-            n_random=n_random,
-            positions=positions,
-            seed=seed,
-            progress=lambda i, n: say("ablation", i, n),
-            allow_other_model=allow_other_model,
-        )
+            hooked, test, ranking, reference=find, to=ablations.to or ["mean"],
+            bands=[_band(hooked, find, band, say) for band in dict.fromkeys(ablations.band or options.BANDS)],
+            fractions=[options.share_or_number(fraction) for fraction in ablations.fraction or (0.05, 0.2)],
+            n_random=ablations.n_random, positions=ablations.positions, seed=run.seed,
+            progress=lambda i, n: say("ablation", i, n), allow_other_model=allow_other_model,
+        )  # fmt: skip
     if out is not None:
         save(effects, out)
     numbers = summarise_effects(effects)
     warned = [text for _, text in cautions(numbers | {"stability": stability(ranking)})]
-    numbers = {"cautions": warned, **numbers}
-    if as_json:
-        print(json.dumps(numbers))
+    if run.as_json:
+        print(json.dumps({"cautions": warned, **numbers}))
         return
     options.print_cautions(warned)
     _print_effects(numbers, f"{hooked.name} on {called}")
+
+
+def _found_before(heads: Path, test: Any) -> tuple[Any, Any]:
+    """A ranking of ``mech rank``, and the samples that it was not found on."""
+    import mech
+
+    ranking = mech.Ranking.from_json(heads)
+    test = test.where(lambda sample: sample.id not in ranking.examples)
+    if len(test) < 4:
+        raise ExperimentError(
+            f"{heads} was found on all but {len(test)} of these samples", "samples that did not find the heads",
+            "give another --seed",
+        )  # fmt: skip
+    return ranking, test
+
+
+def _band(hooked: Any, find: Any, band: str, say: Any) -> Any:
+    """The name of a band, or the ranking whose first heads it is."""
+    import mech
+
+    score = {"vision": "vision_mass", "sinks": "sink_mass"}.get(band)
+    return band if score is None else mech.rank_heads(_attention(hooked, find, band, say), score)
 
 
 def _print_effects(numbers: dict[str, Any], title: str) -> None:
@@ -140,9 +142,9 @@ def _print_effects(numbers: dict[str, Any], title: str) -> None:
             print(f"{name}: {both_units(test)}{p}")
 
 
-def _attention_elsewhere(hooked: Any, find: Any, word: str, say: Any) -> Any:
-    """What heads attend to besides the evidence: pictures, or at sinks."""
+def _attention(hooked: Any, find: Any, what: str, say: Any) -> Any:
+    """What heads attend to: evidence and pictures, or sinks."""
     import mech
 
-    measure = partial(mech.attention_sinks, by="attention") if word == "sinks" else mech.retrieval_attention_mass
-    return measure(hooked, find, progress=lambda i, n: say(word, i, n))
+    measure = partial(mech.attention_sinks, by="attention") if what == "sinks" else mech.retrieval_attention_mass
+    return measure(hooked, find, progress=lambda i, n: say(what, i, n))

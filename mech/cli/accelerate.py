@@ -1,6 +1,7 @@
 """``mech accelerate`` and ``mech sparsify``: how few heads can see everything, and learning to need fewer."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,46 +32,60 @@ Window = Annotated[
 Sinks = Annotated[int, typer.Option(help="First tokens that every head sees.", callback=options.whole(0))]
 
 
-def accelerate(
-    model: options.Model = "reference:llava-s",
-    revision: options.Revision = None,
-    domain: options.Domain = None,
-    data: options.Data = None,
-    root: options.Root = None,
-    pictures: Pictures = None,
-    samples: Annotated[int, options.samples("A quarter ranks the heads, the others test them.", 16)] = 96,
-    window: Window = None,
-    sinks: Sinks = 4,
+@dataclass(frozen=True)
+class Local:
+    """Samples of long contexts, and what local heads see of them."""
+
+    domain: options.Domain = None
+    pictures: Pictures = None
+    window: Window = None
+    sinks: Sinks = 4
+
+    def samples(self, run: options.Run, n: int) -> tuple[Any, str]:
+        """The samples that the options mean, ``n`` at most, and what to call them."""
+        import mech
+
+        if self.pictures is None:
+            return run.samples(self.domain or ("pages" if run.data is None else None), n)
+        if run.data is not None:
+            raise ExperimentError(
+                "--pictures with --data", "one of the two: it is for generated samples", "leave one out"
+            )
+        domain = self.domain or "pages"
+        samples = mech.haystacks(domain, n, run.seed, n_pictures=self.pictures)
+        return samples, f"{domain} of {self.pictures} pictures"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which heads stay dense, and how many."""
+
     share: Annotated[
         list[float] | None,
         typer.Option(
             help="Share of KV heads that stay dense, or from 1 on their number; repeatable.", callback=options.size
         ),
-    ] = None,
+    ] = None
     choice: Annotated[
         list[str] | None,
         typer.Option(
             help=f"{', '.join(options.CHOICES)}; repeatable. Default: all.", callback=options.among(options.CHOICES)
         ),
-    ] = None,
-    n_random: options.NRandom = 4,
+    ] = None
+    n_random: options.NRandom = 4
+
+
+def accelerate(
+    run: options.Run,
+    near: Local,
+    dense: Choices,
+    samples: Annotated[int, options.samples("A quarter ranks the heads, the others test them.", 16)] = 96,
     margin: Annotated[
         float,
         typer.Option(help="The loss of accuracy that a recommended setting stays below.", callback=options.share),
     ] = 0.1,
     batch_size: options.BatchSize = 8,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Save the result (.nc) or its picture (.html).",
-            callback=options.written_to(".nc", ".html"),
-        ),
-    ] = None,
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
+    out: options.PictureOrData = None,
 ) -> None:
     """Keep a few heads dense and the others local: accuracy, speed and cache, beside other choices at equal budget."""
     import mech
@@ -78,58 +93,63 @@ def accelerate(
     from mech.results import save
     from mech.sparse.frontier.acceleration import CHOICES, SHARES
 
-    sizes = [options.share_or_number(size) for size in share or SHARES]
-    some, called = _samples(data, root, domain, pictures, samples, seed)
-    find, test = some.split(0.25, seed)
-    hooked = options.open_model(model, revision)
-    with options.progress(quiet or as_json) as say:
+    sizes = [options.share_or_number(size) for size in dense.share or SHARES]
+    some, called = near.samples(run, samples)
+    find, test = some.split(0.25, run.seed)
+    hooked = run.open_model()
+    with run.progress() as say:
         result = mech.acceleration(
-            hooked, test, find=find, window=window, sinks=sinks, choices=choice or CHOICES, shares=sizes,
-            n_random=n_random, batch_size=batch_size, seed=seed, progress=say,
+            hooked, test, find=find, window=near.window, sinks=near.sinks, choices=dense.choice or CHOICES,
+            shares=sizes, n_random=dense.n_random, batch_size=batch_size, seed=run.seed, progress=say,
         )  # fmt: skip
     if out is not None and out.suffix == ".nc":
         save(result, out)
     elif out is not None:
         mech.view(result, margin=margin).save(out)
     facts = summarise(result, margin)
-    if as_json:
+    if run.as_json:
         print(json.dumps(facts))
         return
     local = f"the others see {facts['sinks']} + {facts['window']} of {facts['length']} tokens"
-    dense, alone = facts["dense"]["mean"], facts["window_only"]["accuracy"]["mean"]
-    title = f"{hooked.name} on {called}: dense {dense:.1%}, window alone {alone:.1%} ({len(test)} samples; {local})"
+    whole, alone = facts["dense"]["mean"], facts["window_only"]["accuracy"]["mean"]
+    title = f"{hooked.name} on {called}: dense {whole:.1%}, window alone {alone:.1%} ({len(test)} samples; {local})"
     columns = ("KV heads dense", "chosen by", "accuracy", "loss in points (95%)", "attention work", "cache")
     options.print_table(title, columns, [_row(entry) for entry in facts["curve"]])
     options.tell(*(text for _, text, _ in sentences(facts)))
 
 
-def sparsify(
-    model: options.Model = "reference:qwen-long",
-    revision: options.Revision = None,
-    domain: options.Domain = None,
-    data: options.Data = None,
-    root: options.Root = None,
-    pictures: Pictures = None,
-    samples: Annotated[int, options.samples("Half of them train, the others test.", 4)] = 48,
-    window: Window = None,
-    sinks: Sinks = 4,
+@dataclass(frozen=True)
+class LongRun(options.Run):
+    """The same, by default on the reference model of the longest contexts."""
+
+    model: options.Model = "reference:qwen-long"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How few heads are aimed at, and how they are trained for."""
+
     target: Annotated[
         float,
         typer.Option(help="The largest divergence from the dense model, nats per token.", callback=options.positive),
-    ] = 0.02,
+    ] = 0.02
     at_most: Annotated[
         float | None,
         typer.Option(help="Share of KV heads that may stay dense, or from 1 on their number.", callback=options.size),
-    ] = None,
-    rank: Annotated[int, typer.Option(help="Of the adapter; 0 for gates alone.", callback=options.whole(0))] = 8,
-    steps: Annotated[int, typer.Option(help="Of training.", callback=options.whole(1))] = 120,
-    batch_size: options.BatchSize = 4,
+    ] = None
+    rank: Annotated[int, typer.Option(help="Of the adapter; 0 for gates alone.", callback=options.whole(0))] = 8
+    steps: Annotated[int, typer.Option(help="Of training.", callback=options.whole(1))] = 120
+    batch_size: options.BatchSize = 4
+
+
+def sparsify(
+    run: LongRun,
+    near: Local,
+    training: Training,
+    samples: Annotated[int, options.samples("Half of them train, the others test.", 4)] = 48,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for policy.json and the adapter (PEFT's format).")
     ] = None,
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Learn which KV heads can be local, with an adapter that makes up for it: a head policy for ``localize``."""
     import mech
@@ -140,17 +160,18 @@ def sparsify(
 
     if out is not None:
         make_folder(out)  # before anything is trained
-    some, called = _samples(data, root, domain, pictures, samples, seed)
-    train, test = some.split(0.5, seed)
-    hooked = options.open_model(model, revision)
-    local = local_for(hooked, some, sinks=sinks, window=window)
-    most = None if at_most is None else options.share_or_number(at_most)
-    with options.progress(quiet or as_json) as say:
+    some, called = near.samples(run, samples)
+    train, test = some.split(0.5, run.seed)
+    hooked = run.open_model()
+    local = local_for(hooked, some, sinks=near.sinks, window=near.window)
+    most = None if training.at_most is None else options.share_or_number(training.at_most)
+    with run.progress() as say:
         found = mech.sparsify(
-            hooked, train, sinks=local.sinks, window=local.window, target=target, at_most=most, rank=rank, steps=steps,
-            batch_size=batch_size, seed=seed, progress=lambda done, total: say("steps", done, total),
+            hooked, train, sinks=local.sinks, window=local.window, target=training.target, at_most=most,
+            rank=training.rank, steps=training.steps, batch_size=training.batch_size, seed=run.seed,
+            progress=lambda done, total: say("steps", done, total),
         )  # fmt: skip
-    questions = quiz(hooked, test, batch_size)
+    questions = quiz(hooked, test, training.batch_size)
     dense = ask(hooked, questions)["accuracy"]
     with found.serve(hooked) as fast:
         served = ask(fast, questions)["accuracy"]
@@ -162,7 +183,7 @@ def sparsify(
     facts = {"n_kv_heads": found.n_kv_heads, "nats": found.loss, "dense": float(dense.mean()),
              "served": float(served.mean()), "lost": lost, "n_test": len(test), "kv_bytes": cache, "length": length,
              "policy": found.policy.to_json()}  # fmt: skip
-    if as_json:
+    if run.as_json:
         print(json.dumps(facts))
         return
     kept, of = found.n_kv_heads
@@ -170,19 +191,6 @@ def sparsify(
     interval = " to ".join(f"{100 * lost[end]:.1f}" for end in ("low", "high"))
     row = (f"{dense.mean():.1%}", f"{served.mean():.1%}", f"{100 * lost['mean']:.1f} ({interval})", f"{cache:.0%}")
     options.print_table(title, ("dense", "served", f"loss in points (95%), {len(test)} samples", "cache"), [row])
-
-
-def _samples(
-    data: str | None, root: Path | None, domain: str | None, pictures: int | None, n: int, seed: int
-) -> tuple[Any, str]:
-    import mech
-
-    if pictures is None:
-        return options.chosen(data, root, domain or ("pages" if data is None else None), n, seed)
-    if data is not None:
-        raise ExperimentError("--pictures with --data", "one of the two: it is for generated samples", "leave one out")
-    domain = domain or "pages"
-    return mech.haystacks(domain, n, seed, n_pictures=pictures), f"{domain} of {pictures} pictures"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:

@@ -5,10 +5,13 @@ to are checked while the command line is read, by the callbacks of the options: 
 loaded.
 """
 
+import functools
+import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,6 +205,57 @@ def open_model(model: str, revision: str | None) -> "HookedMLLM":
     from mech.study import open_model
 
     return open_model(model if revision is None else f"{model}@{revision}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options of most commands: a model, where samples come from, and what is printed."""
+
+    model: Model = "reference:llava-s"
+    revision: Revision = None
+    data: Data = None
+    root: Root = None
+    seed: Seed = 0
+    quiet: Quiet = False
+    as_json: AsJson = False
+
+    def open_model(self) -> "HookedMLLM":
+        return open_model(self.model, self.revision)
+
+    def samples(self, domain: str | None, n: int) -> "tuple[Samples, str]":
+        """The samples that the options mean, ``n`` at most, and what to call them."""
+        return chosen(self.data, self.root, domain, n, self.seed)
+
+    def opened(self, n: int) -> "Samples":
+        """``n`` samples of each domain of ``--data``."""
+        return opened(str(self.data), self.root, n, self.seed)
+
+    def progress(self) -> progress:
+        return progress(self.quiet or self.as_json)
+
+
+LAST = ("out", "seed", "quiet", "as_json")  # in every list of options
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters are options or dataclasses of options, as typer wants it: options alone."""
+    parameters = inspect.signature(function).parameters.values()
+    groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+    options: dict[str, inspect.Parameter] = {}
+    for parameter in parameters:
+        own = inspect.signature(groups[parameter.name]).parameters if parameter.name in groups else {}
+        options |= own or {parameter.name: parameter}
+    ordered = sorted(options.values(), key=lambda option: LAST.index(option.name) if option.name in LAST else -1)
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        function(**made, **given)
+
+    keyword = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in ordered]
+    run.__signature__ = inspect.Signature(keyword, return_annotation=None)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in keyword}
+    return run
 
 
 def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed: int) -> "tuple[Samples, str]":

@@ -6,7 +6,7 @@ answer most are printed, or all of them as JSON; ``--out`` saves the result as n
 
 import itertools
 import json
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -22,22 +22,35 @@ PATHS = (
     "[bold]mech paths -m reference:llava-s --freeze attention --freeze mlp[/]  the direct path of every head\n\n"
     "[bold]mech paths --sender L0H2 --receiver mlp.0 --receiver L2K2.v --freeze attention --direction noise[/]"
 )
-Direction = Annotated[
-    str,
-    typer.Option(
-        help="denoise (what is sufficient) or noise (what is necessary).", callback=options.among(options.DIRECTIONS)
-    ),
-]
-Shown = Annotated[int, typer.Option(help="How many rows to print.", callback=options.whole(1))]
-Pairs = Annotated[int, options.samples("Samples, each patched with its counterfactual.", 1)]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The samples that are patched with their counterfactuals, and what is shown of it."""
+
+    domain: options.Domain = None
+    direction: Annotated[
+        str,
+        typer.Option(
+            help="denoise (what is sufficient) or noise (what is necessary).",
+            callback=options.among(options.DIRECTIONS),
+        ),
+    ] = "denoise"
+    samples: Annotated[int, options.samples("Samples, each patched with its counterfactual.", 1)] = 4
+    top: Annotated[int, typer.Option(help="How many rows to print.", callback=options.whole(1))] = 10
+    out: options.PictureOrData = None
+
+    def of(self, run: options.Run) -> tuple[Any, Any, str]:
+        """The model, the pairs, and what to call them."""
+        some, called = run.samples(self.domain, self.samples)
+        hooked = run.open_model()
+        pairs, called = _paired(hooked, some, called)
+        return hooked, pairs, f"{hooked.name} on {called}"
 
 
 def patch(
-    model: options.Model = "reference:llava-s",
-    revision: options.Revision = None,
-    domain: options.Domain = None,
-    data: options.Data = None,
-    root: options.Root = None,
+    run: options.Run,
+    pairs: Pairs,
     point: Annotated[str, typer.Option(help="An activation point without its layer.")] = "attn.hook_z",
     over: Annotated[
         list[str] | None, typer.Option(help="layer, head, kv_head, position or region; repeatable.")
@@ -46,36 +59,23 @@ def patch(
     regions: Annotated[
         str | None, typer.Option(help="For --over region: cells of the picture (6x6), or names (image,question,last).")
     ] = None,
-    direction: Direction = "denoise",
-    samples: Pairs = 4,
-    top: Shown = 10,
-    out: options.PictureOrData = None,
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Activation patching: which head, layer, position or region carries what the counterfactual changes."""
     import mech
 
-    some, called = options.chosen(data, root, domain, samples, seed)
-    hooked = options.open_model(model, revision)
-    pairs, called = _paired(hooked, some, called)
-    axes = tuple(over or ("layer", "head"))
-    with options.progress(quiet or as_json) as say:
+    hooked, samples, called = pairs.of(run)
+    with run.progress() as say:
         result = mech.activation_patching(
-            hooked, list(pairs), None, _difference(pairs), point=point, over=axes, positions=positions,
-            regions=_regions(hooked, pairs, regions), direction=direction,
+            hooked, list(samples), None, _difference(samples), point=point, over=tuple(over or ("layer", "head")),
+            positions=positions, regions=_regions(hooked, samples, regions), direction=pairs.direction,
             progress=lambda i, n: say("patching", i, n),
         )  # fmt: skip
-    _print_effects(result, f"{hooked.name} on {called}: {point}, {direction}", out, top, as_json)
+    _print_effects(result, f"{called}: {point}, {pairs.direction}", pairs, run.as_json)
 
 
 def paths(
-    model: options.Model = "reference:llava-s",
-    revision: options.Revision = None,
-    domain: options.Domain = None,
-    data: options.Data = None,
-    root: options.Root = None,
+    run: options.Run,
+    pairs: Pairs,
     sender: Annotated[
         list[str] | None, typer.Option(help="L0H2, mlp.0 or embed; repeatable. Default: every head.")
     ] = None,
@@ -83,29 +83,20 @@ def paths(
         list[str] | None, typer.Option(help="logits, L3H4.q, L3K4.k, L3K4.v, mlp.3; repeatable.")
     ] = None,
     freeze: Annotated[list[str] | None, typer.Option(help="attention, mlp, norm; repeatable.")] = None,
-    direction: Direction = "denoise",
-    samples: Pairs = 4,
-    top: Shown = 10,
-    out: options.PictureOrData = None,
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Path patching: through which paths heads and MLPs act, with what lies between held fixed."""
     import mech
 
-    some, called = options.chosen(data, root, domain, samples, seed)
-    hooked = options.open_model(model, revision)
-    pairs, called = _paired(hooked, some, called)
+    hooked, samples, called = pairs.of(run)
     every = [f"L{layer}H{head}" for layer in hooked.cfg.attention_layers for head in range(hooked.cfg.n_heads)]
     frozen = tuple(freeze or ("attention", "mlp"))
-    with options.progress(quiet or as_json) as say:
+    with run.progress() as say:
         result = mech.path_patching(
-            hooked, list(pairs), None, _difference(pairs), senders=sender or every, freeze=frozen, direction=direction,
-            receivers="logits" if receiver in (None, ["logits"]) else receiver,
+            hooked, list(samples), None, _difference(samples), senders=sender or every, freeze=frozen,
+            direction=pairs.direction, receivers="logits" if receiver in (None, ["logits"]) else receiver,
             progress=lambda i, n: say("samples", i, n),
         )  # fmt: skip
-    _print_effects(result, f"{hooked.name} on {called}: {', '.join(frozen)} held, {direction}", out, top, as_json)
+    _print_effects(result, f"{called}: {', '.join(frozen)} held, {pairs.direction}", pairs, run.as_json)
 
 
 def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
@@ -140,9 +131,9 @@ def _regions(hooked: Any, data: Any, wanted: str | None) -> dict[str, Any] | Non
     return cells[0]
 
 
-def _print_effects(result: Any, title: str, target: Path | None, top: int, as_json: bool) -> None:
+def _print_effects(result: Any, title: str, pairs: Pairs, as_json: bool) -> None:
     """The cells with the largest effects, or all of them as JSON."""
-    options.save_or_draw(result, target)
+    options.save_or_draw(result, pairs.out)
     mean = result["effect"].mean("example")
     cells = [
         {**{str(axis): value.item() for axis, value in zip(mean.dims, at, strict=True)}, "effect": float(value)}
@@ -157,7 +148,7 @@ def _print_effects(result: Any, title: str, target: Path | None, top: int, as_js
         )
         return
     known = [cell for cell in cells if cell["effect"] == cell["effect"]]
-    best = sorted(known, key=lambda cell: -abs(cell["effect"]))[:top]
+    best = sorted(known, key=lambda cell: -abs(cell["effect"]))[: pairs.top]
     rows = [(*(str(cell[str(axis)]) for axis in mean.dims), f"{cell['effect']:.3f}") for cell in best]
     n = result.sizes["example"]
     whole = "the whole answer is lost" if result.attrs.get("direction") == "noise" else "the whole answer comes back"

@@ -19,18 +19,12 @@ EPILOG = (
 
 
 def rank(
-    model: options.Model = "reference:llava-s",
-    revision: options.Revision = None,
+    run: options.Run,
     domain: options.Domain = None,
-    data: options.Data = None,
-    root: options.Root = None,
     samples: Annotated[int, options.samples("Samples to measure on.", 1)] = 48,
     score: Annotated[str, typer.Option(help="ram, or others of the literature, joined by commas.")] = "ram",
     top: Annotated[int, typer.Option(help="How many heads to print, and to compare.", callback=options.whole(1))] = 10,
     out: options.Written = None,
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Rank the heads of a model by Retrieval Attention Mass, or by several scores, and say how far they agree."""
     import mech
@@ -41,27 +35,27 @@ def rank(
 
     names = [name.strip() for name in score.split(",")]
     passes(names)  # refuses an unknown score before anything is opened
-    some, called = options.chosen(data, root, domain, samples, seed)
-    hooked = options.open_model(model, revision)
-    with options.progress(quiet or as_json) as say:
-        scores, nulls = _scored(hooked, some, names, seed, lambda i, n: say("attention", i, n))
+    some, called = run.samples(domain, samples)
+    hooked = run.open_model()
+    with run.progress() as say:
+        scores, nulls = _scored(hooked, some, names, run.seed, lambda i, n: say("attention", i, n))
     rankings = {name: mech.rank_heads(scores, name) for name in names}
     first = rankings[names[0]]
     if not 1 <= top <= len(first):
-        raise ExperimentError(f"--top {top}", f"1 to {len(first)}, the heads of {model}", "leave it out for ten")
+        raise ExperimentError(f"--top {top}", f"1 to {len(first)}, the heads of {run.model}", "leave it out for ten")
     warned = [
         f"{name}: {text}" for name, ranking in rankings.items() for _, text in unstable(stability(ranking) or EMPTY)
     ]
     written = {**first.to_json(), "null": nulls[names[0]], "cautions": warned}
     if len(rankings) > 1:
-        agree = mech.agreement(rankings, k=top, n_resamples=500, seed=seed)
+        agree = mech.agreement(rankings, k=top, n_resamples=500, seed=run.seed)
         matrices = {str(name): values.values.tolist() for name, values in agree.items()}
         written = {"rankings": {n: {**ranking.to_json(), "null": nulls[n]} for n, ranking in rankings.items()},
                    "cautions": warned,
                    "agreement": {"scores": names, "n_top": top, **matrices}}  # fmt: skip
     if out is not None:
         write_json(written, out)
-    if as_json:
+    if run.as_json:
         print(json.dumps(written))
         return
     options.print_cautions(warned)

@@ -15,8 +15,7 @@ EPILOG = (
 
 
 def transfer(
-    model: options.Model = "reference:llava-s",
-    revision: options.Revision = None,
+    run: options.Run,
     domain: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,8 +26,6 @@ def transfer(
             callback=options.filled,
         ),
     ] = None,
-    data: options.Data = None,
-    root: options.Root = None,
     fraction: Annotated[
         float, typer.Option(help="Share of all heads, or from 1 on their number.", callback=options.size)
     ] = 0.05,
@@ -38,29 +35,26 @@ def transfer(
     samples: Annotated[int, options.samples("Of each domain: half find heads, half test them.", 8)] = 48,
     n_random: Annotated[int, typer.Option(help="Random sets of as many heads.", callback=options.whole(2))] = 20,
     out: options.PictureOrData = None,
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Ablate the top heads of every domain on every domain: one circuit for all, or one for each?"""
     import mech
 
-    known = ("grounding", "documents", "pages") if data is None else options.opened(data, root, samples, seed).domains
+    known = ("grounding", "documents", "pages") if run.data is None else run.opened(samples).domains
     tasks = tuple(dict.fromkeys(domain or known))
     if len(tasks) < 2:
         raise ExperimentError(f"one domain, {tasks[0]!r}", "two or more", "give --domain again")
-    halves = {task: options.chosen(data, root, task, samples, seed)[0].split(0.5, seed) for task in tasks}
+    halves = {task: run.samples(task, samples)[0].split(0.5, run.seed) for task in tasks}
     find, test = ({task: half[i] for task, half in halves.items()} for i in (0, 1))
-    hooked = options.open_model(model, revision)
-    with options.progress(quiet or as_json) as say:
+    hooked = run.open_model()
+    with run.progress() as say:
         result = mech.transfer(
             hooked, find, test, k=options.share_or_number(fraction), to=to,
-            n_random=n_random, seed=seed, progress=lambda i, n: say("ablation", i, n),
+            n_random=n_random, seed=run.seed, progress=lambda i, n: say("ablation", i, n),
         )  # fmt: skip
     options.save_or_draw(result, out)
     base = result["accuracy"].isel(condition=0).mean("example")
     cautions = _cautions(result)
-    if as_json:
+    if run.as_json:
         print(json.dumps({"cautions": cautions, **_said(result, base)}))
         return
     options.print_cautions(cautions)

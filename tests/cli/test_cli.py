@@ -144,7 +144,7 @@ def test_every_number_and_name_is_checked_before_anything_is_loaded(tmp_path):
         (["ablate", "--fraction", "1.5"], "a share between 0 and 1, or a whole number"),
         (["ablate", "--fraction", "0"], "a share between 0 and 1, or a whole number"),
         (["accelerate", "--margin", "1"], "a share between 0 and 1"),
-        (["accelerate", "--out", "a.png"], "a name that ends in .nc or .html"),
+        (["accelerate", "--out", "a.gif"], "a name that ends in .nc, .html, .png, .pdf or .svg"),
         (["view", "a.nc", "--width", "100"], "at least 200"),
         (["view", "a.nc", "--out", "a.gif"], "ends in .html, .htm, .png, .pdf or .svg"),
         (["claims", "--out", "/nowhere/at/all.json"], "cannot be written"),
