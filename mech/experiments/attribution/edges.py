@@ -32,7 +32,7 @@ from mech.errors import ExperimentError, suggestion
 from mech.experiments.attribution.nodes import DIRECTIONS, agreement_of, compared
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints, still
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import Given, Plan, pairs_of
+from mech.experiments.patching.plan import Given, Plan, Sweep
 from mech.experiments.paths.ends import Node
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
@@ -46,6 +46,7 @@ from mech.results import provenance
 
 LETTERS = ("q", "k", "v")
 NORMS = ("live", "frozen")
+SHARE = {"unit": "share of the gap between the runs", "sign": "positive: carries what makes the clean answer"}
 
 
 @checked
@@ -102,15 +103,10 @@ def edge_attribution(
     of the path instead of right ends, and keep keys and values grouped).
     """
     graph = _Graph.of(model, senders, receivers)
-    pairs = pairs_of(model, clean, corrupted)
-    runs, example = [], 0
-    for clean_row, corrupted_row in pairs:
-        plan = Plan.of(
-            model, clean_row, corrupted_row, metric, "attn.hook_z", ("layer", "head"), "all", None, None, example
-        )
+    runs = []
+    for plan in Sweep().plans(model, clean, corrupted, metric):
         check_smooth(model, plan.readings, metric)
         runs.append(_Run(model, graph, plan, direction, norm == "frozen"))
-        example += len(clean_row)
     parts = [run.estimated(ig_steps) for run in runs]
     change, ours, theirs = (torch.cat(v).double().cpu().numpy() for v in zip(*parts, strict=True))
     gap = np.where(theirs == ours, np.nan, theirs - ours)[:, None]  # what switching everything does
@@ -118,38 +114,29 @@ def edge_attribution(
     rows, columns = list(graph.senders), list(graph.receivers)
     known = _sample(abs(change).mean(0), check, seed)
     sample = [(rows[s], columns[r]) for s, r in known]
-    exact_effect = torch.cat([run.exact(sample) for run in runs]).double().cpu().numpy() / gap
-    estimate = np.stack([effect[:, s, r] for s, r in known], 1) if known else exact_effect
+    exact = torch.cat([run.exact(sample) for run in runs]).double().cpu().numpy() / gap
+    estimate = np.stack([effect[:, s, r] for s, r in known], 1) if known else exact
     labels = [f"{s} -> {r}" for s, r in sample]
-    passes = ig_steps or 1
-    settings = {"direction": direction, "zero": "no effect", "norm": norm, "ig_steps": ig_steps}
-    share = {"unit": "share of the gap between the runs", "sign": "positive: carries what makes the clean answer"}
     clean_scores, corrupted_scores = (theirs, ours) if direction == "denoise" else (ours, theirs)
-    return xr.Dataset(
-        {
-            "effect": ((EXAMPLE, "sender", "receiver"), effect, share),
-            "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
-            "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
-            **compared(estimate, exact_effect),
-        },
-        {
-            EXAMPLE: np.arange(len(effect)),
-            "sender": rows,
-            "receiver": columns,
-            "cell": ("check", labels),
-        },
-        {
-            "model": model.name,
-            **settings,
-            "measure": repr(metric),
-            **agreement_of(estimate, exact_effect, labels),
-            "forwards": (2 + passes + len(sample)) * len(runs),
-            "backwards": passes * len(runs),
-            "provenance": provenance(
-                model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, **settings
-            ),
-        },
-    )
+    data = {
+        "effect": ((EXAMPLE, "sender", "receiver"), effect, SHARE),
+        "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
+        "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
+        **compared(estimate, exact),
+    }
+    coords = {EXAMPLE: np.arange(len(effect)), "sender": rows, "receiver": columns, "cell": ("check", labels)}
+    settings = {"direction": direction, "zero": "no effect", "norm": norm, "ig_steps": ig_steps}
+    samples = clean if isinstance(clean, Samples) else None
+    attrs = {
+        "model": model.name,
+        **settings,
+        "measure": repr(metric),
+        **agreement_of(estimate, exact, labels),
+        "forwards": (2 + (ig_steps or 1) + len(sample)) * len(runs),
+        "backwards": (ig_steps or 1) * len(runs),
+        "provenance": provenance(model, samples, metric=metric, seed=seed, **settings),
+    }
+    return xr.Dataset(data, coords, attrs)
 
 
 def _sample(size: np.ndarray, count: int, seed: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ What it does not do: edges (``attribution_edges``), exact effects (``patching``)
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,12 @@ from torch import Tensor
 
 from mech.arguments import Seed, Whole, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
-from mech.data.regions import where_in_words
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import EFFECT, Given, Plan, alike, effect_of, in_tower, pairs_of
-from mech.experiments.patching.sweeps import KEYS, SQUARE, literal, names_of
+from mech.experiments.patching.plan import Given, Plan, Scores, Sweep, in_tower
+from mech.experiments.patching.sweeps import KEYS, SQUARE, Patches, literal
 from mech.experiments.statistics import spearman
 from mech.indices import Layers
 from mech.inputs import Inputs
@@ -99,66 +98,53 @@ def attribution(
     References: Nanda 2023 (attribution patching); arXiv 2310.10348; 2403.00745 (q/k fix: AtP*; keys of a whole region
     are patched together here); 2403.17806 (integrated gradients; we take midpoints instead of right ends); 2506.09047.
     """
-    pairs = pairs_of(model, clean, corrupted)
-    plans, example = [], 0
-    for clean_row, corrupted_row in pairs:
-        plans.append(
-            Plan.of(model, clean_row, corrupted_row, metric, point, tuple(over), positions, regions, layers, example)
-        )
-        check_smooth(model, plans[-1].readings, metric)
-        if model.cfg.cross_layers and point in KEYS:
-            raise ExperimentError(
-                f"{point!r} of {model.name}, where keys are not positions in some layers", "a point of positions",
-                "use attn.hook_z",
-            )  # fmt: skip
-        if len(clean_row) > 1 and (point.startswith("vision.") or point == "projector.hook_out"):
-            raise ExperimentError(
-                f"{len(clean_row)} rows at {point!r}, where pictures of all rows are one batch", "one row at a time",
-                "pass the rows as a list",
-            )  # fmt: skip
-        example += len(clean_row)
-    alike(plans, over)
+    sweep = Sweep(point, tuple(over), positions, regions, layers)
+    plans = sweep.plans(model, clean, corrupted, metric)
+    for plan in plans:
+        _check(model, plan, metric)
     cells = np.random.default_rng(seed).permutation(len(plans[0].cells))[:check]
-    fixed = qk_fix and ig_steps == 0 and point.removeprefix("vision.") in SOFTMAXED
-    parts = [_estimated(model, plan, direction, ig_steps, path, fixed, cells) for plan in plans]
+    slope = _Slope(ig_steps, path, qk_fix and ig_steps == 0 and point.removeprefix("vision.") in SOFTMAXED)
+    parts = [_estimated(model, plan, direction, slope, cells) for plan in plans]
     estimate, exact, ours, theirs = (torch.cat(v).double().cpu().numpy() for v in zip(*parts, strict=True))
-    clean_scores, corrupted_scores = (theirs, ours) if direction == "denoise" else (ours, theirs)
-    effect, exact_effect = (
-        effect_of(values, clean_scores, corrupted_scores, direction) for values in (estimate, exact)
+    scores = Scores(estimate, *((theirs, ours) if direction == "denoise" else (ours, theirs)), direction)
+    checked_cells = scores.effect_of(estimate)[:, cells], scores.effect_of(exact)
+    coords = plans[0].coords(regions)
+    labels = [_label(index, plans[0], coords) for index in cells]
+    settings = sweep.settings(
+        direction=direction, ig_steps=ig_steps, path=path if ig_steps else "none", qk_fix=int(slope.fixed)
     )
-    shape, coords = plans[0].axes(regions)
-    labels = [_label(index, list(over), shape, coords) for index in cells]
-    settings = {
-        "point": point,
-        "positions": where_in_words(positions),
-        "direction": direction,
-        "zero": "no effect",
-        "ig_steps": ig_steps,
+    passes = ig_steps * (len(plans[0].names) if path == "point" else 1)
+    samples = clean if isinstance(clean, Samples) else None
+    attrs = {
+        "model": model.name,
+        **settings,
+        "measure": repr(metric),
+        **agreement_of(*checked_cells, labels),
+        "forwards": (2 + (direction == "noise") + passes + len(cells)) * len(plans),
+        "backwards": (1 + passes) * len(plans),
+        "provenance": provenance(model, samples, metric=metric, seed=seed, over=list(over), **settings),
     }
-    settings |= {"path": path if ig_steps else "none", "qk_fix": int(fixed)}
-    passes = ig_steps * (len(plans[0].names) if path == "point" else 1) or 1
     return xr.Dataset(
-        {
-            "effect": ((EXAMPLE, *over), effect.reshape(-1, *shape), dict(EFFECT)),
-            "metric": ((EXAMPLE, *over), estimate.reshape(-1, *shape), {"unit": metric.unit}),
-            "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
-            "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
-            **compared(effect[:, cells], exact_effect),
-        },
-        {EXAMPLE: np.arange(len(effect)), **coords, "cell": ("check", labels)},
-        {
-            "model": model.name,
-            **settings,
-            "measure": repr(metric),
-            **agreement_of(effect[:, cells], exact_effect, labels),
-            "forwards": (2 + (direction == "noise") + passes * (ig_steps > 0) + len(cells)) * len(plans),
-            "backwards": (1 + passes * (ig_steps > 0)) * len(plans),
-            "provenance": provenance(
-                model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, over=list(over),
-                **settings,
-            ),
-        },
-    )  # fmt: skip
+        {**scores.variables(plans[0], metric.unit), **compared(*checked_cells)},
+        {EXAMPLE: np.arange(len(estimate)), **coords, "cell": ("check", labels)},
+        attrs,
+    )
+
+
+def _check(model: HookedMLLM, plan: Plan, metric: Metric) -> None:
+    """Refuse what has no gradient, or where rows cannot be told apart."""
+    check_smooth(model, plan.readings, metric)
+    if model.cfg.cross_layers and plan.point in KEYS:
+        raise ExperimentError(
+            f"{plan.point!r} of {model.name}, where keys are not positions in some layers", "a point of positions",
+            "use attn.hook_z",
+        )  # fmt: skip
+    rows = len(plan.clean)
+    if rows > 1 and (plan.point.startswith("vision.") or plan.point == "projector.hook_out"):
+        raise ExperimentError(
+            f"{rows} rows at {plan.point!r}, where pictures of all rows are one batch", "one row at a time",
+            "pass the rows as a list",
+        )  # fmt: skip
 
 
 def compared(estimate: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
@@ -183,74 +169,79 @@ def agreement_of(estimate: np.ndarray, exact: np.ndarray, labels: Sequence[str])
     }
 
 
-def _label(index: int, over: Sequence[str], shape: Sequence[int], coords: dict[str, Any]) -> str:
-    places = np.unravel_index(index, tuple(shape)) if shape else ()
-    return ", ".join(f"{axis} {coords[axis][at]}" for axis, at in zip(over, places, strict=True)) or "everything"
+def _label(index: int, plan: Plan, coords: dict[str, Any]) -> str:
+    places = np.unravel_index(index, [len(values) for values in plan.sizes.values()]) if plan.over else ()
+    return ", ".join(f"{axis} {coords[axis][at]}" for axis, at in zip(plan.over, places, strict=True)) or "everything"
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """Where slopes are taken: at the run itself (no steps), or at midpoints of a path to the other run.
+
+    ``fixed``: at the pattern in place of the query or key.
+    """
+
+    steps: int
+    path: str
+    fixed: bool
 
 
 def _estimated(
-    model: HookedMLLM, plan: Plan, direction: str, steps: int, path: str, fixed: bool, sample: np.ndarray
+    model: HookedMLLM, plan: Plan, direction: str, slope: _Slope, sample: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Estimated metric of every cell, exact metric of the sampled ones, and the metric of the base and the source."""
     base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
     at = torch.as_tensor(plan.reads, device=model.device)
     bare, stack = plan.point.removeprefix("vision."), "vision" if plan.point.startswith("vision.") else "text"
-    layers = [int(name.split("blocks.")[1].split(".")[0]) for name in plan.names] if fixed else []
+    layers = [int(name.split("blocks.")[1].split(".")[0]) for name in plan.names] if slope.fixed else []
     seen: dict[int, AttentionCall] = {}
-    embed = ["hook_embed"] if steps and path == "embed" and plan.point != "hook_embed" else []
-    with torch.no_grad(), model.attending(lambda call: seen.update({call.layer: call}) if fixed else None, stack):
-        logits, cache = model.run_with_cache(source, names_filter=[*plan.names, *embed], logits_to_keep=at)
+    embed = ["hook_embed"] if slope.steps and slope.path == "embed" and plan.point != "hook_embed" else []
+    names = [*plan.names, *embed]
+    with torch.no_grad(), model.attending(lambda call: seen.update({call.layer: call}) if slope.fixed else None, stack):
+        logits, cache = model.run_with_cache(source, names_filter=names, logits_to_keep=at)
+    clean_logits = logits
     if direction == "noise":  # the clean run is the one that is patched into
         with torch.no_grad():
             clean_logits = model(base, logits_to_keep=at)
-    else:
-        clean_logits = logits
 
     def score(run: Inputs) -> Tensor:
         return plan.scores(model(run, logits_to_keep=at), clean_logits)
 
-    here = differentiate(model, base, [*plan.names, *embed], score, attention=stack if fixed else None, layers=layers)
-    if steps:
-        _along_path(model, base, here, cache, plan.names, score, steps, path)
-    where = [in_tower(plan, mask, dict(cache)) for mask in plan.regions]
-    masks = torch.stack(where).to(model.device)
+    here = differentiate(model, base, names, score, attention=stack if slope.fixed else None, layers=layers)
+    if slope.steps:
+        _along_path(model, base, here, cache, plan.names, score, slope)
+    patches = Patches(plan.point, plan.cells, [in_tower(plan, mask, dict(cache)) for mask in plan.regions])
+    masks = torch.stack(list(patches.regions)).to(model.device)
     if bare != plan.point or plan.point == "projector.hook_out":  # pictures of one row: their tokens are its own
         masks = masks.reshape(len(masks), 1, -1)
     sums = {}
     for index, name in enumerate(plan.names):
-        if not fixed:
+        if not slope.fixed:
             sums[name] = _summed(_first_order(cache[name], here, name), masks)
             continue
         layer = layers[index]
         inside = here.calls[layer], seen[layer], here.slopes[layer]
         sums[name] = _summed(_of_queries(*inside), masks) if bare.endswith("q") else _of_keys(*inside, masks)
-    values = []
-    for cell in plan.cells:
-        parts = [sums[name][:, cell.region] for name in names_of(plan.point, cell.layers)]
-        values.append(sum(part.sum(-1) if cell.head is None else part[:, cell.head] for part in parts))
-    estimate = here.scores[:, None] + torch.stack(values, 1).to(here.scores)
-    chosen = [plan.cells[index] for index in sample]
+    estimate = here.scores[:, None] + patches.sums(sums).to(here.scores)
     exact = here.scores.new_zeros(len(base), 0)
-    if chosen:
-        exact = literal(model, base, plan.point, chosen, where, dict(cache), plan.reads,
-                        lambda estimates: plan.scores(estimates, clean_logits), lambda: None)  # fmt: skip
+    if len(sample):
+        exact = literal(model, base, replace(patches, cells=[plan.cells[i] for i in sample]), dict(cache), score)
     return estimate, exact, here.scores, plan.scores(logits, clean_logits)
 
 
 def _along_path(
-    model: HookedMLLM, base: Inputs, here: Slopes, source: Any, names: Sequence[str], score: Callable, steps: int,
-    path: str,
-) -> None:  # fmt: skip
+    model: HookedMLLM, base: Inputs, here: Slopes, source: Any, names: Sequence[str], score: Callable, slope: _Slope
+) -> None:
     """Put the mean slope on the path in place of the slope at the base."""
     ours = dict(here.values)
-    groups = [(["hook_embed"], list(names))] if path == "embed" else [([name], [name]) for name in names]
+    groups = [(["hook_embed"], list(names))] if slope.path == "embed" else [([name], [name]) for name in names]
     for moved, read in groups:
         total = {name: torch.zeros_like(here.slopes[name]) for name in read}
-        for share in midpoints(steps):
+        for share in midpoints(slope.steps):
             edits = [between(name, ours[name], source[name], share) for name in moved]
             step = differentiate(model, base, read, score, edits=edits)
             for name in read:
-                total[name] += step.slopes[name] / steps
+                total[name] += step.slopes[name] / slope.steps
         here.slopes.update(total)
 
 

@@ -21,7 +21,7 @@ from mech.errors import ExperimentError
 from mech.experiments.attribution.edges import check_layers, rows_of
 from mech.experiments.circuit_tasks.graph import Shape
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import Plan, pairs_of
+from mech.experiments.patching.plan import Plan, Sweep, pairs_of
 from mech.experiments.paths.ends import Node
 from mech.model import HookedMLLM
 from mech.model.eager import uncompiled
@@ -64,8 +64,7 @@ class CircuitRuns:
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
             clean, corrupted = (model.collate([pair[side] for pair in some]) for side in (0, 1))
-            plans.append(Plan.of(model, clean, corrupted, metric, "attn.hook_z", ("layer", "head"), "all", None, None,
-                                 start))  # fmt: skip
+            plans.append(Plan.of(model, clean, corrupted, metric, Sweep(), start))
         return cls(model, Shape.of(model), tuple(_run_both(model, plan) for plan in plans))
 
     @property

@@ -18,7 +18,7 @@ What it does not do: patch *paths* (``mech.experiments.paths.path_patching``), n
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,23 +29,12 @@ from torch import Tensor
 
 from mech.arguments import Amount, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
-from mech.data.regions import where_in_words
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
-from mech.experiments.metrics import Metric, Reading
+from mech.experiments.metrics import Metric
 from mech.experiments.patching.candidates import estimates
-from mech.experiments.patching.plan import (
-    EFFECT,
-    POINTS,
-    Given,
-    Plan,
-    Regions,
-    alike,
-    effect_of,
-    in_tower,
-    pairs_of,
-)
-from mech.experiments.patching.sweeps import Cell, Wavefront, literal
+from mech.experiments.patching.plan import EFFECT, POINTS, Given, Plan, Regions, Scores, Sweep, in_tower
+from mech.experiments.patching.sweeps import Patches, Wavefront, literal
 from mech.indices import Layers
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
@@ -119,16 +108,36 @@ def activation_patching(
     References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions), 2406.16320 (normalisation;
     in both of its directions the corrupted run is 0).
     """
-    pairs = pairs_of(model, clean, corrupted)
-    plans, example = [], 0
-    for clean_row, corrupted_row in pairs:
-        plan = Plan.of(model, clean_row, corrupted_row, metric, point, tuple(over), positions, regions, layers, example)
-        plans.append(plan)
-        example += len(clean_row)
-    alike(plans, over)
+    sweep = Sweep(point, tuple(over), positions, regions, layers)
+    plans = sweep.plans(model, clean, corrupted, metric)
     if method == "screened":
         plans = [replace(plan, confirm=plan.count(confirm)) for plan in plans]
-    total, done = sum((plan.confirm or len(plan.cells)) * len(plan.clean) for plan in plans), itertools.count(1)
+    tick = _counter(progress, sum((plan.confirm or len(plan.cells)) * len(plan.clean) for plan in plans))
+    parts = [swept(model, plan, direction, method, tick) for plan in plans]
+    values, ours, theirs = _joined((part.values, part.clean, part.corrupted) for part in parts)
+    scores = Scores(values, ours, theirs, direction)
+    data = scores.variables(plans[0], metric.unit)
+    if method == "screened":
+        dims, shape = data["effect"][0], data["effect"][1].shape
+        (estimate,) = _joined((part.estimate,) for part in parts)
+        base = scores.corrupted if direction == "denoise" else scores.clean
+        data["estimate"] = (dims, scores.effect_of(base[:, None] + estimate).reshape(shape), dict(EFFECT))
+        data["confirmed"] = (dims, np.isfinite(scores.metric).reshape(shape))
+    settings = sweep.settings(direction=direction, algorithm=parts[0].algorithm, reason=parts[0].reason)
+    samples = clean if isinstance(clean, Samples) else None
+    attrs = {
+        "model": model.name,
+        **settings,
+        "measure": repr(metric),
+        "forwards": sum(part.forwards for part in parts),
+        "provenance": provenance(model, samples, metric=metric, over=list(over), **settings),
+    }
+    return xr.Dataset(data, {EXAMPLE: np.arange(len(scores.metric)), **plans[0].coords(regions)}, attrs)
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """What counts the cells that are done, and tells ``progress`` of each."""
+    done = itertools.count(1)
 
     def tick(times: int = 1) -> None:
         for _ in range(times):
@@ -136,49 +145,16 @@ def activation_patching(
             if progress:
                 progress(count, total)
 
-    parts = [swept(model, plan, direction, method, tick) for plan in plans]
-    shape, coords = plans[0].axes(regions)
-    values, clean_scores, corrupted_scores = (torch.cat(v).double().cpu().numpy() for v in zip(*(
-        (part.values, part.clean, part.corrupted) for part in parts), strict=True))  # fmt: skip
-    effect = effect_of(values, clean_scores, corrupted_scores, direction)
-    dims = (EXAMPLE, *over)
-    data: dict[str, Any] = {
-        "effect": (dims, effect.reshape(-1, *shape), dict(EFFECT)),
-        "metric": (dims, values.reshape(-1, *shape), {"unit": metric.unit}),
-        "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
-        "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
-    }  # fmt: skip
-    if method == "screened":
-        estimate = torch.cat([part.estimate for part in parts if part.estimate is not None]).double().cpu().numpy()
-        base = corrupted_scores if direction == "denoise" else clean_scores
-        estimate = effect_of(base[:, None] + estimate, clean_scores, corrupted_scores, direction)
-        data["estimate"] = (dims, estimate.reshape(-1, *shape), dict(EFFECT))
-        data["confirmed"] = (dims, np.isfinite(values).reshape(-1, *shape))
-    settings: dict[str, Any] = {
-        "point": point,
-        "positions": where_in_words(positions),
-        "direction": direction,
-        "zero": "no effect",
-    }
-    settings |= {"algorithm": parts[0].algorithm, "reason": parts[0].reason}
-    return xr.Dataset(
-        data,
-        {EXAMPLE: np.arange(len(values)), **coords},
-        {
-            "model": model.name,
-            **settings,
-            "measure": repr(metric),
-            "forwards": sum(part.forwards for part in parts),
-            "provenance": provenance(
-                model, clean if isinstance(clean, Samples) else None, metric=metric, over=list(over), **settings
-            ),
-        },
-    )
+    return tick
+
+
+def _joined(parts: Iterable[tuple[Tensor, ...]]) -> list[np.ndarray]:
+    return [torch.cat(values).double().cpu().numpy() for values in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What came of one pair: the metric of every cell, and of the two runs."""
+    """The result of one pair of runs: the metric of every cell, and of the two runs."""
 
     values: Tensor
     clean: Tensor
@@ -186,7 +162,7 @@ class _Part:
     algorithm: str
     reason: str
     forwards: float
-    estimate: Tensor | None = None
+    estimate: Tensor
 
 
 @torch.no_grad()
@@ -194,80 +170,83 @@ def swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Call
     """The cells of a plan, all or those that were left in it, and the two runs."""
     base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
     at = torch.as_tensor(plan.reads, device=model.device)
+    written, source_logits = _written(model, source, plan)
+    cached, reason = _if_exact(lambda: _cached(model, base, plan), method)
+    base_logits = model(base, logits_to_keep=at) if cached is None else cached.logits
+    clean_logits = source_logits if direction == "denoise" else base_logits
+    ends = [plan.scores(logits, clean_logits) for logits in (source_logits, base_logits)]
+    if direction == "noise":
+        ends.reverse()
+
+    def score(run: Inputs) -> Tensor:
+        return plan.scores(model(run, logits_to_keep=at), clean_logits)
+
+    every = Patches(plan.point, plan.cells, [in_tower(plan, mask, written) for mask in plan.regions])
+    patches, estimate, forwards = every, ends[0].new_zeros(0), 2.0
+    if plan.confirm is not None:
+        estimate = estimates(model, base, source, every, plan.names, score)
+        best = estimate.abs().mean(0).argsort(descending=True)[: plan.confirm]
+        patches, forwards = replace(every, cells=[plan.cells[i] for i in sorted(best.tolist())]), forwards + 4
+    exact = None
+    if cached is not None:
+        exact, reason = _if_exact(lambda: _wavefront(model, plan, cached, patches, written, clean_logits, tick), method)
+    if exact is None:
+        exact = literal(model, base, patches, written, score, lambda: tick(len(base))), len(patches.cells)
+    algorithm = "literal" if reason else "wavefront"
+    values = exact[0]
+    if plan.confirm is not None:
+        values = values.new_full((len(base), len(plan.cells)), float("nan"))
+        values[:, [plan.cells.index(cell) for cell in patches.cells]] = exact[0]
+    return _Part(values, ends[0], ends[1], algorithm, reason, forwards + exact[1], estimate)
+
+
+def _if_exact(run: Callable[[], Any], method: str) -> tuple[Any, str]:
+    """What ``run`` returns, or None and the reason why the model or the sweep cannot be run from the middle."""
+    if method == "literal":
+        return None, "asked for"
+    try:
+        return run(), ""
+    except NotResumable as error:
+        if method == "wavefront":
+            raise ExperimentError(
+                f"method='wavefront': {error}", "a model and sweep it is exact for", "use method='auto'"
+            ) from None
+        return None, str(error)
+
+
+def _written(model: HookedMLLM, source: Inputs, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
+    """What a run has at the points that are patched, and its logits where the metric reads."""
     written: dict[str, Tensor] = {}
     pool = BufferPool(len(plan.names))
     keep = [(name, lambda value, hook: written.update({hook.name: pool.put(value)})) for name in plan.names]
     with model.hooks(keep), last_mlp_at(model, plan.reads):
-        source_logits = model(source, logits_to_keep=at)
+        logits = model(source, logits_to_keep=torch.as_tensor(plan.reads, device=model.device))
     if silent := [name for name in plan.names if name not in written]:
         raise ExperimentError(f"nothing passed through {silent[0]!r}", "inputs with a picture", "choose another point")
-    cached, values, reason = None, None, "asked for"
-
-    def refused(error: NotResumable) -> str:
-        if method == "wavefront":
-            raise ExperimentError(f"method='wavefront': {error}", "a model and sweep it is exact for",
-                                  "use method='auto'") from None  # fmt: skip
-        return str(error)
-
-    if method != "literal":
-        try:
-            if plan.point not in POINTS:
-                raise NotResumable(f"{plan.point} lies before the text layers")
-            if any(len(cell.layers) > 1 for cell in plan.cells):
-                raise NotResumable("several layers are patched at once")
-            cached = cached_run(model, base, plan.reads)
-        except NotResumable as error:
-            reason = refused(error)
-    base_logits = model(base, logits_to_keep=at) if cached is None else cached.logits
-    clean_logits = source_logits if direction == "denoise" else base_logits
-    scores = [plan.scores(logits, clean_logits) for logits in (source_logits, base_logits)]
-    if direction == "noise":
-        scores.reverse()
-    masks = [in_tower(plan, mask, written) for mask in plan.regions]
-    cells, estimate, forwards = plan.cells, None, 2.0
-    if plan.confirm is not None:
-        cells, estimate = _screened(model, plan, (base, source), masks, clean_logits)
-        forwards += 4
-    if cached is not None:
-        batches = []
-        try:
-            rows = [_row(model, cached, i, reading) for i, reading in enumerate(plan.readings)]
-            for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
-                mine = {name: value[i : i + 1] for name, value in written.items()}
-                clean_row = clean_logits[i, plan.places[i]]
-                sweep = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in masks])
-                score = lambda x, r=reading, c=clean_row: r.score(x, c)  # noqa: E731
-                batches.append(sweep.measure(cells, score, lambda: tick(1), check=i == 0))
-            values = torch.stack(batches)
-            whole = len(cached.layers) * cached.last.shape[0] * cached.last.shape[1]
-            algorithm, reason, forwards = "wavefront", "", forwards + sum(row.row_layers for row in rows) / whole
-        except NotResumable as error:
-            reason = refused(error)
-    if values is None:
-        values = literal(
-            model, base, plan.point, cells, masks, written, plan.reads,
-            lambda logits: plan.scores(logits, clean_logits), lambda: tick(len(base)),
-        )  # fmt: skip
-        algorithm, forwards = "literal", forwards + len(cells)
-    if plan.confirm is not None:
-        every = values.new_full((len(base), len(plan.cells)), float("nan"))
-        every[:, [plan.cells.index(cell) for cell in cells]] = values
-        values = every
-    return _Part(values, scores[0], scores[1], algorithm, reason, forwards, estimate)
+    return written, logits
 
 
-def _screened(
-    model: HookedMLLM, plan: Plan, runs: tuple[Inputs, Inputs], masks: list[Tensor], clean_logits: Tensor
-) -> tuple[list[Cell], Tensor]:
-    """The cells to be patched, and the estimates of all."""
-    at = torch.as_tensor(plan.reads, device=model.device)
-    estimate = estimates(
-        model, *runs, plan.point, plan.cells, masks, plan.names,
-        lambda run: plan.scores(model(run, logits_to_keep=at), clean_logits),
-    )  # fmt: skip
-    best = estimate.abs().mean(0).argsort(descending=True)[: plan.confirm]
-    return [plan.cells[index] for index in sorted(best.tolist())], estimate
+def _cached(model: HookedMLLM, base: Inputs, plan: Plan) -> CachedRun:
+    if plan.point not in POINTS:
+        raise NotResumable(f"{plan.point} lies before the text layers")
+    if any(len(cell.layers) > 1 for cell in plan.cells):
+        raise NotResumable("several layers are patched at once")
+    return cached_run(model, base, plan.reads)
 
 
-def _row(model: HookedMLLM, cached: CachedRun, example: int, reading: Reading) -> Continuation:
-    return Continuation(model, cached, example, torch.tensor(reading.positions, device=model.device))
+def _wavefront(
+    model: HookedMLLM, plan: Plan, cached: CachedRun, patches: Patches, written: dict[str, Tensor],
+    clean_logits: Tensor, tick: Callable[[int], None],
+) -> tuple[Tensor, float]:  # fmt: skip
+    """The metric of every cell from one pass for each row, and the cost in forwards."""
+    rows = [Continuation(model, cached, i, torch.tensor(reading.positions, device=model.device))
+            for i, reading in enumerate(plan.readings)]  # fmt: skip
+    values = []
+    for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
+        mine = {name: value[i : i + 1] for name, value in written.items()}
+        clean_row = clean_logits[i, plan.places[i]]
+        wavefront = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in patches.regions])
+        score = lambda logits, r=reading, c=clean_row: r.score(logits, c)  # noqa: E731
+        values.append(wavefront.measure(patches.cells, score, lambda: tick(1), check=i == 0))
+    whole = len(cached.layers) * cached.last.shape[0] * cached.last.shape[1]
+    return torch.stack(values), sum(row.row_layers for row in rows) / whole

@@ -13,11 +13,11 @@ integrated gradients with two steps (arXiv 2403.17806).
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mech.experiments.gradients import differentiate
-from mech.experiments.patching.sweeps import SQUARE, Cell, names_of
+from mech.experiments.patching.sweeps import SQUARE, Patches
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 
@@ -26,9 +26,7 @@ def estimates(
     model: HookedMLLM,
     base: Inputs,
     source: Inputs,
-    point: str,
-    cells: Sequence[Cell],
-    regions: Sequence[Bool[Tensor, "batch pos"]],
+    patches: Patches,
     names: Sequence[str],
     score: Callable[[Inputs], Tensor],
 ) -> Float[Tensor, "batch cell"]:
@@ -37,8 +35,7 @@ def estimates(
     Args:
         model: a hooked model.
         base, source: the run that would be patched into, and the one that would be written.
-        point: the point of the sweep.
-        cells, regions: the sweep.
+        patches: the cells of the sweep.
         names: full names of the point in every layer.
         score: runs inputs and gives the metric of every row, with a gradient.
 
@@ -49,7 +46,7 @@ def estimates(
     """
     here, there = (differentiate(model, run, names, score) for run in (base, source))
     sums: dict[str, Tensor] = {}
-    where = torch.stack([region.to(model.device) for region in regions])
+    where = torch.stack([region.to(model.device) for region in patches.regions])
     for name in names:
         product = (here.slopes[name] + there.slopes[name]) / 2 * (there.values[name] - here.values[name])
         product = product.sum(-1)
@@ -59,9 +56,4 @@ def estimates(
             sums[name] = (where.to(product) @ product)[None]
         else:
             sums[name] = torch.einsum("rbp,bp...->br...", where.to(product).expand(-1, *product.shape[:2]), product)
-    values = []
-    for cell in cells:
-        parts = [sums[name][:, cell.region] for name in names_of(point, cell.layers)]
-        parts = [part[:, cell.head] if cell.head is not None else part for part in parts]
-        values.append(sum(part.sum(-1) if part.ndim == 2 else part for part in parts))
-    return torch.stack(values, 1)
+    return patches.sums(sums)

@@ -10,7 +10,7 @@ from mech.data.samples import Sample
 from mech.errors import ExperimentError
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import swept
-from mech.experiments.patching.plan import Plan, effect_of, pairs_of
+from mech.experiments.patching.plan import Plan, Sweep, effect_of, pairs_of
 from mech.indices import Pairs
 from mech.interventions.specs import check_heads
 from mech.model import HookedMLLM
@@ -36,12 +36,12 @@ def deciding_queries(
     if not len(heads):
         raise ExperimentError("no heads", "at least one (layer, head)", "pass ranking.top(3)")
     check_heads(model, heads)
-    ((clean, other),) = pairs_of(model, sample, None)
+    ((clean, corrupted),) = pairs_of(model, sample, None)
     layout, metric = clean.layouts[0], LogitDiff(sample.answer, sample.counterfactual.answer)
     positions = sorted({int(at) for name in ("question", "last") for at in layout.positions(name)})
     layers = sorted({layer for layer, _ in heads})
-    over = ("layer", "head", "position")
-    plan = Plan.of(model, clean, other, metric, "attn.hook_z", over, positions, None, layers, 0)
+    sweep = Sweep(over=("layer", "head", "position"), positions=positions, layers=layers)
+    plan = Plan.of(model, clean, corrupted, metric, sweep)
     wanted = set(map(tuple, heads))
     plan = replace(plan, cells=[cell for cell in plan.cells if (cell.layers[0], cell.head) in wanted])
     part = swept(model, plan, "noise", "auto", lambda times: None)

@@ -1,7 +1,8 @@
 """What a patching sweep is asked to do, checked and resolved before any forward: pairs of runs, cells, positions.
 
-A *cell* of the sweep is one patch. ``Plan.of`` turns the axes of the sweep, regions of a picture and names of spans
-into cells and masks of positions, and refuses what would compare things that do not correspond.
+A *cell* of the sweep is one patch. A ``Sweep`` is what was asked for; ``Plan.of`` turns its axes, regions of a picture
+and names of spans into cells and masks of positions for one pair of runs, and refuses what would compare things that do
+not correspond.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.axes import HEAD, LAYER
+from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.regions import where_in_words
 from mech.data.samples import Sample
 from mech.errors import ExperimentError, suggestion
@@ -72,44 +73,15 @@ class Plan:
 
     @classmethod
     def of(
-        cls,
-        model: HookedMLLM,
-        clean: Inputs,
-        corrupted: Inputs,
-        metric: Metric,
-        point: str,
-        over: tuple[str, ...],
-        positions: Where,
-        regions: Regions | None,
-        layers: Iterable[int] | None,
-        example: int,
+        cls, model: HookedMLLM, clean: Inputs, corrupted: Inputs, metric: Metric, sweep: "Sweep", example: int = 0
     ) -> "Plan":
-        vision = point.startswith("vision.")
-        bare = point.removeprefix("vision.")
-        if point not in GLOBAL and bare not in POINTS:
-            raise ExperimentError(
-                f"point={point!r}", f"one of {', '.join((*POINTS, *GLOBAL))}", suggestion(bare, POINTS)
-            )
-        axes = _axes_of(bare, point in GLOBAL)
-        wrong = [axis for axis in over if axis not in axes]
-        if wrong or len(set(over)) < len(over) or {POSITION, REGION} <= set(over):
-            raise ExperimentError(
-                f"over={over!r} at {point!r}", f"different axes out of {', '.join(axes)}; position or region", ""
-            )
-        if (regions is not None) != (REGION in over):
-            raise ExperimentError(
-                f"over={over!r} with regions={'given' if regions is not None else None}",
-                "regions=[...] and 'region' in over, or neither", "pass both",
-            )  # fmt: skip
-        if vision and (positions != "all" or regions is not None):
-            raise ExperimentError(
-                "positions or regions at the vision stack", "positions='all'", "use point='projector.hook_out'"
-            )
-        count = model.cfg.vision_layers if vision else model.cfg.n_layers
-        chosen = _layers(model, bare, vision, layers, count) if point not in GLOBAL else []
+        """The plan of a sweep for one pair of runs, whose first row is example number ``example`` of the metric."""
+        sweep.check()
+        point, over, vision = sweep.point, sweep.over, sweep.point.startswith("vision.")
+        chosen = [] if point in GLOBAL else _layers(model, point.removeprefix("vision."), vision, sweep.layers)
         names = names_of(point, chosen)
         model.select(names)
-        masks, places = _regions(clean, positions, regions, POSITION in over and not vision)
+        masks, places = _regions(clean, sweep.positions, sweep.regions, POSITION in over and not vision)
         heads = {HEAD: model.cfg.vision_heads if vision else model.cfg.n_heads, KV_HEAD: model.cfg.n_kv_heads}
         sizes = {
             LAYER: chosen,
@@ -130,14 +102,14 @@ class Plan:
         readings = [metric.reading(model, layout, example + i) for i, layout in enumerate(clean.layouts)]
         return cls(clean, corrupted, point, over, {a: sizes[a] for a in over}, cells, masks, readings, names)
 
-    def axes(self, regions: Regions | None) -> tuple[list[int], dict[str, Any]]:
-        """Lengths of the result's axes and their coordinates."""
+    def coords(self, regions: Regions | None) -> dict[str, Any]:
+        """The coordinates of the result's axes."""
         coords: dict[str, Any] = dict(self.sizes)
         if regions is not None:
             coords[REGION] = (
                 list(regions) if isinstance(regions, Mapping) else [where_in_words(region) for region in regions]
             )
-        return [len(values) for values in self.sizes.values()], coords
+        return coords
 
     @property
     def reads(self) -> list[int]:
@@ -165,6 +137,80 @@ class Plan:
         return torch.cat(values)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep patches, as it was asked for; see the arguments of ``activation_patching``."""
+
+    point: str = "attn.hook_z"
+    over: tuple[str, ...] = (LAYER, HEAD)
+    positions: Where = "all"
+    regions: Regions | None = None
+    layers: Iterable[int] | None = None
+
+    def plans(self, model: HookedMLLM, clean: Given, corrupted: Given | None, metric: Metric) -> list[Plan]:
+        """The plan of every pair of runs."""
+        plans, example = [], 0
+        for ours, theirs in pairs_of(model, clean, corrupted):
+            plans.append(Plan.of(model, ours, theirs, metric, self, example))
+            example += len(ours)
+        if POSITION in self.over and any(plan.sizes[POSITION] != plans[0].sizes[POSITION] for plan in plans):
+            raise ExperimentError(
+                "examples whose positions lie at different places", "the same positions in every example",
+                "sweep over regions instead of positions",
+            )  # fmt: skip
+        return plans
+
+    def check(self) -> None:
+        """Refuse axes that the point does not have, and regions or positions that go with no axis."""
+        point, bare = self.point, self.point.removeprefix("vision.")
+        if point not in GLOBAL and bare not in POINTS:
+            raise ExperimentError(
+                f"point={point!r}", f"one of {', '.join((*POINTS, *GLOBAL))}", suggestion(bare, POINTS)
+            )
+        axes = _axes_of(bare, point in GLOBAL)
+        wrong = [axis for axis in self.over if axis not in axes]
+        if wrong or len(set(self.over)) < len(self.over) or {POSITION, REGION} <= set(self.over):
+            raise ExperimentError(
+                f"over={self.over!r} at {point!r}", f"different axes out of {', '.join(axes)}; position or region", ""
+            )
+        if (self.regions is not None) != (REGION in self.over):
+            raise ExperimentError(
+                f"over={self.over!r} with regions={'given' if self.regions is not None else None}",
+                "regions=[...] and 'region' in over, or neither", "pass both",
+            )  # fmt: skip
+        if point.startswith("vision.") and (self.positions != "all" or self.regions is not None):
+            raise ExperimentError(
+                "positions or regions at the vision stack", "positions='all'", "use point='projector.hook_out'"
+            )
+
+    def settings(self, **others: Any) -> dict[str, Any]:
+        """What a result says of the sweep in its attributes."""
+        return {"point": self.point, "positions": where_in_words(self.positions), "zero": "no effect", **others}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a sweep measured: the metric of every cell and of the two runs."""
+
+    metric: Float[np.ndarray, "example cell"]
+    clean: Float[np.ndarray, " example"]
+    corrupted: Float[np.ndarray, " example"]
+    direction: str
+
+    def effect_of(self, metric: Float[np.ndarray, "example cell"]) -> Float[np.ndarray, "example cell"]:
+        return effect_of(metric, self.clean, self.corrupted, self.direction)
+
+    def variables(self, plan: Plan, unit: str) -> dict[str, Any]:
+        """The variables of a result: ``effect`` and ``metric`` over the axes of the sweep, and both runs."""
+        dims, shape = (EXAMPLE, *plan.over), [len(values) for values in plan.sizes.values()]
+        return {
+            "effect": (dims, self.effect_of(self.metric).reshape(-1, *shape), dict(EFFECT)),
+            "metric": (dims, self.metric.reshape(-1, *shape), {"unit": unit}),
+            "clean": (EXAMPLE, self.clean, {"unit": unit}),
+            "corrupted": (EXAMPLE, self.corrupted, {"unit": unit}),
+        }
+
+
 def _axes_of(point: str, is_global: bool) -> tuple[str, ...]:
     if is_global:
         return (POSITION, REGION)
@@ -172,8 +218,9 @@ def _axes_of(point: str, is_global: bool) -> tuple[str, ...]:
     return (LAYER, *heads, POSITION, REGION)
 
 
-def _layers(model: HookedMLLM, point: str, vision: bool, layers: Iterable[int] | None, count: int) -> list[int]:
+def _layers(model: HookedMLLM, point: str, vision: bool, layers: Iterable[int] | None) -> list[int]:
     """The layers meant, by default all that have the point."""
+    count = model.cfg.vision_layers if vision else model.cfg.n_layers
     if layers is None:
         live = set(model.points())
         present = [i for i in range(count) if names_of(f"{'vision.' * vision}{point}", [i])[0] in live]
@@ -207,14 +254,6 @@ def _regions(clean: Inputs, positions: Where, regions: Regions | None, each: boo
         )  # fmt: skip
     places = whole[0].nonzero()[:, 0].tolist()
     return [mask([position]) for position in places], places
-
-
-def alike(plans: Sequence[Plan], over: Sequence[str]) -> None:
-    if POSITION in over and any(plan.sizes[POSITION] != plans[0].sizes[POSITION] for plan in plans):
-        raise ExperimentError(
-            "examples whose positions lie at different places", "the same positions in every example",
-            "sweep over regions instead of positions",
-        )  # fmt: skip
 
 
 def effect_of(

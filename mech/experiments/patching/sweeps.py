@@ -50,27 +50,42 @@ class Cell:
     region: int
 
 
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Cells at one point, and the positions that their regions count."""
+
+    point: str
+    cells: Sequence[Cell]
+    regions: Sequence[Bool[Tensor, "batch pos"]]
+
+    def sums(self, at: Mapping[str, Tensor]) -> Float[Tensor, "batch cell"]:
+        """A value of every cell: the sum over its layers, and over heads where it is all of them.
+
+        ``at``: by full name of the point, values over (batch, region) or (batch, region, head).
+        """
+        values = []
+        for cell in self.cells:
+            parts = [at[name][:, cell.region] for name in names_of(self.point, cell.layers)]
+            parts = [part[:, cell.head] if cell.head is not None else part for part in parts]
+            values.append(sum(part.sum(-1) if part.ndim == 2 else part for part in parts))
+        return torch.stack(values, 1)
+
+
 def literal(
     model: HookedMLLM,
     base: Inputs,
-    point: str,
-    cells: Sequence[Cell],
-    regions: Sequence[Bool[Tensor, "batch pos"]],
+    patches: Patches,
     source: Mapping[str, Tensor],
-    reads: Sequence[int],
-    measure: Callable[[Float[Tensor, "batch read vocab"]], Float[Tensor, " batch"]],
-    tick: Callable[[], None],
+    score: Callable[[Inputs], Float[Tensor, " batch"]],
+    tick: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "batch cell"]:
     """Every cell by a forward of its own: hooks that write the source's activation at the cell's places."""
     values = []
-    for cell in cells:
-        names = names_of(point, cell.layers)
-        hooks = []
-        for name in names:
-            edit = _edit(source[name], regions[cell.region], None if cell.head is None else [cell.head], name)
-            hooks.append((name, edit))
+    for cell in patches.cells:
+        heads, region = None if cell.head is None else [cell.head], patches.regions[cell.region]
+        hooks = [(name, _edit(source[name], region, heads, name)) for name in names_of(patches.point, cell.layers)]
         with torch.no_grad(), model.hooks(hooks):
-            values.append(measure(model(base, logits_to_keep=torch.as_tensor(reads, device=model.device))))
+            values.append(score(base))
         tick()
     return torch.stack(values, 1)
 

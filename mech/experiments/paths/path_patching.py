@@ -37,7 +37,7 @@ from mech.data.regions import where_in_words
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.metrics import Metric
-from mech.experiments.patching.plan import EFFECT, Given, Plan, effect_of, pairs_of
+from mech.experiments.patching.plan import EFFECT, Given, Plan, Sweep, effect_of, pairs_of
 from mech.experiments.paths.ends import FREEZE, Ends, Node, Part, ends_of, frozen_of, mask_of
 from mech.experiments.paths.walk import Walk, literal, norms_of, put
 from mech.inputs import Inputs
@@ -208,7 +208,7 @@ class Pair:
         cls, model: HookedMLLM, clean: Inputs, corrupted: Inputs, metric: Metric, direction: str, example: int
     ) -> "Pair":
         """A pair whose metric can be read; ``example`` counts the rows before it."""
-        plan = Plan.of(model, clean, corrupted, metric, "hook_resid_pre", (), "all", None, [0], example)
+        plan = Plan.of(model, clean, corrupted, metric, Sweep("hook_resid_pre", (), layers=[0]), example)
         return cls(model, plan, direction)
 
     @torch.no_grad()
