@@ -17,7 +17,7 @@ was when the same command is given again, and ends in the same numbers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +31,8 @@ from mech.data.jsonl import check_domain
 from mech.data.pictures import pixel_digest, png, shows
 from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
-from mech.experiments.ablation.ablation import Condition, ablated
-from mech.experiments.ablation.design import CLAIM, design
+from mech.experiments.ablation.ablation import Condition, How, ablated
+from mech.experiments.ablation.design import CLAIM, Design
 from mech.experiments.attention.maps import attention_maps
 from mech.experiments.causal.report import CausalReport, causal_report
 from mech.experiments.findings import acceleration
@@ -295,11 +295,8 @@ def one_domain(
     scores = every_score(place, model, key, find, settings, say)
     causal = causality(place, model, key, find, test[: settings.n_causal], ranking, say) if settings.n_causal else None
     patched = place.get(f"{key}/causal") if place.done(f"{key}/causal") else None
-    todo = design(
-        ranking, rank_heads(ram, "vision_mass"), known_necessary(patched), methods=settings.methods,
-        fractions=settings.fractions, other_fractions=settings.other_fractions, n_random=settings.n_random,
-        n_control=settings.n_control, seed=settings.seed,
-    )  # fmt: skip
+    design = Design(**{field.name: getattr(settings, field.name) for field in fields(Design)})
+    todo = design.conditions(ranking, rank_heads(ram, "vision_mass"), known_necessary(patched))
     ablations(place, model, key, find, test, todo, settings, say)
     shown = representative(find, ram, ranking.top(CLAIM), settings.n_maps)
     if not place.done(f"{key}/maps"):
@@ -326,7 +323,7 @@ def ablations(
     if missing:
         bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed)
         questions = quiz(model, test, settings.batch_size)
-        parts = ablated(model, questions, [todo[i] for i in missing], reference=bank, seed=settings.seed)
+        parts = ablated(model, questions, [todo[i] for i in missing], How(bank, seed=settings.seed))
         for done, (index, part) in enumerate(zip(missing, parts, strict=True), start=len(todo) - len(missing) + 1):
             place.append(f"{key}/ablation", part, index)
             say(f"{key}: ablation", done, len(todo))

@@ -23,9 +23,9 @@ The samples that found the heads must not be those that test them: they are comp
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import xarray as xr
 
@@ -208,8 +208,12 @@ def ablation(
     References: arXiv 2606.05843 (bands; ``paper``), 2407.08734 (methods disagree), 2309.16042 (logit difference).
     """
     samples = Samples(samples)
-    options: dict[str, Any] = dict(to=to, bands=bands, fractions=fractions, n_random=n_random, seed=seed)
-    todo = list(conditions(ranking, necessary=necessary, **options) if isinstance(ranking, Ranking) else ranking)
+    if isinstance(ranking, Ranking):
+        todo = conditions(
+            ranking, to=to, bands=bands, fractions=fractions, n_random=n_random, necessary=necessary, seed=seed
+        )
+    else:
+        todo = list(ranking)
     todo = [BASELINE, *(c for c in todo if c != BASELINE)]
     given = [band for band in (ranking, *bands) if isinstance(band, Ranking)] if isinstance(ranking, Ranking) else []
     others = [refuse_ranking(band, model, samples, allow_other_model) for band in given]
@@ -218,14 +222,14 @@ def ablation(
         refuse_overlap(samples, [s.id for s in reference], "are the reference")
     if isinstance(reference, Reference):
         others.append(reference.check(model, Z, allow_other_model))
+    how = How(reference, positions, phase, seed, allow_other_model)
     for condition in todo[1:]:
-        _spec(condition, reference, positions, phase, seed, allow_other_model).check(model)
+        how.spec(condition).check(model)
     questions = quiz(model, samples, batch_size, partial(check_positions, where=positions, phase=phase))
     if isinstance(reference, Samples):
-        reference = reference_activations(model, reference, batch_size=batch_size, seed=seed)
+        how = replace(how, reference=reference_activations(model, reference, batch_size=batch_size, seed=seed))
     parts: list[xr.Dataset] = []
-    where: dict[str, Any] = dict(positions=positions, phase=phase, seed=seed, allow_other_model=allow_other_model)
-    for part in ablated(model, questions, todo, reference=reference, **where):
+    for part in ablated(model, questions, todo, how):
         parts.append(part)
         if progress:
             progress(len(parts), len(todo))
@@ -241,23 +245,28 @@ def ablation(
     return joined
 
 
-def ablated(
-    model: HookedMLLM,
-    questions: Quiz,
-    todo: Sequence[Condition],
-    *,
-    reference: Reference | None,
-    positions: Where = "all",
-    phase: str = "both",
-    seed: int = 0,
-    allow_other_model: bool = False,
-) -> Iterator[xr.Dataset]:
+@dataclass(frozen=True)
+class How:
+    """What all conditions of an ablation have in common; see ``Ablate``."""
+
+    reference: Samples | Reference | None = None
+    positions: Where = "all"
+    phase: Phase = "both"
+    seed: int = 0
+    allow_other_model: bool = False
+
+    def spec(self, condition: Condition) -> Ablate:
+        common = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Ablate(heads=condition.heads, to=condition.method, **common)
+
+
+def ablated(model: HookedMLLM, questions: Quiz, todo: Sequence[Condition], how: How) -> Iterator[xr.Dataset]:
     """The conditions one by one, each a dataset of its own: what a study saves as it goes."""
     for condition in todo:
         if condition == BASELINE:
             scores = ask(model, questions)
         else:
-            with intervene(model, _spec(condition, reference, positions, phase, seed, allow_other_model)) as without:
+            with intervene(model, how.spec(condition)) as without:
                 scores = ask(without, questions)
         yield ablation_dataset(
             scores["accuracy"][None],
@@ -270,22 +279,3 @@ def ablated(
             heads=[condition.heads],
             examples=questions.examples,
         )
-
-
-def _spec(
-    condition: Condition,
-    reference: Samples | Reference | None,
-    positions: Where,
-    phase: str,
-    seed: int,
-    allow_other_model: bool,
-) -> Ablate:
-    return Ablate(
-        heads=condition.heads,
-        to=condition.method,
-        positions=positions,
-        phase=phase,
-        reference=reference,
-        seed=seed,
-        allow_other_model=allow_other_model,
-    )

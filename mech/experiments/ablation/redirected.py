@@ -1,11 +1,26 @@
-"""What became of answers when heads were pulled: the table of ``redirection``. No model is needed."""
+"""Results by band and strength as tables: what became of answers when heads were pulled. No model is needed."""
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import xarray as xr
 
 from mech.arguments import checked, given_by
 from mech.experiments.effects import share
 
 BAND, BIAS = "band", "bias"
+
+
+def table(
+    result: xr.Dataset, axis: str, cells: Callable[[xr.Dataset], Mapping[str, float]]
+) -> list[dict[str, float | str]]:
+    """A row for every band and strength: what ``cells`` makes of its sets and samples."""
+    rows: list[dict[str, float | str]] = []
+    for band in dict.fromkeys(map(str, result[BAND].values)):
+        here = result.isel(set=np.flatnonzero(result[BAND].values == band))
+        for strength in result[axis].values:
+            rows.append({"band": band, axis: float(strength), **cells(here.sel({axis: strength}))})
+    return rows
 
 
 @checked
@@ -14,14 +29,13 @@ def redirection_table(result: given_by("redirection", BAND, BIAS, "redirected"))
 
     Over samples; of random heads over samples and sets.
     """
-    table: list[dict[str, float | str]] = []
-    for band in dict.fromkeys(map(str, result[BAND].values)):
-        here = result.isel(set=np.flatnonzero(result[BAND].values == band))
-        for bias in result[BIAS].values:
-            row: dict[str, float | str] = {"band": band, "bias": float(bias)}
-            for name in ("redirected", "kept"):
-                bounds = share(here[name].sel(bias=bias).values)
-                assert bounds is not None  # no answer is missing
-                row |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
-            table.append(row)
-    return table
+    return table(result, BIAS, _shares)
+
+
+def _shares(here: xr.Dataset) -> dict[str, float]:
+    cells: dict[str, float] = {}
+    for name in ("redirected", "kept"):
+        bounds = share(here[name].values)
+        assert bounds is not None  # no answer is missing
+        cells |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
+    return cells

@@ -12,7 +12,7 @@ Pulling all heads is the third control: it shows what the bias does to the model
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, some_of
 from mech.axes import EXAMPLE
 from mech.data.samples import Distractor, Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
-from mech.experiments.ablation.redirected import BAND, BIAS
+from mech.experiments.ablation.redirected import BIAS
+from mech.experiments.ablation.sets import HeadSet, coords, different, head_sets, measured
 from mech.experiments.metrics import Quiz, answer_logits, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
-from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.ranking.ranking import Ranking
 from mech.experiments.scores.ram import Progress
 from mech.interventions import PerRow, Redirect, intervene
 from mech.interventions.specs import Phase, Where
@@ -93,41 +94,32 @@ def redirection(
 
     References: Gaze heads, arXiv 2606.14703 (there the last token's rows, the top 100 heads, six panels).
     """
-    samples, biases = Samples(samples), [float(b) for b in bias]
-    if len(set(biases)) < len(biases):
-        raise ExperimentError(f"bias={biases}", "different numbers", "use (2, 4, 8)")
+    samples, biases = Samples(samples), different("bias", bias, "(2, 4, 8)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)
     chosen = drawn_distractors(model, samples, seed)
-    sets = [
-        (band, draw, some) for band in bands for draw, some in enumerate(_heads(ranking, band, heads, n_random, seed))
-    ]
-    for *_, some in sets:
-        Redirect(some, "image", biases[0], query=query, phase=phase).check(model)
+    sets = head_sets(ranking, bands, heads, n_random, seed)
+    for pulled in sets:
+        Redirect(pulled.heads, "image", biases[0], query=query, phase=phase).check(model)
     questions = _questions(model, chosen, batch_size)
     plain = _answers(model, questions)
-    parts = {name: np.empty((len(sets), len(biases), len(questions))) for name in plain}
-    for row, (_, _, some) in enumerate(sets):
-        for column, strength in enumerate(biases):
-            for name, value in _pulled(model, questions, chosen, some, strength, query, phase).items():
-                parts[name][row, column] = value
-            if progress:
-                progress(row * len(biases) + column + 1, len(sets) * len(biases))
-    result = xr.Dataset(
-        {name: (("set", BIAS, EXAMPLE), value, ATTRS[name]) for name, value in parts.items()}
-        | {f"plain_{name}": (EXAMPLE, value, ATTRS[name]) for name, value in plain.items()},
-        {
-            BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
-            "draw": ("set", np.array([draw for _, draw, _ in sets])),
-            "heads": ("set", np.array([" ".join(map(str, some)) for *_, some in sets], dtype=str)),
-            BIAS: biases,
-            EXAMPLE: list(questions.examples),
-        },
-    )
-    about = {"domain": ", ".join(samples.domains), "n_heads": ranking.count(heads), "query": query, "phase": phase}
-    record = provenance(model, samples, seed=seed, query=query, phase=phase)
-    return result.assign_attrs(
-        kind="redirection", model=model.name, **about, **other_model_attrs([other]), provenance=record
-    )
+
+    def answers(pulled: HeadSet, bias: float) -> dict[str, np.ndarray]:
+        return _pulled(model, questions, chosen, Redirect(pulled.heads, "image", bias, query=query, phase=phase))
+
+    values = measured(sets, biases, answers, progress)
+    attrs = {
+        "kind": "redirection",
+        "model": model.name,
+        "domain": ", ".join(samples.domains),
+        "n_heads": ranking.count(heads),
+        "query": query,
+        "phase": phase,
+        **other_model_attrs([other]),
+        "provenance": provenance(model, samples, seed=seed, query=query, phase=phase),
+    }
+    data: dict[str, Any] = {name: (("set", BIAS, EXAMPLE), value, ATTRS[name]) for name, value in values.items()}
+    data |= {f"plain_{name}": (EXAMPLE, value, ATTRS[name]) for name, value in plain.items()}
+    return xr.Dataset(data, coords(sets, BIAS, biases, questions.examples), attrs)
 
 
 def drawn_distractors(model: HookedMLLM, samples: Samples, seed: int = 0) -> list[tuple[Sample, Distractor]]:
@@ -164,28 +156,15 @@ def _questions(model: HookedMLLM, chosen: Sequence[tuple[Sample, Distractor]], b
     return quiz(model, asked, batch_size)
 
 
-def _heads(ranking: Ranking, band: str, heads: int | float, n_random: int, seed: int) -> Sequence[Heads]:
-    top = ranking.top(heads)
-    if band == "random":
-        return ranking.random(heads, n_random, seed, exclude=top)
-    return [{"top": top, "bottom": ranking.bottom(heads), "all": ranking.heads}[band]]
-
-
 def _pulled(
-    model: HookedMLLM,
-    questions: Quiz,
-    chosen: Sequence[tuple[Sample, Distractor]],
-    heads: Heads,
-    bias: float,
-    query: str,
-    phase: str,
+    model: HookedMLLM, questions: Quiz, chosen: Sequence[tuple[Sample, Distractor]], pull: Redirect
 ) -> dict[str, np.ndarray]:
     """The answers while heads are pulled, batch by batch: each row towards its own distractor."""
     parts, row = [], 0
     for index, batch in enumerate(questions.batches):
         rows = slice(row, row + len(batch))
         to = PerRow(tuple(target.region for _, target in chosen[rows]))
-        with intervene(model, Redirect(heads, to, bias, query=query, phase=phase)) as pulled:
+        with intervene(model, replace(pull, to=to)) as pulled:
             parts.append(_answers(pulled, questions.batch(index)))
         row = rows.stop
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

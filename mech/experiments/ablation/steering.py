@@ -22,20 +22,26 @@ from mech.axes import EXAMPLE
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, suggestion
+from mech.experiments.ablation.redirected import BAND, table
+from mech.experiments.ablation.sets import HeadSet, coords, different, head_sets, measured
 from mech.experiments.effects import share
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
-from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.ranking.ranking import Ranking
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import mean_of
 from mech.interventions import Scale, check_positions, intervene
 from mech.interventions.specs import Phase, Where
 from mech.model import HookedMLLM
-from mech.results import heads_text, provenance
+from mech.results import provenance
 
 BANDS = ("top", "bottom", "random")
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
-BAND, FACTOR = "band", "factor"
+FACTOR = "factor"
+ATTRS = {
+    "accuracy": {"unit": "share of answers, 0 or 1 per example", "sign": "more: better"},
+    "logit_diff": {"unit": "logits, right minus wrong answer", "sign": "more: better"},
+}
 
 
 @checked
@@ -82,54 +88,34 @@ def steering(
 
     Cost: one forward per sample, set and factor.
     """
-    samples = Samples(samples)
-    factors = [float(factor) for factor in factors]
-    if len(set(factors)) < len(factors):
-        raise ExperimentError(f"factors {factors}", "different numbers", "use (0, 1, 2)")
+    samples, factors = Samples(samples), different("factors", factors, "(0, 1, 2)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)
-    sets = [
-        (band, draw, chosen)
-        for band in bands
-        for draw, chosen in enumerate(_heads(ranking, band, heads, n_random, seed))
-    ]
-    for _, _, chosen in sets:
-        Scale(chosen, factors[0], positions=positions, phase=phase).check(model)
+    sets = head_sets(ranking, bands, heads, n_random, seed)
+    for chosen in sets:
+        Scale(chosen.heads, factors[0], positions=positions, phase=phase).check(model)
     questions = quiz(model, samples, batch_size, partial(check_positions, where=positions, phase=phase))
     plain = ask(model, questions)
-    parts = {name: np.empty((len(sets), len(factors), len(questions))) for name in plain}
-    for row, (_, _, chosen) in enumerate(sets):
-        for column, factor in enumerate(factors):
-            measured = plain
-            if factor != 1:
-                with intervene(model, Scale(chosen, factor, positions=positions, phase=phase)) as steered:
-                    measured = ask(steered, questions)
-            for name, value in measured.items():
-                parts[name][row, column] = value
-            if progress:
-                progress(row * len(factors) + column + 1, len(sets) * len(factors))
-    curve = xr.Dataset(
-        {name: (("set", FACTOR, EXAMPLE), value) for name, value in parts.items()},
-        {
-            BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
-            "draw": ("set", np.array([draw for _, draw, _ in sets])),
-            "heads": ("set", np.array([heads_text(chosen) for *_, chosen in sets], dtype=str)),
-            FACTOR: factors,
-            EXAMPLE: list(questions.examples),
-        },
-        {
-            "kind": "steering",
-            "model": model.name,
-            "domain": ", ".join(samples.domains),
-            "n_heads": ranking.count(heads),
-            "positions": where_in_words(positions),
-            "phase": phase,
-            **other_model_attrs([other]),
-            "provenance": provenance(model, samples, seed=seed, positions=where_in_words(positions), phase=phase),
-        },
-    )
-    curve["accuracy"].attrs = {"unit": "share of answers, 0 or 1 per example", "sign": "more: better"}
-    curve["logit_diff"].attrs = {"unit": "logits, right minus wrong answer", "sign": "more: better"}
-    return curve
+
+    def scaled(chosen: HeadSet, factor: float) -> dict[str, np.ndarray]:
+        if factor == 1:
+            return plain
+        with intervene(model, Scale(chosen.heads, factor, positions=positions, phase=phase)) as steered:
+            return ask(steered, questions)
+
+    values = measured(sets, factors, scaled, progress)
+    where = where_in_words(positions)
+    attrs = {
+        "kind": "steering",
+        "model": model.name,
+        "domain": ", ".join(samples.domains),
+        "n_heads": ranking.count(heads),
+        "positions": where,
+        "phase": phase,
+        **other_model_attrs([other]),
+        "provenance": provenance(model, samples, seed=seed, positions=where, phase=phase),
+    }
+    data = {name: (("set", FACTOR, EXAMPLE), value, ATTRS[name]) for name, value in values.items()}
+    return xr.Dataset(data, coords(sets, FACTOR, factors, questions.examples), attrs)
 
 
 @checked
@@ -139,17 +125,6 @@ def steering_table(
     """``{"band", "factor", "mean", "low", "high"}`` of every band and factor: 95% over samples, and random sets."""
     if measure not in curve:
         raise ExperimentError(f"measure={measure!r}", "accuracy or logit_diff", suggestion(measure, map(str, curve)))
-    table: list[dict[str, float | str]] = []
-    for band in dict.fromkeys(map(str, curve[BAND].values)):
-        here = curve[measure].isel(set=np.flatnonzero(curve[BAND].values == band))
-        for factor in curve[FACTOR].values:
-            value = here.sel(factor=factor).values
-            interval = share(value) if measure == "accuracy" else mean_of(value).as_dict()
-            table.append({"band": band, "factor": float(factor), **(interval or {})})
-    return table
-
-
-def _heads(ranking: Ranking, band: str, heads: int | float, n_random: int, seed: int) -> Sequence[Heads]:
-    if band == "random":
-        return ranking.random(heads, n_random, seed, exclude=ranking.top(heads))
-    return [ranking.top(heads) if band == "top" else ranking.bottom(heads)]
+    if measure == "accuracy":
+        return table(curve, FACTOR, lambda here: share(here[measure].values) or {})
+    return table(curve, FACTOR, lambda here: mean_of(here[measure].values).as_dict())

@@ -1,0 +1,70 @@
+"""Named sets of heads, and a measurement of each of them at several strengths: what steering and redirection share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mech.axes import EXAMPLE
+from mech.errors import ExperimentError
+from mech.experiments.ablation.redirected import BAND
+from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.scores.ram import Progress
+from mech.results import heads_text
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """Some heads, why these, and the number of the draw where they are random."""
+
+    band: str
+    draw: int
+    heads: Heads
+
+
+def head_sets(ranking: Ranking, bands: Sequence[str], heads: float, n_random: int, seed: int) -> list[HeadSet]:
+    """The sets of the bands: ``top``, ``bottom``, ``all``, and ``random`` ones, none of whose heads is at the top."""
+    top = ranking.top(heads)
+    single = {"top": lambda: top, "bottom": lambda: ranking.bottom(heads), "all": lambda: ranking.heads}
+    sets = []
+    for band in bands:
+        drawn = ranking.random(heads, n_random, seed, exclude=top) if band == "random" else [single[band]()]
+        sets += [HeadSet(band, draw, chosen) for draw, chosen in enumerate(drawn)]
+    return sets
+
+
+def different(name: str, values: Sequence[float], example: str) -> list[float]:
+    """Numbers, none of which comes twice."""
+    numbers = [float(value) for value in values]
+    if len(set(numbers)) < len(numbers):
+        raise ExperimentError(f"{name}={numbers}", "different numbers", f"use {example}")
+    return numbers
+
+
+def measured(
+    sets: Sequence[HeadSet],
+    strengths: Sequence[float],
+    measure: Callable[[HeadSet, float], Mapping[str, np.ndarray]],
+    progress: Progress | None,
+) -> dict[str, np.ndarray]:
+    """What ``measure`` gives of every set at every strength, by name: arrays over (set, strength, example)."""
+    rows: list[list[Mapping[str, np.ndarray]]] = []
+    for chosen in sets:
+        rows.append([])
+        for strength in strengths:
+            rows[-1].append(measure(chosen, strength))
+            if progress:
+                progress(sum(map(len, rows)), len(sets) * len(strengths))
+    return {name: np.stack([[values[name] for values in row] for row in rows]) for name in rows[0][0]}
+
+
+def coords(sets: Sequence[HeadSet], axis: str, strengths: Sequence[float], examples: Sequence[str]) -> dict[str, Any]:
+    """The coordinates of a result over (set, ``axis``, example)."""
+    return {
+        BAND: ("set", np.array([chosen.band for chosen in sets], dtype=str)),
+        "draw": ("set", np.array([chosen.draw for chosen in sets])),
+        "heads": ("set", np.array([heads_text(chosen.heads) for chosen in sets], dtype=str)),
+        axis: list(strengths),
+        EXAMPLE: list(examples),
+    }
