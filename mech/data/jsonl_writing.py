@@ -17,7 +17,7 @@ from mech.arguments import Text, checking
 from mech.data.jsonl import check_domain
 from mech.data.pictures import picture, pixel_digest, png
 from mech.data.regions import Box, Frames, Mask, Pages, Region
-from mech.data.samples import Sample, SomeSamples
+from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import InputError, OutputError
 from mech.files import unwritable, write
 
@@ -35,7 +35,7 @@ def write_samples(samples: SomeSamples, folder: str | Path, name: Text = "sample
         InputError: what could not be read again: an id twice, an empty question or answer, a domain with a slash.
         OutputError: the file exists, or cannot be written.
     """
-    ids = [sample.id or str(i) for i, sample in enumerate(samples)]
+    ids = Samples(samples).names
     if twice := [id for id, count in Counter(ids).items() if count > 1]:
         raise InputError(f"{len(twice)} ids are there twice, the first is {twice[0]!r}", "an id each", "rename them")
     for id, sample in zip(ids, samples, strict=True):

@@ -128,6 +128,11 @@ class Samples(Shown, Sequence[Sample]):
     def domains(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(sample.domain for sample in self))
 
+    @property
+    def names(self) -> list[str]:
+        """The id of every sample, or its place where it has none."""
+        return [sample.id or str(i) for i, sample in enumerate(self)]
+
     @checking(InputError)
     def where(self, keep: Callable[[Sample], bool]) -> "Samples":
         return Samples([sample for sample in self if keep(sample)])

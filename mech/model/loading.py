@@ -219,17 +219,7 @@ def open_checkpoint(
         placed["quantization_config"] = quantized(quantization, dtype)
     if Path(source).is_dir():
         check_folder(Path(source))
-    with _told("config", source):
-        try:
-            config = AutoConfig.from_pretrained(source, **options)
-        except (OSError, ValueError, KeyError) as error:
-            known = "model_type" not in str(error) and "does not recognize" not in str(error)
-            raise UnsupportedModel(
-                f"{source!r} cannot be opened: {str(error).splitlines()[0]}",
-                "a folder or hub id with a Hugging Face config of a known architecture",
-                "check the name and the network, or give a folder" if known else RECIPE,
-            ) from error
-        check_known(config)
+    config = _config(source, options)
     with _told("checkpoint", source):
         try:
             with no_bars(Path(source).is_dir()):
@@ -246,6 +236,30 @@ def open_checkpoint(
                 model.load_state_dict(load_file(checkpoint), strict=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise _unopened(source, device_map, str(error).splitlines()[0]) from error
+    _check_weights(model, report, source)
+    if not placed:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), source
+
+
+def _config(source: str, options: Mapping[str, Any]) -> Any:
+    """The config of a folder or hub id, of an architecture that has a row."""
+    with _told("config", source):
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+        except (OSError, ValueError, KeyError) as error:
+            known = "model_type" not in str(error) and "does not recognize" not in str(error)
+            raise UnsupportedModel(
+                f"{source!r} cannot be opened: {str(error).splitlines()[0]}",
+                "a folder or hub id with a Hugging Face config of a known architecture",
+                "check the name and the network, or give a folder" if known else RECIPE,
+            ) from error
+        check_known(config)
+    return config
+
+
+def _check_weights(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
+    """Refuse a checkpoint that lacks weights, or has some of layers that the config does not count."""
     absent = sorted(report["missing_keys"])
     if absent:
         raise UnsupportedModel(
@@ -261,9 +275,6 @@ def open_checkpoint(
             "as many layers in config.json as in the weights",
             "take config.json and weights from the same checkpoint",
         )
-    if not placed:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval(), source
 
 
 def _unopened(source: str, device_map: Any, what: str) -> UnsupportedModel:

@@ -101,7 +101,7 @@ def tag_leak(
     result = xr.Dataset(
         {name: (heads if array.ndim == 3 else (EXAMPLE,), array) for name, array in value.items()},
         {
-            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+            EXAMPLE: samples.names,
             LAYER: list(model.cfg.attention_layers),
             HEAD: np.arange(model.cfg.n_heads),
         },

@@ -72,65 +72,9 @@ def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str
 
 
 def _scatter(data: xr.Dataset) -> str:
-    ram, lost = data["ram"].values, data["lost"].values
-    low, high, kind = data["lost_low"].values, data["lost_high"].values, data["quadrant"].values
-    layers = data["layer"].values
-    best = np.argsort(-np.abs(lost), axis=None)[:LABELLED]
-    best = best[np.abs(lost).ravel()[best] > APART * np.abs(lost).max()]  # names of points at the line hide each other
-    labelled = np.zeros(lost.shape, dtype=bool)
-    labelled.ravel()[best] = True
-    turn = np.zeros(lost.shape, dtype=int)
-    turn.ravel()[sorted(best, key=lambda i: ram.ravel()[i])] = np.arange(len(best)) % 2
-    traces = []
-    for name, (colour, symbol) in QUADRANTS.items():
-        at = np.argwhere(kind == name)
-        if not len(at):
-            continue
-        names = [f"L{layers[i]}H{j}" for i, j in at]
-        where = tuple(at.T)
-        hover = [
-            f"<b>{head}</b>, {name}<br>RAM {r:.3f} (rank {rank})<br>lost {m:.1%} [{a:.1%}, {b:.1%}]<br>"
-            f"brought back {back:.1%}"
-            for head, r, rank, m, a, b, back in zip(
-                names,
-                ram[where],
-                data["ram_rank"].values[where],
-                lost[where],
-                low[where],
-                high[where],
-                data["recovered"].values[where],
-                strict=True,
-            )
-        ]
-        shown = [head if labelled[tuple(i)] and name != "neither" else "" for head, i in zip(names, at, strict=True)]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers+text",
-                "name": name,
-                "x": ram[where],
-                "y": lost[where],
-                "text": shown,
-                # Beside the interval, into the picture; heads with like effects take turns above and below.
-                "textposition": [
-                    f"{('top', 'bottom')[turn[tuple(i)]]} {'left' if ram[tuple(i)] > 0.8 * ram.max() else 'right'}"
-                    for i in at
-                ],
-                "textfont": {"size": 12},
-                "hovertext": hover,
-                "hovertemplate": "%{hovertext}<extra></extra>",
-                "marker": {"color": colour, "symbol": symbol, "size": 8},
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": high[where] - lost[where],
-                    "arrayminus": lost[where] - low[where],
-                    "color": colour,
-                    "thickness": 1,
-                    "width": 0,
-                },
-            }
-        )
+    ram, kind = data["ram"].values, data["quadrant"].values
+    sides = _label_sides(data)
+    traces = [_points(data, name, sides) for name in QUADRANTS if (kind == name).any()]
     line = {"color": "@soft", "width": 1, "dash": "dot"}
     even, least = float(data["even"]), float(data.attrs["threshold"])
     layout = {
@@ -145,6 +89,54 @@ def _scatter(data: xr.Dataset) -> str:
         ],
     }
     return chart(traces, layout, height=420, label="RAM of every head against what is lost when it is noised")
+
+
+def _label_sides(data: xr.Dataset) -> dict[tuple[int, ...], str]:
+    """Where the names of the heads with the largest effects stand; heads with like RAM take turns above and below."""
+    ram, size = data["ram"].values, np.abs(data["lost"].values)
+    best = np.argsort(-size, axis=None)[:LABELLED]
+    best = best[size.ravel()[best] > APART * size.max()]  # names of points at the line hide each other
+    sides = {}
+    for turn, flat in enumerate(sorted(best, key=lambda i: ram.ravel()[i])):
+        at = tuple(map(int, np.unravel_index(flat, ram.shape)))
+        # Beside the interval, into the picture.
+        sides[at] = f"{('top', 'bottom')[turn % 2]} {'left' if ram[at] > 0.8 * ram.max() else 'right'}"
+    return sides
+
+
+def _points(data: xr.Dataset, name: str, sides: dict[tuple[int, ...], str]) -> dict:
+    """The heads of one quadrant, with intervals; those that have a side are labelled."""
+    heads = [tuple(map(int, at)) for at in np.argwhere(data["quadrant"].values == name)]
+    columns = ("ram", "ram_rank", "lost", "lost_low", "lost_high", "recovered")
+    ram, rank, lost, low, high, back = (np.array([data[c].values[at] for at in heads]) for c in columns)
+    names = [f"L{data['layer'].values[layer]}H{head}" for layer, head in heads]
+    colour, symbol = QUADRANTS[name]
+    return {
+        "type": "scatter",
+        "mode": "markers+text",
+        "name": name,
+        "x": ram,
+        "y": lost,
+        "text": [label if at in sides and name != "neither" else "" for label, at in zip(names, heads, strict=True)],
+        "textposition": [sides.get(at, "top right") for at in heads],
+        "textfont": {"size": 12},
+        "hovertext": [
+            f"<b>{label}</b>, {name}<br>RAM {ram[i]:.3f} (rank {rank[i]})<br>"
+            f"lost {lost[i]:.1%} [{low[i]:.1%}, {high[i]:.1%}]<br>brought back {back[i]:.1%}"
+            for i, label in enumerate(names)
+        ],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {"color": colour, "symbol": symbol, "size": 8},
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": high - lost,
+            "arrayminus": lost - low,
+            "color": colour,
+            "thickness": 1,
+            "width": 0,
+        },
+    }
 
 
 def _repair(data: xr.Dataset) -> str:

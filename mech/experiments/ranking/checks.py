@@ -1,4 +1,6 @@
-"""What an experiment refuses before its first forward: heads of another model, samples that chose what they test."""
+"""What an experiment refuses before its first forward: heads of another model, samples without evidence, samples that
+chose what they test.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -34,6 +36,17 @@ def other_model_attrs(others: Iterable[str]) -> dict[str, str]:
     """The attribute of a result that says which parts of it another model made; none where none did."""
     named = list(dict.fromkeys(filter(None, others)))
     return {"other_model": "; ".join(named)} if named else {}
+
+
+def refuse_without_evidence(samples: Samples) -> None:
+    """Refuse samples that do not say where their evidence is."""
+    lacking = [name for name, sample in zip(samples.names, samples, strict=True) if not sample.evidence]
+    if lacking:
+        raise ExperimentError(
+            f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}",
+            "samples that say where the evidence is",
+            "set Sample(evidence=(mech.Box(...),))",
+        )
 
 
 def refuse_overlap(samples: Samples, others: Sequence[str], what: str) -> None:

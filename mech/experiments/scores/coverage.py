@@ -7,20 +7,24 @@ Unlike RAM these count tokens, not mass: a head that reads one token of a large 
 RAM and a low ratio.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 
 from mech.arguments import NOT_EMPTY, Amount, Count, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
-from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
+from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
+from mech.experiments.ranking.checks import refuse_without_evidence
 from mech.experiments.ranking.ranking import head_count
+from mech.experiments.scores.ram import evidence_batches
 from mech.indices import Pairs
+from mech.inputs import Inputs
 from mech.inputs.layout import PADDING
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
@@ -61,36 +65,15 @@ def key_coverage(
     References: arXiv 2606.05843 (top 5% of the keys).
     """
     samples, layers = Samples(samples), list(model.cfg.attention_layers)
-    lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
-    if lacking:
-        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
-        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    refuse_without_evidence(samples)
     chosen = {name: [(int(layer), int(head)) for layer, head in heads] for name, heads in (sets or {}).items()}
     for name, heads in chosen.items():
         if not heads or any(layer not in layers or not 0 <= head < model.cfg.n_heads for layer, head in heads):
             raise ExperimentError(f"the set {name!r} of {heads[:4]}", f"heads of {model.name}", "use ranking.top(15)")
-    prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
-    evidence = [row.layout.visual.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
-    parts = []
-    for batch, rows in in_batches(prepared, batch_size):
-        inputs = model.collate(batch)
-        weight = row_weights(inputs, "question").to(model.device)
-        at = weight.sum(0).nonzero().flatten()
-        shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
-        on = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
-
-        def read(call: AttentionCall, pattern: torch.Tensor, inputs=inputs, weight=weight, at=at, on=on) -> dict:
-            mean = mean_rows(pattern, weight[:, at])
-            hit = torch.zeros(*mean.shape[:2], max(map(len, on)), device=mean.device)
-            for row, (here, layout) in enumerate(zip(on, inputs.layouts, strict=True)):
-                real = int((layout.visual.kind != PADDING).sum())
-                best = mean[row].topk(head_count(keys, real), dim=-1).indices
-                among = torch.zeros_like(mean[row]).scatter_(1, best, 1.0)
-                hit[row, :, : len(here)] = among[:, torch.as_tensor(here, device=mean.device)]
-            return {"hit": hit}
-
-        hits = read_rows(model, inputs, at, read)["hit"].cpu().numpy()
-        parts += [hit[..., : len(here)] for hit, here in zip(hits, on, strict=True)]
+    parts: list[np.ndarray] = []
+    for inputs, evidence, _ in evidence_batches(model, samples, batch_size):
+        hits = _hits(model, inputs, evidence, keys)
+        parts += [hit[..., : len(tokens)] for hit, tokens in zip(hits, evidence, strict=True)]
     ratio = np.stack([hit.mean(-1) for hit in parts])
     covered = [
         [np.any([hit[layers.index(layer), head] for layer, head in heads], axis=0).mean() for heads in chosen.values()]
@@ -102,7 +85,7 @@ def key_coverage(
             "coverage": ((EXAMPLE, "set"), np.array(covered).reshape(len(samples), len(chosen))),
         },
         {
-            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+            EXAMPLE: samples.names,
             LAYER: layers,
             HEAD: np.arange(ratio.shape[2]),
             "set": np.array(list(chosen), dtype=str),
@@ -112,3 +95,23 @@ def key_coverage(
     for name in result.data_vars:
         result[name].attrs = {"unit": "share of evidence tokens", "sign": "more: more of the evidence is attended most"}
     return result
+
+
+def _hits(
+    model: HookedMLLM, inputs: Inputs, evidence: Sequence[np.ndarray], keys: float
+) -> Float[np.ndarray, "batch layer head token"]:
+    """1 where a token of the evidence is among the keys that a head attends to most."""
+    weight = row_weights(inputs, "question").to(model.device)
+    at = weight.sum(0).nonzero().flatten()
+    real = [int((layout.visual.kind != PADDING).sum()) for layout in inputs.layouts]
+
+    def read(call: AttentionCall, pattern: torch.Tensor) -> dict[str, torch.Tensor]:
+        mean = mean_rows(pattern, weight[:, at])
+        hit = torch.zeros(*mean.shape[:2], max(map(len, evidence)), device=mean.device)
+        for row, tokens in enumerate(evidence):
+            best = mean[row].topk(head_count(keys, real[row]), dim=-1).indices
+            among = torch.zeros_like(mean[row]).scatter_(1, best, 1.0)
+            hit[row, :, : len(tokens)] = among[:, torch.as_tensor(tokens, device=mean.device)]
+        return {"hit": hit}
+
+    return read_rows(model, inputs, at, read)["hit"].cpu().numpy()

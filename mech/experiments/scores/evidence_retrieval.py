@@ -27,7 +27,7 @@ from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.experiments.effects import against_random
-from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
+from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking, refuse_without_evidence
 from mech.experiments.ranking.ranking import Heads, Ranking
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import holm, mean_of
@@ -189,10 +189,7 @@ def _check(
 ) -> None:
     if len(set(ks)) < len(ks):
         raise ExperimentError(f"ks={list(ks)}", "different numbers", "use ks=(1, 2, 5)")
-    lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
-    if lacking:
-        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
-        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    refuse_without_evidence(samples)
     if not isinstance(ranking, Ranking) and (
         not ranking
         or any(
@@ -301,7 +298,7 @@ def _dataset(
             "draw": ("set", np.array([draw for _, draw, _ in sets])),
             "n_heads": ("set", np.array([len(heads) for *_, heads in sets])),
             RANK_K: list(ks),
-            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+            EXAMPLE: samples.names,
         },
     )
     for name in result.data_vars:

@@ -205,7 +205,7 @@ def _dataset(
 ) -> xr.Dataset:
     result = xr.Dataset(
         coords={
-            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+            EXAMPLE: samples.names,
             LAYER: list(model.cfg.attention_layers),
             HEAD: np.arange(values[next(iter(named))].shape[2]),
         },

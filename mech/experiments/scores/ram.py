@@ -9,18 +9,18 @@ Other scores of the literature, and controls, are variants of the same reading: 
 say is whether the head matters: that is ``mech.experiments.ablation.ablation``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mech.arguments import Count, checked
 from mech.data.samples import Samples, SomeSamples
-from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
+from mech.experiments.ranking.checks import refuse_without_evidence
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance, ram_dataset
@@ -64,37 +64,41 @@ def retrieval_attention_mass(
     References: arXiv 2606.05843, Eq. 1.
     """
     samples = Samples(samples)
-    missing = [s.id or str(i) for i, s in enumerate(samples) if not s.evidence]
-    if missing:
-        what = f"{len(missing)} samples have no evidence, the first is {missing[0]!r}"
-        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    refuse_without_evidence(samples)
     parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
-    # All evidence is looked up before the first forward; pixels wait on the CPU for their batch.
-    prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
-    evidence = [row.layout.visual.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
-    done = 0
-    for batch, rows in in_batches(prepared, batch_size):
-        inputs = model.collate(batch)
-        # Left padding moves the sequence; a memory of visual tokens is as it was.
-        shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
-        keys = [evidence[row] + left for row, left in zip(rows, shift, strict=True)]
+    for inputs, keys, done in evidence_batches(model, samples, batch_size):
         masses, sizes = evidence_mass(model, inputs, keys, queries)
         parts["ram"].append(masses[:, 0].cpu().numpy())
         parts["vision_mass"].append(masses[:, 1].cpu().numpy())
         parts["size_null"].append(sizes.cpu().numpy())
         parts["n_evidence"].append(np.array([len(k) for k in keys]))
-        done += len(batch)
         if progress:
-            progress(done, len(prepared))
+            progress(done, len(samples))
     return ram_dataset(
         **{name: np.concatenate(values) for name, values in parts.items()},
         layers=model.cfg.attention_layers,
-        examples=[sample.id or str(i) for i, sample in enumerate(samples)],
+        examples=samples.names,
         model=model.name,
         domain=", ".join(samples.domains),
         queries=queries,
         provenance=provenance(model, samples, queries=queries),
     )
+
+
+def evidence_batches(
+    model: HookedMLLM, samples: Samples, batch_size: int
+) -> Iterator[tuple[Inputs, list[Int[np.ndarray, " key"]], int]]:
+    """The samples in batches, with the keys of each row's evidence, and how many samples are done then.
+
+    All evidence is looked up before the first batch; pixels wait on the CPU for theirs.
+    """
+    prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
+    evidence = [row.layout.visual.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
+    for batch, rows in in_batches(prepared, batch_size):
+        inputs = model.collate(batch)
+        # Left padding moves the sequence; a memory of visual tokens is as it was.
+        shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
+        yield inputs, [evidence[row] + left for row, left in zip(rows, shift, strict=True)], rows[-1] + 1
 
 
 @torch.no_grad()

@@ -31,8 +31,9 @@ from mech.arguments import Count, Positive, Share, checked, given_by, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
-from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
-from mech.experiments.scores.ram import Progress
+from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
+from mech.experiments.ranking.checks import refuse_without_evidence
+from mech.experiments.scores.ram import Progress, evidence_batches
 from mech.inputs import IMAGE, PADDING, VIDEO, Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
@@ -40,6 +41,7 @@ from mech.results import provenance
 BY = ("state", "attention")
 POS = "pos"
 KINDS = ("first", "text", "visual", "evidence")  # of a sink, the last that holds
+PLACES = {"strength": (EXAMPLE, LAYER, POS), "sink": (EXAMPLE, LAYER, POS), "kind": (EXAMPLE, POS)}
 
 
 @checked
@@ -87,13 +89,9 @@ def attention_sinks(
     """
     samples = Samples(samples)
     _check(model, samples, dims)
-    rows = [model.inputs_of(sample).to("cpu") for sample in samples]
-    evidence = [row.layout.positions(sample.evidence) for row, sample in zip(rows, samples, strict=True)]
-    length = max(len(row.layout) for row in rows)
     parts: list[dict[str, np.ndarray]] = []
     peaks = np.zeros((len(model.cfg.attention_layers), model.cfg.d_model), dtype=int)
-    for batch, indices in in_batches(rows, batch_size):
-        inputs = model.collate(batch)
+    for inputs, evidence, done in evidence_batches(model, samples, batch_size):
         strength, at = _strength(model, inputs, by, dims)
         sink = (strength >= tau) if by == "state" else (strength > share)
         real = torch.stack([torch.as_tensor(layout.kind != PADDING) for layout in inputs.layouts])
@@ -101,24 +99,27 @@ def attention_sinks(
         if at is not None:
             for layer, chosen in enumerate(sink.unbind(1)):
                 peaks[layer] += np.bincount(at[:, layer][chosen].cpu().numpy(), minlength=model.cfg.d_model)
-        shift = [len(inputs.layouts[0]) - len(row.layout) for row in batch]
-        masks = torch.zeros(len(batch), len(inputs.layouts[0]))
-        for row, (index, left) in enumerate(zip(indices, shift, strict=True)):
-            masks[row, torch.as_tensor(evidence[index] + left)] = 1
+        masks = torch.zeros(len(inputs), len(inputs.layouts[0]))
+        for row, tokens in enumerate(evidence):
+            masks[row, torch.as_tensor(tokens)] = 1
         masses = _masses(model, inputs, sink, masks)
-        masses |= {"strength": _aligned(strength, shift, length), "sink": _aligned(sink.float(), shift, length) == 1}
-        parts.append(masses)
+        for row, layout in enumerate(inputs.layouts):
+            left = int((layout.kind != PADDING).argmax())
+            kind = _kinds(layout, evidence[row])[left:]
+            own = {"strength": strength[row, :, left:].cpu().numpy().astype(float), "kind": kind}
+            own["sink"] = sink[row, :, left:].cpu().numpy()
+            parts.append({name: mass[row] for name, mass in masses.items()} | own)
         if progress:
-            progress(indices[-1] + 1, len(samples))
-    value = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            progress(done, len(samples))
+    length = max(len(part["kind"]) for part in parts)
+    value = {name: np.stack([_padded(part[name], length) if name in PLACES else part[name] for part in parts])
+             for name in parts[0]}  # fmt: skip
     value["ram_without"] = value["ram"] - value["ram_on_sinks"]
-    kind = np.stack([_kinds(row.layout, own, length) for row, own in zip(rows, evidence, strict=True)])
-    heads, places = (EXAMPLE, LAYER, HEAD), (EXAMPLE, LAYER, POS)
     result = xr.Dataset(
-        {name: (places if name in ("strength", "sink") else heads, array) for name, array in value.items()}
-        | {"peak_dim": (LAYER, np.where(peaks.any(1), peaks.argmax(1), -1)), "kind": ((EXAMPLE, POS), kind)},
+        {name: (PLACES.get(name, (EXAMPLE, LAYER, HEAD)), array) for name, array in value.items()}
+        | {"peak_dim": (LAYER, np.where(peaks.any(1), peaks.argmax(1), -1))},
         {
-            EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)],
+            EXAMPLE: samples.names,
             LAYER: list(model.cfg.attention_layers),
             HEAD: np.arange(model.cfg.n_heads),
             POS: np.arange(length),
@@ -165,10 +166,7 @@ def _check(model: HookedMLLM, samples: Samples, dims: Sequence[int] | None) -> N
     width = model.cfg.d_model
     if dims is not None and (not len(dims) or not all(0 <= d < width for d in dims)):
         raise ExperimentError(f"dims={list(dims)}", f"dimensions from 0 to {width - 1}", "leave dims out")
-    lacking = [sample.id or str(i) for i, sample in enumerate(samples) if not sample.evidence]
-    if lacking:
-        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
-        raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
+    refuse_without_evidence(samples)
     if model.cfg.cross_layers:
         raise ExperimentError(
             f"sinks of {model.name}, whose visual tokens are in a memory", "visual tokens in the sequence", ""
@@ -220,18 +218,13 @@ def _masses(
     return dict(zip(("ram", "ram_on_sinks", "sink_mass"), np.moveaxis(mass, 2, 0), strict=True))
 
 
-def _aligned(value: Float[Tensor, "batch layer pos"], shift: Sequence[int], length: int) -> np.ndarray:
-    """The rows of a padded batch from their own first position on; nan behind their end."""
-    out = np.full((len(value), value.shape[1], length), np.nan)
-    for row, left in enumerate(shift):
-        own = value[row, :, left:].cpu().numpy()
-        out[row, :, : own.shape[1]] = own
-    return out
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    """Values over positions behind whose end there is nothing: nan, no sink, kind 0."""
+    fill = np.nan if values.dtype.kind == "f" else 0
+    return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, length - values.shape[-1])], constant_values=fill)
 
 
-def _kinds(layout: TokenLayout, evidence: np.ndarray, length: int) -> np.ndarray:
-    kind = np.zeros(length, dtype=int)
-    kind[: len(layout)] = 2
-    kind[: len(layout)][(layout.kind == IMAGE) | (layout.kind == VIDEO)] = 3
-    kind[evidence], kind[0] = 4, 1
+def _kinds(layout: TokenLayout, evidence: np.ndarray) -> np.ndarray:
+    kind = np.where((layout.kind == IMAGE) | (layout.kind == VIDEO), 3, 2)
+    kind[evidence], kind[int((layout.kind != PADDING).argmax())] = 4, 1
     return kind
