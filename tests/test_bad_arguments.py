@@ -7,9 +7,10 @@ import inspect
 from collections import Counter
 
 import pytest
-from bad_arguments import calls, wrong
+from bad_arguments import wrong
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from right_calls import Given, calls
 
 import mech
 
@@ -40,7 +41,7 @@ done: Counter[str] = Counter()
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
     model = mech.HookedMLLM.from_pretrained("reference:llava-s")
-    found = calls(model, tmp_path_factory.mktemp("bad"))
+    found = calls(Given(model, tmp_path_factory.mktemp("bad")))
     with pytest.MonkeyPatch.context() as patch:
         for module in (model.hf_model, model.hf_model.model, model.hf_model.model.vision_tower):
             patch.setattr(module, "forward", lambda *_, **__: pytest.fail("a forward was run"))
