@@ -10,6 +10,7 @@ which positions it reads, so that only their logits are ever computed.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from mech.data.samples import Sample
 from mech.errors import ExperimentError, InputError
 from mech.inputs import Inputs, TokenLayout
 from mech.model import HookedMLLM
+from mech.model.partial.beginning import MOST, Beginning, beginning
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,33 @@ def quiz(
     return Quiz(examples, batches, pictures, tuple(answers), tuple(forks), tuple(wrong))
 
 
+def begun(model: HookedMLLM, questions: Quiz) -> tuple[Beginning, ...]:
+    """The runs of the questions, kept so that ``ask`` can begin at a later layer, batch by batch.
+
+    Cost: one and a half forwards of the text stack for each sample, and memory for the streams.
+    """
+    most = MOST // max(1, len(questions.batches))
+    return tuple(
+        beginning(model, batch, most=most, logits_to_keep=keep, mm_encoder_outputs=dict(pictures))
+        for batch, keep, pictures in zip(questions.batches, _kept(questions), questions.pictures, strict=True)
+    )
+
+
 @torch.no_grad()
-def ask(forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], questions: Quiz) -> dict[str, np.ndarray]:
+def ask(
+    forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]],
+    questions: Quiz,
+    runs: Sequence[Beginning] = (),
+    layer: int = 0,
+) -> dict[str, np.ndarray]:
     """``accuracy`` (0 or 1) and ``logit_diff`` (right minus wrong answer, in logits; nan without one) per sample.
 
-    ``forward`` is a model, or one under intervention. Cost: one forward of the text stack per sample; only the
-    answer's rows are unembedded.
+    ``forward`` is a model, or one under intervention. With ``runs`` (of ``begun``) it begins at ``layer``, before which
+    nothing may be changed. Cost: one forward of the text stack per sample, or what is left of it; only the answer's
+    rows are unembedded.
     """
     accuracy, difference = [], []
-    for row, says in enumerate(answer_logits(forward, questions)):
+    for row, says in enumerate(answer_logits(forward, questions, runs, layer)):
         answer, at, wrong = questions.answers[row], questions.forks[row], questions.wrong[row]
         accuracy.append(float(says.argmax(-1).tolist() == list(answer)))
         difference.append(float(says[at, answer[at]] - says[at, wrong]) if wrong >= 0 else float("nan"))
@@ -112,17 +132,28 @@ def ask(forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], question
 
 
 def answer_logits(
-    forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], questions: Quiz
+    forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]],
+    questions: Quiz,
+    runs: Sequence[Beginning] = (),
+    layer: int = 0,
 ) -> Iterator[Float[torch.Tensor, "token vocab"]]:
-    """The logits that predict each token of each sample's answer, sample by sample."""
+    """The logits that predict each token of each sample's answer, sample by sample; see ``ask``."""
     row = 0
-    for batch, pictures in zip(questions.batches, questions.pictures, strict=True):
+    for index, (batch, keep) in enumerate(zip(questions.batches, _kept(questions), strict=True)):
         answers = questions.answers[row : row + len(batch)]
-        keep = max(map(len, answers)) + 1
-        logits = forward(batch, logits_to_keep=keep, mm_encoder_outputs=dict(pictures)).float().cpu()
-        for logit_row, answer in zip(logits, answers, strict=True):
+        with runs[index].at(layer) if runs else nullcontext():
+            logits = forward(batch, logits_to_keep=keep, mm_encoder_outputs=dict(questions.pictures[index]))
+        for logit_row, answer in zip(logits.float().cpu(), answers, strict=True):
             # Rows end with the answer; the token at place j is predicted one row earlier.
             yield logit_row[keep - len(answer) - 1 : keep - 1]
+        row += len(batch)
+
+
+def _kept(questions: Quiz) -> Iterator[int]:
+    """How many rows of each batch are unembedded: those of its longest answer, and the one before."""
+    row = 0
+    for batch in questions.batches:
+        yield max(map(len, questions.answers[row : row + len(batch)])) + 1
         row += len(batch)
 
 

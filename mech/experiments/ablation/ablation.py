@@ -34,7 +34,7 @@ from mech.axes import CONDITION
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
-from mech.experiments.metrics import Quiz, ask, quiz
+from mech.experiments.metrics import Quiz, ask, begun, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.indices import Pairs
@@ -47,6 +47,7 @@ BANDS = ("top", "bottom", "middle", "random", "layer_matched")
 KNOWN = (*BANDS, "unneeded", "unrestricted")  # the last two on request
 CONTROLS = 20  # sets of a control that no p-value is read off, at most
 FRACTIONS = (1, 0.02, 0.05, 0.1, 0.2)
+KEEPING = 1.5  # forwards that keeping the first layers costs
 
 
 @dataclass(frozen=True)
@@ -261,13 +262,18 @@ class How:
 
 
 def ablated(model: HookedMLLM, questions: Quiz, todo: Sequence[Condition], how: How) -> Iterator[xr.Dataset]:
-    """The conditions one by one, each a dataset of its own: what a study saves as it goes."""
+    """The conditions one by one, each a dataset of its own: what a study saves as it goes.
+
+    Each begins at the first layer that it changes, if together they save more than keeping the layers before costs.
+    """
+    saved = sum(_begins(condition) for condition in todo) / model.cfg.n_layers
+    runs = begun(model, questions) if saved > KEEPING else ()
     for condition in todo:
         if condition == BASELINE:
             scores = ask(model, questions)
         else:
             with intervene(model, how.spec(condition)) as without:
-                scores = ask(without, questions)
+                scores = ask(without, questions, runs, _begins(condition))
         yield ablation_dataset(
             scores["accuracy"][None],
             scores["logit_diff"][None],
@@ -279,3 +285,8 @@ def ablated(model: HookedMLLM, questions: Quiz, todo: Sequence[Condition], how: 
             heads=[condition.heads],
             examples=questions.examples,
         )
+
+
+def _begins(condition: Condition) -> int:
+    """The first layer that a condition changes; 0 for the baseline, which nothing has to be saved of."""
+    return min((layer for layer, _ in condition.heads), default=0)

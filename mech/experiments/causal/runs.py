@@ -6,11 +6,14 @@
     runs.direct()                   # [example layer head]: what each head loses along its direct path to the logits
 
 Shares are of the *mean* gap between the two runs, so that a sample the model cannot tell apart neither counts more than
-others nor divides by nothing. Pictures are read once; z of both runs is held in memory.
+others nor divides by nothing. Pictures are read once; z of both runs is held in memory, and what enters their layers:
+a set of heads is run from its first layer on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from mech.experiments.metrics import LogitDiff, Reading
 from mech.experiments.patching.plan import pairs_of
 from mech.inputs import Inputs, TokenLayout
 from mech.model import HookedMLLM
+from mech.model.partial.beginning import MOST, Beginning, beginning
 from mech.model.partial.cached_run import cached_run
 from mech.model.partial.continuation import Continuation
 
@@ -42,6 +46,7 @@ class Batch:
     z: tuple[Cache, Cache]
     scores: tuple[np.ndarray, np.ndarray]
     regions: Mapping[str, Bool[Tensor, "batch pos"]]
+    begun: tuple[Beginning, Beginning] | None = None
 
     def __len__(self) -> int:
         return len(self.readings)
@@ -90,7 +95,11 @@ class Runs:
             regions = _regions(layouts, [sample for i, sample in enumerate(samples) if i in some])
             batch = Batch(blind, seen, readings, ({}, {}), (np.empty(0), np.empty(0)), regions)
             z, scores = zip(*(_observed(model, batch, side) for side in (0, 1)), strict=True)
-            batches.append(replace(batch, z=z, scores=scores))
+            most = MOST * batch_size // (2 * len(pairs) + batch_size)
+            begun = tuple(
+                beginning(model, batch.inputs[side], most=most, **_options(model, batch, side)) for side in (0, 1)
+            )
+            batches.append(replace(batch, z=z, scores=scores, begun=begun))
         runs = cls(model, samples, metric, pairs, tuple(batches))
         if not runs.gap > 0:
             raise ExperimentError(
@@ -124,7 +133,8 @@ class Runs:
         found = []
         for batch in self.batches:
             where = None if region is None else batch.regions[region]
-            found.append(score(self.model, batch, base, swaps(batch.z[1 - base], heads, where)))
+            hooks = swaps(batch.z[1 - base], heads, where)
+            found.append(score(self.model, batch, base, hooks, min((layer for layer, _ in heads), default=0)))
         return np.concatenate(found)
 
     def direct(self) -> Float[np.ndarray, "example layer head"]:
@@ -147,7 +157,7 @@ class Runs:
         """
         parts = []
         for batch, cache in zip(self.batches, others, strict=True):
-            reads = sorted({p for reading in batch.readings for p in reading.positions})
+            reads = _reads(batch)
             seen = {"mm_encoder_outputs": dict(batch.seen[0])}
             kept = cached_run(self.model, {**batch.inputs[0].tensors, **seen}, reads)
             for row, reading in enumerate(batch.readings):
@@ -177,17 +187,26 @@ def swaps(source: Cache, heads: Pairs, where: Bool[Tensor, "batch pos"] | None =
 
 
 @torch.no_grad()
-def score(model: HookedMLLM, batch: Batch, side: int, hooks: Hooks) -> Float[np.ndarray, " batch"]:
-    """The logit difference of every row of one side under hooks."""
-    reads = sorted({p for reading in batch.readings for p in reading.positions})
-    at = torch.as_tensor(reads, device=model.device)
-    with model.hooks(hooks):
-        logits = model(batch.inputs[side], logits_to_keep=at, mm_encoder_outputs=dict(batch.seen[side]))
+def score(model: HookedMLLM, batch: Batch, side: int, hooks: Hooks, layer: int = 0) -> Float[np.ndarray, " batch"]:
+    """The logit difference of every row of one side under hooks, none of them before ``layer``."""
+    reads = _reads(batch)
+    with model.hooks(hooks), nullcontext() if batch.begun is None else batch.begun[side].at(layer):
+        logits = model(batch.inputs[side], **_options(model, batch, side))
     values = []
     for row, reading in enumerate(batch.readings):
         own = logits[row, [reads.index(p) for p in reading.positions]]
         values.append(float(reading.score(own[None], own)[0]))
     return np.array(values)
+
+
+def _reads(batch: Batch) -> list[int]:
+    return sorted({p for reading in batch.readings for p in reading.positions})
+
+
+def _options(model: HookedMLLM, batch: Batch, side: int) -> dict[str, Any]:
+    """What a run of one side is given beside its inputs."""
+    at = torch.as_tensor(_reads(batch), device=model.device)
+    return {"logits_to_keep": at, "mm_encoder_outputs": dict(batch.seen[side])}
 
 
 def points(model: HookedMLLM, names: Sequence[str] = ("z",)) -> list[str]:
