@@ -17,15 +17,15 @@ was when the same command is given again, and ends in the same numbers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import xarray as xr
 
 from mech import reference
-from mech.arguments import NOT_EMPTY, Amount, Count, Rule, Seed, Whole, checked, some_of
 from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.jsonl import check_domain
 from mech.data.pictures import pixel_digest, png, shows
@@ -33,9 +33,10 @@ from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
 from mech.experiments.ablation.ablation import Condition, How, ablated
 from mech.experiments.ablation.design import CLAIM, Design
+from mech.experiments.ablation.forms import forms_in
 from mech.experiments.attention.maps import attention_maps
 from mech.experiments.causal.report import CausalReport, causal_report
-from mech.experiments.findings import acceleration
+from mech.experiments.findings import acceleration, forms
 from mech.experiments.findings.chosen import known_necessary, necessary_blind, representative
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.sentences import findings, headlines, scope
@@ -54,59 +55,20 @@ from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.measure import PUBLISHED, head_scores
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.files import make_folder, write
-from mech.interventions import METHODS, reference_activations
+from mech.interventions import reference_activations
 from mech.interventions.counterfactuals import with_counterfactuals
 from mech.model import HookedMLLM
 from mech.results import Study, map_facts, provenance, write_json
+from mech.settings import Settings, default_domains, default_settings
 from mech.sparse.frontier.acceleration import local_for
 from mech.sparse.frontier.resumable import acceleration_in
 from mech.sparse.localize import localize
 
 Progress = Callable[[str, int, int], None]
 SHOWN = 4  # heads of each band that are drawn over the pictures
-FINDING = 6  # samples that order heads for the causal report
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
 LONG = {"reference:qwen-long": 16}  # models of long contexts, and the pages they are accelerated on
-Some = Annotated[int, Rule("a whole number of at least 2", lambda value: value >= 2)]
 RANKING = 0.375  # of the samples choose the dense heads, the others test them
-
-
-@checked
-@dataclass(frozen=True)
-class Settings:
-    """What decides the numbers of a study; the folder of another setting is refused.
-
-    Attributes:
-        n_find: samples of each domain that find the heads.
-        n_test: other samples, that test them.
-        n_maps: pictures that are drawn.
-        n_causal: test samples whose heads are patched one by one; 0 leaves that out.
-        n_random: random sets of the size that the claim is made at (a twentieth of the heads, by the first method):
-            the p-value over sets cannot fall below 1 / (1 + n_random).
-        n_control: random sets of every other size, method and control, at most.
-        fractions: sizes of the bands under mean ablation; an int is a number of heads.
-        other_fractions: sizes under the other methods.
-        methods: how heads are ablated.
-        shares: of the KV heads that stay dense in sparse inference; none leaves that out.
-        seed: of samples, random sets and resampling.
-        batch_size: samples per forward.
-
-    Raises:
-        ExperimentError: a number that is too small to say anything, a share of more than all, an unknown method.
-    """
-
-    n_find: Some = 32
-    n_test: Some = 32
-    n_maps: Count = 3
-    n_causal: Whole = 10
-    n_random: Count = 100
-    n_control: Count = 10
-    fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (1, 0.02, 0.05, 0.1, 0.2)
-    other_fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (0.05, 0.2)
-    methods: some_of(METHODS) = METHODS
-    shares: tuple[Amount, ...] = (0.02, 0.08, 0.25)
-    seed: Seed = 0
-    batch_size: Count = 16
 
 
 def study(
@@ -125,7 +87,7 @@ def study(
         models: reference models, folders or hub ids; ``NAME@REVISION`` for a checkpoint of one.
         domains: haystack domains; by default those a reference model was trained for, all that take images otherwise.
         data: samples of your own in place of the haystacks.
-        settings: see ``Settings``.
+        settings: see ``Settings``; by default those of ``default_settings``.
         progress: called with (what, done, in all).
 
     Returns:
@@ -141,7 +103,9 @@ def study(
     """
     from mech.views import report
 
-    settings = settings or Settings()
+    if data is None and settings is None and domains is None:
+        domains = default_domains(models)
+    settings = settings or default_settings(models)
     say = progress or (lambda what, done, total: None)
     for name in models:
         split_revision(name)  # refuses a bad one before anything is opened
@@ -179,7 +143,10 @@ def study(
             summary["models"][short] = facts
             retrieval[short] = {domain: above_null(place.get(f"{short}/{domain}/ram")) for domain in wanted}
             if settings.shares:
-                summary["acceleration"] |= accelerated(place, model, short, longest(model, wanted), settings, say)
+                long = longest(model, wanted, settings, own=data is not None)
+                summary["acceleration"] |= accelerated(place, model, short, long, settings, say)
+            if settings.n_forms and data is None:
+                facts |= both_forms(place, model, short, next(iter(wanted)), settings, say)
             del model  # before the next one is loaded
         if not summary["models"]:
             raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
@@ -293,7 +260,7 @@ def one_domain(
     ram = place.get(f"{key}/ram")
     ranking = rank_heads(ram, domain=key.rsplit("/", 1)[-1])
     scores = every_score(place, model, key, find, settings, say)
-    causal = causality(place, model, key, find, test[: settings.n_causal], ranking, say) if settings.n_causal else None
+    causal = causality(place, model, key, find, test, ranking, settings, say) if settings.n_causal else None
     patched = place.get(f"{key}/causal") if place.done(f"{key}/causal") else None
     design = Design(**{field.name: getattr(settings, field.name) for field in fields(Design)})
     todo = design.conditions(ranking, rank_heads(ram, "vision_mass"), known_necessary(patched))
@@ -318,15 +285,20 @@ def ablations(
     settings: Settings,
     say: Progress,
 ) -> None:
-    """Measure the conditions that are missing, and save each as soon as it is there."""
+    """Measure the conditions that are missing, and save each as soon as it is there.
+
+    Methods after the first are asked of the first ``n_other`` test samples; what they were not asked is nan.
+    """
     missing = place.missing(f"{key}/ablation", len(todo))
-    if missing:
-        bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed)
-        questions = quiz(model, test, settings.batch_size)
-        parts = ablated(model, questions, [todo[i] for i in missing], How(bank, seed=settings.seed))
-        for done, (index, part) in enumerate(zip(missing, parts, strict=True), start=len(todo) - len(missing) + 1):
-            place.append(f"{key}/ablation", part, index)
-            say(f"{key}: ablation", done, len(todo))
+    done = count(len(todo) - len(missing) + 1)
+    other = [i for i in missing if todo[i].method in settings.methods[1:]]
+    bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed) if missing else None
+    for some, samples in (([i for i in missing if i not in other], test), (other, test[: settings.n_other])):
+        questions = quiz(model, samples, settings.batch_size) if some else None
+        parts = ablated(model, questions, [todo[i] for i in some], How(bank, seed=settings.seed)) if questions else ()
+        for index, part in zip(some, parts, strict=True):
+            place.append(f"{key}/ablation", part.reindex(example=[sample.id for sample in test]), index)
+            say(f"{key}: ablation", next(done), len(todo))
     if not place.done(f"{key}/ablation"):
         record = provenance(model, {"find": find, "test": test}, seed=settings.seed)
         facts: dict[str, Any] = dict(model=model.name, domain=key.rsplit("/", 1)[-1], positions="all", phase="both")
@@ -353,21 +325,28 @@ def every_score(
 
 
 def causality(
-    place: Study, model: HookedMLLM, key: str, find: Samples, test: Samples, ranking: Ranking, say: Progress
+    place: Study,
+    model: HookedMLLM,
+    key: str,
+    find: Samples,
+    test: Samples,
+    ranking: Ranking,
+    settings: Settings,
+    say: Progress,
 ) -> dict[str, Any]:
     """The causal report of one model on one domain, computed or found; the reason where there can be none.
 
     Samples without a counterfactual get one by blanking their evidence.
     """
     if not place.done(f"{key}/causal"):
-        find = find[:FINDING]
+        find, test = find[: settings.n_order], test[: settings.n_causal]
         blanked = not all(sample.counterfactual for sample in (*find, *test))
         try:
             if blanked:
                 find, test = with_counterfactuals(model, find), with_counterfactuals(model, test)
             found = causal_report(
-                model, test, ranking, find=find, method=None, n_random=2, seed=place.settings["seed"],
-                batch_size=place.settings["batch_size"], progress=lambda what, i, n: say(f"{key}: {what}", i, n),
+                model, test, ranking, find=find, method=None, n_random=2, seed=settings.seed,
+                batch_size=settings.batch_size, progress=lambda what, i, n: say(f"{key}: {what}", i, n),
             )  # fmt: skip
         except ExperimentError as error:  # the answers do not hang on the evidence, or the model cannot tell
             return {"reason": error.given}
@@ -378,8 +357,13 @@ def causality(
     return CausalReport(place.get(f"{key}/causal")).facts()
 
 
-def longest(model: HookedMLLM, wanted: dict[str, Samples]) -> Samples:
-    """The samples of the domain with the longest prompts, by the first sample of each."""
+def longest(model: HookedMLLM, wanted: dict[str, Samples], settings: Settings, own: bool = False) -> Samples:
+    """The samples of sparse inference: so many pages, or those of the domain with the longest prompts.
+
+    Which domain that is is told by the first sample of each. A user's ``own`` samples stay as they are.
+    """
+    if settings.pages and not own:
+        return haystacks("pages", settings.n_long, settings.seed, n_pictures=settings.pages)
     return max(wanted.values(), key=lambda samples: len(model.inputs_of(next(iter(samples))).layout))
 
 
@@ -387,10 +371,11 @@ def accelerated(
     place: Study, model: HookedMLLM, short: str, samples: Samples, settings: Settings, say: Progress
 ) -> dict[str, Any]:
     """Sparse inference of one model, computed or found; nothing where it cannot be tried."""
-    find, test = samples.split(RANKING, settings.seed)
+    find, test = samples[: settings.n_long].split(RANKING, settings.seed)
     options: dict[str, Any] = dict(
-        shares=settings.shares, n_random=4, batch_size=settings.batch_size, seed=settings.seed, say=say
-    )
+        shares=settings.shares, choices=settings.choices, n_random=settings.n_sets, batch_size=settings.batch_size,
+        seed=settings.seed, say=say,
+    )  # fmt: skip
     try:
         local = local_for(model, test, gate_steps=24)
         localize(model, local.policy).close()
@@ -407,10 +392,24 @@ def accelerated_long(place: Study, domains: Sequence[str] | None, settings: Sett
         if short_name(name) in reference.names() and (domains is None or "pages" in domains):
             model = HookedMLLM.from_pretrained(name)
             same_weights(place, model, short_name(name))
-            samples = haystacks("pages", settings.n_find + settings.n_test, settings.seed, n_pictures=pages)
+            samples = haystacks("pages", settings.n_long, settings.seed, n_pictures=pages)
             smaller = replace(settings, batch_size=max(1, settings.batch_size // 4))
             found |= accelerated(place, model, short_name(name), samples, smaller, say)
     return found
+
+
+def both_forms(
+    place: Study, model: HookedMLLM, short: str, domain: str, settings: Settings, say: Progress
+) -> dict[str, Any]:
+    """Heads on pictures and on text, computed or found; nothing for a model without the one that it was tuned from."""
+    name = str(model.name)
+    if not name.startswith(reference.PREFIX) or "base" not in reference.revisions(name):
+        return {}
+    found = forms_in(
+        place, f"{short}/forms", model, lambda: open_model(f"{name}@base"), domain, settings.n_forms, k=CLAIM,
+        n_random=settings.n_sets, seed=settings.seed, batch_size=settings.batch_size, say=say,
+    )  # fmt: skip
+    return {"forms": forms.summarise(found)}
 
 
 def maps_of(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dataset | None) -> xr.Dataset:

@@ -21,7 +21,7 @@ from mech.study import Settings, study
 
 SMALL = Settings(
     n_find=6, n_test=6, n_maps=1, n_causal=2, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), shares=(0.05,),
-    batch_size=6,
+    n_other=4, n_order=6, n_sets=2, n_long=12, batch_size=6,
 )  # fmt: skip
 WHAT = dict(models=["reference:llava-s"], domains=["grounding", "documents"], settings=SMALL)
 

@@ -24,7 +24,7 @@ class Design:
     Attributes:
         methods: the first one makes the claim.
         fractions, other_fractions: sizes under the first method and under the others.
-        n_random: random sets where the claim is made.
+        n_random: random sets where the claim is made, and sets of the same layers beside them (at most 20).
         n_control: random sets of every other size, method and control, at most.
         seed: of the random sets.
     """
@@ -32,8 +32,8 @@ class Design:
     methods: Sequence[str] = METHODS
     fractions: Sequence[int | float] = FRACTIONS
     other_fractions: Sequence[int | float] = (0.05, 0.2)
-    n_random: int = 100
-    n_control: int = 10
+    n_random: int = 25
+    n_control: int = 6
     seed: int = 0
 
     def conditions(
@@ -55,7 +55,7 @@ class Design:
         todo = some(first, ["top", "bottom", "middle"], self.fractions)
         todo += some(first, ["random"], [CLAIM], n_random=self.n_random)
         todo += some(first, ["random"], self.fractions)
-        todo += some(first, ["layer_matched", vision], [CLAIM])
+        todo += some(first, ["layer_matched", vision], [CLAIM], n_random=self.n_random)
         if necessary:
             todo += some(first, ["unneeded"], [CLAIM], necessary=necessary)
         todo += some(others, ["top", "bottom"], self.other_fractions)

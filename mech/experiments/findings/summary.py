@@ -17,14 +17,15 @@ other sizes and methods of one model on one domain.
            "half_mass_share": share of the heads that hold half of all RAM,
            "size_null": what a head scores that attends to everything alike,
            "stability": {"n_top", "n_find", "inclusion": [[layer, head, share of resamples in the top set], ...]},
-           "ablation": [{"method", "band", "fraction", "n_heads", "draws", "heads": those of a named set,
+           "ablation": [{"method", "band", "fraction", "n_heads", "n_test", "draws", "heads": of a named set,
                          "accuracy": I, "accuracy_drop": I, "logit_diff_drop": I or null}, ...],
            "tests": [{"method", "fraction", "n_heads", "primary", "statistic", "p_value", "p_samples", "p_sets",
                       "smallest_p_sets", "p_adjusted", "draws", "sets_as_costly"}, ...],
            "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices of every pair of scores;
                      ``_low`` and ``_high`` are 95% intervals over samples,
            "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
-        "agreement": {"domains", "spearman", "jaccard", "jaccard_null"}}},
+        "agreement": {"domains", "spearman", "jaccard", "jaccard_null"},
+        "forms": ``forms.summarise``, pictures against text, for a model that was tuned from a language model}},
      "acceleration": {MODEL: ``acceleration.summarise``},   sparse inference, on one domain each
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "overlap_null", "pearson", "centre_a", "centre_b"}, ...]},
      "scope": on what the findings are made, in words,
@@ -69,25 +70,30 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
     right, margin = baseline["accuracy"].values, baseline["logit_diff"].values
     entries, tests = [], []
     for (method, band, n_heads), group in bands(effects):
+        asked = _asked(group)
+        group, before, gap = group.isel(example=asked), right[asked], margin[asked]
         entries.append(
             {
                 "method": method,
                 "band": band,
                 "fraction": float(group["fraction"][0]),
                 "n_heads": n_heads,
+                "n_test": len(before),
                 "draws": group.sizes[CONDITION],
                 **(
                     {"heads": str(group["heads"].values[0])} if group.sizes[CONDITION] == 1 and "heads" in group else {}
                 ),
                 "accuracy": share(group["accuracy"].values),
-                "accuracy_drop": drop(right, group["accuracy"].values),
-                "logit_diff_drop": interval(margin - group["logit_diff"].values),
+                "accuracy_drop": drop(before, group["accuracy"].values),
+                "logit_diff_drop": interval(gap - group["logit_diff"].values),
             }
         )
     for (method, band, n_heads), group in bands(effects):
         random = _select(effects, method, "random", n_heads)
         if band == "top" and random.sizes[CONDITION]:
-            test = against_random(right - group["accuracy"].values[0], right - random["accuracy"].values)
+            asked = _asked(random)
+            top, others = (right[asked] - some["accuracy"].values[:, asked] for some in (group, random))
+            test = against_random(top[0], others)
             tests.append({"method": method, "fraction": float(group["fraction"][0]), "n_heads": n_heads, **test})
     _adjust(tests)
     return {
@@ -96,6 +102,11 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
         "ablation": entries,
         "tests": tests,
     }
+
+
+def _asked(group: xr.Dataset) -> np.ndarray:
+    """The examples that these conditions were asked of: a study asks some methods of a part of them."""
+    return np.flatnonzero(~np.isnan(group["accuracy"].values).any(axis=0))
 
 
 def _adjust(tests: list[dict[str, Any]]) -> None:

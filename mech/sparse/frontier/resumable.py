@@ -7,6 +7,8 @@
 What is there is not computed again, so that a study that was killed ends in the same numbers.
 """
 
+from collections.abc import Sequence
+
 import xarray as xr
 
 from mech.axes import CONDITION
@@ -27,13 +29,15 @@ def acceleration_in(
     local: Local,
     *,
     shares: tuple[int | float, ...],
+    choices: Sequence[str] = CHOICES,
     n_random: int,
     batch_size: int,
     seed: int,
     say: Progress,
 ) -> xr.Dataset:
     """What ``acceleration`` returns, computed or found in a study."""
-    choices = CHOICES if all(s.counterfactual for s in find) else tuple(c for c in CHOICES if c != "causal")
+    if not all(sample.counterfactual for sample in find):
+        choices = tuple(choice for choice in choices if choice != "causal")
 
     def tell(what: str, done: int, total: int) -> None:
         say(f"{key}: {what}", done, total)
