@@ -33,8 +33,8 @@ class Settings:
         n_order: samples that order heads for that.
         n_random: random sets of the size that the claim is made at (a twentieth of the heads, by the first method):
             the p-value over sets cannot fall below 1 / (1 + n_random).
-        n_control: random sets of every other size, method and control, at most. Under twenty, intervals over sets are
-            covered less often than they say.
+        n_control: random sets of every other size, method and control, at most: intervals over few sets are covered
+            less often than they say.
         fractions: sizes of the bands under mean ablation; an int is a number of heads.
         other_fractions: sizes under the other methods.
         methods: how heads are ablated.
@@ -58,14 +58,14 @@ class Settings:
     n_maps: Count = 3
     n_causal: Whole = 10
     n_order: Some = 6
-    n_random: Count = 50
-    n_control: Count = 20
+    n_random: Count = 25
+    n_control: Count = 6
     fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (1, 0.02, 0.05, 0.1, 0.2)
     other_fractions: Annotated[tuple[Amount, ...], NOT_EMPTY] = (0.05, 0.2)
     methods: some_of(METHODS) = METHODS
     shares: tuple[Amount, ...] = (0.02, 0.08, 0.25)
     choices: some_of(CHOICES) = CHOICES
-    n_sets: Count = 20
+    n_sets: Count = 8
     n_long: Some = 64
     pages: Whole = 0
     n_forms: Whole = 0

@@ -38,6 +38,7 @@ from mech.experiments.attention.maps import attention_maps
 from mech.experiments.causal.report import CausalReport, causal_report
 from mech.experiments.findings import acceleration, forms
 from mech.experiments.findings.chosen import known_necessary, necessary_blind, representative
+from mech.experiments.findings.detectable import detectable
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.sentences import findings, headlines, scope
 from mech.experiments.findings.summary import (
@@ -153,6 +154,7 @@ def study(
         if settings.shares and tuple(models) == DEFAULT_MODELS and data is None:
             summary["acceleration"] |= accelerated_long(place, domains, settings, say)
         summary["scales"] = summarise_scales(retrieval)
+        summary["detectable"] = detectable(summary)
         summary["scope"] = scope(summary["models"])
         summary["findings"] = findings(summary)
         summary["headlines"] = headlines(summary["findings"])

@@ -33,7 +33,12 @@ ORDER = [
     "views",
     "explorer",
 ]
-PROGRAMS = {"study.py", "__init__.py", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("cli/*.py"))}
+PROGRAMS = {
+    "study.py",
+    "settings.py",
+    "__init__.py",
+    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("cli/*.py")),
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -76,7 +81,7 @@ def test_every_public_name_can_be_had():
 
 
 # The same inside experiments: a folder or file imports nothing of those that come after it.
-EXPERIMENTS = ["metrics", "gradients", "statistics", "effects", "ranking", "attention", "scores"]
+EXPERIMENTS = ["metrics", "gradients", "statistics", "power", "effects", "ranking", "attention", "scores"]
 EXPERIMENTS += ["ablation", "patching", "paths", "attribution", "circuit_tasks", "causal", "findings"]
 
 

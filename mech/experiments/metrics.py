@@ -131,6 +131,21 @@ def ask(
     return {"accuracy": np.array(accuracy), "logit_diff": np.array(difference)}
 
 
+@torch.no_grad()
+def later_tokens(
+    forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], questions: Quiz
+) -> Float[np.ndarray, " example"]:
+    """The share of right tokens among those after the answer's first; nan for answers of one token.
+
+    The first is written by the last position of the prompt, the later ones in decoding. Cost: that of ``ask``.
+    """
+    found = []
+    for says, answer in zip(answer_logits(forward, questions), questions.answers, strict=True):
+        right = says.argmax(-1)[1:] == torch.tensor(answer[1:])
+        found.append(float(right.float().mean()) if len(answer) > 1 else float("nan"))
+    return np.array(found)
+
+
 def answer_logits(
     forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]],
     questions: Quiz,

@@ -17,7 +17,8 @@ import xarray as xr
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.effects import against_random
-from mech.experiments.metrics import Quiz, ask, quiz
+from mech.experiments.findings.literature import published
+from mech.experiments.metrics import Quiz, ask, later_tokens, quiz
 from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
@@ -35,10 +36,12 @@ class Point:
 
     Attributes:
         key: its name.
-        claim: what was published, in our words, with the paper.
+        claim: what was published, in our words.
         text: what this model says, computed from ``numbers``.
         numbers: plain data; intervals are ``{"mean", "low", "high"}``, drops are baseline minus ablated.
-        holds: whether the statement holds here; None where it is no matter of yes and no.
+        holds: whether this model and these samples agree with the statement; None where they do not say.
+        decides: whether numbers could have said it; False for what is no matter of yes and no, or was not measured.
+        published: the paper, and the models that it studied.
     """
 
     key: str
@@ -46,6 +49,15 @@ class Point:
     text: str
     numbers: Mapping[str, Any] = field(repr=False)
     holds: bool | None = None
+    decides: bool = True
+    published: str = published("2606.05843")
+
+    @property
+    def verdict(self) -> str:
+        """``agrees``, ``differs``, ``cannot tell``; ``measured`` where numbers are all there is to say."""
+        if self.holds is None:
+            return "cannot tell" if self.decides else "measured"
+        return "agrees" if self.holds else "differs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +110,13 @@ class Bench:
             else:
                 self._known[key] = ask(self.model, self.questions)
         return self._known[key]
+
+    def later_tokens(self, heads: Heads = (), *, phase: str = "both") -> np.ndarray:
+        """The share of right tokens after the answer's first, [example]; nan for answers of one token."""
+        if not heads:
+            return later_tokens(self.model, self.questions)
+        with intervene(self.model, Ablate(heads=heads, phase=phase, reference=self.reference)) as without:
+            return later_tokens(without, self.questions)
 
     def cost(self, heads: Heads, **options: Any) -> np.ndarray:
         """The drop of accuracy of every test sample, [example]."""

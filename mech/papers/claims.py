@@ -26,6 +26,7 @@ class Claims(Mapping[str, Point]):
 
     model: str
     points: Mapping[str, Point]
+    scope: str = ""  # what was measured here: the size of the model, and the samples
     cautions: tuple[str, ...] = ()  # what limits all of them: read these first
 
     def __getitem__(self, key: str) -> Point:
@@ -43,34 +44,34 @@ class Claims(Mapping[str, Point]):
         return f"Claims({self.model}: {', '.join(self.points)})"
 
     def sentences(self) -> list[str]:
-        """One for each point: its name, the published statement, whether it holds here, and what was measured."""
+        """One for each point: its name, what was published and on which models, and what was measured on this one."""
         return [
-            f"{key}. Published: {point.claim} Here ({_verdict(point)}): {point.text}"
+            f"{key}. Published ({point.published}): {point.claim} Here, on {self.scope}: {point.verdict}. {point.text}"
             for key, point in self.points.items()
         ]
 
     def to_json(self) -> dict[str, Any]:
         """Everything in plain data."""
         facts = {
-            key: {"claim": point.claim, "holds": point.holds, "text": point.text, "numbers": dict(point.numbers)}
+            key: {
+                "claim": point.claim, "published": point.published, "holds": point.holds, "verdict": point.verdict,
+                "text": point.text, "numbers": dict(point.numbers),
+            }
             for key, point in self.points.items()
-        }
-        return {"model": self.model, "cautions": list(self.cautions), "points": facts}
+        }  # fmt: skip
+        return {"model": self.model, "scope": self.scope, "cautions": list(self.cautions), "points": facts}
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{html.escape(key)}</td><td style='text-align:left'>{html.escape(point.claim)}</td>"
-            f"<td>{_verdict(point)}</td><td style='text-align:left'>{html.escape(point.text)}</td></tr>"
+            f"<tr><td>{html.escape(key)}</td><td style='text-align:left'>{html.escape(point.claim)}"
+            f"<br><small>{html.escape(point.published)}</small></td><td>{point.verdict}</td>"
+            f"<td style='text-align:left'>{html.escape(point.text)}</td></tr>"
             for key, point in self.points.items()
         )
         head = "<tr><th>point</th><th>published</th><th>here</th><th>measured</th></tr>"
         notes = "".join(f"<p>Caution. {html.escape(text)}</p>" for text in self.cautions)
-        title = f"<caption>{html.escape(self.model)}: what was published, and what this model says</caption>"
+        title = f"<caption>What was published, beside what was measured on {html.escape(self.scope)}</caption>"
         return f"{notes}<table>{title}<thead>{head}</thead><tbody>{rows}</tbody></table>"
-
-
-def _verdict(point: Point) -> str:
-    return {True: "holds", False: "does not hold", None: "measured"}[point.holds]
 
 
 @checked
@@ -95,7 +96,8 @@ def published_claims(
         batch_size: samples per forward.
         progress: called with (points done, points in all).
 
-    A point that this model or these samples cannot be asked says so, and why.
+    A point that this model or these samples cannot be asked says so, and why. A statement that one model differs from
+    is not universal; it may hold on the models that it was made on.
 
     Raises:
         ExperimentError: an unknown point; too few samples, or none with evidence.
@@ -115,9 +117,11 @@ def published_claims(
             found[name] = KNOWN[name](bench)
         except MechError as error:  # what this model or these samples cannot be asked is said, not hidden
             asked = str(KNOWN[name].__doc__).strip().splitlines()[0]
-            found[name] = Point(name, asked, f"Not measured: {error.given}.", {"reason": error.given})
+            found[name] = Point(name, asked, f"Not measured: {error.given}.", {"reason": error.given}, decides=False)
         if progress:
             progress(len(found), len(wanted))
     loose, sets = unstable(stability(bench.ranking) or {"inclusion": ()}), few_sets(n_random)
     least = few_samples(len(bench.test), drop(bench.cost(bench.ranking.top(TOP))).as_dict())
-    return Claims(str(model.name), found, tuple(text for _, text in (*loose, *least, *sets)))
+    heads = len(bench.ranking)
+    here = f"{model.name} ({heads} heads; {', '.join(bench.test.domains)}, {len(bench.test)} test samples)"
+    return Claims(str(model.name), found, here, tuple(text for _, text in (*loose, *least, *sets)))

@@ -12,6 +12,8 @@ from mech.data.regions import Box, Frames, Pages, Region
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
 from mech.experiments.effects import both_units, p_is, points
+from mech.experiments.findings import literature
+from mech.experiments.findings.literature import published
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.agreement import agreement, sample_curve
 from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
@@ -27,6 +29,8 @@ from mech.papers.tags import TAGS, tag_leak
 
 ABLATED = {"Qwen3-VL-4B": (30, 36 * 32), "LLaVA-OneVision-7B": (30, 28 * 28)}  # heads in the largest set, heads in all
 TOP = 0.05
+ON_TWO = published("2606.05843", literature.ABLATED)  # where heads were ablated
+ON_THREE = published("2606.05843", literature.FASTER)  # where heads were kept dense
 
 
 def never_ablated(bench: Bench) -> Point:
@@ -48,7 +52,8 @@ def never_ablated(bench: Bench) -> Point:
         f"({points(five['random'])}; {both_units(five)}; a claim needs both below {ALPHA:g})."
     )
     claim = "The top 5% of the heads are necessary (largest ablated set: 30 heads)."
-    return Point("top-5%", claim, text, {"published": ABLATED, "sizes": rows}, needed)
+    holds = True if needed else False if five["top"]["high"] < MATTERS else None  # not shown is not refuted
+    return Point("top-5%", claim, text, {"published": ABLATED, "sizes": rows}, holds, published=ON_TWO)
 
 
 def low_ranked(bench: Bench) -> Point:
@@ -65,7 +70,9 @@ def low_ranked(bench: Bench) -> Point:
         "Low-ranked heads matter." if matters else "No set of them is shown to cost five points."
     )
     claim = "Lower-ranked heads have minimal effect (the paper's own figure: bottom 30 cost about 13 points)."
-    return Point("low-ranked", claim, text, {"sizes": rows}, not matters)
+    harmless = all(row["bottom"]["high"] < MATTERS for row in rows)
+    return Point("low-ranked", claim, text, {"sizes": rows}, False if matters else True if harmless else None,
+                 published=ON_TWO)  # fmt: skip
 
 
 def box_to_tokens(bench: Bench) -> Point:
@@ -103,7 +110,7 @@ def boundary_tags(bench: Bench) -> Point:
     """Tags around the evidence that stay in the prompt."""
     if any(sample.video for sample in bench.test):
         text = "Not measured: tags inside a video are no plain text of the prompt."
-        return Point("boundary-tags", _TAGS_CLAIM, text, {"reason": text}, None)
+        return Point("boundary-tags", _TAGS_CLAIM, text, {"reason": text}, decides=False)
     found = tag_leak(bench.model, bench.test, seed=bench.seed)
     leak = found["leak"].mean("example")
     top = bench.ranking.top(TOP)
@@ -127,7 +134,7 @@ def boundary_tags(bench: Bench) -> Point:
         f"their top {k}; right answers go from {right[0]:.0%} to {right[1]:.0%}. "
         + ("The tags leak." if leaks else "No leak is shown.")
     )
-    return Point("boundary-tags", _TAGS_CLAIM, text, numbers, not leaks)
+    return Point("boundary-tags", _TAGS_CLAIM, text, numbers, False if leaks else None)
 
 
 _TAGS_CLAIM = "Tags that mark the evidence may stay in the prompt while heads are scored."
@@ -173,7 +180,8 @@ def off_distribution(bench: Bench) -> Point:
         f"{points(cost['paper'])}, mean ablation {points(cost['mean'])}."
     )
     claim = "Setting a head's logits to 0 behind the causal mask removes the head."
-    return Point("off-distribution", claim, text, {"distance": distance, "future_share": future, "cost": cost})
+    return Point("off-distribution", claim, text, {"distance": distance, "future_share": future, "cost": cost},
+                 decides=False, published=ON_TWO)  # fmt: skip
 
 
 def size_and_sinks(bench: Bench) -> Point:
@@ -252,7 +260,7 @@ def controls_of_acceleration(bench: Bench) -> Point:
     )
     numbers = {"dense": dense, "all_local": none, "window": window, "sinks": sinks, "budgets": rows}
     claim = "Keeping the top heads dense keeps the accuracy (no random, bottom or vision heads at the same budget)."
-    return Point("acceleration", claim, text, numbers, matters)
+    return Point("acceleration", claim, text, numbers, True if matters else None, published=ON_THREE)
 
 
 def no_intervals(bench: Bench) -> Point:
@@ -282,8 +290,9 @@ def no_intervals(bench: Bench) -> Point:
         "old": old.as_dict(),
     }
     return Point(
-        "no-intervals", "One ranking and one number for each set: no intervals, seeds or split.", text, numbers
-    )
+        "no-intervals", "One ranking and one number for each set: no intervals, seeds or split.", text, numbers,
+        decides=False,
+    )  # fmt: skip
 
 
 def figure_and_text(bench: Bench) -> Point:

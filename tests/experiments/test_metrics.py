@@ -1,10 +1,14 @@
 """Metrics called on logits, as those of TransformerLens' patching are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError
 from mech.experiments.metrics import KL, LogitDiff, LogProb, Probability, Rank
+from mech.experiments.patching.activation import activation_patching
 from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
 
@@ -48,3 +52,31 @@ def test_texts_are_read_with_the_models_tokenizer():
 def test_what_cannot_be_read_off_logits_is_refused(call, says):
     with pytest.raises(ExperimentError, match=says):
         call()
+
+
+def test_answers_that_share_their_first_tokens_are_patched_where_they_part():
+    """417 against 412: both runs are given "41", and every cell is what a forward of its own gives there."""
+    model = HookedMLLM.from_hf(tiny.model("llava").double(), tiny_processors.processor("llava"))
+    sample = haystacks("documents", 1, seed=3, answer="number")[0]
+    right, wrong = (model.processor.answer_ids(one.answer) for one in (sample, sample.counterfactual))
+    fork = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b)
+    assert fork > 0
+    forced = replace(sample.counterfactual, answer=sample.answer)
+    clean, corrupted = (model.inputs_of(one, answer=True) for one in (sample, forced))
+    metric = LogitDiff(sample.answer, sample.counterfactual.answer)
+    for direction, base, source in (("noise", clean, corrupted), ("denoise", corrupted, clean)):
+        found = activation_patching(model, clean, corrupted, metric, direction=direction)
+        assert found.attrs["algorithm"] == "wavefront"
+        _, cache = model.run_with_cache(source, names_filter="blocks.1.attn.hook_z")
+
+        def write(z, hook, kept=cache["blocks.1.attn.hook_z"]):
+            z[:, :, 0] = kept[:, :, 0]
+            return z
+
+        with torch.no_grad(), model.hooks([("blocks.1.attn.hook_z", write)]):
+            at = model(base)[0, base.layout.spans["answer"][fork] - 1]
+        expected = float(at[right[fork]] - at[wrong[fork]])
+        assert found["metric"].sel(layer=1, head=0).item() == pytest.approx(expected, abs=1e-6)
+    unforced = [model.inputs_of(one) for one in (sample, sample.counterfactual)]
+    with pytest.raises(ExperimentError, match="inputs with the answer"):
+        activation_patching(model, *unforced, metric)

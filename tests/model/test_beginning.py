@@ -1,4 +1,4 @@
-"""A run that begins at a later layer is the whole run, in every family; models that hand on more than the stream run whole."""
+"""A run that begins at a later layer is the whole run, in every family; models that hand on more run whole."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_listener_in_a_layer_that_is_passed_over_hears_all():
     model, heard = opened("llava"), []
     inputs = batch(model)
     kept = beginning(model, inputs)
-    with torch.no_grad(), model.hooks([("blocks.0.hook_resid_pre", lambda value, hook: heard.append(hook.name))]):
-        with kept.at(2):
-            model(inputs)
+    hook = ("blocks.0.hook_resid_pre", lambda value, hook: heard.append(hook.name))
+    with torch.no_grad(), model.hooks([hook]), kept.at(2):
+        model(inputs)
     assert heard == ["blocks.0.hook_resid_pre"]

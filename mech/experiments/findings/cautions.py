@@ -8,29 +8,15 @@ Commands print these lines first, and a study's headlines and report begin with 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from scipy import stats
-
 from mech.experiments.effects import points
+from mech.experiments.power import ALPHA, POWER, detectable_loss
 
-ALPHA = 0.05
 STABLE = 0.8  # of bootstrap resamples in which a head of the top set must be in it
-POWER = 0.8
 KINDS = {
     "unstable": "The top set is not stable: drawn anew, the samples would name other heads",
     "few samples": "The test samples are too few to detect a loss as small as the one that is measured",
     "few sets": "The random sets are too few for any claim against chance",
 }
-
-
-def detectable_loss(n: int, power: float = POWER, alpha: float = ALPHA) -> float:
-    """The smallest true loss of accuracy that ``n`` samples detect with this power, at best; nan if none can be.
-
-    A one-sided sign-flip test at ``alpha`` needs ``k = ceil(log2(1 / alpha))`` lost answers and none gained. The loss
-    is the d with ``P(Binomial(n, d) >= k) = power``; with answers that are gained it takes more. Unit: share of
-    answers.
-    """
-    needed = next(k for k in range(1, 1100) if 0.5**k <= alpha)
-    return float(stats.beta.ppf(power, needed, n - needed + 1)) if n >= needed else float("nan")
 
 
 def cautions(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

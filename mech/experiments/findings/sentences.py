@@ -12,7 +12,7 @@ from typing import Any
 
 from mech.experiments.effects import both_units
 from mech.experiments.effects import points as _points
-from mech.experiments.findings import acceleration
+from mech.experiments.findings import acceleration, forms
 from mech.experiments.findings.causal import CAUSAL
 from mech.experiments.findings.cautions import ALPHA, cautions
 from mech.experiments.findings.cautions import KINDS as CAUTIONS
@@ -44,6 +44,7 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
             ):
                 said += [_finding(model, domain, *one) for one in rule(numbers, n_heads)]
         said += [_finding(model, None, *one) for one in _domains(facts)]
+        said += [_finding(model, None, *one) for one in forms.sentences(facts["forms"])] if "forms" in facts else []
     for model, facts in summary.get("acceleration", {}).items():
         said += [_finding(model, facts["domain"], *one) for one in acceleration.sentences(facts)]
     said += [_finding(None, None, *one) for one in _scales(summary)]
@@ -119,6 +120,7 @@ KINDS = {
     "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",
     "weak": "The model is too weak for ablation to show anything",
     **acceleration.KINDS,
+    **forms.KINDS,
     "domains": "",
     "scales": "",
 }

@@ -18,7 +18,8 @@ other sizes and methods of one model on one domain.
            "size_null": what a head scores that attends to everything alike,
            "stability": {"n_top", "n_find", "inclusion": [[layer, head, share of resamples in the top set], ...]},
            "ablation": [{"method", "band", "fraction", "n_heads", "n_test", "draws", "heads": of a named set,
-                         "accuracy": I, "accuracy_drop": I, "logit_diff_drop": I or null}, ...],
+                         "accuracy": I, "gained": share of answers right only without the heads,
+                         "accuracy_drop": I, "logit_diff_drop": I or null}, ...],
            "tests": [{"method", "fraction", "n_heads", "primary", "statistic", "p_value", "p_samples", "p_sets",
                       "smallest_p_sets", "p_adjusted", "draws", "sets_as_costly"}, ...],
            "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices of every pair of scores;
@@ -28,6 +29,7 @@ other sizes and methods of one model on one domain.
         "forms": ``forms.summarise``, pictures against text, for a model that was tuned from a language model}},
      "acceleration": {MODEL: ``acceleration.summarise``},   sparse inference, on one domain each
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "overlap_null", "pearson", "centre_a", "centre_b"}, ...]},
+     "detectable": ``detectable.detectable``, which losses could have been found,
      "scope": on what the findings are made, in words,
      "findings": [{"kind", "text", "model", "domain", "against_papers": differs from the paper (within scope)}, ...],
      "headlines": the same, one for each kind; what limits the others (unstable top sets, too few samples) first,
@@ -84,6 +86,7 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
                     {"heads": str(group["heads"].values[0])} if group.sizes[CONDITION] == 1 and "heads" in group else {}
                 ),
                 "accuracy": share(group["accuracy"].values),
+                "gained": float((group["accuracy"].values > before).mean()),
                 "accuracy_drop": drop(before, group["accuracy"].values),
                 "logit_diff_drop": interval(gap - group["logit_diff"].values),
             }

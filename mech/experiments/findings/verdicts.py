@@ -1,10 +1,11 @@
-"""Do the claims of the literature hold here? A verdict on each claim in each setting, from the numbers of a study.
+"""The claims of the literature beside what was measured: a verdict on each in each setting, from a study's numbers.
 
     for claim in verdicts(summary): print(claim["claim"], claim["cells"])
 
 A setting is a model on a domain. A cell says ``agrees`` or ``differs`` where the numbers are sure of it (the rule of
 the finding fired), ``cannot tell`` where it was tested and the numbers allow both, and is missing where nothing was
-tested. "Not shown to be needed" is thus no disagreement: only an interval that excludes the claim is one.
+tested. "Not shown to be needed" is thus no disagreement: only an interval that excludes the claim is one. Each claim
+names the paper and the models that it was made on; what all settings come to is said within the models of the study.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 from mech.experiments.effects import points
 from mech.experiments.findings.cautions import ALPHA
+from mech.experiments.findings.literature import ABLATED, FASTER, in_all, published
 from mech.experiments.findings.words import FLOOR, MATTERS
 
 AGREES, DIFFERS, CANNOT_TELL = "agrees", "differs", "cannot tell"
@@ -34,6 +36,8 @@ class Claim:
         silent: the verdict where no finding was made.
         whole_model: it is about a model, not about one domain of it.
         sparse: it is about sparse inference.
+        paper: arXiv number of who claims it; "" for a control that no paper made.
+        models: on which it was claimed, where not on all models of that paper.
     """
 
     text: str
@@ -43,6 +47,8 @@ class Claim:
     silent: Callable[[Numbers], Verdict] = lambda numbers: (CANNOT_TELL, "The intervals allow both.")
     whole_model: bool = False
     sparse: bool = False
+    paper: str = "2606.05843"
+    models: str = ""
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -52,8 +58,8 @@ def verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         summary: of a study, with its ``findings``.
 
     Returns:
-        ``{"claim", "cells": [{"model", "domain", "verdict", "text"}, ...]}`` for each; ``domain`` is None where the
-        verdict is about a whole model.
+        ``{"claim", "published": paper and models, "cells": [{"model", "domain", "verdict", "text"}, ...], "in_all"}``
+        for each; ``domain`` is None where the verdict is about a whole model.
     """
     rows = []
     for claim in CLAIMS:
@@ -62,7 +68,16 @@ def verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             for (model, domain), (verdict, text) in _cells(claim, summary)
         ]
         if cells:
-            rows.append({"claim": claim.text, "cells": cells})
+            said = [cell["verdict"] for cell in cells]
+            unit = "model" if claim.whole_model or claim.sparse else "setting"
+            rows.append(
+                {
+                    "claim": claim.text,
+                    "published": published(claim.paper, claim.models),
+                    "cells": cells,
+                    "in_all": in_all(said, AGREES, DIFFERS, unit),
+                }
+            )
     return rows
 
 
@@ -180,30 +195,40 @@ RANKED = "RAM chooses dense heads better than chance"
 UNSURE = {"not needed": NEEDED, "dense draws": RANKED}  # not shown is not refuted
 CLAIMS = (
     Claim("A few heads hold half of the retrieval attention", ("concentrated",), ("spread",)),
-    Claim(NEEDED, ("needed",), tested=_bands("top", "random")),
+    Claim(NEEDED, ("needed",), tested=_bands("top", "random"), models=ABLATED),
     Claim(
         "It is these heads, not the layers they are in", differs=("layers",), tested=_bands("top", "layer_matched"),
-        silent=_control("layer_matched", "random heads of the same layers"),
+        silent=_control("layer_matched", "random heads of the same layers"), paper="",
     ),
     Claim(
         "It is the evidence they attend to, not just any visual token", differs=("vision",),
-        tested=_bands("top", "by vision_mass"), silent=_control("by vision_mass", "vision heads"),
+        tested=_bands("top", "by vision_mass"), silent=_control("by vision_mass", "vision heads"), paper="",
     ),
-    Claim("A small top set halves accuracy", ("halving",), ("not halving",), tested=_bands("top")),
-    Claim("Low-ranked heads hardly matter", differs=("low",), tested=_bands("bottom"), silent=_low_ranked),
+    Claim("A small top set halves accuracy", ("halving",), ("not halving",), tested=_bands("top"), models=ABLATED),
+    Claim(
+        "Low-ranked heads hardly matter", differs=("low",), tested=_bands("bottom"), silent=_low_ranked, models=ABLATED
+    ),
     Claim("Heads that attend to the evidence change the answer", differs=("idle",), tested=_causal, silent=_attending),
     Claim("Heads that do not attend to it are not necessary", differs=("blind",), tested=_causal, silent=_no_blind),
     Claim("RAM orders heads by their causal effect", ("ordered",), ("order",), tested=_causal),
     Claim(
-        "Published scores name the same heads as RAM", differs=("scores",),
+        "Published scores name the same heads as RAM", differs=("scores",), paper="",
         tested=lambda numbers: "ram" in numbers.get("scores", {}).get("names", ()),
     ),
     Claim(
         "The ranking is the same in every domain", ("domains",), ("domains",), whole_model=True,
         tested=lambda facts: len(facts.get("agreement", {}).get("domains", ())) > 1,
     ),
-    Claim("A few dense heads keep the answers", ("sparse",), ("window",), sparse=True, silent=_dense),
-    Claim(RANKED, ("dense wins",), sparse=True, tested=lambda facts: bool(facts["against_random"])),
-    Claim("Sparse inference is faster", ("faster",), ("slower",), sparse=True,
+    Claim(
+        "Heads that retrieve from pictures are those that retrieved from text", ("shared heads",), ("other heads",),
+        tested=lambda facts: "forms" in facts, whole_model=True, paper="2411.10950",
+    ),
+    Claim(
+        "Heads found on text are as necessary for pictures", ("one for both",), ("one for each",),
+        tested=lambda facts: "forms" in facts, whole_model=True, paper="2411.10950",
+    ),
+    Claim("A few dense heads keep the answers", ("sparse",), ("window",), sparse=True, silent=_dense, models=FASTER),
+    Claim(RANKED, ("dense wins",), sparse=True, tested=lambda facts: bool(facts["against_random"]), paper=""),
+    Claim("Sparse inference is faster", ("faster",), ("slower",), sparse=True, models=FASTER,
           tested=lambda facts: bool((facts["recommended"] or {}).get("speed"))),
 )  # fmt: skip

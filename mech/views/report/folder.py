@@ -80,6 +80,21 @@ def read_settings(study: Path, summary: Mapping[str, Any]) -> list[Setting]:
     return found
 
 
+def read_forms(study: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, xr.Dataset]]:
+    """By model the datasets of pictures against text, of the models that were asked.
+
+    Raises:
+        OutputError: a dataset is missing or cannot be read.
+    """
+    asked = [model for model, facts in summary["models"].items() if "forms" in facts]
+    return {
+        model: {
+            kind: _part(_folder(study, model, "forms") / f"{kind}.nc") for kind in ("question", "answer", "transfer")
+        }
+        for model in asked
+    }
+
+
 def _folder(study: Path, model: str, domain: str) -> Path:
     # A model may be named by where it comes from ("reference:llava-m"); its folder then has the last part only.
     names = (model, model.replace(":", "/").rsplit("/", 1)[-1], model.replace("/", "--").replace(":", "--"))

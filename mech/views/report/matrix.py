@@ -1,4 +1,4 @@
-"""What the literature claims against what was found, claim by claim and setting by setting, as one table of marks.
+"""What the literature claims, and on which models, beside what was found here: a table of marks, claim by claim.
 
 The verdicts are those of ``mech.experiments.findings.verdicts``; pointing at a mark gives the numbers behind it. All
 findings stand below as sentences, folded.
@@ -12,20 +12,20 @@ from mech.views.drawing.page import escape, tabular
 
 MARKS = {AGREES: ("✓", "agrees"), DIFFERS: ("✗", "differs"), CANNOT_TELL: ("?", "cannot")}
 SEE = (
-    "Each row is a claim of the literature, each column a model on a domain; pointing at a mark gives its numbers. "
-    "A row of one mark is a claim that holds, or fails, everywhere it was tested."
+    "Each row is a claim of the literature with the models that it was made on, each column a model on a domain here; "
+    "pointing at a mark gives its numbers."
 )
 
 
 def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str, Any]], scope: str) -> str:
     """The table of verdicts within the ``scope`` of a study, and the findings in words."""
     within = (
-        f"Scope: {escape(scope)}. A small model cannot contradict a large one; where it differs, the claim is not "
-        "universal."
+        f"Measured here: {escape(scope)}. A small model cannot contradict a large one: a claim that fails on it is not "
+        "universal, and one that is found again may still fail elsewhere."
     )
     return (
-        f'<section id="claims"><h2>Does the literature hold here?</h2><p class="see">{SEE} {within}</p>'
-        f"{claims_table(verdicts)}"
+        '<section id="claims"><h2>Claims of the literature, beside what was measured here</h2>'
+        f'<p class="see">{SEE} {within}</p>{claims_table(verdicts)}'
         f'<div class="card">{sentences(findings) or "<p>The study computed no findings.</p>"}</div></section>'
     )
 
@@ -85,7 +85,10 @@ def _row(row: Mapping[str, Any], columns: Sequence[tuple[str, str]], starts: set
         i += span
     counted = {kind: sum(cell["verdict"] == kind for cell in row["cells"]) for kind in MARKS}
     said = " ".join(f"{n} {MARKS[kind][0]}" for kind, n in counted.items() if n)
-    return f'<tr><th>{escape(row["claim"])}</th>{"".join(parts)}<td class="count new">{said}</td></tr>'
+    made = row.get("published", "")
+    claim = escape(row["claim"]) + (f"<br><small>{escape(made)}</small>" if made else "")
+    tip = f' data-tip="{escape(row["in_all"])}"' if "in_all" in row else ""
+    return f'<tr><th>{claim}</th>{"".join(parts)}<td class="count new"{tip}>{said}</td></tr>'
 
 
 def _cell(cell: Mapping[str, Any] | None, model: str, domain: str | None, span: int, new: bool) -> str:

@@ -16,15 +16,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
+
 from mech.arguments import checking
 from mech.errors import MechError, OutputError
 from mech.experiments.findings.cautions import KINDS as CAUTIONS
+from mech.experiments.findings.detectable import detectable
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.verdicts import verdicts
 from mech.views import agreement, curves, frontier
 from mech.views.drawing.page import escape, page, table, tabs, write
 from mech.views.report.first import first_screen
-from mech.views.report.folder import AGAIN, Setting, read_json, read_settings, read_summary
+from mech.views.report.folder import AGAIN, Setting, read_forms, read_json, read_settings, read_summary
+from mech.views.report.forms import forms_section
 from mech.views.report.heads import PANEL
 from mech.views.report.matrix import matrix
 from mech.views.report.models import model_section
@@ -50,7 +54,7 @@ def report(study_folder: str | Path) -> Path:
     summary = read_summary(study)
     record = read_json(study / "study.json") if (study / "study.json").exists() else {}
     try:
-        body = _body(summary, read_settings(study, summary), record)
+        body = _body(summary, read_settings(study, summary), record, read_forms(study, summary))
     except MechError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:  # entries that are not there, or others
@@ -60,10 +64,16 @@ def report(study_folder: str | Path) -> Path:
     return write(study / "report.html", page("Which heads retrieve the evidence?", body))
 
 
-def _body(summary: Mapping[str, Any], settings: Sequence[Setting], record: Mapping[str, Any]) -> str:
+def _body(
+    summary: Mapping[str, Any],
+    settings: Sequence[Setting],
+    record: Mapping[str, Any],
+    forms: Mapping[str, Mapping[str, xr.Dataset]],
+) -> str:
     models = summary["models"]
     links = [("first", "In short"), ("claims", "Claims"), ("overview", "Settings")]
     links += [(f"model-{i}", name) for i, name in enumerate(models)]
+    links += [("forms", "Pictures and text")] if forms else []
     links += [("sparse", "Sparse inference")] if summary.get("acceleration") else []
     links += [("scales", "Scales")] if len(models) > 1 else []
     links += [("methods", "Methods and limits"), ("provenance", "Provenance")]
@@ -84,6 +94,8 @@ def _body(summary: Mapping[str, Any], settings: Sequence[Setting], record: Mappi
         model_section(i, name, facts, [(key, one) for key, one in numbered if one.model == name])
         for i, (name, facts) in enumerate(models.items())
     ]
+    if forms:
+        sections.append(forms_section(forms, models))
     if summary.get("acceleration"):
         sections.append(_sparse(summary["acceleration"]))
     if len(models) > 1:
@@ -114,7 +126,9 @@ def _masthead(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
 
 def _limits(summary: Mapping[str, Any]) -> str:
     """What limits all that follows: said before it."""
-    said = [finding["text"] for finding in summary.get("headlines", []) if finding.get("kind") in CAUTIONS]
+    power = (summary.get("detectable") or detectable(summary))["text"]
+    said = [power] if power else []
+    said += [finding["text"] for finding in summary.get("headlines", []) if finding.get("kind") in CAUTIONS]
     items = "".join(f"<li>{escape(text)}</li>" for text in said)
     return f'<section id="limits" class="card"><b>Read first</b><ul>{items}</ul></section>' if items else ""
 

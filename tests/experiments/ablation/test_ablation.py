@@ -11,7 +11,8 @@ from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError, RegionError
 from mech.experiments.ablation.ablation import BASELINE, CONTROLS, Condition, ablation, conditions
 from mech.experiments.effects import against_random, both_units
-from mech.experiments.findings.cautions import cautions, detectable_loss, few_samples, few_sets, unstable
+from mech.experiments.findings.cautions import cautions, few_samples, few_sets, unstable
+from mech.experiments.findings.detectable import detectable
 from mech.experiments.findings.sentences import KINDS, findings, headlines, scope
 from mech.experiments.findings.summary import summarise_domain, summarise_effects
 from mech.experiments.metrics import ask, quiz
@@ -20,7 +21,7 @@ from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.scores.sinks import attention_sinks
 from mech.interventions import Ablate, intervene, reference_activations
 from mech.model import HookedMLLM
-from mech.results import heads_text
+from mech.results import ablation_dataset, heads_text
 from mech.views import curves, view
 
 
@@ -245,10 +246,7 @@ def test_a_claim_needs_samples_and_sets():
 
 
 def test_what_limits_the_numbers_is_said():
-    assert detectable_loss(16) > detectable_loss(32) > detectable_loss(100) > 0.04 and np.isnan(detectable_loss(4))
-    n, trials = 32, np.random.default_rng(0).random((4000, 32)) < detectable_loss(32)
-    assert np.mean(trials.sum(1) >= 5) == pytest.approx(0.8, abs=0.03) and 0.5**5 < 0.05 < 0.5**4
-    stable = {"n_top": 2, "n_find": n, "inclusion": [[0, 2, 0.99], [3, 5, 0.6]]}
+    stable = {"n_top": 2, "n_find": 32, "inclusion": [[0, 2, 0.99], [3, 5, 0.6]]}
     (text,) = [text for _, text in unstable(stable)]
     assert "1 of its 2 heads" in text and "(L3H5 60%)" in text
     assert not list(unstable(stable | {"inclusion": [[0, 2, 0.99], [3, 5, 0.8]]}))
@@ -257,6 +255,30 @@ def test_what_limits_the_numbers_is_said():
     )
     assert "no loss of accuracy can be significant" in next(few_samples(4, interval(1)))[1]
     assert not list(few_sets(20)) and "0.10" in next(few_sets(9))[1]
+
+
+def test_methods_that_were_asked_of_a_part_are_summarised_over_that_part():
+    """Baseline and pairs are those of the examples that were asked; the others are nan."""
+    right = np.array([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    rows = np.array([right, 1 - right, right, right * 0, right])
+    rows[3:, 4:] = np.nan
+    effects = ablation_dataset(
+        rows, rows, method=["none", "mean", "mean", "zero", "zero"], band=["none", "top", "random", "top", "random"],
+        fraction=[0, 0.05, 0.05, 0.05, 0.05], n_heads=[0, 2, 2, 2, 2], draw=[0] * 5,
+        examples=[f"e{i}" for i in range(6)],
+    )  # fmt: skip
+    facts = summarise_effects(effects)
+    by = {(e["method"], e["band"]): e for e in facts["ablation"]}
+    assert facts["n_test"] == by["mean", "top"]["n_test"] == 6 and by["zero", "top"]["n_test"] == 4
+    assert by["zero", "top"]["accuracy_drop"]["mean"] == 0.75 and by["zero", "random"]["accuracy_drop"]["mean"] == 0
+    assert by["mean", "top"]["gained"] == pytest.approx(1 / 6) and by["zero", "top"]["gained"] == 0
+    assert [test["statistic"] for test in facts["tests"]] == pytest.approx([4 / 6, 0.75])
+    drawn = {(e.method, e.band): e for e in curves.effects(effects, "accuracy")}
+    assert drawn["zero", "top"].mean == 0 and drawn["zero", "random"].mean == 0.75
+    assert np.isfinite([drawn["zero", "top"].high, *(e.low for e in curves.effects(effects, "logit_diff"))]).all()
+    told = detectable({"models": {"m": {"domains": {"grounding": facts}}}})
+    assert told["settings"][0]["n_test"] == 6 and told["settings"][0]["loss_with_gains"] is None
+    assert told["text"].startswith("What could have been detected: with 6 test samples")
 
 
 def fabricated(**changes):

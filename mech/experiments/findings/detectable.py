@@ -1,0 +1,74 @@
+"""Which loss of accuracy each setting of a study could have detected: said before its findings.
+
+    found = detectable(summary)
+    print(found["text"])
+
+It follows from the number of test samples alone, beside it how much larger the loss has to be where answers are gained
+as often as they were here without the top heads. That a smaller effect was not found says nothing of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mech.experiments.power import ALPHA, POWER, detectable_loss
+
+
+def detectable(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The least loss that each setting detects four times in five, and the sentence for all of them.
+
+    Returns:
+        ``{"power", "alpha", "settings": [{"model", "domain", "n_test", "loss", "gained", "loss_with_gains", "draws",
+        "smallest_p_sets"}, ...], "text"}``; losses are shares of answers, None where no loss can be detected.
+        ``gained`` is the share of answers that are right without the top heads only.
+    """
+    rows = [
+        {"model": model, "domain": domain, **_of(numbers)}
+        for model, facts in summary["models"].items()
+        for domain, numbers in facts["domains"].items()
+        if any(test.get("primary") for test in numbers.get("tests", ()))
+    ]
+    return {"power": POWER, "alpha": ALPHA, "settings": rows, "text": _text(rows)}
+
+
+def _of(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    test = next(test for test in numbers["tests"] if test.get("primary"))
+    top = next(e for e in numbers["ablation"] if e["band"] == "top"
+               and (e["method"], e["n_heads"]) == (test["method"], test["n_heads"]))  # fmt: skip
+    n, gained = numbers["n_test"], top.get("gained", 0.0)
+    return {
+        "n_test": n, "loss": _known(detectable_loss(n)), "gained": gained,
+        "loss_with_gains": _known(detectable_loss(n, min(gained, 0.5))), "draws": test["draws"],
+        "smallest_p_sets": test["smallest_p_sets"],
+    }  # fmt: skip
+
+
+def _known(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _text(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    losses = [row["loss"] for row in rows]
+    if any(loss is None for loss in losses):
+        return f"With {min(row['n_test'] for row in rows)} test samples no loss of accuracy could have been detected."
+    most = max(rows, key=lambda row: row["gained"])
+    text = (
+        f"What could have been detected: with {_span([row['n_test'] for row in rows])} test samples of a setting a "
+        f"loss of {_span([round(100 * loss) for loss in losses])} points of accuracy or more (paired sign flips, "
+        f"one-sided {ALPHA:.0%}, power {POWER:.0%}, no answer gained)"
+    )
+    if most["gained"] > 0:
+        larger = most["loss_with_gains"]
+        reach = "none" if larger is None else f"{100 * larger:.0f} points"
+        text += f"; {reach} where {most['gained']:.0%} of the answers are gained, the most that was seen"
+    draws = min(row["draws"] for row in rows)
+    return (
+        f"{text}. Against {draws} random sets no p falls below {1 / (1 + draws):.2g}. Of smaller losses nothing is "
+        "said: most of them would have been missed."
+    )
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
