@@ -10,7 +10,8 @@ from mech.errors import ExperimentError, suggestion
 
 EPILOG = (
     "[bold]mech claims -m reference:qwen-s -d video[/]\n\n"
-    "[bold]mech claims --only low-ranked --only queries[/]  some of them"
+    "[bold]mech claims --only low-ranked --only queries[/]  some of them\n\n"
+    "[bold]mech claims -m reference:smol -d documents --answer number --only phases[/]  answers of several tokens"
 )
 
 
@@ -18,6 +19,13 @@ def claims(
     run: options.Run,
     domain: options.Domain = None,
     only: Annotated[list[str] | None, typer.Option(help="A point by its name; repeatable. Default: all.")] = None,
+    answer: Annotated[
+        str,
+        typer.Option(
+            help="What haystacks ask for: digit (one token), number, name or sentence.",
+            callback=options.among(options.ANSWERS),
+        ),
+    ] = "digit",
     samples: Annotated[int, options.samples("Half find the heads, half test them.", 8)] = 48,
     n_random: options.NRandom = 20,
     out: options.Written = None,
@@ -31,6 +39,10 @@ def claims(
         if name not in KNOWN:
             raise ExperimentError(f"no point is called {name!r}", ", ".join(KNOWN), suggestion(name, KNOWN))
     used, where = run.samples(domain, samples)
+    if answer != "digit":
+        if run.data is not None:
+            raise ExperimentError(f"--answer {answer} with --data", "the answers of --data", "leave --answer out")
+        used = mech.haystacks(domain or "grounding", samples, run.seed, answer=answer)
     hooked = run.open_model()
     with run.progress() as say:
         result = mech.published_claims(

@@ -30,6 +30,7 @@ POSITIONS = ("all", "question", "last", "image", "text")
 BANDS = ("top", "bottom", "middle", "random", "layer_matched")
 CHOICES = ("ram", "bottom", "random", "vision", "causal", "gates", "reach", "dynamic", "layers")
 DIRECTIONS = ("denoise", "noise")
+ANSWERS = ("digit", "number", "name", "sentence")
 
 
 def reference_names(incomplete: str) -> list[str]:

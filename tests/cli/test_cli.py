@@ -138,6 +138,7 @@ def test_every_number_and_name_is_checked_before_anything_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["claims", "--answer", "numbers"], "digit, number, name, sentence"),
         (["study", "--batch-size", "0"], "--batch-size 0\nExpected: at least 1"),
         (["study", "--n-random", "0"], "--n-random 0\nExpected: at least 1"),
         (["study", "--seed", "4294967296"], "at most 4294967295"),
@@ -218,6 +219,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(words):
 
 
 def test_the_words_of_the_options_are_the_librarys():
+    from mech.data.answers import ANSWERS
     from mech.experiments.ablation.ablation import BANDS
     from mech.experiments.patching.activation import DIRECTIONS
     from mech.interventions import METHODS, POSITIONS
@@ -226,6 +228,7 @@ def test_the_words_of_the_options_are_the_librarys():
     options = import_module("mech.cli.options")  # the package has a function of that name
     assert (options.METHODS, options.POSITIONS, options.BANDS) == (METHODS, POSITIONS, BANDS)
     assert (options.CHOICES, options.DIRECTIONS) == (CHOICES, DIRECTIONS)
+    assert options.ANSWERS == ANSWERS
 
 
 def test_samples_are_called_n_too(mech):
