@@ -12,6 +12,10 @@ and for every model, on the domain with the longest prompts,
 
     acceleration   a few heads dense, the others local: accuracy, speed and cache, beside other choices of heads
 
+and for a model that was tuned from a language model which can still be opened,
+
+    forms          which heads pictures and text share, before and after tuning, and what they are worth for both
+
 From those come ``summary.json`` (numbers and findings) and ``report.html``. A study that is killed goes on where it
 was when the same command is given again, and ends in the same numbers.
 """
