@@ -324,8 +324,9 @@ def test_what_limits_the_findings_is_read_first(tmp_path):
     summary["headlines"] = [{**limit, "against_papers": False}, *summary["headlines"]]
     (study / "summary.json").write_text(json.dumps(summary))
     text = report(study).read_text()
-    assert text.index('id="limits"') < text.index('id="first"') and "Scope: 2 models; haystacks." in text
-    assert "Read first The top set is <b>not</b> stable" in Page(text).text
+    assert text.index('id="limits"') < text.index('id="first"') and "Measured here: 2 models; haystacks." in text
+    said = Page(text).text
+    assert said.index("Read first What could have been detected: with 6 test samples") < said.index(limit["text"])
 
 
 def test_studies_of_earlier_versions_open(tmp_path):
@@ -337,7 +338,7 @@ def test_studies_of_earlier_versions_open(tmp_path):
             del test[name]
     (study / "summary.json").write_text(json.dumps(summary))
     text = Page(report(study).read_text()).text
-    assert "(0.023, over samples only)" in text and "Scope: the settings of this study." in text
+    assert "(0.023, over samples only)" in text and "Measured here: the settings of this study." in text
 
 
 def test_a_summary_that_brings_its_own_answers_is_shown_as_it_is(tmp_path):

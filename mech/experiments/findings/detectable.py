@@ -37,8 +37,8 @@ def _of(numbers: Mapping[str, Any]) -> dict[str, Any]:
     n, gained = numbers["n_test"], top.get("gained", 0.0)
     return {
         "n_test": n, "loss": _known(detectable_loss(n)), "gained": gained,
-        "loss_with_gains": _known(detectable_loss(n, min(gained, 0.5))), "draws": test["draws"],
-        "smallest_p_sets": test["smallest_p_sets"],
+        "loss_with_gains": _known(detectable_loss(n, min(gained, 0.5))),
+        "draws": test.get("draws"), "smallest_p_sets": test.get("smallest_p_sets"),  # earlier versions have neither
     }  # fmt: skip
 
 
@@ -62,11 +62,9 @@ def _text(rows: list[dict[str, Any]]) -> str:
         larger = most["loss_with_gains"]
         reach = "none" if larger is None else f"{100 * larger:.0f} points"
         text += f"; {reach} where {most['gained']:.0%} of the answers are gained, the most that was seen"
-    draws = min(row["draws"] for row in rows)
-    return (
-        f"{text}. Against {draws} random sets no p falls below {1 / (1 + draws):.2g}. Of smaller losses nothing is "
-        "said: most of them would have been missed."
-    )
+    draws = [row["draws"] for row in rows if row["draws"]]
+    sets = f" Against {min(draws)} random sets no p falls below {1 / (1 + min(draws)):.2g}." if draws else ""
+    return f"{text}.{sets} Of smaller losses nothing is said: most of them would have been missed."
 
 
 def _span(values: list[int]) -> str:
