@@ -39,6 +39,7 @@ PAGES = (
      ("mech.experiments",)),
     ("sparse", "Sparse inference", "Few dense heads, the rest local.", ("mech.sparse",)),
     ("papers", "What the papers claim", "Published statements, measured on any model.", ("mech.papers",)),
+    ("scale", "Beyond one machine", "Blocks, workers and the folder they share.", ("mech.scale",)),
     ("results", "Results, views and the study", "Labelled arrays, files and pictures.", ("mech",)),
 )  # fmt: skip
 # Modules that are worth a place though no public name lives in them.
@@ -47,6 +48,7 @@ MODULES = (
     "mech.model.check",
     "mech.model.points",
     "mech.results.store",
+    "mech.scale",
     "mech.study",
     "mech.experiments.findings.summary",
     "mech.experiments.ranking.selection",

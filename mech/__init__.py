@@ -83,6 +83,8 @@ _NAMES = {
     "logit_lens": "mech.experiments.attribution.lenses",
     "modality_table": "mech.experiments.scores.modality",
     "modality_transfer": "mech.experiments.scores.modality",
+    "on_folder": "mech.scale",
+    "on_ray": "mech.scale.ray_actors",
     "ov_reading": "mech.experiments.attribution.lenses",
     "path_patching": "mech.experiments.paths.path_patching",
     "prune_heads": "mech.sparse.pruning.prune",
@@ -210,6 +212,8 @@ if TYPE_CHECKING:
     from mech.papers import published_claims as published_claims
     from mech.papers import tag_leak as tag_leak
     from mech.results import Study as Study
+    from mech.scale import on_folder as on_folder
+    from mech.scale.ray_actors import on_ray as on_ray
     from mech.sparse.dynamic import localize_dynamic as localize_dynamic
     from mech.sparse.frontier.acceleration import acceleration as acceleration
     from mech.sparse.gates import learned_gates as learned_gates

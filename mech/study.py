@@ -53,7 +53,6 @@ from mech.experiments.findings.summary import (
     summarise_scores,
 )
 from mech.experiments.findings.verdicts import verdicts
-from mech.experiments.metrics import quiz
 from mech.experiments.patching.deciding import deciding_queries
 from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Ranking, rank_heads
@@ -64,6 +63,7 @@ from mech.interventions import reference_activations
 from mech.interventions.counterfactuals import with_counterfactuals
 from mech.model import HookedMLLM
 from mech.results import Study, map_facts, provenance, write_json
+from mech.scale import BlocksFailed, open_model, rest_goes_on, split_revision
 from mech.settings import Settings, default_domains, default_settings
 from mech.sparse.frontier.acceleration import local_for
 from mech.sparse.frontier.resumable import acceleration_in
@@ -101,6 +101,7 @@ def study(
     Raises:
         OutputError: the folder cannot be written, is in use, or holds a study of other settings or weights.
         ExperimentError: an unknown domain, two models of one name, or too few samples.
+        BlocksFailed: inside ``mech.on_folder`` or ``mech.on_ray``, blocks failed; everything else is done.
 
     Cost: for each model and domain ``n_find`` forwards for the RAM, as many for the reference activations, three times
     as many for the other scores, ``n_test`` for every condition, and for each of ``n_causal`` samples about three for
@@ -128,6 +129,7 @@ def study(
     with Study(folder, given) as place:
         summary: dict[str, Any] = {"schema": 1, "models": {}, "acceleration": {}}
         retrieval: dict[str, dict[str, Ranking]] = {}
+        failed: list[BlocksFailed] = []
         for name, short in shorts.items():
             model = open_model(name)
             wanted = samples_of(model, name, domains, data, settings)
@@ -142,17 +144,22 @@ def study(
             }
             rankings: dict[str, Ranking] = {}
             for domain, samples in wanted.items():
-                found = one_domain(place, model, f"{short}/{domain}", samples, settings, say)
-                facts["domains"][domain], rankings[domain] = found
-            facts["agreement"] = summarise_agreement(rankings)
+                with rest_goes_on(failed):
+                    found = one_domain(place, model, f"{short}/{domain}", samples, settings, say)
+                    facts["domains"][domain], rankings[domain] = found
+            facts["agreement"] = summarise_agreement(rankings) if rankings else {}
             summary["models"][short] = facts
-            retrieval[short] = {domain: above_null(place.get(f"{short}/{domain}/ram")) for domain in wanted}
+            retrieval[short] = {domain: above_null(place.get(f"{short}/{domain}/ram")) for domain in rankings}
             if settings.shares:
-                long = longest(model, wanted, settings, own=data is not None)
-                summary["acceleration"] |= accelerated(place, model, short, long, settings, say)
+                with rest_goes_on(failed):
+                    long = longest(model, wanted, settings, own=data is not None)
+                    summary["acceleration"] |= accelerated(place, model, short, long, settings, say)
             if settings.n_forms and data is None:
-                facts |= both_forms(place, model, short, next(iter(wanted)), settings, say)
+                with rest_goes_on(failed):
+                    facts |= both_forms(place, model, short, next(iter(wanted)), settings, say)
             del model  # before the next one is loaded
+        if failed:
+            raise BlocksFailed.of(failed)
         if not summary["models"]:
             raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
         if settings.shares and tuple(models) == DEFAULT_MODELS and data is None:
@@ -169,33 +176,6 @@ def study(
         summary["provenance"] = {s: records[s] for s in dict.fromkeys([*summary["models"], *summary["acceleration"]])}
         write_json(summary, place.path / "summary.json")
         return report(place.path)
-
-
-def split_revision(name: str) -> tuple[str, str | None]:
-    """A model's name and its revision: ``NAME@REVISION``, or a name alone.
-
-    Raises:
-        ExperimentError: a revision of a folder.
-        UnsupportedModel: a reference model without this revision.
-    """
-    base, _, revision = name.rpartition("@")
-    if not base or Path(name).expanduser().is_dir():
-        return name, None
-    if Path(base).expanduser().is_dir():
-        raise ExperimentError(
-            f"revision {revision!r} of the folder {base}", "a hub id or a reference model", "leave the revision out"
-        )
-    if base.startswith(reference.PREFIX) and revision != "main":
-        reference.checkpoint(base, revision)
-    return base, revision
-
-
-def open_model(name: str) -> HookedMLLM:
-    """Open a model by ``NAME`` or ``NAME@REVISION``: results carry the revision in the model's name."""
-    base, revision = split_revision(name)
-    model = HookedMLLM.from_pretrained(base, revision=revision)
-    model.name = name
-    return model
 
 
 def short_name(name: str) -> str:
@@ -299,9 +279,9 @@ def ablations(
     done = count(len(todo) - len(missing) + 1)
     other = [i for i in missing if todo[i].method in settings.methods[1:]]
     bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed) if missing else None
+    how = How(bank, seed=settings.seed)
     for some, samples in (([i for i in missing if i not in other], test), (other, test[: settings.n_other])):
-        questions = quiz(model, samples, settings.batch_size) if some else None
-        parts = ablated(model, questions, [todo[i] for i in some], How(bank, seed=settings.seed)) if questions else ()
+        parts = ablated(model, samples, [todo[i] for i in some], how, settings.batch_size) if some else ()
         for index, part in zip(some, parts, strict=True):
             place.append(f"{key}/ablation", part.reindex(example=[sample.id for sample in test]), index)
             say(f"{key}: ablation", next(done), len(todo))

@@ -27,18 +27,15 @@ ORDER = [
     "model",
     "interventions",
     "results",
+    "scale",
     "experiments",
     "sparse",
     "papers",
     "views",
     "explorer",
 ]
-PROGRAMS = {
-    "study.py",
-    "settings.py",
-    "__init__.py",
-    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("cli/*.py")),
-}
+PROGRAMS = {"study.py", "settings.py", "__init__.py"}
+PROGRAMS |= {path.relative_to(ROOT).as_posix() for place in ("cli", "lmms") for path in ROOT.glob(f"{place}/**/*.py")}
 
 
 def imports(path: Path) -> set[str]:

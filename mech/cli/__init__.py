@@ -1,6 +1,6 @@
 """The command line, one file a command: ``mech study``, ``rank``, ``ablate``, ``transfer``, ``patch``, ``paths``,
-``accelerate``, ``sparsify``, ``explore``, ``claims``, ``check``, ``data``, ``view``. What commands share is in
-``options``.
+``accelerate``, ``sparsify``, ``explore``, ``claims``, ``check``, ``data``, ``view``, ``work``, ``status``. What they
+share is in ``options``, and in ``scale`` what those share that can be measured on many machines.
 
 Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
 printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
@@ -14,6 +14,8 @@ import typer
 
 from mech.cli import ablate, accelerate, check, claims, data, explore, patching, rank, study, transfer, view
 from mech.cli.options import command
+from mech.cli.scale import status, work
+from mech.cli.scale.spread import spread, with_bare_ray
 from mech.errors import MechError, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the system
@@ -27,7 +29,8 @@ app = typer.Typer(
     help="Mechanistic interpretability of multimodal LLMs: which attention heads fetch the visual evidence, "
     "and are they needed?",
     epilog="Exit codes: 0 done; 1 a check failed; 2 a mistake that can be mended, with what to do; "
-    "130 stopped by Ctrl-C (a study goes on when the same command is given again).",
+    "3 blocks failed, and the rest is done; 130 stopped by Ctrl-C (a study goes on when the same command is given "
+    "again).",
 )
 
 
@@ -62,17 +65,20 @@ for _command, _epilog in (
     (data.data, data.EPILOG),
     (claims.claims, claims.EPILOG),
     (check.check, check.EPILOG),
+    (work.work, work.EPILOG),
+    (status.status, status.EPILOG),
 ):
-    app.command(epilog=_epilog)(command(_command))
+    _spreads = _command.__name__ in ("study", "rank", "ablate", "patch", "accelerate", "transfer")
+    app.command(epilog=_epilog)(spread(command(_command)) if _spreads else command(_command))
 
 
 def main() -> None:
     """Run the command line; what a user can mend is said in three lines."""
     try:
-        app()
+        app(with_bare_ray(sys.argv[1:]))
     except MechError as error:
         print(f"mech: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,10 +174,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
+BARS: ContextVar[bool] = ContextVar("bars", default=True)  # whether progress is shown as bars, or elsewhere in one line
+
+
 class progress:
     """A progress bar with the time left, on standard error; nothing when quiet."""
 
     def __init__(self, quiet: bool):
+        quiet = quiet or not BARS.get()
         self.quiet, self.bar, self.tasks = quiet, None, {}
 
     def __enter__(self):

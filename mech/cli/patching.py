@@ -61,12 +61,12 @@ def patch(
     ] = None,
 ) -> None:
     """Activation patching: which head, layer, position or region carries what the counterfactual changes."""
-    import mech
+    from mech.experiments.patching.paired import patched_pairs
 
     hooked, samples, called = pairs.of(run)
     with run.progress() as say:
-        result = mech.activation_patching(
-            hooked, list(samples), None, _difference(samples), point=point, over=tuple(over or ("layer", "head")),
+        result = patched_pairs(
+            hooked, samples, point=point, over=tuple(over or ("layer", "head")),
             positions=positions, regions=_regions(hooked, samples, regions), direction=pairs.direction,
             progress=lambda i, n: say("patching", i, n),
         )  # fmt: skip

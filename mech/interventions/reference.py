@@ -5,7 +5,7 @@ ever takes at a word.
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class Reference:
     point: str = Z
     model: str = ""
     weights: str = ""
+
+    def to(self, device: torch.device | str) -> "Reference":
+        """The same values on a device."""
+        return replace(self, mean=self.mean.to(device), draws=self.draws.to(device))
 
     def check(self, model: HookedMLLM, point: str, allow_other_model: bool = False) -> str:
         """Refuse a model or a point that these values are not of.

@@ -59,7 +59,7 @@ def provenance(
         "specs": jsonable(specs),
         "seed": seed,
         "settings": jsonable(settings),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **software_versions(PACKAGES)},
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -140,6 +140,11 @@ def _accelerator(device: Any) -> str | None:
     if torch is None or not str(device).startswith("cuda"):
         return None
     return torch.cuda.get_device_name(device)
+
+
+def software_versions(packages: Sequence[str]) -> dict[str, Any]:
+    """Version by package; None where it is not there."""
+    return {name: _version(name) for name in packages}
 
 
 _installed = functools.cache(importlib.metadata.version)  # reading metadata takes milliseconds

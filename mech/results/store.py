@@ -99,7 +99,11 @@ def load(path: str | Path) -> xr.Dataset:
 
 def save_part(dataset: xr.Dataset, path: str | Path) -> Path:
     """Write a small piece of a result quickly. ``load_part`` reads it back."""
-    path = Path(path)
+    return write(path, part_bytes(dataset))
+
+
+def part_bytes(dataset: xr.Dataset) -> bytes:
+    """What ``save_part`` writes, checksum and all."""
     header = {
         "dims": {str(name): variable.dims for name, variable in dataset.variables.items()},
         "attrs": {str(name): jsonable(variable.attrs) for name, variable in dataset.variables.items()},
@@ -111,25 +115,28 @@ def save_part(dataset: xr.Dataset, path: str | Path) -> Path:
     arrays |= {f"_{name}": _plain(variable.values, name) for name, variable in dataset.variables.items()}
     packed = io.BytesIO()
     np.savez(packed, **arrays)
-    return write(path, packed.getbuffer(), seal(packed.getbuffer()))
+    return packed.getvalue() + seal(packed.getbuffer())
 
 
 def load_part(path: str | Path) -> xr.Dataset:
     """Read a file of ``save_part``; ``OutputError`` when it is missing or damaged."""
     path = Path(path)
     try:
-        content, whole = unsealed(read(path))
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            header = parse_json(str(arrays[_HEADER]))
-            variables = {
-                name: (dims, arrays[f"_{name}"], header["attrs"][name]) for name, dims in header["dims"].items()
-            }
-        if NAME in header and not whole:
-            raise ValueError("its checksum is missing: it was cut off")
-        coords = {name: variables.pop(name) for name in header["coords"]}
-        return xr.Dataset(variables, coords, header["dataset"])
+        return part_of_bytes(read(path))
     except Exception as error:  # zipfile, zlib, numpy and xarray have no common error; all of them mean: not readable
         raise OutputError(f"{path} cannot be read ({error})", "a whole part", "delete it and run again") from error
+
+
+def part_of_bytes(content: bytes) -> xr.Dataset:
+    """What ``part_bytes`` wrote; an error of zipfile, zlib, numpy or xarray when it is damaged."""
+    content, whole = unsealed(content)
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        header = parse_json(str(arrays[_HEADER]))
+        variables = {name: (dims, arrays[f"_{name}"], header["attrs"][name]) for name, dims in header["dims"].items()}
+    if NAME in header and not whole:
+        raise ValueError("its checksum is missing: it was cut off")
+    coords = {name: variables.pop(name) for name in header["coords"]}
+    return xr.Dataset(variables, coords, header["dataset"])
 
 
 def write_json(value: Mapping[str, Any], path: str | Path) -> Path:

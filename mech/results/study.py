@@ -38,6 +38,8 @@ from mech.results.provenance import jsonable
 from mech.results.schema import KINDS, VERSION, check
 from mech.results.store import load, load_part, read_json, save, save_part, write_json
 
+BLOCKS = "blocks"  # a folder of `mech.scale` inside the study, which many processes write to
+
 try:
     import fcntl
 except ImportError:  # no file locks on this system: two writers are then not noticed
@@ -70,7 +72,8 @@ class Study:
         make_folder(self.path)
         self._lock = _Lock.of(self.path / ".lock")
         for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+            if BLOCKS not in left.parts:  # there others may be writing
+                left.unlink(missing_ok=True)
         wanted = jsonable(dict(settings))
         if (self.path / "study.json").exists():
             self._record = _read_record(self.path / "study.json")

@@ -37,6 +37,7 @@ WRONG: dict[str, st.SearchStrategy] = {
     "word": WORDLIKE | st.text(max_size=8).map(lambda text: "no " + text),
     "words": WORDLIKE | values([], ["no such word"], "top", 3, [3], [None], {}, [["top"]]),
     "text": values(None, 3, True, NAN, b"text", ["text"], {}, object()),
+    "texts": values(None, 3, "text", [3], [None], {}, object(), NAN),
     "function": values(3, "print", [], {}, True, NAN, object()),
     "model": OBJECTS,
     "sample": OBJECTS,

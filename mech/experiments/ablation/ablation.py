@@ -34,7 +34,7 @@ from mech.axes import CONDITION
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
-from mech.experiments.metrics import Quiz, ask, begun, quiz
+from mech.experiments.metrics import ask, begun, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.indices import Pairs
@@ -42,6 +42,7 @@ from mech.interventions import METHODS, Ablate, Reference, check_positions, inte
 from mech.interventions.specs import Phase, Where, Z
 from mech.model import HookedMLLM
 from mech.results import ablation_dataset, provenance
+from mech.scale.measures import per_sample, running
 
 BANDS = ("top", "bottom", "middle", "random", "layer_matched")
 KNOWN = (*BANDS, "unneeded", "unrestricted")  # the last two on request
@@ -226,15 +227,7 @@ def ablation(
     how = How(reference, positions, phase, seed, allow_other_model)
     for condition in todo[1:]:
         how.spec(condition).check(model)
-    questions = quiz(model, samples, batch_size, partial(check_positions, where=positions, phase=phase))
-    if isinstance(reference, Samples):
-        how = replace(how, reference=reference_activations(model, reference, batch_size=batch_size, seed=seed))
-    parts: list[xr.Dataset] = []
-    for part in ablated(model, questions, todo, how):
-        parts.append(part)
-        if progress:
-            progress(len(parts), len(todo))
-    joined = xr.concat(parts, dim=CONDITION)
+    joined = asked_without(model, samples, conditions=todo, how=how, batch_size=batch_size, progress=progress)
     joined.attrs.update(
         model=model.name,
         domain=", ".join(samples.domains),
@@ -261,11 +254,60 @@ class How:
         return Ablate(heads=condition.heads, to=condition.method, **common)
 
 
-def ablated(model: HookedMLLM, questions: Quiz, todo: Sequence[Condition], how: How) -> Iterator[xr.Dataset]:
+def asked_without(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    conditions: Sequence[Condition],
+    how: How,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The numbers of ``ablation``, condition by condition or, inside ``mech.on_folder``, in blocks."""
+    if running() is not None and isinstance(how.reference, Samples):  # made once, and not for every block
+        reference = reference_activations(model, how.reference, batch_size=batch_size, seed=how.seed)
+        how = replace(how, reference=reference)
+    return per_sample_answers(
+        model, samples, conditions=list(conditions), how=how, batch_size=batch_size, progress=progress
+    )
+
+
+@per_sample("ablation", over="conditions", classes=(Condition, Head, How, Reference))
+def per_sample_answers(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    conditions: Sequence[Condition],
+    how: How,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The numbers of ``ablation``, without what is known of all samples together."""
+    parts: list[xr.Dataset] = []
+    for part in ablated(model, samples, conditions, how, batch_size):
+        parts.append(part)
+        if progress:
+            progress(len(parts), len(conditions))
+    return xr.concat(parts, dim=CONDITION)
+
+
+def ablated(
+    model: HookedMLLM, samples: Samples, todo: Sequence[Condition], how: How, batch_size: int = 16
+) -> Iterator[xr.Dataset]:
     """The conditions one by one, each a dataset of its own: what a study saves as it goes.
 
     Each begins at the first layer that it changes, if together they save more than keeping the layers before costs.
     """
+    if running() is not None:  # elsewhere, all at once
+        whole = asked_without(model, samples, conditions=todo, how=how, batch_size=batch_size)
+        yield from (whole.isel({CONDITION: [i]}) for i in range(len(todo)))
+        return
+    questions = quiz(model, samples, batch_size, partial(check_positions, where=how.positions, phase=how.phase))
+    if isinstance(how.reference, Samples):
+        reference = reference_activations(model, how.reference, batch_size=batch_size, seed=how.seed)
+        how = replace(how, reference=reference)
+    elif how.reference is not None:
+        how = replace(how, reference=how.reference.to(model.device))
     saved = sum(_begins(condition) for condition in todo) / model.cfg.n_layers
     runs = begun(model, questions) if saved > KEEPING else ()
     for condition in todo:

@@ -14,7 +14,7 @@ answer*: ``in_form`` says how often a model without the heads still gives one of
 A model that cannot find the evidence any more names a wrong one; a model that is broken says something else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,21 +22,20 @@ import torch
 import xarray as xr
 
 from mech.arguments import NOT_EMPTY, Amount, Count, Seed, at_least, checked, one_of
-from mech.axes import CONDITION
+from mech.axes import CONDITION, EXAMPLE
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.ablation.ablation import BASELINE, Condition
 from mech.experiments.effects import against_random
 from mech.experiments.metrics import Quiz, ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
-from mech.experiments.ranking.ranking import Ranking, rank_heads
+from mech.experiments.ranking.ranking import Head, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.statistics import accuracy_interval
-from mech.interventions import METHODS, Ablate, intervene, reference_activations
+from mech.interventions import METHODS, Ablate, Reference, intervene, reference_activations
 from mech.model import HookedMLLM
 from mech.results import heads_text, provenance
-
-MEASURES = ("accuracy", "logit_diff", "in_form")
+from mech.scale.measures import per_sample
 
 
 @checked
@@ -110,15 +109,17 @@ def transfer(
     parts: list[xr.Dataset] = []
     for task, samples in test.items():
         reference = reference_activations(model, find[task], batch_size=batch_size, seed=seed)
-        questions = quiz(model, samples, batch_size)
-        rows = []
-        for condition in todo:
-            rows.append(_asked(model, questions, condition, reference, seed))
+
+        def tell(done: int, total: int, before: int = len(parts)) -> None:
             if progress:
-                progress(len(parts) * len(todo) + len(rows), len(test) * len(todo))
-        values = {name: ((CONDITION, "example"), np.stack([row[name] for row in rows])) for name in MEASURES}
-        ids = {"example_id": ("example", np.array(questions.examples, dtype=object))}
-        parts.append(xr.Dataset(values, ids))
+                progress(before * total + done, len(test) * total)
+
+        options: dict[str, Any] = dict(reference=reference, seed=seed, batch_size=batch_size, progress=tell)
+        answers = per_sample_forms(model, samples, conditions=todo, **options)
+        in_form = np.isin(answers["first_token"], answers["right_token"]).astype(float)
+        part = answers.drop_vars(["first_token", "right_token"]).assign(in_form=((CONDITION, EXAMPLE), in_form))
+        ids = {"example_id": (EXAMPLE, part[EXAMPLE].values.astype(object))}
+        parts.append(part.drop_vars(EXAMPLE).assign_coords(ids))
     padded = [part.pad(example=(0, max(map(len, test.values())) - part.sizes["example"])) for part in parts]
     joined = xr.concat(padded, dim=xr.Variable("tested_on", list(test)))
     joined = joined.assign_coords(
@@ -163,10 +164,33 @@ def _summary(effects: xr.Dataset, names: list[str]) -> xr.Dataset:
     return xr.Dataset({**values, **{name: ("tested_on", row) for name, row in chance.items()}}, {"found_on": names})
 
 
+@per_sample("transfer", over="conditions", classes=(Condition, Head, Reference))
+def per_sample_forms(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    conditions: Sequence[Condition],
+    reference: Reference,
+    seed: int,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The numbers of ``transfer`` on one task: ``ask``, the first token of what is answered, and the right one."""
+    questions, bank = quiz(model, samples, batch_size), reference.to(model.device)
+    rows: list[dict[str, np.ndarray]] = []
+    for condition in conditions:
+        rows.append(_asked(model, questions, condition, bank, seed))
+        if progress:
+            progress(len(rows), len(conditions))
+    values = {name: ((CONDITION, EXAMPLE), np.stack([row[name] for row in rows])) for name in rows[0]}
+    right = [answer[0] for answer in questions.answers]
+    return xr.Dataset({**values, "right_token": (EXAMPLE, right)}, {EXAMPLE: list(questions.examples)})
+
+
 def _asked(
     model: HookedMLLM, questions: Quiz, condition: Condition, reference: Any, seed: int
 ) -> dict[str, np.ndarray]:
-    """``ask``, and whether the first token said is that of any answer of these questions."""
+    """``ask``, and the first token of each answer."""
     answers: list[torch.Tensor] = []
 
     def listening(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -185,8 +209,7 @@ def _asked(
             scores = ask(listening(without), questions)
     # Rows end with the answer: its first token is said one row before it.
     begins = [int(row[-len(answer) - 1]) for row, answer in zip(answers, questions.answers, strict=True)]
-    known = {answer[0] for answer in questions.answers}
-    return {**scores, "in_form": np.array([float(token in known) for token in begins])}
+    return {**scores, "first_token": np.array(begins)}
 
 
 def _ranked(model: HookedMLLM, find: Mapping[str, Samples], batch_size: int) -> dict[str, Ranking]:

@@ -40,6 +40,7 @@ from mech.experiments.causal.sets import greedy, set_curves, sizes_of, smallest
 from mech.experiments.causal.sufficiency import facts_of, redirection_of, sentence_of
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.patching.activation import activation_patching
+from mech.experiments.patching.paired import patched_pairs
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
@@ -58,6 +59,7 @@ from mech.model.partial.cached_run import NotResumable
 from mech.notebook import Shown
 from mech.results import check, load, provenance, save
 from mech.results.older import LABELS
+from mech.scale.measures import running
 
 QUADRANTS = ("attending and causal", "attending, not causal", "causal, not attending", "neither")
 ATTENDING = 0.05  # a head attends if this much of the attention that even attention puts elsewhere is on the evidence
@@ -337,11 +339,16 @@ PLACES = {"last": "last token", "evidence": "evidence", "picture": "rest of the 
 
 
 def _swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
-    clean, corrupted = ([pair[side] for pair in runs.pairs] for side in (0, 1))
-    swept = activation_patching(
-        runs.model, clean, corrupted, runs.metric, direction=direction,
-        progress=lambda done, total: say({"noise": "noising", "denoise": "denoising"}[direction], done, total),
-    )  # fmt: skip
+    def tell(done: int, total: int) -> None:
+        say({"noise": "noising", "denoise": "denoising"}[direction], done, total)
+
+    if running() is not None:  # workers make the inputs of their own samples
+        swept = patched_pairs(
+            runs.model, runs.samples, forced=runs.forced, direction=direction, batch_size=1, progress=tell
+        )
+    else:
+        clean, corrupted = ([pair[side] for pair in runs.pairs] for side in (0, 1))
+        swept = activation_patching(runs.model, clean, corrupted, runs.metric, direction=direction, progress=tell)
     if direction == "noise":
         return (swept["clean"] - swept["metric"]).values / runs.gap  # of the *mean* gap, other than swept["effect"]
     return (swept["metric"] - swept["corrupted"]).values / runs.gap

@@ -23,6 +23,7 @@ from torch import Tensor
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError
 from mech.experiments.metrics import LogitDiff, Reading
+from mech.experiments.patching.paired import answers_apart, forced_inputs
 from mech.experiments.patching.plan import pairs_of
 from mech.inputs import Inputs, TokenLayout
 from mech.model import HookedMLLM
@@ -61,6 +62,7 @@ class Runs:
     metric: LogitDiff
     pairs: tuple[tuple[Inputs, Inputs], ...]
     batches: tuple[Batch, ...]
+    forced: bool = False  # whether both runs are given the right answer
 
     @classmethod
     def of(cls, model: HookedMLLM, samples: Sequence[Sample], batch_size: int = 16) -> "Runs":
@@ -76,14 +78,10 @@ class Runs:
             what = f"{len(lone)} samples without a counterfactual, the first is {lone[0]!r}" if lone else "one sample"
             raise ExperimentError(what, "at least two samples, each with a counterfactual", "set Sample.counterfactual")
         others = [sample.counterfactual for sample in samples if sample.counterfactual]
-        metric = LogitDiff([s.answer for s in samples], [other.answer for other in others])
+        metric = answers_apart(samples)
         # Answers that begin alike are read behind their common beginning, which both runs must then be given.
         forced = any(_fork(model, s.answer, o.answer) for s, o in zip(samples, others, strict=True))
-        clean = [model.inputs_of(sample, answer=forced) for sample in samples]
-        corrupted = [
-            model.inputs_of(replace(other, answer=sample.answer), answer=forced)
-            for sample, other in zip(samples, others, strict=True)
-        ]
+        clean, corrupted = forced_inputs(model, samples, forced)
         pairs = tuple(pairs_of(model, clean, corrupted))
         batches = []
         for start in range(0, len(pairs), batch_size):
@@ -100,7 +98,7 @@ class Runs:
                 beginning(model, batch.inputs[side], most=most, **_options(model, batch, side)) for side in (0, 1)
             )
             batches.append(replace(batch, z=z, scores=scores, begun=begun))
-        runs = cls(model, samples, metric, pairs, tuple(batches))
+        runs = cls(model, samples, metric, pairs, tuple(batches), forced)
         if not runs.gap > 0:
             raise ExperimentError(
                 f"{model.name} prefers the right answer by {runs.gap:.2g} logits more in the clean runs than in the "

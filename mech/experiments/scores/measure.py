@@ -30,11 +30,12 @@ from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches
 from mech.experiments.ranking.ranking import head_count
 from mech.experiments.scores.localization import localized
-from mech.experiments.scores.published import NULL, PUBLISHED, QUESTION, Pass, Score, named_scores, passes
+from mech.experiments.scores.published import NULL, OTHER, PUBLISHED, QUESTION, Pass, Score, named_scores, passes
 from mech.experiments.scores.ram import Progress
 from mech.experiments.scores.reading import Prepared, prepared, read_pass, trimmed
 from mech.model import HookedMLLM
 from mech.results import provenance
+from mech.scale.measures import per_sample
 
 __all__ = ["PUBLISHED", "Pass", "Score", "head_scores", "passes"]
 NULL_QUESTION = "N/A"
@@ -84,8 +85,39 @@ def head_scores(
     """
     named, samples = named_scores(scores), Samples(samples)
     _check(named, samples)
+    asks_others = any(step.asked == OTHER for step in passes(named))
+    others = [_another(samples, i) if asks_others else "" for i in range(len(samples))]
+    result = per_sample_scores(
+        model, samples, scores=named, others=others, seed=seed, sink_tau=sink_tau, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    values = {str(name): value.values for name, value in result.data_vars.items()}
+    return _dataset(model, samples, named, values, passes(named), seed)
+
+
+@per_sample("scores", beside=("others",), classes=(Score,))
+@torch.no_grad()
+def per_sample_scores(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    scores: Mapping[str, Score],
+    others: Sequence[str],
+    seed: int,
+    sink_tau: float,
+    max_new_tokens: int,
+    first: int = 0,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """The numbers of ``head_scores``, without what is known of all samples together.
+
+    ``others`` are questions that ask something else than each sample does, and ``first`` is the place of the first
+    sample among all: regions are drawn by it.
+    """
+    named = scores
     plan = passes(named)
-    rows = _prepared(model, samples, named, plan, batch_size, seed, max_new_tokens)
+    rows = _prepared(model, samples, others, named, plan, batch_size, [seed, first], max_new_tokens)
     parts: dict[str, list[np.ndarray]] = {}
     for _, batch in in_batches(samples, batch_size):
         totals: dict[str, Tensor] = {}
@@ -110,20 +142,25 @@ def head_scores(
             parts.setdefault(name, []).append(value.cpu().numpy())
         if progress:
             progress(batch[-1] + 1, len(samples))
-    values = {name: np.concatenate(batches) for name, batches in parts.items()}
-    return _dataset(model, samples, named, values, plan, seed)
+    values = {name: ((EXAMPLE, LAYER, HEAD), np.concatenate(batches)) for name, batches in parts.items()}
+    return xr.Dataset(values, {EXAMPLE: [sample.id or str(first + i) for i, sample in enumerate(samples)]})
 
 
 def _prepared(
     model: HookedMLLM,
     samples: Samples,
+    others: Sequence[str],
     named: Mapping[str, Score],
     plan: Mapping[Pass, tuple[str, ...]],
     batch_size: int,
-    seed: int,
+    start: Sequence[int],
     max_new_tokens: int,
 ) -> dict[Pass, list[Prepared]]:
-    """The rows of every pass. All that can be refused is refused before the first forward."""
+    """The rows of every pass. All that can be refused is refused before the first forward.
+
+    ``start`` is the seed of the regions, and the place of the first sample among all.
+    """
+    seed, first = start
     rows: dict[Pass, list[Prepared]] = {}
     texts: list[str] = []
     for step in sorted(plan, key=lambda step: step.text == "generated"):  # known only behind a forward, so last
@@ -135,13 +172,13 @@ def _prepared(
         for i, sample in enumerate(samples):
             asked = replace(
                 sample,
-                question={QUESTION: sample.question, NULL: NULL_QUESTION}.get(step.asked) or _another(samples, i),
+                question={QUESTION: sample.question, NULL: NULL_QUESTION}.get(step.asked) or others[i],
                 answer=texts[i] if step.text == "generated" else sample.answer,
             )
             on = {score.on for score in scores}
             evidence = sample.evidence if on & {"evidence", "parts"} else ()
             inputs = model.inputs_of(asked, answer=bool(step.text)).to("cpu")
-            row = prepared(inputs, evidence, draws, [seed, i], sample if "parts" in on else None)
+            row = prepared(inputs, evidence, draws, [seed, first + i], sample if "parts" in on else None)
             if any(score.calibrate == "distractors" for score in scores):
                 apart = (inputs.layout.visual.positions(distractor.region) for distractor in sample.distractors)
                 row = replace(row, distractors=tuple(apart))

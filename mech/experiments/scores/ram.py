@@ -18,12 +18,14 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from mech.arguments import Count, checked
+from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.experiments.ranking.checks import refuse_without_evidence
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance, ram_dataset
+from mech.scale.measures import per_sample
 
 Progress = Callable[[int, int], None]
 
@@ -65,6 +67,23 @@ def retrieval_attention_mass(
     """
     samples = Samples(samples)
     refuse_without_evidence(samples)
+    values = per_sample_masses(model, samples, queries=queries, batch_size=batch_size, progress=progress)
+    return ram_dataset(
+        **{str(name): value.values for name, value in values.data_vars.items()},
+        layers=model.cfg.attention_layers,
+        examples=samples.names,
+        model=model.name,
+        domain=", ".join(samples.domains),
+        queries=queries,
+        provenance=provenance(model, samples, queries=queries),
+    )
+
+
+@per_sample("attention")
+def per_sample_masses(
+    model: HookedMLLM, samples: Samples, *, queries: str, batch_size: int = 8, progress: Progress | None = None
+) -> xr.Dataset:
+    """The numbers of ``retrieval_attention_mass``, without what is known of all samples together."""
     parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
     for inputs, keys, done in evidence_batches(model, samples, batch_size):
         masses, sizes = evidence_mass(model, inputs, keys, queries)
@@ -74,15 +93,9 @@ def retrieval_attention_mass(
         parts["n_evidence"].append(np.array([len(k) for k in keys]))
         if progress:
             progress(done, len(samples))
-    return ram_dataset(
-        **{name: np.concatenate(values) for name, values in parts.items()},
-        layers=model.cfg.attention_layers,
-        examples=samples.names,
-        model=model.name,
-        domain=", ".join(samples.domains),
-        queries=queries,
-        provenance=provenance(model, samples, queries=queries),
-    )
+    dims = {"ram": (EXAMPLE, LAYER, HEAD), "vision_mass": (EXAMPLE, LAYER, HEAD)}
+    joined = {name: (dims.get(name, (EXAMPLE,)), np.concatenate(values)) for name, values in parts.items()}
+    return xr.Dataset(joined, {EXAMPLE: list(samples.names)})
 
 
 def evidence_batches(

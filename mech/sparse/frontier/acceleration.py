@@ -37,11 +37,12 @@ from mech.errors import ExperimentError
 from mech.experiments.metrics import LogitDiff, Quiz, ask, quiz
 from mech.experiments.patching.activation import activation_patching
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
-from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
+from mech.experiments.ranking.ranking import Head, Heads, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.identity import weight_digest
 from mech.model import HookedMLLM
 from mech.results import provenance
+from mech.scale.measures import per_sample, running
 from mech.sparse.dynamic import chosen, reach
 from mech.sparse.frontier.speed import speed_dataset
 from mech.sparse.gates import learned_gates
@@ -283,13 +284,41 @@ def timed(todo: Sequence[Setting]) -> dict[float, Heads]:
     }
 
 
+@per_sample("sparse inference", over="todo", classes=(Setting, Local, Head))
+def asked_sparsely(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    todo: Sequence[Setting],
+    local: Local,
+    length: int,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The numbers of ``acceleration``, without what is known of all samples together."""
+    return xr.concat(list(measured(model, samples, todo, local, batch_size, length)), dim=CONDITION)
+
+
 def measured(
-    model: HookedMLLM, samples: Samples, todo: Sequence[Setting], local: Local, batch_size: int = 4
+    model: HookedMLLM,
+    samples: Samples,
+    todo: Sequence[Setting],
+    local: Local,
+    batch_size: int = 4,
+    length: int | None = None,
 ) -> Iterator[xr.Dataset]:
-    """The settings one by one, each a dataset of its own: what a study saves as it goes."""
+    """The settings one by one, each a dataset of its own: what a study saves as it goes.
+
+    ``length`` is that of the sample that budgets are given for; the median one if None.
+    """
+    if running() is not None:  # elsewhere, all at once
+        length = int(np.median([len(model.inputs_of(sample, answer=True).layout) for sample in samples]))
+        whole = asked_sparsely(model, samples, todo=list(todo), local=local, length=length, batch_size=batch_size)
+        yield from (whole.isel({CONDITION: [i]}) for i in range(len(todo)))
+        return
     questions = quiz(model, samples, batch_size)
     lengths = [row for batch in questions.batches for row in batch.tensors["attention_mask"].sum(1).tolist()]
-    length, maps = int(np.median(lengths)), None
+    length, maps = length or int(np.median(lengths)), None
     for setting in todo:
         policy = Policy(setting.heads, local.sinks, local.window)
         if setting.choice == "dense":

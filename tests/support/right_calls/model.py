@@ -7,6 +7,31 @@ from right_calls.given import RUN, Call, Given, entered
 def calls(given: Given) -> dict[str, Call]:
     return {
         "explore": Call(mech.explore, given.tested, {**RUN, "reference": "?samples", "link": "text"}),
+        "on_folder": Call(
+            entered(mech.on_folder),
+            {"folder": given.folder / "blocks"},
+            {
+                "folder": "path",
+                "works": "flag",
+                "workers": "count",
+                "batches": "?count",
+                "threads": "?count",
+                "say": "function",
+            },
+        ),
+        "on_ray": Call(
+            entered(mech.on_ray),
+            {"folder": given.folder / "blocks"},
+            {
+                "address": "text",
+                "folder": "path",
+                "gpus_per_model": "?positive",
+                "threads": "?count",
+                "batches": "?count",
+                "modules": "texts",
+                "say": "function",
+            },
+        ),
         "report": Call(mech.report, {}, {"study_folder": "path"}),
         "view": Call(mech.view, {"result": given.ranking}, {"result": "dataset", "folder": "path"}),
         "Inputs": Call(

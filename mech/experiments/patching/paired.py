@@ -1,0 +1,67 @@
+"""Samples patched with their own counterfactuals: what a sweep over many samples is, and what can be cut into blocks.
+
+    found = patched_pairs(model, samples, direction="noise", over=("layer", "head"))
+
+The metric is the logit difference of each sample's answer and that of its counterfactual. One pair patched from any two
+runs, by any metric: ``activation.py``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import xarray as xr
+
+from mech.axes import EXAMPLE
+from mech.data.samples import Sample, Samples
+from mech.experiments.metrics import LogitDiff
+from mech.experiments.patching.activation import activation_patching
+from mech.inputs import Inputs
+from mech.model import HookedMLLM
+from mech.scale.measures import per_sample
+
+
+@per_sample("patching")
+def patched_pairs(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    forced: bool = False,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> xr.Dataset:
+    """``activation_patching`` of every sample with its counterfactual, by the logit difference of their answers.
+
+    Args:
+        forced: both runs are given the answer, for answers that begin alike.
+        batch_size: has no effect: pairs are patched one by one.
+        options: of ``activation_patching``.
+
+    Raises:
+        ExperimentError: as there; a sample without a counterfactual.
+
+    Cost: as there, for each sample.
+    """
+    clean, corrupted = (list(samples), None) if not forced else forced_inputs(model, samples)
+    found = activation_patching(model, clean, corrupted, answers_apart(samples), progress=progress, **options)
+    found.attrs.pop("forwards", None)  # of some samples only, where a sweep was cut
+    return found.assign_coords({EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)]})
+
+
+def answers_apart(samples: Sequence[Sample]) -> LogitDiff:
+    """The logit of each sample's answer minus that of its counterfactual."""
+    others = [sample.counterfactual for sample in samples if sample.counterfactual]
+    return LogitDiff([sample.answer for sample in samples], [other.answer for other in others])
+
+
+def forced_inputs(
+    model: HookedMLLM, samples: Sequence[Sample], forced: bool = True
+) -> tuple[list[Inputs], list[Inputs]]:
+    """The inputs of samples and of their counterfactuals, with the right answer behind both."""
+    others = [sample.counterfactual for sample in samples if sample.counterfactual]
+    clean = [model.inputs_of(sample, answer=forced) for sample in samples]
+    return clean, [
+        model.inputs_of(replace(other, answer=sample.answer), answer=forced)
+        for sample, other in zip(samples, others, strict=True)
+    ]

@@ -1,0 +1,31 @@
+"""Beyond one machine: measurements cut into blocks of samples, and a folder that any number of workers fill.
+
+    with mech.on_folder("blocks"):                          # here; join in with `mech work blocks` from anywhere
+        ram = mech.retrieval_attention_mass(model, samples)
+    with mech.on_ray("auto", folder="s3://bucket/blocks"):   # actors of a Ray cluster, each with a model of its own
+        effects = mech.ablation(model, samples, ranking, reference=find)
+
+The folder is the protocol. A measurement over samples is a ``Job`` (weights, processor, versions, function, options,
+seed); a ``Block`` is a job on some of its batches, and its hash names the part file that its numbers land in, whole and
+with a checksum. Whoever holds the model may compute it: numbers do not depend on who, in which order, or how often it
+failed. Parts are joined by sample; statistics are made of the joined values.
+
+What it takes: functions marked by ``per_sample``. What it gives: the dataset the function gives by itself. It knows
+nothing of what is measured.
+"""
+
+from mech.scale.measures import per_sample
+from mech.scale.models import open_model, split_revision
+from mech.scale.run import BlocksFailed, on_folder, rest_goes_on, stream
+from mech.scale.status import status
+
+__all__ = [
+    "BlocksFailed",
+    "on_folder",
+    "open_model",
+    "per_sample",
+    "rest_goes_on",
+    "split_revision",
+    "status",
+    "stream",
+]

@@ -1,0 +1,98 @@
+"""Who computes the blocks: this process, or whoever joins in through the folder. Ray is in ``ray_actors``.
+
+An executor takes tasks as they come and gives outcomes as they end, in any order. It holds at most ``in_flight`` tasks,
+and asks for the next one only when one of them has ended: that is all the memory that samples take.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from mech.scale.blocks import Job, Task
+from mech.scale.folder import Folder
+from mech.scale.work import Outcome, Worker, given_up, publish
+
+ENDED = ("landed", "there", "refused", "failed")
+
+
+class Executor(Protocol):
+    """What computes blocks."""
+
+    workers: int  # how many there are, to cut a job by
+    in_flight: int  # tasks it holds at most
+
+    def ready(self, job: Job, model: Any) -> None:
+        """Refuse a job that cannot be computed, before any work."""
+        ...
+
+    def run(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
+        """The outcome of every task."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+class Here:
+    """This process; with ``publish`` also every ``mech work`` that looks into the folder.
+
+    Args:
+        folder: of the blocks.
+        works: whether this process computes too; without, it waits for others.
+        publish: lay the blocks into the folder for others.
+        in_flight: tasks that are held, or lie in the folder, at once.
+        workers: how many are expected.
+        pause: seconds between two looks, when others are at work.
+    """
+
+    def __init__(
+        self, folder: Folder, *, works: bool = True, publish: bool = False, in_flight: int = 8, workers: int = 1,
+        pause: float = 0.2,
+    ):  # fmt: skip
+        self.folder, self.works, self.publish, self.pause = folder, works, publish, pause
+        self.workers, self.in_flight = workers, in_flight
+        self._worker = Worker(folder)
+
+    def ready(self, job: Job, model: Any) -> None:
+        self._worker = Worker(self.folder, model=model)
+
+    def run(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
+        held: dict[str, Task] = {}
+        more = True
+        while more or held:
+            while more and len(held) < self.in_flight:
+                task = next(tasks, None)
+                more = task is not None
+                if task is not None:
+                    held[task.key] = self._offered(task)
+            for outcome in self._step(held):
+                del held[outcome.key]
+                if self.publish:
+                    self.folder.remove(f"todo/{outcome.key}.pack")
+                yield outcome
+
+    def close(self) -> None:
+        self._worker = Worker(self.folder)
+
+    def _offered(self, task: Task) -> Task:
+        if not self.publish or self.folder.part(task.key) is not None:
+            return task
+        return publish(self.folder, task)
+
+    def _step(self, held: dict[str, Task]) -> list[Outcome]:
+        """What has ended: the first task this process can do; where others do them all, what they have done."""
+        if self.works:
+            for task in held.values():
+                outcome = self._worker.attempt(task)
+                if outcome.state in ENDED:
+                    return [outcome]
+                if outcome.state == "again":
+                    return []
+        landed = set(self.folder.keys("parts"))
+        ended = [Outcome(key, "there") for key in held if key in landed and self.folder.part(key) is not None]
+        failed = set(self.folder.keys("failed"))
+        ended += [spent for key in held if key in failed and (spent := given_up(self.folder, key)) is not None]
+        if held and not ended:
+            time.sleep(self.pause)
+        return ended

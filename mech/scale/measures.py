@@ -1,0 +1,122 @@
+"""Which measurements can be cut, and whether they are being cut right now.
+
+    @per_sample(what="attention")
+    def masses(model, samples, *, queries, batch_size, progress=None) -> xr.Dataset: ...
+
+Called by itself, ``masses`` is the function it was. Inside ``mech.on_folder`` or ``mech.on_ray`` it is measured block
+by block, and gives the same dataset.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import xarray as xr
+
+from mech.axes import CONDITION
+from mech.errors import ExperimentError
+from mech.scale.packing import known
+
+F = TypeVar("F", bound=Callable[..., xr.Dataset])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A function of (model, samples, options) whose numbers belong to single samples.
+
+    Attributes:
+        name: ``module:name``.
+        function: gives a dataset with the dimension ``example``.
+        what: in a word, for people.
+        over: an option that is a list, each of whose items is measured by itself along ``condition``.
+        placed: whether it asks where its first sample stands among all (``first``), for seeds.
+        beside: options that are lists with one entry for each sample.
+    """
+
+    name: str
+    function: Callable[..., xr.Dataset]
+    what: str
+    over: str | None = None
+    placed: bool = False
+    beside: tuple[str, ...] = ()
+    dim: str = CONDITION
+
+
+class Running(Protocol):
+    """What cuts a measurement, and joins what comes back."""
+
+    def measure(self, measure: Measure, model: Any, samples: Any, options: dict[str, Any]) -> xr.Dataset: ...
+
+
+_MEASURES: dict[str, Measure] = {}
+_RUNNING: ContextVar[Running | None] = ContextVar("running", default=None)
+
+
+def per_sample(
+    what: str, *, over: str | None = None, beside: tuple[str, ...] = (), classes: tuple[type, ...] = ()
+) -> Callable[[F], F]:
+    """Mark a measurement as one whose samples can be measured apart.
+
+    Its arguments are ``(model, samples, *, batch_size, progress=None, first=0, ...)``; ``first`` if it draws by it.
+
+    Args:
+        what: in a word, for people.
+        over: an option whose items can be measured apart, too.
+        beside: options with one entry for each sample.
+        classes: frozen dataclasses that its options are made of.
+    """
+
+    def mark(function: F) -> F:
+        known(*classes)
+        placed = "first" in inspect.signature(function).parameters
+        name = f"{function.__module__}:{function.__qualname__}"
+        measure = _MEASURES[name] = Measure(name, function, what, over, placed, beside)
+
+        @functools.wraps(function)
+        def call(model: Any, samples: Any, **options: Any) -> xr.Dataset:
+            running = _RUNNING.get()
+            if running is None:
+                return function(model, samples, **options)
+            return running.measure(measure, model, samples, options)
+
+        call.measure = measure  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return mark
+
+
+def find_measure(name: str) -> Measure:
+    """The measurement of a job. What is no part of mech must have been imported before: a file names no code.
+
+    Raises:
+        ExperimentError: there is none of this name.
+    """
+    module = name.partition(":")[0]
+    if name not in _MEASURES and module.split(".")[0] == "mech":
+        importlib.import_module(module)
+    if name not in _MEASURES:
+        raise ExperimentError(
+            f"no measurement is called {name!r} here", "one of mech, or of a module that was imported",
+            f"start the worker with --import {module}",
+        )  # fmt: skip
+    return _MEASURES[name]
+
+
+def running() -> Running | None:
+    """What cuts measurements now; None outside ``on_folder`` and ``on_ray``."""
+    return _RUNNING.get()
+
+
+@contextmanager
+def run_by(one: Running | None) -> Iterator[None]:
+    """Let measurements be cut, or, by None, not."""
+    token = _RUNNING.set(one)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)

@@ -1,0 +1,348 @@
+"""A driver: it cuts a measurement, hands the blocks to an executor, and joins the parts.
+
+    with on_folder("blocks") as run:                     # this process; `mech work blocks` joins in
+        ram = mech.retrieval_attention_mass(model, samples)
+    run.costs                                            # {"attention": Cost(blocks=4, samples=64, seconds=1.9)}
+
+    stream(masses, model, iterator, queries="question")  # samples that are never all in memory
+
+Memory: samples of at most ``in_flight + 1`` blocks, that is ``(in_flight + 1) x batches x batch_size`` samples, and the
+joined values (RAM: 4 bytes for each head and sample), whatever the number of samples.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+
+from mech.arguments import Count, Text, checked
+from mech.axes import EXAMPLE
+from mech.data.samples import Sample
+from mech.errors import ExperimentError, MechError, OutputError
+from mech.scale.blocks import Block, Cut, Job, Task, tasks, timing
+from mech.scale.executors import Executor, Here
+from mech.scale.folder import Folder, claim_of, sealed_bytes
+from mech.scale.measures import Measure, run_by, running
+from mech.scale.models import identity, software
+from mech.scale.packing import fingerprint, pack
+from mech.scale.work import ABOUT, Outcome, beating, refusal
+
+WANTED = 20.0  # seconds of a block: long beside what a block costs to hand over, short beside what a kill may cost
+EVERY = 2.0  # seconds between two notes of how far a driver is
+
+
+class BlocksFailed(MechError):
+    """Blocks that failed three times; the others are done, and their parts are kept."""
+
+    exit_code = 3
+
+    def __init__(self, failed: Mapping[str, tuple[tuple[str, ...], str]], folder: str):
+        self.failed, self.folder = dict(failed), folder
+        samples = sum(len(ids) for ids, _ in failed.values())
+        ids, error = next(iter(failed.values()))
+        shown = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
+        super().__init__(
+            f"{len(failed)} blocks of {samples} samples failed three times, the first with samples {shown}: {error}",
+            "every block measured; all others are, and are kept",
+            f"see `mech status {folder}`, mend the cause, and give the same command again",
+        )
+
+    @classmethod
+    def of(cls, errors: Sequence["BlocksFailed"]) -> "BlocksFailed":
+        """Several as one."""
+        return cls({key: one for error in errors for key, one in error.failed.items()}, errors[0].folder)
+
+
+@dataclass
+class Cost:
+    """What a measurement took; device seconds are summed over all workers."""
+
+    blocks: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    devices: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Seen:
+    """How far a driver is; what the line, and `mech status`, show."""
+
+    what: str = ""
+    blocks: int = 0
+    ended: int = 0
+    samples: int = 0
+    failed: int = 0
+    started: float = field(default_factory=time.time)
+    total: int | None = None
+
+
+class Run:
+    """The measurements of one driver. Made by ``on_folder`` and ``on_ray``."""
+
+    def __init__(
+        self, folder: Folder, executor: Executor, *, batches: int | None = None, wanted: float = WANTED,
+        threads: int | None = None, say: Callable[[Seen], None] = lambda seen: None,
+    ):  # fmt: skip
+        self.folder, self.executor, self.batches, self.wanted, self.say = folder, executor, batches, wanted, say
+        self.threads = threads or torch.get_num_threads()
+        self.costs: dict[str, Cost] = {}
+        self.seen, self.failed = Seen(), 0
+        self.name, self._noted = uuid.uuid4().hex[:12], 0.0
+
+    def measure(self, measure: Measure, model: Any, samples: Iterable[Sample], options: dict[str, Any]) -> xr.Dataset:
+        """A measurement, block by block.
+
+        Raises:
+            MechError: what the measurement itself refuses.
+            BlocksFailed: some failed three times, and all others are done.
+            ExperimentError: ids that are there twice.
+        """
+        options = dict(options)
+        progress, size = options.pop("progress", None), options.pop("batch_size", 8)
+        beside = {name: options.pop(name) for name in measure.beside if name in options}
+        listed = samples if isinstance(samples, Sequence) else None
+        if listed is not None:
+            _refuse_twice([one.id or str(i) for i, one in enumerate(listed)])
+        items = len(options[measure.over]) if measure.over is not None else None
+        job = Job(measure.name, identity(model), software(), fingerprint(options), size, self.threads)
+        self.folder.write(f"jobs/{job.key}.pack", pack({"job": job, "options": options}))
+        self.executor.ready(job, model)
+        self.seen = Seen(f"{model.name}: {measure.what}", failed=self.failed,
+                         total=None if listed is None else len(listed) * (items or 1))  # fmt: skip
+        cut, source = self._cut(job, measure, listed, samples, items, beside)
+        kept: list[Block] = []
+        outcomes = self._run(tasks(source, job, self.seen.what, cut, items, beside), kept, measure.what)
+        for _ in outcomes:
+            if progress:
+                done = self.seen.samples // (items or 1)
+                progress(done, max(done, len(listed) if listed is not None else done))
+        return self._joined(job, measure, kept, model, options)
+
+    def _cut(
+        self, job: Job, measure: Measure, listed: Sequence[Sample] | None, samples: Iterable[Sample],
+        items: int | None, beside: Mapping[str, Sequence[Any]],
+    ) -> tuple[Cut, Iterable[Sample]]:  # fmt: skip
+        """How the job is cut: as it was before in this folder, else by what one batch takes."""
+        name = f"jobs/{job.key}.cut.json"
+        if (known := self.folder.record(name)) is not None:
+            return Cut(known["batches"], known["items"]), samples
+        batches = None if listed is None else -(-len(listed) // job.batch_size)
+        if self.batches is not None:
+            cut = Cut(self.batches, items)
+        elif batches == 1 and items in (None, 1):
+            cut = Cut(1, items)
+        else:
+            head = list(_first(samples, job.batch_size))
+            rest = samples if listed is not None else _chained(head, samples)
+            task = timing(head, job, f"{self.seen.what}, timed", items, beside)
+            list(self._run(iter([task]), [], measure.what, counted=False))
+            part, samples = self.folder.part(task.key), rest
+            seconds = part.attrs[ABOUT]["seconds"] if part is not None else self.wanted  # it failed: try it small
+            cut = Cut.by_time(seconds, self.wanted, batches, items, self.executor.workers)
+        self.folder.create(name, sealed_bytes({"batches": cut.batches, "items": cut.items}))
+        known = self.folder.record(name) or {}  # of the driver that was first
+        return Cut(known.get("batches", cut.batches), known.get("items", cut.items)), samples
+
+    def _run(self, todo: Iterator[Task], kept: list[Block], what: str, counted: bool = True) -> Iterator[Outcome]:
+        blocks: dict[str, Block] = {}
+        failed = set(self.folder.keys("failed"))
+
+        def offered() -> Iterator[Task]:
+            for task in todo:
+                if task.key in failed:  # of an earlier run: it has three tries again
+                    self.folder.forgive(task.key)
+                kept.append(task.block)
+                blocks[task.key] = task.block
+                self.seen.blocks += counted
+                yield task
+
+        cost = self.costs.setdefault(what, Cost())
+        for outcome in self.executor.run(offered()):
+            block = blocks.pop(outcome.key)
+            n = len(block.ids) * (1 if block.items is None else block.items[1] - block.items[0])
+            self.failed += outcome.state in ("failed", "refused")
+            self.seen.failed = self.failed
+            if outcome.state == "landed":
+                cost.blocks, cost.samples, cost.seconds = (
+                    cost.blocks + 1,
+                    cost.samples + n,
+                    cost.seconds + outcome.seconds,
+                )
+                cost.devices[outcome.device] = cost.devices.get(outcome.device, 0.0) + outcome.seconds
+            if counted:
+                self.seen.ended, self.seen.samples = self.seen.ended + 1, self.seen.samples + n
+            self._note()
+            yield outcome
+
+    def _joined(
+        self, job: Job, measure: Measure, blocks: Sequence[Block], model: Any, options: Mapping[str, Any]
+    ) -> xr.Dataset:
+        parts, failed, refused = {}, {}, []
+        for block in blocks:
+            part = self.folder.part(block.key)
+            attempts = self.folder.failures(block.key) if part is None else []
+            if part is not None:
+                parts[block] = part
+            elif attempts and attempts[-1].get("final"):
+                refused.append(block.key)
+            else:
+                failed[block.key] = (block.ids, attempts[-1]["error"] if attempts else "its part is gone")
+        if refused:
+            raise refusal(self.folder, refused[0])
+        if failed:
+            raise BlocksFailed(failed, self.folder.url)
+        return merged(parts, job, measure)
+
+    def _note(self, finished: bool = False) -> None:
+        self.say(self.seen)
+        now = time.monotonic()
+        if not finished and now - self._noted < EVERY:
+            return
+        self._noted = now
+        costs = {what: asdict(cost) for what, cost in self.costs.items()}
+        facts = {"finished": finished, "seen": asdict(self.seen), "workers": self.executor.workers, "costs": costs}
+        self.folder.put_record(f"runs/{self.name}.json", {**claim_of(self.name), **facts})
+
+    def alive(self) -> None:
+        """A sign of life for those who wait for blocks."""
+        self._noted = 0.0
+        with suppress(OutputError):
+            self._note()
+
+    def close(self) -> None:
+        """Let workers go, and say that nothing more comes."""
+        self.executor.close()
+        with suppress(OutputError):  # of a full disk: the error that came before says more
+            self._note(finished=True)
+
+
+def merged(parts: Mapping[Block, xr.Dataset], job: Job, measure: Measure) -> xr.Dataset:
+    """The parts of a job as one dataset, in the order of their samples.
+
+    Raises:
+        OutputError: parts of other weights, another processor or another program, or not one of each sample.
+    """
+    rows: dict[int, list[tuple[Block, xr.Dataset]]] = {}
+    for block, part in parts.items():
+        about = part.attrs.pop(ABOUT, {})
+        for name, mine in (("model", job.model), ("software", job.software)):
+            theirs = about.get(name, {})
+            if wrong := [key for key, value in mine.items() if theirs.get(key) != value]:
+                raise OutputError(
+                    f"part {block.key} was made with another {wrong[0]} ({str(theirs.get(wrong[0]))[:12]})",
+                    f"{str(mine[wrong[0]])[:12]}, as the job says", "remove it, and give the same command again",
+                )  # fmt: skip
+        rows.setdefault(block.first, []).append((block, part))
+    options: dict[str, Any] = dict(compat="equals", join="exact", combine_attrs="override")
+    whole = []
+    for first in sorted(rows):
+        beside = [part for _, part in sorted(rows[first], key=lambda one: one[0].items or (0, 0))]
+        whole.append(xr.concat(beside, measure.dim, data_vars="minimal", coords="minimal", **options)
+                     if measure.over is not None else beside[0])  # fmt: skip
+    joined = xr.concat(whole, EXAMPLE, data_vars="minimal", coords="minimal", **options)
+    ids = [id for first in sorted(rows) for id in rows[first][0][0].ids]
+    _refuse_twice(list(map(str, joined[EXAMPLE].values)))
+    if list(map(str, joined[EXAMPLE].values)) != ids:
+        raise OutputError(
+            f"{joined.sizes[EXAMPLE]} examples of {len(ids)} samples", "one for each", "remove the folder"
+        )
+    return joined
+
+
+@checked
+@contextmanager
+def on_folder(
+    folder: Text | Path,
+    *,
+    works: bool = True,
+    workers: Count = 4,
+    batches: Count | None = None,
+    threads: Count | None = None,
+    say: Callable[[Seen], None] = lambda seen: None,
+) -> Iterator[Run]:
+    """Measure block by block into a folder; whatever was there before is not computed again.
+
+    Inside, the measurements of mech over samples (RAM, scores, ablation, patching, transfer, sparse inference) are cut
+    into blocks; any number of ``mech work FOLDER`` may join in. The numbers are those of one process.
+
+    Args:
+        folder: a path, or a URL of fsspec.
+        works: whether this process computes too; without, it only waits for others.
+        workers: how many are expected: a short job is cut into four blocks for each.
+        batches: of a block; by default as many as take twenty seconds.
+        threads: of the CPU, for each worker; by default those of this process.
+        say: called with how far it is.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    place = Folder(folder)
+    here = Here(place, works=works, publish=True, workers=workers, in_flight=64)
+    with driving(Run(place, here, batches=batches, threads=threads, say=say)) as run:
+        yield run
+
+
+@contextmanager
+def rest_goes_on(failed: list[BlocksFailed]) -> Iterator[None]:
+    """Keep failed blocks for later: the rest of a study is done first."""
+    try:
+        yield
+    except BlocksFailed as error:
+        failed.append(error)
+
+
+@contextmanager
+def driving(run: Run) -> Iterator[Run]:
+    """Let a driver cut what is measured inside."""
+    try:
+        with run_by(run), beating(run.folder.lease / 4, run.alive):
+            yield run
+    finally:
+        run.close()
+
+
+def stream(function: Callable[..., xr.Dataset], model: Any, samples: Iterable[Sample], **options: Any) -> xr.Dataset:
+    """A measurement of samples that come one by one, and are never all in memory.
+
+    Args:
+        function: one marked by ``per_sample``.
+        model: of the measurement.
+        samples: any iterable of samples, such as a generator over a streamed data set.
+        options: of the measurement; ``batch_size`` among them.
+
+    Raises:
+        ExperimentError: a function that is not marked, or no ``on_folder`` or ``on_ray`` around.
+
+    Memory: see ``mech.scale.run``.
+    """
+    measure, run = getattr(function, "measure", None), running()
+    if measure is None or run is None:
+        where = "" if run else " outside on_folder and on_ray"
+        raise ExperimentError(
+            f"stream({getattr(function, '__name__', function)}, ...){where}",
+            "a function marked by mech.scale.per_sample, inside `with mech.on_folder(...)`", "put it inside",
+        )  # fmt: skip
+    return run.measure(measure, model, iter(samples), options)
+
+
+def _refuse_twice(ids: Sequence[str]) -> None:
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = next(id for id in ids if id in seen or seen.add(id))
+        raise ExperimentError(f"the id {twice!r} is there twice", "an id for each sample", "rename one of them")
+
+
+def _first(samples: Iterable[Sample], n: int) -> Iterator[Sample]:
+    for _, sample in zip(range(n), samples, strict=False):  # in this order: no sample more is taken
+        yield sample
+
+
+def _chained(head: Sequence[Sample], rest: Iterable[Sample]) -> Iterator[Sample]:
+    yield from head
+    yield from rest
