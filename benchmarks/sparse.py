@@ -29,9 +29,10 @@ from transformers.cache_utils import DynamicCache
 
 from mech.model import AttentionCall, HookedMLLM
 from mech.sparse.cache import SplitCache, SplitLayer
-from mech.sparse.kernels import Plan, split_heads
+from mech.sparse.kernels import split_heads
 from mech.sparse.localize import localize
 from mech.sparse.masks import Near
+from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
 
 SINKS, WINDOW, HEADS, D_HEAD = 16, 256, 16, 64

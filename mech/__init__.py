@@ -67,6 +67,7 @@ _NAMES = {
     "circuit_table": "mech.experiments.circuit_tasks.curves",
     "circuit_task": "mech.experiments.circuit_tasks.tasks",
     "deciding_queries": "mech.experiments.patching.deciding",
+    "dense_static": "mech.sparse.localize",
     "edge_attribution": "mech.experiments.attribution.edges",
     "explore": "mech.explorer.widget",
     "evidence_retrieval": "mech.experiments.scores.evidence_retrieval",
@@ -217,6 +218,7 @@ if TYPE_CHECKING:
     from mech.sparse.dynamic import localize_dynamic as localize_dynamic
     from mech.sparse.frontier.acceleration import acceleration as acceleration
     from mech.sparse.gates import learned_gates as learned_gates
+    from mech.sparse.localize import dense_static as dense_static
     from mech.sparse.localize import localize as localize
     from mech.sparse.policy import Policy as Policy
     from mech.sparse.pruning.prune import prune_heads as prune_heads

@@ -21,8 +21,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from mech.errors import UnsupportedModel
 from mech.model import AttentionCall
-from mech.sparse.kernels import Keys, Plan, dense_heads, fused, near_heads, take
+from mech.sparse.kernels import dense_heads, fused, near_heads, of_heads
 from mech.sparse.masks import Near
+from mech.sparse.plan import Keys, Plan, take
 from mech.sparse.stores import FullStore, RingStore, Store
 
 
@@ -92,12 +93,16 @@ class SplitLayer(WholeLayer):
 
     def __init__(self, cache: "SplitCache", plan: Plan, sliding_window: int | None):
         super().__init__(sliding_window is not None)
-        self._cache, self._plan, self._own = cache, plan, sliding_window
+        self._cache, self.plan, self.sliding_window = cache, plan, sliding_window
         self.split = False
         self.dense: Store = FullStore()
         self.local: RingStore | None = None
         self.given: Tensor | None = None  # the keys of this step, as they were handed back
         self.linear: dict[str, tuple[Tensor, Tensor, int]] = {}  # of a step of several tokens: everything in order
+
+    def empty(self) -> None:
+        """Let go of what is held: it has moved elsewhere."""
+        self.dense, self.local = FullStore(), None
 
     def stores(self) -> list[Store]:
         found = [self.dense, self.local] if self.split else [self.whole]
@@ -142,7 +147,7 @@ class SplitLayer(WholeLayer):
                 "use phase='prefill', which keeps the whole cache",
             )  # fmt: skip
         assert self._cache.near is not None
-        near, plan = self._cache.near.to(call.q.device).of_batch(len(call.q)), self._plan
+        near, plan = self._cache.near.to(call.q.device).of_batch(len(call.q)), self.plan
         if call.q.shape[2] == 1:
             return self._row(call, near, plan, dropout)
         linear, self.linear = self.linear, {}
@@ -150,8 +155,8 @@ class SplitLayer(WholeLayer):
         if len(plan.whole):
             k, v, start = linear["dense"]
             own = replace(call, mask=None if call.mask is None else call.mask[..., start:])
-            groups = torch.searchsorted(plan.whole, plan.dense_groups)
-            z = dense_heads(take(own, plan.dense), k[:, groups], v[:, groups], dropout)
+            runs = [(take(own, run.heads), k[:, run.held], v[:, run.held]) for run in plan.dense_runs]
+            z = torch.cat([dense_heads(*run, dropout) for run in runs], dim=1)
             if len(plan.dense) < len(plan.whole_heads):
                 beside = near_heads(take(call, plan.whole_heads), Keys.of(k, v, start, near), near, None, dropout)
                 z = beside.index_copy(1, plan.inside, z)
@@ -166,10 +171,10 @@ class SplitLayer(WholeLayer):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """z of a single query row: what generation does for every token, so as few calls as can be."""
         parts, q, dense = [], call.q.index_select(1, plan.row), plan.packed.numel()
-        if dense:
-            parts.append(fused(_own(call, plan.row[:dense]), q[:, :dense], *self.dense.now(call.mask), dropout=dropout))
-        if self.local is not None:
-            parts.append(fused(_own(call, plan.row[dense:]), q[:, dense:], *self.local.now(call.mask), dropout=dropout))
+        for store, heads in ((self.dense if dense else None, slice(dense)), (self.local, slice(dense, None))):
+            if store is not None:
+                own = of_heads(call, plan.row[heads])
+                parts.append(fused(own, q[:, heads], *store.now(call.mask), dropout=dropout))
         if len(plan.dense) < len(plan.whole_heads):
             parts.append(self._beside(call, near, plan, dropout))
         return torch.cat(parts, dim=1).index_select(1, plan.back).transpose(1, 2)
@@ -189,13 +194,13 @@ class SplitLayer(WholeLayer):
     def _start(self, near: Near, device: torch.device) -> None:
         if self.split:
             return
-        self.split, self._plan = True, self._plan.to(device)
-        self.dense = FullStore() if self._own is None else RingStore(self._own, None)
-        if len(self._plan.local):
-            self.local = RingStore(min(near.policy.window, self._own or near.policy.window), near)
+        self.split, self.plan = True, self.plan.to(device)
+        self.dense = FullStore() if self.sliding_window is None else RingStore(self.sliding_window, None)
+        if len(self.plan.local):
+            self.local = RingStore(min(near.policy.window, self.sliding_window or near.policy.window), near)
 
     def _take(self, k: Tensor, v: Tensor, read: bool) -> None:
-        groups, whole = self._plan.groups, self._plan.whole.numel()
+        groups, whole = self.plan.groups, self.plan.whole.numel()
         k, v = k.index_select(1, groups), v.index_select(1, groups)
         for name, store, own in (
             ("dense", self.dense, slice(whole)),
@@ -207,10 +212,6 @@ class SplitLayer(WholeLayer):
                 self.linear[name] = store.extend(k[:, own], v[:, own])
             else:
                 store.append(k[:, own], v[:, own])
-
-
-def _own(call: AttentionCall, heads: Tensor) -> AttentionCall:
-    return call if call.sinks is None else replace(call, sinks=call.sinks[heads])
 
 
 class SplitCache(DynamicCache):

@@ -3,17 +3,15 @@
     z = split_heads(call, near, plan)        # dense heads in one call, local ones nearby
     z = by_definition(call, near, dense)     # every head over every key, under a mask of its own: the slow twin
 
-Nothing of size S x S is made, and the work of a local head is linear in S. Without padding, its rows beyond the first
-window take the fused kernel over overlapping views of the keys, ``BLOCK`` rows to a view and no key copied, and once
-more over the sinks; the two are merged by their log-sum-exp (``_windowed``). Everything else (padding, sliding windows,
-images that see themselves both ways, a softcap, text that is kept, gradients) goes block by block through that kernel,
-under a mask of the block (``_block``).
-
-On a GPU in half precision the flash kernel's own window takes the place of the views (``_windowed_on_gpu``). That
-function has not been run: no GPU was at hand.
+Nothing of size S x S is made, and the work of a local head is linear in S. On a CPU without padding, its rows beyond
+the first window take the fused kernel over overlapping views of the keys, ``BLOCK`` rows to a view and no key copied,
+and once more over the sinks; the two are merged by their log-sum-exp (``_by_views``). On a card the flash kernel's own
+window does that (``mech.sparse.card.flash``), and flex attention what flash cannot. Everything else (padding, sliding
+windows, images that see themselves both ways, a softcap, text that is kept, gradients) goes block by block through the
+fused kernel, under a mask of the block. ``NEAR`` is that choice.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,117 +19,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mech.model.attention import AttentionCall, LayerRecord, stepwise
+from mech.sparse.card import flash, flex
+from mech.sparse.card.choice import Way, anything, first_of, nothing
+from mech.sparse.card.flash import merged
 from mech.sparse.masks import Near
+from mech.sparse.plan import Keys, Plan, start_of, take
 
 BLOCK = {"cpu": 64, "cuda": 1024}  # query rows at once: a small block wastes less, a large one starts fewer kernels
 _SILENT = LayerRecord.idle()
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The heads of a layer in the order in which they are computed. Worked out once.
-
-    Attributes:
-        dense: query heads that attend to everything.
-        dense_groups: the key/value head that each of them reads.
-        whole: key/value heads that some dense head reads.
-        whole_heads: all query heads of these.
-        packed: dense heads by key/value head in ``whole``, filled up by repeating one: for a single query row, where
-            the heads of a group are rows of one call and no key is copied.
-        slots: where each dense head stands in ``packed``.
-        local: key/value heads that only local heads read.
-        local_heads: all query heads of these.
-        inside: where each dense head stands in ``whole_heads``; the others there are local.
-        near: key/value heads whose query heads are computed as local in a prompt: all of them unless many are dense
-            throughout, for picking copies keys.
-        near_heads: all query heads of these.
-        inverse: where each query head stands in ``whole_heads`` and ``local_heads``.
-        groups: key/value heads in the order ``whole``, ``local``.
-        row: query heads in the order ``packed``, ``local_heads``: for a single query row.
-        back: where each query head stands first in ``row`` and, behind it, ``whole_heads``.
-    """
-
-    dense: Int[Tensor, " head"]
-    dense_groups: Int[Tensor, " head"]
-    whole: Int[Tensor, " kv_head"]
-    whole_heads: Int[Tensor, " head"]
-    packed: Int[Tensor, "kv_head head"]
-    local: Int[Tensor, " kv_head"]
-    local_heads: Int[Tensor, " head"]
-    inside: Int[Tensor, " head"]
-    near: Int[Tensor, " kv_head"]
-    near_heads: Int[Tensor, " head"]
-    inverse: Int[Tensor, " head"]
-    groups: Int[Tensor, " kv_head"]
-    row: Int[Tensor, " head"]
-    back: Int[Tensor, " head"]
-
-    @classmethod
-    def of(cls, dense: Bool[Tensor, " head"], n_groups: int) -> "Plan":
-        """The plan of a layer's heads, of which some are dense."""
-        by_group = dense.reshape(n_groups, -1)
-        heads = torch.arange(len(dense)).reshape(n_groups, -1)
-        whole, throughout = by_group.any(1), by_group.all(1)
-        near = torch.ones_like(whole) if throughout.sum() * 4 < n_groups else ~throughout
-        counts = by_group.sum(1)[whole]
-        ends, place = counts.cumsum(0)[:, None], torch.arange(int(counts.max()) if len(counts) else 0)
-        listed = _places(dense)
-        packed = listed[torch.minimum(ends - counts[:, None] + place, ends - 1)]
-        row = torch.cat([packed.flatten(), heads[~whole].flatten()])
-        order = torch.cat([row, heads[whole].flatten()]).tolist()
-        return cls(
-            dense=listed,
-            dense_groups=listed // heads.shape[1],
-            whole=_places(whole),
-            whole_heads=heads[whole].flatten(),
-            packed=packed,
-            local=_places(~whole),
-            local_heads=heads[~whole].flatten(),
-            inside=_places(by_group[whole].flatten()),
-            near=_places(near),
-            near_heads=heads[near].flatten(),
-            inverse=torch.argsort(torch.cat([heads[whole].flatten(), heads[~whole].flatten()])),
-            groups=torch.cat([_places(whole), _places(~whole)]),
-            row=row,
-            back=torch.tensor([order.index(head) for head in range(len(dense))]),
-        )
-
-    def to(self, device: torch.device) -> "Plan":
-        """The same on a device."""
-        if self.inverse.device == device:
-            return self
-        return Plan(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
-
-
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """Keys and values in the order of their positions, from ``start`` on, and pinned ones wherever they are.
-
-    Attributes:
-        pins: positions of the pinned keys of every row, -1 where there is none.
-        mask_start: the position that the first column of the layer's mask is for.
-    """
-
-    k: Float[Tensor, "batch kv_head key d_head"]
-    v: Float[Tensor, "batch kv_head key d_head"]
-    start: int
-    pins: Int[Tensor, "batch pin"]
-    pinned_k: Float[Tensor, "batch kv_head pin d_head"]
-    pinned_v: Float[Tensor, "batch kv_head pin d_head"]
-    mask_start: int = 0
-
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor, start: int, near: Near, mask_start: int = 0) -> "Keys":
-        """Those of tensors that hold every pinned key that is still seen."""
-        pins = near.pins(start + k.shape[2])
-        at = (pins - start).clamp(min=0)[:, None, :, None]
-        pinned_k, pinned_v = (x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v))
-        return cls(k, v, start, pins.masked_fill(pins < start, -1), pinned_k, pinned_v, mask_start)
-
-
-def start_of(call: AttentionCall) -> int:
-    """The position of the first key: a windowed layer's cache has dropped some, a static one has room for more."""
-    return max(0, call.query_start + call.q.shape[2] - call.k.shape[2])
 
 
 def by_definition(
@@ -152,6 +47,8 @@ def split_heads(
     call: AttentionCall, near: Near, plan: Plan, dropout: float = 0.0
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Dense heads in one call, local ones nearby; the call holds every key."""
+    if flash.on_card(call.q):
+        return _split_by_runs(call, near, plan, dropout)
     batch, n_heads, rows, _ = call.q.shape
     z = call.q.new_empty(batch, rows, n_heads, call.v.shape[3])
     few = len(plan.near_heads) < n_heads
@@ -167,16 +64,18 @@ def split_heads(
     return z
 
 
-def take(call: AttentionCall, heads: Int[Tensor, " head"]) -> AttentionCall:
-    """The call of some query heads; its keys and values are still those of all."""
-    mask = call.mask
-    return replace(
-        call,
-        q=call.q[:, heads],
-        mask=mask if mask is None or mask.shape[1] == 1 else mask[:, heads],
-        sinks=None if call.sinks is None else call.sinks[heads],
-        head_mask=None,
-    )
+def _split_by_runs(
+    call: AttentionCall, near: Near, plan: Plan, dropout: float
+) -> Float[Tensor, "batch pos head d_head"]:
+    """The same without a copy of keys or values: heads side by side are computed together."""
+    z = call.q.new_empty(len(call.q), call.q.shape[2], call.q.shape[1], call.v.shape[3])
+    out, keys = z.transpose(1, 2), Keys.of(call.k, call.v, start_of(call), near, start_of(call))
+    for run in plan.near_runs:
+        near_heads(take(call, run.heads), keys.of_groups(run.groups), near, out[:, run.heads], dropout)
+    for run in plan.dense_runs:
+        k, v = call.k[:, run.groups], call.v[:, run.groups]
+        out[:, run.heads] = dense_heads(take(call, run.heads), k, v, dropout)
+    return z
 
 
 def dense_heads(
@@ -185,6 +84,8 @@ def dense_heads(
     """The call's heads over all of these keys, under the layer's own mask."""
     if call.mask is None and call.causal:  # a static cache has room behind what was read
         k, v = k[:, :, : call.q.shape[2]], v[:, :, : call.q.shape[2]]
+    elif flash.takes_causal(call, k, dropout):  # a chunk of a prompt behind others
+        return flash.forward(call.q, k, v, call.scale, causal=True)[0]
     mask = None if call.mask is None else call.mask[..., : k.shape[2]]
     return fused(call, call.q, k, v, mask, causal=call.causal, dropout=dropout)
 
@@ -197,22 +98,41 @@ def near_heads(
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch head pos d_head"]:
     """The call's heads as local ones over these keys, written into ``out``."""
-    rows, policy = call.q.shape[2], near.policy
     out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3]) if out is None else out
-    block = BLOCK.get(call.q.device.type, BLOCK["cpu"])
-    kernel = call.q.is_cpu or (call.q.is_cuda and call.q.dtype in (torch.float16, torch.bfloat16))
-    plain = call.mask is None and call.causal and call.fused and not policy.keep_text and not dropout
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-    # From `first` on every row sees all sinks and a whole window.
-    first = policy.window + policy.sinks
-    stop = first + max(0, rows - first) // block * block
-    if not (kernel and plain) or grads:
-        stop = first = 0
-    elif first < stop:
-        (_windowed_on_gpu if call.q.is_cuda else _windowed)(call, keys, policy.window, first, stop, out)
-    for begin, end in (*_steps(0, min(first, rows), block), *_steps(min(stop, rows), rows, block)):
-        _block(call, keys, policy.window, begin, end, out, dropout)
+    return first_of(NEAR, call, keys, near, out, dropout)
+
+
+def _takes_views(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> bool:
+    """Causal, unpadded, no softcap, no gradient, and so many rows that some see all sinks and a whole window."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return False
+    plain = call.mask is None and call.causal and call.fused and not near.policy.keep_text and not dropout
+    return plain and call.q.is_cpu and call.q.shape[2] >= near.policy.window + near.policy.sinks + BLOCK["cpu"]
+
+
+def _by_views(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> Tensor:
+    """Rows that see all sinks and a whole window over views of the keys; those before and a rest behind by blocks."""
+    rows, block, window = call.q.shape[2], BLOCK["cpu"], near.policy.window
+    first = window + near.policy.sinks
+    stop = first + (rows - first) // block * block
+    _windowed(call, keys, window, first, stop, out)
+    for begin, end in (*_steps(0, first, block), *_steps(stop, rows, block)):
+        _block(call, keys, window, begin, end, out, dropout)
     return out
+
+
+def _by_blocks(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> Tensor:
+    for begin, end in _steps(0, call.q.shape[2], BLOCK.get(call.q.device.type, BLOCK["cpu"])):
+        _block(call, keys, near.policy.window, begin, end, out, dropout)
+    return out
+
+
+NEAR = (
+    Way("flash attention with a window", flash.takes, flash.missing, flash.local),
+    Way("compiled flex attention", flex.takes, nothing, flex.local),
+    Way("views of the keys", _takes_views, nothing, _by_views),
+    Way("blocks under a mask", anything, nothing, _by_blocks),
+)
 
 
 def _steps(first: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -279,33 +199,16 @@ def _windowed(call: AttentionCall, keys: Keys, window: int, first: int, stop: in
             out[one, :, begin:end] = z[0]
 
 
-def _windowed_on_gpu(call: AttentionCall, keys: Keys, window: int, first: int, stop: int, out: Tensor) -> None:
-    """The same by the flash kernel's own window. It has not been run."""
-    q = call.q[:, :, first:stop]
-    k, v = (x[:, :, first - window + 1 : stop] for x in (keys.k, keys.v))
-    z, share = _flash(q, k, v, call.scale, window=window)
-    if keys.pins.shape[1]:
-        z = merged(z, share, *_flash(q, keys.pinned_k, keys.pinned_v, call.scale))
-    out[:, :, first:stop] = z
-
-
-def merged(z: Tensor, share: Tensor, other: Tensor, theirs: Tensor) -> Float[Tensor, "batch head row d_head"]:
-    """z over two disjoint sets of keys, from z and log-sum-exp over each."""
-    return torch.lerp(z, other, torch.sigmoid(theirs - share)[..., None].to(z.dtype))
-
-
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, window: int = 0
-) -> tuple[Tensor, Tensor]:
-    """z and log-sum-exp: torch's kernels, by the names that return the latter. ``mask`` on CPU, ``window`` on GPU."""
-    if not q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    sides = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
-    rows = [x.transpose(1, 2) for x in (q, k, v)]
-    z, share, *_ = torch.ops.aten._flash_attention_forward(
-        *rows, None, None, q.shape[2], k.shape[2], 0.0, bool(window), False, scale=scale, **sides
-    )
-    return z.transpose(1, 2), share
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None
+) -> tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos"]]:
+    """z and log-sum-exp on a CPU: torch's kernel, by the name that returns the latter."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+
+
+def of_heads(call: AttentionCall, heads: Int[Tensor, " head"]) -> AttentionCall:
+    """The call with what belongs to some query heads; its queries are picked elsewhere."""
+    return call if call.sinks is None else replace(call, sinks=call.sinks[heads])
 
 
 def fused(
@@ -334,7 +237,3 @@ def fused(
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=n_heads != k.shape[1], **options
     )
-
-
-def _places(chosen: Bool[Tensor, " n"]) -> Int[Tensor, " m"]:
-    return chosen.nonzero().flatten()

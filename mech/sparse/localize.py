@@ -31,9 +31,14 @@ from mech.indices import Pairs
 from mech.inputs import TEXT, Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.sparse.cache import SplitCache, SplitLayer
-from mech.sparse.kernels import Plan, by_definition, split_heads, start_of
+from mech.sparse.kernels import by_definition, split_heads
 from mech.sparse.masks import Near
+from mech.sparse.plan import Plan, start_of
 from mech.sparse.policy import PHASES, Budgets, Policy, StillDense
+from mech.sparse.step.fixed import FixedCache, FixedLayer
+from mech.sparse.step.loop import Loop, Step, Uncaptured, why_not
+
+AUTO = ("auto",)
 
 
 @checked
@@ -46,6 +51,8 @@ def localize(
     window: Count = 256,
     keep_text: bool = False,
     phase: one_of(PHASES) = "both",
+    graph: bool | one_of(AUTO) = "auto",
+    auto: bool = False,
 ) -> "Localized":
     """Let a few heads attend to everything and all others to sinks and a window, until the handle is closed.
 
@@ -56,6 +63,9 @@ def localize(
         model: a hooked model.
         policy: a ``Policy`` (one from ``Policy.fit``, say), in place of the arguments that follow.
         dense_heads, sinks, window, keep_text, phase: see ``Policy``.
+        graph: how tokens are generated: "auto" captures their step in a CUDA graph on a card and uses a growing cache
+            on a CPU; True takes the same step of fixed shapes everywhere; False never.
+        auto: whether runs for which ``expects`` predicts no gain stay dense, bit for bit.
 
     Raises:
         ExperimentError: heads of another model; a model that is localized already. When it is run: a window that is
@@ -72,14 +82,35 @@ def localize(
         policy = Policy(dense_heads, sinks, window, keep_text, phase)
     elif tuple(dense_heads):
         raise ExperimentError("a policy and dense_heads", "one of the two", "put the heads into the policy")
-    return Localized(model, policy)
+    return Localized(model, policy, graph, auto)
+
+
+@checked
+def dense_static(model: HookedMLLM, *, graph: bool | one_of(AUTO) = "auto") -> "Localized":
+    """The dense twin that a localized model is to be compared with: the same step of fixed shapes, every head dense.
+
+    Prompts are read as the idle model reads them, bit for bit; tokens are generated from stores that are allocated
+    beforehand, on a card in a CUDA graph.
+
+    Args:
+        model: a hooked model.
+        graph: see ``localize``.
+
+    Raises:
+        ExperimentError: a model that is localized already.
+        UnsupportedModel: layers that share keys and values.
+
+    Cost: none.
+    """
+    heads = [(layer, head) for layer in model.cfg.attention_layers for head in range(model.cfg.n_heads)]
+    return Localized(model, Policy(heads), graph)
 
 
 class Localized:
     """What ``localize`` returns: the model under a policy, a context manager or closed by hand."""
 
-    def __init__(self, model: HookedMLLM, policy: Policy):
-        self.model, self.policy = model, policy
+    def __init__(self, model: HookedMLLM, policy: Policy, graph: bool | str = "auto", auto: bool = False):
+        self.model, self.policy, self.graph, self.auto = model, policy, graph, auto
         policy.check(model)
         if model.localized is not None:
             raise ExperimentError(f"{model.name} is localized already", "one policy at a time", "close() the other")
@@ -92,9 +123,13 @@ class Localized:
             )  # fmt: skip
         found = {index: getattr(layer, "sliding_window", None) for index, layer in enumerate(layers)}
         self.windows: dict[int, int] = {index: window for index, window in found.items() if window is not None}
-        self._near: Near | None = None
-        self._cache: SplitCache | None = None  # of the run
+        self.layer_types: tuple[str, ...] = tuple(getattr(self._config, "layer_types", None) or ())
+        self.near: Near | None = None
+        self._cache: SplitCache | FixedCache | None = None  # of the run
         self._nbytes = 0
+        self.step: Step | None = None  # of the last generation at fixed shapes
+        self.decoding = ""
+        self._said: set[str] = set()
         self._layers = []
         for record in model.text_attention():
             if record.cross:
@@ -117,6 +152,7 @@ class Localized:
             self.model.localized = None
             for record in self._layers:
                 record.head_mask = None
+            self.step = None
 
     def __repr__(self) -> str:
         state = "" if self.model.localized is self else ", closed"
@@ -152,6 +188,17 @@ class Localized:
         split &= self.policy.phase != "prefill" and not any(record.has_listeners() for record in self._layers)
         return SplitCache(self._config, {r.layer: r.head_mask.plan for r in self._layers}, split)  # pyright: ignore
 
+    def _cache_for_step(self, free: bool) -> SplitCache:
+        """One whose every layer can move into stores of fixed size: whole where every head is dense in decoding."""
+        whole = free or self.policy.phase == "prefill"
+        plans: dict[int, Plan] = {}
+        for record in self._layers:
+            mine: LocalLayer = record.head_mask
+            plans[record.layer] = (
+                Plan.of(torch.ones_like(mine.dense), self.model.cfg.kv_heads[record.layer]) if whole else mine.plan
+            )
+        return SplitCache(self._config, plans, True)
+
     def budgets(self, length: int, text: int = 0) -> Budgets:
         """``Policy.budgets`` for this model's layers."""
         return self.policy.budgets(self.model.cfg, length, text=text, windows=self.windows)
@@ -171,16 +218,46 @@ class Localized:
         new_tokens = None if config is None else config.max_new_tokens or 0
         near = self._begin(inputs, given, cache, new_tokens) if begun is None else begun
         if config is not None and cache is None and config.use_cache and not config.cache_implementation:
-            given["past_key_values"] = cache = self.cache(split=not near.in_reach)
-        before = self._near, self._cache
-        self._near, self._cache = near, cache if isinstance(cache, SplitCache) else None
-        if self._cache is not None:
-            self._cache.near = near
+            given["past_key_values"] = cache = self._cache_of(near, given, config)
+        before = self.near, self._cache
+        self.near, self._cache = near, cache if isinstance(cache, SplitCache) else None
+        if isinstance(cache, SplitCache):
+            cache.near = near
         try:
             yield
             self._nbytes = self._nbytes if self._cache is None else self._cache.nbytes
         finally:
-            self._near, self._cache = before
+            self.near, self._cache = before
+
+    def _cache_of(self, near: Near, given: dict[str, Any], config: GenerationConfig) -> SplitCache:
+        """The cache of a generation, and what runs it in place of Hugging Face's loop, if something does."""
+        self.decoding = "loop"
+        if self.graph is True or (self.graph == "auto" and self.captures):
+            cache = self._cache_for_step(near.free)
+            if not (why := why_not(self.model, cache, given, config)):
+                given["custom_generate"] = Loop(self)
+                return cache
+            self.stays_in_loop(why)
+        return self.cache(split=not near.free)
+
+    # -- what the step of fixed shapes asks of it (``mech.sparse.step.loop``) -----------------------------------------
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured in a CUDA graph: the whole model lies on one card."""
+        devices = {parameter.device for parameter in self.model.hf_model.parameters()}
+        return self.graph is not False and len(devices) == 1 and devices.pop().type == "cuda"
+
+    def run_on(self, cache: FixedCache) -> None:
+        """Attention goes over these stores until the run ends."""
+        self._cache = cache
+
+    def stays_in_loop(self, why: str) -> None:
+        """Say once why a generation is not a step of fixed shapes."""
+        self.decoding = "loop"
+        if why not in self._said:
+            self._said.add(why)
+            warnings.warn(f"generation goes on in Hugging Face's loop: {why}", Uncaptured, stacklevel=2)
 
     def _begin(self, inputs: Any, given: dict[str, Any], cache: Cache | None, new_tokens: int | None) -> Near:
         ids, mask = given["input_ids"], given.get("attention_mask")
@@ -209,14 +286,14 @@ class Localized:
                 )
         reach = self.policy.sinks + self.policy.window
         longest = past + length - int(first.min()) + (new_tokens or 0)
-        if longest <= reach:
+        if longest <= reach and len(self.policy.dense_heads) < self.model.cfg.n_heads * len(self._layers):
             _notice(
                 f"{longest} tokens are within {self.policy.sinks} sinks and a window of {self.policy.window}: "
                 "every head sees everything, and the run is dense",
                 stacklevel=7,
             )
-        in_reach = new_tokens is not None and longest <= self.policy.window
-        return Near(self.policy, first, prompt, text if self.policy.keep_text else None, in_reach)
+        free = new_tokens is not None and longest <= self.policy.window
+        return Near(self.policy, first, prompt, text if self.policy.keep_text else None, free)
 
     def _check_question(self, layouts: Any) -> None:
         if self.policy.keep_text or len(self.policy.dense_heads) == self.model.cfg.n_heads * len(self._layers):
@@ -248,14 +325,14 @@ class LocalLayer:
 
     def attend(self, call: AttentionCall, dropout: float) -> Float[Tensor, "batch pos head d_head"] | None:
         """z, or None where no head is local."""
-        near = self._near(call)
-        if near.in_reach:
-            return None
         cache = self.owner._cache
         layer = None if cache is None else cache.layers[call.layer]
+        if isinstance(layer, FixedLayer):
+            return layer.attend(call)
         if isinstance(layer, SplitLayer) and (z := layer.attend(call, dropout)) is not None:
             return z
-        if bool(self.dense.all()):
+        near = self._near(call)
+        if near.free or bool(self.dense.all()):
             return None
         rows = call.query_start + torch.arange(call.q.shape[2], device=call.q.device)
         local = near.local_rows(rows)
@@ -267,7 +344,7 @@ class LocalLayer:
         return by_definition(call, near, self.dense, dropout)
 
     def _near(self, call: AttentionCall) -> Near:
-        near = self.owner._near
+        near = self.owner.near
         assert near is not None  # the model runs through HookedMLLM, which says so
         return near.to(call.q.device).of_batch(len(call.q))
 

@@ -33,14 +33,14 @@ class Near:
         first: position of each row's first token.
         prompt: where each row's prompt ends; what comes then is decoding, a teacher-forced answer too.
         text: which positions are text, for ``keep_text``; those behind them are, because they are written.
-        in_reach: whether the whole run is no longer than the window, so that no head is kept from anything.
+        free: whether no head is kept from anything in this run: it is no longer than the window, or runs dense.
     """
 
     policy: Policy
     first: Int[Tensor, " batch"]
     prompt: Int[Tensor, " batch"]
     text: Bool[Tensor, "batch pos"] | None = None
-    in_reach: bool = False
+    free: bool = False
     _pins: dict[int, Int[Tensor, "batch pin"]] = field(default_factory=dict, repr=False)
 
     def of_batch(self, batch: int) -> "Near":
@@ -50,7 +50,7 @@ class Near:
             return self
         first, prompt = (x.repeat_interleave(times, 0) for x in (self.first, self.prompt))
         text = None if self.text is None else self.text.repeat_interleave(times, 0)
-        return Near(self.policy, first, prompt, text, self.in_reach)
+        return Near(self.policy, first, prompt, text, self.free)
 
     def local_rows(self, rows: Int[Tensor, " row"]) -> Bool[Tensor, "batch row"]:
         """In which rows the policy's phase makes heads local."""
@@ -97,6 +97,8 @@ class Near:
         self, rows: Int[Tensor, " row"], keys: Int[Tensor, " key"], dense: Bool[Tensor, " head"] | Sequence[bool]
     ) -> Bool[Tensor, "batch head row key"]:
         """The same for every head of a layer: dense ones, and rows of another phase, see everything."""
+        if self.free:
+            return rows.new_ones(len(self.first), len(dense), len(rows), len(keys), dtype=torch.bool)
         free = (
             torch.as_tensor(dense, device=rows.device)[None, :, None, None] | ~self.local_rows(rows)[:, None, :, None]
         )
@@ -107,7 +109,7 @@ class Near:
         if self.first.device == device:
             return self
         text = None if self.text is None else self.text.to(device)
-        return Near(self.policy, self.first.to(device), self.prompt.to(device), text, self.in_reach)
+        return Near(self.policy, self.first.to(device), self.prompt.to(device), text, self.free)
 
 
 def _listed(chosen: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pin"]:

@@ -171,6 +171,15 @@ class RingStore:
         return self.pins, self._held.k[:, :, self.window :], self._held.v[:, :, self.window :]
 
     @property
+    def k(self) -> Float[Tensor, "batch kv_head slot d_head"]:
+        """The ring, and behind it the pinned ones."""
+        return self._held.k
+
+    @property
+    def v(self) -> Float[Tensor, "batch kv_head slot d_head"]:
+        return self._held.v
+
+    @property
     def length(self) -> int:
         return self._held.length
 

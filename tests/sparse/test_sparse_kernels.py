@@ -9,8 +9,9 @@ from mech.errors import ExperimentError
 from mech.experiments.ranking.ranking import Ranking
 from mech.model import AttentionCall
 from mech.model.architectures.families import ModelConfig
-from mech.sparse.kernels import Plan, by_definition, merged, split_heads
+from mech.sparse.kernels import by_definition, merged, split_heads
 from mech.sparse.masks import Near
+from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
 from mech.sparse.stores import FullStore, RingStore
 

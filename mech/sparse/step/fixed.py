@@ -1,0 +1,207 @@
+"""A KV cache of fixed shapes: what a step of generation writes to and reads from, always at the same place.
+
+    cache = FixedCache(config, plans, policy, shape)     # allocated for a shape once
+    cache.load(split, near, mask)                        # what a prompt left in a ``SplitCache`` moves in
+    hf_model(token, past_key_values=cache)               # one token, again and again
+
+Dense KV groups have a store with room for every position, the others a ring of the window and the pinned keys
+(``mech.sparse.stores``). Which slots count is worked out from positions on the device (``clock``).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from mech.errors import UnsupportedModel
+from mech.model import AttentionCall
+from mech.sparse.cache import SplitCache, SplitLayer, WholeLayer
+from mech.sparse.card import flash
+from mech.sparse.card.choice import Way, anything, first_of, nothing
+from mech.sparse.kernels import fused, of_heads
+from mech.sparse.masks import Near
+from mech.sparse.plan import Plan, take
+from mech.sparse.step.clock import Clock, Kind, Shape
+from mech.sparse.stores import FullStore, Store
+
+
+class FixedStore:
+    """Keys and values of some KV groups: a ring, and the pinned ones behind it. Positions lie in succession."""
+
+    def __init__(self, kind: Kind, clock: Clock, like: tuple[Tensor, Tensor]):
+        self.kind, self.clock = kind, clock
+        slots = kind.ring + (clock.shape.pins if kind.pinned else 0)
+        # Heads of a position side by side: so the rows of a batch are one row of positions to a flash kernel.
+        self.k, self.v = (x.new_zeros(len(x), slots, x.shape[1], x.shape[3]).transpose(1, 2) for x in like)
+
+    def load(self, held: Store) -> None:
+        """Take over what a growing store holds."""
+        for mine, theirs in ((self.k, held.k), (self.v, held.v)):
+            if isinstance(held, FullStore):
+                mine[:, :, : held.length] = theirs
+            else:
+                ring, pins = theirs.split([held.window, theirs.shape[2] - held.window], dim=2)
+                mine[:, :, : held.window] = ring
+                if self.kind.pinned:
+                    mine[:, :, self.kind.ring : self.kind.ring + pins.shape[2]] = pins
+
+    def write(self, k: Float[Tensor, "batch kv_head 1 d_head"], v: Float[Tensor, "batch kv_head 1 d_head"]) -> None:
+        """The key of the position at which the clock stands."""
+        for mine, new in ((self.k, k), (self.v, v)):
+            mine.index_copy_(2, self.clock.slot(self.kind), new)
+            if self.kind.pinned and self.clock.shape.pinning:
+                mine.index_copy_(2, self.clock.next_pin + self.kind.ring, new)
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class FixedLayer(WholeLayer):
+    """A layer's stores, and attention of one token over them."""
+
+    def __init__(self, clock: Clock, plan: Plan, layer: SplitLayer, window: int, chunked: bool):
+        super().__init__(layer.is_sliding)
+        assert layer.dense is not None
+        self.clock, self.plan = clock, plan
+        self._in_order = bool((plan.back == torch.arange(len(plan.back), device=plan.back.device)).all())
+        own = layer.sliding_window
+        whole = Kind(own or clock.shape.room, own=own, chunked=chunked)
+        self._near = Kind(min(window, own or window), True, own, chunked)
+        self.dense = FixedStore(whole, clock, (layer.dense.k, layer.dense.v)) if len(plan.whole) else None
+        self.local = None if layer.local is None else FixedStore(self._near, clock, (layer.local.k, layer.local.v))
+        self.given: Tensor | None = None
+
+    def load(self, layer: SplitLayer) -> None:
+        """What a layer holds behind the prompt moves here; it is left empty."""
+        for mine, theirs in ((self.dense, layer.dense), (self.local, layer.local)):
+            if mine is not None:
+                mine.load(theirs)
+        self.seen = layer.seen
+        layer.empty()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.given = key_states
+        k, v = key_states, value_states
+        if self.dense is not None and self.local is not None:
+            k, v = k.index_select(1, self.plan.groups), v.index_select(1, self.plan.groups)
+        whole = len(self.plan.whole)
+        if self.dense is not None:
+            self.dense.write(k[:, :whole], v[:, :whole])
+        if self.local is not None:
+            self.local.write(k[:, whole:], v[:, whole:])
+        return key_states, value_states
+
+    def stores(self) -> list[Any]:
+        return [store for store in (self.dense, self.local) if store is not None]
+
+    def attend(self, call: AttentionCall) -> Float[Tensor, "batch pos head d_head"]:
+        """z of all heads of one token, after ``update``.
+
+        Raises:
+            UnsupportedModel: the model made other keys of those that ``update`` handed back.
+        """
+        given, self.given = self.given, None
+        if given is None or call.k.data_ptr() != given.data_ptr() or call.k.shape != given.shape:
+            raise UnsupportedModel(
+                f"keys that layer {call.layer} changes after they were cached", "keys and values passed on untouched",
+                "localize with graph=False",
+            )  # fmt: skip
+        plan, parts, dense = self.plan, [], self.plan.packed.numel()
+        q = call.q if self._in_order else call.q.index_select(1, plan.row)
+        for store, heads in ((self.dense, slice(dense)), (self.local, slice(dense, None))):
+            if store is not None and q[:, heads].shape[1]:
+                own = call if self._in_order else of_heads(call, plan.row[heads])
+                seen, used = self.clock.seen(store.kind), self.clock.used(store.kind)
+                parts.append(first_of(ROWS, own, q[:, heads], store.k, store.v, seen, used, self.clock.real))
+        if len(plan.dense) < len(plan.whole_heads):
+            parts.append(self._beside(take(call, plan.whole_heads)))
+        z = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return (z if self._in_order else z.index_select(1, plan.back)).transpose(1, 2)
+
+    def _beside(self, call: AttentionCall) -> Float[Tensor, "batch head pos d_head"]:
+        """All heads of groups that are kept whole, as local ones."""
+        assert self.dense is not None
+        at, seen = self.clock.nearby(self._near.ring, self.dense.kind, self._near)
+        index = at[:, None, :, None]
+        k, v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.dense.k, self.dense.v))
+        return _masked(call, call.q, k, v, seen)
+
+
+class FixedCache(Cache):
+    """The cache of a captured generation, for ``past_key_values=``: it cannot grow, and one token comes at a time."""
+
+    def __init__(self, split: SplitCache, near: Near, shape: Shape, device: torch.device, chunked: set[int]):
+        self.clock = Clock(shape, near.policy, device)
+        layers = [
+            FixedLayer(self.clock, layer.plan, layer, near.policy.window, index in chunked)
+            for index, layer in enumerate(split.layers)
+        ]
+        super().__init__(layers=layers)
+
+    def load(self, split: SplitCache, near: Near, mask: Tensor | None) -> None:
+        """Move in what a prompt left; the other cache is empty afterwards.
+
+        Args:
+            split: its cache.
+            near: the policy for the rows of this run.
+            mask: which of its positions are no padding; None for all.
+        """
+        self.clock.load(near, split.get_seq_length(), pins_of(split, near), mask)
+        for mine, theirs in zip(self.layers, split.layers, strict=True):
+            mine.load(theirs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, all of them reserved."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def pins_of(split: SplitCache, near: Near) -> Int[Tensor, "batch pin"] | None:
+    """Positions of the pinned keys behind a prompt, in the order of every layer; None where no head is local."""
+    held = [layer.local.pins for layer in split.layers if layer.local is not None]
+    if held:
+        return held[0]
+    beside = any(len(layer.plan.dense) < len(layer.plan.whole_heads) for layer in split.layers)
+    return near.listed(0, split.get_seq_length()) if beside else None
+
+
+# -- one query row -----------------------------------------------------------------------------------------------------
+
+
+def _masked(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Bool[Tensor, "batch 1 1 slot"], *rest: Any
+) -> Float[Tensor, "batch head 1 d_head"]:
+    if call.fused:
+        return fused(call, q, k, v, seen)
+    # As ``stepwise``, without its look at rows that see nothing: reading it would wait for the card.
+    scores = (q.float().unflatten(1, (k.shape[1], -1))[:, :, :, 0] @ k.float().transpose(-1, -2)) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if call.sinks is not None:
+        sinks = call.sinks.float().reshape(1, k.shape[1], -1, 1).expand(len(scores), -1, -1, -1)
+        pattern = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    else:
+        pattern = torch.softmax(scores, dim=-1)
+    return (pattern.to(v.dtype) @ v).flatten(1, 2)[:, :, None]
+
+
+def _flash(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Int[Tensor, " batch"], real: Tensor | None
+) -> Float[Tensor, "batch head 1 d_head"]:
+    return flash.row(q, k, v, used, call.scale)
+
+
+def _flash_takes(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Any, real: Any) -> bool:
+    return flash.on_card(q) and flash.fits(q, v) and call.fused and real is None
+
+
+ROWS = (
+    Way("flash attention over stores of fixed size", _flash_takes, flash.missing, _flash),
+    Way("attention under a mask", anything, nothing, _masked),
+)
