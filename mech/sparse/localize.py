@@ -31,6 +31,7 @@ from mech.indices import Pairs
 from mech.inputs import TEXT, Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.sparse.cache import SplitCache, SplitLayer
+from mech.sparse.expect import Expected, expected
 from mech.sparse.kernels import by_definition, split_heads
 from mech.sparse.masks import Near
 from mech.sparse.plan import Plan, start_of
@@ -203,6 +204,19 @@ class Localized:
         """``Policy.budgets`` for this model's layers."""
         return self.policy.budgets(self.model.cfg, length, text=text, windows=self.windows)
 
+    def expects(self, length: int, new_tokens: int = 1, batch: int = 1) -> Expected:
+        """Whether the policy gains on this machine with a prompt of this length, predicted; see ``mech.sparse.expect``.
+
+        Args:
+            length: tokens of the prompt.
+            new_tokens: that are generated behind it.
+            batch: rows.
+        """
+        return expected(
+            self.model, self.policy, length, new_tokens=new_tokens, batch=batch, captured=self.captures,
+            windows=self.windows,
+        )  # fmt: skip
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values that the last generation held at its end; 0 before there was one."""
@@ -293,6 +307,11 @@ class Localized:
                 stacklevel=7,
             )
         free = new_tokens is not None and longest <= self.policy.window
+        if self.auto and cache is None and not free:
+            found = self.expects(longest - (new_tokens or 0), new_tokens or 0, rows)
+            free = found.runs == "dense"
+            if free:
+                _notice(f"{longest} tokens gain nothing ({found}): the run is dense", stacklevel=7)
         return Near(self.policy, first, prompt, text if self.policy.keep_text else None, free)
 
     def _check_question(self, layouts: Any) -> None:

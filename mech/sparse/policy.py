@@ -14,6 +14,7 @@ know what the heads are for: accuracy has to be measured beside it.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -222,7 +223,7 @@ class Policy:
             kept = self.sinks + (text if self.keep_text else 0)
             # What lies in the window is not kept twice; what the layer itself does not see is not kept at all.
             near = min(own, self.window + min(kept, max(0, length - self.window)))
-            whole, local = _seen(length, own, own), _seen(length, own, min(own, self.window), kept)
+            whole, local = seen_pairs(length, own, own), seen_pairs(length, own, min(own, self.window), kept)
             prefill, decode = self.phase != "decode", self.phase != "prefill"
             pairs[False] += d_head * cfg.n_heads * whole
             pairs[True] += d_head * cfg.n_heads * (heads * whole + (1 - heads) * local if prefill else whole)
@@ -250,7 +251,8 @@ def refuse_other_ranking(ranking: Ranking, cfg: ModelConfig) -> None:
         )
 
 
-def _seen(length: int, own: int, window: int, kept: int = 0) -> float:
+@lru_cache
+def seen_pairs(length: int, own: int, window: int, kept: int = 0) -> float:
     """Pairs (row, key) of a causal prompt: ``window`` keys behind each row, and ``kept`` ones before those.
 
     ``own`` is the layer's window: what lies behind it is seen by nobody. Kept tokens count as if they came first.

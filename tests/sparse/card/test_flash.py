@@ -17,7 +17,9 @@ from mech.sparse.masks import Near
 from mech.sparse.plan import Keys, Plan
 from mech.sparse.policy import Policy, StillDense
 
-PLANS = [(8, [3]), (8, []), (2, [1, 4, 5]), (2, [4, 5, 6, 7]), (4, [0, 1, 2, 3, 6]), (4, [0, 1, 7]), (1, [7]), (2, range(8))]  # fmt: skip
+PLANS = [
+    (8, [3]), (8, []), (2, [1, 4, 5]), (2, [4, 5, 6, 7]), (4, [0, 1, 2, 3, 6]), (4, [0, 1, 7]), (1, [7]), (2, range(8)),
+]  # fmt: skip
 
 
 def numbers(*shape, seed=0):
@@ -34,8 +36,7 @@ def call(q, k, v, mask=None, start=0, **options):
 
 
 def attended(rows, groups, length, dtype=torch.float32):
-    q = numbers(rows, 8, length, 8)
-    return tuple(x.to(dtype) for x in (q, numbers(rows, groups, length, 8, seed=1), numbers(rows, groups, length, 8, seed=2)))  # fmt: skip
+    return tuple(numbers(rows, heads, length, 8, seed=i).to(dtype) for i, heads in enumerate((8, groups, groups)))
 
 
 def chosen_of(heads):
@@ -127,7 +128,7 @@ def test_masks_that_say_more_than_causality_are_not_passed_over(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "paligemma2"])
 def test_models_on_a_card_are_what_they_are_on_a_cpu(monkeypatch, name):
-    """Prompt, chunks, and generation from stores of fixed size, whose row kernel counts keys instead of masking them."""
+    """Prompt, chunks, and generation from stores of fixed size: their kernel counts keys and masks none."""
     model = HookedMLLM.from_hf(tiny.model(name), processor(name), name=name)
     ids = torch.randint(200, 240, (2, 60), generator=torch.Generator().manual_seed(0)) % model.cfg.vocab
     layers = model.cfg.attention_layers
