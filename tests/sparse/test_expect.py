@@ -55,7 +55,7 @@ def test_long_runs_gain_and_short_ones_do_not(model):
     policy = Policy([(0, 0)], 4, 32)
     short, long = (expect.expected(model, policy, length) for length in (40, 20_000))
     assert short.runs == "dense" and long.runs == "sparse"
-    assert long.prefill > 5 and long.decode > 1.5 and short.prefill < 1.01
+    assert long.prefill > 5 and long.decode > 1.2 and short.prefill < 1.01
     nothing = expect.expected(model, Policy([(layer, head) for layer in range(3) for head in range(4)]), 20_000)
     assert nothing.runs == "dense" and nothing.decode == nothing.prefill == 1
     prefill = expect.expected(model, Policy([(0, 0)], 4, 32, phase="prefill"), 20_000)

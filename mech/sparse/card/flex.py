@@ -93,11 +93,13 @@ def local(call: AttentionCall, keys: Keys, near: Near, out: Float[Tensor, "batch
     _data = given
     blocks = blocks_of(given, call.q.shape[2], near.policy.window)
     score = None if call.softcap is None else _bounded
-    z, aux = compiled()(
+    aux = None if call.sinks is None else AuxRequest(lse=True)
+    z = compiled()(
         call.q, k, v, score_mod=score, block_mask=blocks, scale=call.scale, enable_gqa=call.q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
+        return_aux=aux,
     )  # fmt: skip
     if call.sinks is not None:  # a sink of the layer's own takes its share of the softmax, and no value
+        z, aux = z
         z = z * torch.sigmoid(aux.lse - call.sinks.to(aux.lse)[:, None])[..., None].to(z)
     return out.copy_(z)
 

@@ -1,4 +1,4 @@
-"""Flex attention of local heads against the definition: uncompiled, and once compiled for the CPU."""
+"""Flex attention of local heads against the definition, uncompiled."""
 
 import pytest
 import torch
@@ -48,17 +48,23 @@ def own_masks():
 
 
 @pytest.fixture
-def eager(monkeypatch):
-    """Flex attention without its compiler, on a card without flash; no block under a mask."""
-    from torch.nn.attention.flex_attention import flex_attention
+def card(monkeypatch):
+    """A card without flash; no block under a mask."""
 
     def no_mask(*args, **kwargs):
         raise AssertionError("a block under a mask")
 
     on_card(monkeypatch, float32=False)
     monkeypatch.setattr(flex, "on_card", lambda x: True)
-    monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
     monkeypatch.setattr(kernels, "_block", no_mask)
+
+
+@pytest.fixture
+def eager(card, monkeypatch):
+    """Flex attention there, without its compiler."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
 
 
 def close(found, expected, tolerance=2e-6):
@@ -117,24 +123,3 @@ def test_blocks_that_nobody_sees_are_left_out():
     counts = blocks.kv_num_blocks[0, 0].tolist()
     assert counts == [1, 2] + [3] * 14  # sinks, the block before, its own
     assert sorted(blocks.kv_indices[0, 0, 9, :3].tolist()) == [0, 8, 9]
-
-
-@pytest.mark.slow
-def test_compiled_once_for_every_length_and_mask(eager, monkeypatch):
-    flex.compiled.cache_clear() if hasattr(flex.compiled, "cache_clear") else None
-    monkeypatch.undo()
-    on_card(monkeypatch, float32=False)
-    monkeypatch.setattr(flex, "on_card", lambda x: True)
-    torch._dynamo.reset()
-    counts = torch._dynamo.utils.counters
-    made = near(Policy(sinks=4, window=20))
-    with torch.no_grad():
-        for name, mask in own_masks().items():
-            one = call(*layer(), mask)
-            close(local(one, made), by_definition(one, made, NONE), 1e-5)
-            if name == "padding":
-                after = counts["stats"]["unique_graphs"]
-        for length in (200, 260):
-            one = call(*(x[:, :, :length] for x in layer()), own_masks()["padding"][..., :length, :length])
-            close(local(one, made), by_definition(one, made, NONE), 1e-5)
-    assert counts["stats"]["unique_graphs"] - after <= 2
