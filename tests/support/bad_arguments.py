@@ -34,6 +34,7 @@ WRONG: dict[str, st.SearchStrategy] = {
     "share": NO_NUMBER | st.floats(max_value=0) | st.floats(min_value=1) | values(0, 1, (0.5,)),
     "amount": NO_NUMBER | st.floats(max_value=0) | st.floats(min_value=1) | st.integers(max_value=0) | values((1,)),
     "flag": values(None, 1, 0, "True", "", [], NAN, object()),
+    "flag or auto": values(None, 1, 0, "True", "", "always", ["auto"], NAN, object()),
     "word": WORDLIKE | st.text(max_size=8).map(lambda text: "no " + text),
     "words": WORDLIKE | values([], ["no such word"], "top", 3, [3], [None], {}, [["top"]]),
     "text": values(None, 3, True, NAN, b"text", ["text"], {}, object()),

@@ -74,7 +74,7 @@ def compiled() -> Callable[..., Any]:
     """Torch's flex attention, compiled at its first call; importing it loads the compiler, so it waits until then."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
 
 
 def takes(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> bool:

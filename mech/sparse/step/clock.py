@@ -123,8 +123,13 @@ class Clock:
 
         return self._once(("seen", kind), work_out)
 
+    @property
+    def counts(self) -> bool:
+        """Whether a store's first slots are what is seen of it: not under padding, nor if rows keep different text."""
+        return self.real is None and (self.shape.rows == 1 or not self.keep_text)
+
     def used(self, kind: Kind) -> Int[Tensor, " batch"]:
-        """How many slots of a store the new token sees; without padding these are the first ones, in every kind."""
+        """How many slots of a store the new token sees."""
         seen = self.seen(kind)
         return self._once(
             ("used", kind), lambda: seen.sum(-1, dtype=torch.int32).flatten().expand(self.shape.rows).contiguous()

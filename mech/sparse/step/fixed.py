@@ -117,7 +117,7 @@ class FixedLayer(WholeLayer):
             if store is not None and q[:, heads].shape[1]:
                 own = call if self._in_order else of_heads(call, plan.row[heads])
                 seen, used = self.clock.seen(store.kind), self.clock.used(store.kind)
-                parts.append(first_of(ROWS, own, q[:, heads], store.k, store.v, seen, used, self.clock.real))
+                parts.append(first_of(ROWS, own, q[:, heads], store.k, store.v, seen, used, self.clock.counts))
         if len(plan.dense) < len(plan.whole_heads):
             parts.append(self._beside(take(call, plan.whole_heads)))
         z = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -192,13 +192,15 @@ def _masked(
 
 
 def _flash(
-    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Int[Tensor, " batch"], real: Tensor | None
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Int[Tensor, " batch"], counts: bool
 ) -> Float[Tensor, "batch head 1 d_head"]:
     return flash.row(q, k, v, used, call.scale)
 
 
-def _flash_takes(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Any, real: Any) -> bool:
-    return flash.on_card(q) and flash.fits(q, v) and call.fused and real is None
+def _flash_takes(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Tensor, counts: bool
+) -> bool:
+    return flash.on_card(q) and flash.fits(q, v) and call.fused and counts
 
 
 ROWS = (

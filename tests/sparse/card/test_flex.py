@@ -1,4 +1,4 @@
-"""Flex attention of local heads against the definition, uncompiled."""
+"""Flex attention of local heads against the definition: uncompiled, and once compiled for the CPU."""
 
 import pytest
 import torch
@@ -123,3 +123,16 @@ def test_blocks_that_nobody_sees_are_left_out():
     counts = blocks.kv_num_blocks[0, 0].tolist()
     assert counts == [1, 2] + [3] * 14  # sinks, the block before, its own
     assert sorted(blocks.kv_indices[0, 0, 9, :3].tolist()) == [0, 8, 9]
+
+
+@pytest.mark.slow
+def test_compiled_once_for_every_mask_and_policy(card):
+    """Lengths stay: for those that change, torch's compiler (2.13) writes C++ that no compiler takes."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    with torch.no_grad():
+        for sinks, window in ((4, 20), (0, 130)):
+            for mask in own_masks().values():
+                made, one = near(Policy(sinks=sinks, window=window)), call(*layer(), mask)
+                close(local(one, made), by_definition(one, made, NONE), 1e-5)
+    assert graphs["unique_graphs"] == before + 1

@@ -38,6 +38,9 @@ def calls(given: Given) -> dict[str, Call]:
                 **TOLD,
             },
         ),
+        "dense_static": Call(
+            entered(mech.dense_static), {"model": given.model}, {"model": "model", "graph": "flag or auto"}
+        ),
         "localize": Call(
             entered(mech.localize),
             {"model": given.model},
@@ -49,6 +52,8 @@ def calls(given: Given) -> dict[str, Call]:
                 "window": "count",
                 "keep_text": "flag",
                 "phase": "word",
+                "graph": "flag or auto",
+                "auto": "flag",
             },
         ),
         "sparsify": Call(
