@@ -115,7 +115,7 @@ class FixedLayer(WholeLayer):
         q = call.q if self._in_order else call.q.index_select(1, plan.row)
         for store, heads in ((self.dense, slice(dense)), (self.local, slice(dense, None))):
             if store is not None and q[:, heads].shape[1]:
-                own = call if self._in_order else of_heads(call, plan.row[heads])
+                own = of_heads(call, plan.row[heads])
                 seen, used = self.clock.seen(store.kind), self.clock.used(store.kind)
                 parts.append(first_of(ROWS, own, q[:, heads], store.k, store.v, seen, used, self.clock.counts))
         if len(plan.dense) < len(plan.whole_heads):

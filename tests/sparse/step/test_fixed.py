@@ -33,12 +33,12 @@ def split_cache(near, plan, own, k, v):
     return cache
 
 
-def compared(dtype, tolerance, policy, prompt, own=None, first=(0, 0), text=None, **options):
+def compared(dtype, tolerance, policy, prompt, own=None, first=(0, 0), text=None, dense=DENSE, **options):
     """Feeds the tokens behind a prompt one by one and compares each row; gives the cache."""
     rows = len(first)
     q, k, v = (numbers(rows, heads, LENGTH, 8, seed=i).to(dtype) for i, heads in enumerate((8, GROUPS, GROUPS)))
     near = Near(policy, torch.tensor(first), torch.full((rows,), prompt), text)
-    split = split_cache(near, Plan.of(DENSE, GROUPS), own, k[:, :, :prompt], v[:, :, :prompt])
+    split = split_cache(near, Plan.of(dense, GROUPS), own, k[:, :, :prompt], v[:, :, :prompt])
     keys = torch.arange(LENGTH)
     real = keys >= torch.tensor(first)[:, None]
     shape = shape_of(near, split, torch.Size((rows, LENGTH)), any(first))
@@ -53,7 +53,7 @@ def compared(dtype, tolerance, policy, prompt, own=None, first=(0, 0), text=None
         cache.clock.advance()
         seen = real & (keys <= at) & (keys > at - (own or LENGTH))
         whole = call(q[:, :, row], k[:, :, : at + 1], v[:, :, : at + 1], seen[:, None, None, : at + 1], at, **options)
-        expected = by_definition(whole, near, DENSE)
+        expected = by_definition(whole, near, dense)
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=max(tolerance, 1e-5))
     return cache
 
@@ -66,6 +66,13 @@ PRECISION = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3
 @pytest.mark.parametrize("first", [(0, 0), (0, 3)])
 def test_every_precision_padding_softcap_and_sinks(dtype, tolerance, extra, first):
     compared(dtype, tolerance, Policy(sinks=4, window=9), 12, first=first, **extra)
+
+
+@pytest.mark.parametrize("heads", [(0, 1), (), range(8), (7,)])
+def test_heads_that_lie_in_order_and_others(heads):
+    dense = torch.tensor([head in heads for head in range(8)])
+    for extra in ({}, {"sinks": torch.linspace(-1, 2, 8)}):
+        compared(torch.float32, 2e-6, Policy(sinks=4, window=9), 40, dense=dense, **extra)
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 9, 13, 40])
