@@ -49,6 +49,8 @@ MODULES = (
     "mech.model.points",
     "mech.results.store",
     "mech.scale",
+    "mech.data.lmms_tasks",
+    "mech.lmms",
     "mech.study",
     "mech.experiments.findings.summary",
     "mech.experiments.ranking.selection",

@@ -1,0 +1,84 @@
+"""Tasks of lmms-eval as samples: the question, the pictures and the answer of each document.
+
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    task = get_task_dict(["mmbench_en_dev"], TaskManager())["mmbench_en_dev"]
+    samples = lmms_samples(task, n=200)
+    located = lmms_samples(task, n=200, evidence=lambda doc: (Box(*doc["bbox"]),))      # what RAM asks for
+
+Nothing is imported from lmms-eval: any object with its ``eval_docs``, ``doc_to_text``, ``doc_to_visual`` and
+``doc_to_target`` will do. Documents that show a video or a sound by its path are refused.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+
+from mech.arguments import Count, checking
+from mech.data.regions import Region
+from mech.data.samples import Sample, Samples
+from mech.errors import InputError
+
+PLACE = re.compile(
+    r"<(image|video)(\s*\d+)?>\s*"
+)  # where a prompt says that a picture stands; templates place them here
+
+
+@checking(InputError)
+def lmms_samples(
+    task: Any, n: Count | None = None, *, evidence: Callable[[Any], Iterable[Region]] | None = None
+) -> Samples:
+    """The first ``n`` documents of a task, all of them if None.
+
+    Args:
+        task: of lmms-eval.
+        n: how many.
+        evidence: the regions of a document that hold its answer; tasks do not say.
+
+    Raises:
+        InputError: no task, a document without a picture, or without one answer.
+    """
+    return Samples(islice(each_sample(task, evidence), n))
+
+
+def each_sample(task: Any, evidence: Callable[[Any], Iterable[Region]] | None = None) -> Iterator[Sample]:
+    """The documents of a task one by one, for ``mech.scale.stream``; else as ``lmms_samples``."""
+    lacking = [
+        name for name in ("eval_docs", "doc_to_text", "doc_to_visual", "doc_to_target") if not hasattr(task, name)
+    ]
+    if lacking:
+        raise InputError(
+            f"a {type(task).__name__} without {lacking[0]}", "a task of lmms-eval",
+            "get_task_dict([name], TaskManager())[name]",
+        )  # fmt: skip
+    config = getattr(task, "config", None)
+    name = str(getattr(config, "task", None) or getattr(task, "task_name", None) or type(task).__name__)
+    for i, doc in enumerate(task.eval_docs):
+        where = f"document {i} of {name}"
+        yield Sample(
+            PLACE.sub("", str(task.doc_to_text(doc))).strip(),
+            _answer(task.doc_to_target(doc), where),
+            images=_pictures(task.doc_to_visual(doc), where),
+            evidence=tuple(evidence(doc)) if evidence is not None else (),
+            domain=name,
+            id=f"{name}/{i}",
+        )
+
+
+def _pictures(shown: Any, where: str) -> tuple[Image.Image, ...]:
+    found = tuple(shown) if isinstance(shown, list | tuple) else (shown,)
+    if not found or not all(isinstance(one, Image.Image) for one in found):
+        kinds = ", ".join(sorted({type(one).__name__ for one in found})) or "nothing"
+        raise InputError(f"{where} shows {kinds}", "pictures", "leave out tasks of videos and sounds")
+    return tuple(one.convert("RGB") for one in found)
+
+
+def _answer(said: Any, where: str) -> str:
+    """The answer, the first of several that count as right."""
+    first = said[0] if isinstance(said, list | tuple) and said else said
+    if not isinstance(first, str | int | float) or not str(first).strip():
+        raise InputError(f"{where} has the answer {first!r}", "a text", "leave out tasks without one answer")
+    return str(first)
