@@ -363,7 +363,11 @@ def test_claims_stand_against_settings(study, text):
     rows = verdicts(summary)
     assert table.count("<tr>") == 2 + len(rows)
     for row in rows:
-        line = re.search(rf"<tr><th>{re.escape(row['claim'])}</th>(.*?)</tr>", table, re.DOTALL)[1]
+        made = (
+            f"<br><small>{row['published']}</small>" if row["published"] else ""
+        )  # who claims it, and of which models
+        line = re.search(rf"<tr><th>{re.escape(row['claim'] + made)}</th>(.*?)</tr>", table, re.DOTALL)[1]
+        assert f'data-tip="{row["in_all"]}"' in line
         assert re.findall(r'data-csv="([^"]*)"', line) == [cell["verdict"] for cell in row["cells"]]
     assert 'colspan="3" data-tip="llava-s: ' in table, "what is said of a model spans its domains"
 

@@ -24,11 +24,13 @@ def published(paper: str, models: str = "") -> str:
 def in_all(verdicts: Sequence[str], agrees: str, differs: str, unit: str = "setting") -> str:
     """What the verdicts of several settings come to, no more than they can."""
     n, yes, no = len(verdicts), verdicts.count(agrees), verdicts.count(differs)
-    units = f"{n} {unit}{'s' * (n != 1)}"
+    if n == 1:
+        where = f"in the one {unit} that was tried"
+        return f"Not universal: it fails {where}." if no else f"{'Found again' if yes else 'Cannot tell'} {where}."
     if no:
-        return f"Not universal: it fails in {no} of {units}" + (f" and is found again in {yes}." if yes else ".")
+        return f"Not universal: it fails in {no} of {n} {unit}s" + (f" and is found again in {yes}." if yes else ".")
     if yes == n:
-        return f"Found again wherever it was tried ({units})."
+        return f"Found again in all {n} {unit}s that were tried."
     if yes:
-        return f"Found again in {yes} of {units}; the others cannot tell."
-    return f"Cannot tell: in {units} the intervals allow both."
+        return f"Found again in {yes} of {n} {unit}s; the others cannot tell."
+    return f"Cannot tell: in {n} {unit}s the intervals allow both."
