@@ -20,7 +20,7 @@ def explore(
         typer.Argument(
             help="A reference model, a folder or a hub id.",
             autocompletion=options.reference_names,
-            callback=options.filled,
+            callback=options.known_model,
         ),
     ] = "reference:llava-s",
     revision: options.Revision = None,

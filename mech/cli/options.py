@@ -94,6 +94,14 @@ def _check_text(name: str, value: str) -> None:
         raise ExperimentError(f"{name} {value!r}", "a name", "leave it out for the default")
 
 
+def _check_model(name: str, value: str) -> None:
+    _check_text(name, value)
+    if value.startswith("reference:"):
+        from mech.reference import shipped
+
+        shipped(value.partition("@")[0])  # refused before anything heavy is imported
+
+
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ExperimentError(f"{name} {value:g}", "a share between 0 and 1", "use 0.1 for ten points of a hundred")
@@ -119,6 +127,7 @@ def written_to(*endings: str) -> Any:
 
 
 filled, size, share, positive = map(checked, (_check_text, _check_size, _check_share, _check_positive))
+known_model = checked(_check_model)
 
 Model = Annotated[
     str,
@@ -127,7 +136,7 @@ Model = Annotated[
         "-m",
         help="A reference model, a folder or a hub id.",
         autocompletion=reference_names,
-        callback=filled,
+        callback=known_model,
     ),
 ]
 Revision = Annotated[

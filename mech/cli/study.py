@@ -25,7 +25,7 @@ def study(
             "-m",
             help="May be given again, also as NAME@REVISION. Default: the reference models.",
             autocompletion=options.reference_names,
-            callback=options.filled,
+            callback=options.known_model,
         ),
     ] = None,
     revision: Annotated[

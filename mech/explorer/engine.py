@@ -43,7 +43,7 @@ from mech.experiments.attribution.logits import logit_attribution
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
 from mech.explorer.runs import Run
-from mech.explorer.state import BIAS, BLANK, COUNTERFACTUAL, NEW_TOKENS, SEED, Origin, Pair, State, in_words
+from mech.explorer.state import BIAS, BLANK, COUNTERFACTUAL, NEW_TOKENS, SEED, Origin, State, in_words
 from mech.interventions import Ablate, Patch, Redirect, Spec, intervene, reference_activations
 from mech.interventions.corruption import without_evidence
 from mech.model import HookedMLLM
@@ -160,16 +160,18 @@ class Engine:
             self._activations = reference_activations(self.model, self.reference)
         return self._activations
 
-    def _spec(self, state: State, sample: Sample, heads: Sequence[Pair]) -> Spec:
-        """What is done to some heads."""
+    def _spec(self, state: State, sample: Sample) -> Spec:
+        """What is done to the heads of a state."""
         if state.way == "patch":
-            return Patch("attn.hook_z", self.model.inputs_of(self._second(state, sample)), heads=heads)
+            other = self._run(self._second(state, sample))
+            self._run(sample).inputs.check_same_layout(other.inputs)
+            return Patch("attn.hook_z", other.outputs, heads=state.off)
         if state.way == "pull":
             if not sample.evidence:
                 raise InputError("no evidence to pull heads to", "a box", "draw one on the picture")
-            return Redirect(heads, to=sample.evidence, bias=BIAS)
+            return Redirect(state.off, to=sample.evidence, bias=BIAS)
         source = self._reference() if state.way in METHODS else None
-        return Ablate(heads=heads, to=state.way, reference=source, seed=SEED)
+        return Ablate(heads=state.off, to=state.way, reference=source, seed=SEED)
 
     # -- actions ----------------------------------------------------------------------------------------------------
 
@@ -255,8 +257,9 @@ class Engine:
         if not state.off:
             raise InputError("no heads to change", "at least one", "click one and switch it off")
         run = self._run(sample)
-        with intervene(self.model, self._spec(state, sample, state.off)) as changed, torch.no_grad():
-            says = changed(run.inputs, logits_to_keep=1)[0, -1].float().softmax(-1).cpu()
+        spec = self._spec(state, sample)
+        says = run.under(spec)
+        with intervene(self.model, spec) as changed:
             answer = changed.answer(run.inputs, max_new_tokens=NEW_TOKENS)
         # What was likely before is shown as well, however unlikely it is now.
         likely = {token: text for token, text, _ in (*run.top(SHOWN), *run.top(SHOWN, says))}
@@ -271,13 +274,13 @@ class Engine:
         others = [(layer, head) for layer in layers for head in range(heads) if (layer, head) not in state.off]
         if not 0 < len(state.off) <= len(others):
             return {"sets": []}
+        spec: Any = self._spec(state, sample)
         rng = random.Random(f"{SEED}/{in_words(state.off)}")
         wanted, said = self._tokens(request.get("tokens", [])), int(run.probabilities.argmax())
         found = []
         for _ in range(RANDOM):
             drawn = rng.sample(others, len(state.off))
-            with intervene(self.model, self._spec(state, sample, drawn)) as changed, torch.no_grad():
-                says = changed(run.inputs, logits_to_keep=1)[0, -1].float().softmax(-1).cpu()
+            says = run.under(replace(spec, heads=drawn))
             found.append({"heads": in_words(drawn), "same": int(says.argmax()) == said,
                           "p": {token: says[token].item() for token in wanted}})  # fmt: skip
         return {"sets": found}

@@ -7,9 +7,10 @@
 Everything is of the model as it is: what a changed head does to the answer is asked of ``mech.intervene``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,13 @@ from mech.data.samples import Sample
 from mech.experiments.attention.rows import read_rows
 from mech.explorer.state import NEW_TOKENS
 from mech.inputs import Inputs
+from mech.interventions import Spec, intervene
 from mech.model import AttentionCall, HookedMLLM
+from mech.model.cache import ActivationCache
 
-OF_ATTENTION = ("ram", "gaze", "vision_mass")
+
+def _is_output(point: str) -> bool:
+    return point.startswith("blocks.") and point.endswith(".attn.hook_z")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +35,7 @@ class Run:
     """A sample as the model takes it, what it says, and where every head attends.
 
     Attributes:
+        blind, seen: the inputs without their pixels, and what the vision stack made of these: read once.
         keys: the positions that are kept: visual tokens, and evidence in a text.
         attention: of the question's rows and, last, of the row that predicts the answer.
         visible: how many keys each of these rows may look at.
@@ -39,6 +45,8 @@ class Run:
     model: HookedMLLM
     sample: Sample
     inputs: Inputs
+    blind: Inputs
+    seen: Mapping[str, Any]
     keys: Int[np.ndarray, " key"]
     attention: Float[np.ndarray, "layer head row key"]
     visible: Float[np.ndarray, " row"]
@@ -50,9 +58,10 @@ class Run:
     def of(cls, model: HookedMLLM, sample: Sample) -> "Run":
         """Ask, and read.
 
-        Cost: two forwards and a short generation.
+        Cost: two forwards and a short generation, the vision stack twice.
         """
         inputs = model.inputs_of(sample)
+        blind, seen = model.encode_pictures(inputs)
         layout = inputs.layout.visual
         passages = [region for region in sample.evidence if isinstance(region, Passage)]
         read = layout.positions(passages) if passages else []
@@ -64,13 +73,25 @@ class Run:
         def look(call: AttentionCall, pattern: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"pattern": pattern[..., kept], "visible": call.visible(rows)[:, 0].sum(-1)}
 
-        found = read_rows(model, inputs, rows, look)
-        says = model(inputs, logits_to_keep=1)[0, -1]
+        found = read_rows(model, blind, rows, look, seen)
+        says = model(blind, logits_to_keep=1, mm_encoder_outputs=dict(seen))[0, -1]
         return cls(
-            model, sample, inputs, keys,
+            model, sample, inputs, blind, seen, keys,
             found["pattern"][0].cpu().numpy(), found["visible"][0].amax(0).cpu().numpy(),
             says.float().softmax(-1).cpu(), model.answer(inputs, max_new_tokens=NEW_TOKENS),
         )  # fmt: skip
+
+    def under(self, spec: Spec) -> Float[torch.Tensor, " vocab"]:
+        """The probabilities of the next token under an intervention. Cost: one forward of the text stack."""
+        with intervene(self.model, spec) as changed, torch.no_grad():
+            says = changed(self.blind, logits_to_keep=1, mm_encoder_outputs=dict(self.seen))[0, -1]
+        return says.float().softmax(-1).cpu()
+
+    @cached_property
+    def outputs(self) -> ActivationCache:
+        """What every head puts out (z), to be patched into another run. Cost: one forward, once."""
+        with torch.no_grad():
+            return self.model.run_with_cache(self.blind, names_filter=_is_output, mm_encoder_outputs=dict(self.seen))[1]
 
     @cached_property
     def words(self) -> dict[str, list[int]]:

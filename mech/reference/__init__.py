@@ -37,7 +37,7 @@ def path(name: str) -> Path:
     Raises:
         UnsupportedModel: no such model, or the package that it needs is not installed.
     """
-    folder = _shipped(name)
+    folder = shipped(name)
     if not _needs_base(folder):
         return folder
     from mech.reference.smol.assembly import assembled
@@ -45,7 +45,12 @@ def path(name: str) -> Path:
     return assembled(folder)
 
 
-def _shipped(name: str) -> Path:
+def shipped(name: str) -> Path:
+    """The folder of a reference model in the package.
+
+    Raises:
+        UnsupportedModel: no such model.
+    """
     short = name.removeprefix(PREFIX)
     if short not in names():
         known = [PREFIX + known for known in names()]
@@ -61,7 +66,7 @@ def _needs_base(folder: Path) -> bool:
 
 def revisions(name: str) -> tuple[str, ...]:
     """The checkpoints of its training that ship with a reference model, in order; most have none."""
-    folder = _shipped(name)
+    folder = shipped(name)
     if _needs_base(folder):
         return ("base",)
     return tuple(sorted((file.stem for file in folder.glob("step*.safetensors")), key=lambda step: int(step[4:])))
@@ -85,4 +90,4 @@ def checkpoint(name: str, revision: str) -> Path:
 
 def card(name: str) -> dict[str, Any]:
     """What is known of a reference model: data, curve, accuracy, heads, seed, time."""
-    return json.loads((_shipped(name) / "card.json").read_text(encoding="utf-8"))
+    return json.loads((shipped(name) / "card.json").read_text(encoding="utf-8"))

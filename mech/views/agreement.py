@@ -103,8 +103,11 @@ def transfer_view(result: xr.Dataset, title: str = "Transfer of heads") -> View:
     chance = np.broadcast_to(result["random_lost"].values, (len(rows), len(columns)))
     between = [result[f"lost_{end}"].values for end in ("low", "high")]
     caption = f"Accuracy lost without {result.attrs['n_heads']} heads. Rows: found on; columns: tested on"
-    table = matrix(rows, result["lost"].values.tolist(), caption, chance, between, columns)
-    return View(title, f"<h3>{escape(title)}</h3>{table}", height=170 + 64 * len(rows))
+    lost = matrix(rows, result["lost"].values.tolist(), caption, chance, between, columns)
+    heads = dict(zip(result["band"].values.astype(str), result["heads"].values.astype(str), strict=True))
+    named = table(["found on", "heads"], [[escape(name), escape(heads.get(name, ""))] for name in rows], kind="record")
+    which = f"<details><summary>Which heads</summary>{named}</details>"
+    return View(title, f"<h3>{escape(title)}</h3>{lost}{which}", height=200 + 64 * len(rows))
 
 
 def modality_view(result: xr.Dataset, title: str = "Pictures and text") -> View:

@@ -111,16 +111,16 @@ def effects(result: xr.Dataset, measure: str) -> list[Effect]:
     for (method, band, fraction, n_heads), members in groups.items():
         mean = float(np.median(means[members]))
         low, high = (lows[members[0]], highs[members[0]])
-        heads = _wrapped(names[members[0]])
+        heads = wrapped(names[members[0]])
         if band in DRAWN or len(members) > 1:
             least, most = members[means[members].argmin()], members[means[members].argmax()]
             low, high = means[least], means[most]
-            heads = f"lowest: {_wrapped(names[least])}<br>highest: {_wrapped(names[most])}" if names[least] else ""
+            heads = f"lowest: {wrapped(names[least])}<br>highest: {wrapped(names[most])}" if names[least] else ""
         measured.append(Effect(method, band, fraction, n_heads, len(members), mean, float(low), float(high), heads))
     return measured
 
 
-def _wrapped(heads: str, a_line: int = 8) -> str:
+def wrapped(heads: str, a_line: int = 8) -> str:
     """Names of heads for a tip, some on each line."""
     names = escape(heads).split()
     return "<br>".join(", ".join(names[i : i + a_line]) for i in range(0, len(names), a_line))
@@ -286,11 +286,12 @@ def _panel(effects: Sequence[Effect], method: str, measure: str, span: tuple[flo
 
 
 def _line(line: list[Effect], band: str, measure: str) -> dict:
-    _, symbol, dash = looks_like(band)
+    name, symbol, dash = looks_like(band)
     colour = f"@{_colour(band)}"
     trace = {
         "type": "scatter",
         "mode": "lines+markers",
+        "name": escape(name),  # for a legend of matplotlib; the page has one for all panels
         "x": [effect.fraction for effect in line],
         "y": [effect.mean for effect in line],
         "text": [_says(effect, measure) for effect in line],

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from mech.axes import EXAMPLE
-from mech.views.curves import MEASURES
+from mech.views.curves import MEASURES, wrapped
 from mech.views.drawing.intervals import accuracy_interval, mean_interval
 from mech.views.drawing.page import View, chart, escape, tabs
 
@@ -83,7 +83,7 @@ def _curves(
     horizontal: float | None = None,
 ) -> str:
     """A curve for every band along an axis; a dotted line where the model is as it is."""
-    along, traces = measured[axis].values.astype(float), []
+    along, traces, heads = measured[axis].values.astype(float), [], _heads_of(measured)
     for band, here in sorted(_by_band(measured), key=lambda named: named[0] != "random"):  # the shade lies below
         mean, low, high = _ends(here)
         colour = f"@{COLOURS.get(band, 'accent')}"
@@ -91,7 +91,7 @@ def _curves(
             "type": "scatter", "mode": "lines+markers", "x": along, "y": mean, "name": escape(band),
             "line": {"color": colour, "width": 2}, "marker": {"size": 7, "color": colour},
             "text": [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(mean, low, high, strict=True)],
-            "hovertemplate": f"<b>{escape(band)}</b>, {axis} %{{x}}<br>%{{text}}<extra></extra>",
+            "hovertemplate": f"<b>{escape(band)}</b>, {axis} %{{x}}<br>%{{text}}<br>{heads[band]}<extra></extra>",
         }  # fmt: skip
         if len(here) > 1:
             edge = {"type": "scatter", "mode": "lines", "x": along, "hoverinfo": "skip", "line": {"width": 0},
@@ -154,6 +154,16 @@ def _by_band(value: xr.DataArray) -> list[tuple[str, np.ndarray]]:
     names = value["band"].values.astype(str)
     whole = value.transpose("set", ..., EXAMPLE).values
     return [(band, whole[names == band]) for band in dict.fromkeys(names.tolist())]
+
+
+def _heads_of(value: xr.DataArray) -> dict[str, str]:
+    """What pointing at a band says of its heads: their names, or how many sets of them there are."""
+    bands = value["band"].values.astype(str).tolist()
+    names = value["heads"].values.astype(str).tolist() if "heads" in value.coords else [""] * len(bands)
+    return {
+        band: wrapped(names[bands.index(band)]) if bands.count(band) == 1 else f"{bands.count(band)} sets"
+        for band in dict.fromkeys(bands)
+    }
 
 
 def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -398,3 +398,15 @@ def test_heads_of_another_model_are_refused_or_allowed_by_name(mech, tmp_path):
     code, _, err = mech(*words)
     assert code == 2 and "reference:llava-s-seed1" in err and "allow" in err
     assert mech(*words, "--allow-other-model")[0] == 0
+
+
+def test_an_unknown_reference_model_is_told_before_anything_is_loaded():
+    code = "import sys; sys.argv = ['mech', *{words!r}]\nfrom mech.cli import main\ntry: main()\n"
+    code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    for words in (
+        ["rank", "-m", "reference:lava-s"],
+        ["study", "-m", "reference:lava-s@x"],
+        ["explore", "reference:lava-s"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code.format(words=words)], capture_output=True, text=True)
+        assert done.stdout.split() == ["2", "False"] and "use 'reference:llava-s'" in done.stderr

@@ -43,7 +43,7 @@ const middle = (low, value, high) => Math.max(low, Math.min(value, high));
 
 export function explore(root, ask, { link = "", moved = () => {}, whole = () => link } = {}) {
   let state = Object.fromEntries(new URLSearchParams(link));
-  let about = null, view = null, looks = null, changed = null, random = null, paths = null, asPaths = false;
+  let about = null, view = null, looks = null, changed = null, random = null, paths = null, asPaths = false, waiting = 0;
   const later = {}, failed = {}, pixels = new Map(), turns = {};
   const at = name => state[name] ?? { sample: "0", way: "mean", other: "counterfactual", score: "ram", against: "effect" }[name] ?? "";
   const written = (given = state) => new URLSearchParams(given).toString().replace(/%2C/g, ",").replace(/%3A/g, ":").replace(/%3B/g, ";");
@@ -84,10 +84,12 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
   const want = async (kind, request, take, fail = complain) => {
     const turn = turns[kind] = (turns[kind] || 0) + 1;
     const slow = setTimeout(() => root.classList.add("busy"), 250);
+    waiting += 1;
     const answer = await ask({ state: written(), ...request });
     clearTimeout(slow);
+    waiting -= 1;
+    if (!waiting) root.classList.remove("busy");
     if (turns[kind] !== turn) return false; // something newer was asked
-    root.classList.remove("busy");
     if (answer.error) fail(inWords(answer.error));
     else take(answer);
     return !answer.error;
@@ -105,14 +107,14 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
       if (!read) return;
     }
     if (!subject || before.other !== state.other) LATER.forEach(name => { delete later[name]; delete failed[name]; });
+    const moves = name => !subject || (before[name] || "") !== (state[name] || ""), other = ["off", "way", "other"].some(moves);
+    if (other) changed = random = null;
     render();
-    const moves = name => !subject || (before[name] || "") !== (state[name] || "");
     const todo = [];
-    if (state.off && ["off", "way", "other"].some(moves)) {
-      changed = random = null;
+    if (state.off && other) {
       todo.push(want("change", { action: "change" }, answer => { changed = answer; drawAnswer(); })
         .then(read => read && want("random", { action: "random", tokens: changed.tokens.map(([id]) => id) }, answer => { random = answer; drawAnswer(); })));
-    } else if (!state.off) { turns.change = turns.random = -1; changed = random = null; drawAnswer(); }
+    } else if (!state.off) ["change", "random"].forEach(kind => { turns[kind] = (turns[kind] || 0) + 1; }); // what is on its way is late
     if (state.head && (moves("head") || !looks)) todo.push(want("head", { action: "head" }, answer => { looks = answer; drawLooks(); drawHead(); }));
     if (state.head && asPaths && (moves("head") || moves("other"))) todo.push(readPaths());
     for (const name of LATER)
