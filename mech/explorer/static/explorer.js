@@ -6,7 +6,7 @@ const SCORES = {
   gaze: ["gaze: the answering token on the evidence", "gaze"],
   vision_mass: ["vision mass: the question on all of the picture", "vision mass"],
   writes: ["writes: logits it adds to the answer", "writes"],
-  effect: ["effect: the answer's lead that goes with it", "effect"],
+  effect: ["effect: the lead lost without it", "effect"],
 };
 const LATER = ["writes", "effect"]; // scores that cost passes of their own
 const WAYS = {
