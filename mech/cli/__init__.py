@@ -48,7 +48,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What stands in front of a command."""
+    """Options before the command."""
 
 
 for _command, _epilog in (
@@ -73,7 +73,7 @@ for _command, _epilog in (
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is said in three lines."""
+    """Run the command line; errors that a user can fix are printed in three lines."""
     try:
         app(with_bare_ray(sys.argv[1:]))
     except MechError as error:

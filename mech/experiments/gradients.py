@@ -29,7 +29,7 @@ Edit = tuple[str, Callable[[Tensor, HookPoint], Tensor]]
 
 @dataclass(eq=False)
 class Slopes:
-    """What one forward and backward left.
+    """Activations and their gradients, from one forward and one backward.
 
     Attributes:
         values: activations by name; of a module, its input.

@@ -271,24 +271,6 @@ def sign_flip_test(
     return p.reshape(values.shape[1:])
 
 
-def mcnemar(before: Float[np.ndarray, "example"], after: Float[np.ndarray, "example"]) -> Test:
-    """Did right answers turn wrong more often than wrong ones right? The exact, two-sided test (McNemar 1947).
-
-    Only examples that changed count: under the null each direction has probability 1/2. The statistic is the share
-    of examples that turned wrong minus the share that turned right.
-    """
-    before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if before.shape != after.shape or before.ndim != 1 or not len(before):
-        raise ExperimentError(f"shapes {before.shape} and {after.shape}", "the same examples before and after")
-    if not np.isin([before, after], (0, 1)).all():
-        raise ExperimentError("answers that are neither 0 nor 1", "1 for right, 0 for wrong")
-    lost, won = int((before > after).sum()), int((before < after).sum())
-    if lost + won == 0:
-        return Test(0.0, 1.0, 1.0, "examples")
-    p_value = float(stats.binomtest(lost, lost + won).pvalue)
-    return Test((lost - won) / len(before), p_value, float(min(1.0, 2 * 0.5 ** (lost + won))), "examples")
-
-
 def holm(p_values: Float[np.ndarray, "*tests"]) -> Float[np.ndarray, "*tests"]:
     """Adjusted p-values: rejecting those below alpha errs *at all* with probability at most alpha.
 

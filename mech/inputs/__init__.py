@@ -1,4 +1,9 @@
-"""Questions and pictures as tensors, and what every position is. See ``prompts`` to build, ``layout`` to ask."""
+"""Questions and pictures as tensors, and what every position of the sequence is.
+
+Takes a question, pictures and a processor, gives ``Inputs``: tensors, and a ``TokenLayout`` for each row. ``prompts``
+builds them, ``layout`` answers where things are, ``families`` knows how each architecture cuts pictures. The folder
+knows no model and no experiment.
+"""
 
 from mech.inputs.batch import Inputs, collate
 from mech.inputs.canvas import Canvas

@@ -141,91 +141,119 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1, say=print) -> Path:
     """Trains reference model ``name`` and saves it, with its processor and card, to ``folder / name``."""
     torch.set_num_threads(threads)
-    recipe = RECIPES[name]
-    words = tokenizer(recipe)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = untrained(recipe, words)
-    if recipe.start:
-        begun = folder / recipe.start
-        begun = begun if (begun / "card.json").exists() else path(recipe.start)
-        model = type(model).from_pretrained(begun, config=model.config, dtype=torch.float32)
-    model = model.to(device)
-    processor = Processor.from_hf(config=model.config, tokenizer=words, image_processor=image_processor(recipe.family))
-    marks, accuracy = Marks(words), dict.fromkeys(recipe.domains, 0.0)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    alignment = Alignment(words).to(device)
-    groups = [(decayed, 0.05), (others, 0.0), (list(alignment.parameters()), 0.0)]
-    optimizer = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay in groups], betas=(0.9, 0.98))
-
-    @functools.cache
-    def pooled(index: int) -> tuple[str, Inputs, list[Scene]]:
-        domain = [d for d in recipe.domains if d != "pages"][index % len(set(recipe.domains) - {"pages"})]
-        shape = Shape(domain, haystacks.MOST[domain], haystacks.PICTURES[domain], recipe.batch)
-        return domain, *batch_of(processor, shape, f"{recipe.seed}/tower/{index}")
-
-    start, spent, curve = 0, 0.0, []
-    checkpoint = folder / f"{name}.checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["recipe"] != repr(recipe):
-            raise OutputError(f"{checkpoint} follows another recipe", "one of this recipe", "delete it to begin anew")
-        model.load_state_dict(state["model"])
-        alignment.load_state_dict(state["alignment"])
-        optimizer.load_state_dict(state["optimizer"])
-        accuracy = state["accuracy"]
-        start, spent, curve = state["step"], state["spent"], state["curve"]
-        say(f"{name}: going on from step {start}")
-    model.train()
+    training = Training(name, folder)
+    if training.resumed():
+        say(f"{name}: going on from step {training.done}")
+    training.model.train()
     folder.mkdir(parents=True, exist_ok=True)
-    began, losses, step = time.perf_counter(), [], start - 1
-    for step in range(start, recipe.steps if steps is None else steps):
-        tower = step < recipe.tower_steps
-        for part in vision_tower(model):
+    losses: list[float] = []
+    for step in range(training.done, RECIPES[name].steps if steps is None else steps):
+        losses.append(training.step(step))
+        if training.done % EVERY == 0:
+            training.note(sum(losses) / len(losses), say)
+            losses.clear()
+    record = dict(steps=training.done, curve=training.curve, minutes=round(training.seconds / 60, 1))
+    return save(name, training.model.cpu().eval(), training.processor, folder / name, **record)
+
+
+class Training:
+    """A model on its way: weights, optimizer, and what is known of the steps that are done.
+
+    Args:
+        name: of the recipe.
+        folder: where the checkpoint is.
+    """
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder, self.recipe = name, folder, RECIPES[name]
+        recipe, words = self.recipe, tokenizer(self.recipe)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = untrained(recipe, words)
+        if recipe.start:
+            begun = folder / recipe.start
+            begun = begun if (begun / "card.json").exists() else path(recipe.start)
+            model = type(model).from_pretrained(begun, config=model.config, dtype=torch.float32)
+        self.model = model.to(self.device)
+        made = image_processor(recipe.family)
+        self.processor = Processor.from_hf(config=model.config, tokenizer=words, image_processor=made)
+        self.marks, self.alignment = Marks(words), Alignment(words).to(self.device)
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [(decayed, 0.05), (others, 0.0), (list(self.alignment.parameters()), 0.0)]
+        settings = [{"params": p, "weight_decay": decay} for p, decay in groups]
+        self.optimizer = torch.optim.AdamW(settings, betas=(0.9, 0.98))
+        self.accuracy, self.curve = dict.fromkeys(recipe.domains, 0.0), []
+        self.done, self._spent, self._began = 0, 0.0, time.perf_counter()
+        self._pooled = functools.cache(self._pool)
+        self.checkpoint = folder / f"{name}.checkpoint.pt"
+
+    @property
+    def seconds(self) -> float:
+        return self._spent + time.perf_counter() - self._began
+
+    def resumed(self) -> bool:
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            OutputError: it follows another recipe.
+        """
+        if not self.checkpoint.exists():
+            return False
+        state = torch.load(self.checkpoint, weights_only=True)
+        if state["recipe"] != repr(self.recipe):
+            raise OutputError(
+                f"{self.checkpoint} follows another recipe", "one of this recipe", "delete it to begin anew"
+            )
+        for part in ("model", "alignment", "optimizer"):
+            getattr(self, part).load_state_dict(state[part])
+        self.accuracy, self.curve = state["accuracy"], state["curve"]
+        self.done, self._spent = state["step"], state["spent"]
+        self._began = time.perf_counter()
+        return True
+
+    def step(self, step: int) -> float:
+        """One step of the optimizer; returns the loss."""
+        tower = step < self.recipe.tower_steps
+        for part in vision_tower(self.model):
             part.requires_grad_(tower)
         if tower:
-            domain, inputs, scenes = pooled(step % POOL)
-            loss, right = alignment.loss(model, inputs.to(device), scenes)
+            domain, inputs, scenes = self._pooled(step % POOL)
+            loss, right = self.alignment.loss(self.model, inputs.to(self.device), scenes)
         else:
-            shape = Shape.at(step, recipe)
-            domain, (inputs, _) = shape.domain, batch_of(processor, shape, f"{recipe.seed}/{step}")
-            loss, right = _loss(model, inputs.to(device).tensors, marks)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        optimizer.zero_grad(set_to_none=True)
+            shape = Shape.at(step, self.recipe)
+            domain, (inputs, _) = shape.domain, batch_of(self.processor, shape, f"{self.recipe.seed}/{step}")
+            loss, right = _loss(self.model, inputs.to(self.device).tensors, self.marks)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.recipe)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        accuracy[domain] += 0.1 * (right - accuracy[domain])
-        losses.append(loss.item())
-        if (step + 1) % EVERY == 0:
-            seconds = spent + time.perf_counter() - began
-            now = {domain: round(value, 3) for domain, value in accuracy.items()}
-            stage = "tower" if tower else "answers"
-            curve.append(
-                {"step": step + 1, "stage": stage, "loss": round(sum(losses) / len(losses), 4), "accuracy": now}
-            )
-            say(f"{name}: step {step + 1}, {seconds / 60:.1f} min, loss {curve[-1]['loss']:.3f}, {now}")
-            losses.clear()
-            if step + 1 == recipe.tower_steps:
-                pooled.cache_clear()
-            state = {
-                "model": model.state_dict(),
-                "alignment": alignment.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "spent": seconds,
-                "accuracy": accuracy,
-                "curve": curve,
-                "recipe": repr(recipe),
-            }
-            if step + 1 in recipe.keep:
-                keep(model, folder / name / f"step{step + 1}.safetensors")
-            torch.save(state, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
-    seconds = spent + time.perf_counter() - began
-    record = dict(steps=step + 1, curve=curve, minutes=round(seconds / 60, 1))
-    return save(name, model.cpu().eval(), processor, folder / name, **record)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.accuracy[domain] += 0.1 * (right - self.accuracy[domain])
+        self.done = step + 1
+        return loss.item()
+
+    def note(self, loss: float, say) -> None:
+        """Add a line to the curve, and write a checkpoint."""
+        now = {domain: round(value, 3) for domain, value in self.accuracy.items()}
+        stage = "tower" if self.done <= self.recipe.tower_steps else "answers"
+        self.curve.append({"step": self.done, "stage": stage, "loss": round(loss, 4), "accuracy": now})
+        say(f"{self.name}: step {self.done}, {self.seconds / 60:.1f} min, loss {self.curve[-1]['loss']:.3f}, {now}")
+        if self.done == self.recipe.tower_steps:
+            self._pooled.cache_clear()
+        state = {part: getattr(self, part).state_dict() for part in ("model", "alignment", "optimizer")}
+        state |= {"accuracy": self.accuracy, "curve": self.curve, "recipe": repr(self.recipe)}
+        state |= {"step": self.done, "spent": self.seconds}
+        if self.done in self.recipe.keep:
+            keep(self.model, self.folder / self.name / f"step{self.done}.safetensors")
+        torch.save(state, self.checkpoint.with_suffix(".part"))
+        self.checkpoint.with_suffix(".part").replace(self.checkpoint)
+
+    def _pool(self, index: int) -> tuple[str, Inputs, list[Scene]]:
+        recipe = self.recipe
+        domain = [d for d in recipe.domains if d != "pages"][index % len(set(recipe.domains) - {"pages"})]
+        shape = Shape(domain, haystacks.MOST[domain], haystacks.PICTURES[domain], recipe.batch)
+        return domain, *batch_of(self.processor, shape, f"{recipe.seed}/tower/{index}")
 
 
 def _loss(model, tensors: dict[str, torch.Tensor], marks: Marks) -> tuple[Float[torch.Tensor, ""], float]:

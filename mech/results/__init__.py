@@ -1,4 +1,9 @@
-"""Results as labelled arrays with a record of what made them: the kinds, the record, and the folder they live in."""
+"""Results as labelled arrays with a record of what made them: the kinds, the record, and the folder they live in.
+
+Takes arrays and attributes, gives checked ``xarray`` datasets (``schema``), files written whole (``store``) and a study
+folder that is only added to (``study``). Files of earlier versions are read with the names of this one (``older``). The
+folder does not know how a number was measured.
+"""
 
 from mech.results.provenance import provenance
 from mech.results.schema import (

@@ -9,7 +9,8 @@ Pointing at a cell gives the first words with their numbers. Without a picture t
 averaged: what is shown is one example.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,11 +48,8 @@ def lens_view(
     if not 0 <= example < result.sizes[EXAMPLE]:
         raise OutputError(f"example={example}", f"0 to {result.sizes[EXAMPLE] - 1}", "leave it out for the first")
     drawn = result.isel(example=example)
-    series = LAYER if LAYER in drawn.dims else "sender"
-    measure = "probability" if "probability" in drawn else "logit"
-    placed = np.flatnonzero(drawn["row"].values >= 0) if "row" in drawn.coords else np.array([], int)
-    pictures = pictures_on(on) if on is not None and len(placed) else _blank(drawn, placed)
-    rects = [_rect(drawn, int(p), pictures, layout) for p in placed]
+    lens = _Lens.of(drawn, on, layout)
+    series, measure, placed = lens.series, lens.measure, lens.placed
     shown = {"likeliest word": (drawn[measure].isel(place=0).values, True)}
     if f"tracked_{measure}" in drawn:
         for i, word in enumerate(drawn["tracked"].values.tolist()):
@@ -60,16 +58,68 @@ def lens_view(
     panels = {}
     for name, (values, written) in shown.items():
         if len(placed):
-            panels[name] = _stages(drawn, series, values, written, placed, rects, pictures, evidence_on(on))
+            panels[name] = lens.stages(values, written)
     there = "".join(_words(drawn, series, measure, np.setdiff1d(np.arange(drawn.sizes["position"]), placed)))
     where = "the stream entering each layer" if series == LAYER else "each head"
     note = f"{drawn.attrs.get('model', '')} · {measure} of words at {where}"
     note += f" · example {example + 1} of {result.sizes[EXAMPLE]}" if result.sizes[EXAMPLE] > 1 else ""
-    figures = drawn.sizes[series] * len({home for home, _ in rects})
+    figures = drawn.sizes[series] * len({home for home, _ in lens.rects})
     height = 170 + 480 * -(-figures // 2) + (40 * (drawn.sizes[series] + 2) if there else 0)
     title = title or ("Logit lens" if series == LAYER else "What heads say of what they attend to")
-    body = f"<h3>{escape(title)}</h3><p class=soft>{escape(note)}</p>{styles(pictures)}"
+    body = f"<h3>{escape(title)}</h3><p class=soft>{escape(note)}</p>{styles(lens.pictures)}"
     return View(title, body + (tabs(panels, "word") if panels else "") + there, height=height)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lens:
+    """One example, ready to draw: the positions that lie in pictures, and where."""
+
+    drawn: xr.Dataset
+    series: str  # the axis of which each entry is a picture
+    measure: str
+    placed: np.ndarray
+    rects: Sequence[tuple[int, list[float]]]
+    pictures: Sequence[Picture]
+    evidence: Sequence[Sequence[float]]
+
+    @classmethod
+    def of(cls, drawn: xr.Dataset, on: Any, layout: Any) -> "_Lens":
+        series = LAYER if LAYER in drawn.dims else "sender"
+        measure = "probability" if "probability" in drawn else "logit"
+        placed = np.flatnonzero(drawn["row"].values >= 0) if "row" in drawn.coords else np.array([], int)
+        pictures = pictures_on(on) if on is not None and len(placed) else _blank(drawn, placed)
+        rects = [_rect(drawn, int(p), pictures, layout) for p in placed]
+        return cls(drawn, series, measure, placed, rects, pictures, evidence_on(on))
+
+    def stages(self, values: np.ndarray, written: bool) -> str:
+        """One measure over the pictures, a picture for each layer or head."""
+        signed = bool((values < 0).any())
+        most = max(float(np.abs(values[:, self.placed]).max()), 1e-9)
+        figures = []
+        for i, name in enumerate(self.drawn[self.series].values.tolist()):
+            for k in sorted({home for home, _ in self.rects}):  # frames without a token of their own are left out
+                marks = "".join(self._marks(i, k, values[i] / most, signed, written))
+                outlined = [rect for home, *rect in self.evidence if home == k]
+                caption = f"{'layer ' if self.series == LAYER else ''}{name}"
+                caption += f", picture {k}" if len(self.pictures) > 1 else ""
+                figure = stage(self.pictures[k], marks, dim=bool(self.pictures[k].uri), evidence=outlined)
+                figures.append(f"<figure>{figure}<figcaption><b>{escape(caption)}</b></figcaption></figure>")
+        unit = "logits" if self.measure == "logit" else "probability"
+        bar = diverging_bar(0.0, most, unit) if signed else gradient(unit, most)
+        return f'<div class="cells wide">{"".join(figures)}</div>{bar}'
+
+    def _marks(self, i: int, k: int, shares: np.ndarray, signed: bool, written: bool) -> Iterator[str]:
+        """The cells of picture ``k``, each as strong as its share of the largest value."""
+        for p, (home, rect) in zip(self.placed.tolist(), self.rects, strict=True):
+            if home != k:
+                continue
+            share = float(shares[p])
+            colour = f"var(--{'plus' if share > 0 else 'minus'})" if signed else heat(abs(share) ** 0.5)
+            opacity = 0.82 * abs(share) if signed else 0.1 + 0.75 * abs(share) ** 0.5
+            yield mark(rect, colour, opacity, _says(self.drawn, self.series, i, p))
+            word = str(self.drawn["word"].values[i, p, 0])
+            if written and "\ufffd" not in word:  # a part of a letter is no word; pointing at it still says it
+                yield _written(rect, word)
 
 
 def _blank(shown: xr.Dataset, placed: np.ndarray) -> list[Picture]:
@@ -93,36 +143,6 @@ def _rect(shown: xr.Dataset, p: int, pictures: Sequence[Picture], layout: Any) -
         return home, layout.visual.rect[position].tolist()
     rows, cols = (int(shown[axis].values[owner == home].max()) + 1 for axis in ("row", "col"))
     return home, cell((int(shown["row"].values[p]), int(shown["col"].values[p])), (rows, cols), pictures[home])
-
-
-def _stages(
-    shown: xr.Dataset, series: str, values: np.ndarray, written: bool, placed: np.ndarray,
-    rects: Sequence[tuple[int, list[float]]], pictures: Sequence[Picture], evidence: Sequence[Sequence[float]],
-) -> str:  # fmt: skip
-    """One measure over the pictures, a picture for each layer or head."""
-    signed = bool((values < 0).any())
-    most = max(float(np.abs(values[:, placed]).max()), 1e-9)
-    drawn = []
-    for i, name in enumerate(shown[series].values.tolist()):
-        for k in sorted({home for home, _ in rects}):  # frames without a token of their own are left out
-            picture, marks = pictures[k], []
-            for p, (home, rect) in zip(placed.tolist(), rects, strict=True):
-                if home != k:
-                    continue
-                share = float(values[i, p]) / most
-                colour = f"var(--{'plus' if share > 0 else 'minus'})" if signed else heat(abs(share) ** 0.5)
-                opacity = 0.82 * abs(share) if signed else 0.1 + 0.75 * abs(share) ** 0.5
-                marks.append(mark(rect, colour, opacity, _says(shown, series, i, p)))
-                word = str(shown["word"].values[i, p, 0])
-                if written and "\ufffd" not in word:  # a part of a letter is no word; pointing at it still says it
-                    marks.append(_written(rect, word))
-            outlined = [rect for home, *rect in evidence if home == k]
-            caption = f"{'layer ' if series == LAYER else ''}{name}" + (f", picture {k}" if len(pictures) > 1 else "")
-            figure = stage(picture, "".join(marks), dim=bool(picture.uri), evidence=outlined)
-            drawn.append(f"<figure>{figure}<figcaption><b>{escape(caption)}</b></figcaption></figure>")
-    unit = "logits" if "logit" in shown else "probability"
-    bar = diverging_bar(0.0, most, unit) if signed else gradient(unit, most)
-    return f'<div class="cells wide">{"".join(drawn)}</div>{bar}'
 
 
 def _says(shown: xr.Dataset, series: str, i: int, p: int) -> str:

@@ -13,7 +13,6 @@ from mech.experiments.statistics import (
     holm,
     jaccard,
     jaccard_null,
-    mcnemar,
     overlap_p_value,
     paired_bootstrap,
     permutation_test,
@@ -213,15 +212,6 @@ def test_sampled_flips_agree_with_enumerated_ones():
     assert sampled == pytest.approx(exact, abs=0.02) and sampled != exact
 
 
-def test_mcnemar_known_values():
-    before = np.array([1] * 10 + [0] * 2 + [1] * 20)
-    after = np.array([0] * 10 + [1] * 2 + [1] * 20)
-    found = mcnemar(before, after)
-    assert found.p_value == pytest.approx(2 * stats.binom.cdf(2, 12, 0.5))
-    assert found.statistic == pytest.approx(8 / 32)
-    assert mcnemar(before, before).p_value == 1.0
-
-
 def test_holm_known_values_and_family_wise_error():
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm(np.array([[0.5], [0.9]])).shape == (2, 1)
@@ -272,7 +262,6 @@ def test_spearman_against_scipy_with_ties_and_a_constant_map():
         (lambda: permutation_test(np.ones(4), np.full((2, 4), np.nan)), "random holds nan"),
         (lambda: permutation_test(np.ones(4), np.ones((2, 4)), over="heads"), "over='heads'"),
         (lambda: permutation_test(np.ones(1), np.ones((2, 1))), "at least two examples"),
-        (lambda: mcnemar(np.array([0, 2]), np.array([0, 1])), "neither 0 nor 1"),
         (lambda: holm(np.array([0.5, np.nan])), "p-values that are nan"),
         (lambda: benjamini_hochberg(np.array([1.5])), "outside 0 to 1"),
         (lambda: jaccard([], []), "two empty sets"),

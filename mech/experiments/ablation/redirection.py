@@ -23,10 +23,11 @@ from mech.axes import EXAMPLE
 from mech.data.samples import Distractor, Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.ablation.redirected import BIAS
-from mech.experiments.ablation.sets import HeadSet, coords, different, head_sets, measured
+from mech.experiments.ablation.sets import coords, different, measured
 from mech.experiments.metrics import Quiz, answer_logits, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Ranking
+from mech.experiments.ranking.sets import HeadSet, head_sets
 from mech.experiments.scores.ram import Progress
 from mech.interventions import PerRow, Redirect, intervene
 from mech.interventions.specs import Phase, Where

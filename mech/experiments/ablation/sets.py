@@ -1,7 +1,6 @@
-"""Named sets of heads, and a measurement of each of them at several strengths: what steering and redirection share."""
+"""A measurement of sets of heads at several strengths: what steering and redirection share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,33 +8,13 @@ import numpy as np
 from mech.axes import EXAMPLE
 from mech.errors import ExperimentError
 from mech.experiments.ablation.redirected import BAND
-from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.ranking.sets import HeadSet
 from mech.experiments.scores.ram import Progress
 from mech.results import heads_text
 
 
-@dataclass(frozen=True)
-class HeadSet:
-    """Some heads, why these, and the number of the draw where they are random."""
-
-    band: str
-    draw: int
-    heads: Heads
-
-
-def head_sets(ranking: Ranking, bands: Sequence[str], heads: float, n_random: int, seed: int) -> list[HeadSet]:
-    """The sets of the bands: ``top``, ``bottom``, ``all``, and ``random`` ones, none of whose heads is at the top."""
-    top = ranking.top(heads)
-    single = {"top": lambda: top, "bottom": lambda: ranking.bottom(heads), "all": lambda: ranking.heads}
-    sets = []
-    for band in bands:
-        drawn = ranking.random(heads, n_random, seed, exclude=top) if band == "random" else [single[band]()]
-        sets += [HeadSet(band, draw, chosen) for draw, chosen in enumerate(drawn)]
-    return sets
-
-
 def different(name: str, values: Sequence[float], example: str) -> list[float]:
-    """Numbers, none of which comes twice."""
+    """The values as floats; refused if one comes twice."""
     numbers = [float(value) for value in values]
     if len(set(numbers)) < len(numbers):
         raise ExperimentError(f"{name}={numbers}", "different numbers", f"use {example}")

@@ -23,11 +23,12 @@ from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.ablation.redirected import BAND, table
-from mech.experiments.ablation.sets import HeadSet, coords, different, head_sets, measured
+from mech.experiments.ablation.sets import coords, different, measured
 from mech.experiments.effects import share
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
 from mech.experiments.ranking.ranking import Ranking
+from mech.experiments.ranking.sets import HeadSet, head_sets
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import mean_of
 from mech.interventions import Scale, check_positions, intervene

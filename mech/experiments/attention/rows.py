@@ -29,7 +29,7 @@ Read = Callable[[AttentionCall, Float[Tensor, "batch head row key_pos"]], Mappin
 def read_rows(
     model: HookedMLLM, inputs: Inputs, rows: Tensor, read: Read, pictures: Mapping[str, Any] | None = None
 ) -> dict[str, Float[Tensor, "batch layer *rest"]]:
-    """What ``read`` makes of the attention of ``rows``, layer by layer; layers are ``cfg.attention_layers``.
+    """Apply ``read`` to the attention of some query rows, layer by layer; layers are ``cfg.attention_layers``.
 
     Where visual tokens are in a memory that only some layers attend to, the other layers give zeros: no visual token is
     in their reach. ``pictures`` is what ``encode_pictures`` saw, for inputs without pixels.

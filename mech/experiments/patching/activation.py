@@ -136,7 +136,7 @@ def activation_patching(
 
 
 def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    """What counts the cells that are done, and tells ``progress`` of each."""
+    """A function that counts finished cells and reports each to ``progress``."""
     done = itertools.count(1)
 
     def tick(times: int = 1) -> None:

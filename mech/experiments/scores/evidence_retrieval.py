@@ -28,7 +28,8 @@ from mech.errors import ExperimentError
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
 from mech.experiments.effects import against_random
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking, refuse_without_evidence
-from mech.experiments.ranking.ranking import Heads, Ranking
+from mech.experiments.ranking.ranking import Ranking
+from mech.experiments.ranking.sets import HeadSet, head_sets
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import holm, mean_of
 from mech.indices import Pairs
@@ -125,7 +126,10 @@ def evidence_retrieval(
         attention += [values[..., : len(candidates[i])] for values, i in zip(mass, indices, strict=True)]
         if progress:
             progress(indices[-1] + 1, len(samples))
-    chosen = _sets(model, ranking, heads, n_random, seed, attention, candidates, reduce)
+    if isinstance(ranking, Ranking):
+        chosen = _sets(ranking, _by_vision(ranking, attention, candidates, reduce), heads, n_random, seed)
+    else:
+        chosen = [HeadSet(str(name), 0, tuple(map(tuple, given))) for name, given in ranking.items()]  # type: ignore[misc]
     result = _dataset(chosen, samples, attention, right, model.cfg.attention_layers, ks)
     result.attrs = {
         "kind": "retrieval", "model": model.name, "domain": ", ".join(samples.domains), "over": what, "reduce": reduce,
@@ -243,31 +247,23 @@ def _right(layout: TokenLayout, sample: Sample, candidates: list[np.ndarray]) ->
     return right
 
 
-def _sets(
-    model: HookedMLLM,
-    ranking: Ranking | Mapping[str, Iterable[tuple[int, int]]],
-    heads: int | float,
-    n_random: int,
-    seed: int,
-    attention: list[np.ndarray],
-    candidates: list[list[np.ndarray]],
-    reduce: str,
-) -> list[tuple[str, int, Heads]]:
-    """(band, draw, heads) of every set that is tried."""
-    if not isinstance(ranking, Ranking):
-        return [(str(name), 0, tuple(map(tuple, given))) for name, given in ranking.items()]  # type: ignore[misc]
-    count = ranking.count(heads)
+def _by_vision(
+    ranking: Ranking, attention: list[np.ndarray], candidates: list[list[np.ndarray]], reduce: str
+) -> Ranking:
+    """The same heads by their attention on all candidates together."""
     sizes = [[len(tokens) if reduce == "mean" else 1 for tokens in groups] for groups in candidates]
-    seen = np.mean([(groups * size).sum(-1) for groups, size in zip(attention, sizes, strict=True)], axis=0)
-    vision = Ranking(seen, score="vision_mass", layers=ranking.layers)
-    sets = [("top", 0, ranking.top(count)), ("bottom", 0, ranking.bottom(count)), ("vision", 0, vision.top(count))]
-    drawn_sets = ranking.random(count, n_random, seed, exclude=ranking.top(count))
-    sets += [("random", draw, drawn) for draw, drawn in enumerate(drawn_sets)]
-    return [*sets, ("all", 0, ranking.heads)]
+    seen = np.mean([(mass * size).sum(-1) for mass, size in zip(attention, sizes, strict=True)], axis=0)
+    return Ranking(seen, score="vision_mass", layers=ranking.layers)
+
+
+def _sets(ranking: Ranking, vision: Ranking, heads: int | float, n_random: int, seed: int) -> list[HeadSet]:
+    """Every set that is tried beside the top heads."""
+    top, bottom, *others = head_sets(ranking, ("top", "bottom", "random", "all"), heads, n_random, seed)
+    return [top, bottom, HeadSet("vision", 0, vision.top(len(top.heads))), *others]
 
 
 def _dataset(
-    sets: list[tuple[str, int, Heads]],
+    sets: Sequence[HeadSet],
     samples: Samples,
     attention: list[np.ndarray],
     right: list[Bool[np.ndarray, " candidate"]],
@@ -276,8 +272,8 @@ def _dataset(
 ) -> xr.Dataset:
     index_of = {layer: i for i, layer in enumerate(layers)}
     rr, hit, recall = np.zeros((len(sets), len(samples))), *np.zeros((2, len(sets), len(ks), len(samples)))
-    for row, (_, _, heads) in enumerate(sets):
-        at = tuple(np.array([(index_of[layer], head) for layer, head in heads]).T)
+    for row, chosen in enumerate(sets):
+        at = tuple(np.array([(index_of[layer], head) for layer, head in chosen.heads]).T)
         for column, (mass, gold) in enumerate(zip(attention, right, strict=True)):
             rr[row, column], hit[row, :, column], recall[row, :, column] = _judged(mass[at].sum(0), gold, ks)
     chance = [_judged(np.zeros(len(gold)), gold, ks) for gold in right]
@@ -294,9 +290,9 @@ def _dataset(
             "n_right": (EXAMPLE, np.array([int(gold.sum()) for gold in right])),
         },
         {
-            BAND: ("set", np.array([band for band, _, _ in sets], dtype=str)),
-            "draw": ("set", np.array([draw for _, draw, _ in sets])),
-            "n_heads": ("set", np.array([len(heads) for *_, heads in sets])),
+            BAND: ("set", np.array([chosen.band for chosen in sets], dtype=str)),
+            "draw": ("set", np.array([chosen.draw for chosen in sets])),
+            "n_heads": ("set", np.array([len(chosen.heads) for chosen in sets])),
             RANK_K: list(ks),
             EXAMPLE: samples.names,
         },
@@ -312,7 +308,7 @@ def _judged(
     """Reciprocal rank, hit@k and recall@k: the expected ones, where candidates of equal score come in any order."""
     n = len(score)
     rr, none_yet, hit, recall = 0.0, 1.0, np.zeros(n), np.zeros(n)
-    done, share = 0, 0.0
+    done, found = 0, 0.0
     for value in np.unique(score)[::-1]:
         tied = score == value
         size, good = int(tied.sum()), int((tied & right).sum())
@@ -323,7 +319,7 @@ def _judged(
             rr += none_yet * none * here / (done + j)
             none *= 1 - here
             hit[done + j - 1] = 1 - none_yet * none
-            recall[done + j - 1] = share + good * j / size
-        none_yet, done, share = none_yet * none, done + size, share + good
+            recall[done + j - 1] = found + good * j / size
+        none_yet, done, found = none_yet * none, done + size, found + good
     at = np.minimum(np.asarray(ks), n) - 1
     return rr, hit[at], recall[at] / right.sum()

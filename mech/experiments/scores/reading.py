@@ -108,66 +108,92 @@ def read_pass(
     ``trimmed`` gives the attention on each evidence token instead ([... token], padded with zeros); ``entropy`` also
     gives the image mass, under ``name/mass``.
     """
-    shift = [len(a.visual) - len(row.inputs.layouts[0].visual) for a, row in zip(inputs.layouts, rows, strict=True)]
-    keys, device = len(inputs.layouts[0].visual), model.device
-
-    def marked(positions: Sequence[np.ndarray]) -> Float[Tensor, "batch key_pos"]:
-        mask = torch.zeros(len(rows), keys, device=device)
-        for row, (own, left) in enumerate(zip(positions, shift, strict=True)):
-            at = torch.as_tensor(own + left, device=device)
-            mask[row].index_put_((at,), torch.ones((), device=device), accumulate=True)
-        return mask
-
-    image = marked([row.inputs.layouts[0].visual.pictured for row in rows])
-    targets: dict[str, Float[Tensor, "batch *query_pos key_pos"]] = {
-        "image": image, "evidence": marked([row.evidence for row in rows])
-    }  # fmt: skip
-    weights = {name: _weight(inputs.layouts, score.queries).to(device) for name, score in scores.items()}
-    at = torch.stack(list(weights.values())).sum((0, 1)).nonzero().flatten()
-    if any(score.on == "parts" for score in scores.values()):
-        targets["parts"] = _of_parts(inputs.layouts, rows, shift, targets["evidence"])[:, at]
-    regions = {"shifted": [marked([row.shifted for row in rows])]}
-    regions["random"] = [marked(drawn) for drawn in zip(*(row.random for row in rows), strict=True)]
-    if any(row.distractors for row in rows):  # masses are sums over tokens: the mean of the regions is a region
-        each = [np.concatenate(row.distractors) for row in rows]
-        counts = torch.tensor([len(row.distractors) for row in rows], device=device)
-        regions["distractors"] = [marked(each) / counts[:, None]]
-    calibrated = {score.calibrate for score in scores.values()}
+    reading = _Reading.of(inputs, rows, scores, model.device)
     sinks: dict[int, Bool[Tensor, "batch key_pos"]] = {}
 
     def read(call: AttentionCall, pattern: Tensor) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        visible = call.visible(at).to(pattern)
-        even = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-        norms = torch.linalg.vector_norm(call.v, dim=-1, dtype=pattern.dtype)
-        norms = norms.repeat_interleave(pattern.shape[1] // norms.shape[1], dim=1)
         for name, score in scores.items():
-            weight = weights[name][:, at]
-            on = targets[score.on].to(pattern)
-            looked = pattern
+            attended = pattern
             if score.calibrate == "no_sinks":
-                looked = pattern.masked_fill(sinks[call.layer].to(pattern.device)[:, None, None], 0.0)
-            if score.reduce in ("trimmed", "entropy"):
-                mean = mean_rows(looked, weight)
-                if score.reduce == "trimmed":
-                    values[name] = _each(mean, [row.evidence + left for row, left in zip(rows, shift, strict=True)])
-                else:
-                    values[name] = _entropies(mean, inputs.layouts)
-                    values[f"{name}/mass"] = torch.einsum("bhk,bk->bh", mean, on)
-                continue
-            value = _reduced(score.reduce, looked, on, image, norms)
-            if score.calibrate == "size":
-                value = value - _reduced(score.reduce, even, on, image, norms, even=True)
-            elif score.calibrate in regions:
-                others = [_reduced(score.reduce, looked, o.to(on), image, norms) for o in regions[score.calibrate]]
-                value = value - torch.stack(others).mean(0)
-            values[name] = torch.einsum("bhr,br->bh", value, weight.to(value))
+                attended = pattern.masked_fill(sinks[call.layer].to(pattern.device)[:, None, None], 0.0)
+            weight = reading.weights[name][:, reading.at]
+            if score.reduce == "trimmed":
+                values[name] = _each(mean_rows(attended, weight), reading.evidence)
+            elif score.reduce == "entropy":
+                mean = mean_rows(attended, weight)
+                values[name] = _entropies(mean, inputs.layouts)
+                values[f"{name}/mass"] = torch.einsum("bhk,bk->bh", mean, reading.targets[score.on].to(pattern))
+            else:
+                value = reading.score(score, call, attended)
+                values[name] = torch.einsum("bhr,br->bh", value, weight.to(value))
         return values
 
     with ExitStack() as stack:
-        if "no_sinks" in calibrated:
+        if any(score.calibrate == "no_sinks" for score in scores.values()):
             stack.enter_context(model.hooks(_watching(model, inputs, sinks, sink_tau)))
-        return read_rows(model, inputs, at, read, pictures)
+        return read_rows(model, inputs, reading.at, read, pictures)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What a pass reads: rows and their weights by score, sets of keys, and regions that a score is compared with."""
+
+    at: Tensor  # the query rows that any score reads
+    weights: Mapping[str, Float[Tensor, "batch pos"]]
+    evidence: Sequence[np.ndarray]  # positions of each row's evidence in the batch
+    targets: Mapping[str, Float[Tensor, "batch *query_pos key_pos"]]
+    regions: Mapping[str, Sequence[Float[Tensor, "batch key_pos"]]]
+
+    @classmethod
+    def of(
+        cls, inputs: Inputs, rows: Sequence[Prepared], scores: Mapping[str, Score], device: torch.device
+    ) -> "_Reading":
+        shift = [len(a.visual) - len(row.inputs.layouts[0].visual) for a, row in zip(inputs.layouts, rows, strict=True)]
+
+        def moved(positions: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [own + left for own, left in zip(positions, shift, strict=True)]
+
+        def marked(positions: Sequence[np.ndarray]) -> Float[Tensor, "batch key_pos"]:
+            mask = torch.zeros(len(rows), len(inputs.layouts[0].visual), device=device)
+            for row, own in enumerate(moved(positions)):
+                at = torch.as_tensor(own, device=device)
+                mask[row].index_put_((at,), torch.ones((), device=device), accumulate=True)
+            return mask
+
+        weights = {name: _weight(inputs.layouts, score.queries).to(device) for name, score in scores.items()}
+        at = torch.stack(list(weights.values())).sum((0, 1)).nonzero().flatten()
+        targets: dict[str, Float[Tensor, "batch *query_pos key_pos"]] = {
+            "image": marked([row.inputs.layouts[0].visual.pictured for row in rows]),
+            "evidence": marked([row.evidence for row in rows]),
+        }
+        if any(score.on == "parts" for score in scores.values()):
+            targets["parts"] = _of_parts(inputs.layouts, rows, shift, targets["evidence"])[:, at]
+        regions = {"shifted": [marked([row.shifted for row in rows])]}
+        regions["random"] = [marked(drawn) for drawn in zip(*(row.random for row in rows), strict=True)]
+        if any(row.distractors for row in rows):  # masses are sums over tokens: the mean of the regions is a region
+            each = [np.concatenate(row.distractors) for row in rows]
+            counts = torch.tensor([len(row.distractors) for row in rows], device=device)
+            regions["distractors"] = [marked(each) / counts[:, None]]
+        return cls(at, weights, moved([row.evidence for row in rows]), targets, regions)
+
+    def score(self, score: Score, call: AttentionCall, attended: Tensor) -> Float[Tensor, "batch head row"]:
+        """A score of every head at every row that is read, its null subtracted."""
+        norms = None
+        if score.reduce == "value_norm":
+            norms = torch.linalg.vector_norm(call.v, dim=-1, dtype=attended.dtype)
+            norms = norms.repeat_interleave(attended.shape[1] // norms.shape[1], dim=1)
+        on, image = self.targets[score.on].to(attended), self.targets["image"]
+        value = _reduced(score.reduce, attended, on, image, norms)
+        if score.calibrate == "size":
+            visible = call.visible(self.at).to(attended)
+            even = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+            return value - _reduced(score.reduce, even, on, image, norms, even=True)
+        if score.calibrate in self.regions:
+            others = [_reduced(score.reduce, attended, other.to(on), image, norms)
+                      for other in self.regions[score.calibrate]]  # fmt: skip
+            return value - torch.stack(others).mean(0)
+        return value
 
 
 def _of_parts(
@@ -175,10 +201,10 @@ def _of_parts(
 ) -> Float[Tensor, "batch query_pos key_pos"]:
     """What each query row is scored on: the row that predicts a token of the answer on that token's evidence."""
     mask = evidence[:, None].repeat(1, len(layouts[0]), 1)
-    for row, (one, layout, left) in enumerate(zip(rows, layouts, shift, strict=True)):
-        for position, found in zip(layout.spans["answer"], one.parts, strict=True):
+    for row, (own, layout, left) in enumerate(zip(rows, layouts, shift, strict=True)):
+        for position, part in zip(layout.spans["answer"], own.parts, strict=True):
             mask[row, position - 1] = 0
-            mask[row, position - 1, torch.as_tensor(found + left, device=mask.device)] = 1
+            mask[row, position - 1, torch.as_tensor(part + left, device=mask.device)] = 1
     return mask
 
 
@@ -214,12 +240,12 @@ def _reduced(
     pattern: Float[Tensor, "batch head row key_pos"],
     on: Float[Tensor, "batch *row key_pos"],
     image: Float[Tensor, "batch key_pos"],
-    norms: Float[Tensor, "batch head key_pos"],
+    norms: Float[Tensor, "batch head key_pos"] | None,
     even: bool = False,
 ) -> Float[Tensor, "batch head row"]:
     which = "bhrk,bk->bhr" if on.ndim == 2 else "bhrk,brk->bhr"  # the same for all rows, or one for each
     size = on.sum(-1)[:, None, None] if on.ndim == 2 else on.sum(-1)[:, None]
-    if reduce == "value_norm":
+    if norms is not None:
         weighted = pattern * norms[:, :, None]
         return torch.einsum(which, weighted, on) / weighted.sum(-1).clamp(min=_TINY)
     mass = torch.einsum(which, pattern, on)
@@ -236,8 +262,8 @@ def _reduced(
 
 def _each(mean: Float[Tensor, "batch head key_pos"], positions: Sequence[np.ndarray]) -> Tensor:
     each = mean.new_zeros(*mean.shape[:2], max(map(len, positions)))
-    for row, found in enumerate(positions):
-        each[row, :, : len(found)] = mean[row][:, torch.as_tensor(found, device=mean.device)]
+    for row, own in enumerate(positions):
+        each[row, :, : len(own)] = mean[row][:, torch.as_tensor(own, device=mean.device)]
     return each
 
 
