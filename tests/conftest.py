@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import functools
 import sys
 
 import pytest
@@ -29,3 +30,11 @@ def browser():
     found = support.started()
     yield found
     found.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Tiny models by name, each opened once for a file."""
+    from tiny_models import opened
+
+    return functools.cache(opened)

@@ -5,12 +5,12 @@ The reference is generation with a plain cache, whose steps `mech check` holds t
 
 import pytest
 import torch
+from tiny_models import opened
 from transformers import DynamicCache
 
 import mech
 from mech.errors import ExperimentError, InputError, MechError, UnsupportedModel
 from mech.interventions import Ablate, Knockout, Patch, Scale, intervene
-from mech.model import HookedMLLM
 from mech.model.check.trial import special_tokens
 from mech.reference import tiny, tiny_processors
 
@@ -18,10 +18,6 @@ LOOKS_AHEAD = ("gemma3", "paligemma", "paligemma2", "gemma4_large")
 WHOLE = ("llama4", "mllama")  # pictures that cannot be encoded before the prompt is read
 SLIDING = ("llava_mistral", "gemma3", "gemma4", "cohere2_vision")
 TOKENS = 3
-
-
-def opened(name):
-    return HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name))
 
 
 def inputs_of(model, seed=0, question="What is in the picture?"):

@@ -16,23 +16,9 @@ from mech.experiments.ablation.ablation import ablation
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.interventions import Ablate, intervene, reference_activations
-from mech.model import HookedMLLM
-from mech.reference import tiny
-from mech.reference.tiny_processors import noise, processor
+from mech.reference.tiny_processors import noise
 
 QUESTION = "Which digit is red?"
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = HookedMLLM.from_hf(tiny.model(name), processor(name), name=name)
-        return made[name]
-
-    return get
 
 
 def asked(model):

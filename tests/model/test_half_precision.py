@@ -3,22 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import opened
 
 from mech.experiments.attention.mass import attention_mass
 from mech.experiments.scores.ram import evidence_mass
 from mech.model import HookedMLLM
 from mech.model.check.laws import LAWS, make_batches
-from mech.reference import tiny, tiny_processors
+from mech.reference import tiny_processors
 
 # Plain, DeepStack and M-RoPE, post-norms and windows.
 CASES = [("llava", torch.bfloat16), ("llava", torch.float16), ("qwen3_vl", torch.bfloat16), ("gemma3", torch.float16)]
 # Cross attention, convolutions, linear attention, a softcap. Not experts: where rounding decides, others are chosen.
 OTHERS = [("mllama", torch.bfloat16), ("lfm2_vl", torch.bfloat16), ("qwen3_5", torch.bfloat16),
           ("paligemma2", torch.float16)]  # fmt: skip
-
-
-def opened(name, dtype):
-    return HookedMLLM.from_hf(tiny.model(name).to(dtype), tiny_processors.processor(name))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*CASES, *OTHERS])

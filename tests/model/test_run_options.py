@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import tiny_models
 import torch
 from tensors import FEW
 from transformer_lens.utilities import Slice, lm_cross_entropy_loss
@@ -16,9 +17,7 @@ PICTURE = tiny_processors.noise(16, 16)
 LAST = f"blocks.{tiny.LAYERS - 1}.hook_resid_post"
 
 
-@functools.cache
-def opened(name):
-    return HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name))
+opened = functools.cache(tiny_models.opened)
 
 
 @functools.cache

@@ -4,19 +4,15 @@ import json
 
 import pytest
 import torch
+from tiny_models import opened
 
 import mech
 from mech.errors import ExperimentError, OutputError, UnsupportedModel
-from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
 from mech.sparse.patterns import FULL, SLIDING, LayerPattern, nearest_layers
 
 ABLE = ("llava_siglip", "llava_qwen3", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl")
 WINDOW = 12
-
-
-def opened(name):
-    return HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name))
 
 
 def whole(layers, n_heads=tiny.HEADS):

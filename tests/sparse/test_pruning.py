@@ -8,22 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import opened
 from transformers import AutoModelForImageTextToText
 
 import mech
 from mech.errors import ExperimentError, UnsupportedModel
 from mech.interventions import Ablate, intervene, reference_activations
-from mech.reference import tiny, tiny_processors
 from mech.sparse.groups import lowest_groups
 from mech.sparse.pruning.prune import prune_heads
 
 MEAN = ("llava", "llava_qwen3", "qwen3_vl", "gemma3", "paligemma2", "cohere2_vision", "llama4", "idefics3")
 ONLY_ZERO = ("llava_phi3", "llava_siglip", "mistral3", "lfm2_vl", "qwen3_5", "glm4v_moe")
 NEITHER = ("qwen2_vl", "qwen2_5_vl", "glm4v", "mllama", "gemma4")
-
-
-def opened(name):
-    return mech.HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name), name=name)
 
 
 @pytest.fixture(scope="module")

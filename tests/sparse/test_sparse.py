@@ -20,18 +20,6 @@ CAN = [name for name in tiny.NAMES if name != "gemma4"]
 PHASES = ("both", "prefill", "decode")
 
 
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = HookedMLLM.from_hf(tiny.model(name), processor(name), name=name)
-        return made[name]
-
-    return get
-
-
 def batch(model, sizes=((40, 24), (24, 24))):
     """Two rows of different lengths, padded on the left."""
     rows = [model.inputs(q, images=[noise(*size)]) for q, size in zip(QUESTIONS, sizes, strict=True)]

@@ -1,22 +1,18 @@
 """Clean and corrupted batches of tiny models: what tests of patching, paths and attribution start from."""
 
+import tiny_models
 import torch
 
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.sweeps import KEYS
-from mech.model import HookedMLLM
-from mech.reference import tiny, tiny_processors
+from mech.reference import tiny_processors
 
 METRIC = LogitDiff(300, 301)
 QUESTIONS = ("What is shown here?", "Which digit is in the red frame?")
 
-# Grouped expert products, and attention with a softcap, exist in single precision only.
-SINGLE = ("qwen3_vl_moe", "paligemma2")
-
 
 def opened(name, dtype=torch.float64):
-    hf = tiny.model(name)
-    return HookedMLLM.from_hf(hf if name in SINGLE else hf.to(dtype), tiny_processors.processor(name))
+    return tiny_models.opened(name, dtype)
 
 
 def pair(model, questions=QUESTIONS, pictures=1):

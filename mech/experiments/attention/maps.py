@@ -12,16 +12,17 @@ that of one token, the query at which a head decides the answer. It measures not
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mech.arguments import NOT_EMPTY, Count, checked
 from mech.data.pictures import pixel_digest
-from mech.data.samples import SomeSamples, outlines, pictures_of
+from mech.data.samples import Sample, SomeSamples, outlines, pictures_of
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
 from mech.experiments.ranking.checks import other_model_attrs, refuse_other_model
@@ -102,31 +103,26 @@ def attention_maps(
             f"deciding queries of {[len(values) for values in known]} heads",
             f"{len(heads)} for each of {len(samples)} samples",
         )
-    seen, rects, owners, facts = [], [], [], []
-    for i, sample in enumerate(samples):
-        inputs = model.inputs_of(sample)
-        layout, tokens = inputs.layout.visual, inputs.layout.visual.positions("image")
-        pace, (attention, asked) = layout.frames_per_token, _attention(model, inputs, heads, queries, known[i])
-        seen.append(attention[:, tokens])
-        rects.append(layout.rect[tokens])
-        owners.append((layout.frame // pace if sample.video else layout.image)[tokens])
-        prediction = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
+    maps = [_map(model, sample, heads, queries, own) for sample, own in zip(samples, known, strict=True)]
+    facts = []
+    for i, (sample, drawn) in enumerate(zip(samples, maps, strict=True)):
+        pictures = pictures_of(sample, drawn.frames_per_token)
         facts.append(
             {
                 "question": sample.question,
                 "answer": sample.answer,
-                "prediction": prediction,
-                "pictures": [f"map{i}_{n}.png" for n in range(len(pictures_of(sample, pace)))],
-                "digests": [pixel_digest(shown.convert("RGB")) for shown in pictures_of(sample, pace)],
-                "evidence": outlines(sample, pace),
-                "queries": asked,
+                "prediction": drawn.prediction,
+                "pictures": [f"map{i}_{n}.png" for n in range(len(pictures))],
+                "digests": [pixel_digest(picture.convert("RGB")) for picture in pictures],
+                "evidence": outlines(sample, drawn.frames_per_token),
+                "queries": drawn.queries,
             }
         )
-    width = max(len(rect) for rect in rects)
+    width = max(len(drawn.rect) for drawn in maps)
     return maps_dataset(
-        np.stack([_padded(values, width, 0.0, axis=1) for values in seen]),
-        np.stack([_padded(values, width, np.nan, axis=0) for values in rects]),
-        np.stack([_padded(values, width, -1, axis=0) for values in owners]),
+        np.stack([_padded(drawn.attention, width, 0.0, axis=1) for drawn in maps]),
+        np.stack([_padded(drawn.rect, width, np.nan, axis=0) for drawn in maps]),
+        np.stack([_padded(drawn.owner, width, -1, axis=0) for drawn in maps]),
         facts,
         shown_layer=[head.layer for head in heads],
         shown_head=[head.head for head in heads],
@@ -134,6 +130,33 @@ def attention_maps(
         shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
         model=model.name,
     ).assign_attrs(other_model_attrs([other]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Map:
+    """One sample: what each head attends to, the pixels of each visual token, and what the model answers."""
+
+    attention: Float[np.ndarray, "shown token"]
+    rect: Float[np.ndarray, "token 4"]
+    owner: Int[np.ndarray, " token"]  # the picture, or the first frame, that a token is of
+    queries: list[str]
+    prediction: str
+    frames_per_token: int
+
+
+def _map(
+    model: HookedMLLM,
+    sample: Sample,
+    heads: Sequence[Head],
+    queries: str,
+    deciding: Sequence[tuple[int, float] | None],
+) -> _Map:
+    inputs = model.inputs_of(sample)
+    layout, tokens = inputs.layout.visual, inputs.layout.visual.positions("image")
+    attention, asked = _attention(model, inputs, heads, queries, deciding)
+    owner = layout.frame // layout.frames_per_token if sample.video else layout.image
+    said = model.generate_text(inputs, max_new_tokens=max(4, 2 * len(sample.answer)))[0]
+    return _Map(attention[:, tokens], layout.rect[tokens], owner[tokens], asked, said, layout.frames_per_token)
 
 
 def _attention(

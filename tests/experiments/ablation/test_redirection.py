@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import opened
 
 import mech
 from mech.data.samples import Distractor
@@ -15,10 +16,6 @@ from mech.model import HookedMLLM
 from mech.reference import planted, tiny, tiny_processors
 
 HEADS = [(1, 0), (1, 3)]
-
-
-def opened(name):
-    return HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name))
 
 
 def pulled_by_hook(keys, bias, rows=slice(None)):

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from pairs import METRIC, QUESTIONS, opened, pair
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.patching import get_act_patch_direct_path
 from transformers import LlavaForConditionalGeneration
@@ -18,29 +19,11 @@ from mech.experiments.paths.walk import Walk
 from mech.inputs import TEXT, Inputs, TokenLayout
 from mech.model import HookedMLLM
 from mech.model.named.norms import frozen_norm
-from mech.reference import planted, tiny, tiny_processors
+from mech.reference import planted, tiny
 
-METRIC = LogitDiff(300, 301)
-QUESTIONS = ("What is shown here?", "Which digit is in the red frame?")
 FREEZES = [("attention", "mlp"), ("attention",), (), ("attention", "mlp", "norm")]
 SENDERS = {"early": (0, 1), "mlp": "mlp.0", "embed": "embed", "several": [(0, 2), (1, 2), "mlp.1"], "late": (2, 0)}
 RECEIVERS = {"logits": "logits", "q": "L2H1.q", "v": "L1K0.v", "mlp": "mlp.2", "several": ["L1H0.q", "L2K1.k", "mlp.1"]}
-
-
-def opened(name, dtype=torch.float64):
-    return HookedMLLM.from_hf(tiny.model(name).to(dtype), tiny_processors.processor(name))
-
-
-def pair(model, questions=QUESTIONS, pictures=1):
-    """Clean and corrupted batches: same questions (of different length, so one row is padded), other pictures."""
-    both = []
-    for seed in (0, 50):
-        rows = []
-        for i, question in enumerate(questions):
-            shown = [tiny_processors.noise(24, 24, seed + 10 * i + j) for j in range(pictures)]
-            rows.append(model.inputs(question, shown))
-        both.append(model.collate(rows))
-    return both
 
 
 def both_ways(model, *args, close=1e-10, **options):

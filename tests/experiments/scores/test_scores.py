@@ -7,6 +7,7 @@ import pytest
 import torch
 import xarray as xr
 from scipy import ndimage
+from tiny_models import opened
 
 import mech
 from mech.data.haystacks import haystacks
@@ -45,10 +46,6 @@ SCORES = {
     "hits/frequency": Score("last", "hit", "frequency", top=3),
 }
 SINKS = {"sinks": Score("last", calibrate="no_sinks"), "hit/sinks": Score(reduce="hit", calibrate="no_sinks")}
-
-
-def opened(name):
-    return HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name), name=name)
 
 
 def asked():
