@@ -130,7 +130,8 @@ class OnRay:
                 task, more = _next(tasks, later, more)
                 if task is None:
                     break
-                busy[self._handed(idle[0], task)] = idle.popleft(), task
+                place = idle.popleft()
+                busy[self._handed(place, task)] = place, task
             if not busy:
                 time.sleep(PAUSE if later else 0)
                 continue
