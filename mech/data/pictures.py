@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mech.errors import InputError, MechError
 from mech.files import opened
 
-SENT = ("PNG", "JPEG", "WEBP")  # formats that are decoded for somebody else
+SENT = ["PNG", "JPEG", "WEBP"]  # formats that are decoded for somebody else
 
 
 def picture(given: Any) -> Image.Image:
@@ -94,7 +94,7 @@ def _opened(path: str | Path) -> Image.Image:
 
 
 def _read(
-    file: BinaryIO, name: str | Path, formats: Sequence[str] | None = None, most_pixels: int | None = None
+    file: BinaryIO, name: str | Path, formats: list[str] | None = None, most_pixels: int | None = None
 ) -> Image.Image:
     try:
         with warnings.catch_warnings():
