@@ -5,7 +5,7 @@
 
 Sizes are chosen by counted cost: forwards, times what a forward takes. The models of the package are small, and studied
 in several domains with a hundred test samples each; a forward of ``reference:smol`` takes seventy times as long, so it
-is studied in one domain, with fewer samples and sets, within 25 minutes on two cores (docs/smol.md counts them).
+is studied in one domain, with fewer samples and sets: half an hour of one core (docs/smol.md counts it).
 """
 
 from collections.abc import Sequence

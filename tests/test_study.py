@@ -17,7 +17,8 @@ from mech.data.regions import Box
 from mech.data.samples import Samples
 from mech.errors import ExperimentError, InputError, OutputError, UnsupportedModel
 from mech.results import Study
-from mech.study import Settings, study
+from mech.settings import default_domains, default_settings
+from mech.study import DEFAULT_MODELS, Settings, longest, study
 
 SMALL = Settings(
     n_find=6, n_test=6, n_maps=1, n_causal=2, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), shares=(0.05,),
@@ -225,3 +226,13 @@ def test_a_domain_must_be_a_name_for_a_folder(tmp_path):
     odd = Samples([replace(sample, domain="Report / News") for sample in haystacks("grounding", 8)])
     with pytest.raises(InputError, match="a folder's"):
         study(tmp_path, ["reference:llava-s"], data=odd, settings=SMALL)
+
+
+def test_a_large_reference_model_has_sizes_of_its_own():
+    """Sizes go with the one model that has them; what is long is as many pages as they say."""
+    small, smol = default_settings(DEFAULT_MODELS), default_settings(["reference:smol"])
+    assert small == Settings() and small.n_test >= 100 and default_domains(DEFAULT_MODELS) is None
+    assert smol.n_test < small.n_test and smol.pages == 8 and default_domains(["reference:smol"]) == ("documents",)
+    assert default_settings(["reference:smol", "reference:llava-s"]) == Settings()
+    samples = longest(None, {}, replace(smol, n_long=2))  # no model is asked
+    assert [len(sample.images) for sample in samples] == [8, 8]

@@ -1,4 +1,4 @@
-"""What the papers on retrieval heads got wrong, or left open: each point measured on a model of yours.
+"""What the papers on retrieval heads claim, or leave open: each point beside what a model of yours says.
 
     claims = published_claims(model, mech.haystacks("grounding", 64))
     print(*claims.sentences(), sep="\\n")            # twelve sentences, computed
@@ -8,13 +8,13 @@
 Nine points are weaknesses of arXiv 2606.05843 (June 2026), three are disputes between it and its relatives: how heads
 are ablated, which rows score them, and in which phase they are masked. Each is one function of a ``Bench`` (a model,
 samples that find heads, others that test them, and what was measured so far), and returns a ``Point``: numbers with
-their intervals, and one sentence made from them, whichever way they fall. ``holds`` says whether the published
-statement holds here; None where a number is all there is to say.
+their intervals, and one sentence made from them, whichever way they fall. ``verdict`` says whether this model agrees
+with the published statement, differs from it, or cannot tell; ``published`` on which models it was made.
 
 Run one by itself: ``published_claims(model, samples, only="low-ranked")``.
 
-What it does not do: repeat the papers' own experiments on their models. A statement that fails on a small model may
-hold on a large one; that is why it is to be measured.
+What it does not do: repeat the papers' own experiments on their models. A statement that fails on a small model is not
+universal; it may hold on a large one, and that is why it is to be measured.
 """
 
 from mech.papers.bench import Bench, Point
