@@ -6,8 +6,9 @@
     fast.close()                                  # or: with mech.localize(model, ...) as fast
 
 While it is open the *model itself* is localized: whatever runs it (``run_with_cache``, ``intervene``, a study) sees the
-masked heads, ``hook_pattern`` included. Closing gives it back as it was. Generation keeps a split cache (``cache.py``);
-if somebody hooks or observes attention, it keeps a whole one, so that every key can be shown, and saves nothing.
+masked heads, ``hook_pattern`` included. Closing gives it back as it was. Generation keeps a split cache (``cache.py``),
+and on a card takes a captured step for each token (``step/``); if somebody hooks or observes attention, it keeps a
+whole cache, so that every key can be shown, and saves nothing. ``dense_static`` is the dense twin to compare it with.
 
 What it does not do: linear layers and convolutions have no heads and stay; layers that attend to visual tokens outside
 the sequence (Mllama) stay dense and say so; families whose layers share keys and values (Gemma 3n, small Gemma 4) are
