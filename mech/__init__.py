@@ -30,6 +30,7 @@ _NAMES = {
     "Distractor": "mech.data.samples",
     "Frames": "mech.data.regions",
     "Head": "mech.experiments.ranking.ranking",
+    "HeadRecord": "mech.experiments.scores.record",
     "HookedMLLM": "mech.model",
     "Inputs": "mech.inputs",
     "KL": "mech.experiments.metrics",
@@ -62,6 +63,7 @@ _NAMES = {
     "attention_mass": "mech.experiments.attention.mass",
     "attention_sinks": "mech.experiments.scores.sinks",
     "attribution": "mech.experiments.attribution.nodes",
+    "causal_head_gating": "mech.experiments.scores.gating",
     "causal_report": "mech.experiments.causal.report",
     "circuit_scores": "mech.experiments.circuit_tasks.scoring",
     "circuit_table": "mech.experiments.circuit_tasks.curves",
@@ -72,6 +74,7 @@ _NAMES = {
     "explore": "mech.explorer.widget",
     "evidence_retrieval": "mech.experiments.scores.evidence_retrieval",
     "haystacks": "mech.data.haystacks",
+    "head_record": "mech.experiments.scores.record",
     "head_scores": "mech.experiments.scores.measure",
     "hub_samples": "mech.data.hub",
     "input_attribution": "mech.experiments.attribution.inputs",
@@ -185,12 +188,15 @@ if TYPE_CHECKING:
     from mech.experiments.scores.coverage import key_coverage as key_coverage
     from mech.experiments.scores.evidence_retrieval import evidence_retrieval as evidence_retrieval
     from mech.experiments.scores.evidence_retrieval import retrieval_table as retrieval_table
+    from mech.experiments.scores.gating import causal_head_gating as causal_head_gating
     from mech.experiments.scores.measure import Score as Score
     from mech.experiments.scores.measure import head_scores as head_scores
     from mech.experiments.scores.modality import modality_table as modality_table
     from mech.experiments.scores.modality import modality_transfer as modality_transfer
     from mech.experiments.scores.null_test import retrieval_test as retrieval_test
     from mech.experiments.scores.ram import retrieval_attention_mass as retrieval_attention_mass
+    from mech.experiments.scores.record import HeadRecord as HeadRecord
+    from mech.experiments.scores.record import head_record as head_record
     from mech.experiments.scores.sinks import attention_sinks as attention_sinks
     from mech.experiments.scores.sinks import sink_tokens as sink_tokens
     from mech.explorer.widget import explore as explore

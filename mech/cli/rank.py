@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,11 +11,11 @@ from mech.cli import options
 from mech.errors import ExperimentError
 
 EMPTY: dict[str, Any] = {"inclusion": ()}
-NULLED = ("sum", "mean", "hit", "share")  # reductions that have a value for even attention
-NAMED = {"even": "even attention", "elsewhere": "same head elsewhere"}
+NAMED = {"even": "even attention", "elsewhere": "same head elsewhere", "exchanged": "other samples' answers"}
 EPILOG = (
     "[bold]mech rank -m reference:qwen-s -d video --out heads.json[/]\n\n"
-    "[bold]mech rank --score ram,mm_retrieval,retrieval_head[/]  do they name the same heads?"
+    "[bold]mech rank --score ram,mm_retrieval,retrieval_head[/]  do they name the same heads?\n\n"
+    "[bold]mech rank --score ram,gaze,contrastive,gating --export heads.json[/]  all of them in one file, for others"
 )
 
 
@@ -22,24 +23,34 @@ def rank(
     run: options.Run,
     domain: options.Domain = None,
     samples: Annotated[int, options.samples("Samples to measure on.", 1)] = 48,
-    score: Annotated[str, typer.Option(help="ram, or others of the literature, joined by commas.")] = "ram",
+    score: Annotated[
+        str, typer.Option(help="ram, others of the literature, or gating (causal head gating), joined by commas.")
+    ] = "ram",
     top: Annotated[int, typer.Option(help="How many heads to print, and to compare.", callback=options.whole(1))] = 10,
     out: options.Written = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write every score with intervals, nulls and top heads (heads.json), to be loaded as a ranking.",
+            callback=options.written_to(".json"),
+        ),
+    ] = None,
 ) -> None:
     """Rank the heads of a model by Retrieval Attention Mass, or by several scores, and say how far they agree."""
     import mech
     from mech.experiments.findings.cautions import unstable
     from mech.experiments.findings.summary import stability
-    from mech.experiments.scores.measure import passes
+    from mech.experiments.scores.record import check_names
     from mech.results import write_json
 
     names = [name.strip() for name in score.split(",")]
-    passes(names)  # refuses an unknown score before anything is opened
+    check_names(names)  # before anything is opened
     some, called = run.samples(domain, samples)
     hooked = run.open_model()
     with run.progress() as say:
-        scores, nulls = _scored(hooked, some, names, run.seed, lambda i, n: say("attention", i, n))
-    rankings = {name: mech.rank_heads(scores, name) for name in names}
+        record = mech.head_record(hooked, some, names, seed=run.seed, progress=lambda i, n: say("scores", i, n))
+    rankings = {name: record.ranking(name) for name in names}
+    nulls = {name: {word: null.tolist() for word, null in one.null.items()} for name, one in record.scores.items()}
     first = rankings[names[0]]
     if not 1 <= top <= len(first):
         raise ExperimentError(f"--top {top}", f"1 to {len(first)}, the heads of {run.model}", "leave it out for ten")
@@ -55,14 +66,15 @@ def rank(
                    "agreement": {"scores": names, "n_top": top, **matrices}}  # fmt: skip
     if out is not None:
         write_json(written, out)
+    if export is not None:
+        replace(record, n_top=top).to_json(export)
     if run.as_json:
         print(json.dumps(written))
         return
     options.print_cautions(warned)
     for name, ranking in rankings.items():
-        _print_ranking(
-            ranking, nulls[name], f"{hooked.name} on {called}: {name} ({scores[name].attrs['unit']}), {len(some)}", top
-        )
+        unit = record.scores[name].about["unit"]
+        _print_ranking(ranking, nulls[name], f"{hooked.name} on {called}: {name} ({unit}), {len(some)}", top)
     if len(rankings) > 1:
         chance = f"by chance {float(agree['jaccard_null'][0, 1]):.2f}"
         for name, what in (
@@ -71,36 +83,6 @@ def rank(
         ):
             rows = [(row_name, *(_agreed(agree, name, row_name, other) for other in names)) for row_name in names]
             options.print_table(f"{what} (95% interval over samples)", ("", *names), rows)
-
-
-def _scored(model: Any, samples: Any, names: list[str], seed: int, progress: Any) -> tuple[Any, dict[str, Any]]:
-    """The scores, and what each would be without retrieval, from the same forwards.
-
-    ``even``: of attention spread evenly over the visible keys. ``elsewhere``: of the same head, on regions as large as
-    the evidence in other places of the same pictures. Not for scores that are calibrated already, or are no masses.
-    """
-    import mech
-    from mech.experiments.scores.measure import PUBLISHED
-
-    plain = {n: PUBLISHED[n] for n in names if PUBLISHED[n].calibrate == "none" and PUBLISHED[n].reduce in NULLED
-             and PUBLISHED[n].aggregate == "mean" and PUBLISHED[n].on == "evidence"}  # fmt: skip
-    asked = {name: PUBLISHED[name] for name in names}
-    even = {f"{name} even": replace(score, calibrate="size") for name, score in plain.items()}
-    elsewhere = {f"{name} elsewhere": replace(score, calibrate="random") for name, score in plain.items()}
-    options: dict[str, Any] = dict(seed=seed, progress=progress)
-    try:
-        scores = mech.head_scores(model, samples, asked | even | elsewhere, **options)
-    except ExperimentError:  # evidence that leaves no room for a region elsewhere
-        scores = mech.head_scores(model, samples, asked | even, **options)
-    nulls: dict[str, Any] = {}
-    for name in names:
-        differences = {
-            word: scores[name] - scores[f"{name} {word}"]
-            for word in ("even", "elsewhere")
-            if f"{name} {word}" in scores
-        }
-        nulls[name] = {word: value.mean("example").values.tolist() for word, value in differences.items()}
-    return scores[names].assign_attrs(scores.attrs), nulls
 
 
 def _print_ranking(ranking: Any, null: dict[str, Any], title: str, top: int) -> None:

@@ -22,7 +22,9 @@ DRAWN = (".html", ".htm", ".png", ".pdf", ".svg")
 
 
 def view(
-    file: Annotated[Path, typer.Argument(help="A .nc file, a study folder, or a ranking or circuit (.json).")],
+    file: Annotated[
+        Path, typer.Argument(help="A .nc file, a study folder, or a ranking, a record of heads or a circuit (.json).")
+    ],
     on: Annotated[
         list[Path] | None,
         typer.Option("--on", help="The picture to draw over; repeatable, in the order of the images."),
@@ -90,6 +92,10 @@ def _read(file: Path) -> Any:
         from mech.experiments.paths.circuits import Circuit
 
         return Circuit.from_json(record)
+    if isinstance(record, dict) and record.get("kind") == "heads":
+        from mech.experiments.scores.record import HeadRecord
+
+        return HeadRecord.from_json(record).dataset
     from mech.experiments.ranking.ranking import Ranking
 
     return Ranking.from_json(record if isinstance(record, dict) else {})

@@ -302,6 +302,20 @@ def test_a_study_prints_its_findings_or_the_summary(mech, tmp_path):
     assert code == 0 and json.loads(out)["schema"] == 1 and err == ""
 
 
+def test_rank_exports_every_score_for_others(mech, tmp_path):
+    path = tmp_path / "heads.json"
+    words = ["rank", "--samples", "4", "--top", "3", "-q", "--score", "ram,gaze", "--export", str(path)]
+    assert mech(*words)[0] == 0
+    found = read_json(path)
+    assert found["kind"] == "heads" and list(found["scores"]) == ["ram", "gaze"] and found["n_top"] == 3
+    assert len(found["scores"]["gaze"]["top"]) == 3 and len(found["model"]["weights"]) == 64
+    assert mech("view", str(path), "--out", str(tmp_path / "heads.html"))[0] == 0
+    code, _, err = mech("ablate", "--heads", str(path), "-m", "reference:llava-s-seed1", "--seed", "3", "-q")
+    assert code == 2 and "another training" in err
+    code, _, err = mech("rank", "--export", str(tmp_path / "heads.txt"))
+    assert code == 2 and ".json" in err
+
+
 def test_heads_that_were_ranked_are_tested_on_other_samples(mech, tmp_path):
     path = tmp_path / "heads.json"
     mech("rank", "--samples", "12", "-q", "--out", str(path))

@@ -88,14 +88,17 @@ def agreement(rankings: Mapping[str, Ranking], k: Amount = 0.05, n_resamples: Wh
 def _intervals(
     rankings: Mapping[str, Ranking], values: Mapping[str, Any], count: int, n_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    ids = list({ranking.examples: None for ranking in rankings.values()})
+    # The same examples are drawn alike; a fit of several samples (causal head gating) is an example of its own.
+    ids = list({(ranking.examples, ranking.n_examples): None for ranking in rankings.values()})
     ranks, tops = [], []
     for name, ranking in rankings.items():
         if ranking.per_example is None:
             raise ExperimentError(
                 f"the ranking {name!r} keeps no single examples", "scores per example", "leave out n_resamples"
             )
-        means = bootstrap_means(ranking.per_example, n_resamples, [seed, ids.index(ranking.examples)])
+        means = bootstrap_means(
+            ranking.per_example, n_resamples, [seed, ids.index((ranking.examples, ranking.n_examples))]
+        )
         means = np.round(means.reshape(n_resamples, -1) / (np.abs(ranking.mean).max() or 1.0), 12)  # ties stay ties
         order = stats.rankdata(means, axis=1)
         order -= order.mean(axis=1, keepdims=True)

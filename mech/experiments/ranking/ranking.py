@@ -271,8 +271,11 @@ class Ranking(Shown):
         return value
 
     @classmethod
-    def from_json(cls, source: str | Path | Mapping[str, Any]) -> "Ranking":
-        """A ranking from what ``to_json`` gave: a path or the dict. Every head of the model must be in it, once."""
+    def from_json(cls, source: str | Path | Mapping[str, Any], score: str | None = None) -> "Ranking":
+        """A ranking from what ``to_json`` gave: a path or the dict. Every head of the model must be in it, once.
+
+        Also of a ``HeadRecord``: by ``score``, which may be left out where the record has ``"ram"`` or only one.
+        """
         if isinstance(source, Mapping):
             value, where = source, "this ranking"
         else:
@@ -281,6 +284,8 @@ class Ranking(Shown):
                 value = read_json(source)
             except (OSError, ValueError) as error:
                 raise OutputError(f"{where} cannot be read ({error})", "a file of Ranking.to_json") from error
+        if isinstance(value.get("scores") if isinstance(value, Mapping) else None, Mapping):
+            value = _of_record(value, score, where)
         try:
             rows = [(int(layer), int(head), float(score)) for layer, head, score in value["heads"]]
             layers, n_heads = value.get("layers") or range(max(row[0] for row in rows) + 1), max(r[1] for r in rows) + 1
@@ -339,6 +344,23 @@ class Ranking(Shown):
         return self.per_example
 
 
+def _of_record(value: Mapping[str, Any], score: str | None, where: str) -> dict[str, Any]:
+    """One score of a ``HeadRecord`` in the words of ``Ranking.to_json``."""
+    known = list(value["scores"])
+    name = score or ("ram" if "ram" in known else known[0] if len(known) == 1 else None)
+    if name not in known:
+        raise OutputError(f"{where} without the score {name!r}" if name else f"{where} of {len(known)} scores",
+                          ", ".join(map(str, known)), "pass score=")  # fmt: skip
+    try:
+        layers, data, model = value["layers"], value["data"], value["model"]
+        rows = zip(layers, value["scores"][name]["mean"], strict=True)
+        heads = [[layer, head, mean] for layer, means in rows for head, mean in enumerate(means)]
+        about = {"model": model["name"], "weights": model["weights"], "domain": data["domain"]}
+        return {**about, "examples": data["samples"], "layers": layers, "score": name, "heads": heads}
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"{where} is no record of heads ({error!r})", "what HeadRecord.to_json gave") from error
+
+
 @checked
 def rank_heads(
     scores: xr.Dataset | xr.DataArray, score: str = "ram", *, model: str | None = None, domain: str | None = None
@@ -382,4 +404,6 @@ def rank_heads(
     if values.ndim == 2:
         return Ranking(values, None, score, model, domain, layers=layers, weights=weights)
     ids = tuple(map(str, scores[EXAMPLE].values)) if EXAMPLE in scores.coords else ()
+    if "samples" in attrs:  # an example is several of them (causal head gating)
+        ids = tuple(map(str, attrs["samples"]))
     return Ranking(values.mean(axis=0), values, score, model, domain, ids, layers, weights)

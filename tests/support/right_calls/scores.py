@@ -45,6 +45,15 @@ def calls(given: Given) -> dict[str, Call]:
                 **OTHER,
             },
         ),
+        "causal_head_gating": Call(
+            mech.causal_head_gating,
+            given.tested,
+            {**RUN, "pressure": "positive", "steps": "count", "rate": "positive", "n_fits": "count", **USUAL, **TOLD},
+        ),
+        "head_record": Call(
+            mech.head_record, given.tested, {**RUN, "scores": "scores", "top": "amount", **USUAL, **TOLD}
+        ),
+        "HeadRecord.from_json": Call(mech.HeadRecord.from_json, {}, {"source": "records"}),
         "head_scores": Call(
             mech.head_scores,
             given.tested,

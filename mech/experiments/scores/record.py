@@ -1,0 +1,259 @@
+"""Heads of one model by every score, in one file: what others can load, compare with, and hold against their own.
+
+    record = mech.head_record(model, samples, ("ram", "gaze", "contrastive", "gating"))
+    record.to_json("heads.json")                         # or: mech rank --score ram,gaze --export heads.json
+    ranking = mech.HeadRecord.from_json("heads.json").ranking("gaze")
+    mech.ablation(model, test, ranking)                  # refused for another model, and on samples that found heads
+
+Each score stands beside its nulls and a 95% interval, with the model, the digest of its weights and the samples it was
+measured on. Of single samples only the ids are kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from mech.arguments import Amount, Count, Seed, checked
+from mech.data.samples import Samples, SomeSamples
+from mech.errors import ExperimentError, OutputError, suggestion
+from mech.experiments.ranking.ranking import Ranking, rank_heads
+from mech.experiments.scores.gating import causal_head_gating
+from mech.experiments.scores.measure import head_scores
+from mech.experiments.scores.published import PUBLISHED
+from mech.experiments.scores.ram import Progress
+from mech.experiments.statistics import bootstrap_interval
+from mech.model import HookedMLLM
+from mech.notebook import Shown
+from mech.results.provenance import data_record, jsonable, software_versions
+from mech.results.store import read_json, write_json
+
+KIND, SCHEMA = "heads", 1
+GATING = "gating"
+SCORES = (*PUBLISHED, GATING)
+NULLED = ("sum", "mean", "hit", "share")  # reductions that have a value for even attention
+ABOUT = ("unit", "sign", "definition", "source")
+Map = Float[np.ndarray, "layer head"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScore:
+    """One score of every head: the ranking by it, its 95% interval, and what it is where nothing is retrieved.
+
+    Attributes:
+        ranking: heads by the mean over samples.
+        low, high: 95% over samples (of ``gating`` over fits).
+        null: ``even`` (attention spread evenly over the visible keys), ``elsewhere`` (the same head on regions as large
+            in other places), of ``gating`` ``exchanged`` (fitted to other samples' answers); none where a score is
+            calibrated already.
+        about: unit, sign, definition and source in words.
+    """
+
+    ranking: Ranking
+    low: Map = field(repr=False)
+    high: Map = field(repr=False)
+    null: Mapping[str, Map] = field(repr=False)
+    about: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRecord(Shown):
+    """All scores of one model on some samples. Made by ``head_record``.
+
+    Attributes:
+        scores: by name.
+        n_top: how many heads count as the first.
+        data: digest, number and domains of the samples.
+        version: of ``mech``.
+    """
+
+    scores: Mapping[str, HeadScore]
+    n_top: int
+    data: Mapping[str, Any] = field(repr=False)
+    version: str = ""
+
+    def ranking(self, name: str) -> Ranking:
+        """The ranking by one score.
+
+        Raises:
+            ExperimentError: it is not in the record.
+        """
+        if name not in self.scores:
+            raise ExperimentError(
+                f"no score {name!r} in this record", ", ".join(self.scores), suggestion(name, self.scores)
+            )
+        return self.scores[name].ranking
+
+    @property
+    def dataset(self) -> xr.Dataset:
+        """Every score as a map over (layer, head): what ``mech.view`` draws."""
+        found = xr.Dataset({name: one.ranking.scores() for name, one in self.scores.items()})
+        for name, one in self.scores.items():
+            found[name].attrs.update(one.about)
+        return found.assign_attrs(model=next(iter(self.scores.values())).ranking.model)
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """The record in plain values; with ``path`` it is written as well."""
+        first = next(iter(self.scores.values())).ranking
+        value = {
+            "kind": KIND, "schema": SCHEMA, "mech": self.version,
+            "model": {"name": first.model, "weights": first.weights},
+            "data": {**self.data, "domain": first.domain, "samples": list(first.examples)},
+            "layers": list(first.layers), "n_heads": first.n_heads, "n_top": self.n_top,
+            "scores": {
+                name: {
+                    **one.about, "mean": one.ranking.mean, "low": one.low, "high": one.high, "null": dict(one.null),
+                    "top": [list(head) for head in one.ranking.top(self.n_top)],
+                }
+                for name, one in self.scores.items()
+            },
+        }  # fmt: skip
+        value = jsonable(value)
+        if path is not None:
+            write_json(value, path)
+        return value
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> "HeadRecord":
+        """A record from what ``to_json`` gave: a path or the dict.
+
+        Raises:
+            OutputError: it cannot be read, is of a later schema, or has maps of another shape or without numbers.
+        """
+        where = "this record" if isinstance(source, Mapping) else str(source)
+        try:
+            value = source if isinstance(source, Mapping) else read_json(source)
+            if value["kind"] != KIND or value["schema"] != SCHEMA:
+                raise OutputError(
+                    f"{where} of kind {value['kind']!r}, schema {value['schema']!r}", f"{KIND!r}, schema {SCHEMA}",
+                    "read it with the version of mech that wrote it",
+                )  # fmt: skip
+            layers, shape = tuple(map(int, value["layers"])), (len(value["layers"]), int(value["n_heads"]))
+            model, data = value["model"], value["data"]
+            labels: dict[str, Any] = {"model": str(model["name"]), "weights": str(model["weights"])}
+            labels |= {"domain": str(data["domain"]), "examples": tuple(map(str, data["samples"])), "layers": layers}
+            scores = {}
+            for name, one in value["scores"].items():
+                mean, low, high = (_map(one[key], shape, f"{key} of {name}") for key in ("mean", "low", "high"))
+                null = {str(word): _map(of, shape, f"{word} of {name}") for word, of in one["null"].items()}
+                about = {key: str(one[key]) for key in ABOUT}
+                scores[str(name)] = HeadScore(Ranking(mean, None, str(name), **labels), low, high, null, about)
+            if not scores:
+                raise ValueError("no scores")
+            known = {key: data[key] for key in ("digest", "n", "domains")}
+            return cls(scores, int(value["n_top"]), known, str(value["mech"]))
+        except OutputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"{where} is no record of heads ({error!r})", "what HeadRecord.to_json gave") from error
+
+
+@checked
+def head_record(
+    model: HookedMLLM,
+    samples: SomeSamples,
+    scores: str | Sequence[str] = ("ram", "gaze", "contrastive", GATING),
+    *,
+    top: Amount = 0.05,
+    batch_size: Count = 8,
+    seed: Seed = 0,
+    progress: Progress | None = None,
+) -> HeadRecord:
+    """Every head by several scores, each with its interval and its nulls, from shared forwards.
+
+    Sign and unit: ``about`` of each score.
+
+    Args:
+        model: a hooked model.
+        samples: that find heads; with what the scores ask for (evidence, distractors, answers).
+        scores: names of ``PUBLISHED``, and ``"gating"``.
+        top: how many heads count as the first.
+        batch_size: samples per forward.
+        seed: of regions elsewhere, and of the parts that gates are fitted on.
+        progress: called with (done, in all).
+
+    Raises:
+        ExperimentError: an unknown score, or samples without what it asks for. Before any forward.
+
+    Cost: see ``head_scores``; with ``"gating"`` twice ``causal_head_gating``.
+    """
+    names, samples = [scores] if isinstance(scores, str) else list(dict.fromkeys(scores)), Samples(samples)
+    check_names(names)
+    if GATING in names and (silent := [sample.id or str(i) for i, sample in enumerate(samples) if not sample.answer]):
+        raise ExperimentError(
+            f"{len(silent)} samples have no answer, the first is {silent[0]!r}", f"answers, which {GATING!r} asks for",
+            "set Sample.answer, or leave it out",
+        )  # fmt: skip
+    attending, options = [name for name in names if name != GATING], dict(batch_size=batch_size, seed=seed)
+    found = _attended(model, samples, attending, **options, progress=progress) if attending else {}
+    if GATING in names:
+        found[GATING] = _gated(model, samples, **options, progress=progress)
+    first = next(iter(found.values())).ranking
+    data = data_record(samples)
+    version = str(software_versions(["mech"])["mech"] or "")
+    return HeadRecord({name: found[name] for name in names}, first.count(top), data, version)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse scores that a record cannot have.
+
+    Raises:
+        ExperimentError: none, or an unknown one.
+    """
+    if unknown := [name for name in names if name not in SCORES]:
+        raise ExperimentError(f"no score is called {unknown[0]!r}", ", ".join(SCORES), suggestion(unknown[0], SCORES))
+    if not names:
+        raise ExperimentError("no scores", "at least one", f"choose from {', '.join(SCORES)}")
+
+
+def _attended(model: HookedMLLM, samples: Samples, names: Sequence[str], **options: Any) -> dict[str, HeadScore]:
+    """Scores of attention, and what each would be without retrieval, from the same forwards."""
+    asked = {name: PUBLISHED[name] for name in names}
+    plain = {name: score for name, score in asked.items() if score.calibrate == "none" and score.reduce in NULLED
+             and score.aggregate == "mean" and score.on == "evidence"}  # fmt: skip
+    even = {f"{name} even": replace(score, calibrate="size") for name, score in plain.items()}
+    elsewhere = {f"{name} elsewhere": replace(score, calibrate="random") for name, score in plain.items()}
+    try:
+        found = head_scores(model, samples, asked | even | elsewhere, **options)
+    except ExperimentError:  # evidence that leaves no room for a region elsewhere
+        found = head_scores(model, samples, asked | even, **options)
+    scored = {}
+    for name in names:
+        null = {word: (found[name] - found[f"{name} {word}"]).mean("example").values
+                for word in ("even", "elsewhere") if f"{name} {word}" in found}  # fmt: skip
+        scored[name] = _score(rank_heads(found, name), null, found[name].attrs)
+    return scored
+
+
+def _gated(model: HookedMLLM, samples: Samples, **options: Any) -> HeadScore:
+    """Causal head gating, and the same fitted to the answers of other samples."""
+    found, null = causal_head_gating(model, samples, **options), {}
+    listed = list(samples)
+    others = [next((o.answer for o in (*listed[i + 1 :], *listed[:i]) if o.answer != sample.answer), None)
+              for i, sample in enumerate(listed)]  # fmt: skip
+    if None not in others:
+        wrong = [replace(s, answer=o, spans=()) for s, o in zip(listed, others, strict=True) if o is not None]
+        null["exchanged"] = causal_head_gating(model, wrong, **options)[GATING].mean("example").values
+    about = {"sign": "positive: helps the answer; negative: hinders it", **found[GATING].attrs}
+    return _score(rank_heads(found, GATING), null, about)
+
+
+def _score(ranking: Ranking, null: Mapping[str, Map], about: Mapping[str, Any]) -> HeadScore:
+    low = high = ranking.mean
+    if ranking.per_example is not None and len(ranking.per_example) > 1:
+        interval = bootstrap_interval(ranking.per_example)
+        low, high = interval.low, interval.high
+    return HeadScore(ranking, low, high, null, {key: str(about.get(key, "")) for key in ABOUT})
+
+
+def _map(values: Any, shape: tuple[int, int], what: str) -> Map:
+    found = np.array(values, dtype=np.float64)
+    if found.shape != shape or not np.isfinite(found).all():
+        raise OutputError(
+            f"{what} over {found.shape}", f"finite numbers over {shape}, layers and heads", "write it anew"
+        )
+    return found
