@@ -17,6 +17,7 @@ from mech.interventions.specs import (
     Redirect,
     Scale,
     Spec,
+    digest_of,
 )
 from mech.interventions.where import check_positions
 
@@ -35,6 +36,7 @@ __all__ = [
     "Scale",
     "Spec",
     "check_positions",
+    "digest_of",
     "intervene",
     "reference_activations",
 ]

@@ -22,6 +22,8 @@ the name travels into every result:
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any
@@ -94,6 +96,15 @@ class Spec:
         """The spec as plain data, for a result's provenance."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"kind": type(self).__name__, **fields}
+
+
+def digest_of(*specs: Spec) -> str:
+    """SHA-256 of what interventions say, in their order: part of every key under which answers are kept.
+
+    A cache that knows the model's name alone replays the answers of the model as it is. What ``Custom`` does is known
+    by the name of its function, and a region by its numbers.
+    """
+    return hashlib.sha256(json.dumps([spec.describe() for spec in specs], sort_keys=True).encode()).hexdigest()
 
 
 @checked

@@ -16,6 +16,9 @@ SDPA; for who observes or hooks it, every head then has a mask of its own.
 
 Where SDPA cannot compute a layer (a softcap, sinks) the first two do without it: ``_eager``.
 
+Continuous batching (``generate_batch``) keeps keys and values in pages that this function does not read. It is refused,
+under the name transformers looks for (``paged|mech``) and by its arguments: it would run without hooks or masks.
+
 Which wrapped model a layer belongs to is found through a weak mapping from the layer's attention module to its
 ``LayerRecord``. The record is active only while that model's own forward runs. It knows nothing of module paths
 (``families.py``) nor of the points outside attention (``sites.py``).
@@ -25,7 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,6 +44,7 @@ from mech.model.hook_sites import INSIDE_ATTENTION, Step
 from mech.model.points import checked, fire, hooked
 
 IMPLEMENTATION = "mech"
+PAGED = f"paged|{IMPLEMENTATION}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +235,8 @@ def attention(
     **kwargs,
 ) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
     """The function transformers calls; arguments are those of its ``AttentionInterface``."""
+    if "write_index" in kwargs:
+        refuse_paged()
     # Nobody listens in compiled code: it runs as it is written while somebody does.
     record: LayerRecord | None = None if torch.compiler.is_compiling() else _records.get(module)
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
@@ -368,5 +374,21 @@ def _same_window(boundaries: Tensor, length: int) -> Bool[Tensor, "1 1 pos pos"]
     return (window[:, None] == window[None, :])[None, None]
 
 
+def refuse_paged(*_: Any, **__: Any) -> NoReturn:
+    """The paged twin of ``attention``: what continuous batching would call.
+
+    Raises:
+        UnsupportedModel: always.
+    """
+    raise UnsupportedModel(
+        "continuous batching of a wrapped model, whose paged keys and values mech does not read",
+        "generation in which heads can be hooked and masked",
+        "use HookedMLLM.generate with a batch, or unwrap() the model first",
+    )
+
+
 AttentionInterface.register(IMPLEMENTATION, attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+# A name without a twin is run dense by some versions of transformers, without a word.
+AttentionInterface.register(PAGED, refuse_paged)
+AttentionMaskInterface.register(PAGED, sdpa_mask)

@@ -11,6 +11,7 @@ A policy knows sizes and not speed: how near a machine comes to the bounds is fo
 know what the heads are for: accuracy has to be measured beside it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -179,6 +180,17 @@ class Policy:
             raise OutputError(f"no policy ({keys})", f"an object with {', '.join(known)}", "write it with to_json")
         return cls(**value)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the policy says, in whatever order its heads were given.
+
+        Part of every key under which answers are kept: a cache that knows the model's name alone replays the answers of
+        the dense model, or of another policy.
+        """
+        heads = sorted([int(layer), int(head)] for layer, head in self.dense_heads)
+        said = [heads, self.sinks, self.window, self.keep_text, self.phase]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
     def check(self, model: Any) -> None:
         """Refuse heads that a model does not have.
 
@@ -235,7 +247,8 @@ class Policy:
 
     def __repr__(self) -> str:
         shown = ", ".join(map(str, self.dense_heads[:4]))
-        more = f", ... {len(self.dense_heads)}" if len(self.dense_heads) > 4 else ""
+        # Those that are not shown are told by the digest: texts of different policies differ.
+        more = f", ... {len(self.dense_heads)}, {self.digest[:12]}" if len(self.dense_heads) > 4 else ""
         text = ", keep_text=True" if self.keep_text else ""
         return f"Policy([{shown}{more}], sinks={self.sinks}, window={self.window}{text}, phase={self.phase!r})"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from laws import broken, failures, wrapped
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -14,15 +15,11 @@ from mech.model.architectures.rows import ROWS
 from mech.model.check.laws import LAWS, make_batches
 from mech.model.check.run import CALLED, check, family_table
 from mech.model.check.running import unwrapping
-from mech.reference import tiny, tiny_processors
+from mech.reference import tiny
 
 README = Path(__file__).parents[2] / "README.md"
 # What has no meaning for a family, by the first word of the place; whatever else is left out is a failure.
 INAPPLICABLE = {"llava_next": {"hook_embed"}, "llava_onevision": {"hook_embed"}, "mllama": {"hook_embed"}}
-
-
-def wrapped(name="llava"):
-    return HookedMLLM.from_hf(tiny.model(name), tiny_processors.processor(name), name=name)
 
 
 @pytest.fixture(scope="module", params=tiny.NAMES)
@@ -40,17 +37,6 @@ def test_the_law_holds(bench, law):
     assert found and not [f"{one.where}: {one.says}" for one in found if not one.ok and one.ok is not None]
     left_out = {one.where.split(":")[0] for one in found if one.ok is None}
     assert left_out <= INAPPLICABLE.get(model.name, set())
-
-
-def failures(law, model):
-    with torch.no_grad():
-        return [one for one in law(model, make_batches(model)) if one.ok is False]
-
-
-def broken(model, point, **changes):
-    """The model with one site that is not where it should be."""
-    model._sites = [replace(site, **changes) if site.point == point else site for site in model._sites]
-    return model
 
 
 def test_a_dead_point_is_named(monkeypatch):

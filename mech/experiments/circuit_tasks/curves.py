@@ -30,11 +30,11 @@ def auroc(scores: Float[np.ndarray, " edge"], truth: Bool[np.ndarray, " edge"]) 
 
 
 @checked
-def circuit_table(found: given_by("circuit_scores", "cpr", "cmd", "faithfulness")) -> list[dict[str, float | str]]:
+def circuit_table(result: given_by("circuit_scores", "cpr", "cmd", "faithfulness")) -> list[dict[str, float | str]]:
     """Of every entry CPR (more is better), CMD (less is better) and AUROC, with 95% intervals over examples."""
     rows: list[dict[str, float | str]] = []
-    for entry in map(str, found["entry"].values):
-        one = found.sel(entry=entry)
+    for entry in map(str, result["entry"].values):
+        one = result.sel(entry=entry)
         row: dict[str, float | str] = {"entry": entry}
         for name in ("cpr", "cmd"):
             row |= {key: float(one[key]) for key in (name, f"{name}_low", f"{name}_high")}

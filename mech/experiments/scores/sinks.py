@@ -41,7 +41,12 @@ from mech.results import provenance
 BY = ("state", "attention")
 POS = "pos"
 KINDS = ("first", "text", "visual", "evidence")  # of a sink, the last that holds
-PLACES = {"strength": (EXAMPLE, LAYER, POS), "sink": (EXAMPLE, LAYER, POS), "kind": (EXAMPLE, POS)}
+PLACES = {
+    "strength": (EXAMPLE, LAYER, POS),
+    "sink": (EXAMPLE, LAYER, POS),
+    "kind": (EXAMPLE, POS),
+    "border": (EXAMPLE, POS),
+}
 
 
 @checked
@@ -78,7 +83,8 @@ def attention_sinks(
         ``ram``, ``ram_on_sinks``, ``ram_without``, ``sink_mass`` over (example, layer, head); ``strength`` (example,
         layer, pos), what is compared with the threshold, nan behind a row's end; ``sink`` (the same dims); ``peak_dim``
         (layer), the dimension in which most sinks of a layer peak, -1 where there are none or by attention; ``kind``
-        (example, pos): 0 padding, else 1 + the place in ``KINDS``.
+        (example, pos): 0 padding, else 1 + the place in ``KINDS``; ``border`` (example, pos): whether it is a visual
+        token on the border of its picture, tile or frame.
 
     Raises:
         ExperimentError: an unknown definition, a threshold that nothing can reach, no evidence, pictures in a memory.
@@ -107,6 +113,7 @@ def attention_sinks(
             left = int((layout.kind != PADDING).argmax())
             kind = _kinds(layout, evidence[row])[left:]
             own = {"strength": strength[row, :, left:].cpu().numpy().astype(float), "kind": kind}
+            own["border"] = _border(layout)[left:]
             own["sink"] = sink[row, :, left:].cpu().numpy()
             parts.append({name: mass[row] for name, mass in masses.items()} | own)
         if progress:
@@ -158,8 +165,52 @@ def sink_tokens(result: given_by("attention_sinks", "sink", "kind", "strength"))
         if here.any():
             share, count = here.any(1).mean(), here.sum(1).mean()
             lines.append(f"{names[name]} is a sink in {share:.0%} of the examples ({count:.1f} an example).")
+    visual = kind >= 1 + KINDS.index("visual")
+    if "border" in result and (sink & visual).any():
+        border = result["border"].values.astype(bool)
+        sinks, tokens = border[sink & visual].mean(), border[visual].mean()
+        lines.append(
+            f"{sinks:.0%} of visual sinks lie on the border of their picture, {tokens:.0%} of visual tokens do."
+        )
     ram, on = float(result["ram"].mean()), float(result["ram_on_sinks"].mean())
     return [*lines, f"{on / ram if ram else 0.0:.0%} of all RAM sits on sinks (by {by})."]
+
+
+@checked
+def without_sinks(
+    maps: given_by("attention_maps", "attention", "rect", "token_image"), model: HookedMLLM, samples: SomeSamples,
+    found: given_by("attention_sinks", "sink", "kind", "strength"),
+) -> xr.Dataset:  # fmt: skip
+    """Maps of attention in which sinks get none: where a head attends beside them. The attribute ``sinks`` says so.
+
+    Maps often show tokens on the border of a picture that hold nothing: they are sinks. This is bookkeeping for the
+    eye; the model is as it was.
+
+    Args:
+        maps: of ``attention_maps``.
+        model: the model of both.
+        samples: those of the maps, in their order.
+        found: of ``attention_sinks`` on them.
+
+    Raises:
+        ExperimentError: maps or sinks of other samples.
+
+    Cost: none; inputs are built once more for their layouts.
+    """
+    samples = Samples(samples)
+    if not len(samples) == maps.sizes[EXAMPLE] == found.sizes[EXAMPLE]:
+        raise ExperimentError(
+            f"{maps.sizes[EXAMPLE]} maps, sinks of {found.sizes[EXAMPLE]} examples and {len(samples)} samples",
+            "the same samples in all three", "measure attention_sinks on the samples of the maps",
+        )  # fmt: skip
+    layers, attention = found[LAYER].values.tolist(), maps["attention"].values.copy()
+    for row, sample in enumerate(samples):
+        tokens = model.inputs_of(sample).layout.positions("image")
+        for shown, layer in enumerate(maps["shown_layer"].values.tolist()):
+            attention[row, shown, : len(tokens)][found["sink"].values[row, layers.index(layer), tokens]] = 0.0
+    drawn = maps.copy()
+    drawn["attention"] = (maps["attention"].dims, attention, maps["attention"].attrs)
+    return drawn.assign_attrs(sinks="left out")
 
 
 def _check(model: HookedMLLM, samples: Samples, dims: Sequence[int] | None) -> None:
@@ -228,3 +279,14 @@ def _kinds(layout: TokenLayout, evidence: np.ndarray) -> np.ndarray:
     kind = np.where((layout.kind == IMAGE) | (layout.kind == VIDEO), 3, 2)
     kind[evidence], kind[int((layout.kind != PADDING).argmax())] = 4, 1
     return kind
+
+
+def _border(layout: TokenLayout) -> Bool[np.ndarray, " pos"]:
+    """Visual tokens in the first or last row or column of their picture, tile or frame."""
+    visual = (layout.kind == IMAGE) | (layout.kind == VIDEO)
+    border, owners = np.zeros(len(layout), dtype=bool), np.stack([layout.image, layout.frame, layout.view])
+    for owner in np.unique(owners[:, visual], axis=1).T:
+        at = np.flatnonzero(visual & (owners == owner[:, None]).all(0))
+        for place in (layout.row[at], layout.col[at]):
+            border[at] |= (place == place.min()) | (place == place.max())
+    return border

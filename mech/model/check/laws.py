@@ -21,7 +21,7 @@ from typing import Any
 from mech.model.check.geometry import geometry
 from mech.model.check.points import liveness, meaning, names
 from mech.model.check.projections import weights
-from mech.model.check.running import cleanliness, encoding, generation, padding, parity
+from mech.model.check.running import cleanliness, encoding, generation, padding, parity, serving
 from mech.model.check.trial import Batches, Finding, make_batches
 
 LAWS: dict[str, Callable[[Any, Batches], Iterator[Finding]]] = {
@@ -32,6 +32,7 @@ LAWS: dict[str, Callable[[Any, Batches], Iterator[Finding]]] = {
     "weights": weights,
     "padding": padding,
     "generation": generation,
+    "serving": serving,
     "encoding": encoding,
     "cleanliness": cleanliness,
     "geometry": geometry,

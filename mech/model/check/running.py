@@ -1,11 +1,13 @@
-"""Laws of running: parity with transformers, padding, generation, and nothing left behind."""
+"""Laws of running: parity with transformers, padding, generation, serving, and nothing left behind."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mech.errors import UnsupportedModel
 from mech.model import attention
 from mech.model.check.trial import (
     QUESTION,
@@ -111,6 +113,24 @@ def generation(model: Any, batches: Batches, steps: int = 4) -> Iterator[Finding
     lost = ((logits.amax(-1) - chosen).max() / chosen.abs().max().clamp_min(1)).item()
     ok = lost <= batches.rounding
     yield Finding("tokens", ok, lost, "" if ok else "the generated tokens are not the most likely of a recomputation")
+
+
+def serving(model: Any, batches: Batches) -> Iterator[Finding]:
+    """Continuous batching, which would run without hooks and masks, is refused under the name it looks for.
+
+    Forwards: 0.
+    """
+    known = attention.PAGED in ALL_ATTENTION_FUNCTIONS
+    says = "" if known else f"no attention is registered as {attention.PAGED!r}: batches would be served dense"
+    yield Finding("paged twin", known, 0.0, says)
+    if not known:
+        return
+    try:
+        ALL_ATTENTION_FUNCTIONS[attention.PAGED](None, None, None, None, None)
+        refused = False
+    except UnsupportedModel:
+        refused = True
+    yield Finding("paged twin refuses", refused, 0.0, "" if refused else "it computes attention without hooks")
 
 
 def encoding(model: Any, batches: Batches) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from mech.errors import ExperimentError
 from mech.experiments.attention.maps import attention_from
 from mech.experiments.scores.measure import Score, head_scores
 from mech.experiments.scores.ram import retrieval_attention_mass
-from mech.experiments.scores.sinks import KINDS, attention_sinks, sink_tokens
+from mech.experiments.scores.sinks import KINDS, attention_sinks, sink_tokens, without_sinks
 from mech.model import HookedMLLM
 from mech.reference import planted, tiny, tiny_processors
 
@@ -117,6 +117,38 @@ def test_the_planted_sink_head_pays_the_first_token_and_no_ram_sits_there():
     said = sink_tokens(found)
     assert said[0] == "The first position is a sink in 100% of the examples (1.0 an example)."
     assert said[-1].endswith("of all RAM sits on sinks (by attention).")
+
+
+def test_sinks_on_the_border_are_reported_and_can_be_left_out_of_maps():
+    """Four by four visual tokens, twelve of them on the border; massive activations in a corner and in the middle."""
+    model = HookedMLLM.from_hf(tiny.model("llava"), tiny_processors.processor("llava"), name="tiny")
+    samples = asked(1)
+    row = model.inputs_of(samples[0])
+    visual = row.layout.positions("image")
+    corner, middle = int(visual[3]), int(visual[5])
+
+    def massive(stream, hook):
+        if stream.shape[1] > middle:  # not of the token that is being generated
+            stream[:, [corner, middle], DIM] += 1000
+        return stream
+
+    ranking = mech.rank_heads(retrieval_attention_mass(model, samples))
+    with model.hooks([("blocks.1.hook_resid_pre", massive)]):
+        maps = mech.attention_maps(model, samples, ranking, bands={"all": ranking.heads})
+        found = attention_sinks(model, samples, tau=5.0)
+    border = found["border"].values[0]
+    assert border[visual].sum() == 12 and not border[np.setdiff1d(np.arange(len(border)), visual)].any()
+    assert border[corner] and not border[middle]
+    said = " ".join(sink_tokens(found))
+    assert "50% of visual sinks lie on the border of their picture, 75% of visual tokens do." in said
+    left = without_sinks(maps, model, samples, found)
+    changed = (left["attention"] != maps["attention"]).values[0]
+    late = maps["shown_layer"].values > 0
+    assert not changed[~late].any(), "layer 0 comes before"
+    assert np.flatnonzero(changed[late].any(0)).tolist() == [3, 5]
+    assert (left["attention"].values[0][late][:, [3, 5]] == 0).all() and left.attrs["sinks"] == "left out"
+    with pytest.raises(ExperimentError, match="the same samples in all three"):
+        without_sinks(maps, model, [*samples, *samples], found)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def calls(given: Given) -> dict[str, Call]:
             {"task": "ranking", "entries": "words", "n_boot": "count", **USUAL, **TOLD},
         ),
         "circuit_task": Call(mech.circuit_task, {}, {"name": "word", "family": "word", "n": "count", "seed": "seed"}),
-        "circuit_table": Call(mech.circuit_table, {}, {"found": "dataset"}),
+        "circuit_table": Call(mech.circuit_table, {}, {"result": "dataset"}),
         "CircuitTask": Call(
             mech.CircuitTask,
             {"name": "a", "model": given.model, "find": given.find, "test": given.test},

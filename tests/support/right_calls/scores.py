@@ -150,4 +150,9 @@ def calls(given: Given) -> dict[str, Call]:
         "retrieval_table": Call(mech.retrieval_table, {}, {"result": "dataset"}),
         "modality_table": Call(mech.modality_table, {}, {"result": "dataset"}),
         "sink_tokens": Call(mech.sink_tokens, {}, {"result": "dataset"}),
+        "without_sinks": Call(
+            mech.without_sinks,
+            given.tested,
+            {"maps": "dataset", "model": "model", "samples": "samples", "found": "dataset"},
+        ),
     }
