@@ -30,7 +30,9 @@ def auroc(scores: Float[np.ndarray, " edge"], truth: Bool[np.ndarray, " edge"]) 
 
 
 @checked
-def circuit_table(result: given_by("circuit_scores", "cpr", "cmd", "faithfulness")) -> list[dict[str, float | str]]:
+def circuit_table(
+    result: given_by("circuit_scores", "cpr", "cmd", "faithfulness"),
+) -> list[dict[str, float | str]]:
     """Of every entry CPR (more is better), CMD (less is better) and AUROC, with 95% intervals over examples."""
     rows: list[dict[str, float | str]] = []
     for entry in map(str, result["entry"].values):
