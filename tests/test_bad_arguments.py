@@ -28,6 +28,7 @@ ELSEWHERE = {
     "Ranking": {"per_example", "layers", "weights"},
     "Sample": {"distractors"},
     "Circuit": {"n_examples"},
+    "HeadRecord": {"scores", "n_top", "data", "version"},
     "TokenLayout": {"tokens", "spans", "images"},
     "Frames": {"indices"},
     "Pages": {"indices"},
