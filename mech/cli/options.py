@@ -223,23 +223,14 @@ def open_model(model: str, revision: str | None) -> "HookedMLLM":
 
 
 @dataclass(frozen=True)
-class Run:
-    """The options of most commands: a model, where samples come from, and what is printed."""
+class Sampled:
+    """Samples of one's own, the seed, and what is printed."""
 
-    model: Model = "reference:llava-s"
-    revision: Revision = None
     data: Data = None
     root: Root = None
     seed: Seed = 0
     quiet: Quiet = False
     as_json: AsJson = False
-
-    def open_model(self) -> "HookedMLLM":
-        return open_model(self.model, self.revision)
-
-    def samples(self, domain: str | None, n: int) -> "tuple[Samples, str]":
-        """The samples that the options mean, ``n`` at most, and what to call them."""
-        return chosen(self.data, self.root, domain, n, self.seed)
 
     def opened(self, n: int) -> "Samples":
         """``n`` samples of each domain of ``--data``."""
@@ -249,7 +240,23 @@ class Run:
         return progress(self.quiet or self.as_json)
 
 
-LAST = ("out", "seed", "quiet", "as_json")  # in every list of options
+@dataclass(frozen=True)
+class Run(Sampled):
+    """The options of most commands: a model, where samples come from, and what is printed."""
+
+    model: Model = "reference:llava-s"
+    revision: Revision = None
+
+    def open_model(self) -> "HookedMLLM":
+        return open_model(self.model, self.revision)
+
+    def samples(self, domain: str | None, n: int) -> "tuple[Samples, str]":
+        """The samples that the options mean, ``n`` at most, and what to call them."""
+        return chosen(self.data, self.root, domain, n, self.seed)
+
+
+FIRST = ("model", "revision", "domain")  # in every list of options
+LAST = ("out", "seed", "quiet", "as_json")
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -260,7 +267,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     for parameter in parameters:
         own = inspect.signature(groups[parameter.name]).parameters if parameter.name in groups else {}
         options |= own or {parameter.name: parameter}
-    ordered = sorted(options.values(), key=lambda option: LAST.index(option.name) if option.name in LAST else -1)
+    places = {name: place for place, name in enumerate((*FIRST, "", *LAST))}
+    ordered = sorted(options.values(), key=lambda option: places.get(option.name, len(FIRST)))
 
     @functools.wraps(function)
     def run(**given: Any) -> None:

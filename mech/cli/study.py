@@ -1,6 +1,7 @@
 """``mech study``: the main job, from ranking the heads to the report."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,10 @@ EPILOG = (
 )
 
 
-def study(
+@dataclass(frozen=True)
+class Models:
+    """What is studied."""
+
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,13 +31,13 @@ def study(
             autocompletion=options.reference_names,
             callback=options.known_model,
         ),
-    ] = None,
+    ] = None
     revision: Annotated[
         str | None,
         typer.Option(
             "--revision", help="Of the one --model; NAME@REVISION where there are several.", callback=options.filled
         ),
-    ] = None,
+    ] = None
     domain: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,57 +47,71 @@ def study(
             autocompletion=options.domain_names,
             callback=options.filled,
         ),
-    ] = None,
-    data: options.Data = None,
-    root: options.Root = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
+    ] = None
+
+    def names(self) -> list[str] | None:
+        """The models with their revision."""
+        if self.revision is None:
+            return self.model
+        if self.model is None or len(self.model) != 1:
+            given = f"--revision {self.revision} with {len(self.model or ())} models"
+            raise ExperimentError(given, "one --model", "write each as NAME@REVISION")
+        return [f"{self.model[0]}@{self.revision}"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; what is not given depends on the models."""
+
     samples: Annotated[
         int | None,
         options.samples("Samples of each domain: a quarter finds heads, the others test them. Default: 132.", 8),
-    ] = None,
+    ] = None
     n_random: Annotated[
         int | None,
         typer.Option(
             help="Random sets of the size that is claimed; p over sets is 1 / (1 + sets) or more. Default: 25.",
             callback=options.whole(1),
         ),
-    ] = None,
-    seed: options.Seed = 0,
+    ] = None
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per forward. Default: 16.", callback=options.whole(1))
-    ] = None,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
+    ] = None
+
+    def given(self) -> dict[str, int]:
+        """The settings of a study that were given."""
+        sizes = {"n_random": self.n_random, "batch_size": self.batch_size}
+        if self.samples is not None:
+            n_find = max(2, self.samples // 4)
+            sizes |= {"n_find": n_find, "n_test": self.samples - n_find}
+        return {name: value for name, value in sizes.items() if value is not None}
+
+
+def study(
+    which: Models,
+    sizes: Sizes,
+    run: options.Sampled,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
 ) -> None:
     """Rank heads by RAM, test whether they are needed, write report.html. The same command goes on where it stopped."""
-    from dataclasses import replace
-
     from mech.results.store import read_json
     from mech.settings import default_domains, default_settings
     from mech.study import DEFAULT_MODELS
-    from mech.study import study as run
+    from mech.study import study as studied
 
-    if revision is not None:
-        if model is None or len(model) != 1:
-            raise ExperimentError(
-                f"--revision {revision} with {len(model or ())} models", "one --model", "write each as NAME@REVISION"
-            )
-        model = [f"{model[0]}@{revision}"]
-    given = {"n_random": n_random, "batch_size": batch_size, "seed": seed}
-    if samples is not None:
-        given |= {"n_find": max(2, samples // 4), "n_test": samples - max(2, samples // 4)}
-    models = model or DEFAULT_MODELS
-    settings = replace(default_settings(models), **{name: value for name, value in given.items() if value is not None})
-    if data is not None and not model:
+    named = which.names()
+    models = named or DEFAULT_MODELS
+    settings = replace(default_settings(models), seed=run.seed, **sizes.given())
+    if run.data is not None and not named:
         raise ExperimentError(
             "--data without --model", "a model that can answer it", "name one: the default ones know the haystacks only"
         )
-    own = options.opened(data, root, settings.n_find + settings.n_test, seed) if data is not None else None
-    domains = domain or (default_domains(models) if data is None else None)
-    with options.progress(quiet or as_json) as say:
-        page = run(out, models, domains, data=own, settings=settings, progress=say)
+    own = run.opened(settings.n_find + settings.n_test) if run.data is not None else None
+    domains = which.domain or (default_domains(models) if run.data is None else None)
+    with run.progress() as say:
+        page = studied(out, models, domains, data=own, settings=settings, progress=say)
     summary = read_json(out / "summary.json")
-    if as_json:
+    if run.as_json:
         print(json.dumps(summary))
         return
     _print_findings(summary)

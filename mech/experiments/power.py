@@ -4,7 +4,7 @@
     detectable_loss(100, gained=0.03)     # 0.115: where some answers turn right, it takes a larger loss
     power(0.1, 100, gained=0.03)          # how often a loss of ten points would be detected
 
-The test is the paired sign-flip test of a loss (``permutation_test``, ``mcnemar``): answers that are right before and
+The test is the paired sign-flip test of a loss (``permutation_test``): answers that are right before and
 after, or wrong, say nothing, and each of the others is a coin under the null. What is computed is exact for one set of
 heads whose controls lose nothing; controls that lose something make the difference smaller, not the test stronger.
 """
