@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: study test lint docs bench reference reference-smol clean
+.PHONY: study test lint docs bench reference reference-smol sparsity clean
 
 study: $(READY)
 	$(BIN)/mech study --out study
@@ -50,6 +50,12 @@ reference: $(READY)
 reference-smol: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m mech.reference.smol.train --out training
 	mkdir -p mech/reference/weights/smol && cp training/smol/* mech/reference/weights/smol/
+
+# Post-trains reference models for sparsity and measures what it gives: mech/reference/sparsity.json, which docs/sparsity.md
+# reads. Resumable; half an hour on one core.
+sparsity: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py train
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py measure
 
 training/%/card.json:
 	OMP_NUM_THREADS=1 $(BIN)/python -m mech.reference.train $* --out training

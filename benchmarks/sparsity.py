@@ -1,7 +1,7 @@
 """Does training for sparsity buy efficiency and interpretability? Post-training of reference models, and what it gives.
 
     python benchmarks/sparsity.py train   --out training/sparsity      # resumable; one process on one core
-    python benchmarks/sparsity.py measure --out training/sparsity      # resumable; docs/sparsity.json
+    python benchmarks/sparsity.py measure --out training/sparsity      # resumable; mech/reference/sparsity.json
     make sparsity                                                      # both
 
 Every run starts from a model that ships with `mech` and goes on with its own kind of conversations, under one objective
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("training/sparsity"))
-    parser.add_argument("--json", type=Path, default=Path("docs/sparsity.json"))
+    parser.add_argument("--json", type=Path, default=Path("mech/reference/sparsity.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     for arm in given.arms:

@@ -91,3 +91,8 @@ def checkpoint(name: str, revision: str) -> Path:
 def card(name: str) -> dict[str, Any]:
     """What is known of a reference model: data, curve, accuracy, heads, seed, time."""
     return json.loads((shipped(name) / "card.json").read_text(encoding="utf-8"))
+
+
+def sparsity_runs() -> dict[str, dict[str, Any]]:
+    """What was measured of models that were trained for sparsity, by run: see ``mech.sparse.training.compared``."""
+    return json.loads((FOLDER.parent / "sparsity.json").read_text(encoding="utf-8"))["runs"]

@@ -25,7 +25,7 @@ from mech.views.causal import causal_view
 from mech.views.circuit import circuit_scores_view, circuit_view
 from mech.views.curves import ablation_curves
 from mech.views.drawing.page import View
-from mech.views.frontier import frontier_view
+from mech.views.frontier import frontier_view, sparsity_view
 from mech.views.heatmap import head_maps, ram_map
 from mech.views.lens import lens_view
 from mech.views.objects import inputs_view, layout_view, sample_view, samples_view
@@ -58,6 +58,7 @@ __all__ = [
     "sample_curve_view",
     "sample_view",
     "samples_view",
+    "sparsity_view",
     "steering_view",
     "transfer_view",
     "view",

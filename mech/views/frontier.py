@@ -1,6 +1,7 @@
-"""Accuracy, memory and speed of sparse inference, for several ways to choose the dense heads.
+"""Accuracy, memory and speed of sparse inference, for several ways to choose the dense heads; training for sparsity.
 
     view = frontier_view(found)               # what ``mech.acceleration`` returned
+    view = sparsity_view(runs)                # what ``mech.reference.sparsity_runs`` returned
 
 On the left accuracy against the share of KV heads that stay dense, a line for each choice; shaded is where random sets
 of the same size fall, dotted the dense model, dashed the window alone. A line matters where it leaves the shade. In the
@@ -15,6 +16,8 @@ import numpy as np
 import xarray as xr
 
 from mech.experiments.findings.acceleration import MARGIN, NAMES, sentences, summarise
+from mech.sparse.training.compared import MEASURES, Measure, compared
+from mech.sparse.training.compared import sentences as sentences_of_training
 from mech.views.drawing.page import View, chart, escape, table
 
 # choice: colour, symbol, dash
@@ -268,3 +271,63 @@ def _key(colour: str, symbol: str, dash: str, name: str, shade: bool = False) ->
     mark = f'<path d="{_SHAPES[symbol]}" fill="{paint}"/>' if symbol else ""
     line = f'<path d="M0 7H30" stroke="{paint}" stroke-width="2" stroke-dasharray="{_DASHES[dash]}"/>'
     return f'<li><svg viewBox="0 0 30 14" aria-hidden="true">{band}{line}{mark}</svg>{escape(name)}</li>'
+
+
+ARMS = (("@top", "diamond"), ("@bottom", "square"), ("@middle", "triangle-up"), ("@matched", "star"), ("@random", "x"))
+PANELS = (
+    ("KV heads needed, ranked by RAM", "RAM against effect (Spearman)"),
+    ("attention outside sinks and window", "circuit of few edges (CMD)"),
+)
+
+
+def sparsity_view(
+    runs: Mapping[str, Mapping[str, Any]], size: str = "llava-s", title: str = "Does training for sparsity buy both?"
+) -> View:
+    """Efficiency against interpretability: a point for each seed of each objective, and every measure as a table.
+
+    Args:
+        runs: what ``mech.reference.sparsity_runs`` returned.
+        size: which of the sizes in it.
+        title: stands above a saved page.
+    """
+    mine = [run for run in runs.values() if run["size"] == size]
+    rows = [row for row in compared(runs) if row.size == size]
+    arms = list(dict.fromkeys(run["arm"] for run in mine))
+    by_name = {measure.name: measure for measure in MEASURES}
+    figures = "".join(
+        f"<figure>{_plane(mine, arms, by_name[x], by_name[y], legend=i == 0)}</figure>"
+        for i, (x, y) in enumerate(PANELS)
+    )
+    caption = (
+        "A point for each seed; the control is hollow. Better is to the left and, on the left, up; on the right, down."
+    )
+    cells = [
+        [escape(row.measure.side), escape(row.measure.name), escape(row.arm), _values(row.control), _values(row.values),
+         f"{row.difference:+.3g} <small>[{row.low:+.3g}, {row.high:+.3g}]</small>", row.verdict]
+        for row in rows
+    ]  # fmt: skip
+    head = ["side", "measure", "objective", "control, by seed", "trained, by seed", "difference [95%]", "verdict"]
+    said = "".join(f"<li>{escape(text)}</li>" for text in sentences_of_training(rows))
+    page = f'<h3>{escape(title)}</h3><div class="split even">{figures}</div><p>{caption}</p><ul>{said}</ul>'
+    return View(title, f"{page}<details><summary>All measures</summary>{table(head, cells)}</details>", height=760)
+
+
+def _values(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
+
+def _plane(runs: Sequence[Mapping[str, Any]], arms: Sequence[str], x: Measure, y: Measure, legend: bool) -> str:
+    traces = []
+    for arm, (colour, symbol) in zip(arms, ARMS * len(arms), strict=False):
+        points = [(x.of(run), y.of(run), run["seed"]) for run in runs if run["arm"] == arm]
+        points = [point for point in points if None not in point[:2]]
+        hollow = "-open" if arm == "control" else ""
+        traces.append(
+            {"type": "scatter", "mode": "markers", "name": arm, "x": [point[0] for point in points],
+             "y": [point[1] for point in points], "text": [f"{escape(arm)}, seed {point[2]}" for point in points],
+             "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra></extra>", "showlegend": legend,
+             "marker": {"size": 11, "color": colour, "symbol": symbol + hollow, "line": {"width": 2, "color": colour}}}
+        )  # fmt: skip
+    layout = {"xaxis": {"title": x.name, "rangemode": "tozero"}, "yaxis": {"title": y.name}, "showlegend": legend,
+              "legend": {"orientation": "h", "y": 1.12}}  # fmt: skip
+    return chart(traces, layout, height=380, label=f"{y.name} against {x.name}, a point for each seed")

@@ -210,20 +210,32 @@ def test_gates_go_on_closing_only_while_the_loss_is_within_its_target(target, so
     assert bool((~run.gates.chosen()).any()) == some
 
 
-def test_what_closes_is_what_costs_least_and_fits_into_the_room():
+def test_what_closes_is_what_costs_least_and_fits_into_the_room(monkeypatch):
     run = training(hooked(), replace(OBJECTIVES["constrained"], target=1.0), steps=9, settle=9)
-    costs = run._cheapest(run.batch(0))
-    base = run._under(run.batch(0), torch.ones_like(run.gates.log_alpha))
-    for place, cost in costs[:3]:
+    inputs = run.batch(0).inputs
+
+    def loss(*closed):
         gates = torch.ones_like(run.gates.log_alpha)
-        gates[place] = 0
-        with torch.no_grad():
-            assert run._under(run.batch(0), gates) - base == pytest.approx(cost)
+        for place in closed:
+            gates[place] = 0
+        with torch.no_grad(), gated(run.model, inputs, POLICY, gates):
+            return float(run.batch(0).loss()[0])
+
+    costs = run._cheapest(run.batch(0))
+    assert all(loss(place) - loss() == pytest.approx(cost, abs=1e-7) for place, cost in costs)
     assert [cost for _, cost in costs] == sorted(cost for _, cost in costs)
-    sums = np.cumsum([max(0.0, cost) for _, cost in costs])
-    run.strength.mean = 1.0 - float(sums[4] + sums[5]) / 2  # room for five
+    # Two that stand in for one another cost nothing alone, and all of the room together.
+    single = {(0, 0): 0.0, (0, 1): 0.0, (1, 0): 0.2, (1, 1): 5.0}
+    monkeypatch.setattr(run, "_cheapest", lambda batch: list(single.items()))
+    monkeypatch.setattr(
+        run, "_closed", lambda _, places=(): 1 + sum(single[p] for p in places) + 9 * ({(0, 0), (0, 1)} <= set(places))
+    )
+    run.strength.mean = 0.5
     run._close(5, run.batch(0))
-    assert {tuple(place) for place in (~run.gates.chosen()).nonzero().tolist()} == {place for place, _ in costs[:5]}
+    assert (~run.gates.chosen()).nonzero().tolist() == [[0, 0]]
+    run.strength.mean = 1.1
+    run._close(5, run.batch(0))
+    assert int((~run.gates.chosen()).sum()) == 1
 
 
 def test_gates_that_are_closed_later_stand_above_those_closed_before():

@@ -12,7 +12,7 @@ Step ``i`` draws the same numbers whoever runs it, so a training that was stoppe
 one that was not, bit for bit on one machine.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -165,24 +165,26 @@ class SparseTraining:
         if not (self.has_gates and target is not None and due and self.strength.mean <= target):
             return
         room, places = target - self.strength.mean, self._cheapest(batch)
-        costs = np.cumsum([max(0.0, cost) for _, cost in places])
-        self.gates.close([place for (place, _), cost in zip(places, costs, strict=True) if cost <= room])
+        n = int((np.cumsum([max(0.0, cost) for _, cost in places]) <= room).sum())
+        chosen, base = [place for place, _ in places], self._closed(batch)
+        while n and self._closed(batch, chosen[:n]) - base > room:  # those that stand in for one another cost more
+            n //= 2
+        self.gates.close(chosen[:n])
 
-    @torch.no_grad()
     def _cheapest(self, batch: Batch) -> list[tuple[tuple[int, int], float]]:
         """The lowest of the open gates, and what the task's loss gains when each is closed alone; cheapest first."""
-        gates = self.gates.chosen().float()
-        order = self.gates.log_alpha.masked_fill(gates == 0, torch.inf).flatten().argsort(stable=True)
-        costs: list[tuple[tuple[int, int], float]] = []
-        base = self._under(batch, gates)
-        for index in order[: min(TRIED, int(gates.sum()))].tolist():
-            place = divmod(index, gates.shape[1])
-            without = gates.clone()
-            without[place] = 0
-            costs.append((place, self._under(batch, without) - base))
-        return sorted(costs, key=lambda one: one[1])
+        chosen = self.gates.chosen()
+        order = self.gates.log_alpha.detach().masked_fill(~chosen, torch.inf).flatten().argsort(stable=True)
+        places = [divmod(index, chosen.shape[1]) for index in order[: min(TRIED, int(chosen.sum()))].tolist()]
+        base = self._closed(batch)
+        return sorted(((place, self._closed(batch, [place]) - base) for place in places), key=lambda one: one[1])
 
-    def _under(self, batch: Batch, gates: Float[Tensor, "layer kv_head"]) -> float:
+    @torch.no_grad()
+    def _closed(self, batch: Batch, places: Sequence[tuple[int, int]] = ()) -> float:
+        """The task's loss with gates of 0 and 1, these closed as well."""
+        gates = self.gates.chosen().float()
+        for place in places:
+            gates[place] = 0
         with gated(self.model, batch.inputs, self.policy, gates):
             return batch.loss()[0].item()
 
