@@ -56,6 +56,7 @@ reference-smol: $(READY)
 sparsity: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py train
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py measure
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py ship
 
 training/%/card.json:
 	OMP_NUM_THREADS=1 $(BIN)/python -m mech.reference.train $* --out training

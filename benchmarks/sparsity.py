@@ -2,7 +2,8 @@
 
     python benchmarks/sparsity.py train   --out training/sparsity      # resumable; one process on one core
     python benchmarks/sparsity.py measure --out training/sparsity      # resumable; mech/reference/sparsity.json
-    make sparsity                                                      # both
+    python benchmarks/sparsity.py ship    --out training/sparsity      # reference:llava-s-sparse
+    make sparsity                                                      # all three
 
 Every run starts from a model that ships with `mech` and goes on with its own kind of conversations, under one objective
 of `mech.sparse.training`. Runs of one seed see the same batches in the same order, the control among them. One domain
@@ -11,6 +12,7 @@ is left out of all, to be the new one.
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,10 +25,12 @@ from safetensors.torch import load_file, save_file
 from sparsity_measures import measured
 from torch import nn
 
-from mech import HookedMLLM, Ranking
+from mech import HookedMLLM, Ranking, haystacks, localize
+from mech.experiments.metrics import ask, quiz
 from mech.inputs import Inputs
+from mech.reference import CHANGED, FOLDER
 from mech.reference.recipe import RECIPES, Recipe
-from mech.reference.train import Marks, Shape, batch_of
+from mech.reference.train import Marks, Shape, batch_of, held_out_accuracy
 from mech.sparse.policy import Policy
 from mech.sparse.training.loop import Batch, SparseTraining
 from mech.sparse.training.mixture import final_states
@@ -171,9 +175,30 @@ def measure(folder: Path, out: Path) -> None:
     print(folder.name, found["runs"][folder.name]["measured_minutes"], "min", flush=True)
 
 
+def ship(name: str, seed: str, arm: str, out: Path, as_name: str) -> None:
+    """A run as a reference model: the weights that changed, and a card."""
+    folder, target = out / run_name(name, seed, arm), FOLDER / as_name
+    model, record = opened(folder)
+    policy = Policy(record["dense_heads"], record["sinks"], record["window"])
+    domains = (*SIZES[name].domains, SIZES[name].new)
+    accuracy = {domain: held_out_accuracy(model.hf_model, model.processor, domain) for domain in domains}
+    with localize(model, policy) as fast:
+        served = {d: round(float(ask(fast, quiz(model, haystacks(d, 300, 9)))["accuracy"].mean()), 4) for d in domains}
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "weights.safetensors", target / CHANGED)
+    cfg = model.cfg
+    card = {"name": as_name, "family": cfg.family, "layers": cfg.n_layers, "heads": cfg.n_layers * cfg.n_heads,
+            "parameters": sum(p.numel() for p in model.hf_model.parameters()), "domains": list(domains),
+            "seed": int(seed), "start": record["start"], "steps": record["steps"], "batch": SIZES[name].batch,
+            "objective": record["objective"], "policy": policy.to_json(), "accuracy": accuracy,
+            "served": served, "curve": record["curve"]}  # fmt: skip
+    (target / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    print(as_name, accuracy, card["served"], flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train for sparsity, and measure what it gives.")
-    parser.add_argument("what", choices=["train", "measure"])
+    parser.add_argument("what", choices=["train", "measure", "ship"])
     parser.add_argument("--size", default="llava-s", choices=SIZES)
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
@@ -185,8 +210,10 @@ def main() -> None:
         for seed in given.seeds:
             if given.what == "train":
                 train(given.size, seed, arm, given.out)
-            else:
+            elif given.what == "measure":
                 measure(given.out / run_name(given.size, seed, arm), given.json)
+    if given.what == "ship":
+        ship(given.size, "0", "constrained 0.1", given.out, f"{given.size}-sparse")
 
 
 if __name__ == "__main__":

@@ -50,12 +50,12 @@ def resolve(name: str | Path) -> str:
 
 
 def _checkpoint(name: str, revision: str | None) -> Path | None:
-    """The weights a reference model had at a revision, which replace its final ones."""
-    if not name.startswith(REFERENCE) or revision in (None, "main"):
+    """The weights that replace those of a reference model's folder: of a revision, or all that it ships itself."""
+    if not name.startswith(REFERENCE):
         return None
-    from mech.reference import checkpoint
+    from mech.reference import changed, checkpoint
 
-    return checkpoint(name, revision)
+    return changed(name) if revision in (None, "main") else checkpoint(name, revision)
 
 
 def check_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Small trained MLLMs in real architectures that ship with the package: ``from_pretrained("reference:llava-m")``.
 
     >>> names()
-    ('llava-m', 'llava-s', 'llava-s-seed1', 'qwen-long', 'qwen-s', 'smol')
+    ('llava-m', 'llava-s', 'llava-s-seed1', 'llava-s-sparse', 'qwen-long', 'qwen-s', 'smol')
     >>> revisions("llava-s-seed1")       # how it was while it learned: from_pretrained(..., revision="step2300")
     ('step2200', 'step2300', 'step2500')
 
@@ -14,6 +14,10 @@ are made: ``recipe`` and ``train``.
 ``smol`` is another thing: a pretrained language model (SmolLM2-135M-Instruct, of the extra ``mech[smol]``) to which
 eyes were given here. Only those ship, with what tunes it; the whole is put together when it is first opened. Its one
 revision, ``"base"``, is the language model as it was before it was tuned, with the same eyes. See ``smol.assembly``.
+
+``llava-s-sparse`` is ``llava-s``, trained on until one of its key/value heads is all that has to attend far; only the
+layers that changed ship. ``Policy.from_json(card("llava-s-sparse")["policy"])`` is what it was trained to be served
+under; what that did to it is in ``sparsity_runs()``.
 """
 
 import json
@@ -24,6 +28,7 @@ from mech.errors import UnsupportedModel, suggestion
 
 PREFIX = "reference:"
 FOLDER = Path(__file__).parent / "weights"
+CHANGED = "changed.safetensors"  # of a model that is another one, trained on: the weights that differ
 
 
 def names() -> tuple[str, ...]:
@@ -32,12 +37,16 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str) -> Path:
-    """The folder of a reference model, with or without the prefix ``reference:``; ``smol`` is assembled if need be.
+    """The folder to open for a reference model, with or without the prefix ``reference:``.
+
+    That of the model it was trained on from, where only what changed ships; ``smol`` is assembled if need be.
 
     Raises:
         UnsupportedModel: no such model, or the package that it needs is not installed.
     """
     folder = shipped(name)
+    if changed(name) is not None:
+        return path(card(name)["start"])
     if not _needs_base(folder):
         return folder
     from mech.reference.smol.assembly import assembled
@@ -86,6 +95,16 @@ def checkpoint(name: str, revision: str) -> Path:
             suggestion(revision, known) if known else "leave revision out",
         )
     return path(name) / f"{revision}.safetensors"
+
+
+def changed(name: str) -> Path | None:
+    """The weights in which a reference model differs from the one whose folder it opens with; None for most.
+
+    Raises:
+        UnsupportedModel: no such model.
+    """
+    file = shipped(name) / CHANGED
+    return file if file.exists() else None
 
 
 def card(name: str) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""What is said of training for sparsity follows from the numbers of its runs, and from nothing else."""
+
+import copy
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mech.reference import sparsity_runs
+from mech.sparse.training.compared import MEASURES, bought, buys, compared, needed, sentences
+from mech.views import sparsity_view
+
+
+def run(seed, arm, *, ram=4, gini=0.2, accuracy=0.98, blind=3, size="llava-s"):
+    """A run of which only some numbers are its own."""
+    spread = {"half_mass_share": {"mean": 0.3}, "gini": {"mean": gini}}
+    return {
+        "size": size, "seed": seed, "arm": arm, "far_mass": 0.5, "ram": {"pages": spread, "documents": spread},
+        "accuracy": {name: {"mean": accuracy} for name in ("pages", "documents", "new", "longer")},
+        "needed": {"ram": {"n": ram}, "causal": {"n": 1}, "gates": {"n": None}},
+        "efficiency": {"kv_bytes": {"8192": 0.1}, "lost": {"new": {"mean": 0.0}, "longer": {"mean": 0.0}}},
+        "causal": {"agreement": {"mean": -0.3}, "blind": [[0, 0]] * blind,
+                   "smallest": {"lost": {"effect": 1, "ram": ram}, "recovered": {"restoring": 1}}},
+        "circuit": {"cmd": {"mean": 0.02}, "share": 0.05}, "stability": {"mean": 0.5},
+    }  # fmt: skip
+
+
+def three(**changes):
+    """Three seeds of a control and of an arm, which differs by what is given for each seed."""
+    runs = {}
+    for i in range(3):
+        runs[f"{i}.control"] = run(str(i), "control")
+        runs[f"{i}.arm"] = run(str(i), "far 10", **{name: values[i] for name, values in changes.items()})
+    return runs
+
+
+def row(rows, name):
+    return next(one for one in rows if one.measure.name == name)
+
+
+def test_differences_are_paired_by_seed_with_a_t_interval():
+    ginis = [0.3, 0.35, 0.31]
+    found = row(compared(three(gini=ginis)), "Gini index of RAM")
+    assert found.control == (0.2, 0.2, 0.2) and found.values == pytest.approx(ginis)
+    low, high = stats.t.interval(0.95, 2, np.mean(ginis) - 0.2, stats.sem(ginis))
+    assert (found.difference, found.low, found.high) == pytest.approx((np.mean(ginis) - 0.2, low, high))
+    assert found.verdict == "better"
+    assert row(compared(three(gini=[0.1, 0.3, 0.2])), "Gini index of RAM").verdict == "no difference seen"
+    assert row(compared(three(blind=[7, 8, 7])), "heads that matter without looking").verdict == "worse"
+
+
+def test_an_arm_without_its_control_is_left_out_and_one_seed_has_no_interval():
+    runs = three()
+    del runs["0.control"], runs["1.control"]
+    rows = compared(runs)
+    assert {one.verdict for one in rows} == {"one seed"} and all(np.isnan(one.low) for one in rows)
+    assert "one seed, so no interval" in sentences(rows)[0]
+    del runs["2.control"]
+    assert compared(runs) == []
+
+
+def test_the_answer_is_no_unless_both_sides_gain():
+    rows = compared(three(ram=[1, 2, 1], gini=[0.3, 0.31, 0.3]))
+    assert buys(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": True}
+    assert sentences(rows)[-1] == "Both at once: far 10."
+    rows = compared(three(ram=[1, 2, 1], blind=[9, 9, 8], gini=[0.1, 0.11, 0.1]))
+    assert buys(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": False}
+    counts = bought(rows, "llava-s", "far 10")["interpretability"]
+    assert counts["worse"] == 2 and counts["better"] == 1  # the necessary set by RAM became smaller
+    assert sentences(rows)[-1].startswith("No objective bought") and "interpretability: no" in sentences(rows)[0]
+
+
+def test_the_best_ranking_is_the_one_that_needs_fewest():
+    assert needed(run("0", "control")) == 1 and needed(run("0", "control"), "ram") == 4
+    assert needed(run("0", "control"), "gates") is None
+
+
+def test_the_shipped_runs_have_every_measure_and_are_drawn():
+    runs = sparsity_runs()
+    assert {one["seed"] for one in runs.values() if one["arm"] == "control"} == {"0", "1", "2"}
+    for one in runs.values():
+        assert all(measure.of(one) is not None for measure in MEASURES if measure.name != "edges for 80% faithfulness")
+        assert one["curve"][-1]["step"] == one["steps"]
+    page = sparsity_view(runs)._repr_html_()
+    for sentence in sentences(compared(runs)):
+        assert sentence.split(":")[0] in page
+    worse = copy.deepcopy(runs)
+    for one in worse.values():
+        if one["arm"] != "control":
+            one["causal"]["blind"] = [[0, 0]] * 48
+    assert sentences(compared(worse)) != sentences(compared(runs))
