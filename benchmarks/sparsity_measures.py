@@ -31,7 +31,7 @@ from mech.sparse.groups import expanded, grouped
 from mech.sparse.policy import Policy
 from mech.sparse.training.mixture import far_mass
 
-N_FIND, N_TEST, N_CAUSAL, N_CIRCUIT = 24, 48, 24, 12
+N_FIND, N_TEST, N_CAUSAL, N_CIRCUIT = 16, 32, 16, 8
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
 LENGTHS = (2048, 8192, 16384)
 MARGIN = 0.01  # the loss of accuracy that is let pass: one point
@@ -49,7 +49,7 @@ def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, A
     }
     ram = {domain: rank_heads(retrieval_attention_mass(model, some)) for domain, some in find.items()}
     report = causal_report(
-        model, test[main][:N_CAUSAL], ram[main], find=find[main][:N_CAUSAL], method=None, n_random=2, n_paths=0
+        model, test[main][:N_CAUSAL], ram[main], find=find[main][:N_CAUSAL], method=None, n_random=1, n_paths=0
     )
     causal = Ranking(report.heads["lost_find"].values, None, "lost", layers=model.cfg.attention_layers)
     if gates is None:
