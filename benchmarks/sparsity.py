@@ -175,11 +175,17 @@ def measure(folder: Path, out: Path) -> None:
     print(folder.name, found["runs"][folder.name]["measured_minutes"], "min", flush=True)
 
 
-def ship(name: str, seed: str, arm: str, out: Path, as_name: str) -> None:
-    """A run as a reference model: the weights that changed, and a card."""
+def smallest(facts: Mapping[str, Any]) -> list[list[int]]:
+    """The fewest dense heads that a measured run needs, by the ranking that needs fewest."""
+    return min((one for one in facts["needed"].values() if one["n"] is not None), key=lambda one: one["n"])["heads"]
+
+
+def ship(name: str, seed: str, arm: str, out: Path, as_name: str, measures: Path) -> None:
+    """A measured run as a reference model: the weights that changed, and a card with the smallest policy it needs."""
     folder, target = out / run_name(name, seed, arm), FOLDER / as_name
     model, record = opened(folder)
-    policy = Policy(record["dense_heads"], record["sinks"], record["window"])
+    facts = json.loads(measures.read_text(encoding="utf-8"))["runs"][folder.name]
+    policy = Policy(smallest(facts), record["sinks"], record["window"])
     domains = (*SIZES[name].domains, SIZES[name].new)
     accuracy = {domain: held_out_accuracy(model.hf_model, model.processor, domain) for domain in domains}
     with localize(model, policy) as fast:
@@ -213,7 +219,7 @@ def main() -> None:
             elif given.what == "measure":
                 measure(given.out / run_name(given.size, seed, arm), given.json)
     if given.what == "ship":
-        ship(given.size, "0", "constrained 0.1", given.out, f"{given.size}-sparse")
+        ship(given.size, "0", "far 10", given.out, f"{given.size}-sparse", given.json)
 
 
 if __name__ == "__main__":

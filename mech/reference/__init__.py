@@ -15,9 +15,9 @@ are made: ``recipe`` and ``train``.
 eyes were given here. Only those ship, with what tunes it; the whole is put together when it is first opened. Its one
 revision, ``"base"``, is the language model as it was before it was tuned, with the same eyes. See ``smol.assembly``.
 
-``llava-s-sparse`` is ``llava-s``, trained on until one of its key/value heads is all that has to attend far; only the
-layers that changed ship. ``Policy.from_json(card("llava-s-sparse")["policy"])`` is what it was trained to be served
-under; what that did to it is in ``sparsity_runs()``.
+``llava-s-sparse`` is ``llava-s``, trained on with a penalty on attention outside of sinks and a window; only the layers
+that changed ship. ``Policy.from_json(card("llava-s-sparse")["policy"])`` keeps the fewest heads dense that it needs;
+what the penalty did to it, and to other seeds, is in ``sparsity_runs()``.
 """
 
 import json

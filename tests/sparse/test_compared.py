@@ -89,3 +89,15 @@ def test_the_shipped_runs_have_every_measure_and_are_drawn():
         if one["arm"] != "control":
             one["causal"]["blind"] = [[0, 0]] * 48
     assert sentences(compared(worse)) != sentences(compared(runs))
+
+
+def test_what_the_page_says_beside_its_tables_holds_for_the_runs():
+    found = {one.measure.name: one for one in compared(sparsity_runs()) if one.arm == "far 10"}
+    better = {name for name, one in found.items() if one.verdict == "better"}
+    assert {"heads that hold half of RAM", "Gini index of RAM", "RAM across domains (Spearman)"} <= better
+    same = ("smallest necessary set", "smallest sufficient set", "heads that matter without looking")
+    assert all(found[name].verdict == "no difference seen" for name in (*same, "circuit of few edges (CMD)"))
+    by_ram = found["necessary set, ranked by RAM"]
+    assert set(by_ram.values) == {1} and min(by_ram.control) >= 2
+    gates = [one for one in compared(sparsity_runs()) if one.arm == "constrained 0.1"]
+    assert {one.verdict for one in gates} == {"no difference seen"}
