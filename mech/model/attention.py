@@ -182,7 +182,9 @@ class LayerRecord:
     points: dict[str, HookPoint]
     observers: list[Observer] = field(default_factory=list)
     active: bool = False
-    resume: Callable[[AttentionCall], Tensor] | None = None  # computes z while variants are run on (``resume.py``)
+    resume: Callable[[AttentionCall], Tensor] | None = (
+        None  # computes z while variants are run on (``partial/continuation.py``)
+    )
     head_mask: HeadMask | None = None
     step: Step | None = None  # of the text stack
     cross: bool = False

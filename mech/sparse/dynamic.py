@@ -128,6 +128,7 @@ def _moved(
     call: AttentionCall, near: Near, rows: Int[Tensor, " row"], weight: Float[Tensor, "head d_head d_model"]
 ) -> Float[Tensor, " head"]:
     """How far each head's output moves at the row where it moves most."""
+    rows, near = rows.to(call.q.device), near.to(call.q.device)
     pattern = call.rows(rows)
     seen = near.seen(rows, torch.arange(pattern.shape[-1], device=rows.device))[:, None]
     local = pattern * seen

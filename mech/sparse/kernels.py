@@ -33,6 +33,7 @@ def by_definition(
     call: AttentionCall, near: Near, dense: Bool[Tensor, " head"], dropout: float = 0.0
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Every head over every key, under a mask of its own, some rows at a time."""
+    near, dense = near.to(call.q.device), dense.to(call.q.device)
     keys = start_of(call) + torch.arange(call.k.shape[2], device=call.q.device)
     plain, parts = replace(call, head_mask=None), []
     for rows in torch.arange(call.q.shape[2], device=call.q.device).split(128):
@@ -47,6 +48,7 @@ def split_heads(
     call: AttentionCall, near: Near, plan: Plan, dropout: float = 0.0
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Dense heads in one call, local ones nearby; the call holds every key."""
+    near, plan = near.to(call.q.device), plan.to(call.q.device)
     if flash.on_card(call.q):
         return _split_by_runs(call, near, plan, dropout)
     batch, n_heads, rows, _ = call.q.shape

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mech.model import HookedMLLM
-from mech.model.partial import continuation
+from mech.model.partial import shared_keys
 from mech.model.partial.cached_run import NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
 from mech.reference import tiny, tiny_processors
@@ -125,8 +125,9 @@ def test_small_chunks_change_nothing(llava, monkeypatch):
         5, 1, row.kept.last.shape[-1], generator=torch.Generator().manual_seed(0)
     )
     whole = row.run(0, x, rows)
-    monkeypatch.setattr(continuation, "CPU_ROWS", 2 * len(rows))
-    monkeypatch.setattr(continuation, "SCORES", 100)
+    row.kept.room.called = 2 * len(rows)
+    monkeypatch.setitem(shared_keys.SCORES, "cpu", 100)
+    monkeypatch.setattr(shared_keys, "_kernel", lambda q, v: None)
     torch.testing.assert_close(row.run(0, x, rows), whole)
 
 

@@ -68,10 +68,11 @@ def token_attention(
     def read_call(call: AttentionCall) -> None:
         if call.layer not in wanted:
             return
-        total = 0.0
-        for rows in torch.arange(len(inputs.layout), device=model.device).split(ROWS):
+        total, at = 0.0, call.q.device
+        here, there = mean.to(at), member.to(at)
+        for rows in torch.arange(len(inputs.layout), device=at).split(ROWS):
             pattern = call.rows(rows)[0].float()
-            total = total + torch.einsum("qr,hrs,ks->hqk", mean[:, rows], pattern, member)
+            total = total + torch.einsum("qr,hrs,ks->hqk", here[:, rows], pattern, there)
         seen[call.layer] = torch.as_tensor(total).cpu()
 
     with model.attending(read_call):

@@ -217,11 +217,12 @@ def _estimated(
     sums = {}
     for index, name in enumerate(plan.names):
         if not slope.fixed:
-            sums[name] = _summed(_first_order(cache[name], here, name), masks)
+            sums[name] = _summed(_first_order(cache[name], here, name), masks).to(here.scores.device)
             continue
         layer = layers[index]
         inside = here.calls[layer], seen[layer], here.slopes[layer]
-        sums[name] = _summed(_of_queries(*inside), masks) if bare.endswith("q") else _of_keys(*inside, masks)
+        found = _summed(_of_queries(*inside), masks) if bare.endswith("q") else _of_keys(*inside, masks)
+        sums[name] = found.to(here.scores.device)
     estimate = here.scores[:, None] + patches.sums(sums).to(here.scores)
     exact = here.scores.new_zeros(len(base), 0)
     if len(sample):

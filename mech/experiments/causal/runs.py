@@ -159,7 +159,7 @@ class Runs:
             seen = {"mm_encoder_outputs": dict(batch.seen[0])}
             kept = cached_run(self.model, {**batch.inputs[0].tensors, **seen}, reads)
             for row, reading in enumerate(batch.readings):
-                rows = torch.tensor(reading.positions, device=self.model.device)
+                rows = torch.tensor(reading.positions)
                 scores = _straight(Continuation(self.model, kept, row, rows), cache, row, reading)
                 parts.append((batch.scores[0][row] - scores) / self.gap)
         lost = np.stack(parts)

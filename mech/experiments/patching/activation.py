@@ -41,6 +41,7 @@ from mech.inputs.layout import Where
 from mech.model import HookedMLLM
 from mech.model.partial.cached_run import BufferPool, CachedRun, NotResumable, cached_run, last_mlp_at
 from mech.model.partial.continuation import Continuation
+from mech.model.partial.room import too_large
 from mech.results import provenance
 
 METHODS = ("auto", "wavefront", "literal", "screened")
@@ -165,9 +166,20 @@ class _Part:
     estimate: Tensor
 
 
-@torch.no_grad()
 def swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Callable[[int], None]) -> _Part:
-    """The cells of a plan, all or those that were left in it, and the two runs."""
+    """The cells of a plan, all or those that were left in it, and the two runs.
+
+    Raises:
+        ExperimentError: a forward of the runs does not fit into memory.
+    """
+    try:
+        return _swept(model, plan, direction, method, tick)
+    except torch.OutOfMemoryError:
+        raise too_large(f"a forward of {len(plan.clean)} x {len(plan.clean.layouts[0])} positions") from None
+
+
+@torch.no_grad()
+def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Callable[[int], None]) -> _Part:
     base, source = (plan.corrupted, plan.clean) if direction == "denoise" else (plan.clean, plan.corrupted)
     at = torch.as_tensor(plan.reads, device=model.device)
     written, source_logits = _written(model, source, plan)
@@ -239,13 +251,13 @@ def _wavefront(
     clean_logits: Tensor, tick: Callable[[int], None],
 ) -> tuple[Tensor, float]:  # fmt: skip
     """The metric of every cell from one pass for each row, and the cost in forwards."""
-    rows = [Continuation(model, cached, i, torch.tensor(reading.positions, device=model.device))
+    rows = [Continuation(model, cached, i, torch.tensor(reading.positions))
             for i, reading in enumerate(plan.readings)]  # fmt: skip
     values = []
     for i, (row, reading) in enumerate(zip(rows, plan.readings, strict=True)):
         mine = {name: value[i : i + 1] for name, value in written.items()}
         clean_row = clean_logits[i, plan.places[i]]
-        wavefront = Wavefront(row, plan.point, mine, [mask[i].to(model.device) for mask in patches.regions])
+        wavefront = Wavefront(row, plan.point, mine, [mask[i].cpu() for mask in patches.regions])
         score = lambda logits, r=reading, c=clean_row: r.score(logits, c)  # noqa: E731
         values.append(wavefront.measure(patches.cells, score, lambda: tick(1), check=i == 0))
     whole = len(cached.layers) * cached.last.shape[0] * cached.last.shape[1]

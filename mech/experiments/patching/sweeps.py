@@ -24,7 +24,8 @@ from transformer_lens.hook_points import HookPoint
 
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
-from mech.model.partial.continuation import ROWS, Continuation
+from mech.model.partial.continuation import Continuation, stretch
+from mech.model.partial.room import LOGITS, fitting
 from mech.model.points import point_name
 
 # point -> how its cells are born
@@ -115,7 +116,7 @@ def _edit(
             chosen = _for_heads(where, heads, value.shape[2])[..., None]
         else:
             chosen = where[..., None]
-        return torch.where(chosen.to(value.device), source.to(value), value)
+        return torch.where(chosen.to(value.device, non_blocking=True), source.to(value), value)
 
     return write
 
@@ -135,7 +136,7 @@ class Wavefront:
         row: the example of the run that is patched into.
         point: a point of the text stack in ``ENTRY``, ``BEHIND_ATTENTION``, ``QUERIES`` or ``KEYS``.
         source: what is written, by full name of the point; ``[1 ...]``, this example's.
-        regions: the patched positions of each region.
+        regions: the patched positions of each region, on the CPU.
     """
 
     row: Continuation
@@ -146,10 +147,11 @@ class Wavefront:
     def measure(
         self, cells: Sequence[Cell], measure: Measure, tick: Callable[[], None], check: bool = False
     ) -> Float[Tensor, " cell"]:
-        """The metric of every cell. Memory: streams of ``resume.ROWS`` rows, or of one column of cells.
+        """The metric of every cell. Memory: as much as there is room for, or one column of cells.
 
         Raises:
             NotResumable: ``check``, and running on an unchanged variant is not the cached run. Before any cell.
+            ExperimentError: not even one cell fits into memory; where fewer than usual do, that is said once.
         """
         values: dict[int, Tensor] = {}
         groups = self._groups(cells)
@@ -157,14 +159,22 @@ class Wavefront:
         along = check and stop - first <= FEW
         if check and not along:
             self.row.faithful()
-        for group in groups:
-            logits = self._pass(cells, group, along)
+        self.row.kept.room.reserve(self.row.model, max(map(len, groups)) * (stop - first))
+
+        def run(group: Sequence[int]) -> Tensor:
+            nonlocal along
+            x = self._pass(cells, group, along)
             if along:
-                self.row.agree(logits[0])
-                logits, along = logits[1:], False
-            for index, value in zip(group, measure(logits), strict=True):
-                values[index] = value
-                tick()
+                self.row.agree(self.row.logits(x[:1])[0])
+                x, along = x[1:], False
+            step = max(1, LOGITS // (x.shape[1] * self.row.model.cfg.vocab))
+            return torch.cat([measure(self.row.logits(part)) for part in x.split(step)])
+
+        for group in groups:
+            for part, found in fitting(self.row.kept.room, group, run):
+                for index, value in zip(part, found, strict=True):
+                    values[index] = value
+                    tick()
         return torch.stack([values[index] for index in range(len(cells))])
 
     @staticmethod
@@ -186,23 +196,24 @@ class Wavefront:
             if not groups or len(groups[-1]) + len(column) > room:
                 first, stop = self.row.span(key[0])
                 groups.append([])
-                room = max(len(column), ROWS // (stop - first))
+                room = max(len(column), self.row.kept.room.held // (stop - first))
             groups[-1] += column
         return [sorted(group, key=lambda i: cells[i].layers) for group in groups]
 
-    def _pass(self, cells: Sequence[Cell], group: Sequence[int], along: bool) -> Float[Tensor, "cell read vocab"]:
-        """One pass through the layers; ``group`` is in the order of its layers, so births are at the end.
+    def _pass(self, cells: Sequence[Cell], group: Sequence[int], along: bool) -> Float[Tensor, "cell read d_model"]:
+        """What leaves the last layer at the read rows, by one pass through the layers.
 
+        ``group`` is in the order of its layers, so births are at the end.
         With ``along`` an unchanged variant goes before them.
         """
-        row, device = self.row, self.row.reads.device
+        row = self.row
         shift = ENTRY.get(self.point, 0)
         chosen = torch.stack([self.regions[cells[index].region] for index in group])
         changed = chosen.any(0).nonzero()
         first, stop = row.span(int(changed.min()) if len(changed) else len(chosen[0]) - 1)
-        rows = torch.arange(first, stop, device=device)
+        rows = torch.arange(first, stop)
         last = len(row) - 1
-        x: Tensor | None = row.stream(0)[None, rows] if along else None
+        x: Tensor | None = row.stream(0)[None, first:stop] if along else None
         for layer in range(len(row) + 1):
             born = [i for i, index in enumerate(group) if cells[index].layers == (layer - shift,)]
             if born and self.point in ENTRY:
@@ -212,13 +223,14 @@ class Wavefront:
             elif x is not None and layer <= last:
                 x = self._behind(layer, x, rows)
         assert x is not None  # every group holds a cell
-        return row.logits(x)
+        return x
 
     def _entering(self, layer: int, chosen: Bool[Tensor, "cell pos"], rows: Tensor, read: bool) -> Tensor:
         """The stream that enters a layer with the source's written into it."""
         name = point_name(self.point, layer - ENTRY[self.point])
-        places = self.row.reads if read else rows
-        return torch.where(chosen[:, places, None], self.source[name][:, places], self.row.stream(layer)[places])
+        places, stream = stretch(self.row.reads if read else rows), self.row.stream(layer)
+        chosen = chosen[:, places, None].to(stream.device)
+        return torch.where(chosen, self.source[name][:, places].to(stream.device), stream[places])
 
     def _behind(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
         """The stream behind a layer, of variants that entered it; behind the last one at the read rows only."""
@@ -238,13 +250,11 @@ class Wavefront:
         reach = chosen.any(0)
         reach[int(rows[-1]) + 1 :] = False  # rows that no read row depends on
         places = reach.nonzero()[:, 0] if local else rows
-        source = self.source[name]
-        source = source[:, :, places] if self.point in SQUARE else source[:, places]
-        chosen, some = (
-            chosen[:, places],
-            None if heads[0] is None else [int(head) for head in heads if head is not None],
-        )
-        entering = row.stream(layer)[None, places].expand(n, -1, -1)
+        some = None if heads[0] is None else [int(head) for head in heads if head is not None]
+        cut = stretch(places) if len(places) else places
+        source, chosen = self.source[name], chosen[:, places]
+        source = source[:, :, cut] if self.point in SQUARE else source[:, cut]
+        entering = row.stream(layer)[None, cut].expand(n, -1, -1)
         after_attention = self.point in BEHIND_ATTENTION
         if (
             x is not None
@@ -256,13 +266,14 @@ class Wavefront:
             chosen = torch.nn.functional.pad(chosen, (0, 0, len(x), 0))
             edit = _edit(source, chosen, some if some is None else [0] * len(x) + some, name)
             return row.run(layer, torch.cat((x, entering)), rows, n_unchanged=n, hooks=[(name, edit)])
-        new = row.stream(layer + 1)[None, rows].repeat(n, 1, 1)
+        new = row.stream(layer + 1)[None, stretch(rows)].repeat(n, 1, 1)
         if len(places):
             keys = "z" if after_attention else "kept" if local else "own"
             edit = _edit(source, chosen, some, name)
-            new[:, places - rows[0]] = row.run(layer, entering.clone(), places, keys=keys, hooks=[(name, edit)])
+            own = row.run(layer, entering.clone(), places, keys=keys, hooks=[(name, edit)])
+            new[:, stretch(places - rows[0])] = own
         old = None if x is None else self._behind(layer, x, rows)
-        return _joined(old, new[:, row.reads - rows[0]] if last else new)
+        return _joined(old, new[:, stretch(row.reads - rows[0])] if last else new)
 
 
 def _joined(x: Tensor | None, new: Tensor) -> Tensor:

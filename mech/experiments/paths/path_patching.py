@@ -234,7 +234,7 @@ class Pair:
         if method != "literal":
             try:
                 kept = cached_run(model, base, plan.reads)
-                self._rows = [Continuation(model, kept, i, torch.tensor(reading.positions, device=model.device))
+                self._rows = [Continuation(model, kept, i, torch.tensor(reading.positions))
                               for i, reading in enumerate(plan.readings)]  # fmt: skip
                 self._rows[0].faithful()
                 self.algorithm, self.reason = "walk", ""

@@ -30,7 +30,8 @@ from mech.model import HookedMLLM
 from mech.model.architectures.families import layers_of, module_at
 from mech.model.eager import uncompiled
 from mech.model.named.norms import frozen_norm
-from mech.model.partial.continuation import ROWS, Continuation
+from mech.model.partial.continuation import Continuation
+from mech.model.partial.room import fitting
 from mech.model.points import point_name
 
 Hooks = list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]]
@@ -102,7 +103,11 @@ class Walk:
 
     @torch.no_grad()
     def scores(self, senders: Sequence[Part], receivers: Sequence[Part]) -> Float[Tensor, "sender receiver"]:
-        """The metric with each path switched. Memory: streams of ``resume.ROWS`` rows, or of two variants."""
+        """The metric with each path switched. Memory: as much as there is room for, or two variants.
+
+        Raises:
+            ExperimentError: not even two variants fit into memory; where fewer than usual do, that is said once.
+        """
         found = self.before.repeat(len(senders), len(receivers))
         groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for s, sender in enumerate(senders):
@@ -113,19 +118,30 @@ class Walk:
             chosen = sorted({s for s, _ in pairs}, key=lambda s: senders[s].layer)
             columns = sorted({r for _, r in pairs})
             places = torch.tensor(rows, device=self.row.reads.device)
-            step = max(1, ROWS // len(rows) - 1)
+            ends = [receivers[r] for r in columns]
+
+            def run(part: Sequence[int], ends: list[Part] = ends, places: Tensor = places) -> list[Tensor]:
+                return self._of_paths([senders[s] for s in part], ends, places)
+
+            step = max(1, self.row.kept.room.held // len(rows) - 1)
             for start in range(0, len(chosen), step):
-                part = chosen[start : start + step]
-                seen, stream = self._path_run([senders[s] for s in part], [receivers[r] for r in columns], places)
-                for r in columns:
-                    if receivers[r].nodes[0].kind == "logits":
-                        assert stream is not None
-                        values = self._read(stream, places)
-                    else:
-                        values = self._receiving_runs(receivers[r], seen, len(part), places)
-                    for s, value in zip(part, values, strict=True):
-                        if (s, r) in pairs:
-                            found[s, r] = value
+                for part, values in fitting(self.row.kept.room, chosen[start : start + step], run):
+                    for r, of_senders in zip(columns, values, strict=True):
+                        for s, value in zip(part, of_senders, strict=True):
+                            if (s, r) in pairs:
+                                found[s, r] = value
+        return found
+
+    def _of_paths(self, senders: Sequence[Part], receivers: Sequence[Part], rows: Tensor) -> list[Tensor]:
+        """For each receiver the metric with its path from every sender switched."""
+        seen, stream = self._path_run(senders, receivers, rows)
+        found = []
+        for receiver in receivers:
+            if receiver.nodes[0].kind == "logits":
+                assert stream is not None
+                found.append(self._read(stream, rows))
+            else:
+                found.append(self._receiving_runs(receiver, seen, len(senders), rows))
         return found
 
     def _rows(self, sender: Part, receiver: Part) -> tuple[int, ...]:
@@ -190,7 +206,7 @@ class Walk:
             here = {node for node in nodes if node.layer == layer}
             born = int((from_layer <= layer).sum())
             x = row.stream(layer)[None, rows].repeat(born + 1, 1, 1)
-            x[1:] += torch.where((from_layer < layer)[:born, None, None], added[:born], 0)
+            x[1:] += torch.where((from_layer < layer)[:born, None, None].to(added.device), added[:born], 0)
             with frozen_norms(self._norms, {}):
                 if Node("mlp", layer) in here:
                     row.run(layer, x, rows, keys="z", hooks=self._path_hooks(layer, senders[:born], rows, here, seen))
@@ -294,7 +310,7 @@ class Walk:
         first, stop = row.span(int(changed[0]))
         span = torch.arange(first, stop, device=rows.device)
         found = []
-        for part in torch.arange(count).split(max(1, ROWS // len(span))):
+        for part in torch.arange(count).split(max(1, self.row.kept.room.held // len(span))):
 
             def hooks(layer: int, offset: Tensor, part: Tensor = part) -> Hooks:
                 here = [node for node in receiver.nodes if node.layer == layer]

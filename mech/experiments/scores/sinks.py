@@ -243,9 +243,10 @@ def _strength(
     def note(stream: Tensor, hook: Any) -> None:
         wide = stream.float()
         size = wide.abs() / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-        best = (size if among is None else size[..., among]).max(-1)
-        seen.append(best.values)
-        peaks.append(best.indices if among is None else among[best.indices])
+        best = (size if among is None else size[..., among.to(size.device)]).max(-1)
+        seen.append(best.values.to(model.device))
+        indices = best.indices.to(model.device)
+        peaks.append(indices if among is None else among[indices])
 
     with model.hooks([(f"blocks.{layer}.hook_resid_pre", note) for layer in model.cfg.attention_layers]):
         model(inputs, logits_to_keep=1)

@@ -29,15 +29,17 @@ def frozen_norm(
     signs = ones.clone()
     signs[:, 1::2] = -1
     # Large enough for the epsilon inside to vanish; of mean zero and mean square one but for the factor.
-    weight = ((norm(signs * 1e3) - norm(signs * -1e3)).to(wide) / 2 * signs).reshape(-1)
-    bias = ((norm(signs * 1e3) + norm(signs * -1e3)).to(wide) / 2).reshape(-1)
-    plain = norm(ones * 1e3).to(wide).reshape(-1)
+    # The norm may lie on another device than the stream, and then everything is where the stream is.
+    at = {"device": stream.device, "dtype": wide}
+    weight = ((norm(signs * 1e3) - norm(signs * -1e3)).to(**at) / 2 * signs).reshape(-1)
+    bias = ((norm(signs * 1e3) + norm(signs * -1e3)).to(**at) / 2).reshape(-1)
+    plain = norm(ones * 1e3).to(**at).reshape(-1)
     centred = bool((plain - bias).norm() < 0.5 * weight.norm())
 
     def spread(parts: Tensor) -> Tensor:
-        parts = parts.to(wide)
+        parts = parts.to(**at)
         return weight * (parts - parts.mean(-1, keepdim=True) if centred else parts)
 
-    normed = norm(stream).to(wide) - bias
+    normed = norm(stream).to(**at) - bias
     scale = spread(stream).norm(dim=-1, keepdim=True) / normed.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     return lambda parts: (spread(parts) / scale).to(parts.dtype)

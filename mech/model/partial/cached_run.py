@@ -1,4 +1,4 @@
-"""One forward of a model, kept so that variants of it can be run on from any text layer (``resume.py``).
+"""One forward of a model, kept so that variants of it can be run on from any text layer (``continuation.py``).
 
     run = cached_run(model, inputs, reads=[last])
     run.layers[3].stream, run.layers[3].call.k       # what entered layer 3, and the keys it made
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mech.model.architectures.families import layers_of, module_at, part_at
 from mech.model.attention import AttentionCall
 from mech.model.hooked import HookedMLLM
+from mech.model.partial.room import Room
 from mech.model.points import hooked, point_name
 from mech.model.turns import alone
 
@@ -55,6 +56,8 @@ class LayerRun:
 class CachedRun:
     """One forward of a batch: every text layer, the stream that leaves the last one, and the logits at ``reads``.
 
+    Streams lie where the logits do, also where layers lie on several devices; what attention saw lies with its layer.
+
     ``last`` is known at ``reads`` alone and NaN elsewhere, see ``last_mlp_at``.
     """
 
@@ -63,6 +66,7 @@ class CachedRun:
     reads: tuple[int, ...]
     logits: Float[Tensor, "batch read vocab"]
     shaped: Callable[[Tensor], Tensor]  # what becomes of the unembedding's output: most often nothing
+    room: Room  # for variants of it
 
 
 class BufferPool:
@@ -150,14 +154,16 @@ def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRu
             handle.remove()
     if len(streams) != len(layers) + 1:
         raise NotResumable(f"{len(streams) - 1} layers ran, of {len(layers)}")
-    kept, final = [], streams[-1]
+    kept, final = [], streams[-1].to(model.device)
     for index in range(len(layers)):
         args, kwargs, stream = given[index]
         _refuse(index, args, kwargs, stream, calls.get(index, []))
-        kept.append(LayerRun(args, kwargs, stream, calls[index][0], added.get(index)))
+        more = added.get(index)
+        more = more if more is None else more.to(model.device)
+        kept.append(LayerRun(args, kwargs, stream.to(model.device), calls[index][0], more))
     unembed: Any = module_at(model.hf_model, model.family.unembed)
-    shaped = _shape_of(model, unembed(norm(final[:, list(reads)])), logits)
-    return CachedRun(tuple(kept), final, tuple(reads), logits, shaped)
+    shaped = _shape_of(model, unembed(norm(final[:, list(reads)])).to(logits.device), logits)
+    return CachedRun(tuple(kept), final, tuple(reads), logits, shaped, Room.of(model))
 
 
 @contextmanager

@@ -6,13 +6,14 @@
     x = row.stream(3)[first:stop].expand(n, -1, -1).clone()  # n variants of the stream that enters layer 3
     ... write into x ...
     for layer in range(3, len(run.layers)):
-        x = row.run(layer, x, rows=torch.arange(first, stop))
+        x = row.run(layer, x, rows=torch.arange(first, stop))    # positions are kept on the CPU
     logits = row.logits(x[:, -1:])
 
 Every layer is the stock Hugging Face module, called with the arguments it had in the cached run, cut to the rows that
 are run; so norms, M-RoPE, post-norms and experts are the model's own. Only attention is told where its keys are: the
 keys and values before the first row are those of the cached run, held once for all variants, the others are each
-variant's own. Masks are the rows of the layer's own mask.
+variant's own (``shared_keys.py``). Masks are the rows of the layer's own mask. Where layers lie on several devices,
+streams are where the first one is.
 
 What it does not do: layers whose outputs depend on earlier rows otherwise than through their own self-attention
 (linear attention, keys shared between layers, cross-attention) are refused with ``NotResumable``, as is everything
@@ -30,15 +31,11 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mech.model.architectures.families import layers_of, module_at
-from mech.model.attention import AttentionCall, softmax, stepwise
+from mech.model.attention import AttentionCall, stepwise
 from mech.model.hooked import HookedMLLM
 from mech.model.partial.cached_run import REPLACED, CachedRun, NotResumable, tolerance
+from mech.model.partial.shared_keys import over_shared, written_out
 from mech.model.points import hooked
-
-ROWS = 16384  # rows of the stream that are held at once; a single variant may have more
-CPU_ROWS = 2048  # rows in one call of a layer on a CPU: what is computed of them stays in its caches
-SCORES = 2**21  # attention scores held at once where they are computed step by step
-
 
 Attend = Callable[[AttentionCall], Tensor]
 
@@ -65,6 +62,7 @@ class Continuation:
         self._attention = {r.layer: (module, r) for module, r in self.model._layers if r.stack == "text"}
         self._causal = all(layer.call.mask is None and layer.call.causal for layer in self.kept.layers)
         self._needed = None if self._causal else self._reach()
+        self.reads = self.reads.cpu()
 
     def __len__(self) -> int:
         return len(self.kept.layers)
@@ -101,11 +99,11 @@ class Continuation:
     def _reach(self) -> Tensor:
         """Which keys each row sees in some layer, for the rows from which a read row can be reached, and no others."""
         length = self.kept.last.shape[1]
-        seen = torch.eye(length, dtype=torch.bool, device=self.kept.last.device)
+        seen = torch.eye(length, dtype=torch.bool)
         for mask in {id(layer.call.mask): layer.call for layer in self.kept.layers}.values():
             visible = mask.visible(torch.arange(length))
-            seen |= visible[self.example if len(visible) > 1 else 0, 0]
-        wanted = torch.zeros(length, dtype=torch.bool, device=seen.device)
+            seen |= visible[self.example if len(visible) > 1 else 0, 0].cpu()
+        wanted = torch.zeros(length, dtype=torch.bool)
         wanted[self.reads] = True
         while (more := seen[wanted].any(0) | wanted).sum() > wanted.sum():
             wanted = more
@@ -129,7 +127,7 @@ class Continuation:
         Args:
             layer: which.
             x: the stream of the variants at ``rows``.
-            rows: their positions; one stretch without gaps for ``keys="own"``.
+            rows: their positions, on the CPU; one stretch without gaps for ``keys="own"``.
             keys: ``"own"``: keys and values of ``rows`` are the variants' own, earlier ones those of the cached run;
                 ``"kept"``: all are those of the cached run; ``"z"``: attention is not computed, heads put out what they
                 did in the cached run.
@@ -180,7 +178,7 @@ class Continuation:
             known = self.project(layer, part, rows, hooks)
             attend = self._own(layer, reads, first, known)
             with self._given(layer, attend, ()):
-                out.append(self._layer(layer, part[:, reads - first], reads))
+                out.append(self._layer(layer, part[:, stretch(reads - first)], reads))
         return self._with_added(layer, torch.cat(out), reads)
 
     @torch.no_grad()
@@ -188,7 +186,7 @@ class Continuation:
         """Final norm and unembedding of rows behind the last layer."""
         model = self.model
         unembed: Any = module_at(model.hf_model, model.family.unembed)
-        return self.kept.shaped(unembed(module_at(model.hf_model, model.family.final_norm)(x)))
+        return self.kept.shaped(unembed(module_at(model.hf_model, model.family.final_norm)(x))).to(x.device)
 
     def faithful(self) -> None:
         """Run the read rows, unchanged, through every layer and compare with the kept logits.
@@ -199,8 +197,8 @@ class Continuation:
         Cost: as many rows as are read.
         """
         first, stop = self.span(int(self.reads.max()))
-        rows = torch.arange(first, stop, device=self.reads.device)
-        x = self.stream(0)[None, rows]
+        rows = torch.arange(first, stop)
+        x = self.stream(0)[None, first:stop]
         for layer in range(len(self) - 1):
             x = self.run(layer, x, rows)
         self.agree(self.logits(self.finish(x, rows))[0])
@@ -212,28 +210,28 @@ class Continuation:
             NotResumable: as in ``faithful``.
         """
         places = torch.tensor([self.kept.reads.index(read) for read in self.reads.tolist()])
-        kept = self.kept.logits[self.example, places.to(again.device)]
+        kept = self.kept.logits[self.example, places]
         gap = float((again - kept).abs().max())
         if not gap <= tolerance(kept):
             raise NotResumable(f"running on from the cached run differs from it by {gap:.2g} in the logits")
 
     def at_once(self, rows: Int[Tensor, " row"]) -> int:
         """How many variants go through a layer in one call."""
-        return max(1, (CPU_ROWS if rows.device.type == "cpu" else ROWS) // len(rows))
+        return max(1, self.kept.room.called // len(rows))
 
     def _layer(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
         kept = self.kept.layers[layer]
         self.row_layers += len(x) * len(rows)
-        args = [v[self._one(v), rows] if isinstance(v, Tensor) else v for v in kept.args]
+        args = [v[self._one(v), stretch(rows)] if isinstance(v, Tensor) else v for v in kept.args]
         output = self._modules[layer](x, *args, **self._kwargs(kept.kwargs, rows))
-        return output[0] if isinstance(output, tuple) else output
+        return (output[0] if isinstance(output, tuple) else output).to(x.device)
 
     def _one(self, value: Tensor, dim: int = 0) -> slice:
         return slice(self.example, self.example + 1) if value.shape[dim] > 1 else slice(None)
 
     def _kwargs(self, kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         """The keyword arguments of the cached run, for one example and some rows."""
-        cut = {name: None if name in REPLACED else value for name, value in kwargs.items()}
+        cut, rows = {name: None if name in REPLACED else value for name, value in kwargs.items()}, stretch(rows)
         turns = cut.get("position_embeddings")
         if isinstance(turns, Tensor):
             cut["position_embeddings"] = turns[..., self._one(turns, -3), rows, :]
@@ -247,7 +245,7 @@ class Continuation:
 
     def _with_added(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
         added = self.added(layer)
-        return x if added is None else x + added[rows]
+        return x if added is None else x + added[stretch(rows)]
 
     @contextmanager
     def _given(self, layer: int, attend: Attend, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
@@ -271,7 +269,7 @@ class Continuation:
         return replace(call, q=call.q[one], k=call.k[one], v=call.v[one], z=call.z[one], mask=mask)
 
     def _z(self, layer: int, rows: Tensor, first: int) -> Attend:
-        z = self._call(layer).z[:, rows]
+        z = self._call(layer).z[:, stretch(rows)]
         return lambda call: z.expand(len(call.q), -1, -1, -1)
 
     @staticmethod
@@ -294,7 +292,7 @@ class Continuation:
                 n = len(call.q)
                 whole = replace(call, k=kept.k.expand(n, -1, -1, -1), v=kept.v.expand(n, -1, -1, -1), mask=seen)
                 return stepwise(whole, record)
-            return _onto(call.q, kept.k[0], kept.v[0], None, seen[0, 0], kept.scale)
+            return written_out(call.q, kept.k[0], kept.v[0], None, seen[0, 0], kept.scale)
 
         return attend
 
@@ -306,70 +304,28 @@ class Continuation:
             own = known or (call.k, call.v)
             if first == 0 and self._causal and kept.fused and known is None:
                 return sdpa_attention_forward(module, call.q, *own, None, scaling=kept.scale)[0]
-            seen = kept.visible(rows)[..., : first + own[0].shape[2]]
             before = kept.k[:, :, :first], kept.v[:, :, :first]
+            if first and self._causal and kept.fused:
+                at = None if known is None else rows - first
+                if (z := over_shared(call.q, before[0][0], before[1][0], own, kept.scale, at)) is not None:
+                    return z
+            seen = kept.visible(rows)[..., : first + own[0].shape[2]]
             if kept.fused and (known or first > 4 * len(rows)):
-                return _onto(call.q, before[0][0], before[1][0], own, seen[0, 0], kept.scale)
+                return written_out(call.q, before[0][0], before[1][0], own, seen[0, 0], kept.scale)
             n = len(call.q)
             k, v = (torch.cat((old.expand(n, -1, -1, -1), new), 2) for old, new in zip(before, own, strict=True))
             if not kept.fused:
                 return stepwise(replace(call, k=k, v=v, mask=seen), record)
-            if self._causal and first < len(rows):
-                # Rows of zeros in front cost less than a mask, with which no kernel skips what lies ahead.
-                padded = torch.nn.functional.pad(call.q, (0, 0, first, 0))
-                return sdpa_attention_forward(module, padded, k, v, None, scaling=kept.scale)[0][:, first:]
             return sdpa_attention_forward(module, call.q, k, v, seen, scaling=kept.scale, is_causal=False)[0]
 
         return attend
 
 
+def stretch(rows: Int[Tensor, " row"]) -> slice | Tensor:
+    """Rows as a slice where they have no gaps: a view of what is cut, and nothing to be copied to a device."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
 class _Enough(Exception):
     """The keys and values are known: nothing else of this layer is wanted."""
-
-
-def _onto(
-    q: Float[Tensor, "variant head row d_head"],
-    k: Float[Tensor, "kv_head key_pos d_head"],
-    v: Float[Tensor, "kv_head key_pos d_head"],
-    own: tuple[Tensor, Tensor] | None,
-    seen: Tensor,
-    scale: float,
-) -> Float[Tensor, "variant row head d_head"]:
-    """Attention of all variants to keys that they share, and to keys of their own behind them, in one softmax.
-
-    The variants are folded into the rows of one product per key head, so that shared keys are read once. Memory is
-    bounded by ``SCORES``, or by one variant.
-    """
-    variants, heads, rows, width = q.shape
-    kv_heads, shared = k.shape[:2]
-    keys, grouped_rows = seen.shape[-1], heads // kv_heads * rows  # query heads of one key head are rows of it
-    wide = torch.promote_types(q.dtype, torch.float32)
-    hidden = ~seen
-    # A mask over what all may see, and the care for rows that see nothing, would each be another pass over the scores.
-    masked, normalised = bool(hidden[:, :shared].any()), softmax if bool(hidden.all(-1).any()) else _plain_softmax
-    parts = []
-    step = max(1, SCORES // (heads * rows * keys))
-    for start in range(0, variants, step):
-        part = q[start : start + step].to(wide) * scale
-        n = len(part)
-        grouped = part.reshape(n, kv_heads, grouped_rows, width)
-        folded = grouped.transpose(0, 1).reshape(kv_heads, n * grouped_rows, width)
-        scores = (folded @ k.to(wide).transpose(-1, -2)).unflatten(1, (n, grouped_rows)).transpose(0, 1)
-        if own is not None:
-            mine = own[0][start : start + step].to(wide)
-            ahead = (grouped @ mine.transpose(-1, -2)).reshape(n, heads, rows, -1)
-            ahead = ahead.masked_fill_(hidden[:, shared:], float("-inf")).reshape(n, kv_heads, grouped_rows, -1)
-            scores = torch.cat((scores, ahead), -1)
-        scores = scores.reshape(n, heads, rows, keys)
-        pattern = normalised(scores.masked_fill(hidden, float("-inf")) if masked else scores)
-        pattern = pattern.to(v.dtype).reshape(n, kv_heads, grouped_rows, keys)
-        folded = pattern[..., :shared].transpose(0, 1).reshape(kv_heads, n * grouped_rows, shared)
-        z = (folded @ v).unflatten(1, (n, grouped_rows)).transpose(0, 1)
-        if own is not None:
-            z = z + pattern[..., shared:] @ own[1][start : start + step]
-        parts.append(z.reshape(n, heads, rows, width).transpose(1, 2))
-    return torch.cat(parts)
-
-
-def _plain_softmax(scores: Tensor) -> Tensor:
-    return torch.softmax(scores, -1)

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mech.arguments import Count, Whole, checked
+from mech.arguments import Count, checked
 from mech.data.samples import Samples, SomeSamples
 from mech.experiments.effects import drop
 from mech.experiments.metrics import ask, quiz
@@ -62,7 +62,7 @@ def pruning_report(
     samples: SomeSamples,
     *,
     batch_size: Count = 16,
-    turns: Whole = 5,
+    turns: Count = 5,
 ) -> PruningReport:
     """Size, speed and accuracy of a pruned model beside the original.
 

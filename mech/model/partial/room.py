@@ -1,0 +1,131 @@
+"""How many rows are run on at once: what fits into free memory, and half of it after what did not.
+
+    room = Room.of(model)
+    for part, found in fitting(room, cells, run):       # parts of `cells`, halved where torch runs out of memory
+        ...
+
+On a CPU rows are few, so that what a layer computes of them stays in the caches. On a GPU they are as many as fit:
+a layer's kernels are then started once for all of them.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from mech.errors import ExperimentError
+from mech.model.hooked import HookedMLLM
+
+ROWS = 16384  # rows of the stream that are held at once on a CPU; a single variant may have more
+CPU_ROWS = 2048  # rows in one call of a layer there
+MOST_HELD, MOST_CALLED = 2**18, 2**15  # on a GPU: more rows to a call make no kernel faster
+LOGITS = 2**27  # logits held at once
+_SHARE = 0.35  # of the free memory, for each of: streams that are held, and what a layer computes of some
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class SmallerBatches(UserWarning):
+    """Memory ran out: the result is the same, and comes later."""
+
+
+@dataclass(eq=False)
+class Room:
+    """What may be run at once.
+
+    Attributes:
+        held: rows of the stream that are held.
+        called: rows in one call of a layer.
+    """
+
+    held: int
+    called: int
+    _said: bool = False
+
+    @classmethod
+    def of(cls, model: HookedMLLM) -> "Room":
+        """That of a model where it lies now."""
+        if model.device.type != "cuda":
+            return cls(ROWS, CPU_ROWS)
+        free = min(_free(device) for device in {p.device for p in model.hf_model.parameters() if p.is_cuda})
+        held, called = bytes_of_row(model)
+        return cls(
+            max(1, min(MOST_HELD, int(_SHARE * free) // held)), max(1, min(MOST_CALLED, int(_SHARE * free) // called))
+        )
+
+    def reserve(self, model: HookedMLLM, rows: int) -> None:
+        """Take the memory of so many rows once and give it back to torch: a batch that grows is then cut out of it.
+
+        Otherwise every layer, whose batch is a little larger than the one before, asks the driver for memory anew.
+        """
+        if model.device.type == "cuda":
+            held, called = bytes_of_row(model)
+            wanted = min(rows, self.held) * held + min(rows, self.called) * called
+            wanted = min(wanted, int(2 * _SHARE * _free(model.device)))
+            with suppress(torch.OutOfMemoryError):  # so much, but not in one piece
+                torch.empty(wanted, dtype=torch.uint8, device=model.device)
+
+    def halve(self, count: int) -> None:
+        """Make room for half as much, after so many variants at once were too many.
+
+        Warns (``SmallerBatches``), the first time.
+
+        Raises:
+            ExperimentError: it was a single one.
+        """
+        if count < 2:
+            raise too_large("a single variant of the run")
+        self.held, self.called = max(1, self.held // 2), max(1, self.called // 2)
+        if not self._said:
+            self._said = True
+            warnings.warn("out of memory: the sweep goes on in batches of half the size", SmallerBatches, stacklevel=4)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def too_large(what: str) -> ExperimentError:
+    """The error of something that does not fit into memory even by itself."""
+    return ExperimentError(
+        f"{what}, for which memory does not suffice", "room for one forward, and as much again",
+        "use a shorter input, fewer rows or later positions, or a dtype of fewer bytes",
+    )  # fmt: skip
+
+
+def bytes_of_row(model: HookedMLLM) -> tuple[int, int]:
+    """Bytes of a row that is held, and of one that passes a layer: what is alive there at once, estimated."""
+    cfg = model.cfg
+    heads = max(cfg.n_heads * cfg.d_head, cfg.d_model)
+    size = model.dtype.itemsize
+    return 4 * cfg.d_model * size, (6 * cfg.d_model + 8 * heads + 3 * cfg.d_mlp) * size
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that the driver would give, and those that torch holds without a use for them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def fitting(
+    room: Room, items: Sequence[Item], run: Callable[[Sequence[Item]], Found]
+) -> Iterator[tuple[Sequence[Item], Found]]:
+    """``run`` of all items, or of halves of them, and of halves of those, where memory runs out.
+
+    Raises:
+        ExperimentError: one item by itself does not fit.
+    """
+    waiting: list[Sequence[Any]] = [items]
+    while waiting:
+        part = waiting.pop()
+        try:
+            found = run(part)
+        except torch.OutOfMemoryError:
+            found = None
+        if found is None:  # behind the handler: the error holds what was computed until it is dropped
+            room.halve(len(part))
+            waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
+        else:
+            yield part, found
