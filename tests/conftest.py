@@ -1,9 +1,26 @@
-"""What several test files need."""
+"""What several test files need, and where tests run: on the CPU, also on a machine with a GPU, but for ``-m gpu``."""
 
 import functools
+import os
 import sys
 
 import pytest
+
+
+def pytest_configure(config):
+    if config.option.markexpr.strip() != "gpu":  # inherited by the processes that tests start
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and is run by pytest -m gpu alone"))
 
 
 @pytest.fixture
