@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: study test lint docs bench reference reference-smol sparsity clean
+.PHONY: study test lint docs bench bench-gpu test-gpu reference reference-smol sparsity clean
 
 study: $(READY)
 	$(BIN)/mech study --out study
@@ -36,6 +36,14 @@ bench: $(READY)
 	$(BIN)/python benchmarks/paths.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/fullsize.py --config qwen3-vl-8b --tokens 600 2000 --seconds 5
+
+# Every figure that is promised of a GPU, on one card, in eight minutes: benchmarks/gpu.json. It brings no build of torch
+# with CUDA: the lock's is that of the CPU.
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -q -m gpu
 
 # Trains the reference models anew, two at a time on one core each, and puts them into the package. Resumable: what lies
 # finished in training/ is not trained again.

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--narrow", action="store_true", help="heads of width 16; always so on a CPU")
     parser.add_argument("--seconds", type=float, default=10, help="time for each length")
     given = parser.parse_args()
-    narrow = given.head_mask or given.device == "cpu"
+    narrow = given.narrow or given.device == "cpu"
     given.dtype = given.dtype or ("fp32" if given.device == "cpu" else "bf16")
     dtype = DTYPES[given.dtype]
     config = config_of(given.config, narrow)

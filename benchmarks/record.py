@@ -136,9 +136,13 @@ def record(
 def _verdict(value: float, bar: str) -> str:
     if not bar:
         return ""
+    return f"{bar} {'met' if met(value, bar) else 'NOT MET'}"
+
+
+def met(value: float, bar: str) -> bool:
+    """Whether a figure is what it should be."""
     sign, limit = bar.split()
-    met = value <= float(limit) if sign == "<=" else value >= float(limit)
-    return f"{bar} {'met' if met else 'NOT MET'}"
+    return value <= float(limit) if sign == "<=" else value >= float(limit)
 
 
 def machine() -> str:

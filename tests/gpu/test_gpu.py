@@ -1,4 +1,4 @@
-"""On a GPU: the laws in its precisions, kernels against their definition, sweeps in one piece and where memory runs out.
+"""On a GPU: the laws in its precisions, kernels against their definition, sweeps whole and where memory runs out.
 
 pytest -m gpu          # a few minutes on one card; what needs two says so where there is one
 """
