@@ -61,6 +61,39 @@ def test_the_page_shows_the_figures_that_are_on_file():
     assert record.PAGE.read_text(encoding="utf-8").endswith(record.table(results))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["layer", "sweep", "ram", "prefill", "decode"])
+def test_every_section_of_the_gpu_bench_runs_at_toy_size_on_a_cpu(section):
+    import gpu
+
+    with torch.no_grad():
+        rows = list(gpu.SECTIONS[section](gpu.Bench(dry=True, device="cpu", seconds=0)))
+    assert rows and all(row.value > 0 and row.name.startswith(section) for row in rows)
+    assert any(row.goal for row in rows)
+
+
+def test_a_section_that_fails_or_takes_too_long_leaves_the_others(tmp_path, monkeypatch, capsys):
+    import gpu
+
+    def in_a_process(name, given):
+        row = {
+            "name": "ram_600",
+            "what": "RAM",
+            "value": 1.3,
+            "unit": "x",
+            "goal": "<= 1.15",
+            "compared_with": "one forward",
+        }
+        return ([row], "") if name == "ram" else ([], "out of its 1 seconds")
+
+    monkeypatch.setattr(gpu, "in_a_process", in_a_process)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--dry", "--only", "layer", "ram", "--out", str(tmp_path / "gpu.json")])
+    gpu.main()
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert written["ended_early"] == {"layer": "out of its 1 seconds"} and written["rows"][0]["met"] is False
+    assert {"card", "versions", "command", "date"} <= set(written) and "NOT MET" in capsys.readouterr().out
+
+
 def test_a_ratio_is_the_median_over_turns():
     import record
 
