@@ -36,8 +36,9 @@ from mech.experiments.metrics import LogitDiff
 from mech.experiments.scores.ram import evidence_mass
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
-from mech.sparse.kernels import Plan, split_heads
+from mech.sparse.kernels import split_heads
 from mech.sparse.masks import Near
+from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
 
 OUT = Path(__file__).parent / "gpu.json"

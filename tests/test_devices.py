@@ -23,6 +23,7 @@ from mech.model.check.running import unwrapping
 from mech.reference import tiny, tiny_processors
 from mech.sparse.kernels import by_definition, split_heads
 from mech.sparse.masks import Near
+from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
 
 NAME = "reference:qwen-s"

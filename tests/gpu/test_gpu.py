@@ -14,8 +14,9 @@ from mech.model.check.laws import LAWS, make_batches
 from mech.model.partial.room import SmallerBatches
 from mech.model.partial.shared_keys import over_shared, written_out
 from mech.reference import tiny, tiny_processors
-from mech.sparse.kernels import Plan, by_definition, split_heads
+from mech.sparse.kernels import by_definition, split_heads
 from mech.sparse.masks import Near
+from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
 
 pytestmark = pytest.mark.gpu
