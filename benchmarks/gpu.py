@@ -29,7 +29,7 @@ import torch
 from models import layout
 from record import PACKAGES, interleaved, met, ratio
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, PreTrainedConfig
 
 import mech
 from mech.experiments.metrics import LogitDiff
@@ -146,6 +146,36 @@ def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: round(1000 * statistics.median(taken), 3) for name, taken in times.items()}
 
 
+class Stamps(LogitsProcessor):
+    """When each token's logits were there, on the clock of the card: nothing waits for it."""
+
+    def __init__(self):
+        self.at: list[Any] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            self.at.append(torch.cuda.Event(enable_timing=True))
+            self.at[-1].record()
+        else:
+            self.at.append(time.perf_counter())
+        return scores
+
+    def seconds(self) -> float:
+        """Of a token, without the first two: between those the cache is moved into its stores."""
+        first, last = self.at[1], self.at[-1]
+        if isinstance(first, float):
+            return (last - first) / (len(self.at) - 2)
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1000 / (len(self.at) - 2)
+
+
+def each_token(run: Callable[..., Any], inputs: Inputs, new: int) -> float:
+    """Seconds of a token behind a prompt."""
+    stamps = Stamps()
+    run(inputs, max_new_tokens=new, min_new_tokens=new, logits_processor=LogitsProcessorList([stamps]))
+    return stamps.seconds()
+
+
 def bandwidth(device: str) -> float:
     """Bytes per second of a copy: what is read and what is written."""
     size = 2**24 if device == "cpu" else 2**31
@@ -250,27 +280,26 @@ def decode(bench: Bench) -> Iterator[Row]:
     for name, tokens in bench.lengths(8192, 32768, 131072):
         inputs = bench.inputs(tokens)
 
-        def taken(run: Callable[..., Any], inputs: Inputs = inputs) -> float:
-            first, every = (synchronized(lambda n=n: run(inputs, max_new_tokens=n, min_new_tokens=n)) for n in (1, new))
-            return max(every - first, 1e-9) / (new - 1)
-
         per_token: dict[str, float] = {}
-        policy = bench.policy(model)
+        policy, turns = bench.policy(model), 1 if name == "131072" else 3
+
+        def taken(run: Callable[..., Any], inputs: Inputs = inputs, turns: int = turns) -> float:
+            each_token(run, inputs, new)  # captures
+            return statistics.median(each_token(run, inputs, new) for _ in range(turns))
+
         if name != "131072":
-            taken(model.generate)
             per_token["default"] = taken(model.generate)
-        for kind, opened in (("sparse", lambda: mech.localize(model, policy, graph=graph)),  # noqa: B023
-                             ("static", lambda: mech.dense_static(model, graph=graph))):  # fmt: skip
-            with opened() as fast:
-                taken(fast.generate)  # captures
-                per_token[kind] = statistics.median(taken(fast.generate) for _ in range(2 if name == "131072" else 3))
+        with mech.localize(model, policy, graph=graph) as fast:
+            per_token["sparse"], how = taken(fast.generate), fast.decoding
+        with mech.dense_static(model, graph=graph) as static:
+            per_token["static"] = taken(static.generate)
         length = len(inputs.layout)
         whole = 2 * length * sum(kv * d for kv, d in zip(model.cfg.kv_heads, model.cfg.d_heads, strict=True))
         kv_bytes = whole * model.dtype.itemsize * policy.budgets(model.cfg, length).kv_bytes
         limit = (weights + kv_bytes) / speed
         details = {"ms_per_token": {k: round(1000 * v, 3) for k, v in per_token.items()},
                    "tokens_per_s": {k: round(1 / v, 1) for k, v in per_token.items()},
-                   "byte_limit_ms": round(1000 * limit, 3), "bandwidth_tb_s": round(speed / 1e12, 3)}  # fmt: skip
+                   "byte_limit_ms": round(1000 * limit, 3), "bandwidth_tb_s": round(speed / 1e12, 3), "decoding": how}  # fmt: skip
         what = f"a token of sparse decoding, {length:,} in the cache"
         over_default, over_static = goals[name]
         if "default" in per_token:

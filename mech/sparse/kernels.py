@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mech.model.attention import AttentionCall, LayerRecord, stepwise
+from mech.model.partial.shared_keys import merged
 from mech.sparse.card import flash, flex
 from mech.sparse.card.choice import Way, anything, first_of, nothing
-from mech.sparse.card.flash import merged
 from mech.sparse.masks import Near
 from mech.sparse.plan import Keys, Plan, start_of, take
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech.model.attention import AttentionCall
+from mech.model.partial.shared_keys import merged
 from mech.sparse.masks import Near
 from mech.sparse.plan import Keys
 
@@ -115,16 +116,6 @@ def row(
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (k, v)]
     z, *_ = _kernel(q[:, :, 0], *flat, ends, ends * slots, 1, slots, 0.0, False, False, scale=scale, seqused_k=used)
     return z[:, :, None]
-
-
-def merged(
-    z: Float[Tensor, "batch head row d_head"],
-    share: Float[Tensor, "batch head row"],
-    other: Float[Tensor, "batch head row d_head"],
-    theirs: Float[Tensor, "batch head row"],
-) -> Float[Tensor, "batch head row d_head"]:
-    """z over two disjoint sets of keys, from z and log-sum-exp over each."""
-    return torch.lerp(z, other, torch.sigmoid(theirs - share)[..., None].to(z.dtype))
 
 
 _last: tuple[ref, int, bool] | None = None  # the mask that was read last: the layers of a forward share one
