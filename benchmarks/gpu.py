@@ -299,7 +299,8 @@ def decode(bench: Bench) -> Iterator[Row]:
         limit = (weights + kv_bytes) / speed
         details = {"ms_per_token": {k: round(1000 * v, 3) for k, v in per_token.items()},
                    "tokens_per_s": {k: round(1 / v, 1) for k, v in per_token.items()},
-                   "byte_limit_ms": round(1000 * limit, 3), "bandwidth_tb_s": round(speed / 1e12, 3), "decoding": how}  # fmt: skip
+                   "byte_limit_ms": round(1000 * limit, 3), "bandwidth_tb_s": round(speed / 1e12, 3),
+                   "decoding": how}  # fmt: skip
         what = f"a token of sparse decoding, {length:,} in the cache"
         over_default, over_static = goals[name]
         if "default" in per_token:
