@@ -95,7 +95,9 @@ class Given:
     @property
     def graph(self) -> mech.CircuitGraph:
         layers, heads = self.model.cfg.n_layers, self.model.cfg.n_heads
-        return mech.CircuitGraph.of(self.model, np.zeros((1 + layers * (heads + 1), layers * (3 * heads + 1) + 1)))
+        return mech.CircuitGraph.of(
+            self.model, np.zeros((1 + layers * (heads + 1), layers * (heads + 2 * self.model.cfg.n_kv_heads + 1) + 1))
+        )
 
     def run_with(self, spec: Callable[..., Any], **options: Any) -> None:
         """A run with an intervention."""
