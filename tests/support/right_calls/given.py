@@ -94,10 +94,10 @@ class Given:
 
     @property
     def graph(self) -> mech.CircuitGraph:
-        layers, heads = self.model.cfg.n_layers, self.model.cfg.n_heads
-        return mech.CircuitGraph.of(
-            self.model, np.zeros((1 + layers * (heads + 1), layers * (heads + 2 * self.model.cfg.n_kv_heads + 1) + 1))
-        )
+        cfg = self.model.cfg
+        senders = 1 + cfg.n_layers * (cfg.n_heads + 1)
+        receivers = cfg.n_layers * (cfg.n_heads + 2 * cfg.n_kv_heads + 1) + 1
+        return mech.CircuitGraph.of(self.model, np.zeros((senders, receivers)))
 
     def run_with(self, spec: Callable[..., Any], **options: Any) -> None:
         """A run with an intervention."""
