@@ -33,13 +33,16 @@ SMALL = {
     "max_new_tokens": 2, "fractions": (0.2,), "shares": (0.25,), "choices": ("ram", "random"), "confirm": 4,
     "max_nodes": 2, "window": 16, "sinks": 1,
 }  # fmt: skip
-NO_RUN = {"rank_heads", "check_samples"}  # take the name of a model, or need no forward
+# They take the name of a model or need no forward; are made of others that are run here, and long; or train weights,
+# which have to be nn.Parameters themselves.
+NO_RUN = {"rank_heads", "check_samples", "causal_report", "trace_circuit", "sparsify"}
 
 
 def whole_groups(model):
-    """A dense head in every layer, all query heads of its group."""
+    """Half of the heads of every layer, in whole groups."""
     size = model.cfg.n_heads // model.cfg.n_kv_heads
-    return [(layer, head) for layer in range(model.cfg.n_layers) for head in range(size)]
+    few = 4 * size if model.cfg.n_kv_heads > 4 else 2 * size
+    return [(layer, head) for layer in range(model.cfg.n_layers) for head in range(few)]
 
 
 def localized(model, inputs):
@@ -78,8 +81,6 @@ def changed(model, folder):
         "prune_heads": {"function": lambda model, **_: pruned(model, many[:2])},
         "published_claims": {"samples": many[:8], "only": ["boundary-tags"]},
         "retrieval_test": {"samples": many},
-        "causal_report": {"samples": many[6:8], "find": many[:2]},
-        "trace_circuit": {"threshold": 0.5},
     }
 
 
@@ -94,7 +95,8 @@ def runs(model, folder):
         given = {**call.right, **small, **other.get(name, {})}
         function = given.pop("function", call.function)
         found[name] = partial(function, **given)
-    found.pop("pruning_report", None)  # beside prune_heads
+    for name in {"pruning_report", *NO_RUN} & found.keys():  # the report: beside prune_heads
+        del found[name]
     return found
 
 

@@ -326,18 +326,19 @@ class _Run:
         change = written.by([self.graph.senders[sender]])[0]
         if node.kind in ("mlp", "logits"):
             norm = model.norm(node.layer, node.kind == "mlp")
-            handle = norm.register_forward_pre_hook(lambda module, args: (args[0] + change, *args[1:]))
+            handle = norm.register_forward_pre_hook(lambda module, args: (args[0] + change.to(args[0]), *args[1:]))
             try:
                 with uncompiled():
                     return score(base)
             finally:
                 handle.remove()
         site = _seam(model, node)
-        other = site.view(site.module(model.norm(node.layer)(streams[node.layer] + change)))[:, :, node.index]
+        stream = streams[node.layer]
+        other = site.view(site.module(model.norm(node.layer)(stream + change.to(stream))))[:, :, node.index]
 
         def write(value: Tensor, hook: HookPoint) -> Tensor:
             value = value.clone()
-            value[:, :, node.index] = other
+            value[:, :, node.index] = other.to(value)
             return value
 
         with model.hooks([(site.point, write)]):

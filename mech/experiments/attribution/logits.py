@@ -184,11 +184,11 @@ def _parts(model: HookedMLLM, row: Inputs, asked: _Question) -> dict[str, np.nda
     """All parts of one example, as [layer head], [layer] or numbers."""
     n = model.cfg.n_layers
     seen, values, logits = _run(model, row, asked)
-    final_norm, stream = model.norm(n), seen[f"blocks.{n - 1}.hook_resid_post"]
-    carried = carried_on(model)
-    through = frozen_norm(final_norm, stream[None])
-    columns = model.W_U[:, asked.tokens].to(torch.promote_types(stream.dtype, torch.float32))
+    final_norm, carried = model.norm(n), carried_on(model)
+    columns = model.W_U[:, asked.tokens].to(torch.promote_types(logits.dtype, torch.float32))
     direction = columns @ asked.signs.to(columns)
+    stream = seen[f"blocks.{n - 1}.hook_resid_post"].to(direction.device)
+    through = frozen_norm(final_norm, stream[None])
 
     def said(part: Tensor, layer: int) -> Tensor:
         return (through(part.to(direction)[None] * carried[layer]) @ direction)[0]
@@ -214,7 +214,7 @@ def _parts(model: HookedMLLM, row: Inputs, asked: _Question) -> dict[str, np.nda
         "attention_rest": rest,
         "embed": said(seen["hook_embed"], 0),
         "rest": said(stream.to(direction) - written, n),
-        "bias": (final_norm(stream[None])[0] - through(stream[None])[0]).to(direction) @ direction
+        "bias": (final_norm(stream[None])[0].to(stream.device) - through(stream[None])[0]).to(direction) @ direction
         + asked.of_logits(model.b_U.to(direction)),
         "logit_diff": asked.of_logits(logits.to(direction)),
         "by_source": by_source,
