@@ -34,15 +34,8 @@ SMALL = {
     "max_nodes": 2, "window": 16, "sinks": 1,
 }  # fmt: skip
 # They take the name of a model or need no forward; are made of others that are run here, and long; or train weights,
-# which have to be nn.Parameters themselves.
-NO_RUN = {"rank_heads", "check_samples", "causal_report", "trace_circuit", "sparsify"}
-
-
-def whole_groups(model):
-    """Half of the heads of every layer, in whole groups."""
-    size = model.cfg.n_heads // model.cfg.n_kv_heads
-    few = 4 * size if model.cfg.n_kv_heads > 4 else 2 * size
-    return [(layer, head) for layer in range(model.cfg.n_layers) for head in range(few)]
+# which have to be nn.Parameters themselves; or cannot prune this architecture.
+NO_RUN = {"rank_heads", "check_samples", "causal_report", "trace_circuit", "sparsify", "prune_heads"}
 
 
 def localized(model, inputs):
@@ -56,11 +49,6 @@ def dynamic(model, inputs):
     fast = mech.localize_dynamic(model, 2, sinks=1, window=16)
     fast.generate(inputs, max_new_tokens=2)
     return fast(inputs)
-
-
-def pruned(model, samples):
-    smaller = mech.prune_heads(model, whole_groups(model), to="mean", reference=samples)
-    return mech.pruning_report(model, smaller, samples, turns=1)
 
 
 def changed(model, folder):
@@ -78,7 +66,6 @@ def changed(model, folder):
         "localize": {"function": lambda model, **_: localized(model, inputs)},
         "localize_dynamic": {"function": lambda model, **_: dynamic(model, inputs)},
         "modality_transfer": {"pictures": pictures, "text": texts},
-        "prune_heads": {"function": lambda model, **_: pruned(model, many[:2])},
         "published_claims": {"samples": many[:8], "only": ["boundary-tags"]},
         "retrieval_test": {"samples": many},
     }
@@ -95,7 +82,7 @@ def runs(model, folder):
         given = {**call.right, **small, **other.get(name, {})}
         function = given.pop("function", call.function)
         found[name] = partial(function, **given)
-    for name in {"pruning_report", *NO_RUN} & found.keys():  # the report: beside prune_heads
+    for name in {"pruning_report", *NO_RUN} & found.keys():
         del found[name]
     return found
 
