@@ -150,8 +150,10 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, nested too deep, or damaged.
+        ValueError: it is no path, no JSON, nested too deep, or damaged.
     """
+    if not isinstance(path, str | Path):  # a number would be a file descriptor, which is closed behind reading
+        raise ValueError(f"{path!r} is no path")
     value = parse_json(read(path))
     return renewed_record(unsealed_record(value) if isinstance(value, dict) else value)
 
