@@ -10,7 +10,7 @@ by block, and gives the same dataset.
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -88,6 +88,22 @@ def per_sample(
         return call  # type: ignore[return-value]
 
     return mark
+
+
+def import_all(modules: Iterable[str]) -> None:
+    """Import modules with measurements that are no part of mech.
+
+    Raises:
+        ExperimentError: one that Python does not find here.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ExperimentError(
+                f"the module {module} cannot be imported ({error})", "a module that Python finds on every machine",
+                "set PYTHONPATH",
+            ) from error  # fmt: skip
 
 
 def find_measure(name: str) -> Measure:

@@ -25,6 +25,7 @@ from mech.errors import ExperimentError, MechError
 from mech.scale.blocks import Job, Task
 from mech.scale.executors import ENDED
 from mech.scale.folder import Folder
+from mech.scale.measures import import_all
 from mech.scale.models import size_in_bytes
 from mech.scale.packing import pack, unpack
 from mech.scale.run import Run, Seen, driving
@@ -39,11 +40,7 @@ class Actor:
     """A worker inside Ray. What mech refuses comes back as a value: Ray would wrap the error."""
 
     def __init__(self, url: str, placement: Mapping[str, Any], modules: tuple[str, ...]):
-        import importlib
-
-        for module in modules:
-            importlib.import_module(module)
-        self._url, self._placement, self._worker = url, placement, None
+        self._url, self._placement, self._modules, self._worker = url, placement, modules, None
 
     def __repr__(self) -> str:  # Ray's dashboard and logs show it
         return f"mech worker {os.getpid()}"
@@ -71,6 +68,7 @@ class Actor:
 
     def _mine(self) -> Worker:
         if self._worker is None:
+            import_all(self._modules)
             self._worker = Worker(Folder(self._url), self._placement)
         return self._worker
 

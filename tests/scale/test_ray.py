@@ -1,9 +1,11 @@
 """Real actors of a cluster of two cores: the same numbers, deaths that cost nothing, refusals before any work."""
 
+import os
 import shutil
 import tempfile
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import ray_measures
@@ -26,6 +28,9 @@ def cluster():
     on._ray()
     ray = pytest.importorskip("ray")
     place = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets below it must have short paths
+    support = str(Path(ray_measures.__file__).parent)  # what actors import by name
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([support, str(Path(mech.__file__).parents[1]), before])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -35,6 +40,8 @@ def cluster():
             )  # fmt: skip
     except Exception as error:  # no shared memory, no sockets, no processes: the machine's, not ours
         pytest.skip(f"Ray cannot start here: {error}")
+    finally:
+        os.environ["PYTHONPATH"] = before
     yield ray
     ray.shutdown()
     shutil.rmtree(place, ignore_errors=True)

@@ -1,6 +1,5 @@
 """``mech work``: compute the blocks that lie in a folder, for whoever put them there."""
 
-import importlib
 import sys
 from typing import Annotated, Any
 
@@ -36,15 +35,10 @@ def work(
     quiet: options.Quiet = False,
 ) -> None:
     """Compute blocks until no driver is left: start as many as you like, anywhere that sees the folder."""
+    from mech.scale.measures import import_all
     from mech.scale.work import work as run
 
-    for module in modules or ():
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ExperimentError(
-                f"--import {module} ({error})", "a module that Python finds", "set PYTHONPATH"
-            ) from error
+    import_all(modules or ())
     if device and device_map:
         raise ExperimentError("--device with --device-map", "one of the two", "leave one out")
     placement: dict[str, Any] = {"device": device} if device else {"device_map": device_map} if device_map else {}
