@@ -4,7 +4,8 @@
     folder.land(key, dataset); folder.part(key)      # whole or not at all, with a checksum
     folder.claim(key, worker)                        # False while another one that is alive works on it
 
-    jobs/KEY.pack  jobs/KEY.cut.json    what is measured, and how it was cut
+    jobs/KEY.pack  KEY.options.pack     what is measured, and with which options
+    jobs/KEY.cut.json                   how it was cut
     todo/KEY.pack                       samples that wait for a worker (executor ``files``)
     parts/KEY.npz                       what was measured
     claims/KEY.json  failed/KEY.json    who works on it; what went wrong, try by try

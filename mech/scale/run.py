@@ -111,7 +111,8 @@ class Run:
             _refuse_twice([one.id or str(i) for i, one in enumerate(listed)])
         items = len(options[measure.over]) if measure.over is not None else None
         job = Job(measure.name, identity(model), software(), fingerprint(options), size, self.threads)
-        self.folder.write(f"jobs/{job.key}.pack", pack({"job": job, "options": options}))
+        self.folder.write(f"jobs/{job.key}.options.pack", pack(options))
+        self.folder.write(f"jobs/{job.key}.pack", pack(job))
         self.executor.ready(job, model)
         self.seen = Seen(f"{model.name}: {measure.what}", failed=self.failed,
                          total=None if listed is None else len(listed) * (items or 1))  # fmt: skip

@@ -74,8 +74,10 @@ class Worker:
                     f"{self.folder.url} on {_here()} has no job {key}", "the folder that the driver writes to",
                     "give a folder that all machines see: NFS, or a URL such as s3://",
                 )  # fmt: skip
-            found = unpack(content)
-            self._jobs = {key: (found["job"], found["options"])}  # one at a time: options may hold activations
+            job = unpack(content)
+            find_measure(job.measure)  # its module makes known what the options are made of
+            options = unpack(self.folder.read(f"jobs/{key}.options.pack") or b"")
+            self._jobs = {key: (job, options)}  # one at a time: options may hold activations
         return self._jobs[key]
 
     def model(self, job: Job) -> Any:

@@ -1,6 +1,8 @@
 """Blocks: the same numbers however a measurement is cut, nothing lost, nothing joined that does not belong together."""
 
 import json
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -303,3 +305,18 @@ def test_errors_have_three_parts(tmp_path):
         with pytest.raises(MechError) as error:
             make()
         assert error.value.given and error.value.expected and error.value.do
+
+
+@pytest.mark.slow
+def test_a_worker_that_has_imported_nothing_ablates(model, samples, plain, tmp_path):
+    command = [sys.executable, "-c", "from mech.cli import main; main()", "work", str(tmp_path), "--linger", "2"]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    ranking, find = mech.rank_heads(plain), samples[:6]
+    test = Samples([one for one in mech.haystacks("grounding", n=6, seed=9) if one.id not in ranking.examples])
+    options = dict(reference=find, bands=("top", "bottom"), fractions=(2,), batch_size=BATCH)
+    direct = mech.ablation(model, test, ranking, **options)
+    with mech.on_folder(tmp_path, works=False, batches=1):
+        found = mech.ablation(model, test, ranking, **options)
+    same(found, direct)
+    said, _ = worker.communicate(timeout=120)
+    assert said.endswith("0 failed, 0 refused\n") and not said.startswith("0 landed")
