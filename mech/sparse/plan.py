@@ -8,6 +8,7 @@ Picking heads by index copies them; ``Run``s are heads and groups side by side, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -112,7 +113,8 @@ class Plan:
         if self.inverse.device == device:
             return self
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Plan(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in parts.items()})
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in parts.items()}
+        return Plan(**moved)
 
 
 @dataclass(frozen=True, eq=False)

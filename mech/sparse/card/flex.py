@@ -123,14 +123,13 @@ def _of(call: AttentionCall, keys: Keys, near: Near) -> tuple[Data, Tensor, Tens
         columns = (at - keys.mask_start).clamp(0, own.shape[-1] - 1)
         if not whole or keys.mask_start or own.shape[-1] != at.shape[1]:
             own = own.gather(2, columns[:, None].expand(-1, own.shape[1], -1))
-    number = {"device": device}
     given = Data(
         at, aside, pinned, own,
-        masked=torch.tensor(call.mask is not None, **number),
-        start=torch.tensor(call.query_start, **number),
-        window=torch.tensor(near.policy.window, **number),
-        ahead=torch.tensor(call.mask is not None or not call.causal, **number),
-        softcap=torch.tensor(call.softcap or float("inf"), **number),
+        masked=torch.tensor(call.mask is not None, device=device),
+        start=torch.tensor(call.query_start, device=device),
+        window=torch.tensor(near.policy.window, device=device),
+        ahead=torch.tensor(call.mask is not None or not call.causal, device=device),
+        softcap=torch.tensor(call.softcap or float("inf"), device=device),
     )  # fmt: skip
     return given, k, v
 

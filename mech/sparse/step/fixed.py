@@ -77,7 +77,7 @@ class FixedLayer(WholeLayer):
     def load(self, layer: SplitLayer) -> None:
         """What a layer holds behind the prompt moves here; it is left empty."""
         for mine, theirs in ((self.dense, layer.dense), (self.local, layer.local)):
-            if mine is not None:
+            if mine is not None and theirs is not None:
                 mine.load(theirs)
         self.seen = layer.seen
         layer.empty()
@@ -137,11 +137,11 @@ class FixedCache(Cache):
 
     def __init__(self, split: SplitCache, near: Near, shape: Shape, device: torch.device, chunked: set[int]):
         self.clock = Clock(shape, near.policy, device)
-        layers = [
+        self.fixed = [
             FixedLayer(self.clock, layer.plan, layer, near.policy.window, index in chunked)
-            for index, layer in enumerate(split.layers)
+            for index, layer in enumerate(split_layers(split))
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers=[*self.fixed])
 
     def load(self, split: SplitCache, near: Near, mask: Tensor | None) -> None:
         """Move in what a prompt left; the other cache is empty afterwards.
@@ -152,21 +152,26 @@ class FixedCache(Cache):
             mask: which of its positions are no padding; None for all.
         """
         self.clock.load(near, split.get_seq_length(), pins_of(split, near), mask)
-        for mine, theirs in zip(self.layers, split.layers, strict=True):
+        for mine, theirs in zip(self.fixed, split_layers(split), strict=True):
             mine.load(theirs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, all of them reserved."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.fixed)
+
+
+def split_layers(split: SplitCache) -> list[SplitLayer]:
+    """The layers of a cache that can move into stores of fixed size: all of them are split."""
+    return [layer for layer in split.layers if isinstance(layer, SplitLayer)]
 
 
 def pins_of(split: SplitCache, near: Near) -> Int[Tensor, "batch pin"] | None:
     """Positions of the pinned keys behind a prompt, in the order of every layer; None where no head is local."""
-    held = [layer.local.pins for layer in split.layers if layer.local is not None]
+    held = [layer.local.pins for layer in split_layers(split) if layer.local is not None]
     if held:
         return held[0]
-    beside = any(len(layer.plan.dense) < len(layer.plan.whole_heads) for layer in split.layers)
+    beside = any(len(layer.plan.dense) < len(layer.plan.whole_heads) for layer in split_layers(split))
     return near.listed(0, split.get_seq_length()) if beside else None
 
 
