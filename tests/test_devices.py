@@ -36,7 +36,8 @@ SMALL = {
 # They take the name of a model or need no forward; are made of others that are run here, and long; or train weights,
 # which have to be nn.Parameters themselves; or cannot prune this architecture; or work
 # on the maps that another one returned.
-NO_RUN = {"rank_heads", "check_samples", "causal_report", "trace_circuit", "sparsify", "prune_heads", "without_sinks"}
+NO_RUN = {"rank_heads", "check_samples", "causal_report", "trace_circuit", "head_record"}
+NO_RUN |= {"sparsify", "prune_heads", "without_sinks"}
 
 
 def localized(model, inputs):
