@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,6 +59,22 @@ def test_pages_point_at_files_that_are_there():
             there = (page.parent / target).resolve()
             built = there.is_relative_to(ROOT / "docs") and there.relative_to(ROOT / "docs").parts[0] in BUILT
             assert target.startswith("http") or built or there.exists(), f"{page.name}: {target}"
+
+
+def commands() -> list[str]:
+    """Lines of the command line that pages show, in blocks and where a block is indented."""
+    shown = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in [ROOT / "README.md", *PAGES]]
+    lines = {
+        line.split("  #")[0].strip() for text in shown for line in re.findall(r"^(?: {4})?mech [a-z].*", text, re.M)
+    }
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_that_is_shown_has_these_options(line, mech):
+    _, *words = shlex.split(line)
+    code, out, err = mech(*words, "--help")  # options that do not exist are refused before help is printed
+    assert code == 0 and "Usage" in out, err
 
 
 def test_views_in_the_documentation_share_one_copy_of_plotly(tmp_path, monkeypatch):
