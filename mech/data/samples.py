@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import numpy as np
 from PIL import Image
@@ -114,7 +114,11 @@ class Samples(Shown, Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Samples": ...
+    def __getitem__(self, index: int | slice) -> "Sample | Samples":
         return Samples(self._samples[index]) if isinstance(index, slice) else self._samples[index]
 
     def __add__(self, other: "Samples") -> "Samples":

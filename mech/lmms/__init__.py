@@ -17,6 +17,6 @@ __all__ = ["Recipe", "manifest", "read_recipe", "write_recipe"]
 
 def manifest() -> Any:
     """What lmms-eval finds under its entry points ``lmms_eval.models``."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     return ModelManifest(model_id="mech", simple_class_path="mech.lmms.model.Mech")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lmms_eval.api.model import lmms
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 
 from mech.data.lmms_tasks import PLACE
 from mech.data.samples import Sample
@@ -65,7 +65,7 @@ class Mech(lmms):
         with self._changed() as model:
             for request in requests:
                 context, target, visuals, doc_id, task, split = request.args
-                text = target(self.task_dict[task][split][doc_id]) if callable(target) else str(target)
+                text = str(target(self.task_dict[task][split][doc_id]) if callable(target) else target)
                 asked = replace(self._asked(context, visuals, doc_id, task, split), answer=text.strip())
                 questions = quiz(self._model, [asked], 1)
                 with torch.no_grad():

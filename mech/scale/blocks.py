@@ -134,9 +134,10 @@ def tasks(
         own = {name: list(values[first : first + len(named)]) for name, values in (beside or {}).items()}
         digest = fingerprint([named.digest(), own]) if own else named.digest()
         block = Block(job.key, what, first, tuple(one.id for one in named), digest)
-        for start in range(0, items, cut.items or items) if items else [None]:
-            some_items = None if start is None else (start, min(start + (cut.items or items), items))
-            yield Task(replace(block, items=some_items), named, own)
+        step = cut.items or items or 0
+        parts = [(start, min(start + step, items)) for start in range(0, items, step)] if items else [None]
+        for part in parts:
+            yield Task(replace(block, items=part), named, own)
         first += len(named)
 
 

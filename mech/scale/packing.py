@@ -98,7 +98,7 @@ def _written(value: Any, arrays: list[np.ndarray]) -> Any:
         return {"$picture": _kept(np.frombuffer(shown.tobytes(), np.uint8), arrays), "as": [shown.mode, *shown.size]}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufU":
         return {"$array": _kept(value, arrays)}
-    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a tensor, without importing torch for it
+    if not isinstance(value, np.ndarray) and hasattr(value, "detach"):  # a tensor, without importing torch for it
         return {"$tensor": _kept(value.detach().cpu().numpy(), arrays)}
     raise ExperimentError(
         f"an option of {type(value).__name__} cannot be sent to a worker",

@@ -90,7 +90,7 @@ def circuit_scores_view(result: xr.Dataset, title: str = "Who finds a faithful c
         for order, name in (("signed", "edges by signed score (CPR)"), ("size", "edges by size (CMD)"))
     }
     rows = [
-        [escape(row["entry"]), *(_between(row, name) for name in ("cpr", "cmd")), _known(row["auroc"])]
+        [escape(row["entry"]), *(_between(row, name) for name in ("cpr", "cmd")), _known(float(row["auroc"]))]
         for row in circuit_table(result)
     ]
     about = result.attrs

@@ -357,7 +357,7 @@ def test_the_command_line(tmp_path):
     facts = json.loads(run.invoke(app, [*options, "--json", "--window", "30"]).stdout)
     assert facts["window"] == 30 and {one["choice"] for one in facts["curve"]} == {"ram", "random"}
     for wrong, says in (
-        (["--samples", "4"], "at least 16"), (["--out", "a.txt"], "ends in .nc or .html"),
+        (["--samples", "4"], "at least 16"), (["--out", "a.txt"], "ends in .nc, .html"),
         (["--margin", "2"], "margin"),
         (["--choice", "ramm"], "use 'ram'"), (["--data", "x.jsonl", "--pictures", "4"], "one of the two"),
     ):  # fmt: skip

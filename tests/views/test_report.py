@@ -326,7 +326,7 @@ def test_what_limits_the_findings_is_read_first(tmp_path):
     text = report(study).read_text()
     assert text.index('id="limits"') < text.index('id="first"') and "Measured here: 2 models; haystacks." in text
     said = Page(text).text
-    assert said.index("Read first What could have been detected: with 6 test samples") < said.index(limit["text"])
+    assert said.index("Read first With 6 test samples") < said.index(limit["text"])
 
 
 def test_studies_of_earlier_versions_open(tmp_path):

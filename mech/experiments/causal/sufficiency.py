@@ -54,7 +54,7 @@ def facts_of(dataset: xr.Dataset) -> dict[str, Any] | None:
         "plain": plain,
         "necessary": lost["top"]["mean"] >= dataset.attrs["threshold"]
         and lost["top"]["low"] > max(0.0, lost["random"]["mean"]),
-        "sufficient": bool(answers["top"]["low"] > max(answers["random"]["mean"], plain["high"])),
+        "sufficient": float(answers["top"]["low"]) > max(float(answers["random"]["mean"]), plain["high"]),
         "dose": dose,
     }
 

@@ -55,7 +55,7 @@ class CircuitTask:
         if self.truth is not None and self.truth.shape != shape:
             raise ExperimentError(f"truth of shape {self.truth.shape}", f"{shape}, as the edges of the model", "")
 
-    def metric(self, samples: Samples) -> LogitDiff:
+    def metric(self, samples: SomeSamples) -> LogitDiff:
         """Logit of the answer minus logit of the counterfactual's, sample by sample."""
         others = [sample.counterfactual for sample in samples if sample.counterfactual is not None]
         return LogitDiff([sample.answer for sample in samples], [other.answer for other in others])

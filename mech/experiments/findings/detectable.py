@@ -53,18 +53,19 @@ def _text(rows: list[dict[str, Any]]) -> str:
     if any(loss is None for loss in losses):
         return f"With {min(row['n_test'] for row in rows)} test samples no loss of accuracy could have been detected."
     most = max(rows, key=lambda row: row["gained"])
+    samples, points = _span([row["n_test"] for row in rows]), _span([round(100 * loss) for loss in losses])
     text = (
-        f"What could have been detected: with {_span([row['n_test'] for row in rows])} test samples of a setting a "
-        f"loss of {_span([round(100 * loss) for loss in losses])} points of accuracy or more (paired sign flips, "
-        f"one-sided {ALPHA:.0%}, power {POWER:.0%}, no answer gained)"
+        f"With {samples} test samples a setting, this study detects losses of accuracy of {points} points or more "
+        f"({POWER:.0%} power); it would miss most smaller ones and says nothing of them. The test flips the signs of paired "
+        f"differences, one-sided at {ALPHA:.0%}, and assumes that no answer is gained"
     )
     if most["gained"] > 0:
         larger = most["loss_with_gains"]
-        reach = "none" if larger is None else f"{100 * larger:.0f} points"
-        text += f"; {reach} where {most['gained']:.0%} of the answers are gained, the most that was seen"
+        reach = "no loss is detected" if larger is None else f"the loss has to be {100 * larger:.0f} points"
+        text += f"; where {most['gained']:.0%} of the answers are gained, the most that was seen, {reach}"
     draws = [row["draws"] for row in rows if row["draws"]]
     sets = f" Against {min(draws)} random sets no p falls below {1 / (1 + min(draws)):.2g}." if draws else ""
-    return f"{text}.{sets} Of smaller losses nothing is said: most of them would have been missed."
+    return f"{text}.{sets}"
 
 
 def _span(values: list[int]) -> str:

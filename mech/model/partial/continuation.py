@@ -231,16 +231,17 @@ class Continuation:
 
     def _kwargs(self, kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         """The keyword arguments of the cached run, for one example and some rows."""
-        cut, rows = {name: None if name in REPLACED else value for name, value in kwargs.items()}, stretch(rows)
+        cut = {name: None if name in REPLACED else value for name, value in kwargs.items()}
+        these = stretch(rows)
         turns = cut.get("position_embeddings")
         if isinstance(turns, Tensor):
-            cut["position_embeddings"] = turns[..., self._one(turns, -3), rows, :]
+            cut["position_embeddings"] = turns[..., self._one(turns, -3), these, :]
         elif turns is not None:
-            cut["position_embeddings"] = tuple(turn[..., self._one(turn, -3), rows, :] for turn in turns)
+            cut["position_embeddings"] = tuple(turn[..., self._one(turn, -3), these, :] for turn in turns)
         if (ids := cut.get("position_ids")) is not None:
-            cut["position_ids"] = ids[..., self._one(ids, -2), rows]
+            cut["position_ids"] = ids[..., self._one(ids, -2), these]
         if (places := cut.get("cache_position")) is not None:
-            cut["cache_position"] = places[rows]
+            cut["cache_position"] = places[these]
         return cut
 
     def _with_added(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:

@@ -55,11 +55,11 @@ def over_shared(
     z, share, *_ = kernel(grouped, k[None], v[None], is_causal=False, scale=scale)
     z = z[0].unflatten(1, (variants, -1)).transpose(0, 1).reshape(variants, heads, length, width)
     share = share[0].unflatten(1, (variants, -1)).transpose(0, 1).reshape(variants, heads, length)
-    mine = [x.repeat_interleave(heads // kv_heads, 1) for x in own]
+    own_k, own_v = (x.repeat_interleave(heads // kv_heads, 1) for x in own)
     if rows is None:
-        other, theirs, *_ = kernel(q, *mine, is_causal=length > 1, scale=scale)
+        other, theirs, *_ = kernel(q, own_k, own_v, is_causal=length > 1, scale=scale)
     else:
-        other, theirs = _at_rows(q, *mine, scale, rows)
+        other, theirs = _at_rows(q, own_k, own_v, scale, rows)
     return merged(z, share, other, theirs).transpose(1, 2)
 
 

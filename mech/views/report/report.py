@@ -125,12 +125,15 @@ def _masthead(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
 
 
 def _limits(summary: Mapping[str, Any]) -> str:
-    """What limits all that follows: said before it."""
+    """What limits all that follows: its first sentence is said before it, the rest unfolds."""
     power = (summary.get("detectable") or detectable(summary))["text"]
-    said = [power] if power else []
+    said = [*power.replace(". ", ".\n").splitlines()]
     said += [finding["text"] for finding in summary.get("headlines", []) if finding.get("kind") in CAUTIONS]
-    items = "".join(f"<li>{escape(text)}</li>" for text in said)
-    return f'<section id="limits" class="card"><b>Read first</b><ul>{items}</ul></section>' if items else ""
+    if not said:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in said[1:])
+    more = f"<ul>{items}</ul>" if items else ""
+    return f'<details id="limits" class="card"><summary><b>Read first</b> {escape(said[0])}</summary>{more}</details>'
 
 
 def _overview(settings: Sequence[Setting]) -> str:

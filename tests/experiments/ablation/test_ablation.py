@@ -278,7 +278,7 @@ def test_methods_that_were_asked_of_a_part_are_summarised_over_that_part():
     assert np.isfinite([drawn["zero", "top"].high, *(e.low for e in curves.effects(effects, "logit_diff"))]).all()
     told = detectable({"models": {"m": {"domains": {"grounding": facts}}}})
     assert told["settings"][0]["n_test"] == 6 and told["settings"][0]["loss_with_gains"] is None
-    assert told["text"].startswith("What could have been detected: with 6 test samples")
+    assert told["text"].startswith("With 6 test samples")
 
 
 def fabricated(**changes):

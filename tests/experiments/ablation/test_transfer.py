@@ -77,7 +77,8 @@ def test_tasks_of_different_length_end_in_nan_and_name_their_examples():
 def test_a_transfer_shows_itself_with_intervals_and_chance():
     _, found = crossed()
     shown = view(found).body
-    assert shown.count("<tr>") == 3 and "Accuracy lost without 1 heads" in shown
+    assert "Accuracy lost without 1 heads" in shown and "L1H0" in shown.partition("Accuracy lost")[2]
+    assert shown.count("<tr>") == 3 + 3  # losses, and under them the heads found on each domain
     assert shown.count(f"chance {float(found['random_lost'][0]):.2f}") == shown.count("<td ") == 6
     assert "<td style=" in shown and " to 1.00" in shown and "0.00 to 0.00" not in shown
 
