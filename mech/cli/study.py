@@ -127,11 +127,13 @@ def _print_findings(summary: dict) -> None:
 
     console = Console()
     console.print(f"\n{escape(summary['detectable']['text'])}", highlight=False)
-    console.print(
-        "\n[bold]Findings[/] (a setting is a model on a domain; the report has all of them with their numbers)"
-    )
+    console.print("\n[bold]Findings[/] (a setting is a model on a domain; the report has the numbers)")
     for finding in summary["headlines"]:
-        scope = escape(printable(f"differs from {published('2606.05843')}; here {summary['scope']}"))
-        mark = f"[yellow]{scope}:[/] " if finding["against_papers"] else ""
+        mark = "[yellow]≠[/] " if finding["against_papers"] else "  "
         model = f"{finding['model']}: " if finding["model"] else ""
         console.print(Padding(mark + escape(printable(model + finding["text"])), (0, 0, 0, 2)), highlight=False)
+    if any(finding["against_papers"] for finding in summary["headlines"]):
+        scope = escape(printable(f"differs from {published('2606.05843')}; here {summary['scope']}"))
+        console.print(
+            f"\n  [yellow]≠[/] {scope}: not universal, which is not to say wrong of other models", highlight=False
+        )

@@ -71,7 +71,7 @@ def points(drop: Mapping[str, float] | Interval) -> str:
     interval = drop.as_dict() if isinstance(drop, Interval) else drop
     low, high = sorted((interval["low"], interval["high"]))
     mean, low, high = (round(100 * value) for value in (interval["mean"], low, high))  # whole numbers have no -0
-    return f"{mean} points [{low}, {high}]"
+    return f"{mean} point{'s' * (abs(mean) != 1)} [{low}, {high}]"
 
 
 def p_is(value: float) -> str:

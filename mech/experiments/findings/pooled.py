@@ -209,7 +209,7 @@ def _needed(settings: Mapping[Setting, Mapping[str, Any]], n_weak: int) -> dict[
 
 
 def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
-    question = "Are they enough to be fast?"
+    question = "Are a few dense heads enough, and faster?"
     if not accelerated:
         return _answer(question, "Not tested", "This study has no sparse inference.")
     enough = {m: f for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "ram"}
@@ -221,7 +221,14 @@ def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
         f"{margin:.0f} points{f', not {len(alone)} where the local window alone does' if alone else ''}. "
         f"n = {n}, one domain each."
     )
-    return _answer(question, _share_of(len(enough), len(accelerated), "model"), text)
+    faster = sum(_is_faster(facts["recommended"]["speed"]) for facts in enough.values())
+    verdict = f"Enough i{_share_of(len(enough), len(accelerated), 'model')[1:]}, faster in {faster}"
+    return _answer(question, verdict, text)
+
+
+def _is_faster(speed: Mapping[str, Any] | None) -> bool:
+    """Whether prefill and decoding are both surely faster than dense, at the length of the study."""
+    return bool(speed) and min(speed["prefill"]["low"], speed["decode"]["low"]) > 1
 
 
 def _kept(model: str, facts: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ def _curve(found: Mapping[str, Any]) -> str:
         f"(n = {scope['n_test']}{weak}); 95% intervals."
     )
     return (
-        f"<section><h2>Accuracy without the top, the bottom or random heads</h2>{_drawn(curve, base)}"
+        f"<section><h2>Accuracy without top, bottom or random heads</h2>{_drawn(curve, base)}"
         f'<p class="soft">{see}</p></section>'
     )
 

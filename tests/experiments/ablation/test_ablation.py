@@ -372,7 +372,7 @@ def test_findings_do_not_claim_what_cannot_be_seen():
     loose = fabricated(stability={"n_top": 5, "n_find": 8, "inclusion": [[2, 3, 1.0], [0, 1, 0.4]]})
     assert findings(loose)[0]["kind"] == "unstable" == headlines(findings(loose))[0]["kind"]
     spared = fabricated(drops={"unneeded": 0.01})
-    assert said(spared, "2 points [1, 3] (1 sets), without heads known to be necessary 1 points [0, 2]")
+    assert said(spared, "2 points [1, 3] (1 sets), without heads known to be necessary 1 point [0, 2]")
     assert findings(fabricated(half_mass_share=float("nan"))) is not None
 
 
