@@ -34,7 +34,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/transformerlens.py --seconds 25
 	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/paths.py
-	$(BIN)/python benchmarks/sparse.py
+	$(BIN)/python benchmarks/sparse_inference.py
 	$(BIN)/python benchmarks/fullsize.py --config qwen3-vl-8b --tokens 600 2000 --seconds 5
 
 # Every figure that is promised of a GPU, on one card, in eight minutes: benchmarks/gpu.json. It brings no build of torch

@@ -7,8 +7,8 @@
 Compute is saved query head by query head. Memory is saved key/value head by key/value head: under grouped-query
 attention a KV group is kept whole as soon as one of its query heads is dense, so heads that share groups are cheaper.
 
-A policy knows sizes and not speed: how near a machine comes to the bounds is for ``benchmarks/sparse.py``. Nor does it
-know what the heads are for: accuracy has to be measured beside it.
+A policy knows sizes and not speed: how near a machine comes to the bounds is for ``benchmarks/sparse_inference.py``.
+Nor does it know what the heads are for: accuracy has to be measured beside it.
 """
 
 import hashlib

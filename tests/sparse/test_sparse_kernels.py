@@ -262,17 +262,17 @@ def test_near_heads_alone_take_any_start():
 
 def test_what_is_timed_is_the_policy(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import sparse
+    import sparse_inference
 
-    chosen, near_to = sparse.policy().dense(0, 16), sparse.near_of(700)
+    chosen, near_to = sparse_inference.policy().dense(0, 16), sparse_inference.near_of(700)
     for kv_heads in (16, 4):
-        q, k, v = sparse.layer(kv_heads, 700)
-        runs = sparse.prefill_runs(kv_heads, 700)
-        expected = by_definition(sparse.call_of(q, k, v), near_to, chosen)
+        q, k, v = sparse_inference.layer(kv_heads, 700)
+        runs = sparse_inference.prefill_runs(kv_heads, 700)
+        expected = by_definition(sparse_inference.call_of(q, k, v), near_to, chosen)
         torch.testing.assert_close(runs["sparse"](), expected, atol=2e-6, rtol=1e-5)
         dense = runs["dense"]().transpose(1, 2)
         torch.testing.assert_close(expected[:, :, 5], dense[:, :, 5], atol=2e-6, rtol=1e-5)
-        steps = sparse.decode_runs(kv_heads, 400)
+        steps = sparse_inference.decode_runs(kv_heads, 400)
         one = {name: run() for name, run in steps.items()}
         torch.testing.assert_close(one["reserved"], one["default"])
         torch.testing.assert_close(one["sparse"][:, :, 5], one["default"][:, :, 5], atol=2e-6, rtol=1e-5)

@@ -1,8 +1,8 @@
 """Sparse inference over dense: attention by itself, bytes of KV cache, and decoding with a whole small model.
 
-    python benchmarks/sparse.py                          # the bars: 8k and 16k tokens, about six minutes
-    python benchmarks/sparse.py --only decode            # or prefill, model
-    python benchmarks/sparse.py --gpu --config qwen3-vl-8b --tokens 8192 32768 131072
+    python benchmarks/sparse_inference.py                          # the bars: 8k and 16k tokens, about six minutes
+    python benchmarks/sparse_inference.py --only decode            # or prefill, model
+    python benchmarks/sparse_inference.py --gpu --config qwen3-vl-8b --tokens 8192 32768 131072
 
 16 sinks, a window of 256, one dense head in 16; heads 64 wide, MHA (16 key/value heads) and GQA (4); float32, one
 thread. *Prefill* attention is one layer against SDPA, causal. *Decode* attention is the step of four layers (the new
