@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Shape:
         cfg = model.cfg
         return cls(cfg.n_layers, cfg.n_heads, tuple(cfg.kv_heads[layer] for layer in range(cfg.n_layers)), cfg.d_model)
 
-    @property
+    @cached_property
     def senders(self) -> tuple[Node, ...]:
         """Embeddings, then heads and MLP of each layer."""
         found = [Node("embed")]
@@ -54,7 +55,7 @@ class Shape:
             found.append(Node("mlp", layer))
         return tuple(found)
 
-    @property
+    @cached_property
     def receivers(self) -> tuple[Node, ...]:
         """Queries, keys, values and MLP of each layer, then the logits."""
         found = []
@@ -64,7 +65,7 @@ class Shape:
             found.append(Node("mlp", layer))
         return (*found, Node("logits", self.n_layers))
 
-    @property
+    @cached_property
     def exists(self) -> Bool[np.ndarray, "sender receiver"]:
         """Where there is an edge: the receiver reads what was written before it."""
         return np.array([[s.stage < r.stage for r in self.receivers] for s in self.senders])
