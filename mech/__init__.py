@@ -44,6 +44,7 @@ _NAMES = {
     "Patch": "mech.interventions",
     "Policy": "mech.sparse.policy",
     "Probability": "mech.experiments.metrics",
+    "OfLogits": "mech.experiments.metrics",
     "PerRow": "mech.interventions",
     "Rank": "mech.experiments.metrics",
     "Ranking": "mech.experiments.ranking.ranking",
@@ -171,6 +172,7 @@ if TYPE_CHECKING:
     from mech.experiments.metrics import KL as KL
     from mech.experiments.metrics import LogitDiff as LogitDiff
     from mech.experiments.metrics import LogProb as LogProb
+    from mech.experiments.metrics import OfLogits as OfLogits
     from mech.experiments.metrics import Probability as Probability
     from mech.experiments.metrics import Rank as Rank
     from mech.experiments.patching.activation import activation_patching as activation_patching

@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 import numbers
+import re
 import reprlib
 import types
 import typing
@@ -119,12 +120,13 @@ def checked(function: F, error: type[MechError] = ExperimentError) -> F:
             bound = signature.bind(*args, **kwargs)
         except TypeError as problem:
             raise _unbound(name, signature, kwargs, str(problem), error) from None
-        for key, value in bound.arguments.items():
+        free = [parameter for key, parameter in signature.parameters.items() if key not in bound.arguments]
+        for place, (key, value) in enumerate(bound.arguments.items()):
             parameter = signature.parameters[key]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 bound.arguments[key] = tuple(_taken(name, parameter, item, error) for item in value)
             elif parameter.kind is not inspect.Parameter.VAR_KEYWORD and hints[key] is not inspect.Parameter.empty:
-                bound.arguments[key] = _taken(name, parameter, value, error)
+                bound.arguments[key] = _taken(name, parameter, value, error, free if place < len(args) else ())
         return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
@@ -143,8 +145,14 @@ def short(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _taken(function: str, parameter: inspect.Parameter, value: Any, error: type[MechError]) -> Any:
-    """The value as the function gets it, or the refusal."""
+def _taken(
+    function: str,
+    parameter: inspect.Parameter,
+    value: Any,
+    error: type[MechError],
+    free: Iterable[inspect.Parameter] = (),
+) -> Any:
+    """The value as the function gets it, or the refusal; ``free`` are parameters that may have been meant."""
     name, hint, default = parameter.name, parameter.annotation, parameter.default
     if value is default:  # given as it would be if it were left out
         return value
@@ -156,11 +164,28 @@ def _taken(function: str, parameter: inspect.Parameter, value: Any, error: type[
         return reading.read(name, value)
     if fits(value, hint):
         return value
-    do = f"leave {name} out ({short(default)})" if default not in (inspect.Parameter.empty, MISSING) else ""
+    do = _advice(parameter, value, free) or f"see help({function})"
+    raise error(f"{name}={short(value)} in {function}", wanted(hint), do)
+
+
+def _advice(parameter: inspect.Parameter, value: Any, free: Iterable[inspect.Parameter]) -> str:
+    """One thing to do about a value that does not fit: say it right, name what was meant, or leave it out."""
+    name, hint, default = parameter.name, parameter.annotation, parameter.default
+    several = isinstance(value, list | tuple)
     if words := _words_of(hint):
-        given = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-        do = next((suggestion(item, words) for item in given if isinstance(item, str) and item not in words), do)
-    raise error(f"{name}={short(value)} in {function}", wanted(hint), do or f"see help({function})")
+        unknown = (item for item in (value if several else [value]) if isinstance(item, str) and item not in words)
+        if (word := next(unknown, None)) is not None:
+            return suggestion(word, words)
+    if fits([value], hint):
+        return f"pass {name}=[...]"
+    if value and several and all(fits(item, hint) for item in value):
+        return "call it once for each"
+    # Numbers and texts fit too many parameters to tell anything.
+    if not isinstance(value, str | numbers.Number):
+        for other in free:
+            if other.annotation not in (Any, inspect.Parameter.empty) and fits(value, other.annotation):
+                return f"name it: {other.name}=..."
+    return f"leave {name} out ({short(default)})" if default not in (inspect.Parameter.empty, MISSING) else ""
 
 
 def _unbound(
@@ -170,13 +195,15 @@ def _unbound(
     unknown = [name for name in given if name not in names]
     if unknown:
         problem = f"got an unexpected keyword argument {unknown[0]!r}"
-    if unknown:
-        problem = f"got an unexpected keyword argument {unknown[0]!r}"
-    return error(
-        f"{function}: {problem}",
-        f"{function}({', '.join(names)})",
-        suggestion(unknown[0], names) if unknown and names else "name the arguments",
+    missing = re.match("missing a required argument: '(.+)'", problem)
+    do = (
+        suggestion(unknown[0], names)
+        if unknown and names
+        else f"give {missing[1]}="
+        if missing
+        else "name the arguments"
     )
+    return error(f"{function}: {problem}", f"{function}({', '.join(names)})", do)
 
 
 def fits(value: Any, hint: Any) -> bool:

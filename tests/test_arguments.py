@@ -68,10 +68,16 @@ def test_what_fits_passes_and_sets_are_read():
     [
         (lambda: measure(["a"], n=NAN), "n=nan in measure\nExpected: a whole number of at least 1\nTry: leave n out"),
         (lambda: measure(["a"], band="tpo"), "band='tpo' in measure\nExpected: 'top' or 'random'\nTry: use 'top'"),
-        (lambda: measure("ab"), "samples='ab' in measure\nExpected: a list, each a text\nTry: see help"),
+        (lambda: measure("ab"), r"samples=.ab. in measure\nExpected: a list, each a text\nTry: pass samples=\[...\]"),
+        (lambda: measure(3), "Expected: a list, each a text\nTry: see help"),
+        (lambda: measure(["a"], n=[1, 2]), "Expected: a whole number of at least 1\nTry: call it once for each"),
+        (lambda: measure([(0, 1)]), "samples=(.|\n)*Try: name it: heads=..."),
         (lambda: measure(["a"], heads=[(0.5, 1)]), r"heads=\[\(0.5, 1\)\]\nExpected: \(layer, head\) pairs"),
         (lambda: measure(["a"], layers=["0"]), r"layers=\['0'\]\nExpected: whole numbers"),
-        (lambda: measure(), r"measure: missing a required argument: 'samples'\nExpected: measure\(samples, n"),
+        (
+            lambda: measure(),
+            r"measure: missing a required argument: 'samples'\nExpected: measure\(samples, n(.|\n)*Try: give samples=",
+        ),
         (lambda: measure(["a"], 5), "measure: too many positional arguments"),
     ],
 )

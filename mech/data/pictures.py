@@ -47,7 +47,8 @@ def picture(given: Any) -> Image.Image:
             )
         given = Image.fromarray(given[..., 0] if given.ndim == 3 and channels == 1 else given)
     if not isinstance(given, Image.Image):
-        raise InputError(f"a picture of type {type(given).__name__}", "a PIL image, a path or a uint8 array", "open it")
+        do = "pass tensor.numpy(), uint8 and channels last" if hasattr(given, "numpy") else "open it"
+        raise InputError(f"a picture of type {type(given).__name__}", "a PIL image, a path or a uint8 array", do)
     return _upright(given)
 
 

@@ -4,21 +4,22 @@ Answers are *teacher-forced*: the right answer follows the prompt, and the model
 answer is right when every token is the most likely one: when greedy generation would begin with it (without repetition
 penalties), at the cost of a single forward. Whether the model would then stop is not asked.
 
-Patching asks a ``Metric``: ``LogitDiff("seven", "two")``, ``LogProb``, ``Probability``, ``Rank`` or ``KL()``. It says
-which positions it reads, so that only their logits are ever computed.
+Patching asks a ``Metric``: ``LogitDiff("seven", "two")``, ``LogProb``, ``Probability``, ``Rank``, ``KL()``, or a
+function of your own (``OfLogits``). It says which positions it reads, so that only their logits are ever computed.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from mech.arguments import checked
+from mech import arguments
+from mech.arguments import checked, short
 from mech.data.samples import Sample
 from mech.errors import ExperimentError, InputError
 from mech.inputs import Inputs, TokenLayout
@@ -312,6 +313,46 @@ class KL(Metric):
             return (p.exp() * (p - q)).sum(-1)
 
         return Reading(_predicting(layout, 1), divergence)
+
+
+@checked
+@dataclass(frozen=True, repr=False)
+class OfLogits(Metric):
+    """A function of your own: logits [row 1 vocab] that predict the answer's first token -> one number for each row.
+
+    A function given in place of a metric becomes one: ``activation_patching(..., lambda logits: logits[:, -1, 4])``.
+    Attribution differentiates it.
+    """
+
+    function: Callable[..., Any]
+    unit: ClassVar[str] = "as your function returns it"
+
+    def __repr__(self) -> str:
+        return f"OfLogits({getattr(self.function, '__qualname__', type(self.function).__name__)})"
+
+    def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
+        if model is not None:
+            given = self.function(torch.zeros(2, 1, model.cfg.d_vocab, device=model.device))
+            if not isinstance(given, torch.Tensor) or given.shape != (2,):
+                of = f" of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else ""
+                raise ExperimentError(
+                    f"a {type(given).__name__}{of} from {self!r} for two rows of logits",
+                    "a tensor, a number for each row",
+                    "index the last position and a token: lambda logits: logits[:, -1, token]",
+                )
+        return Reading(_predicting(layout, 1), lambda logits, clean: self.function(logits))
+
+
+def _as_metric(name: str, value: Any) -> Metric:
+    if isinstance(value, Metric):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return OfLogits(value)
+    raise ExperimentError(f"{name}={short(value)}", METRIC, "build one: mech.LogitDiff(answer, wrong)")
+
+
+METRIC = "a metric, or a function of logits [row 1 vocab]"
+AnyMetric = Annotated[Metric, arguments.Reading(_as_metric, METRIC)]
 
 
 def _ids(model: HookedMLLM | None, answer: Answer, example: int) -> tuple[int, ...]:

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import xarray as xr
 
 from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError
-from mech.experiments.metrics import KL, LogitDiff, LogProb, Probability, Rank
+from mech.experiments.attribution.nodes import attribution
+from mech.experiments.metrics import KL, LogitDiff, LogProb, OfLogits, Probability, Rank
 from mech.experiments.patching.activation import activation_patching
 from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
@@ -52,6 +54,28 @@ def test_texts_are_read_with_the_models_tokenizer():
 def test_what_cannot_be_read_off_logits_is_refused(call, says):
     with pytest.raises(ExperimentError, match=says):
         call()
+
+
+def test_a_function_of_logits_is_a_metric_wherever_one_is_asked_for():
+    model = HookedMLLM.from_hf(tiny.model("llava"), tiny_processors.processor("llava"))
+    sample = haystacks("documents", 1, seed=3)[0]
+    clean, corrupted = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
+    right, wrong = 4, 7
+    known = LogitDiff(right, wrong)
+
+    def difference(logits):
+        return logits[:, -1, right] - logits[:, -1, wrong]
+
+    for measure in (activation_patching, attribution):
+        expected = measure(model, clean, corrupted, known)
+        found = measure(model, clean, corrupted, difference)
+        assert "difference" in found.attrs["measure"] and "0x" not in found.attrs["measure"]
+        xr.testing.assert_allclose(found, expected)
+    with pytest.raises(ExperimentError, match=r"Tensor of shape \(\) from OfLogits(.|\n)*a number for each row"):
+        activation_patching(model, clean, corrupted, lambda logits: logits[0, -1, right])
+    with pytest.raises(ExperimentError, match=r"metric='logit'(.|\n)*a function of logits(.|\n)*LogitDiff"):
+        activation_patching(model, clean, corrupted, "logit")
+    torch.testing.assert_close(OfLogits(lambda logits: logits[:, -1, 4])(LOGITS), LAST[:, 4])
 
 
 def test_answers_that_share_their_first_tokens_are_patched_where_they_part():

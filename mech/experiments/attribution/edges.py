@@ -31,7 +31,7 @@ from mech.data.samples import Samples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.attribution.nodes import DIRECTIONS, agreement_of, compared
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints, still
-from mech.experiments.metrics import Metric
+from mech.experiments.metrics import AnyMetric
 from mech.experiments.patching.plan import Given, Plan, Sweep
 from mech.experiments.paths.ends import Node
 from mech.inputs import Inputs
@@ -55,7 +55,7 @@ def edge_attribution(
     model: HookedMLLM,
     clean: Given,
     corrupted: Given | None,
-    metric: Metric,
+    metric: AnyMetric,
     *,
     senders: Annotated[Sequence[str], NOT_EMPTY] | None = None,
     receivers: Annotated[Sequence[str], NOT_EMPTY] | None = None,

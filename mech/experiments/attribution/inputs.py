@@ -23,7 +23,7 @@ from mech.arguments import Whole, checked, one_of
 from mech.axes import TOKEN
 from mech.errors import ExperimentError
 from mech.experiments.gradients import Edit, Score, check_smooth, differentiate, midpoints, still
-from mech.experiments.metrics import Metric
+from mech.experiments.metrics import AnyMetric
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.results import provenance
@@ -37,7 +37,7 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 def input_attribution(
     model: HookedMLLM,
     inputs: Inputs,
-    metric: Metric,
+    metric: AnyMetric,
     *,
     over: one_of(OVER) = "visual",
     ig_steps: Whole = 16,

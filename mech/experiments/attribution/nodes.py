@@ -29,7 +29,7 @@ from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.gradients import Slopes, between, check_smooth, differentiate, midpoints
-from mech.experiments.metrics import Metric
+from mech.experiments.metrics import AnyMetric, Metric
 from mech.experiments.patching.plan import Given, Plan, Scores, Sweep, in_tower
 from mech.experiments.patching.sweeps import KEYS, SQUARE, Patches, literal
 from mech.experiments.statistics import spearman
@@ -49,7 +49,7 @@ def attribution(
     model: HookedMLLM,
     clean: Given,
     corrupted: Given | None,
-    metric: Metric,
+    metric: AnyMetric,
     *,
     point: str = "attn.hook_z",
     over: Sequence[str] = (LAYER, HEAD),

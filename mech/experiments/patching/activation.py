@@ -31,7 +31,7 @@ from mech.arguments import Amount, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
-from mech.experiments.metrics import Metric
+from mech.experiments.metrics import AnyMetric
 from mech.experiments.patching.candidates import estimates
 from mech.experiments.patching.plan import EFFECT, POINTS, Given, Plan, Regions, Scores, Sweep, in_tower
 from mech.experiments.patching.sweeps import Patches, Wavefront, literal
@@ -53,7 +53,7 @@ def activation_patching(
     model: HookedMLLM,
     clean: Given,
     corrupted: Given | None,
-    metric: Metric,
+    metric: AnyMetric,
     *,
     point: str = "attn.hook_z",
     over: Sequence[str] = (LAYER, HEAD),

@@ -31,7 +31,7 @@ from mech.arguments import Count, Positive, Seed, Share, checked, one_of
 from mech.axes import EXAMPLE
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, OutputError
-from mech.experiments.metrics import Metric
+from mech.experiments.metrics import AnyMetric
 from mech.experiments.patching.plan import Given, pairs_of
 from mech.experiments.paths.ends import LETTERS, Node, Part, ends_of, mask_of
 from mech.experiments.paths.path_patching import DIRECTIONS, Pair, heads_and_mlps
@@ -149,9 +149,10 @@ class Circuit(Shown):
             lines.append(said + ".")
         return "\n".join(lines) or f"Nothing carries enough to {self.start}."
 
+    @checked
     @torch.no_grad()
     def faithfulness(
-        self, model: HookedMLLM, clean: Given, metric: Metric, *, corrupted: Given | None = None
+        self, model: HookedMLLM, clean: Given, metric: AnyMetric, *, corrupted: Given | None = None
     ) -> Float[xr.DataArray, " example"]:
         """The share of the clean run's metric that is left when every other head and MLP puts out the corrupted run's.
 
@@ -194,7 +195,7 @@ class Circuit(Shown):
 def trace_circuit(
     model: HookedMLLM,
     clean: Given,
-    metric: Metric,
+    metric: AnyMetric,
     *,
     corrupted: Given | None = None,
     start: str = "logits",

@@ -36,7 +36,7 @@ from mech.axes import EXAMPLE
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
-from mech.experiments.metrics import Metric
+from mech.experiments.metrics import AnyMetric, Metric
 from mech.experiments.patching.plan import EFFECT, Given, Plan, Sweep, effect_of, pairs_of
 from mech.experiments.paths.ends import FREEZE, Ends, Node, Part, ends_of, frozen_of, mask_of
 from mech.experiments.paths.walk import Walk, literal, norms_of, put
@@ -59,7 +59,7 @@ def path_patching(
     model: HookedMLLM,
     clean: Given,
     corrupted: Given | None,
-    metric: Metric,
+    metric: AnyMetric,
     *,
     senders: Ends,
     receivers: str | Ends = "logits",
