@@ -257,5 +257,6 @@ def calls(given: Given) -> dict[str, Call]:
         "LogitDiff": Call(mech.LogitDiff, {"answer": "a", "wrong": "b"}, {"answer": "answers", "wrong": "answers"}),
         "Probability": Call(mech.Probability, {"answer": "a"}, {"answer": "answers"}),
         "Rank": Call(mech.Rank, {"answer": "a"}, {"answer": "answers"}),
+        "OfLogits": Call(mech.OfLogits, {"function": print}, {"function": "function"}),
         "redirection_table": Call(mech.redirection_table, {}, {"result": "dataset"}),
     }
