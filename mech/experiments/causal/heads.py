@@ -39,9 +39,7 @@ def swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
         say({"noise": "noising", "denoise": "denoising"}[direction], done, total)
 
     if running() is not None:  # workers make the inputs of their own samples
-        effects = patched_pairs(
-            runs.model, runs.samples, forced=runs.forced, direction=direction, batch_size=1, progress=tell
-        )
+        effects = patched_pairs(runs.model, runs.samples, forced=runs.forced, direction=direction, progress=tell)
     else:
         clean, corrupted = ([pair[side] for pair in runs.pairs] for side in (0, 1))
         effects = activation_patching(runs.model, clean, corrupted, runs.metric, direction=direction, progress=tell)

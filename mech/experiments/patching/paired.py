@@ -18,11 +18,31 @@ from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
+from mech.results.provenance import data_record, jsonable
 from mech.scale.measures import per_sample
 
 
+def patched_pairs(model: HookedMLLM, samples: Samples, *, forced: bool = False, **options: Any) -> xr.Dataset:
+    """``activation_patching`` of every sample with its counterfactual, by the logit difference of their answers.
+
+    Args:
+        forced: both runs are given the answer, for answers that begin alike.
+        options: of ``activation_patching``, ``progress`` among them.
+
+    Raises:
+        ExperimentError: as there; a sample without a counterfactual.
+
+    Cost: as there, for each sample.
+    """
+    found = per_sample_pairs(model, samples, forced=forced, batch_size=1, **options)
+    # Of all samples, also where each block knows some of them.
+    metric, record = answers_apart(samples), found.attrs["provenance"]
+    record = {**record, "metric": jsonable(metric), "data": data_record(Samples(samples))}
+    return found.assign_attrs(measure=repr(metric), provenance=record)
+
+
 @per_sample("patching")
-def patched_pairs(
+def per_sample_pairs(
     model: HookedMLLM,
     samples: Samples,
     *,
@@ -31,18 +51,7 @@ def patched_pairs(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> xr.Dataset:
-    """``activation_patching`` of every sample with its counterfactual, by the logit difference of their answers.
-
-    Args:
-        forced: both runs are given the answer, for answers that begin alike.
-        batch_size: has no effect: pairs are patched one by one.
-        options: of ``activation_patching``.
-
-    Raises:
-        ExperimentError: as there; a sample without a counterfactual.
-
-    Cost: as there, for each sample.
-    """
+    """The numbers of ``patched_pairs``, pair by pair whatever the ``batch_size``."""
     clean, corrupted = (list(samples), None) if not forced else forced_inputs(model, samples)
     found = activation_patching(model, clean, corrupted, answers_apart(samples), progress=progress, **options)
     found.attrs.pop("forwards", None)  # of some samples only, where a sweep was cut
