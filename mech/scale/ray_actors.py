@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class OnRay:
         self.workers = sum(_fits(node, share, threads) for node in nodes)
         self.in_flight = self.workers
         self._placement = {"device_map": "auto"} if share > 1 else {} if share else {"device": "cpu"}
-        self._actors: list[Any] = []
+        self._actors: list[Any] = []  # None in the place of one that died, until there is a block for it
 
     def ready(self, job: Job, model: Any) -> None:
         """Hold all nodes against the job.
@@ -113,8 +114,8 @@ class OnRay:
                 f"{model.name} takes {weights / 1e9:.1f} GB, and the largest node has {self._memory / 1e9:.1f}",
                 f"{ROOM:g} times its weights on a node", "add a larger node",
             )  # fmt: skip
-        while len(self._actors) < self.workers:
-            self._actors.append(self._started())
+        self._actors += [None] * (self.workers - len(self._actors))
+        self._actors = [actor or self._started() for actor in self._actors]
         for state, said in self._ray.get([actor.fit.remote(job.key, weights) for actor in self._actors]):
             if state == "refused":
                 raise _raised(said)
@@ -144,7 +145,7 @@ class OnRay:
                     later.append((time.monotonic() + PAUSE * (outcome.state == "held"), task))
 
     def close(self) -> None:
-        for actor in self._actors:
+        for actor in filter(None, self._actors):
             self._ray.kill(actor)
         self._actors = []
 
@@ -156,14 +157,15 @@ class OnRay:
         """Give a block to an actor; the name is what Ray's dashboard shows."""
         packed = pack([task.block, task.samples, dict(task.beside)])
         name = f"{task.block.what} from sample {task.block.first}"
+        self._actors[place] = self._actors[place] or self._started()
         return self._actors[place].attempt.options(name=name).remote(packed)
 
     def _outcome(self, ref: Any, place: int, task: Task) -> Outcome:
-        """How a block ended; where its actor died, another one stands in its place."""
+        """How a block ended; where its actor died, another one takes its place when there is a block for it."""
         try:
             state, said = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
-            self._actors[place] = self._started()
+            self._actors[place] = None
             self.folder.release(task.key)
             said = f"the worker died ({type(error).__name__})"
             self.folder.fail(task.key, f"actor {place}", said, task.block.ids)
@@ -232,8 +234,14 @@ def _connected(ray: Any, address: str) -> None:
     """Connect to a cluster, or start one here.
 
     Raises:
-        MechError: it cannot be reached.
+        MechError: it cannot be reached, or what reaches it is not installed.
     """
+    if address.startswith("ray://") and find_spec("grpc") is None:
+        raise MechError(
+            f"the Ray cluster {address!r} without Ray's client (grpcio is not installed)",
+            "the extra of mech for clusters, which brings it; auto, on a machine of the cluster, goes without",
+            "pip install 'mech[ray]'",
+        )  # fmt: skip
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         with warnings.catch_warnings():
@@ -243,7 +251,7 @@ def _connected(ray: Any, address: str) -> None:
         raise MechError(
             f"the Ray cluster {address!r} cannot be reached ({str(error).strip().splitlines()[0]})",
             "a cluster that runs, and its address: auto on one of its machines, ray://HOST:10001 from elsewhere",
-            "run `ray status` on its head node; ray:// needs pip install 'ray[client]'",
+            "run `ray status` on its head node",
         ) from error
 
 

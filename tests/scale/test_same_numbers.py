@@ -1,4 +1,4 @@
-"""Every measurement that can be cut: blocks in any order, by workers that each hold a model, give what one process gives."""
+"""Every measurement that is cut into blocks, in any order and by two workers, gives what one process gives."""
 
 import ast
 import random
@@ -9,7 +9,6 @@ import pytest
 import xarray as xr
 
 import mech
-from mech.data.samples import Samples
 from mech.experiments.patching.paired import patched_pairs
 from mech.scale.folder import Folder
 from mech.scale.run import Run, driving
