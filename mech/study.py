@@ -21,7 +21,7 @@ was when the same command is given again, and ends in the same numbers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -37,7 +37,7 @@ from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
 from mech.experiments.ablation.ablation import Condition, How, ablated
 from mech.experiments.ablation.design import CLAIM, Design
-from mech.experiments.ablation.forms import forms_in
+from mech.experiments.ablation.forms import Scenes, forms_in
 from mech.experiments.attention.maps import attention_maps
 from mech.experiments.causal.report import CausalReport, causal_report
 from mech.experiments.findings import acceleration, forms
@@ -65,7 +65,7 @@ from mech.model import HookedMLLM
 from mech.results import Study, map_facts, provenance, write_json
 from mech.scale import BlocksFailed, open_model, rest_goes_on, split_revision
 from mech.settings import Settings, default_domains, default_settings
-from mech.sparse.frontier.acceleration import local_for
+from mech.sparse.frontier.acceleration import Comparison, local_for
 from mech.sparse.frontier.resumable import acceleration_in
 from mech.sparse.localize import localize
 
@@ -107,17 +107,44 @@ def study(
     as many for the other scores, ``n_test`` for every condition, and for each of ``n_causal`` samples about three for
     every head.
     """
-    from mech.views import report
-
     if data is None and settings is None and domains is None:
         domains = default_domains(models)
     settings = settings or default_settings(models)
-    say = progress or (lambda what, done, total: None)
+    shorts = _folders(models)
+    _refuse(domains, data)
+    given = asdict(settings) | {"data": data.digest() if data is not None else None}
+    with Study(folder, given) as results:
+        summary: dict[str, Any] = {"schema": 1, "models": {}, "acceleration": {}}
+        failed: list[BlocksFailed] = []
+        for name, short in shorts.items():  # a model is gone before the next one is opened
+            studied = StudiedModel(results, open_model(name), short, settings, progress or _silent)
+            _of_model(studied, summary, domains, data, failed)
+            del studied
+        if failed:
+            raise BlocksFailed.of(failed)
+        if not summary["models"]:
+            raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
+        if settings.shares and tuple(models) == DEFAULT_MODELS and data is None:
+            summary["acceleration"] |= _accelerated_long(results, domains, settings, progress or _silent)
+        return _written(results, summary)
+
+
+def _folders(models: Sequence[str]) -> dict[str, str]:
+    """Models -> the names of their folders.
+
+    Raises:
+        ExperimentError: no models, a name that cannot be one, or two of one folder.
+    """
     for name in models:
         split_revision(name)  # refuses a bad one before anything is opened
     shorts = {name: short_name(name) for name in models}
     if len(set(shorts.values())) < len(models) or not models:
         raise ExperimentError(f"models {list(models)}", "at least one, each with a name of its own", "rename a folder")
+    return shorts
+
+
+def _refuse(domains: Sequence[str] | None, data: Samples | None) -> None:
+    """Raise for a domain that nobody knows, and for samples without evidence."""
     for domain in domains or ():
         known = data.domains if data is not None else DOMAINS
         if domain not in known:
@@ -125,57 +152,59 @@ def study(
     if lone := [sample.id for sample in data or () if not sample.evidence]:
         what = f"{len(lone)} samples have no evidence, the first is {lone[0]!r}"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
-    given = asdict(settings) | {"data": data.digest() if data is not None else None}
-    with Study(folder, given) as place:
-        summary: dict[str, Any] = {"schema": 1, "models": {}, "acceleration": {}}
-        retrieval: dict[str, dict[str, Ranking]] = {}
-        failed: list[BlocksFailed] = []
-        for name, short in shorts.items():
-            model = open_model(name)
-            wanted = samples_of(model, name, domains, data, settings)
-            if not wanted:  # it takes no video, and nothing else was asked for
-                continue
-            same_weights(place, model, short)
-            facts: dict[str, Any] = {
-                "n_layers": model.cfg.n_layers,
-                "n_heads": model.cfg.n_heads,
-                "family": model.cfg.family,
-                "domains": {},
-            }
-            rankings: dict[str, Ranking] = {}
-            for domain, samples in wanted.items():
-                with rest_goes_on(failed):
-                    found = one_domain(place, model, f"{short}/{domain}", samples, settings, say)
-                    facts["domains"][domain], rankings[domain] = found
-            facts["agreement"] = summarise_agreement(rankings) if rankings else {}
-            summary["models"][short] = facts
-            retrieval[short] = {domain: above_null(place.get(f"{short}/{domain}/ram")) for domain in rankings}
-            if settings.shares:
-                with rest_goes_on(failed):
-                    long = longest(model, wanted, settings, own=data is not None)
-                    summary["acceleration"] |= accelerated(place, model, short, long, settings, say)
-            if settings.n_forms and data is None:
-                with rest_goes_on(failed):
-                    facts |= both_forms(place, model, short, next(iter(wanted)), settings, say)
-            del model  # before the next one is loaded
-        if failed:
-            raise BlocksFailed.of(failed)
-        if not summary["models"]:
-            raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
-        if settings.shares and tuple(models) == DEFAULT_MODELS and data is None:
-            summary["acceleration"] |= accelerated_long(place, domains, settings, say)
-        summary["scales"] = summarise_scales(retrieval)
-        summary["detectable"] = detectable(summary)
-        summary["scope"] = scope(summary["models"])
-        summary["findings"] = findings(summary)
-        summary["headlines"] = headlines(summary["findings"])
-        summary["verdicts"] = verdicts(summary)
-        rams = {(s, d): place.get(f"{s}/{d}/ram") for s, facts in summary["models"].items() for d in facts["domains"]}
-        summary["pooled"] = pooled(summary, rams)
-        records = {record["model"]: record["provenance"] for record in place.records}
-        summary["provenance"] = {s: records[s] for s in dict.fromkeys([*summary["models"], *summary["acceleration"]])}
-        write_json(summary, place.path / "summary.json")
-        return report(place.path)
+
+
+def _of_model(
+    studied: "StudiedModel",
+    summary: dict[str, Any],
+    domains: Sequence[str] | None,
+    data: Samples | None,
+    failed: list[BlocksFailed],
+) -> None:
+    """Add one model to the summary: every domain, sparse inference, and pictures against text."""
+    settings, model = studied.settings, studied.model
+    wanted = studied.samples(domains, data)
+    if not wanted:  # it takes no video, and nothing else was asked for
+        return
+    studied.record_weights()
+    facts: dict[str, Any] = {"n_layers": model.cfg.n_layers, "n_heads": model.cfg.n_heads, "family": model.cfg.family}
+    facts["domains"], rankings = {}, {}
+    for domain, samples in wanted.items():
+        with rest_goes_on(failed):
+            facts["domains"][domain], rankings[domain] = studied.domain(domain, samples)
+    facts["agreement"] = summarise_agreement(rankings) if rankings else {}
+    summary["models"][studied.short] = facts
+    if settings.shares:
+        with rest_goes_on(failed):
+            summary["acceleration"] |= studied.accelerated(longest(model, wanted, settings, own=data is not None))
+    if settings.n_forms and data is None:
+        with rest_goes_on(failed):
+            facts |= studied.both_forms(next(iter(wanted)))
+
+
+def _written(results: Study, summary: dict[str, Any]) -> Path:
+    """The summary with what all models say together, and the report, both written."""
+    from mech.views import report
+
+    rams = {(s, d): results.get(f"{s}/{d}/ram") for s, facts in summary["models"].items() for d in facts["domains"]}
+    retrieval: dict[str, dict[str, Ranking]] = {short: {} for short in summary["models"]}
+    for (short, domain), ram in rams.items():
+        retrieval[short][domain] = above_null(ram)
+    summary["scales"] = summarise_scales(retrieval)
+    summary["detectable"] = detectable(summary)
+    summary["scope"] = scope(summary["models"])
+    summary["findings"] = findings(summary)
+    summary["headlines"] = headlines(summary["findings"])
+    summary["verdicts"] = verdicts(summary)
+    summary["pooled"] = pooled(summary, rams)
+    records = {record["model"]: record["provenance"] for record in results.records}
+    summary["provenance"] = {s: records[s] for s in dict.fromkeys([*summary["models"], *summary["acceleration"]])}
+    write_json(summary, results.path / "summary.json")
+    return report(results.path)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody asked for."""
 
 
 def short_name(name: str) -> str:
@@ -189,158 +218,173 @@ def short_name(name: str) -> str:
     return folder.resolve().name if folder.is_dir() else name.strip("/").replace("/", "--")
 
 
-def same_weights(place: Study, model: HookedMLLM, short: str) -> None:
-    """Record the model before its first result, and refuse to mix results of two checkpoints.
+@dataclass(frozen=True)
+class StudiedModel:
+    """One model in a study: what is measured of it, computed or found in the folder.
 
-    Raises:
-        OutputError: the folder holds results of other weights under this name.
+    Attributes:
+        results: the study.
+        model: a hooked model.
+        short: the model's folder.
+        settings: those of the study.
+        say: called with (what, done, in all).
     """
-    record = provenance(model, seed=place.settings.get("seed"))
-    known = [entry["provenance"] for entry in place.records if entry.get("model") == short]
-    if not known:
-        place.record({"model": short, "provenance": record})
-    elif known[0]["model"]["weights"] != record["model"]["weights"]:
-        raise OutputError(
-            f"{place.path} holds results of other weights of {short}",
-            "one checkpoint for each name",
-            "give another folder, or delete this one",
+
+    results: Study
+    model: HookedMLLM
+    short: str
+    settings: Settings
+    say: Progress
+
+    def record_weights(self) -> None:
+        """Record the model before its first result, and refuse to mix results of two checkpoints.
+
+        Raises:
+            OutputError: the folder holds results of other weights under this name.
+        """
+        record = provenance(self.model, seed=self.settings.seed)
+        known = [entry["provenance"] for entry in self.results.records if entry.get("model") == self.short]
+        if not known:
+            self.results.record({"model": self.short, "provenance": record})
+        elif known[0]["model"]["weights"] != record["model"]["weights"]:
+            raise OutputError(
+                f"{self.results.path} holds results of other weights of {self.short}",
+                "one checkpoint for each name",
+                "give another folder, or delete this one",
+            )
+
+    def samples(self, domains: Sequence[str] | None, data: Samples | None) -> dict[str, Samples]:
+        """The samples of each domain: the user's, or haystacks; without video where the model takes none.
+
+        Raises:
+            ExperimentError: too few samples of a domain.
+        """
+        takes_video = self.model.processor.video_token is not None
+        if data is not None:
+            wanted = tuple(domains or data.domains)
+            found = {domain: data.where(lambda sample, domain=domain: sample.domain == domain) for domain in wanted}
+            for domain in wanted:
+                if len(found[domain]) < 4:
+                    raise ExperimentError(
+                        f"{len(found[domain])} samples of domain {domain!r}", "at least four", "add samples"
+                    )
+                check_domain(domain)
+            return {domain: of_it for domain, of_it in found.items() if takes_video or not next(iter(of_it)).video}
+        name, n = str(self.model.name), self.settings.n_find + self.settings.n_test
+        learnt = reference.card(split_revision(name)[0])["domains"] if name.startswith(reference.PREFIX) else DOMAINS
+        wanted = tuple(domains or learnt)
+        return {
+            domain: haystacks(domain, n, self.settings.seed) for domain in wanted if takes_video or domain != "video"
+        }
+
+    def domain(self, domain: str, samples: Samples) -> tuple[dict[str, Any], Ranking]:
+        """The results of one domain, and their summary."""
+        results, settings, key = self.results, self.settings, f"{self.short}/{domain}"
+        find, test = samples.split(settings.n_find / (settings.n_find + settings.n_test), settings.seed)
+        refuse_overlap(test, [sample.id for sample in find], "found the heads")
+        if not results.done(f"{key}/ram"):
+            tell = partial(self.say, f"{key}: attention")
+            ram = retrieval_attention_mass(self.model, find, batch_size=settings.batch_size, progress=tell)
+            results.put(f"{key}/ram", ram)
+        ram = results.get(f"{key}/ram")
+        ranking = rank_heads(ram, domain=domain)
+        scores = self.every_score(key, find)
+        causal = self.causality(key, find, test, ranking) if settings.n_causal else None
+        patched = results.get(f"{key}/causal") if results.done(f"{key}/causal") else None
+        design = Design(**{field.name: getattr(settings, field.name) for field in fields(Design)})
+        self.ablations(
+            key, find, test, design.conditions(ranking, rank_heads(ram, "vision_mass"), known_necessary(patched))
         )
+        shown = representative(find, ram, ranking.top(CLAIM), settings.n_maps)
+        if not results.done(f"{key}/maps"):
+            self.say(f"{key}: pictures", 0, 1)
+            results.put(f"{key}/maps", maps_of(self.model, shown, ranking, patched))
+            self.say(f"{key}: pictures", 1, 1)
+        keep_pictures(results, key, shown)
+        facts = summarise_domain(ranking, ram, results.get(f"{key}/ablation")) | {"scores": scores}
+        return facts | ({} if causal is None else {"causal": causal}), ranking
 
+    def ablations(self, key: str, find: Samples, test: Samples, todo: list[Condition]) -> None:
+        """Measure the conditions that are missing, and save each as soon as it is there.
 
-def samples_of(
-    model: HookedMLLM, name: str, domains: Sequence[str] | None, data: Samples | None, settings: Settings
-) -> dict[str, Samples]:
-    """The samples of each domain: the user's, or haystacks; without video where the model takes none.
+        Methods after the first are asked of the first ``n_other`` test samples; what they were not asked is nan.
+        """
+        settings, missing = self.settings, self.results.missing(f"{key}/ablation", len(todo))
+        done = count(len(todo) - len(missing) + 1)
+        other = [i for i in missing if todo[i].method in settings.methods[1:]]
+        options: dict[str, Any] = dict(batch_size=settings.batch_size, seed=settings.seed)
+        how = How(reference_activations(self.model, find, **options) if missing else None, seed=settings.seed)
+        for some, samples in (([i for i in missing if i not in other], test), (other, test[: settings.n_other])):
+            parts = ablated(self.model, samples, [todo[i] for i in some], how, settings.batch_size) if some else ()
+            for index, part in zip(some, parts, strict=True):
+                self.results.append(f"{key}/ablation", part.reindex(example=[sample.id for sample in test]), index)
+                self.say(f"{key}: ablation", next(done), len(todo))
+        if not self.results.done(f"{key}/ablation"):
+            record = provenance(self.model, {"find": find, "test": test}, seed=settings.seed)
+            facts: dict[str, Any] = dict(model=self.model.name, domain=key.rsplit("/", 1)[-1])
+            facts |= dict(positions="all", phase="both")
+            self.results.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
 
-    Raises:
-        ExperimentError: too few samples of a domain.
-    """
-    takes_video = model.processor.video_token is not None
-    if data is not None:
-        wanted = tuple(domains or data.domains)
-        found = {domain: data.where(lambda sample, domain=domain: sample.domain == domain) for domain in wanted}
-        for domain in wanted:
-            if len(found[domain]) < 4:
-                raise ExperimentError(
-                    f"{len(found[domain])} samples of domain {domain!r}", "at least four", "add samples"
-                )
-            check_domain(domain)
-        return {domain: of_it for domain, of_it in found.items() if takes_video or not next(iter(of_it)).video}
-    learnt = reference.card(split_revision(name)[0])["domains"] if name.startswith(reference.PREFIX) else DOMAINS
-    wanted = tuple(domains or learnt)
-    n = settings.n_find + settings.n_test
-    return {domain: haystacks(domain, n, settings.seed) for domain in wanted if takes_video or domain != "video"}
+    def every_score(self, key: str, find: Samples) -> dict[str, Any]:
+        """How far the scores of the literature agree on one model and domain, computed or found."""
+        if not self.results.done(f"{key}/scores"):
+            options: dict[str, Any] = dict(batch_size=self.settings.batch_size, seed=self.settings.seed)
+            options |= dict(progress=partial(self.say, f"{key}: scores"))
+            known = {name: score for name, score in PUBLISHED.items()
+                     if score.calibrate != "distractors" or all(sample.distractors for sample in find)}  # fmt: skip
+            try:
+                found = head_scores(self.model, find, tuple(known), **options)
+            except ExperimentError:  # a model that says nothing has no rows of what it says
+                spoken = [name for name, score in known.items() if score.queries != "generated"]
+                found = head_scores(self.model, find, spoken, **options)
+            self.results.put(f"{key}/scores", found)
+        return summarise_scores(self.results.get(f"{key}/scores"))
 
+    def causality(self, key: str, find: Samples, test: Samples, ranking: Ranking) -> dict[str, Any]:
+        """The causal report of one model on one domain, computed or found; the reason where there can be none.
 
-def one_domain(
-    place: Study, model: HookedMLLM, key: str, samples: Samples, settings: Settings, say: Progress
-) -> tuple[dict[str, Any], Ranking]:
-    """The results of one model on one domain, computed or found, and their summary."""
-    find, test = samples.split(settings.n_find / (settings.n_find + settings.n_test), settings.seed)
-    refuse_overlap(test, [sample.id for sample in find], "found the heads")
-    if not place.done(f"{key}/ram"):
-        scores = retrieval_attention_mass(
-            model, find, batch_size=settings.batch_size, progress=lambda i, n: say(f"{key}: attention", i, n)
-        )
-        place.put(f"{key}/ram", scores)
-    ram = place.get(f"{key}/ram")
-    ranking = rank_heads(ram, domain=key.rsplit("/", 1)[-1])
-    scores = every_score(place, model, key, find, settings, say)
-    causal = causality(place, model, key, find, test, ranking, settings, say) if settings.n_causal else None
-    patched = place.get(f"{key}/causal") if place.done(f"{key}/causal") else None
-    design = Design(**{field.name: getattr(settings, field.name) for field in fields(Design)})
-    todo = design.conditions(ranking, rank_heads(ram, "vision_mass"), known_necessary(patched))
-    ablations(place, model, key, find, test, todo, settings, say)
-    shown = representative(find, ram, ranking.top(CLAIM), settings.n_maps)
-    if not place.done(f"{key}/maps"):
-        say(f"{key}: pictures", 0, 1)
-        place.put(f"{key}/maps", maps_of(model, shown, ranking, patched))
-        say(f"{key}: pictures", 1, 1)
-    keep_pictures(place, key, shown)
-    facts = summarise_domain(ranking, ram, place.get(f"{key}/ablation")) | {"scores": scores}
-    return facts | ({} if causal is None else {"causal": causal}), ranking
+        Samples without a counterfactual get one by blanking their evidence.
+        """
+        if not self.results.done(f"{key}/causal"):
+            find, test = find[: self.settings.n_order], test[: self.settings.n_causal]
+            blanked = not all(sample.counterfactual for sample in (*find, *test))
+            try:
+                if blanked:
+                    find, test = with_counterfactuals(self.model, find), with_counterfactuals(self.model, test)
+                found = causal_report(
+                    self.model, test, ranking, find=find, method=None, n_random=2, seed=self.settings.seed,
+                    batch_size=self.settings.batch_size, progress=lambda what, i, n: self.say(f"{key}: {what}", i, n),
+                )  # fmt: skip
+            except ExperimentError as error:  # the answers do not hang on the evidence, or the model cannot tell
+                return {"reason": error.given}
+            found.dataset.attrs["corruption"] = (
+                "the evidence in the picture's mean colour" if blanked else "counterfactuals"
+            )
+            self.results.put(f"{key}/causal", found.dataset)
+        return CausalReport(self.results.get(f"{key}/causal")).facts()
 
-
-def ablations(
-    place: Study,
-    model: HookedMLLM,
-    key: str,
-    find: Samples,
-    test: Samples,
-    todo: list[Condition],
-    settings: Settings,
-    say: Progress,
-) -> None:
-    """Measure the conditions that are missing, and save each as soon as it is there.
-
-    Methods after the first are asked of the first ``n_other`` test samples; what they were not asked is nan.
-    """
-    missing = place.missing(f"{key}/ablation", len(todo))
-    done = count(len(todo) - len(missing) + 1)
-    other = [i for i in missing if todo[i].method in settings.methods[1:]]
-    bank = reference_activations(model, find, batch_size=settings.batch_size, seed=settings.seed) if missing else None
-    how = How(bank, seed=settings.seed)
-    for some, samples in (([i for i in missing if i not in other], test), (other, test[: settings.n_other])):
-        parts = ablated(model, samples, [todo[i] for i in some], how, settings.batch_size) if some else ()
-        for index, part in zip(some, parts, strict=True):
-            place.append(f"{key}/ablation", part.reindex(example=[sample.id for sample in test]), index)
-            say(f"{key}: ablation", next(done), len(todo))
-    if not place.done(f"{key}/ablation"):
-        record = provenance(model, {"find": find, "test": test}, seed=settings.seed)
-        facts: dict[str, Any] = dict(model=model.name, domain=key.rsplit("/", 1)[-1], positions="all", phase="both")
-        place.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
-
-
-def every_score(
-    place: Study, model: HookedMLLM, key: str, find: Samples, settings: Settings, say: Progress
-) -> dict[str, Any]:
-    """How far the scores of the literature agree on one model and domain, computed or found."""
-    if not place.done(f"{key}/scores"):
-        options: dict[str, Any] = dict(
-            batch_size=settings.batch_size, seed=settings.seed, progress=partial(say, f"{key}: scores")
-        )
-        known = {name: score for name, score in PUBLISHED.items()
-                 if score.calibrate != "distractors" or all(sample.distractors for sample in find)}  # fmt: skip
+    def accelerated(self, samples: Samples) -> dict[str, Any]:
+        """Sparse inference, computed or found; nothing where it cannot be tried."""
+        settings, key = self.settings, f"{self.short}/acceleration"
+        split = samples[: settings.n_long].split(RANKING, settings.seed)
+        compared = Comparison(settings.choices, settings.shares, settings.n_sets, settings.seed, settings.batch_size)
         try:
-            found = head_scores(model, find, tuple(known), **options)
-        except ExperimentError:  # a model that says nothing has no rows of what it says
-            spoken = [name for name, score in known.items() if score.queries != "generated"]
-            found = head_scores(model, find, spoken, **options)
-        place.put(f"{key}/scores", found)
-    return summarise_scores(place.get(f"{key}/scores"))
+            local = local_for(self.model, split[1], gate_steps=24)
+            localize(self.model, local.policy).close()
+        except (ExperimentError, UnsupportedModel):  # prompts within the window; layers that share keys and values
+            return {}
+        found = acceleration_in(self.results, key, self.model, split, local, compared, self.say)
+        return {self.short: acceleration.summarise(found)}
 
-
-def causality(
-    place: Study,
-    model: HookedMLLM,
-    key: str,
-    find: Samples,
-    test: Samples,
-    ranking: Ranking,
-    settings: Settings,
-    say: Progress,
-) -> dict[str, Any]:
-    """The causal report of one model on one domain, computed or found; the reason where there can be none.
-
-    Samples without a counterfactual get one by blanking their evidence.
-    """
-    if not place.done(f"{key}/causal"):
-        find, test = find[: settings.n_order], test[: settings.n_causal]
-        blanked = not all(sample.counterfactual for sample in (*find, *test))
-        try:
-            if blanked:
-                find, test = with_counterfactuals(model, find), with_counterfactuals(model, test)
-            found = causal_report(
-                model, test, ranking, find=find, method=None, n_random=2, seed=settings.seed,
-                batch_size=settings.batch_size, progress=lambda what, i, n: say(f"{key}: {what}", i, n),
-            )  # fmt: skip
-        except ExperimentError as error:  # the answers do not hang on the evidence, or the model cannot tell
-            return {"reason": error.given}
-        found.dataset.attrs["corruption"] = (
-            "the evidence in the picture's mean colour" if blanked else "counterfactuals"
-        )
-        place.put(f"{key}/causal", found.dataset)
-    return CausalReport(place.get(f"{key}/causal")).facts()
+    def both_forms(self, domain: str) -> dict[str, Any]:
+        """Heads on pictures and on text, computed or found; nothing for a model whose base cannot be opened."""
+        settings, name = self.settings, str(self.model.name)
+        if not name.startswith(reference.PREFIX) or "base" not in reference.revisions(name):
+            return {}
+        of = Scenes(domain, settings.n_forms, CLAIM, settings.n_sets, settings.seed, settings.batch_size)
+        base = partial(open_model, f"{name}@base")
+        found = forms_in(self.results, f"{self.short}/forms", self.model, base, of, self.say)
+        return {"forms": forms.summarise(found)}
 
 
 def longest(model: HookedMLLM, wanted: dict[str, Samples], settings: Settings, own: bool = False) -> Samples:
@@ -353,49 +397,18 @@ def longest(model: HookedMLLM, wanted: dict[str, Samples], settings: Settings, o
     return max(wanted.values(), key=lambda samples: len(model.inputs_of(next(iter(samples))).layout))
 
 
-def accelerated(
-    place: Study, model: HookedMLLM, short: str, samples: Samples, settings: Settings, say: Progress
+def _accelerated_long(
+    results: Study, domains: Sequence[str] | None, settings: Settings, say: Progress
 ) -> dict[str, Any]:
-    """Sparse inference of one model, computed or found; nothing where it cannot be tried."""
-    find, test = samples[: settings.n_long].split(RANKING, settings.seed)
-    options: dict[str, Any] = dict(
-        shares=settings.shares, choices=settings.choices, n_random=settings.n_sets, batch_size=settings.batch_size,
-        seed=settings.seed, say=say,
-    )  # fmt: skip
-    try:
-        local = local_for(model, test, gate_steps=24)
-        localize(model, local.policy).close()
-    except (ExperimentError, UnsupportedModel):  # prompts within the window; layers that share keys and values
-        return {}
-    found = acceleration_in(place, f"{short}/acceleration", model, find, test, local, **options)
-    return {short: acceleration.summarise(found)}
-
-
-def accelerated_long(place: Study, domains: Sequence[str] | None, settings: Settings, say: Progress) -> dict[str, Any]:
     """Sparse inference of the models of long contexts that are installed, where a window matters most."""
     found: dict[str, Any] = {}
+    smaller = replace(settings, batch_size=max(1, settings.batch_size // 4))
     for name, pages in LONG.items():
         if short_name(name) in reference.names() and (domains is None or "pages" in domains):
-            model = HookedMLLM.from_pretrained(name)
-            same_weights(place, model, short_name(name))
-            samples = haystacks("pages", settings.n_long, settings.seed, n_pictures=pages)
-            smaller = replace(settings, batch_size=max(1, settings.batch_size // 4))
-            found |= accelerated(place, model, short_name(name), samples, smaller, say)
+            studied = StudiedModel(results, HookedMLLM.from_pretrained(name), short_name(name), smaller, say)
+            studied.record_weights()
+            found |= studied.accelerated(haystacks("pages", settings.n_long, settings.seed, n_pictures=pages))
     return found
-
-
-def both_forms(
-    place: Study, model: HookedMLLM, short: str, domain: str, settings: Settings, say: Progress
-) -> dict[str, Any]:
-    """Heads on pictures and on text, computed or found; nothing for a model without the one that it was tuned from."""
-    name = str(model.name)
-    if not name.startswith(reference.PREFIX) or "base" not in reference.revisions(name):
-        return {}
-    found = forms_in(
-        place, f"{short}/forms", model, lambda: open_model(f"{name}@base"), domain, settings.n_forms, k=CLAIM,
-        n_random=settings.n_sets, seed=settings.seed, batch_size=settings.batch_size, say=say,
-    )  # fmt: skip
-    return {"forms": forms.summarise(found)}
 
 
 def maps_of(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dataset | None) -> xr.Dataset:
@@ -418,11 +431,11 @@ def maps_of(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.D
     return attention_maps(model, samples, ranking, bands=bands, deciding=deciding)
 
 
-def keep_pictures(place: Study, key: str, samples: Samples) -> None:
+def keep_pictures(results: Study, key: str, samples: Samples) -> None:
     """Write the pictures that the maps of these samples name, those that are missing or damaged."""
-    folder = place.file(f"{key}/maps").parent
+    folder = results.file(f"{key}/maps").parent
     make_folder(folder)
-    for sample, facts in zip(samples, map_facts(place.get(f"{key}/maps")), strict=True):
+    for sample, facts in zip(samples, map_facts(results.get(f"{key}/maps")), strict=True):
         pace = -(-len(sample.video) // len(facts["pictures"])) or 1
         for file, picture in zip(facts["pictures"], pictures_of(sample, pace), strict=True):
             shown = picture.convert("RGB")

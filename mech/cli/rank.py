@@ -57,13 +57,8 @@ def rank(
     warned = [
         f"{name}: {text}" for name, ranking in rankings.items() for _, text in unstable(stability(ranking) or EMPTY)
     ]
-    written = {**first.to_json(), "null": nulls[names[0]], "cautions": warned}
-    if len(rankings) > 1:
-        agree = mech.agreement(rankings, k=top, n_resamples=500, seed=run.seed)
-        matrices = {str(name): values.values.tolist() for name, values in agree.items()}
-        written = {"rankings": {n: {**ranking.to_json(), "null": nulls[n]} for n, ranking in rankings.items()},
-                   "cautions": warned,
-                   "agreement": {"scores": names, "n_top": top, **matrices}}  # fmt: skip
+    agree = mech.agreement(rankings, k=top, n_resamples=500, seed=run.seed) if len(rankings) > 1 else None
+    written = _in_json(rankings, nulls, agree, top) | {"cautions": warned}
     if out is not None:
         write_json(written, out)
     if export is not None:
@@ -75,14 +70,27 @@ def rank(
     for name, ranking in rankings.items():
         unit = record.scores[name].about["unit"]
         _print_ranking(ranking, nulls[name], f"{hooked.name} on {called}: {name} ({unit}), {len(some)}", top)
-    if len(rankings) > 1:
-        chance = f"by chance {float(agree['jaccard_null'][0, 1]):.2f}"
-        for name, what in (
-            ("spearman", "Rank correlation of all heads"),
-            ("jaccard", f"Jaccard of the top {top}, {chance}"),
-        ):
-            rows = [(row_name, *(_agreed(agree, name, row_name, other) for other in names)) for row_name in names]
-            options.print_table(f"{what} (95% interval over samples)", ("", *names), rows)
+    if agree is not None:
+        _print_agreement(agree, names, top)
+
+
+def _in_json(rankings: dict[str, Any], nulls: dict[str, Any], agree: Any, top: int) -> dict[str, Any]:
+    """One ranking with its nulls; or all of them by name, and how far they agree."""
+    each = {name: {**ranking.to_json(), "null": nulls[name]} for name, ranking in rankings.items()}
+    if agree is None:
+        return next(iter(each.values()))
+    matrices = {str(name): values.values.tolist() for name, values in agree.items()}
+    return {"rankings": each, "agreement": {"scores": list(rankings), "n_top": top, **matrices}}
+
+
+def _print_agreement(agree: Any, names: list[str], top: int) -> None:
+    chance = f"by chance {float(agree['jaccard_null'][0, 1]):.2f}"
+    for name, what in (
+        ("spearman", "Rank correlation of all heads"),
+        ("jaccard", f"Jaccard of the top {top}, {chance}"),
+    ):
+        rows = [(row_name, *(_agreed(agree, name, row_name, other) for other in names)) for row_name in names]
+        options.print_table(f"{what} (95% interval over samples)", ("", *names), rows)
 
 
 def _print_ranking(ranking: Any, null: dict[str, Any], title: str, top: int) -> None:

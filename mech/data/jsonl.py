@@ -19,7 +19,7 @@ What it does not do: read videos (give their frames), or leave pictures on disk 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,20 +174,11 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, whole: bool = True) -> Sample:
-    for name in record:
-        if name not in (*FIELDS, "meta"):
-            with _at(name):
-                raise InputError("an unknown field", ", ".join(FIELDS), suggestion(name, FIELDS) + "; notes go in meta")
-    for name in ("question", "answer"):
-        with _at(name):
-            if name not in record:
-                raise InputError("missing", "a text", f"add {name!r}")
-            _text(record[name])
+    _check_texts(record)
     shown = {name: _pictures(record, name, folder) for name in ("images", "video")}
-    pictures = shown["images"] or shown["video"]
     with _at("images"):
         if bool(shown["images"]) == bool(shown["video"]):
-            both = "images and a video" if pictures else "neither images nor a video"
+            both = "images and a video" if shown["images"] else "neither images nor a video"
             raise InputError(both, "one of the two", "list paths in images, or the frames of a video in video")
     given: dict[str, Any] = {"id": id, "domain": domain}
     for name in ("id", "domain"):
@@ -199,18 +190,35 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
         given["fps"] = fps = record.get("fps", 2.0)
         if not _is_number(fps) or not fps > 0:
             raise InputError(repr(fps), "frames a second, more than 0", "leave it out for 2.0")
+    pictures, video = shown["images"] or shown["video"], bool(shown["video"])
     with _at("evidence"):
         regions = record.get("evidence", [])
         if not isinstance(regions, list):
             raise InputError(repr(regions)[:60], "a list of regions", 'write [{"box": [x0, y0, x1, y1]}]')
-        given["evidence"] = tuple(
-            _region(region, i, pictures, bool(shown["video"]), folder) for i, region in enumerate(regions)
-        )
+        given["evidence"] = tuple(_region(region, i, pictures, video, folder) for i, region in enumerate(regions))
     with _at("distractors"):
-        given["distractors"] = _distractors(record.get("distractors", []), pictures, bool(shown["video"]), folder)
+        given["distractors"] = _distractors(record.get("distractors", []), pictures, video, folder)
     sample = Sample(record["question"], record["answer"], **shown, **given)
     if not whole or record.get("counterfactual") is None:
         return sample
+    return replace(sample, counterfactual=_partner(record, sample, folder))
+
+
+def _check_texts(record: Mapping[str, Any]) -> None:
+    """Refuse fields that nobody knows, and a sample without question and answer."""
+    for name in record:
+        if name not in (*FIELDS, "meta"):
+            with _at(name):
+                raise InputError("an unknown field", ", ".join(FIELDS), suggestion(name, FIELDS) + "; notes go in meta")
+    for name in ("question", "answer"):
+        with _at(name):
+            if name not in record:
+                raise InputError("missing", "a text", f"add {name!r}")
+            _text(record[name])
+
+
+def _partner(record: Mapping[str, Any], sample: Sample, folder: _Folder) -> Sample:
+    """The counterfactual: the record with what differs."""
     with _at("counterfactual"):
         other = record["counterfactual"]
         if not isinstance(other, dict) or "counterfactual" in other:
@@ -220,7 +228,7 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
         same = {name: value for name, value in record.items() if name not in ("id", "counterfactual", "meta")}
         partner = _sample({**same, **other}, f"{sample.id}/counterfactual", sample.domain, folder, whole=False)
         _check_partner(sample, partner)
-    return Sample(record["question"], record["answer"], **shown, **given, counterfactual=partner)
+        return partner
 
 
 def _distractors(given: Any, pictures: Sequence[Image.Image], video: bool, folder: _Folder) -> tuple[Distractor, ...]:

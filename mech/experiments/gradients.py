@@ -10,6 +10,7 @@ weights need: memory is about that of the activations behind that point. Afterwa
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,48 +74,53 @@ def differentiate(
 
     Cost: one forward and one backward.
     """
-    gradients, leaves = Slopes(), {}
-
-    def leaf(key: Any, value: Tensor) -> Tensor:
-        # A leaf of zeros is added: it gets the gradient, and in-place writes downstream cannot reach it.
-        leaves[key] = torch.zeros_like(value, requires_grad=True)
-        return value + leaves[key]
-
-    def track(value: Tensor, hook: HookPoint) -> Tensor:
-        gradients.values[hook.name] = value.detach().clone()
-        return leaf(hook.name, value)
-
-    def attend(call: AttentionCall) -> Tensor | None:
-        if call.layer not in layers:
-            return None
-        gradients.calls[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
-        return leaf(call.layer, call.z)
-
-    def behind(label: str) -> Callable:
-        def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            gradients.values[label] = args[0].detach().clone()
-            return leaf(label, output)
-
-        return after
-
+    watched = _Watched()
     with ExitStack() as stack:
         stack.enter_context(still(model))
-        stack.enter_context(model.hooks([*edits, *((name, track) for name in names)]))
+        stack.enter_context(model.hooks([*edits, *((name, watched.track) for name in names)]))
         if attention:
-            stack.enter_context(model.attending(attend, attention))
+            stack.enter_context(model.attending(partial(watched.attend, layers), attention))
         for label, module in (modules or {}).items():
-            handle = module.register_forward_hook(behind(label), prepend=True)
+            handle = module.register_forward_hook(partial(watched.behind, label), prepend=True)
             stack.callback(handle.remove)
         scores = score(run)
         if not scores.requires_grad:
             raise _without_gradient("this metric")
-        order = list(leaves)
-        slopes = torch.autograd.grad(scores.sum(), [leaves[key] for key in order], allow_unused=True)
-    # A place the metric does not depend on (behind the read rows of the last layer) has gradient zero.
-    for key, slope in zip(order, slopes, strict=True):
-        gradients.slopes[key] = torch.zeros_like(leaves[key]) if slope is None else slope
-    gradients.scores = scores.detach()
-    return gradients
+        return watched.differentiated(scores)
+
+
+class _Watched:
+    """Values that passed in a forward, and leaves of zeros that were added to them."""
+
+    def __init__(self) -> None:
+        self.slopes, self.leaves = Slopes(), dict[Any, Tensor]()
+
+    def leaf(self, key: Any, value: Tensor) -> Tensor:
+        # A leaf of zeros is added: it gets the gradient, and in-place writes downstream cannot reach it.
+        self.leaves[key] = torch.zeros_like(value, requires_grad=True)
+        return value + self.leaves[key]
+
+    def track(self, value: Tensor, hook: HookPoint) -> Tensor:
+        self.slopes.values[hook.name] = value.detach().clone()
+        return self.leaf(hook.name, value)
+
+    def attend(self, layers: Sequence[int], call: AttentionCall) -> Tensor | None:
+        if call.layer not in layers:
+            return None
+        self.slopes.calls[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
+        return self.leaf(call.layer, call.z)
+
+    def behind(self, label: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        self.slopes.values[label] = args[0].detach().clone()
+        return self.leaf(label, output)
+
+    def differentiated(self, scores: Tensor) -> Slopes:
+        slopes = torch.autograd.grad(scores.sum(), list(self.leaves.values()), allow_unused=True)
+        # What the metric does not depend on (behind the read rows of the last layer) has gradient zero.
+        for (key, leaf), slope in zip(self.leaves.items(), slopes, strict=True):
+            self.slopes.slopes[key] = torch.zeros_like(leaf) if slope is None else slope
+        self.slopes.scores = scores.detach()
+        return self.slopes
 
 
 @contextmanager

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
 from mech.data.pictures import pictures
 from mech.data.regions import Passage
 from mech.errors import InputError
 from mech.inputs.batch import Inputs
+from mech.inputs.families.family import Family
 from mech.inputs.layout import TEXT, TokenLayout
 from mech.inputs.processor import Processor
 from mech.inputs.visuals import Run, Written, image_visuals, video_visuals
@@ -130,20 +132,8 @@ def encode(
     placeholder = processor.video_token if frames else processor.image_token
     text, spans, runs = _written_out(text, dict(spans or {}), str(placeholder), written, visual)
     ids, offsets, shown_as = _tokenized(processor, text)
-    tokenizer = processor.tokenizer
-    slots = np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(visual))
-    if len(slots) != len(runs):
-        raise InputError(
-            f"the tokenizer finds {len(slots)} placeholders in a text with {len(runs)}",
-            "placeholders that are tokens of their own",
-            "put white space around them",
-        )
-    if family.types and family.types[0] == "mm_token_type_ids" and (np.diff(slots) == 1).any():
-        raise InputError(
-            "two pictures side by side without a token between them",
-            "text or <|vision_start|> ... <|vision_end|> around each: the model counts runs of visual tokens as one",
-            "put a token between the placeholders",
-        )
+    slots = np.flatnonzero(ids == processor.tokenizer.convert_tokens_to_ids(visual))
+    _check_slots(slots, runs, family)
     repeats = np.ones(len(ids), dtype=int)
     repeats[slots] = [len(run.tokens) for run in runs]
     source = np.repeat(np.arange(len(ids)), repeats)
@@ -163,6 +153,21 @@ def encode(
         made = [processor.geometry.show(picture.size, processor.image_processor) for picture in shown]
         tensors, layout = family.memory(tensors, layout, made, processor.geometry)
     return Inputs(tensors, (layout,), processor.mark)
+
+
+def _check_slots(slots: Int[np.ndarray, " picture"], runs: Sequence[Any], family: Family) -> None:
+    if len(slots) != len(runs):
+        raise InputError(
+            f"the tokenizer finds {len(slots)} placeholders in a text with {len(runs)}",
+            "placeholders that are tokens of their own",
+            "put white space around them",
+        )
+    if family.types and family.types[0] == "mm_token_type_ids" and (np.diff(slots) == 1).any():
+        raise InputError(
+            "two pictures side by side without a token between them",
+            "text or <|vision_start|> ... <|vision_end|> around each: the model counts runs of visual tokens as one",
+            "put a token between the placeholders",
+        )
 
 
 def _check_counts(processor: Processor, text: str, images: int, frames: int) -> None:

@@ -242,34 +242,11 @@ def attention(
     # Nobody listens in compiled code: it runs as it is written while somebody does.
     record: LayerRecord | None = None if torch.compiler.is_compiling() else _records.get(module)
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if record is None or not record.active:
-        if softcap is None and sinks is None:
+        if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         record = _IDLE
-
-    query = fire(record.points["attn.hook_rot_q"], query.transpose(1, 2)).transpose(1, 2)
-    key = fire(record.points["attn.hook_rot_k"], key.transpose(1, 2)).transpose(1, 2)
-    if record.windows is not None:
-        attention_mask = _same_window(record.windows, key.shape[2])
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal and attention_mask is None and query.shape[2] > 1)
-    call = AttentionCall(
-        stack=record.stack,
-        layer=record.layer,
-        q=query,
-        k=key,
-        v=value,
-        z=query.transpose(1, 2),  # a placeholder of the right shape until z is known
-        mask=attention_mask,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=causal,
-        query_start=0 if record.step is None else record.step.start,
-        cross=record.cross,
-        softcap=softcap,
-        sinks=sinks,
-        head_mask=record.head_mask,
-    )
+    call = _call_of(record, module, (query, key, value), attention_mask, options)
     if record.resume is not None:
         if record.head_mask is not None:
             raise UnsupportedModel(
@@ -279,27 +256,67 @@ def attention(
         return record.resume(call), None
     # The keys of cross attention are no positions of the sequence, so nothing is carried from them.
     carries = [observer for observer in record.observers if isinstance(observer, KeySums) and not record.cross]
+    z, carried = _attended(module, call, record, carries, options)
+    return _observed(record, call, z, carried), None
+
+
+def _call_of(
+    record: LayerRecord, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, options: dict
+) -> AttentionCall:
+    """The call as observers see it, with the values that hooks wrote."""
+    query = fire(record.points["attn.hook_rot_q"], qkv[0].transpose(1, 2)).transpose(1, 2)
+    key = fire(record.points["attn.hook_rot_k"], qkv[1].transpose(1, 2)).transpose(1, 2)
+    if record.windows is not None:
+        mask = _same_window(record.windows, key.shape[2])
+    causal, scaling = options["is_causal"], options["scaling"]
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return AttentionCall(
+        stack=record.stack,
+        layer=record.layer,
+        q=query,
+        k=key,
+        v=qkv[2],
+        z=query.transpose(1, 2),  # a placeholder of the right shape until z is known
+        mask=mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=bool(causal and mask is None and query.shape[2] > 1),
+        query_start=0 if record.step is None else record.step.start,
+        cross=record.cross,
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+        head_mask=record.head_mask,
+    )
+
+
+def _attended(
+    module: nn.Module, call: AttentionCall, record: LayerRecord, carries: Sequence[KeySums], options: dict
+) -> tuple[Tensor, dict[Observer, Tensor]]:
+    """z by the fastest way that says what is asked for, and what each of ``carries`` sums over keys."""
     run = _widened(call, carries) if carries else call
     if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
-        z = stepwise(run, record, dropout)
-    elif record.head_mask is not None and (narrowed := record.head_mask.attend(run, dropout)) is not None:
-        z = narrowed
+        z = stepwise(run, record, options["dropout"])
+    elif record.head_mask is not None and (masked := record.head_mask.attend(run, options["dropout"])) is not None:
+        z = masked
     elif not call.fused:
         z = _eager(module, run, record, options)
     else:
-        options["scaling"] = call.scale if carries else scaling
-        z, _ = sdpa_attention_forward(module, run.q, run.k, run.v, attention_mask, **options)
-    carried: dict[Observer, Tensor] = {}
-    if carries:
-        z, *sums = z.split([value.shape[-1], *(c.columns.shape[-1] for c in carries), _padding(carries)], dim=-1)
-        z, carried = z.contiguous(), dict(zip(carries, sums, strict=False))
+        options = options | {"scaling": call.scale} if carries else options
+        z, _ = sdpa_attention_forward(module, run.q, run.k, run.v, call.mask, **options)
+    if not carries:
+        return z, {}
+    widths = [call.v.shape[-1], *(carry.columns.shape[-1] for carry in carries), _padding(carries)]
+    z, *sums = z.split(widths, dim=-1)
+    return z.contiguous(), dict(zip(carries, sums, strict=False))
+
+
+def _observed(record: LayerRecord, call: AttentionCall, z: Tensor, carried: dict[Observer, Tensor]) -> Tensor:
+    """z after every observer has seen, and perhaps replaced it."""
     for observe in record.observers:
         mine = carried.get(observe) if isinstance(observe, KeySums) else None
         replaced = observe(replace(call, z=z, carried=mine))
         if replaced is not None:
-            name = f"attending, {record.stack} layer {record.layer}"
-            z = checked(replaced, z, name, "batch pos head d_head")
-    return z, None
+            z = checked(replaced, z, f"attending, {record.stack} layer {record.layer}", "batch pos head d_head")
+    return z
 
 
 def _widened(call: AttentionCall, carries: Sequence[KeySums]) -> AttentionCall:

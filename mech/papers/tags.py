@@ -76,26 +76,8 @@ def tag_leak(
             "samples with evidence in images", "leave the others out",
         )  # fmt: skip
     shown = among_others(samples, seed) if any(len(sample.images) == 1 for sample in samples) else samples
-    found: dict[str, list[np.ndarray]] = {}
-    for batch, _ in in_batches(list(shown), batch_size):
-        for name, question, marks in (
-            ("plain", None, None), ("tagged", None, tags),
-            ("plain_null", NULL_QUESTION, None), ("tagged_null", NULL_QUESTION, tags),
-        ):  # fmt: skip
-            rows = [tagged(model, sample, question, marks) for sample in batch]
-            inputs = model.collate(rows)
-            wide = len(inputs.layouts[0].visual)
-            keys = [
-                row.layout.visual.positions(sample.evidence) + wide - len(row.layout.visual)
-                for row, sample in zip(rows, batch, strict=True)
-            ]
-            mass, _ = evidence_mass(model, inputs, keys)
-            found.setdefault(name, []).append(mass[:, 0].cpu().numpy())
-            if question is None:
-                said = model(inputs, logits_to_keep=1)[:, -1].argmax(-1).tolist()
-                right = [token == model.processor.answer_ids(s.answer)[0] for token, s in zip(said, batch, strict=True)]
-                found.setdefault(f"right_{name}", []).append(np.array(right, dtype=float))
-    value = {name: np.concatenate(parts) for name, parts in found.items()}
+    found = [_of_batch(model, batch, tags) for batch, _ in in_batches(list(shown), batch_size)]
+    value = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     value["leak"] = value["tagged_null"] - value["plain_null"]
     heads = (EXAMPLE, LAYER, HEAD)
     result = xr.Dataset(
@@ -110,6 +92,29 @@ def tag_leak(
     for name in ("plain", "tagged", "plain_null", "tagged_null", "leak"):
         result[name].attrs = {"unit": "attention mass", "sign": "more: the rows attend more to the evidence"}
     return result
+
+
+def _of_batch(model: HookedMLLM, batch: Sequence[Sample], tags: tuple[str, str]) -> dict[str, np.ndarray]:
+    """RAM of each sample in all four ways, and whether its answer is the likeliest in the two that ask for it."""
+    found: dict[str, np.ndarray] = {}
+    for name, question, marks in (
+        ("plain", None, None), ("tagged", None, tags),
+        ("plain_null", NULL_QUESTION, None), ("tagged_null", NULL_QUESTION, tags),
+    ):  # fmt: skip
+        rows = [tagged(model, sample, question, marks) for sample in batch]
+        inputs = model.collate(rows)
+        wide = len(inputs.layouts[0].visual)
+        keys = [
+            row.layout.visual.positions(sample.evidence) + wide - len(row.layout.visual)
+            for row, sample in zip(rows, batch, strict=True)
+        ]
+        mass, _ = evidence_mass(model, inputs, keys)
+        found[name] = mass[:, 0].cpu().numpy()
+        if question is None:
+            likeliest = model(inputs, logits_to_keep=1)[:, -1].argmax(-1).tolist()
+            answers = [model.processor.answer_ids(sample.answer)[0] for sample in batch]
+            found[f"right_{name}"] = np.equal(likeliest, answers).astype(float)
+    return found
 
 
 def tagged(

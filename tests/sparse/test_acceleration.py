@@ -17,7 +17,16 @@ from mech.experiments.ranking.ranking import Head, Ranking
 from mech.reference import tiny, tiny_processors
 from mech.results import Study, load, save
 from mech.sparse.dynamic import Dynamic, chosen, localize_dynamic, reach, reach_of
-from mech.sparse.frontier.acceleration import CHOICES, Local, acceleration, local_for, measured, settings, timed
+from mech.sparse.frontier.acceleration import (
+    CHOICES,
+    Comparison,
+    Local,
+    acceleration,
+    local_for,
+    measured,
+    settings,
+    timed,
+)
 from mech.sparse.frontier.timing import speed, taking_turns
 from mech.sparse.gates import learned_gates
 from mech.sparse.groups import expanded, grouped, lowest_groups
@@ -64,7 +73,7 @@ def test_a_group_is_as_good_as_its_best_head_and_goes_as_a_whole(model, ram):
 
 def test_every_choice_costs_the_same_at_one_share(model, ram):
     named = {name: ram for name in ("ram", "vision", "causal", "gates", "reach")}
-    todo = settings(model, named, CHOICES, (1, 0.25), 3, seed=0)
+    todo = settings(model, named, Comparison(CHOICES, (1, 0.25), 3))
     assert [one.choice for one in todo[:2]] == ["dense", "window"]
     assert len(todo) == 2 + 2 * (len(CHOICES) + 2) and len(set(todo)) == len(todo)
     for share in {one.share for one in todo[2:]}:
@@ -220,30 +229,28 @@ def test_a_study_that_was_killed_goes_on(model, halves, tmp_path, monkeypatch):
         pass
 
     find, test = halves
-    options = dict(shares=(2,), n_random=2, batch_size=8, seed=0)
+    compared = Comparison(shares=(2,), n_random=2, batch_size=8)
     local = Local(window=WINDOW, n_causal=1, gate_steps=1)
 
     def dying(what, done, total):
         if what.endswith("settings") and done == 5:
             raise Killed
 
-    with Study(tmp_path, {}) as place:
+    with Study(tmp_path, {}) as results:
         with pytest.raises(Killed):
-            resumable.acceleration_in(place, "m/acceleration", model, find, test, local, say=dying, **options)
+            resumable.acceleration_in(results, "m/acceleration", model, (find, test), local, compared, dying)
         monkeypatch.setattr(resumable, "ranked", None)  # it is not asked again
         seen = []
-        whole = resumable.acceleration_in(
-            place, "m/acceleration", model, find, test, local, say=lambda *now: seen.append(now), **options
-        )
+        tell = lambda *now: seen.append(now)  # noqa: E731
+        whole = resumable.acceleration_in(results, "m/acceleration", model, (find, test), local, compared, tell)
         assert [done for what, done, _ in seen if what.endswith("settings")] == list(
             range(6, whole.sizes["condition"] + 1)
         )
-        again = resumable.joined(place, "m/acceleration")
+        again = resumable.joined(results, "m/acceleration")
         xr.testing.assert_equal(whole, again)
     assert set(whole["choice"].values) == {"dense", "window", *CHOICES}
-    fresh = next(
-        iter(measured(model, test, settings(model, {"ram": whole_ram(model, find)}, ("ram",), (2,), 1, 0)[2:], local))
-    )
+    alone = settings(model, {"ram": whole_ram(model, find)}, Comparison(("ram",), (2,), 1))[2:]
+    fresh = next(iter(measured(model, test, alone, local)))
     row = whole["logit_diff"].values[(whole["choice"] == "ram").values]
     np.testing.assert_allclose(row, fresh["logit_diff"].values, atol=1e-3)
 

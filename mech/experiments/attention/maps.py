@@ -13,7 +13,7 @@ that of one token, the query at which a head decides the answer. It measures not
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -90,12 +90,7 @@ def attention_maps(
     Cost: one forward and one short generation for each sample.
     """
     named = {"top": ranking.top(k), "bottom": ranking.bottom(k)} if bands is None else bands
-    heads = [Head(*head) for band in named.values() for head in band]
-    known = set(ranking.heads)
-    if not heads:
-        raise ExperimentError("bands without heads", "at least one head", "pass ranking.top(4)")
-    if strange := [head for head in heads if head not in known]:
-        raise ExperimentError(f"there is no head {strange[0]}", "heads of the ranking", "see ranking.heads")
+    heads = _heads_of(named, ranking)
     other = refuse_other_model(ranking, model, allow_other_model)
     known = [[None] * len(heads)] * len(samples) if deciding is None else [list(values) for values in deciding]
     if [len(values) for values in known] != [len(heads)] * len(samples):
@@ -104,20 +99,7 @@ def attention_maps(
             f"{len(heads)} for each of {len(samples)} samples",
         )
     maps = [_map(model, sample, heads, queries, own) for sample, own in zip(samples, known, strict=True)]
-    facts = []
-    for i, (sample, drawn) in enumerate(zip(samples, maps, strict=True)):
-        pictures = pictures_of(sample, drawn.frames_per_token)
-        facts.append(
-            {
-                "question": sample.question,
-                "answer": sample.answer,
-                "prediction": drawn.prediction,
-                "pictures": [f"map{i}_{n}.png" for n in range(len(pictures))],
-                "digests": [pixel_digest(picture.convert("RGB")) for picture in pictures],
-                "evidence": outlines(sample, drawn.frames_per_token),
-                "queries": drawn.queries,
-            }
-        )
+    facts = [_facts(i, sample, drawn) for i, (sample, drawn) in enumerate(zip(samples, maps, strict=True))]
     width = max(len(drawn.rect) for drawn in maps)
     return maps_dataset(
         np.stack([_padded(drawn.attention, width, 0.0, axis=1) for drawn in maps]),
@@ -130,6 +112,34 @@ def attention_maps(
         shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
         model=model.name,
     ).assign_attrs(other_model_attrs([other]))
+
+
+def _heads_of(bands: Mapping[str, Sequence[tuple[int, int]]], ranking: Ranking) -> list[Head]:
+    """The heads of all bands.
+
+    Raises:
+        ExperimentError: none, or one the ranking does not know.
+    """
+    heads, known = [Head(*head) for band in bands.values() for head in band], set(ranking.heads)
+    if not heads:
+        raise ExperimentError("bands without heads", "at least one head", "pass ranking.top(4)")
+    if strange := [head for head in heads if head not in known]:
+        raise ExperimentError(f"there is no head {strange[0]}", "heads of the ranking", "see ranking.heads")
+    return heads
+
+
+def _facts(index: int, sample: Sample, drawn: "_Map") -> dict[str, Any]:
+    """What is said of one sample beside its maps."""
+    shown = pictures_of(sample, drawn.frames_per_token)
+    return {
+        "question": sample.question,
+        "answer": sample.answer,
+        "prediction": drawn.prediction,
+        "pictures": [f"map{index}_{n}.png" for n in range(len(shown))],
+        "digests": [pixel_digest(picture.convert("RGB")) for picture in shown],
+        "evidence": outlines(sample, drawn.frames_per_token),
+        "queries": drawn.queries,
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import xarray as xr
+from jaxtyping import Float
 
 from mech.arguments import checked
 from mech.errors import ExperimentError
@@ -57,20 +58,7 @@ def attention_mass(
             "pictures in a memory, which only some layers attend to", "a model with its pictures in the "
             "sequence", "use mech.attention_from(model, inputs), whose keys are those of inputs.layout.memory",
         )  # fmt: skip
-    named = [sets] * len(inputs) if isinstance(sets, Mapping) else list(sets)
-    names = list(named[0]) if named else []
-    if not names or len(named) != len(inputs) or any(list(row) != names for row in named):
-        raise ExperimentError(
-            f"sets {sets!r} for {len(inputs)} rows", "a mapping of at least one set, or one for each row, named alike",
-            'pass {"image": "image"}',
-        )  # fmt: skip
-    columns = torch.zeros(*inputs.tensors["input_ids"].shape, len(names))
-    weight = torch.zeros(columns.shape[:2])
-    for row, (layout, wanted) in enumerate(zip(inputs.layouts, named, strict=True)):
-        for index, where in enumerate(wanted.values()):
-            columns[row, layout.positions(where), index] = 1
-        rows = layout.positions(queries)
-        weight[row, rows] = 1 if queries == "all" else 1 / len(rows)
+    names, columns, weight = _columns(inputs, sets, queries)
     weight = weight.to(model.device)
     seen: dict[int, torch.Tensor] = {}
 
@@ -94,3 +82,24 @@ def attention_mass(
             "queries": queries,
         },
     )
+
+
+def _columns(
+    inputs: Inputs, sets: Mapping[str, Where] | Sequence[Mapping[str, Where]], queries: str
+) -> tuple[list[str], Float[torch.Tensor, "batch key_pos set"], Float[torch.Tensor, "batch query_pos"]]:
+    """The names of the sets, which keys are in each, and how much each query counts."""
+    named = [sets] * len(inputs) if isinstance(sets, Mapping) else list(sets)
+    names = list(named[0]) if named else []
+    if not names or len(named) != len(inputs) or any(list(row) != names for row in named):
+        raise ExperimentError(
+            f"sets {sets!r} for {len(inputs)} rows", "a mapping of at least one set, or one for each row, named alike",
+            'pass {"image": "image"}',
+        )  # fmt: skip
+    columns = torch.zeros(*inputs.tensors["input_ids"].shape, len(names))
+    weight = torch.zeros(columns.shape[:2])
+    for row, (layout, wanted) in enumerate(zip(inputs.layouts, named, strict=True)):
+        for index, where in enumerate(wanted.values()):
+            columns[row, layout.positions(where), index] = 1
+        rows = layout.positions(queries)
+        weight[row, rows] = 1 if queries == "all" else 1 / len(rows)
+    return names, columns, weight

@@ -24,7 +24,7 @@ from mech.axes import TOKEN
 from mech.errors import ExperimentError
 from mech.experiments.gradients import Edit, Score, check_smooth, differentiate, midpoints, still
 from mech.experiments.metrics import AnyMetric
-from mech.inputs import Inputs
+from mech.inputs import Inputs, TokenLayout
 from mech.model import HookedMLLM
 from mech.results import provenance
 
@@ -93,31 +93,28 @@ def input_attribution(
     measured = _of_tokens if over == "visual" else _of_pixels
     values, start = measured(model, inputs, score, midpoints(ig_steps) if ig_steps else [1.0], baseline)
     end = float(reading.score(clean, clean[0]))
-    coords = {}
-    dims: tuple[str, ...] = ("patch",) if values.ndim == 1 else ("picture", "y", "x")
-    if over == "visual":
-        dims, where = (TOKEN,), layout.positions("image")
-        coords = {"pos": (TOKEN, where)}
-        coords |= {name: (TOKEN, getattr(layout, name)[where]) for name in ("image", "frame", "row", "col", "view")}
     settings = {"over": over, "ig_steps": ig_steps, "baseline": baseline if isinstance(baseline, str) else "inputs"}
     unit = {"unit": metric.unit}
-    return xr.Dataset(
-        {
-            "attribution": (dims, values.double().cpu().numpy(), unit | {"sign": "positive raises the metric"}),
-            "metric": ((), end, unit),
-            "baseline": ((), start, unit),
-        },
-        coords,
-        {
-            "model": model.name,
-            **settings,
-            "measure": repr(metric),
-            "completeness_gap": end - start - float(values.sum()),
-            "forwards": 2 + (ig_steps or 1),
-            "backwards": ig_steps or 1,
-            "provenance": provenance(model, metric=metric, **settings),
-        },
-    )
+    found = xr.Dataset({"attribution": _labelled(values, layout, over), "metric": end, "baseline": start})
+    found["attribution"].attrs = unit | {"sign": "positive raises the metric"}
+    for name in ("metric", "baseline"):
+        found[name].attrs = unit
+    return found.assign_attrs(
+        model=model.name, **settings, measure=repr(metric),
+        completeness_gap=end - start - float(values.sum()), forwards=2 + (ig_steps or 1), backwards=ig_steps or 1,
+        provenance=provenance(model, metric=metric, **settings),
+    )  # fmt: skip
+
+
+def _labelled(values: Tensor, layout: TokenLayout, over: str) -> xr.DataArray:
+    """The attribution with its dimensions, and of tokens with what each stands for."""
+    array = values.double().cpu().numpy()
+    if over != "visual":
+        return xr.DataArray(array, dims=("patch",) if array.ndim == 1 else ("picture", "y", "x"))
+    where = layout.positions("image")
+    names = ("image", "frame", "row", "col", "view")
+    facts = {"pos": where} | {name: getattr(layout, name)[where] for name in names}
+    return xr.DataArray(array, {name: (TOKEN, fact) for name, fact in facts.items()}, (TOKEN,))
 
 
 def _of_tokens(

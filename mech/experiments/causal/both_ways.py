@@ -1,6 +1,6 @@
 """Necessity and sufficiency of one set of heads, side by side, each beside random heads.
 
-    found = both_ways(runs, ranking, 0.05, bias=(4, 16))
+    found = both_ways(runs, ranking, Pull(0.05, bias=(4, 16)))
     found.set_noised, found.redirected         # share of the gap lost without the set; answers that follow it elsewhere
 
 Noised together, do these heads take the answer away? Then it *needs* them. Pulled to another region of the same picture
@@ -10,6 +10,7 @@ to the model as a whole.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import xarray as xr
@@ -43,10 +44,19 @@ def refuse_pull(model: HookedMLLM, samples: Samples, bias: Sequence[float], seed
     return ""
 
 
-def both_ways(
-    runs: Runs, ranking: Ranking, heads: int | float, bias: Sequence[float], n_random: int = 3, seed: int = 0,
-    batch_size: int = 16, allow_other_model: bool = False,
-) -> xr.Dataset:  # fmt: skip
+@dataclass(frozen=True)
+class Pull:
+    """How heads are pulled towards distractors; see ``redirection``."""
+
+    heads: int | float
+    bias: Sequence[float] = BIASES
+    n_random: int = 3
+    seed: int = 0
+    batch_size: int = 16
+    allow_other_model: bool = False
+
+
+def both_ways(runs: Runs, ranking: Ranking, pull: Pull) -> xr.Dataset:
     """What ``redirection`` measures of the first, random and all heads, and what each set costs when it is noised.
 
     Returns:
@@ -54,12 +64,11 @@ def both_ways(
 
     Cost: a forward for each sample, set and bias, one for each sample and set, and one for each sample.
     """
-    found = redirection(
-        runs.model, runs.samples, ranking, bias=bias, heads=heads, bands=BANDS, n_random=n_random, seed=seed,
-        batch_size=batch_size, allow_other_model=allow_other_model,
-    )  # fmt: skip
-    first = ranking.top(heads)
-    sets: list[Heads] = [first, *ranking.random(heads, n_random, seed, exclude=first), ranking.heads]  # as in BANDS
+    options = {field.name: getattr(pull, field.name) for field in fields(Pull)}
+    found = redirection(runs.model, runs.samples, ranking, bands=BANDS, **options)
+    first = ranking.top(pull.heads)
+    random = ranking.random(pull.heads, pull.n_random, pull.seed, exclude=first)
+    sets: list[Heads] = [first, *random, ranking.heads]  # as in BANDS
     noised = [runs.lost(some) for some in sets]
     found["pulled"] = found["heads"]
     found["set_noised"] = (("set", "example"), np.array(noised), UNIT)

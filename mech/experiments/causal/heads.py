@@ -1,6 +1,7 @@
 """What the causal report measures of single heads: both sweeps, orders of sets, ablation, tests and quadrants."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,20 @@ def swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
     return (effects["metric"] - effects["corrupted"]).values / runs.gap
 
 
+def single_effects(runs: Runs, say: Progress) -> tuple[dict[str, np.ndarray], str]:
+    """Every head's ``lost`` and ``recovered``, ``direct`` and ``mediated`` where paths can be followed; why not, else.
+
+    Each [example, layer, head].
+    """
+    each = {"lost": swept(runs, "noise", say), "recovered": swept(runs, "denoise", say)}
+    try:
+        each["direct"] = runs.direct()
+    except NotResumable as error:
+        return each, str(error)
+    each["mediated"] = each["lost"] - each["direct"]
+    return each, ""
+
+
 def ordered(runs: Runs, ranking: Ranking, say: Progress) -> tuple[dict[str, list[Head]], np.ndarray]:
     """All heads in two orders, on the samples that find: first by greedy search, then by single effects.
 
@@ -90,21 +105,33 @@ def ablated(
     return np.array(found).T.reshape(len(base), len(model.cfg.attention_layers), model.cfg.n_heads)
 
 
-def heads_of(
-    runs: Runs, ranking: Ranking, each: dict[str, np.ndarray], threshold: float, alpha: float, n_boot: int, seed: int
-) -> xr.Dataset:
+@dataclass(frozen=True)
+class Criteria:
+    """When an effect counts: its smallest size, the level of the tests, and the resamples of intervals."""
+
+    threshold: float
+    alpha: float
+    n_boot: int
+    seed: int
+
+
+def heads_of(runs: Runs, ranking: Ranking, each: dict[str, np.ndarray], criteria: Criteria) -> xr.Dataset:
     """Every head's numbers, tests and quadrant."""
+    seed = criteria.seed
     rank = np.empty(ranking.mean.shape, dtype=int)
     for place, head in enumerate(ranking.heads, start=1):
         rank[ranking.layers.index(head.layer), head.head] = place
     found: dict[str, np.ndarray] = {"ram": ranking.mean, "ram_rank": rank}
     for name, values in each.items():
-        interval = bootstrap_interval(values, n_resamples=n_boot, seed=seed)
+        interval = bootstrap_interval(values, n_resamples=criteria.n_boot, seed=seed)
         found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
     p = np.stack([sign_flip_test(each[name], seed=seed) for name in ("lost", "recovered")])
     for name, raw, strict, loose in zip(("lost", "recovered"), p, holm(p), benjamini_hochberg(p), strict=True):
         found |= {f"{name}_p": raw, f"{name}_p_holm": strict, f"{name}_p_bh": loose}
-    shown = {n: (np.abs(found[n]) >= threshold) & (found[f"{n}_p_bh"] < alpha) for n in ("lost", "recovered")}
+    shown = {
+        n: (np.abs(found[n]) >= criteria.threshold) & (found[f"{n}_p_bh"] < criteria.alpha)
+        for n in ("lost", "recovered")
+    }
     found["necessary"] = shown["lost"] & (found["lost"] > 0)
     found["sufficient"] = shown["recovered"] & (found["recovered"] > 0)
     found["hinders"] = (shown["lost"] & (found["lost"] < 0)) | (shown["recovered"] & (found["recovered"] < 0))
@@ -115,6 +142,12 @@ def heads_of(
     coords = {"layer": list(ranking.layers), "head": np.arange(ranking.n_heads)}
     data = {name: (("layer", "head"), values) for name, values in found.items()}
     return xr.Dataset({**data, "even": null}, coords)
+
+
+def singles_of(heads: xr.Dataset, ranking: Ranking) -> dict[Head, float]:
+    """What is lost without each head alone."""
+    lost = heads["lost"].values
+    return {head: float(lost[ranking.layers.index(head.layer), head.head]) for head in ranking.heads}
 
 
 def _even(runs: Runs) -> float:

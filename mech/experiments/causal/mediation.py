@@ -13,7 +13,7 @@ What this does not do: tell a component that answers at once from one that answe
 anything on the way (``mech.experiments.paths.path_patching``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,6 +87,17 @@ class HeadPath:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "HeadPath":
         return cls(**{**value, "through": tuple(Leg(**leg) for leg in value["through"])})
+
+
+def paths_of(
+    runs: Runs, heads: Sequence[tuple[int, int]], threshold: float, say: Callable[[str, int, int], None]
+) -> list[HeadPath]:
+    """How each of these heads acts; see ``path_of``."""
+    attended, paths = attended_regions(runs), []
+    for head in heads:
+        paths.append(path_of(runs, head, attended, threshold))
+        say("paths", len(paths), len(heads))
+    return paths
 
 
 @torch.no_grad()

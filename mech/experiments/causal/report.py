@@ -33,33 +33,32 @@ import xarray as xr
 from mech.arguments import Amount, Count, Positive, Seed, Share, Whole, checked, given_by, one_of
 from mech.data.samples import Samples, SomeSamples
 from mech.deprecation import renamed
-from mech.experiments.causal.both_ways import BIASES, both_ways, refuse_pull
+from mech.experiments.causal.both_ways import BIASES, Pull, both_ways, refuse_pull
 from mech.experiments.causal.heads import (
     BACK,
     HALF,
     QUADRANTS,
+    Criteria,
     Progress,
     ablated,
     agreement_of,
     followed,
     heads_of,
     ordered,
-    swept,
+    single_effects,
+    singles_of,
 )
-from mech.experiments.causal.mediation import HeadPath, attended_regions, path_of
+from mech.experiments.causal.mediation import HeadPath, paths_of
 from mech.experiments.causal.runs import Runs
 from mech.experiments.causal.sets import set_curves, sizes_of, smallest
 from mech.experiments.causal.sufficiency import facts_of, redirection_of, sentence_of
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
-from mech.experiments.statistics import (
-    bootstrap_interval,
-)
+from mech.experiments.statistics import bootstrap_interval
 from mech.interventions import METHODS, Reference, reference_activations
 from mech.interventions.specs import Z
 from mech.model import HookedMLLM
-from mech.model.partial.cached_run import NotResumable
 from mech.notebook import Shown
 from mech.results import check, load, provenance, save
 from mech.results.older import LABELS
@@ -90,11 +89,9 @@ def causal_report(
 
     ``lost = (clean - noised) / gap``, ``recovered = (denoised - corrupted) / gap`` with ``gap`` the mean over samples
     of clean minus corrupted; ``direct`` is ``lost`` when only the final norm sees the head's change, ``mediated`` the
-    rest of ``lost``; ``ablated`` the loss under ablation by ``method``. A head *attends* (to the evidence) if its RAM
-    is above what even attention would give by a twentieth of the rest, and its interval above that; it *matters* if
-    ``lost`` or
-    ``recovered`` is at least ``threshold`` and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all
-    heads and both directions).
+    rest; ``ablated`` the loss under ablation by ``method``. A head *attends* if its RAM exceeds that of even attention
+    by a twentieth of the rest, with its interval; it is *causal* if ``lost`` or ``recovered`` is at least ``threshold``
+    and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all heads and both directions).
 
     Sign: positive if the answer needs it. Unit: share of the gap in logit difference.
 
@@ -105,10 +102,8 @@ def causal_report(
         find: samples that rank heads and order sets.
         reference: of the ablation; ``find`` if None.
         method: of the ablation of single heads, see ``Ablate``; None to leave it out.
-        threshold: the smallest effect that matters.
-        alpha: of the tests.
-        n_random: random orders of heads beside the two greedy ones and that of the ranking.
-        n_boot: resamples of each interval.
+        threshold, alpha: the smallest effect that matters, and the level of the criteria.
+        n_random, n_boot: random orders of heads beside the greedy ones, and resamples of each interval.
         n_paths: heads whose paths are followed: those that matter without attending first.
         top: how many of the ranking's first heads are noised together, and pulled to a distractor together.
         bias: of the redirection, see ``Redirect``; none to leave it out, as it is where samples have no distractors.
@@ -140,51 +135,44 @@ def causal_report(
     others = [refuse_ranking(ranking, model, samples, allow_other_model)]
     if isinstance(reference, Reference):
         others.append(reference.check(model, Z, allow_other_model))
-    orders_found, lost_find = ordered(Runs.of(model, find, batch_size), ranking, say)
+    orders, lost_find = ordered(Runs.of(model, find, batch_size), ranking, say)
+    orders |= {"ram": ranking.heads}
+    orders |= {f"random {i}": drawn for i, drawn in enumerate(ranking.random(len(ranking) // 2, n_random, seed))}
     runs = Runs.of(model, samples, batch_size)
     pulled = xr.Dataset()
     if not unpulled:
-        pulled = both_ways(runs, ranking, top, bias, n_random, seed, batch_size, allow_other_model).drop_attrs()
+        pull = Pull(top, bias, n_random, seed, batch_size, allow_other_model)
+        pulled = both_ways(runs, ranking, pull).drop_attrs()
         say("redirecting", 1, 1)
-    each = {"lost": swept(runs, "noise", say), "recovered": swept(runs, "denoise", say)}
-    reason = ""
-    try:
-        each["direct"] = runs.direct()
-        each["mediated"] = each["lost"] - each["direct"]
-    except NotResumable as error:
-        reason = str(error)
+    each, no_paths = single_effects(runs, say)
     if method is not None:
         bank = reference_activations(model, find, batch_size=batch_size, seed=seed) if reference is None else reference
         each["ablated"] = ablated(runs, method, bank, batch_size, say, seed=seed, allow_other_model=allow_other_model)
-    heads = heads_of(runs, ranking, each, threshold, alpha, n_boot, seed)
+    heads = heads_of(runs, ranking, each, Criteria(threshold, alpha, n_boot, seed))
     heads["lost_find"] = (("layer", "head"), lost_find, {"unit": "share of the gap, on the samples that find heads"})
-    singles = {head: float(heads["lost"].values[ranking.layers.index(head.layer), head.head]) for head in ranking.heads}
-    drawn = {f"random {i}": drawn for i, drawn in enumerate(ranking.random(len(ranking) // 2, n_random, seed))}
-    orders = {**orders_found, "ram": ranking.heads, **drawn}
-    curves = set_curves(runs, orders, sizes_of(len(ranking)), singles)
-    paths: list[HeadPath] = []
-    if not reason:
-        attended = attended_regions(runs)
-        for head in followed(heads, n_paths):
-            paths.append(path_of(runs, head, attended, threshold))
-            say("paths", len(paths), n_paths)
-    agreement = agreement_of(ranking.mean, each["lost"], n_boot, seed)
-    dims = ("example", "layer", "head")
-    ids = [sample.id or str(i) for i, sample in enumerate(samples)]
-    singly = xr.Dataset({f"{name}_each": (dims, value) for name, value in each.items()})
-    whole = xr.merge([part.assign_coords(example=ids) for part in (heads, curves, singly, pulled)])
+    curves = set_curves(runs, orders, sizes_of(len(ranking)), singles_of(heads, ranking))
+    paths = [] if no_paths else paths_of(runs, followed(heads, n_paths), threshold, say)
+    whole = _joined(samples, each, [heads, curves, pulled])
     whole.attrs.update(
         kind="causal", model=model.name, domain=", ".join(samples.domains), method=method or "none",
-        threshold=threshold, alpha=alpha, gap=runs.gap, score=ranking.score, n_find=len(find), no_paths=reason,
+        threshold=threshold, alpha=alpha, gap=runs.gap, score=ranking.score, n_find=len(find), no_paths=no_paths,
         no_redirection=unpulled,
         unit="share of the gap in logit difference between clean and corrupted runs",
         sign="positive: the answer needs it",
-        agreement=json.dumps(agreement), paths=json.dumps([path.to_json() for path in paths]),
+        agreement=json.dumps(agreement_of(ranking.mean, each["lost"], n_boot, seed)),
+        paths=json.dumps([path.to_json() for path in paths]),
         members=json.dumps({name: [list(head) for head in some] for name, some in orders.items()}),
         provenance=provenance(model, {"find": find, "test": samples}, seed=seed, method=method, threshold=threshold),
         **other_model_attrs(others),
     )  # fmt: skip
     return CausalReport(whole)
+
+
+def _joined(samples: Samples, each: dict[str, np.ndarray], parts: list[xr.Dataset]) -> xr.Dataset:
+    """All parts in one dataset, and the effects of every sample beside their means."""
+    values = {f"{name}_each": (("example", "layer", "head"), value) for name, value in each.items()}
+    ids = [sample.id or str(i) for i, sample in enumerate(samples)]
+    return xr.merge([part.assign_coords(example=ids) for part in (*parts, xr.Dataset(values))])
 
 
 @checked

@@ -1,6 +1,6 @@
 """Pictures against text in a study: which heads they share, which were recruited, what each is worth for the other.
 
-    facts = summarise(forms_in(place, key, model, base, domain, n, ...))
+    facts = summarise(forms_in(results, key, model, base, Scenes(domain, n, ...), say))
     for kind, text, against in sentences(facts): print(text)
 
 The claim that is tested: visual questions are answered as textual ones in context are (arXiv 2411.10950).

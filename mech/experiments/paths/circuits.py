@@ -254,12 +254,34 @@ def trace_circuit(
         run.pair.run([*every, Node("embed")])
     if any(bool((run.pair.gap == 0).any()) for run in runs):
         raise ExperimentError("an example whose two runs score alike", "a gap to have a share of", "drop it")
-    queue, followed, unfollowed, found = [(first, 1.0)], set(), [], []
-    seen = {first}
+    found, unfollowed = _walked(first, every, runs, _Rule(threshold, alpha, seed), max_nodes)
+    record = provenance(
+        model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, start=start,
+        threshold=threshold, alpha=alpha, direction=direction, max_nodes=max_nodes,
+    )  # fmt: skip
+    return Circuit(str(model.name), start, direction, example, _groups(model), found, unfollowed, record)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Which edges belong to a circuit: the least share of the gap, and the level of the test over examples."""
+
+    threshold: float
+    alpha: float | None
+    seed: int
+
+
+def _walked(
+    first: Node, every: Sequence[Node], runs: "Sequence[_Run]", rule: _Rule, max_nodes: int
+) -> tuple[tuple[Edge, ...], tuple[str, ...]]:
+    """The edges from the first receiver back to the inputs, and the nodes that were too many to be followed."""
+    model = runs[0].pair.model
+    edges: list[Edge] = []
+    queue, seen, followed, unfollowed = [(first, 1.0)], {first}, set(), []
     while queue:
         receiver, _ = queue.pop(0)
-        for edge, node in _into(receiver, every, runs, threshold, alpha, seed):
-            found.append(edge)
+        for edge, node in _into(receiver, every, runs, rule):
+            edges.append(edge)
             if node is None or node in followed:
                 continue
             if len(followed) == max_nodes:
@@ -271,20 +293,7 @@ def trace_circuit(
                     seen.add(reading)
                     queue.append((reading, abs(edge.effect)))
         queue.sort(key=lambda entry: (-entry[0].layer, -entry[1]))
-    record = provenance(
-        model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, start=start,
-        threshold=threshold, alpha=alpha, direction=direction, max_nodes=max_nodes,
-    )  # fmt: skip
-    return Circuit(
-        str(model.name),
-        start,
-        direction,
-        example,
-        _groups(model),
-        tuple(found),
-        tuple(dict.fromkeys(unfollowed)),
-        record,
-    )
+    return tuple(edges), tuple(dict.fromkeys(unfollowed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,10 +317,9 @@ class _Run:
         return mask_of(self.pair.plan.clean, "all")
 
 
-def _into(
-    receiver: Node, every: Sequence[Node], runs: Sequence[_Run], threshold: float, alpha: float | None, seed: int
-) -> list[tuple[Edge, Node | None]]:
+def _into(receiver: Node, every: Sequence[Node], runs: Sequence[_Run], rule: _Rule) -> list[tuple[Edge, Node | None]]:
     """The edges into a receiver that are kept, the strongest first, each with the node it comes from."""
+    alpha, seed = rule.alpha, rule.seed
     nodes = [node for node in every if node.stage < receiver.stage]
     leaves = [name for name in LEAVES if any(name in run.leaves for run in runs)]
     rows = []
@@ -322,8 +330,8 @@ def _into(
         rows.append(run.shares(senders, Part((receiver,), run.everywhere)))
     effects = np.concatenate(rows)
     mean = effects.mean(0)
-    large = [int(i) for i in np.argsort(-abs(mean)) if abs(mean[i]) >= threshold]
-    p_values = np.ones(len(mean))  # the others were looked at too, and count in the correction
+    large = [int(i) for i in np.argsort(-abs(mean)) if abs(mean[i]) >= rule.threshold]
+    p_values = np.ones(len(mean))  # the others were tested too, and count in the correction
     if alpha is not None:
         for i in large:
             p_values[i] = _p_value(effects[:, i], len(mean), alpha, seed)

@@ -94,11 +94,11 @@ def retrieval_test(
         )
     pairs = question_pairs(samples, seed)
     asked_by = [frozenset((first.question.strip(), second.question.strip())) for first, second in pairs]
-    draws = list(dict.fromkeys(asked_by))
-    smallest = 1 / (2 ** len(draws) if len(draws) <= MOST_ENUMERATED else n_permutations + 1)
+    n_draws = len(set(asked_by))
+    smallest = 1 / (2**n_draws if n_draws <= MOST_ENUMERATED else n_permutations + 1)
     if smallest > alpha:
         raise ExperimentError(
-            f"{len(draws)} pairs of different questions, {n_permutations} permutations",
+            f"{n_draws} pairs of different questions, {n_permutations} permutations",
             f"a smallest p-value of {alpha} or less, not {smallest:.3g}",
             "give more samples, that ask more different things",
         )
@@ -108,12 +108,7 @@ def retrieval_test(
         head_scores(model, rows, {"score": measured}, batch_size=batch_size, seed=seed, progress=progress)["score"]
         for rows in (own, other)
     )
-    gain = asked.values - swapped.values
-    difference = gain.reshape(len(pairs), 2, *gain.shape[1:]).sum(axis=1)
-    together = np.stack([difference[[draw == by for by in asked_by]].sum(axis=0) for draw in draws])
-    # t has no scale: what is within rounding of the scores would count as much as a head that attends elsewhere.
-    together[np.abs(together) < ROUNDING * np.abs(asked.values).max()] = 0
-    p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed).reshape(difference.shape[1:])
+    difference, p_value = _tested(asked.values, swapped.values, asked_by, n_permutations, seed)
     mean = difference.mean(axis=0) / 2
     layers = asked[LAYER].values
     best = sorted(map(tuple, np.argwhere(p_value <= alpha).tolist()), key=lambda at: (p_value[at], -mean[at]))
@@ -123,13 +118,31 @@ def retrieval_test(
         {
             "heads": [[int(layers[row]), head] for row, head in best],
             "n_pairs": len(pairs),
-            "n_questions": len(draws),
+            "n_questions": n_draws,
             "smallest_p": smallest,
             "alpha": alpha,
             "model": model.name,
             "score": measured.definition,
         },
     )
+
+
+def _tested(
+    asked: Float[np.ndarray, "example layer head"],
+    swapped: Float[np.ndarray, "example layer head"],
+    asked_by: Sequence[frozenset[str]],
+    n_permutations: int,
+    seed: int,
+) -> tuple[Float[np.ndarray, "pair layer head"], Float[np.ndarray, "layer head"]]:
+    """The difference of every pair of samples, and the p-value of every head; signs are flipped by questions."""
+    gain = asked - swapped
+    difference = gain.reshape(len(asked_by), 2, *gain.shape[1:]).sum(axis=1)
+    draws = list(dict.fromkeys(asked_by))
+    together = np.stack([difference[[draw == by for by in asked_by]].sum(axis=0) for draw in draws])
+    # t has no scale: what is within rounding of the scores would count as much as a head that attends elsewhere.
+    together[np.abs(together) < ROUNDING * np.abs(asked).max()] = 0
+    p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed)
+    return difference, p_value.reshape(difference.shape[1:])
 
 
 def question_pairs(samples: Samples | Sequence[Sample], seed: int = 0) -> list[tuple[Sample, Sample]]:

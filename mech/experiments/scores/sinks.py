@@ -18,7 +18,7 @@ What it does not say: whether sinks are needed. They are, for many models: remov
 and removing it from the model an intervention (``mech.Knockout(key=...)``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ from mech.results import provenance
 BY = ("state", "attention")
 POS = "pos"
 KINDS = ("first", "text", "visual", "evidence")  # of a sink, the last that holds
-PLACES = {
+DIMS = {
     "strength": (EXAMPLE, LAYER, POS),
     "sink": (EXAMPLE, LAYER, POS),
     "kind": (EXAMPLE, POS),
@@ -105,45 +105,55 @@ def attention_sinks(
         if at is not None:
             for layer, chosen in enumerate(sink.unbind(1)):
                 peaks[layer] += np.bincount(at[:, layer][chosen].cpu().numpy(), minlength=model.cfg.d_model)
-        masks = torch.zeros(len(inputs), len(inputs.layouts[0]))
-        for row, tokens in enumerate(evidence):
-            masks[row, torch.as_tensor(tokens)] = 1
-        masses = _masses(model, inputs, sink, masks)
-        for row, layout in enumerate(inputs.layouts):
-            left = int((layout.kind != PADDING).argmax())
-            kind = _kinds(layout, evidence[row])[left:]
-            own = {"strength": strength[row, :, left:].cpu().numpy().astype(float), "kind": kind}
-            own["border"] = _border(layout)[left:]
-            own["sink"] = sink[row, :, left:].cpu().numpy()
-            parts.append({name: mass[row] for name, mass in masses.items()} | own)
+        parts += _of_rows(model, inputs, evidence, strength, sink)
         if progress:
             progress(done, len(samples))
-    length = max(len(part["kind"]) for part in parts)
-    value = {name: np.stack([_padded(part[name], length) if name in PLACES else part[name] for part in parts])
-             for name in parts[0]}  # fmt: skip
+    result = _dataset(model, samples, parts).assign(peak_dim=(LAYER, np.where(peaks.any(1), peaks.argmax(1), -1)))
+    unit = "largest entry over root mean square" if by == "state" else "attention mass, mean over heads"
+    result["strength"].attrs = {"unit": unit, "sign": "more: more of a sink"}
+    return result.assign_attrs(
+        kind="sinks", model=model.name, domain=", ".join(samples.domains), by=by,
+        threshold=tau if by == "state" else share,
+        provenance=provenance(model, samples, by=by, tau=tau, dims=list(dims or ()), share=share),
+    )  # fmt: skip
+
+
+def _of_rows(
+    model: HookedMLLM, inputs: Inputs, evidence: Sequence[Sequence[int]], strength: torch.Tensor, sink: torch.Tensor
+) -> list[dict[str, np.ndarray]]:
+    """What is known of each row: attention masses, and its positions without the padding on their left."""
+    masks = torch.zeros(len(inputs), len(inputs.layouts[0]))
+    for row, tokens in enumerate(evidence):
+        masks[row, torch.as_tensor(tokens)] = 1
+    masses = _masses(model, inputs, sink, masks)
+    rows = []
+    for row, layout in enumerate(inputs.layouts):
+        left = int((layout.kind != PADDING).argmax())
+        own = {"strength": strength[row, :, left:].cpu().numpy().astype(float)}
+        own["kind"] = _kinds(layout, evidence[row])[left:]
+        own["border"] = _border(layout)[left:]
+        own["sink"] = sink[row, :, left:].cpu().numpy()
+        rows.append({name: mass[row] for name, mass in masses.items()} | own)
+    return rows
+
+
+def _dataset(model: HookedMLLM, samples: Samples, rows: Sequence[Mapping[str, np.ndarray]]) -> xr.Dataset:
+    """The rows side by side, the shorter ones padded."""
+    length = max(len(row["kind"]) for row in rows)
+    value = {name: np.stack([_padded(row[name], length) if name in DIMS else row[name] for row in rows])
+             for name in rows[0]}  # fmt: skip
     value["ram_without"] = value["ram"] - value["ram_on_sinks"]
     result = xr.Dataset(
-        {name: (PLACES.get(name, (EXAMPLE, LAYER, HEAD)), array) for name, array in value.items()}
-        | {"peak_dim": (LAYER, np.where(peaks.any(1), peaks.argmax(1), -1))},
+        {name: (DIMS.get(name, (EXAMPLE, LAYER, HEAD)), array) for name, array in value.items()},
         {
             EXAMPLE: samples.names,
             LAYER: list(model.cfg.attention_layers),
             HEAD: np.arange(model.cfg.n_heads),
             POS: np.arange(length),
         },
-        {
-            "kind": "sinks",
-            "model": model.name,
-            "domain": ", ".join(samples.domains),
-            "by": by,
-            "threshold": tau if by == "state" else share,
-            "provenance": provenance(model, samples, by=by, tau=tau, dims=list(dims or ()), share=share),
-        },
     )
     for name in ("ram", "ram_on_sinks", "ram_without", "sink_mass"):
         result[name].attrs = {"unit": "attention mass, 0 to 1", "sign": "more: the question attends more to them"}
-    unit = "largest entry over root mean square" if by == "state" else "attention mass, mean over heads"
-    result["strength"].attrs = {"unit": unit, "sign": "more: more of a sink"}
     return result
 
 

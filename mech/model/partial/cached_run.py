@@ -10,6 +10,7 @@ could not be called again on some rows alone is refused here, with the reason.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,64 +107,84 @@ def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRu
     """
     if hooked(model.hook_dict.values()) or any(record.observers for _, record in model._layers):
         raise NotResumable("there are hooks on the model")
-    layers = layers_of(model.hf_model, model.family.text)
     norm = module_at(model.hf_model, model.family.final_norm)
-    calls: dict[int, list[AttentionCall]] = {}
-    given: dict[int, tuple] = {}
-    added: dict[int, Tensor | None] = {}
-    streams: list[Tensor] = []
-    left: list[tuple[Tensor, int]] = []
-    pool = BufferPool(len(layers) + 1)
-
-    def keep(stream: Tensor) -> Tensor:
-        index = len(streams) - 1
-        if left and left[0][0] is not stream:
-            change = stream - left[0][0]
-            added[index] = change if change.any() else None
-        elif left and left[0][1] != stream._version:
-            raise NotResumable(f"the stream behind layer {index} is written in place")
-        left.clear()
-        streams.append(pool.put(stream))
-        return streams[-1]
-
-    def enter(index: int) -> Callable:
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            stream = keep(args[0] if args else kwargs["hidden_states"])
-            given[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}, stream)
-
-        return before
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        stream = output[0] if isinstance(output, tuple) else output
-        left.append((stream, stream._version))
-
-    def read_call(call: AttentionCall) -> None:
-        # Queries are made anew while running on; only their shape is asked for.
-        kept = {name: pool.put(getattr(call, name)) for name in "kvz"}
-        calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape), **kept))
-
-    handles = [norm.register_forward_pre_hook(lambda module, args: (keep(args[0]), None)[1])]
-    for index, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
-        handles.append(layer.register_forward_hook(leave))
-    try:
-        with model.attending(read_call), last_mlp_at(model, reads):
-            logits = model(inputs, logits_to_keep=torch.as_tensor(reads, device=model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(streams) != len(layers) + 1:
-        raise NotResumable(f"{len(streams) - 1} layers ran, of {len(layers)}")
-    kept, final = [], streams[-1].to(model.device)
-    for index in range(len(layers)):
-        args, kwargs, stream = given[index]
-        _refuse(index, args, kwargs, stream, calls.get(index, []))
-        more = added.get(index)
-        more = more if more is None else more.to(model.device)
-        kept.append(LayerRun(args, kwargs, stream.to(model.device), calls[index][0], more))
+    recorder = _Recorder(layers_of(model.hf_model, model.family.text))
+    with recorder.listening(norm), model.attending(recorder.read_call), last_mlp_at(model, reads):
+        logits = model(inputs, logits_to_keep=torch.as_tensor(reads, device=model.device))
+    layers = recorder.layer_runs(model.device)
+    final = recorder.streams[-1].to(model.device)
     unembed: Any = module_at(model.hf_model, model.family.unembed)
     shaped = _shape_of(model, unembed(norm(final[:, list(reads)])).to(logits.device), logits)
-    return CachedRun(tuple(kept), final, tuple(reads), logits, shaped, Room.of(model))
+    return CachedRun(layers, final, tuple(reads), logits, shaped, Room.of(model))
+
+
+class _Recorder:
+    """What passes between the layers of one forward: streams, arguments and attention calls."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.layers = layers
+        self.streams: list[Tensor] = []  # before each layer, and behind the last
+        self._calls: dict[int, list[AttentionCall]] = {}
+        self._arguments: dict[int, tuple[tuple, dict]] = {}
+        self._added: dict[int, Tensor | None] = {}  # what is added to the stream between two layers
+        self._left: tuple[Tensor, int] | None = None  # the stream as the last layer left it, and its version
+        self._pool = BufferPool(len(layers) + 1)
+
+    @contextmanager
+    def listening(self, norm: nn.Module) -> Iterator[None]:
+        """While open, everything is recorded; ``norm`` is the one behind the last layer."""
+        handles = [norm.register_forward_pre_hook(lambda module, args: (self._keep(args[0]), None)[1])]
+        for index, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, stream: Tensor) -> None:
+        index = len(self.streams) - 1
+        if self._left is not None:
+            left, version = self._left
+            if left is not stream:
+                change = stream - left
+                self._added[index] = change if change.any() else None
+            elif version != stream._version:
+                raise NotResumable(f"the stream behind layer {index} is written in place")
+        self._left = None
+        self.streams.append(self._pool.put(stream))
+
+    def _enter(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._keep(args[0] if args else kwargs["hidden_states"])
+        self._arguments[index] = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        self._left = stream, stream._version
+
+    def read_call(self, call: AttentionCall) -> None:
+        # Queries are made anew while running on; only their shape is asked for.
+        kept = {name: self._pool.put(getattr(call, name)) for name in "kvz"}
+        self._calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape), **kept))
+
+    def layer_runs(self, device: torch.device) -> tuple[LayerRun, ...]:
+        """What was recorded of each layer.
+
+        Raises:
+            NotResumable: layers that did not run once each, or cannot be run again from what was recorded.
+        """
+        if len(self.streams) != len(self.layers) + 1:
+            raise NotResumable(f"{len(self.streams) - 1} layers ran, of {len(self.layers)}")
+        runs = []
+        for index in range(len(self.layers)):
+            (args, kwargs), stream = self._arguments[index], self.streams[index]
+            calls, added = self._calls.get(index, []), self._added.get(index)
+            _refuse(index, args, kwargs, stream, calls)
+            runs.append(
+                LayerRun(args, kwargs, stream.to(device), calls[0], None if added is None else added.to(device))
+            )
+        return tuple(runs)
 
 
 @contextmanager

@@ -89,6 +89,25 @@ class Local:
         return Policy((), self.sinks, self.window)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Which sets of dense heads are compared.
+
+    Attributes:
+        choices: which of ``CHOICES``.
+        shares: of the KV groups that stay dense; an int is a number of groups.
+        n_random: random sets at every share.
+        seed: of random sets and gates.
+        batch_size: samples per forward.
+    """
+
+    choices: Sequence[str] = CHOICES
+    shares: Sequence[int | float] = SHARES
+    n_random: int = 4
+    seed: int = 0
+    batch_size: int = 4
+
+
 @checked
 def acceleration(
     model: HookedMLLM,
@@ -142,9 +161,10 @@ def acceleration(
     others = [refuse_ranking(one, model, samples, allow_other_model) for one in (rankings or {}).values()]
     local = local_for(model, samples, sinks=sinks, window=window)
     made = dict(rankings or {})
-    for name, ranking in ranked(model, find, choices, local, set(made), batch_size, seed, say):
+    compared = Comparison(choices, shares, n_random, seed, batch_size)
+    for name, ranking in ranked(model, find, compared, local, set(made), say):
         made[name] = ranking
-    todo = settings(model, made, choices, shares, n_random, seed)
+    todo = settings(model, made, compared)
     parts: list[xr.Dataset] = []
     for part in measured(model, samples, todo, local, batch_size):
         parts.append(part)
@@ -184,20 +204,20 @@ def local_for(
 def ranked(
     model: HookedMLLM,
     find: Samples,
-    choices: Sequence[str],
+    compared: Comparison,
     local: Local,
     known: set[str],
-    batch_size: int,
-    seed: int,
     say: Progress,
 ) -> Iterator[tuple[str, Ranking]]:
-    """The rankings that ``choices`` need and that are not ``known``, each as soon as it is there."""
-    wanted = set(choices) - known
+    """The rankings that the choices need and that are not ``known``, each as soon as it is there."""
+    wanted = set(compared.choices) - known
     if wanted & {"ram", "bottom", "vision", "random", "layers"} and not {"ram", "vision"} <= known:
-        looks = retrieval_attention_mass(model, find, batch_size=batch_size, progress=lambda i, n: say("RAM", i, n))
+        masses = retrieval_attention_mass(
+            model, find, batch_size=compared.batch_size, progress=lambda i, n: say("RAM", i, n)
+        )
         for name, score in (("ram", "ram"), ("vision", "vision_mass")):
             if name not in known:
-                yield name, rank_heads(looks, score)
+                yield name, rank_heads(masses, score)
     if "reach" in wanted:
         options: dict[str, Any] = {"sinks": local.sinks, "window": local.window, "layers": local.layers}
         yield "reach", rank_heads(reach(model, find, progress=lambda i, n: say("reach", i, n), **options), "reach")
@@ -205,7 +225,7 @@ def ranked(
         yield "causal", causal_ranking(model, find[: local.n_causal], say)
     if "gates" in wanted:
         yield "gates", learned_gates(
-            model, find, sinks=local.sinks, window=local.window, steps=local.gate_steps, seed=seed,
+            model, find, sinks=local.sinks, window=local.window, steps=local.gate_steps, seed=compared.seed,
             progress=lambda i, n: say("gates", i, n),
         )  # fmt: skip
 
@@ -238,14 +258,7 @@ def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *
     )
 
 
-def settings(
-    model: HookedMLLM,
-    rankings: dict[str, Ranking],
-    choices: Sequence[str],
-    shares: Sequence[int | float],
-    n_random: int,
-    seed: int,
-) -> list[Setting]:
+def settings(model: HookedMLLM, rankings: dict[str, Ranking], compared: Comparison) -> list[Setting]:
     """Every choice at every share, the dense model and the window alone first."""
     cfg = model.cfg
     groups = {name: grouped(ranking, cfg) for name, ranking in rankings.items()}
@@ -253,12 +266,12 @@ def settings(
     every = expanded([(layer, g) for layer in cfg.attention_layers for g in range(cfg.n_kv_heads)], cfg)
     todo = [Setting("dense", 1.0, total, every), Setting("window", 0.0, 0)]
     any_of_them = next(iter(groups.values()))
-    for n in dict.fromkeys(any_of_them.count(share) for share in shares):
-        for choice in choices:
+    for n in dict.fromkeys(any_of_them.count(share) for share in compared.shares):
+        for choice in compared.choices:
             sets: Sequence[Heads] = [()]
             if choice == "random":
                 tested = groups["ram"].top(n) if "ram" in groups and 2 * n <= total else ()
-                sets = any_of_them.random(n, n_random, seed, exclude=tested)
+                sets = any_of_them.random(n, compared.n_random, compared.seed, exclude=tested)
             elif choice == "layers":
                 sets = [layers_first(groups["ram"], n)]
             elif choice != "dynamic":

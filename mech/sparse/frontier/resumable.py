@@ -7,7 +7,7 @@
 What is there is not computed again, so that a study that was killed ends in the same numbers.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import xarray as xr
 
@@ -16,56 +16,51 @@ from mech.data.samples import Samples
 from mech.experiments.ranking.ranking import Ranking
 from mech.model import HookedMLLM
 from mech.results import Study
-from mech.sparse.frontier.acceleration import CHOICES, Local, Progress, about, measured, ranked, settings, timed
+from mech.sparse.frontier.acceleration import Comparison, Local, Progress, about, measured, ranked, settings, timed
 from mech.sparse.frontier.speed import speed_dataset
 
 
 def acceleration_in(
-    place: Study,
+    results: Study,
     key: str,
     model: HookedMLLM,
-    find: Samples,
-    test: Samples,
+    split: tuple[Samples, Samples],
     local: Local,
-    *,
-    shares: tuple[int | float, ...],
-    choices: Sequence[str] = CHOICES,
-    n_random: int,
-    batch_size: int,
-    seed: int,
+    compared: Comparison,
     say: Progress,
 ) -> xr.Dataset:
-    """What ``acceleration`` returns, computed or found in a study."""
+    """What ``acceleration`` returns, computed or found in a study; ``split`` are samples that rank, and that test."""
+    find, test = split
     if not all(sample.counterfactual for sample in find):
-        choices = tuple(choice for choice in choices if choice != "causal")
+        compared = replace(compared, choices=tuple(choice for choice in compared.choices if choice != "causal"))
 
     def tell(what: str, done: int, total: int) -> None:
         say(f"{key}: {what}", done, total)
 
-    if not place.done(f"{key}/rankings"):
-        made = dict(ranked(model, find, choices, local, set(), batch_size, seed, tell))
+    if not results.done(f"{key}/rankings"):
+        made = dict(ranked(model, find, compared, local, set(), tell))
         maps = {name: (("layer", "head"), ranking.mean) for name, ranking in made.items()}
-        place.put(f"{key}/rankings", xr.Dataset(maps, {"layer": list(model.cfg.attention_layers)}))
-    saved = place.get(f"{key}/rankings")
+        results.put(f"{key}/rankings", xr.Dataset(maps, {"layer": list(model.cfg.attention_layers)}))
+    saved = results.get(f"{key}/rankings")
     rankings = {
         str(name): Ranking(values.values, None, str(name), str(model.name), layers=model.cfg.attention_layers)
         for name, values in saved.data_vars.items()
     }
-    todo = settings(model, rankings, choices, shares, n_random, seed)
-    missing = place.missing(f"{key}/settings", len(todo))
-    parts = measured(model, test, [todo[i] for i in missing], local, batch_size) if missing else ()
+    todo = settings(model, rankings, compared)
+    missing = results.missing(f"{key}/settings", len(todo))
+    parts = measured(model, test, [todo[i] for i in missing], local, compared.batch_size) if missing else ()
     for done, (index, part) in enumerate(zip(missing, parts, strict=True), start=len(todo) - len(missing) + 1):
-        place.append(f"{key}/settings", part, index)
+        results.append(f"{key}/settings", part, index)
         tell("settings", done, len(todo))
-    if not place.done(f"{key}/settings"):
-        place.finish(f"{key}/settings", len(todo), CONDITION, **about(model, test, find, local, seed))
-    if not place.done(f"{key}/speed"):
+    if not results.done(f"{key}/settings"):
+        results.finish(f"{key}/settings", len(todo), CONDITION, **about(model, test, find, local, compared.seed))
+    if not results.done(f"{key}/speed"):
         tell("speed", 0, 1)
-        place.put(f"{key}/speed", speed_dataset(model, next(iter(test)), timed(todo), local.policy))
+        results.put(f"{key}/speed", speed_dataset(model, next(iter(test)), timed(todo), local.policy))
         tell("speed", 1, 1)
-    return joined(place, key)
+    return joined(results, key)
 
 
-def joined(place: Study, key: str) -> xr.Dataset:
+def joined(results: Study, key: str) -> xr.Dataset:
     """The settings of a study with their speed beside them."""
-    return xr.merge([place.get(f"{key}/settings"), place.get(f"{key}/speed")], combine_attrs="no_conflicts")
+    return xr.merge([results.get(f"{key}/settings"), results.get(f"{key}/speed")], combine_attrs="no_conflicts")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mech.experiments.ablation.forms import forms_in
+from mech.experiments.ablation.forms import Scenes, forms_in
 from mech.experiments.findings import forms
 from mech.experiments.findings.literature import in_all, published
 from mech.model import HookedMLLM
@@ -16,11 +16,11 @@ def opened():
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    with Study(tmp_path_factory.mktemp("forms"), {"seed": 0}) as place:
-        options = dict(k=2, n_random=2, seed=0, batch_size=4, say=lambda *_: None)
-        first = forms_in(place, "tiny/forms", opened(), opened, "documents", 8, **options)
+    with Study(tmp_path_factory.mktemp("forms"), {"seed": 0}) as results:
+        of, silent = Scenes("documents", n=8, k=2, n_random=2, batch_size=4), lambda *_: None
+        first = forms_in(results, "tiny/forms", opened(), opened, of, silent)
         refused = lambda: pytest.fail("what is there is not computed again")  # noqa: E731
-        again = forms_in(place, "tiny/forms", opened(), refused, "documents", 8, **options)
+        again = forms_in(results, "tiny/forms", opened(), refused, of, silent)
     assert all(first[name].equals(again[name]) for name in first)
     return first
 
