@@ -55,8 +55,7 @@ def differentiate(
     *,
     edits: Sequence[Edit] = (),
     modules: Mapping[str, nn.Module] | None = None,
-    attention: str | None = None,
-    layers: Sequence[int] = (),
+    attention: tuple[str, Sequence[int]] | None = None,
 ) -> Slopes:
     """Run, and differentiate the metric at some places.
 
@@ -67,7 +66,7 @@ def differentiate(
         score: runs inputs and gives the metric of every row.
         edits: hooks that change activations before they are read.
         modules: label -> a module whose output is differentiated at.
-        attention: "text" or "vision": differentiate at z inside the attention of ``layers`` too.
+        attention: "text" or "vision", and layers: differentiate at z inside their attention too.
 
     Raises:
         ExperimentError: a metric without a gradient.
@@ -79,7 +78,8 @@ def differentiate(
         stack.enter_context(still(model))
         stack.enter_context(model.hooks([*edits, *((name, watched.track) for name in names)]))
         if attention:
-            stack.enter_context(model.attending(partial(watched.attend, layers), attention))
+            tower, layers = attention
+            stack.enter_context(model.attending(partial(watched.attend, layers), tower))
         for label, module in (modules or {}).items():
             handle = module.register_forward_hook(partial(watched.behind, label), prepend=True)
             stack.callback(handle.remove)

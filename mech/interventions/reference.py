@@ -4,6 +4,7 @@ Positions with a visual token and positions with text are kept apart: a head's m
 ever takes at a word.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from mech.arguments import Count, Seed, checked, one_of
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.identity import made_elsewhere, weight_digest
-from mech.inputs import IMAGE, PADDING, VIDEO, TokenLayout
+from mech.inputs import IMAGE, PADDING, VIDEO, Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 
 TEXT_KIND, VISUAL_KIND = 0, 1
@@ -102,41 +103,69 @@ def reference_activations(
     samples = Samples(samples)
     names = [name for name in model.points() if name == point or _is_text(name, point)]
     layers = {name: 0 if name == point else int(name.split(".")[1]) for name in names}
-    total: dict[int, Tensor] = {}
-    count = torch.zeros(2)
-    each = -(-n_draws // len(samples))
-    drawn: dict[int, list[list[Tensor]]] = {layer: [[], []] for layer in layers.values()}
+    found = _Found(-(-n_draws // len(samples)), {layer: ([], []) for layer in layers.values()})
     for start in range(0, len(samples), batch_size):
         inputs = model.collate([model.inputs_of(sample) for sample in samples[start : start + batch_size]])
-        kind = torch.stack([kinds(layout) for layout in inputs.layouts])
         # Seeded sample by sample: what is drawn does not depend on the batches.
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + row) for row in range(len(kind))]
-        picked = [[_pick(row == which, each, g) for row, g in zip(kind, generators, strict=True)] for which in (0, 1)]
+        seeds = [seed * 1_000_003 + start + row for row in range(len(inputs.layouts))]
+        with _reading(model, point, layers, found.reader(inputs, seeds)):
+            model(inputs, logits_to_keep=1)
+    n_layers = 1 if point == "hook_embed" else model.cfg.n_layers
+    wide = torch.promote_types(model.dtype, torch.float32)
+    mean, draws = found.filled(n_layers, n_draws, wide, seed)
+    return Reference(mean.to(model.device), draws.to(model.device), samples.digest(), point, model.name,
+                     weight_digest(model) or "")  # fmt: skip
 
-        def read(layer: int, value: Tensor, kind=kind, picked=picked) -> None:
+
+@dataclass(eq=False)
+class _Found:
+    """Sums and drawn values of a point, for each kind of position.
+
+    Attributes:
+        each: values drawn of each sample and kind.
+        drawn: by layer and kind.
+        total: by layer, ``[kind ...]``.
+        count: positions of each kind.
+    """
+
+    each: int
+    drawn: dict[int, tuple[list[Tensor], list[Tensor]]]
+    total: dict[int, Tensor] = field(default_factory=dict)
+    count: Tensor = field(default_factory=lambda: torch.zeros(2))
+
+    def reader(self, inputs: Inputs, seeds: Sequence[int]) -> Callable[[int, Tensor], None]:
+        """What adds the values of one batch, layer by layer."""
+        kind = torch.stack([kinds(layout) for layout in inputs.layouts])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        picked = [
+            [_pick(row == which, self.each, g) for row, g in zip(kind, generators, strict=True)]
+            for which in (TEXT_KIND, VISUAL_KIND)
+        ]
+        for which in (TEXT_KIND, VISUAL_KIND):
+            self.count[which] += (kind == which).sum()
+
+        def read(layer: int, value: Tensor) -> None:
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-            sums = total.setdefault(layer, torch.zeros(2, *value.shape[2:], dtype=torch.float64))
+            sums = self.total.setdefault(layer, torch.zeros(2, *value.shape[2:], dtype=torch.float64))
             for which in (TEXT_KIND, VISUAL_KIND):
                 sums[which] += value[(kind == which).to(value.device)].sum(0).double().cpu()
                 here = [row[at.to(value.device)] for row, at in zip(value, picked[which], strict=True)]
-                drawn[layer][which].append(torch.cat(here).cpu())
+                self.drawn[layer][which].append(torch.cat(here).cpu())
 
-        with _reading(model, point, layers, read):
-            model(inputs, logits_to_keep=1)
-        for which in (TEXT_KIND, VISUAL_KIND):
-            count[which] += (kind == which).sum()
-    n_layers = 1 if point == "hook_embed" else model.cfg.n_layers
-    # Heads may be wider in some layers than in others (Gemma 4): the narrower ones are filled up.
-    rest = [max(sizes) for sizes in zip(*(sums.shape[1:] for sums in total.values()), strict=True)]
-    wide = torch.promote_types(model.dtype, torch.float32)
-    mean, draws = (torch.zeros(*shape, n_layers, *rest, dtype=wide) for shape in ((2,), (2, n_draws)))
-    for layer, sums in total.items():
-        here = tuple(slice(size) for size in sums.shape[1:])
-        for which in (TEXT_KIND, VISUAL_KIND):
-            mean[(which, layer, *here)] = (sums[which] / count[which].clamp(min=1)).to(wide)
-            draws[(which, slice(None), layer, *here)] = _shuffled(torch.cat(drawn[layer][which]), n_draws, seed)
-    return Reference(mean.to(model.device), draws.to(model.device), samples.digest(), point, model.name,
-                     weight_digest(model) or "")  # fmt: skip
+        return read
+
+    def filled(self, n_layers: int, n_draws: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+        """Means ``[kind layer ...]`` and draws ``[kind draw layer ...]`` of all layers."""
+        # Heads may be wider in some layers than in others (Gemma 4): the narrower ones are filled up.
+        rest = [max(sizes) for sizes in zip(*(sums.shape[1:] for sums in self.total.values()), strict=True)]
+        mean, draws = (torch.zeros(*shape, n_layers, *rest, dtype=dtype) for shape in ((2,), (2, n_draws)))
+        for layer, sums in self.total.items():
+            here = tuple(slice(size) for size in sums.shape[1:])
+            for which in (TEXT_KIND, VISUAL_KIND):
+                mean[(which, layer, *here)] = (sums[which] / self.count[which].clamp(min=1)).to(dtype)
+                values = torch.cat(self.drawn[layer][which])
+                draws[(which, slice(None), layer, *here)] = _shuffled(values, n_draws, seed)
+        return mean, draws
 
 
 def _is_text(name: str, point: str) -> bool:

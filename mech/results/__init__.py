@@ -7,6 +7,7 @@ folder does not know how a number was measured.
 
 from mech.results.provenance import provenance
 from mech.results.schema import (
+    ShownHead,
     ablation_dataset,
     check,
     heads_text,
@@ -19,6 +20,7 @@ from mech.results.store import load, save, write_json
 from mech.results.study import Study
 
 __all__ = [
+    "ShownHead",
     "Study",
     "ablation_dataset",
     "check",

@@ -22,7 +22,7 @@ Nothing here knows about models, files or how the numbers were made.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -186,16 +186,21 @@ def with_top_apart(effects: xr.Dataset) -> xr.Dataset:
     return effects.assign_coords(band=(CONDITION, _names(named)))
 
 
+class ShownHead(NamedTuple):
+    """A head whose maps are shown, the band it is shown for ("top", "bottom", ...), and its RAM."""
+
+    layer: int
+    head: int
+    band: str
+    ram: float
+
+
 def maps_dataset(
     attention: Float[np.ndarray, "example shown token"],
     rect: Float[np.ndarray, "example token 4"],
     token_image: Int[np.ndarray, "example token"],
     facts: Sequence[Mapping[str, Any]],
-    *,
-    shown_layer: Sequence[int],
-    shown_head: Sequence[int],
-    shown_band: Sequence[str],
-    shown_ram: Sequence[float],
+    shown: Sequence[ShownHead],
     **attrs: Any,
 ) -> xr.Dataset:
     """What a few heads attend to in a few examples.
@@ -209,13 +214,14 @@ def maps_dataset(
             files are to be checked, and perhaps ``queries``: for each head shown ``"question"`` (the mean over its
             tokens) or the one token that attends, with the share of the answer that is lost there. Kept as one JSON
             string in ``attrs["facts"]``.
-        shown_layer, shown_head, shown_band, shown_ram: which heads are shown, why ("top" or "bottom") and their RAM.
+        shown: which heads are shown, and why.
     """
+    layer, head, band, ram = zip(*shown, strict=True)
     coords = {
-        "shown_layer": ("shown", np.asarray(shown_layer, dtype=np.int64)),
-        "shown_head": ("shown", np.asarray(shown_head, dtype=np.int64)),
-        "shown_band": ("shown", _names(shown_band)),
-        "shown_ram": ("shown", np.asarray(shown_ram, dtype=np.float64)),
+        "shown_layer": ("shown", np.asarray(layer, dtype=np.int64)),
+        "shown_head": ("shown", np.asarray(head, dtype=np.int64)),
+        "shown_band": ("shown", _names(band)),
+        "shown_ram": ("shown", np.asarray(ram, dtype=np.float64)),
     }
     values = {"attention": attention, "rect": rect, "token_image": token_image}
     return _build("maps", values, coords, {**attrs, "facts": json.dumps([dict(known) for known in facts])})

@@ -18,7 +18,7 @@ from mech import axes
 from mech.data.regions import Box
 from mech.data.samples import Sample, Samples
 from mech.errors import OutputError
-from mech.results import ablation_dataset, check, map_facts, maps_dataset, provenance, ram_dataset
+from mech.results import ShownHead, ablation_dataset, check, map_facts, maps_dataset, provenance, ram_dataset
 from mech.results.provenance import jsonable, weight_digest
 from mech.results.schema import KINDS
 
@@ -39,7 +39,7 @@ FACTS = {"question": "?", "answer": "7", "prediction": "1", "pictures": ["map0_0
 def maps(facts=(FACTS,), corners=4):
     return maps_dataset(
         np.zeros((1, 2, 6)), np.zeros((1, 6, corners)), np.zeros((1, 6), int), facts,
-        shown_layer=[0, 1], shown_head=[2, 3], shown_band=["top", "bottom"], shown_ram=[0.9, 0.0],
+        [ShownHead(0, 2, "top", 0.9), ShownHead(1, 3, "bottom", 0.0)],
     )  # fmt: skip
 
 

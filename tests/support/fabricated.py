@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from mech.data.regions import Box
 from mech.data.samples import Sample
 from mech.experiments.paths.circuits import Circuit, Edge
-from mech.results import ablation_dataset, maps_dataset, ram_dataset, save
+from mech.results import ShownHead, ablation_dataset, maps_dataset, ram_dataset, save
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2)
 METHODS = ("mean", "zero", "resample", "uniform", "paper")
@@ -236,10 +236,7 @@ def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, 
         np.repeat(rect[None], n, 0),
         np.repeat(image[None], n, 0),
         facts,
-        shown_layer=[h[0] for h in shown],
-        shown_head=[h[1] for h in shown],
-        shown_band=["top"] * 4 + ["bottom"] * 4,
-        shown_ram=[h[2] for h in shown],
+        [ShownHead(*head, band, ram) for (*head, ram), band in zip(shown, ["top"] * 4 + ["bottom"] * 4, strict=True)],
     )
     save(dataset, place / "maps.nc")
 
@@ -298,5 +295,5 @@ def fabricated_maps() -> xr.Dataset:
     facts = {"question": sample.question, "answer": sample.answer, "prediction": "5", "pictures": ["map0_0.png"]}
     return maps_dataset(
         attention, rect[None], np.zeros((1, 16), int), [{**facts, "evidence": [[0, 28, 42, 56, 70]]}],
-        shown_layer=[0, 1], shown_head=[2, 3], shown_band=["top", "bottom"], shown_ram=[0.7, 0.01],
+        [ShownHead(0, 2, "top", 0.7), ShownHead(1, 3, "bottom", 0.01)],
     )  # fmt: skip

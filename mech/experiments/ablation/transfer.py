@@ -67,22 +67,17 @@ def transfer(
         rankings: by name, in place of those by RAM on ``find``: of this model, by another score.
         k: heads of each set: a number or a share.
         to: the method, see ``Ablate``.
-        n_random: random sets of as many heads, none of them a top head of any task (where that leaves too few: of
-            all heads, see ``attrs["random_of"]``). The same ones are used for every task.
-        seed: of the random sets and the resampled outputs.
-        batch_size: samples per forward.
+        n_random: random sets of as many heads, the same for every task; no top head of any task where that leaves
+            enough, see ``attrs["random_of"]``.
+        seed, batch_size, allow_other_model: as in ``ablation``.
         progress: called with (conditions done, conditions in all).
-        allow_other_model: take ``rankings`` of another model of this shape, such as another training step; the
-            attribute ``other_model`` says so.
 
     Returns:
-        ``accuracy`` (0 or 1), ``logit_diff`` (logits, answer minus counterfactual answer) and ``in_form`` (0 or 1) over
-        (tested_on, condition, example): unablated (``band`` "none"), without the top heads of a task (``band`` its
-        name), without random ones (``band`` "random"); ``heads`` names the heads of each condition. Tasks with fewer
-        examples end in nan; ``example_id`` names all. From the accuracy: ``lost`` over (found_on, tested_on) with
-        ``lost_low``, ``lost_high`` (95%, over examples); ``random_lost`` over (tested_on) with its interval over
-        examples and sets; over (found_on, tested_on) ``p_samples`` (sign flips over samples), ``p_sets`` (the rank of
-        the top set among the random ones) and ``p``, the larger of the two; not corrected for the number of cells.
+        ``accuracy``, ``logit_diff`` and ``in_form`` (0 or 1) over (tested_on, condition, example), nan behind the end
+        of a task, with ``band`` ("none", a name, "random") and ``heads`` of each condition. Of the accuracy ``lost``
+        over (found_on, tested_on) and ``random_lost`` over (tested_on), each with ``_low`` and ``_high`` (95%);
+        ``p_samples`` (sign flips over samples), ``p_sets`` (rank of the top set among the random ones) and ``p``, the
+        larger of the two, not corrected for the number of cells.
 
     Raises:
         ExperimentError: samples that find and test, a task to test without samples to find, no task with evidence,
@@ -115,19 +110,8 @@ def transfer(
                 progress(before * total + done, len(test) * total)
 
         options: dict[str, Any] = dict(reference=reference, seed=seed, batch_size=batch_size, progress=tell)
-        answers = per_sample_forms(model, samples, conditions=todo, **options)
-        in_form = np.isin(answers["first_token"], answers["right_token"]).astype(float)
-        part = answers.drop_vars(["first_token", "right_token"]).assign(in_form=((CONDITION, EXAMPLE), in_form))
-        ids = {"example_id": (EXAMPLE, part[EXAMPLE].values.astype(object))}
-        parts.append(part.drop_vars(EXAMPLE).assign_coords(ids))
-    padded = [part.pad(example=(0, max(map(len, test.values())) - part.sizes["example"])) for part in parts]
-    joined = xr.concat(padded, dim=xr.Variable("tested_on", list(test)))
-    joined = joined.assign_coords(
-        example_id=joined["example_id"].fillna("").astype(str),
-        band=(CONDITION, [condition.band for condition in todo]),
-        draw=(CONDITION, [condition.draw for condition in todo]),
-        heads=(CONDITION, [heads_text(condition.heads) for condition in todo]),
-    )
+        parts.append(per_sample_forms(model, samples, conditions=todo, **options))
+    joined = _by_task(dict(zip(test, parts, strict=True)), todo)
     joined.attrs.update(
         model=model.name, method=to, n_heads=len(tops[0].heads), unit="share of answers", sign="positive: needed",
         random_of="other heads than the tested ones" if apart else "all heads",
@@ -135,6 +119,23 @@ def transfer(
         **other_model_attrs(others),
     )  # fmt: skip
     return joined.merge(_summary(joined, list(rankings)))
+
+
+def _by_task(parts: Mapping[str, xr.Dataset], todo: Sequence[Condition]) -> xr.Dataset:
+    """The answers of all tasks side by side, the shorter ones padded, and whether each is of the right form."""
+    length, padded = max(part.sizes[EXAMPLE] for part in parts.values()), []
+    for part in parts.values():
+        in_form = np.isin(part["first_token"], part["right_token"]).astype(float)
+        ids = {"example_id": (EXAMPLE, part[EXAMPLE].values.astype(object))}
+        part = part.drop_vars(["first_token", "right_token", EXAMPLE]).assign(in_form=((CONDITION, EXAMPLE), in_form))
+        padded.append(part.assign_coords(ids).pad(example=(0, length - part.sizes[EXAMPLE])))
+    joined = xr.concat(padded, dim=xr.Variable("tested_on", list(parts)))
+    return joined.assign_coords(
+        example_id=joined["example_id"].fillna("").astype(str),
+        band=(CONDITION, [condition.band for condition in todo]),
+        draw=(CONDITION, [condition.draw for condition in todo]),
+        heads=(CONDITION, [heads_text(condition.heads) for condition in todo]),
+    )
 
 
 def _summary(effects: xr.Dataset, names: list[str]) -> xr.Dataset:

@@ -29,7 +29,7 @@ from mech.experiments.ranking.checks import other_model_attrs, refuse_other_mode
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
-from mech.results import maps_dataset
+from mech.results import ShownHead, maps_dataset
 
 
 @checked
@@ -106,10 +106,11 @@ def attention_maps(
         np.stack([_padded(drawn.rect, width, np.nan, axis=0) for drawn in maps]),
         np.stack([_padded(drawn.owner, width, -1, axis=0) for drawn in maps]),
         facts,
-        shown_layer=[head.layer for head in heads],
-        shown_head=[head.head for head in heads],
-        shown_band=[name for name, band in named.items() for _ in band],
-        shown_ram=[float(ranking.mean[ranking.layers.index(layer), head]) for layer, head in heads],
+        [
+            ShownHead(layer, head, name, float(ranking.mean[ranking.layers.index(layer), head]))
+            for name, band in named.items()
+            for layer, head in band
+        ],
         model=model.name,
     ).assign_attrs(other_model_attrs([other]))
 

@@ -75,15 +75,12 @@ def edge_attribution(
     Args:
         model, clean, corrupted, metric: as in ``activation_patching``.
         senders, receivers: labels; all by default.
-        ig_steps: midpoints on the path of the embeddings from the base to the source over which slopes are averaged;
-            0 for the slope at the base alone.
-        norm: ``"live"``: the receiver's norm is differentiated as it is, so that all edges out of a sender sum to the
-            sender's own attribution; ``"frozen"``: its scale is a constant. Norms elsewhere are always live; one
-            behind attention (Gemma) is linear at the base.
+        ig_steps: midpoints on the path of the embeddings over which slopes are averaged; 0: the slope at the base.
+        norm: ``"live"``: the receiver's norm is differentiated, so that all edges out of a sender sum to its own
+            attribution; ``"frozen"``: its scale is a constant. Norms elsewhere are always live.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
-        check: how many edges are also switched exactly, 0 for none: half of them those with the largest estimates,
-            half random (nearly all edges do nothing, and a random sample would be of these).
-        seed: of the random ones.
+        check, seed: how many edges are also switched exactly: half of them those with the largest estimates, half
+            random, by ``seed``.
 
     Returns:
         ``effect`` over (example, sender, receiver), nan where the receiver does not lie behind the sender; ``clean``
@@ -95,9 +92,7 @@ def edge_attribution(
             any forward.
 
     Cost: two forwards and one backward for each pair, as many again for each step, and a forward for each checked
-    edge; beside them a product of senders with receivers, ``L^2 H^2 positions d_model`` operations a step. Memory: the
-    activations of the text stack, and slopes of one layer's receivers with outputs of one layer's heads; of each pair
-    what senders write is kept for the check.
+    edge; ``L^2 H^2 positions d_model`` operations a step beside them. Memory: the activations of the text stack.
 
     References: arXiv 2310.10348 (edge attribution patching), 2403.17806 (with integrated gradients; we take midpoints
     of the path instead of right ends, and keep keys and values grouped).
@@ -118,25 +113,22 @@ def edge_attribution(
     estimate = np.stack([effect[:, s, r] for s, r in known], 1) if known else exact
     labels = [f"{s} -> {r}" for s, r in sample]
     clean_scores, corrupted_scores = (theirs, ours) if direction == "denoise" else (ours, theirs)
-    data = {
-        "effect": ((EXAMPLE, "sender", "receiver"), effect, SHARE),
-        "clean": (EXAMPLE, clean_scores, {"unit": metric.unit}),
-        "corrupted": (EXAMPLE, corrupted_scores, {"unit": metric.unit}),
-        **compared(estimate, exact),
-    }
-    coords = {EXAMPLE: np.arange(len(effect)), "sender": rows, "receiver": columns, "cell": ("check", labels)}
+    unit = {"unit": metric.unit}
     settings = {"direction": direction, "zero": "no effect", "norm": norm, "ig_steps": ig_steps}
     samples = clean if isinstance(clean, Samples) else None
-    attrs = {
-        "model": model.name,
-        **settings,
-        "measure": repr(metric),
-        **agreement_of(estimate, exact, labels),
-        "forwards": (2 + (ig_steps or 1) + len(sample)) * len(runs),
-        "backwards": (ig_steps or 1) * len(runs),
-        "provenance": provenance(model, samples, metric=metric, seed=seed, **settings),
-    }
-    return xr.Dataset(data, coords, attrs)
+    return xr.Dataset(
+        {
+            "effect": ((EXAMPLE, "sender", "receiver"), effect, SHARE),
+            "clean": (EXAMPLE, clean_scores, unit),
+            "corrupted": (EXAMPLE, corrupted_scores, unit),
+            **compared(estimate, exact),
+        },
+        {EXAMPLE: np.arange(len(effect)), "sender": rows, "receiver": columns, "cell": ("check", labels)},
+        {"model": model.name, **settings, "measure": repr(metric), **agreement_of(estimate, exact, labels)},
+    ).assign_attrs(
+        forwards=(2 + (ig_steps or 1) + len(sample)) * len(runs), backwards=(ig_steps or 1) * len(runs),
+        provenance=provenance(model, samples, metric=metric, seed=seed, **settings),
+    )  # fmt: skip
 
 
 def _sample(size: np.ndarray, count: int, seed: int) -> list[tuple[int, int]]:

@@ -207,7 +207,7 @@ def _estimated(
     def score(run: Inputs) -> Tensor:
         return plan.scores(model(run, logits_to_keep=at), clean_logits)
 
-    here = differentiate(model, base, names, score, attention=stack if slope.fixed else None, layers=layers)
+    here = differentiate(model, base, names, score, attention=(stack, layers) if slope.fixed else None)
     if slope.steps:
         _along_path(model, base, here, cache, plan.names, score, slope)
     patches = Patches(plan.point, plan.cells, [in_tower(plan, mask, dict(cache)) for mask in plan.regions])

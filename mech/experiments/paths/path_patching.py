@@ -80,29 +80,22 @@ def path_patching(
     Sign: more is more sufficient (denoising), more necessary (noising); 0 is no effect. Unit: share of the gap.
 
     Args:
-        model: a hooked model.
-        clean: ``Inputs`` (any number of rows), a ``Sample``, or a list of either.
-        corrupted: the same with the evidence changed and the layout kept; None for the samples' counterfactuals.
-        metric: see ``mech.experiments.metrics``.
+        model, clean, corrupted, metric: as in ``activation_patching``.
         senders: heads (pairs, or ``"L2H5"``), ``"mlp.2"``, ``"embed"`` (the stream that enters the first layer). A
             mapping names groups that are switched together: ``{"movers": [(4, 0), (4, 3)]}``.
-        receivers: ``"logits"``, or some of ``"L4H0.q"``, ``"L4K0.k"``, ``"L4K0.v"`` (keys and values by key/value
-            head: what they change, all query heads of the group see), ``"mlp.4"``; groups as for senders.
-        freeze: what keeps its value on the way to the receiver: any of ``"attention"`` (outputs of attention),
-            ``"mlp"`` (outputs of MLPs) and ``"norm"`` (scales of the norms at the stream; those of queries and keys lie
-            behind a receiver). Behind the receiver nothing is frozen.
-        positions: where the sender is switched, in words of ``TokenLayout.positions``.
-        regions: several such places by name, each for itself: a dimension ``region``.
-        receiver_positions: where the receiver is switched. The logits are read where the metric reads them.
-        receiver_regions: several such places by name: a dimension ``receiver_region``.
+        receivers: ``"logits"``, or some of ``"L4H0.q"``, ``"L4K0.k"``, ``"L4K0.v"`` (by key/value head: all query
+            heads of the group see the change), ``"mlp.4"``; groups as for senders.
+        freeze: what keeps its value on the way: any of ``"attention"``, ``"mlp"`` (their outputs) and ``"norm"``
+            (scales of the norms at the stream). Behind the receiver nothing is frozen.
+        positions, receiver_positions: where sender and receiver are switched, in words of ``TokenLayout.positions``.
+        regions, receiver_regions: several such places by name: dimensions ``region`` and ``receiver_region``.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
         method: ``"walk"`` and ``"literal"`` force an algorithm; both give the same.
         progress: called with (pairs of runs done, pairs in all).
 
     Returns:
         ``effect`` and ``metric`` over (example, sender, receiver), then the regions asked for; ``clean`` and
-        ``corrupted`` over example. Attributes say what was frozen, the algorithm (and why, where it is not the walk)
-        and the cost in forwards.
+        ``corrupted`` over example. Attributes: what was frozen, the algorithm and why, the cost in forwards.
 
     Raises:
         ExperimentError: an end that does not exist, layouts that differ, or an answer that cannot be read off the
@@ -127,14 +120,10 @@ def path_patching(
         if not given:
             raise ExperimentError(f"{name}={{}}", "at least one region", f"leave {name} out")
     nodes = [node for group in sending.values() for node in group]
-    pairs, parts, example = pairs_of(model, clean, corrupted), [], 0
-    switched = []
+    pairs, switched, parts, example = pairs_of(model, clean, corrupted), [], [], 0
     for one, other in pairs:
         switched.append(Pair.of(model, one, other, metric, direction, example))
-        parts.append((
-            [Part(group, mask) for group in sending.values() for mask in [mask_of(one, w) for w in places.values()]],
-            [Part(group, mask) for group in receiving.values() for mask in [mask_of(one, w) for w in ends.values()]],
-        ))  # fmt: skip
+        parts.append((_parts(one, sending, places), _parts(one, receiving, ends)))
         example += len(one)
     values = []
     for pair, (froms, tos) in zip(switched, parts, strict=True):
@@ -156,6 +145,12 @@ def path_patching(
     found = _dataset(switched, torch.cat(values), parts[0], axes, alone, metric, direction)
     forwards = float(sum(pair.forwards for pair in switched))
     return found.assign_attrs(model=model.name, **settings, measure=repr(metric), forwards=forwards, provenance=record)
+
+
+def _parts(inputs: Inputs, groups: Mapping[str, Sequence[Node]], regions: Mapping[str, Where]) -> list[Part]:
+    """Every group in every region of these inputs."""
+    masks = [mask_of(inputs, where) for where in regions.values()]
+    return [Part(group, mask) for group in groups.values() for mask in masks]
 
 
 def _dataset(

@@ -33,7 +33,7 @@ from mech.experiments.ranking.sets import HeadSet, head_sets
 from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import holm, mean_of
 from mech.indices import Pairs
-from mech.inputs import TokenLayout
+from mech.inputs import Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
 
@@ -71,19 +71,17 @@ def evidence_retrieval(
     Args:
         model: a hooked model.
         samples: with evidence, other ones than those that found the heads.
-        ranking: of this model: its top, bottom and random ``heads`` are compared, with vision heads (of the
-            same number, by attention to all visual tokens on the samples that are tested: a control that sees more
-            than it should) and all heads. Or sets of heads by name.
-        over: what is retrieved: ``"pages"`` (whole pictures), ``"frames"`` (of a video), ``"cells"`` of the picture;
-            by default pages where there are several, frames of a video, and cells else.
+        ranking: its top, bottom and random ``heads`` are compared with vision heads (as many, by attention to all
+            visual tokens of the tested samples: a control that sees more than it should) and all heads. Or sets of
+            heads by name.
+        over: ``"pages"`` (whole pictures), ``"frames"`` (of a video) or ``"cells"`` of the picture; by default pages
+            where there are several, frames of a video, and cells else.
         grid: rows and columns of the cells.
         heads: how many heads a set holds, see ``Ranking.count``.
         ks: how many of the first candidates count.
         reduce: ``"mean"`` per token, or ``"sum"``, which favours large candidates.
-        n_random: random sets, of other heads than the top; they cost no forward.
-        seed: of the random sets.
-        batch_size: samples per forward.
-        progress: called with (samples done, samples in all).
+        n_random, seed: random sets, of other heads than the top; they cost no forward.
+        batch_size, progress: samples per forward; called with (samples done, samples in all).
         allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
@@ -108,22 +106,7 @@ def evidence_retrieval(
     right = [_right(row.layout.visual, sample, own) for row, sample, own in zip(rows, samples, candidates, strict=True)]
     attention: list[Float[np.ndarray, "layer head candidate"]] = []
     for batch, indices in in_batches(rows, batch_size):
-        inputs = model.collate(batch)
-        weight = row_weights(inputs, "question").to(model.device)
-        at = weight.sum(0).nonzero().flatten()
-        most, length = max(len(candidates[i]) for i in indices), len(inputs.layouts[0].visual)
-        member = torch.zeros(len(batch), length, most, device=model.device)
-        for row, index in enumerate(indices):
-            left = length - len(rows[index].layout.visual)
-            for slot, tokens in enumerate(candidates[index]):
-                member[row, torch.as_tensor(tokens + left), slot] = 1 / len(tokens) if reduce == "mean" else 1
-
-        def read(call: AttentionCall, pattern: torch.Tensor, weight=weight, at=at, member=member) -> dict:
-            mean = mean_rows(pattern, weight[:, at])
-            return {"candidate": torch.einsum("bhk,bkc->bhc", mean, member.to(mean))}
-
-        mass = read_rows(model, inputs, at, read)["candidate"].cpu().numpy()
-        attention += [values[..., : len(candidates[i])] for values, i in zip(mass, indices, strict=True)]
+        attention += _of_candidates(model, batch, [candidates[i] for i in indices], reduce)
         if progress:
             progress(indices[-1] + 1, len(samples))
     if isinstance(ranking, Ranking):
@@ -137,6 +120,28 @@ def evidence_retrieval(
         **other_model_attrs([other]),
     }  # fmt: skip
     return result
+
+
+def _of_candidates(
+    model: HookedMLLM, rows: Sequence[Inputs], candidates: Sequence[Sequence[np.ndarray]], reduce: str
+) -> list[Float[np.ndarray, "layer head candidate"]]:
+    """The attention of each row's question on each of its candidates."""
+    inputs = model.collate(rows)
+    weight = row_weights(inputs, "question").to(model.device)
+    at = weight.sum(0).nonzero().flatten()
+    length = len(inputs.layouts[0].visual)
+    member = torch.zeros(len(rows), length, max(map(len, candidates)), device=model.device)
+    for row, (alone, own) in enumerate(zip(rows, candidates, strict=True)):
+        left = length - len(alone.layout.visual)
+        for slot, tokens in enumerate(own):
+            member[row, torch.as_tensor(tokens + left), slot] = 1 / len(tokens) if reduce == "mean" else 1
+
+    def read(call: AttentionCall, pattern: torch.Tensor) -> dict:
+        mean = mean_rows(pattern, weight[:, at])
+        return {"candidate": torch.einsum("bhk,bkc->bhc", mean, member.to(mean))}
+
+    mass = read_rows(model, inputs, at, read)["candidate"].cpu().numpy()
+    return [values[..., : len(own)] for values, own in zip(mass, candidates, strict=True)]
 
 
 @checked

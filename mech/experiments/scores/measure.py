@@ -16,7 +16,7 @@ What scores do not say is whether a head matters (``mech.ablation``), or beats c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -88,14 +88,23 @@ def head_scores(
     asks_others = any(step.asked == OTHER for step in passes(named))
     others = [_another(samples, i) if asks_others else "" for i in range(len(samples))]
     result = per_sample_scores(
-        model, samples, scores=named, others=others, seed=seed, sink_tau=sink_tau, max_new_tokens=max_new_tokens,
+        model, samples, scores=named, others=others, how=PassOptions(seed, sink_tau, max_new_tokens),
         batch_size=batch_size, progress=progress,
     )  # fmt: skip
     values = {str(name): value.values for name, value in result.data_vars.items()}
     return _dataset(model, samples, named, values, passes(named), seed)
 
 
-@per_sample("scores", beside=("others",), classes=(Score,))
+@dataclass(frozen=True)
+class PassOptions:
+    """What the options of ``head_scores`` say of every pass."""
+
+    seed: int = 0
+    sink_tau: float = 20.0
+    max_new_tokens: int = 8
+
+
+@per_sample("scores", beside=("others",), classes=(Score, PassOptions))
 @torch.no_grad()
 def per_sample_scores(
     model: HookedMLLM,
@@ -103,9 +112,7 @@ def per_sample_scores(
     *,
     scores: Mapping[str, Score],
     others: Sequence[str],
-    seed: int,
-    sink_tau: float,
-    max_new_tokens: int,
+    how: PassOptions,
     first: int = 0,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -115,9 +122,8 @@ def per_sample_scores(
     ``others`` are questions that ask something else than each sample does, and ``first`` is the place of the first
     sample among all: regions are drawn by it.
     """
-    named = scores
-    plan = passes(named)
-    rows = _prepared(model, samples, others, named, plan, batch_size, [seed, first], max_new_tokens)
+    plan = passes(scores)
+    rows = _prepared(model, samples, others, scores, how, batch_size, first)
     parts: dict[str, list[np.ndarray]] = {}
     for _, batch in in_batches(samples, batch_size):
         totals: dict[str, Tensor] = {}
@@ -131,12 +137,12 @@ def per_sample_scores(
                 inputs = replace(inputs, tensors=text)
             elif len(plan) > 1:
                 inputs, pictures = model.encode_pictures(inputs)
-            asked = {name: named[name] for name in names}
+            asked = {name: scores[name] for name in names}
             own = step.asked == QUESTION
-            (totals if own else null).update(read_pass(model, inputs, here, asked, sink_tau, pictures))
+            (totals if own else null).update(read_pass(model, inputs, here, asked, how.sink_tau, pictures))
         for name, value in totals.items():
             value = value - null[name] if name in null else value
-            if name in named and named[name].reduce == "trimmed":
+            if name in scores and scores[name].reduce == "trimmed":
                 step = next(step for step in plan if name in plan[step])
                 value = trimmed(value, [rows[step][i].evidence for i in batch])
             parts.setdefault(name, []).append(value.cpu().numpy())
@@ -151,23 +157,22 @@ def _prepared(
     samples: Samples,
     others: Sequence[str],
     named: Mapping[str, Score],
-    plan: Mapping[Pass, tuple[str, ...]],
+    how: PassOptions,
     batch_size: int,
-    start: Sequence[int],
-    max_new_tokens: int,
+    first: int,
 ) -> dict[Pass, list[Prepared]]:
     """The rows of every pass. All that can be refused is refused before the first forward.
 
-    ``start`` is the seed of the regions, and the place of the first sample among all.
+    ``first`` is the place of the first sample among all.
     """
-    seed, first = start
+    plan = passes(named)
     rows: dict[Pass, list[Prepared]] = {}
     texts: list[str] = []
     for step in sorted(plan, key=lambda step: step.text == "generated"):  # known only behind a forward, so last
         scores = [named[name] for name in plan[step]]
         draws = REGION_DRAWS if any(score.calibrate in ("random", "shifted") for score in scores) else 0
         if step.text == "generated" and not texts:
-            texts = _generated(model, samples, batch_size, max_new_tokens)
+            texts = _generated(model, samples, batch_size, how.max_new_tokens)
         rows[step] = []
         for i, sample in enumerate(samples):
             asked = replace(
@@ -178,7 +183,7 @@ def _prepared(
             on = {score.on for score in scores}
             evidence = sample.evidence if on & {"evidence", "parts"} else ()
             inputs = model.inputs_of(asked, answer=bool(step.text)).to("cpu")
-            row = prepared(inputs, evidence, draws, [seed, first + i], sample if "parts" in on else None)
+            row = prepared(inputs, evidence, draws, [how.seed, first + i], sample if "parts" in on else None)
             if any(score.calibrate == "distractors" for score in scores):
                 apart = (inputs.layout.visual.positions(distractor.region) for distractor in sample.distractors)
                 row = replace(row, distractors=tuple(apart))

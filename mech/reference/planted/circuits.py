@@ -67,24 +67,19 @@ class Circuit:
 
 
 def _fetch(
-    layer: int,
-    head: int,
-    by: str = "ask",
-    on: str = "cell",
-    to: str = "answer",
-    *,
-    query: tuple[Wire, ...] = (),
-    value: tuple[Wire, ...] = (),
-    write: tuple[Wire, ...] = (),
+    layer: int, head: int, by: str = "ask", on: str = "cell", to: str = "answer", **more: tuple[Wire, ...]
 ) -> Head:
-    """A retrieval head: attends to the cell whose ``on`` is the colour it has in ``by``, writes that cell's fill."""
+    """A retrieval head: attends to the cell whose ``on`` is the colour it has in ``by``, writes that cell's fill.
+
+    ``more`` wires go to its ``query``, ``value`` and ``write``.
+    """
     return Head(
         layer,
         head,
-        query=(Wire(by, "match", HARD), FALLBACK_QUERY, *query),
+        query=(Wire(by, "match", HARD), FALLBACK_QUERY, *more.get("query", ())),
         key=(Wire(on, "match"), FALLBACK_KEY),
-        value=(Wire("fill", "colour"), *value),
-        write=(Wire(to, "colour"), *write),
+        value=(Wire("fill", "colour"), *more.get("value", ())),
+        write=(Wire(to, "colour"), *more.get("write", ())),
     )
 
 

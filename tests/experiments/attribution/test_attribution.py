@@ -365,7 +365,7 @@ def test_nothing_lingers(llava):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        differentiate(llava, both[0], ["hook_embed"], broken, modules={"a": llava.norm(0)}, attention="text")
+        differentiate(llava, both[0], ["hook_embed"], broken, modules={"a": llava.norm(0)}, attention=("text", ()))
     assert [p.requires_grad for p in parameters] == [i % 2 == 0 for i in range(len(parameters))]
     assert all(p.grad is None for p in parameters)
     assert not any(point.fwd_hooks or point.bwd_hooks for point in llava.hook_dict.values())
