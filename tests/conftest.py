@@ -55,3 +55,27 @@ def models():
     from tiny_models import opened
 
     return functools.cache(opened)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """The plainest of the tiny models, in double precision."""
+    from pairs import opened
+
+    return opened("llava")
+
+
+@pytest.fixture(scope="module")
+def key():
+    """A planted circuit of one retrieval head among others."""
+    from mech.reference import planted
+
+    return planted.circuit("roles")
+
+
+@pytest.fixture(scope="module")
+def toy(key):
+    """The model in which it is planted."""
+    from mech.model import HookedMLLM
+
+    return HookedMLLM.from_hf(key.model, key.processor)

@@ -167,6 +167,13 @@ Domain = Annotated[
         callback=filled,
     ),
 ]
+
+
+def domains(text: str) -> Any:
+    """``--domain`` that may be given several times."""
+    return typer.Option("--domain", "-d", help=text, autocompletion=domain_names, callback=filled)
+
+
 Data = Annotated[
     str | None,
     typer.Option(

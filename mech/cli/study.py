@@ -38,16 +38,7 @@ class Models:
             "--revision", help="Of the one --model; NAME@REVISION where there are several.", callback=options.filled
         ),
     ] = None
-    domain: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--domain",
-            "-d",
-            help="May be given again. Default: all the model knows.",
-            autocompletion=options.domain_names,
-            callback=options.filled,
-        ),
-    ] = None
+    domain: Annotated[list[str] | None, options.domains("May be given again. Default: all the model knows.")] = None
 
     def names(self) -> list[str] | None:
         """The models with their revision."""

@@ -17,14 +17,7 @@ EPILOG = (
 def transfer(
     run: options.Run,
     domain: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--domain",
-            "-d",
-            help="Two or more. Default: grounding, documents and pages, or all of --data.",
-            autocompletion=options.domain_names,
-            callback=options.filled,
-        ),
+        list[str] | None, options.domains("Two or more. Default: grounding, documents and pages, or all of --data.")
     ] = None,
     fraction: Annotated[
         float, typer.Option(help="Share of all heads, or from 1 on their number.", callback=options.size)

@@ -41,11 +41,6 @@ def row_of(model, example=0, read=-1):
     return Continuation(model, cached_run(model, inputs, [read]), example, torch.tensor([read]))
 
 
-@pytest.fixture(scope="module")
-def llava():
-    return opened("llava")
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_unchanged_variant_is_the_kept_run(name):
     model = opened(name)

@@ -18,17 +18,7 @@ from mech.papers.claims import KNOWN
 from mech.papers.disputes import phases
 from mech.papers.tags import among_others, tagged
 from mech.papers.weaknesses import _grown, low_ranked, never_ablated
-from mech.reference import planted, tiny, tiny_processors
-
-
-@pytest.fixture(scope="module")
-def key():
-    return planted.circuit("roles")
-
-
-@pytest.fixture(scope="module")
-def toy(key):
-    return HookedMLLM.from_hf(key.model, key.processor)
+from mech.reference import tiny, tiny_processors
 
 
 @pytest.fixture(scope="module")

@@ -23,16 +23,15 @@ from mech.axes import EXAMPLE
 from mech.data.samples import Distractor, Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.ablation.redirected import BIAS
-from mech.experiments.ablation.sets import coords, different, measured
+from mech.experiments.ablation.sets import about, coords, different, measured
 from mech.experiments.metrics import Quiz, answer_logits, quiz
-from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
+from mech.experiments.ranking.checks import refuse_ranking
 from mech.experiments.ranking.ranking import Ranking
 from mech.experiments.ranking.sets import HeadSet, head_sets
 from mech.experiments.scores.ram import Progress
 from mech.interventions import PerRow, Redirect, intervene
 from mech.interventions.specs import Phase, Where
 from mech.model import HookedMLLM
-from mech.results import provenance
 
 BANDS = ("top", "bottom", "random", "all")
 BIASES = (2.0, 4.0, 8.0, 16.0)
@@ -78,9 +77,7 @@ def redirection(
         n_random: random sets.
         query, phase: which rows are pulled and when, see ``Redirect``.
         seed: of the distractors and the random sets.
-        batch_size: samples per forward.
-        progress: called with (runs done, runs in all).
-        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
+        batch_size, progress, allow_other_model: as in ``steering``.
 
     Returns:
         ``redirected``, ``kept`` and ``logit_diff`` over (set, bias, example), with band, draw and heads of each set;
@@ -108,16 +105,7 @@ def redirection(
         return _pulled(model, questions, chosen, Redirect(pulled.heads, "image", bias, query=query, phase=phase))
 
     values = measured(sets, biases, answers, progress)
-    attrs = {
-        "kind": "redirection",
-        "model": model.name,
-        "domain": ", ".join(samples.domains),
-        "n_heads": ranking.count(heads),
-        "query": query,
-        "phase": phase,
-        **other_model_attrs([other]),
-        "provenance": provenance(model, samples, seed=seed, query=query, phase=phase),
-    }
+    attrs = about("redirection", model, samples, ranking.count(heads), seed, other, query=query, phase=phase)
     data: dict[str, Any] = {name: (("set", BIAS, EXAMPLE), value, ATTRS[name]) for name, value in values.items()}
     data |= {f"plain_{name}": (EXAMPLE, value, ATTRS[name]) for name, value in plain.items()}
     return xr.Dataset(data, coords(sets, BIAS, biases, questions.examples), attrs)

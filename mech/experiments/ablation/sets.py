@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 
 from mech.axes import EXAMPLE
+from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.ablation.redirected import BAND
+from mech.experiments.ranking.checks import other_model_attrs
 from mech.experiments.ranking.sets import HeadSet
 from mech.experiments.scores.ram import Progress
-from mech.results import heads_text
+from mech.model import HookedMLLM
+from mech.results import heads_text, provenance
 
 
 def different(name: str, values: Sequence[float], example: str) -> list[float]:
@@ -36,6 +39,21 @@ def measured(
             if progress:
                 progress(sum(map(len, rows)), len(sets) * len(strengths))
     return {name: np.stack([[values[name] for values in row] for row in rows]) for name in rows[0][0]}
+
+
+def about(
+    kind: str, model: HookedMLLM, samples: Samples, n_heads: int, seed: int, other: str, **settings: Any
+) -> dict[str, Any]:
+    """The attributes of a result; ``other`` is what ``refuse_ranking`` said."""
+    return {
+        "kind": kind,
+        "model": model.name,
+        "domain": ", ".join(samples.domains),
+        "n_heads": n_heads,
+        **settings,
+        **other_model_attrs([other]),
+        "provenance": provenance(model, samples, seed=seed, **settings),
+    }
 
 
 def coords(sets: Sequence[HeadSet], axis: str, strengths: Sequence[float], examples: Sequence[str]) -> dict[str, Any]:

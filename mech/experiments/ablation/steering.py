@@ -23,10 +23,10 @@ from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.ablation.redirected import BAND, table
-from mech.experiments.ablation.sets import coords, different, measured
+from mech.experiments.ablation.sets import about, coords, different, measured
 from mech.experiments.effects import share
 from mech.experiments.metrics import ask, quiz
-from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking
+from mech.experiments.ranking.checks import refuse_ranking
 from mech.experiments.ranking.ranking import Ranking
 from mech.experiments.ranking.sets import HeadSet, head_sets
 from mech.experiments.scores.ram import Progress
@@ -34,7 +34,6 @@ from mech.experiments.statistics import mean_of
 from mech.interventions import Scale, check_positions, intervene
 from mech.interventions.specs import Phase, Where
 from mech.model import HookedMLLM
-from mech.results import provenance
 
 BANDS = ("top", "bottom", "random")
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
@@ -104,17 +103,8 @@ def steering(
             return ask(steered, questions)
 
     values = measured(sets, factors, scaled, progress)
-    where = where_in_words(positions)
-    attrs = {
-        "kind": "steering",
-        "model": model.name,
-        "domain": ", ".join(samples.domains),
-        "n_heads": ranking.count(heads),
-        "positions": where,
-        "phase": phase,
-        **other_model_attrs([other]),
-        "provenance": provenance(model, samples, seed=seed, positions=where, phase=phase),
-    }
+    settings = {"positions": where_in_words(positions), "phase": phase}
+    attrs = about("steering", model, samples, ranking.count(heads), seed, other, **settings)
     data = {name: (("set", FACTOR, EXAMPLE), value, ATTRS[name]) for name, value in values.items()}
     return xr.Dataset(data, coords(sets, FACTOR, factors, questions.examples), attrs)
 

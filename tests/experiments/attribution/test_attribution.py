@@ -27,11 +27,6 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def llava():
-    return opened("llava")
-
-
-@pytest.fixture(scope="module")
 def linear():
     """Uniform attention, no feed-forward, no norms: logits are a linear map of the embeddings."""
     model = opened("llava_mistral")

@@ -40,11 +40,6 @@ def family(request):
     return opened(request.param)
 
 
-@pytest.fixture(scope="module")
-def llava():
-    return opened("llava")
-
-
 @pytest.mark.parametrize("positions", ["last", "image"])
 @pytest.mark.parametrize("point", ["attn.hook_z", "attn.hook_v", "hook_resid_post"])
 def test_a_sweep_is_a_forward_for_every_cell(family, point, positions):

@@ -34,11 +34,6 @@ def both_ways(model, *args, close=1e-10, **options):
     return walk
 
 
-@pytest.fixture(scope="module")
-def llava():
-    return opened("llava")
-
-
 @pytest.mark.parametrize("freeze", FREEZES, ids=str)
 @pytest.mark.parametrize("name", ["llava", "gemma3", "cohere2_vision", "qwen3_vl"])
 def test_the_walk_is_whole_forwards(name, freeze):

@@ -11,17 +11,6 @@ from mech.errors import ExperimentError
 from mech.experiments.attention.maps import attention_from
 from mech.experiments.scores.evidence_retrieval import _judged, evidence_retrieval, retrieval_table
 from mech.model import HookedMLLM
-from mech.reference import planted
-
-
-@pytest.fixture(scope="module")
-def key():
-    return planted.circuit("roles")
-
-
-@pytest.fixture(scope="module")
-def toy(key):
-    return HookedMLLM.from_hf(key.model, key.processor)
 
 
 @pytest.fixture(scope="module")
