@@ -6,7 +6,7 @@ For every model and domain a study makes five results and saves each as soon as 
     scores     the scores of the literature, on the samples that find heads: do they name the same ones?
     causal     does attention imply causal effect: every head patched from the counterfactual, sets, and paths
     ablation   what happens without bands of them, on other samples, condition by condition
-    maps       what the top, a necessary and the bottom heads attend to on a few pictures, for the eye
+    maps       what the top, a necessary and the bottom heads attend to on a few pictures
 
 and for every model, on the domain with the longest prompts,
 
@@ -334,7 +334,7 @@ class StudiedModel:
                      if score.calibrate != "distractors" or all(sample.distractors for sample in find)}  # fmt: skip
             try:
                 found = head_scores(self.model, find, tuple(known), **options)
-            except ExperimentError:  # a model that says nothing has no rows of what it says
+            except ExperimentError:  # a model that generates nothing has no generated rows
                 spoken = [name for name, score in known.items() if score.queries != "generated"]
                 found = head_scores(self.model, find, spoken, **options)
             self.results.put(f"{key}/scores", found)
@@ -355,7 +355,7 @@ class StudiedModel:
                     self.model, test, ranking, find=find, method=None, n_random=2, seed=self.settings.seed,
                     batch_size=self.settings.batch_size, progress=lambda what, i, n: self.say(f"{key}: {what}", i, n),
                 )  # fmt: skip
-            except ExperimentError as error:  # the answers do not hang on the evidence, or the model cannot tell
+            except ExperimentError as error:  # the answers do not depend on the evidence, or the model cannot tell
                 return {"reason": error.given}
             found.dataset.attrs["corruption"] = (
                 "the evidence in the picture's mean colour" if blanked else "counterfactuals"

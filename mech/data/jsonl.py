@@ -33,7 +33,7 @@ from mech.data.samples import Distractor, Sample, Samples, drawn
 from mech.errors import InputError, MechError, OutputError, RegionError, printable, suggestion
 from mech.files import is_below, parse_json, read_text
 
-FIELDS = tuple(one.name for one in fields(Sample))
+FIELDS = tuple(known.name for known in fields(Sample))
 REGIONS = ("box", "xywh", "mask", "frames", "pages")
 SHOWN = 8  # bad lines that are told apart
 

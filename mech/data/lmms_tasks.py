@@ -70,10 +70,10 @@ def each_sample(task: Any, evidence: Callable[[Any], Iterable[Region]] | None = 
 
 def _pictures(shown: Any, where: str) -> tuple[Image.Image, ...]:
     found = tuple(shown) if isinstance(shown, list | tuple) else (shown,)
-    if not found or not all(isinstance(one, Image.Image) for one in found):
-        kinds = ", ".join(sorted({type(one).__name__ for one in found})) or "nothing"
+    if not found or not all(isinstance(picture, Image.Image) for picture in found):
+        kinds = ", ".join(sorted({type(value).__name__ for value in found})) or "nothing"
         raise InputError(f"{where} shows {kinds}", "pictures", "leave out tasks of videos and sounds")
-    return tuple(one.convert("RGB") for one in found)
+    return tuple(picture.convert("RGB") for picture in found)
 
 
 def _answer(said: Any, where: str) -> str:

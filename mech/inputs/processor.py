@@ -171,7 +171,7 @@ class Processor:
         if joined[: len(alone)] != alone or len(joined) == len(alone):
             raise InputError(
                 f"the answer {answer!r} has no first token of its own behind the prompt",
-                "an answer that does not melt into the last token of the prompt",
+                "an answer that is not merged into the last token of the prompt",
                 "strip white space from the answer's beginning",
             )
         return tuple(joined[len(alone) :])

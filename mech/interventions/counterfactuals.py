@@ -20,10 +20,10 @@ from mech.model import HookedMLLM
 
 @checked
 def with_counterfactuals(model: HookedMLLM, samples: SomeSamples, by: one_of(WAYS) = "mean") -> Samples:
-    """The samples whose answer hangs on their evidence, each with a counterfactual; those that have one are kept.
+    """The samples whose answer depends on their evidence, each with a counterfactual; those that have one are kept.
 
     Args:
-        model: says, greedily, what it sees without the evidence.
+        model: answers, greedily, without the evidence.
         samples: with evidence.
         by: how evidence is blanked, see ``without_evidence``.
 
@@ -50,11 +50,11 @@ def with_counterfactuals(model: HookedMLLM, samples: SomeSamples, by: one_of(WAY
 
 
 def _another_answer(model: HookedMLLM, blank: Sample) -> str:
-    """What the model says, if it parts from the answer at some token; else nothing."""
+    """The model's answer if it differs from the right one in some token; else nothing."""
     right = model.processor.answer_ids(blank.answer)
     text = model.generate_text(model.inputs_of(blank), max_new_tokens=max(4, len(right)), do_sample=False)[0]
     try:
         wrong = model.processor.answer_ids(text) if text else ()
-    except InputError:  # it melts into the prompt, as a stray line break does
+    except InputError:  # it is merged into the prompt's last token, as a stray line break is
         return ""
     return text if any(a != b for a, b in zip(right, wrong, strict=False)) else ""

@@ -93,5 +93,5 @@ class Mech(lmms):
 
     def _asked(self, context: str, visuals: Any, doc_id: int, task: str, split: str) -> Sample:
         shown = visuals(self.task_dict[task][split][doc_id])
-        pictures = tuple(one.convert("RGB") for one in (shown if isinstance(shown, list | tuple) else [shown]))
+        pictures = tuple(picture.convert("RGB") for picture in (shown if isinstance(shown, list | tuple) else [shown]))
         return Sample(PLACE.sub("", context).strip(), "", images=pictures)

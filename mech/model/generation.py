@@ -195,7 +195,7 @@ def _check_drafts(hf_model: Any, given: Mapping[str, Any], config: GenerationCon
 
 
 class Generating:
-    """``generate`` of a hooked model, and what it says as text."""
+    """``generate`` of a hooked model, and its answer as text."""
 
     hf_model: Any
     name: str
@@ -255,7 +255,7 @@ class Generating:
 
     @checking(InputError)
     def answer(self, inputs: Any, *, max_new_tokens: Count = 16, **options: Any) -> str:
-        """What the model says to one row: the string alone.
+        """What the model answers to one row: the string alone.
 
         Raises:
             InputError: several rows, or several answers to one.

@@ -157,7 +157,7 @@ def off_distribution(bench: Bench) -> Point:
                 _, cache = model.run_with_cache(inputs, names_filter=names, logits_to_keep=1)
             at = inputs.layout.positions("question")
             z = [cache[f"blocks.{layer}.attn.hook_z"][0, at, head] for layer, head in top]
-            rows.append(np.concatenate([one.float().cpu().numpy() for one in z], axis=1))
+            rows.append(np.concatenate([value.float().cpu().numpy() for value in z], axis=1))
         return np.concatenate(rows)
 
     seen, few = outputs(bench.find), bench.test[:8]

@@ -29,7 +29,7 @@ from mech.data.samples import Sample, Samples
 from mech.errors import InputError, MechError, OutputError, suggestion
 from mech.files import parse_json, read_text
 
-SOURCES = {one.name: one for part in (grounding, documents, needles, reading) for one in part.SOURCES}
+SOURCES = {known.name: known for part in (grounding, documents, needles, reading) for known in part.SOURCES}
 BUFFER = 200  # records that a stream is shuffled in, at most: a record may hold twenty slides
 
 

@@ -62,7 +62,7 @@ def transfer(
     Args:
         model: a hooked model.
         find: samples by task. Those of a task rank its heads, if they have evidence, and are the reference of its
-            ablation (what a head says on average *on this task*).
+            ablation (a head's mean output *on this task*).
         test: samples by task, none of them in ``find``; the tasks of ``find`` or some of them.
         rankings: by name, in place of those by RAM on ``find``: of this model, by another score.
         k: heads of each set: a number or a share.

@@ -2,14 +2,14 @@
 
     lens = logit_lens(model, sample, track=sample.answer)        # image tokens, layer by layer, as words
     lens["tracked_rank"].sel(layer=4, tracked="7")               # where in the picture can the answer be read?
-    said = ov_reading(model, ranking.top(3), sample)             # "this visual token makes L3H4 say ..."
+    words = ov_reading(model, ranking.top(3), sample)            # what L3H4 writes where it attends to this token
     ov_reading(model, [(3, 4)], ["red", "seven"])["own_rank"]    # does the head copy? 0: its own token comes first
 
 The logit lens sends the stream of any layer through the final norm and the unembedding, as if the model ended there;
-in the last layer and at a text position it is what the model says. The OV circuit of a head is ``W_V W_O``: what it
-adds to the stream *if* it attends to a token. How far it attends there is another question (``mech.attention_from``).
+in the last layer and at a text position it is the model's own prediction. The OV circuit of a head is ``W_V W_O``: what
+it adds to the stream *if* it attends to a token. How far it attends is another question (``mech.attention_from``).
 
-What they do not say: that later layers read the stream in the basis of the unembedding. Early layers often do not, and
+What they do not show: that later layers read the stream in the basis of the unembedding. Early layers often do not, and
 visual tokens need not stand for words at all; a rank near the top is evidence, a rank far from it is none.
 """
 
@@ -115,13 +115,13 @@ def ov_reading(
     track: str | int | Sequence[str | int] = (),
     k: Count = 5,
 ) -> xr.Dataset:
-    """Which words a head says for each token it could attend to: its OV circuit, read by the unembedding.
+    """Which words a head writes for each token it could attend to: its OV circuit, read by the unembedding.
 
     ``logit[y] = W_U N(W_O[h] v[y])`` with ``v[y]`` the head's value of token y, and ``N`` the final norm with its scale
     frozen where the answer is read: what the head would add to the logits there if all its attention were on y.
     Weighted by its attention and summed over all keys, it is the head's part in ``logit_attribution``.
 
-    Sign: positive, the token speaks for the word. Unit: logits; of token strings, where there is no run to take a
+    Sign: positive, the token raises the word. Unit: logits; of token strings, where there is no run to take a
     scale from, logits of the head's output alone.
 
     Args:
@@ -135,8 +135,8 @@ def ov_reading(
 
     Returns:
         ``word`` and ``logit`` (example, sender, position, place), ``tracked_logit`` (example, sender, position,
-        tracked); of token strings ``own_rank`` (example, sender, position): 0 where a head says the token it attends
-        to.
+        tracked); of token strings ``own_rank`` (example, sender, position): 0 where a head writes the token it
+        attends to.
 
     Raises:
         ExperimentError: a head the model does not have; positions that differ.

@@ -179,6 +179,6 @@ def agreement_of(ram: np.ndarray, lost: np.ndarray, n_boot: int, seed: int) -> d
     mean = spearman(ram, lost.mean(0))
     if np.isnan(mean):
         return {"mean": None, "low": None, "high": None}
-    draws = [spearman(ram, one) for one in bootstrap_means(lost, min(n_boot, 1000), seed).round(4)]
+    draws = [spearman(ram, resampled) for resampled in bootstrap_means(lost, min(n_boot, 1000), seed).round(4)]
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return {"mean": mean, "low": float(low), "high": float(high)}

@@ -9,14 +9,14 @@
     print(*report.sentences(), sep="\\n")
 
 The samples need counterfactuals: the same layout with other evidence, and so another answer. A head is *necessary* if
-the answer is lost when the head says what it says on the counterfactual (noising), and *sufficient* if that head alone,
-saying what it says on the sample, brings the answer back (denoising). Of the ranking's first heads together it is also
+the answer is lost when its output is replaced by that on the counterfactual (noising), and *sufficient* if its clean
+output alone restores the answer in the corrupted run (denoising). Of the ranking's first heads together it is also
 asked whether they choose the evidence: pulled to a distractor, do they take the answer along? Effects are shares of the
 gap between the two runs, in the logit difference. Samples that find heads (``find``: the ranking, the order of sets)
 never test them.
 
-What this does not say: what a head does on questions of another kind; nor anything of heads that say the same in both
-runs (ablation sees those, patching does not).
+What this does not show: what a head does on questions of another kind; nor anything about heads whose output is the
+same in both runs (ablation sees those, patching does not).
 """
 
 import json
@@ -85,7 +85,7 @@ def causal_report(
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> "CausalReport":
-    """RAM against causal effect for every head, the sets the answer hangs on, and the paths of heads that matter.
+    """RAM against causal effect for every head, the sets the answer depends on, and the paths of heads that matter.
 
     ``lost = (clean - noised) / gap``, ``recovered = (denoised - corrupted) / gap`` with ``gap`` the mean over samples
     of clean minus corrupted; ``direct`` is ``lost`` when only the final norm sees the head's change, ``mediated`` the
@@ -266,12 +266,12 @@ class CausalReport(Shown):
 
     def describe(self, path: HeadPath) -> str:
         """One head in a sentence: what it attends to, what it is worth, and the way its effect takes."""
-        one = self.heads.sel(layer=path.layer, head=path.head)
-        lost, low, high = (100 * float(one[name]) + 0.0 for name in ("lost", "lost_low", "lost_high"))
+        head = self.heads.sel(layer=path.layer, head=path.head)
+        lost, low, high = (100 * float(head[name]) + 0.0 for name in ("lost", "lost_low", "lost_high"))
         text = (
-            f"L{path.layer}H{path.head} (RAM {float(one['ram']):.2f}, rank {int(one['ram_rank'])} of "
+            f"L{path.layer}H{path.head} (RAM {float(head['ram']):.2f}, rank {int(head['ram_rank'])} of "
             f"{self.heads['ram'].size}): noised, {lost:.0f}% [{low:.0f}, {high:.0f}] of the gap is lost; alone it "
-            f"brings {float(one['recovered']):.0%} back. It acts {path.carrier}"
+            f"brings {float(head['recovered']):.0%} back. It acts {path.carrier}"
         )
         if not any(abs(effect) >= self.dataset.attrs["threshold"] for effect in path.acts.values()):
             return text + "."

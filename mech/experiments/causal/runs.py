@@ -1,12 +1,12 @@
 """Clean and corrupted runs of some samples, kept so that any set of heads can be exchanged between them.
 
     runs = Runs.of(model, samples)
-    runs.lost([(3, 1), (3, 4)])     # share of the gap each sample loses when these heads say what they say corrupted
-    runs.recovered([(3, 1)])        # share it gets back when they say what they say clean, all else corrupted
+    runs.lost([(3, 1), (3, 4)])     # share of the gap each sample loses when these heads are noised
+    runs.recovered([(3, 1)])        # share it recovers when they are denoised, all else corrupted
     runs.direct()                   # [example layer head]: what each head loses along its direct path to the logits
 
-Shares are of the *mean* gap between the two runs, so that a sample the model cannot tell apart neither counts more than
-others nor divides by nothing. Pictures are read once; z of both runs is held in memory, and what enters their layers:
+Shares are of the *mean* gap between the two runs, so that a sample without a gap of its own neither counts more than
+others nor divides by zero. Pictures are read once; z of both runs is held in memory, and what enters their layers:
 a set of heads is run from its first layer on.
 """
 

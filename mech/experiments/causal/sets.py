@@ -1,4 +1,4 @@
-"""Which sets of heads the answer hangs on: found on some samples, measured on others.
+"""Which sets of heads the answer depends on: found on some samples, measured on others.
 
     order  = greedy(find_runs.lost, candidates, 0.5)        # each head the one that costs most beside those before it
     curves = set_curves(test_runs, {"effect": order, "ram": ranking.heads}, sizes_of(48))
@@ -6,7 +6,7 @@
 
 ``lost`` over the size of a set is the *completeness* curve (little is left without a complete set), ``recovered`` the
 *faithfulness* curve (a faithful set alone, with all other heads corrupted, brings the answer back). The greedy search
-sees what single effects hide: the second of two heads that stand in for one another costs all, once the first is gone.
+sees what single effects hide: of two redundant heads the second costs everything once the first is gone.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -103,7 +103,7 @@ def _run_both(model: HookedMLLM, plan: Plan) -> _Batch:
     clean_logits = model(plan.clean, logits_to_keep=at)
     written = {name: cache[name] for name in names if not name.endswith(("resid_pre", "resid_post"))}
     written |= {f"added.{layer}": added for layer, added in _added(cache, model.cfg.n_layers)}
-    scores = (plan.scores(one, clean_logits) for one in (clean_logits, logits))
+    scores = (plan.scores(read, clean_logits) for read in (clean_logits, logits))
     return _Batch(plan, written, clean_logits, *scores)
 
 

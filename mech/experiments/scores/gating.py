@@ -9,7 +9,7 @@ answer is likely. Twice: pressed open, only gates of heads that *interfere* clos
 that *facilitate* stay open. What is open under the one and shut under the other is *irrelevant*. Unlike scores of
 attention this asks for no evidence, and unlike ablation it fits all heads together.
 
-What it is not: a test. Of two heads that stand in for one another either may be called irrelevant.
+What it is not: a test. Of two redundant heads either may be called irrelevant.
 """
 
 from collections.abc import Callable, Sequence

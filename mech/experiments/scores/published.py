@@ -46,7 +46,7 @@ class Score:
 
     Attributes:
         queries: rows x: ``"question"``; ``"last"`` token of the prompt; ``"answer"``, the rows that *predict* each
-            token of the right answer (teacher-forced); ``"generated"``, those that predict what the model says.
+            token of the right answer (teacher-forced); ``"generated"``, those that predict the model's own answer.
         reduce: of a row: ``"sum"`` of A over E; ``"mean"`` (sum / |E|); ``"hit"``, 1 if the argmax over all keys lies
             in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens, 0 where a window holds
             none); ``"value_norm"`` (A times the norm of the value, sum over E / sum over all keys); ``"trimmed"``, the

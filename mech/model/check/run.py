@@ -8,7 +8,7 @@
         print(report)
 
 A model is checked before it is believed: that idle logits are transformers' own, that writing a point reaches the
-logits, that padding, generation and geometry are what they say. What it does not do: judge weights or prompts.
+logits, that padding, generation and geometry hold. What it does not do: judge weights or prompts.
 ``family_table()`` is the table of families in the documentation.
 """
 

@@ -12,7 +12,7 @@ of cache. What is compared is only *which* groups stay dense:
 ``bottom``     those with the lowest RAM
 ``random``     several random sets
 ``vision``     those that attend to visual tokens of any kind
-``causal``     those that cost most of the answer when they say what they say on the counterfactual
+``causal``     those that cost most of the answer when noised, that is patched from the counterfactual
 ``gates``      those whose learned gate stays open (DuoAttention)
 ``reach``      those whose output at the question depends on what is far, averaged over samples; no evidence asked
 ``dynamic``    the same, chosen for every input anew; its set differs from input to input, its size does not
@@ -158,7 +158,7 @@ def acceleration(
     say = progress or (lambda what, done, total: None)
     samples, find = Samples(samples), Samples(find)
     refuse_overlap(samples, [sample.id for sample in find], "rank the heads")
-    others = [refuse_ranking(one, model, samples, allow_other_model) for one in (rankings or {}).values()]
+    others = [refuse_ranking(given, model, samples, allow_other_model) for given in (rankings or {}).values()]
     local = local_for(model, samples, sinks=sinks, window=window)
     made = dict(rankings or {})
     compared = Comparison(choices, shares, n_random, seed, batch_size)
@@ -231,7 +231,7 @@ def ranked(
 
 
 def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *_: None) -> Ranking:
-    """Heads by what the answer loses when one head says, from the question on, what it says on the counterfactual."""
+    """Heads by what the answer loses when one head is noised from the question on."""
     lost = []
     for i, sample in enumerate(samples, start=1):
         if sample.counterfactual is None:
@@ -290,10 +290,11 @@ def layers_first(groups: Ranking, n: int) -> Heads:
 
 def timed(todo: Sequence[Setting]) -> dict[float, Heads]:
     """One set for each share, whose speed stands for all of them: by RAM where there is one."""
-    static = [one for one in todo if one.choice not in ("dense", "dynamic")]
-    static.sort(key=lambda one: one.choice != "ram")
+    static = [setting for setting in todo if setting.choice not in ("dense", "dynamic")]
+    static.sort(key=lambda setting: setting.choice != "ram")
     return {
-        share: next(one.heads for one in static if one.share == share) for share in sorted({s.share for s in static})
+        share: next(setting.heads for setting in static if setting.share == share)
+        for share in sorted({s.share for s in static})
     }
 
 
@@ -357,7 +358,7 @@ def _one_by_one(model: HookedMLLM, questions: Quiz, policies: Sequence[Policy]) 
     for i, policy in enumerate(policies):
         with localize(model, policy) as fast:
             found.append(ask(fast, questions.batch(i)))
-    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def _dataset(

@@ -45,7 +45,7 @@ class PruningReport:
 
     def __str__(self) -> str:
         silent = f" ({self.silent} keep a place, with weights of zero)" if self.silent else ""
-        before, after = (100 * one["mean"] for one in self.accuracy)
+        before, after = (100 * accuracy["mean"] for accuracy in self.accuracy)
         drop, low, high = (100 * self.drop[name] + 0.0 for name in ("mean", "low", "high"))
         return (
             f"{self.heads[0]} of {self.heads[1]} heads gone{silent}: {_less(self.parameters)} of the parameters, "
@@ -76,7 +76,7 @@ def pruning_report(
     Cost: ``2 + 2 turns`` forwards of the first batch, and one of all samples for each model.
     """
     small, samples = pruned.model, Samples(samples)
-    right = [ask(one, quiz(one, samples, batch_size))["accuracy"] for one in (model, small)]
+    right = [ask(asked, quiz(asked, samples, batch_size))["accuracy"] for asked in (model, small)]
     inputs = model.collate([model.inputs_of(sample) for sample in samples[:batch_size]])
     runs = {name: lambda one=one: one(inputs, logits_to_keep=1) for name, one in (("before", model), ("after", small))}
     times = taking_turns(runs, turns)
@@ -84,11 +84,11 @@ def pruning_report(
     return PruningReport(
         heads=(len(pruned.heads), len(model.cfg.attention_layers) * model.cfg.n_heads),
         silent=pruned.silent,
-        parameters=_pair(sum(p.numel() for p in one.hf_model.parameters()) for one in both),
-        weight_bytes=_pair(sum(p.nbytes for p in one.hf_model.parameters()) for one in both),
-        kv_bytes=_pair(_kv_bytes(one) for one in both),
+        parameters=_pair(sum(p.numel() for p in each.hf_model.parameters()) for each in both),
+        weight_bytes=_pair(sum(p.nbytes for p in each.hf_model.parameters()) for each in both),
+        kv_bytes=_pair(map(_kv_bytes, both)),
         prefill_speed=speed(times, "before", "after"),
-        accuracy=_pair(proportion_interval(one).as_dict() for one in right),
+        accuracy=_pair(proportion_interval(answers).as_dict() for answers in right),
         drop=drop(right[0], right[1][None]) or {},
         n=len(samples),
     )
