@@ -1,9 +1,9 @@
-"""Intervals and tests for effects measured per example: how sure, compared with what, and after how many looks.
+"""Intervals and tests for effects measured per example: how sure, compared with what, and after how many tests.
 
 Three questions come up whenever heads are ablated, and each has its own answer here:
 
 * *How large is the effect, give or take?* ``accuracy_interval`` for what is lost of the right answers, everywhere;
-  for other measures ``bootstrap_interval`` over examples, ``paired_bootstrap`` for a difference on the same examples,
+  for other measures ``bootstrap_interval`` over examples (of the difference, where two runs share them), and
   ``two_way_bootstrap`` where examples *and* random sets of heads were drawn.
 * *Is it more than random heads would do?* ``permutation_test``. It has two forms because the sentence has two
   meanings: over examples (these random sets, new examples) and over sets (these examples, new random sets).
@@ -86,24 +86,6 @@ def bootstrap_means(
     flat = values.reshape(len(values), -1)
     means = [weights @ flat for weights in _weights(len(flat), n_resamples, seed, width=flat.shape[1])]
     return np.concatenate(means).reshape(n_resamples, *values.shape[1:])
-
-
-def paired_bootstrap(
-    a: Float[np.ndarray, "example *rest"],
-    b: Float[np.ndarray, "example *rest"],
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """The mean of ``a - b`` on the same examples, with its bootstrap interval.
-
-    Sign: positive when ``a`` is larger. With ``a`` the baseline and ``b`` the ablated run it is the drop. Pairing
-    removes what both runs share: how hard the example is.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ExperimentError(f"a has shape {a.shape}, b {b.shape}", "the same examples in both", "pair them by id")
-    return bootstrap_interval(a - b, level, n_resamples, seed)
 
 
 def two_way_bootstrap(

@@ -9,8 +9,8 @@ at the answer have to stay what they were, while the sum of the gates is pressed
 without harm close; those that stay open are the ones to keep dense. Nothing is asked about evidence, so samples need
 none; the answer's positions are all that is read of them.
 
-What it is not: a test. Gates show what a *joint* relaxation of all heads can spare; of two redundant heads one closes, and
-which is up to the seed.
+What it is not: a test. Gates show what a *joint* relaxation of all heads can spare; of two redundant heads one
+closes, and which is up to the seed.
 """
 
 from collections.abc import Callable

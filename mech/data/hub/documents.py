@@ -14,8 +14,6 @@ from mech.data.hub.source import Record, Source
 from mech.data.regions import Box, Pages, Region
 from mech.data.samples import Sample
 
-Opener = Callable[[], Image.Image]
-
 
 def _pages(
     record: Record, count: int, evidence: Sequence[int], open_page: Callable[[int], Image.Image]

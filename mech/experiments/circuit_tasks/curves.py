@@ -36,9 +36,9 @@ def circuit_table(
     """Of every entry CPR (more is better), CMD (less is better) and AUROC, with 95% intervals over examples."""
     rows: list[dict[str, float | str]] = []
     for entry in map(str, result["entry"].values):
-        one = result.sel(entry=entry)
+        chosen = result.sel(entry=entry)
         row: dict[str, float | str] = {"entry": entry}
         for name in ("cpr", "cmd"):
-            row |= {key: float(one[key]) for key in (name, f"{name}_low", f"{name}_high")}
-        rows.append(row | {"auroc": float(one["auroc"])})
+            row |= {key: float(chosen[key]) for key in (name, f"{name}_low", f"{name}_high")}
+        rows.append(row | {"auroc": float(chosen["auroc"])})
     return rows

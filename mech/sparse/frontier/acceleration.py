@@ -292,10 +292,8 @@ def timed(todo: Sequence[Setting]) -> dict[float, Heads]:
     """One set for each share, whose speed stands for all of them: by RAM where there is one."""
     static = [setting for setting in todo if setting.choice not in ("dense", "dynamic")]
     static.sort(key=lambda setting: setting.choice != "ram")
-    return {
-        share: next(setting.heads for setting in static if setting.share == share)
-        for share in sorted({s.share for s in static})
-    }
+    shares = sorted({setting.share for setting in static})
+    return {share: next(setting.heads for setting in static if setting.share == share) for share in shares}
 
 
 @per_sample("sparse inference", over="todo", classes=(Setting, Local, Head))
