@@ -11,7 +11,7 @@ function of your own (``OfLogits``). It says which positions it reads, so that o
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -259,6 +259,12 @@ class LogitDiff(Metric):
         return Reading((position,), lambda logits, clean: logits[:, 0, right] - logits[:, 0, wrong])
 
 
+def _of_answer(model: HookedMLLM, layout: TokenLayout, answer: "Answer", example: int) -> Reading:
+    """The log-probability of the whole answer."""
+    ids = _ids(model, answer, example)
+    return Reading(_predicting(layout, len(ids)), lambda logits, clean: _log_prob(logits, ids))
+
+
 @checked
 @dataclass(frozen=True)
 class LogProb(Metric):
@@ -268,8 +274,7 @@ class LogProb(Metric):
     unit: ClassVar[str] = "log-probability, nats"
 
     def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
-        ids = _ids(model, self.answer, example)
-        return Reading(_predicting(layout, len(ids)), lambda logits, clean: _log_prob(logits, ids))
+        return _of_answer(model, layout, self.answer, example)
 
 
 @checked
@@ -281,8 +286,8 @@ class Probability(Metric):
     unit: ClassVar[str] = "probability"
 
     def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
-        ids = _ids(model, self.answer, example)
-        return Reading(_predicting(layout, len(ids)), lambda logits, clean: _log_prob(logits, ids).exp())
+        log_prob = _of_answer(model, layout, self.answer, example)
+        return replace(log_prob, score=lambda logits, clean: log_prob.score(logits, clean).exp())
 
 
 @checked

@@ -147,10 +147,6 @@ class Ablate(Spec):
                 "ablate heads with it: they have a pattern",
             )
         if self.point == Z:
-            if not self.heads:
-                raise ExperimentError(
-                    "Ablate with no heads", "at least one (layer, head)", "pass heads=ranking.top(0.05)"
-                )
             check_heads(model, self.heads)
         elif self.point == "hook_embed":
             model.select(self.point)
@@ -286,8 +282,6 @@ class Redirect(Spec):
     phase: Phase = "both"
 
     def check(self, model: Any) -> None:
-        if not self.heads:
-            raise ExperimentError("Redirect with no heads", "at least one (layer, head)", "pass ranking.top(0.05)")
         check_heads(model, self.heads)
 
 
@@ -309,8 +303,6 @@ class Scale(Spec):
     phase: Phase = "both"
 
     def check(self, model: Any) -> None:
-        if not self.heads:
-            raise ExperimentError(repr(self), "at least one head", "Scale(ranking.top(5), 2.0)")
         check_heads(model, self.heads)
 
 
@@ -346,8 +338,10 @@ def check_heads(model: Any, heads: Pairs, kind: str = "head") -> None:
     """Refuse heads the model does not have.
 
     Raises:
-        ExperimentError: a layer or head out of range, or a layer without attention heads.
+        ExperimentError: none at all, a layer or head out of range, or a layer without attention heads.
     """
+    if not len(heads):
+        raise ExperimentError("no heads", "at least one head, as (layer, head)", "pass ranking.top(0.05)")
     n_heads = model.cfg.n_heads if kind == "head" else model.cfg.n_kv_heads
     pairs("heads", heads).check_mask("heads", (model.cfg.n_layers, n_heads))
     for layer, head in heads:

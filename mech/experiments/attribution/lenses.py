@@ -147,8 +147,6 @@ def ov_reading(
     References: Elhage et al. 2021 (OV circuits, copying).
     """
     pairs = tuple((int(layer), int(head)) for layer, head in heads)
-    if not pairs:
-        raise ExperimentError("no heads", "at least one (layer, head)", "pass ranking.top(3)")
     check_heads(model, pairs)
     check_direct(model, by_source=True)
     _check_k(model, k)

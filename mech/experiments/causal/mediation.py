@@ -6,8 +6,8 @@
 
 The head is noised (its output becomes that of the corrupted run), and everything behind it is computed anew. A *leg* is
 what one later component's change costs on its own path to the logits, all else clean; of a later head it is then asked
-through which input the change came, by giving that head the noised run's queries, keys or values alone. Keys and values are
-those of its key/value head, which other heads may share. A leg below zero stands in for the head: self-repair.
+through which input the change came, by giving that head the noised run's queries, keys or values alone. Keys and values
+are those of its key/value head, which other heads may share. A leg below zero compensates for the head: self-repair.
 
 What this does not do: tell a component that answers at once from one that answers to another in between, or freeze
 anything on the way (``mech.experiments.paths.path_patching``).

@@ -33,8 +33,6 @@ def deciding_queries(
     """
     if sample.counterfactual is None:
         raise ExperimentError(f"sample {sample.id!r} without a counterfactual", "one", "set Sample.counterfactual")
-    if not len(heads):
-        raise ExperimentError("no heads", "at least one (layer, head)", "pass ranking.top(3)")
     check_heads(model, heads)
     ((clean, corrupted),) = pairs_of(model, sample, None)
     layout, metric = clean.layouts[0], LogitDiff(sample.answer, sample.counterfactual.answer)

@@ -1,7 +1,7 @@
 """Right calls of metrics, ablation, patching, paths, circuits and attribution."""
 
 import mech
-from right_calls.given import OTHER, PAIR, RUN, TOLD, USUAL, Call, Given
+from right_calls.given import OTHER, PAIR, RUN, SWEEP, TOLD, USUAL, Call, Given
 
 
 def calls(given: Given) -> dict[str, Call]:
@@ -28,12 +28,7 @@ def calls(given: Given) -> dict[str, Call]:
             mech.activation_patching,
             given.runs,
             {
-                **PAIR,
-                "point": "word",
-                "over": "*words",
-                "positions": "where",
-                "regions": "?regions",
-                "layers": "layers",
+                **SWEEP,
                 "direction": "word",
                 "method": "word",
                 "confirm": "amount",
@@ -44,12 +39,7 @@ def calls(given: Given) -> dict[str, Call]:
             mech.attribution,
             given.runs,
             {
-                **PAIR,
-                "point": "word",
-                "over": "*words",
-                "positions": "where",
-                "regions": "?regions",
-                "layers": "layers",
+                **SWEEP,
                 "ig_steps": "whole",
                 "path": "word",
                 "qk_fix": "flag",

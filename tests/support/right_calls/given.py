@@ -16,6 +16,7 @@ USUAL = {"seed": "seed", "batch_size": "count"}
 TOLD = {"progress": "?function"}
 OTHER = {"allow_other_model": "flag"}
 PAIR = {"model": "model", "clean": "given", "corrupted": "?given", "metric": "metric"}
+SWEEP = {**PAIR, "point": "word", "over": "*words", "positions": "where", "regions": "?regions", "layers": "layers"}
 
 
 @dataclass(frozen=True)
