@@ -129,6 +129,35 @@ def test_no_folder_is_crowded():
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 12, folder
 
 
+def test_no_file_is_long():
+    for path in ROOT.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, path
+
+
+def test_functions_are_read_at_one_go():
+    """Without signature and docstring at most 55 lines; with them at most 100, for measurements of many options."""
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                long = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert long <= 55 and node.end_lineno - node.lineno < 100, f"{path.name}: {node.name}"
+
+
+# Signatures that are another library's, columns of one table, and commands, whose parameters are their options.
+WIDE = {"run_with_cache", "ablation_dataset", "explore", "_training", "plan"}
+
+
+def test_options_that_travel_together_are_one_value():
+    """Functions of the package's own use take at most eight parameters; researchers' measurements have keywords."""
+    public = {*mech.__all__, *WIDE}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name not in public:
+                given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert len([name for name in given if name != "self"]) <= 8, f"{path.name}: {node.name}"
+
+
 def test_tests_lie_where_the_code_does():
     here = Path(__file__).parent
     for path in here.rglob("test_*.py"):

@@ -45,37 +45,53 @@ def fabricated_study(
             ablation, effects, tests = _ablation(rng, methods, n, draws, n_layers * n_heads)
             save(ablation, place / "ablation.nc")
             _looks(rng, place, ranking, pictures={"grounding": 1, "pages": 4}.get(domain, 6), question=question)
-            entry["domains"][domain] = {
-                "n_find": n,
-                "n_test": n,
-                "baseline": {
-                    "accuracy": {"mean": 0.983, "low": 0.95, "high": 1.0},
-                    "logit_diff": {"mean": 7.31, "low": 6.9, "high": 7.7},
-                },
-                "ranking": ranking,
-                "half_mass_share": 0.0625,
-                "size_null": 0.04,
-                "ablation": effects,
-                "tests": tests,
-                **({"causal": patched} if patched else {}),
-            }
-        k = len(domains)
-        close = 0.8 + 0.2 * np.eye(k)
-        entry["agreement"] = {
-            "domains": list(domains),
-            "spearman": close.tolist(),
-            "jaccard": (close - 0.2 * (1 - np.eye(k))).tolist(),
-            "jaccard_null": np.full((k, k), 0.03).tolist(),
-        }
+            entry["domains"][domain] = _domain(n, ranking, effects, tests) | ({"causal": patched} if patched else {})
+        entry["agreement"] = _agreement(domains)
         summary["models"][name] = entry
-    first = models[0][0]
     if len(models) > 1:
         summary["scales"] = {d: {"models": [m[0] for m in models], "correlation": 0.873} for d in domains}
-    summary["findings"] = [
+    summary["findings"] = _findings(models[0][0], domains)
+    summary["headlines"] = [
+        {"text": "Low-ranked heads matter: in 1 of 2 settings.", "model": None, "domain": None, "against_papers": True}
+    ]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "study.json").write_text(json.dumps({"settings": {"n_test": n, "seed": 0}, "created": "2026-06-01"}))
+    return folder
+
+
+def _domain(n: int, ranking: list, effects: dict, tests: dict) -> dict:
+    return {
+        "n_find": n,
+        "n_test": n,
+        "baseline": {
+            "accuracy": {"mean": 0.983, "low": 0.95, "high": 1.0},
+            "logit_diff": {"mean": 7.31, "low": 6.9, "high": 7.7},
+        },
+        "ranking": ranking,
+        "half_mass_share": 0.0625,
+        "size_null": 0.04,
+        "ablation": effects,
+        "tests": tests,
+    }
+
+
+def _agreement(domains: tuple[str, ...]) -> dict:
+    k = len(domains)
+    close = 0.8 + 0.2 * np.eye(k)
+    return {
+        "domains": list(domains),
+        "spearman": close.tolist(),
+        "jaccard": (close - 0.2 * (1 - np.eye(k))).tolist(),
+        "jaccard_null": np.full((k, k), 0.03).tolist(),
+    }
+
+
+def _findings(model: str, domains: tuple[str, ...]) -> list[dict]:
+    return [
         {
             "kind": "needed",
             "text": "Removing the top 5% of heads (mean ablation) costs 81 points of accuracy; random sets cost 3.",
-            "model": first,
+            "model": model,
             "domain": domains[0],
             "against_papers": False,
         },
@@ -83,18 +99,12 @@ def fabricated_study(
             "kind": "low",
             "text": "The bottom 20% of the ranking costs 31 points, more than every random draw: "
             "heads that never attend to the evidence are necessary.",
-            "model": first,
+            "model": model,
             "domain": domains[-1],
             "against_papers": True,
         },
         {"text": "All domains share most of their top heads.", "model": None, "domain": None, "against_papers": False},
     ]
-    summary["headlines"] = [
-        {"text": "Low-ranked heads matter: in 1 of 2 settings.", "model": None, "domain": None, "against_papers": True}
-    ]
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "study.json").write_text(json.dumps({"settings": {"n_test": n, "seed": 0}, "created": "2026-06-01"}))
-    return folder
 
 
 def _provenance() -> dict:

@@ -85,10 +85,7 @@ def hub_samples(
     row = source(name)
     if n < 1 or (most is not None and most < 1):
         raise InputError(f"n={n}, most={most}", "at least one", "leave most= out for all")
-    folder = Path(root).expanduser() if root is not None else None
-    if (folder is None and row.root) or (folder is not None and not folder.is_dir()):
-        given = f"root={str(root)!r} for {name}, which is no folder" if root is not None else f"{name} without root="
-        raise InputError(given, row.root or "no root=: the records hold the pictures", "see docs/data.md")
+    folder = _folder_of(row, root)
     samples: list[Sample] = []
     bad: list[MechError] = []
     without = 0
@@ -115,6 +112,16 @@ def hub_samples(
     if not samples:
         raise InputError(f"{name} gave no sample with evidence", row.evidence, f"root: {row.root or 'not needed'}")
     return Samples(_told_apart(samples[:n]))
+
+
+def _folder_of(row: Source, root: str | Path | None) -> Path | None:
+    """The folder with the pictures, where the set needs one or one was given."""
+    folder = Path(root).expanduser() if root is not None else None
+    if (folder is None and row.root) or (folder is not None and not folder.is_dir()):
+        absent = f"root={str(root)!r} for {row.name}, which is no folder"
+        given = absent if root is not None else f"{row.name} without root="
+        raise InputError(given, row.root or "no root=: the records hold the pictures", "see docs/data.md")
+    return folder
 
 
 def _named(record: Record, error: Exception) -> MechError:

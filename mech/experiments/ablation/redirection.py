@@ -76,12 +76,11 @@ def redirection(
         bands: which of ``"top"``, ``"bottom"``, ``"random"`` (none of them at the top) and ``"all"``.
         n_random: random sets.
         query, phase: which rows are pulled and when, see ``Redirect``.
-        seed: of the distractors and the random sets.
-        batch_size, progress, allow_other_model: as in ``steering``.
+        seed, batch_size, progress, allow_other_model: as in ``steering``; the seed also draws the distractors.
 
     Returns:
         ``redirected``, ``kept`` and ``logit_diff`` over (set, bias, example), with band, draw and heads of each set;
-        the same without intervention as ``plain_...`` over example: what chance and the model's errors give.
+        without intervention ``plain_...`` over example: what chance and the model's errors give.
 
     Raises:
         ExperimentError: samples without distractors, an answer that equals the distractor's, unknown words, no bias or

@@ -74,10 +74,8 @@ def steering(
         bands: which of ``"top"``, ``"bottom"``, ``"random"``.
         n_random: random sets, of other heads than the top.
         positions, phase: see ``Scale``.
-        seed: of the random sets.
-        batch_size: samples per forward.
+        seed, batch_size, allow_other_model: as in ``ablation``.
         progress: called with (runs done, runs in all).
-        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
         ``accuracy`` and ``logit_diff`` over (set, factor, example), with the band and the draw of each set.

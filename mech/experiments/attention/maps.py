@@ -74,18 +74,15 @@ def attention_maps(
         k: heads of the top and of the bottom of the ranking.
         bands: other heads, by the name they stand under.
         queries: which rows attend, as in ``retrieval_attention_mass``.
-        deciding: for each sample and head the one row to draw instead, what ``deciding_queries`` found; None for a
-            head whose ``queries`` are drawn.
+        deciding: for each sample and head the row to draw instead, or None: what ``deciding_queries`` found.
         allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
-        A dataset of kind "maps" (``mech.results.maps_dataset``): ``attention`` over (example, shown, token), with the
-        rectangle of each token, and for each example its question, answer, prediction, evidence and the query of each
-        head.
+        A dataset of kind "maps" (``mech.results.maps_dataset``): ``attention`` over (example, shown, token), the
+        rectangle of each token, and of each example question, answer, prediction, evidence and each head's query.
 
     Raises:
-        ExperimentError: no samples, no heads, a head the ranking does not know, deciding queries of other heads, or a
-            ranking of another model.
+        ExperimentError: no samples or heads, heads the ranking does not know, or a ranking of another model.
 
     Cost: one forward and one short generation for each sample.
     """

@@ -53,11 +53,7 @@ def token_attention(
     if len(inputs) != 1 or inputs.layout.memory is not None:
         given = f"{len(inputs)} rows" if len(inputs) != 1 else "pictures in a memory, which only some layers attend to"
         raise ExperimentError(given, "one row with everything in its sequence", "use mech.attention_from")
-    known = list(model.cfg.attention_layers)
-    every = (model.cfg.n_layers,)
-    wanted = known if layers is None else list(indices("layers", layers).check_mask("layers", every))
-    if not wanted or not set(wanted) <= set(known):
-        raise ExperimentError(f"layers {wanted}", f"some of {known}", suggestion(str(wanted[:1]), map(str, known)))
+    wanted = _layers_of(model, layers)
     named = token_groups(inputs.layout, groups)
     member = torch.zeros(len(named), len(inputs.layout), device=model.device)
     for row, positions in enumerate(named.values()):
@@ -89,6 +85,17 @@ def token_attention(
             "model": model.name,
         },
     )
+
+
+def _layers_of(model: HookedMLLM, layers: Layers | None) -> list[int]:
+    """These layers, all with attention to the sequence if None."""
+    known = list(model.cfg.attention_layers)
+    if layers is None:
+        return known
+    wanted = list(indices("layers", layers).check_mask("layers", (model.cfg.n_layers,)))
+    if not wanted or not set(wanted) <= set(known):
+        raise ExperimentError(f"layers {wanted}", f"some of {known}", suggestion(str(wanted[:1]), map(str, known)))
+    return wanted
 
 
 def token_groups(layout: TokenLayout, most: int = MOST) -> dict[str, list[int]]:

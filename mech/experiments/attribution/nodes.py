@@ -73,19 +73,17 @@ def attribution(
     Args:
         model, clean, corrupted, metric, point, over, positions, regions, layers: as in ``activation_patching``.
         ig_steps: 0 for the slope at the run itself, else the number of midpoints on the path.
-        path: ``"embed"``: the embeddings (visual ones included) go from one run to the other; ``"point"``: the point's
-            activations do, one layer at a time, all positions together. Features added between layers (DeepStack)
-            stay those of the run that is patched into.
-        qk_fix: at queries and keys, recompute the attention of what is patched exactly and use the slope at the
-            pattern, in place of the slope at the query or key. Not used with ``ig_steps``.
+        path: what goes from one run to the other: ``"embed"``, the embeddings (visual ones included); ``"point"``,
+            the point's activations, one layer at a time. Features added between layers (DeepStack) do not.
+        qk_fix: at queries and keys without ``ig_steps``, recompute the attention of what is patched exactly and use
+            the slope at the pattern.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
-        check: how many random cells are also patched exactly, 0 for none.
-        seed: of these cells.
+        check, seed: how many random cells are also patched exactly, 0 for none.
 
     Returns:
         ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example; ``exact`` and
         ``estimate``, effects over (example, check), with the coordinate ``cell``. Attributes: ``rank_correlation``
-        (Spearman, over all that was checked), ``worst`` (the largest misses), ``forwards`` and ``backwards``.
+        (Spearman, over what was checked), ``worst`` (the largest misses), ``forwards`` and ``backwards``.
 
     Raises:
         ExperimentError: as ``activation_patching``; a metric without a gradient. Before any forward.
@@ -115,20 +113,14 @@ def attribution(
     )
     passes = ig_steps * (len(plans[0].names) if path == "point" else 1)
     samples = clean if isinstance(clean, Samples) else None
-    attrs = {
-        "model": model.name,
-        **settings,
-        "measure": repr(metric),
-        **agreement_of(*checked_cells, labels),
-        "forwards": (2 + (direction == "noise") + passes + len(cells)) * len(plans),
-        "backwards": (1 + passes) * len(plans),
-        "provenance": provenance(model, samples, metric=metric, seed=seed, over=list(over), **settings),
-    }
     return xr.Dataset(
         {**scores.variables(plans[0], metric.unit), **compared(*checked_cells)},
         {EXAMPLE: np.arange(len(estimate)), **coords, "cell": ("check", labels)},
-        attrs,
-    )
+        {"model": model.name, **settings, "measure": repr(metric), **agreement_of(*checked_cells, labels)},
+    ).assign_attrs(
+        forwards=(2 + (direction == "noise") + passes + len(cells)) * len(plans), backwards=(1 + passes) * len(plans),
+        provenance=provenance(model, samples, metric=metric, seed=seed, over=list(over), **settings),
+    )  # fmt: skip
 
 
 def _check(model: HookedMLLM, plan: Plan, metric: Metric) -> None:

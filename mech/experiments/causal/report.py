@@ -97,9 +97,9 @@ def causal_report(
 
     Args:
         model: a hooked model.
-        samples: with counterfactuals; they test. Without ``find`` they are split in halves, and one half finds.
+        samples: with counterfactuals; they test.
         ranking: by attention to the evidence, of other samples than ``samples``; by RAM on ``find`` if None.
-        find: samples that rank heads and order sets.
+        find: samples that rank heads and order sets; half of ``samples`` if None.
         reference: of the ablation; ``find`` if None.
         method: of the ablation of single heads, see ``Ablate``; None to leave it out.
         threshold, alpha: the smallest effect that matters, and the level of the criteria.
@@ -107,10 +107,8 @@ def causal_report(
         n_paths: heads whose paths are followed: those that matter without attending first.
         top: how many of the ranking's first heads are noised together, and pulled to a distractor together.
         bias: of the redirection, see ``Redirect``; none to leave it out, as it is where samples have no distractors.
-        batch_size, seed: as everywhere.
+        batch_size, seed, allow_other_model: as in ``ablation``.
         progress: called with (what, done, in all).
-        allow_other_model: take a ranking, or reference activations, made on another model of this shape; the attribute
-            ``other_model`` says so.
 
     Raises:
         ExperimentError: samples without a counterfactual, samples that found the heads, or a model that does not tell
@@ -119,9 +117,8 @@ def causal_report(
     Cost: for each test sample three sweeps over all heads (noising, denoising, ablation) and two for each to find; of
     redirection one forward for each sample, set (first, random, all heads) and bias, and one more for each set.
 
-    References: arXiv 2404.15255 (noising and denoising), 2211.00593 (direct effects, faithfulness, completeness),
-    2307.15771 (self-repair), 2606.14703 (redirection). Completeness is the loss here, not the difference to the whole
-    model's.
+    References: arXiv 2404.15255 (noising and denoising), 2211.00593 (direct effects, faithfulness; completeness is the
+    loss here, not the difference to the whole model's), 2307.15771 (self-repair), 2606.14703 (redirection).
     """
     say = progress or (lambda what, done, total: None)
     samples = Samples(samples)

@@ -77,26 +77,23 @@ def activation_patching(
         clean: ``Inputs`` (any number of rows), a ``Sample``, or a list of either.
         corrupted: the same with the evidence changed and the layout kept; None for the samples' counterfactuals.
         metric: see ``mech.experiments.metrics``.
-        point: an activation point without its layer (``"hook_resid_post"``, ``"attn.hook_v"``), with ``vision.`` in
-            front for the vision stack; or ``"hook_embed"``, ``"projector.hook_out"``.
+        point: an activation point without its layer (``"hook_resid_post"``, ``"vision.attn.hook_z"``); or
+            ``"hook_embed"``, ``"projector.hook_out"``.
         over: the axes of the sweep, in the order of the result: ``layer``, ``head`` (``kv_head`` at keys and values),
             ``position`` or ``region``. What is not named is patched all at once.
         positions: where, in words of ``TokenLayout.positions``; with ``position`` in ``over`` each of them by itself.
-            At the vision stack only ``"all"``.
-        regions: for ``region`` in ``over``: each is anything that ``TokenLayout.positions`` takes; a mapping names them
-            (``layout.cells(6, 6)``, ``layout.words("question")``).
+        regions: for ``region`` in ``over``: anything that ``TokenLayout.positions`` takes; a mapping names them.
         layers: which layers; all by default.
         direction: ``"denoise"`` or ``"noise"``.
         method: ``"wavefront"`` and ``"literal"`` force an algorithm; both give the same. ``"screened"`` estimates all
-            cells from gradients (``patching_candidates``) and patches only those with the largest estimates: worth it
-            for early visual positions, where an exact sweep has little to share.
+            cells from gradients and patches only those with the largest estimates.
         confirm: how many cells (int) or which share of them (float) a screened sweep patches.
         progress: called with (cells done, cells in all), all examples counted.
 
     Returns:
-        ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example. Attributes say
-        point, positions, direction, algorithm (and why, where it is not the wavefront) and the cost in forwards.
-        A screened sweep has nan where nothing was patched, and ``confirmed`` and ``estimate`` (of ``effect``) beside.
+        ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example. Attributes: point,
+        positions, direction, algorithm (why, where it is not the wavefront), the cost in forwards. A screened sweep has
+        nan where nothing was patched, and ``confirmed`` and ``estimate`` (of ``effect``) beside.
 
     Raises:
         ExperimentError: layouts that differ (with the first difference), axes the point does not have, or an answer
@@ -104,7 +101,7 @@ def activation_patching(
         PointError: the point is misspelt or not live in this model.
 
     Cost: two forwards and, for a wavefront, what is in ``attrs["forwards"]``; literally, a forward for each cell.
-        Screening adds two forwards and two backwards (counted as four forwards).
+    Screening adds two forwards and two backwards (counted as four forwards).
 
     References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions), 2406.16320 (normalisation;
     in both of its directions the corrupted run is 0).

@@ -102,9 +102,8 @@ def path_patching(
             inputs. Before any forward.
         PointError: a point that an end needs is not live in this model.
 
-    Cost: two forwards and, for the walk, what is in ``attrs["forwards"]``: with attention frozen next to nothing for
-    the logits and for queries of few positions; literally, a forward for each sender and one for each pair with a
-    receiver other than the logits.
+    Cost: two forwards and, for the walk, ``attrs["forwards"]``: with attention frozen next to nothing for the logits
+    and for queries of few positions; literally, a forward for each sender and for each pair with another receiver.
 
     References: Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969. Wang et al. freeze
     attention and let MLPs answer, as the default here does.

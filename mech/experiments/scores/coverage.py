@@ -66,10 +66,7 @@ def key_coverage(
     """
     samples, layers = Samples(samples), list(model.cfg.attention_layers)
     refuse_without_evidence(samples)
-    chosen = {name: [(int(layer), int(head)) for layer, head in heads] for name, heads in (sets or {}).items()}
-    for name, heads in chosen.items():
-        if not heads or any(layer not in layers or not 0 <= head < model.cfg.n_heads for layer, head in heads):
-            raise ExperimentError(f"the set {name!r} of {heads[:4]}", f"heads of {model.name}", "use ranking.top(15)")
+    chosen = _checked_sets(model, sets or {})
     parts: list[np.ndarray] = []
     for inputs, evidence, _ in evidence_batches(model, samples, batch_size):
         hits = _hits(model, inputs, evidence, keys)
@@ -95,6 +92,15 @@ def key_coverage(
     for name in result.data_vars:
         result[name].attrs = {"unit": "share of evidence tokens", "sign": "more: more of the evidence is attended most"}
     return result
+
+
+def _checked_sets(model: HookedMLLM, sets: Mapping[str, Pairs]) -> dict[str, list[tuple[int, int]]]:
+    layers, n_heads = model.cfg.attention_layers, model.cfg.n_heads
+    chosen = {name: [(int(layer), int(head)) for layer, head in heads] for name, heads in sets.items()}
+    for name, heads in chosen.items():
+        if not heads or any(layer not in layers or not 0 <= head < n_heads for layer, head in heads):
+            raise ExperimentError(f"the set {name!r} of {heads[:4]}", f"heads of {model.name}", "use ranking.top(15)")
+    return chosen
 
 
 def _hits(

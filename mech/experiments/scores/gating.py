@@ -62,12 +62,9 @@ def causal_head_gating(
         samples: with answers; other samples than those that test the heads.
         pressure: weight of the gates' mean: a head that is worth less than ``pressure`` over the number of heads, in
             nats of the answer, is irrelevant.
-        steps: of the optimiser, for each fit.
-        rate: of the optimiser, on the logits of the gates.
-        n_fits: disjoint parts of the samples that are fitted apart, so that there is an interval; as many as there are
-            samples at most.
+        steps, rate: of the optimiser, on the logits of the gates, for each fit.
+        n_fits, seed: disjoint parts of the samples that are fitted apart, so that there is an interval.
         batch_size: samples per forward.
-        seed: of the parts.
         progress: called with (steps done, steps in all).
 
     Returns:

@@ -64,18 +64,15 @@ def modality_transfer(
         base: the model with the weights it had before it was tuned, such as a revision of it.
         score: of ``PUBLISHED``, or a ``Score``; one that takes no region of a picture.
         k: heads of the top sets: a number, or a share of all.
-        n_resamples: draws of the examples, for intervals.
-        seed: of these draws.
+        n_resamples, seed: draws of the examples, for intervals.
         batch_size: samples per forward.
         progress: called with (readings done, readings in all).
 
     Returns:
-        ``score`` over (reading, example, layer, head), the readings being ``pictures`` and ``text`` of the model, and
-        ``base text`` and ``base pictures`` if there is a base. Over (reading, other): ``shared`` with ``shared_low``
-        and ``shared_high`` (95%, bootstrap over examples), ``expected`` and ``p`` (the probability of sharing at
-        least as many when heads are exchanged within layers), ``within`` (the correlation of the mean scores after
-        each layer's own mean is taken away). ``origin`` over (layer, head) says of which top sets a head is: of
-        pictures and of text before tuning, of one of them, or of neither.
+        ``score`` over (reading, example, layer, head), readings being ``pictures`` and ``text``, and with a base ``base
+        text`` and ``base pictures``. Over (reading, other): ``shared`` with ``_low`` and ``_high`` (95%, bootstrap over
+        examples), ``expected``, ``p`` (of sharing at least as many by chance) and ``within`` (correlation of mean
+        scores less their layer's mean). ``origin`` over (layer, head): in which top sets a head is.
 
     Raises:
         ExperimentError: samples that are not the same in both forms, or a base of another shape.
@@ -111,11 +108,15 @@ def modality_transfer(
             "provenance": provenance(model, {PICTURES: pictures, TEXT: text}, score=str(name), seed=seed),
         },
     )  # fmt: skip
-    before = f"{BASE}{TEXT}" if base is not None else TEXT
-    tops = {reading: top_heads(data["score"].sel(reading=reading).values.mean(0), count) for reading in readings}
-    on, had = tops[PICTURES], tops[before]
+    return data.assign(origin=_origin(data["score"].mean(EXAMPLE), count))
+
+
+def _origin(means: xr.DataArray, count: int) -> xr.DataArray:
+    """Of which top sets every head is: of pictures and of text (before tuning, where there is a base)."""
+    before = f"{BASE}{TEXT}" if f"{BASE}{TEXT}" in means["reading"].values else TEXT
+    on, had = (top_heads(means.sel(reading=reading).values, count) for reading in (PICTURES, before))
     origin = np.select([on & had, on & ~had, ~on & had], [KEPT, RECRUITED, TEXT_ONLY], NEITHER)
-    return data.assign(origin=((LAYER, HEAD), origin.astype(object)))
+    return xr.DataArray(origin.astype(object), dims=(LAYER, HEAD))
 
 
 @checked

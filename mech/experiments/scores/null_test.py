@@ -58,12 +58,10 @@ def retrieval_test(
     """Which heads attend to the evidence *because* it was asked for, corrected over all heads.
 
     For a pair of samples (1, 2), ``D = s(q1, E1) + s(q2, E2) - s(q2, E1) - s(q1, E2)`` with ``s(q, E)`` the score of a
-    head on evidence E, in E's own picture, under question q; ``D`` of two questions is the sum over the samples that
-    ask them. If attention to evidence does not depend on which question is asked, or does so by chance, exchanging the
-    two changes the sign of D and nothing else: signs are flipped, and the largest ``sum D / sqrt(sum D^2)`` over heads
-    is compared (max-T), so that the probability of naming *any* head where there is none is at most ``alpha``, exactly,
-    whatever the dependence between heads. Differences within rounding are 0. Questions that share a word are taken as
-    different ones.
+    head on evidence E, in E's own picture, under question q; summed over samples that ask the same two questions. Where
+    attention to evidence does not depend on the question, exchanging the two only changes the sign of D: signs are
+    flipped, and the largest ``sum D / sqrt(sum D^2)`` over heads is compared (max-T). The probability of naming *any*
+    head where there is none is at most ``alpha``, exactly, whatever the dependence between heads.
 
     Sign: ``difference`` is positive when the right question makes the head attend. Unit: that of the score.
 
@@ -71,9 +69,8 @@ def retrieval_test(
         samples: with evidence, asking many different things; questions are paired at random, and with them samples.
         score: a name of ``PUBLISHED`` or a ``Score``, read at the question's rows or the last one, on evidence.
         alpha: below it a head is named.
-        n_permutations: sign flips drawn beyond 12 pairs of questions; up to there all are enumerated.
+        n_permutations, seed: sign flips drawn beyond 12 pairs of questions; up to there all are enumerated.
         batch_size: samples per forward.
-        seed: of pairs and flips.
         progress: called with (samples done, samples in all), for each of the two readings.
 
     Returns:

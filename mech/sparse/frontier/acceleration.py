@@ -142,13 +142,11 @@ def acceleration(
         rankings: rankings that are there already, by their name in ``CHOICES``; the others are made on ``find``.
         batch_size: samples per forward.
         turns: how often everything is timed; 0 leaves speed out.
-        seed: of random sets and gates.
+        seed, allow_other_model: as in ``ablation``; the seed is also that of the gates.
         progress: called with (what, done, in all).
-        allow_other_model: take ``rankings`` made on another model of this shape; the attribute ``other_model`` says so.
 
     Raises:
-        ExperimentError: a sample that ranks and tests, a ranking of another model, an unknown choice, or a window that
-            covers all of a sample.
+        ExperimentError: a sample that ranks and tests, a ranking of another model, or a window that covers a sample.
 
     Cost: one (sparse) forward per test sample and setting; for the rankings on ``find`` one forward a sample each for
     RAM and reach, for ``causal`` what ``activation_patching`` costs, for ``gates`` about 160 forwards and as many back.
