@@ -1,6 +1,7 @@
 """One way through: what is left of an arrow imports nothing of what is right of it; and the door opens fast."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,19 @@ def test_options_that_travel_together_are_one_value():
             if isinstance(node, ast.FunctionDef) and node.name not in public:
                 given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
                 assert len([name for name in given if name != "self"]) <= 8, f"{path.name}: {node.name}"
+
+
+def test_the_map_shows_this_house():
+    text = (ROOT.parent / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rows = text.split("## The house")[1].split("## The way")[0]
+    for folder in {path.parent for path in ROOT.rglob("__init__.py")} - {ROOT}:
+        assert re.search(rf"[`/ ]{folder.name}[`/:]", rows), folder
+    named = re.findall(r"`(mech/[\w/]+\.py): ([\w.]+)`", text)
+    assert len(named) > 8
+    for path, name in named:
+        source = (ROOT.parent / path).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"^ *(def|class) {part}\b", source, re.MULTILINE), f"{path}: {name}"
 
 
 def test_tests_lie_where_the_code_does():
