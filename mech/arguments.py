@@ -26,6 +26,8 @@ import numpy as np
 
 from mech.errors import ExperimentError, MechError, suggestion
 
+Progress = Callable[[int, int], None]  # called with (done, in all)
+NamedProgress = Callable[[str, int, int], None]  # called with (what, done, in all)
 F, C = TypeVar("F", bound=Callable[..., Any]), TypeVar("C", bound=type)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80

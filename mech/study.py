@@ -20,7 +20,7 @@ From those come ``summary.json`` (numbers and findings) and ``report.html``. A s
 was when the same command is given again, and ends in the same numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
@@ -30,6 +30,7 @@ from typing import Any
 import xarray as xr
 
 from mech import reference
+from mech.arguments import NamedProgress
 from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.jsonl import check_domain
 from mech.data.pictures import pixel_digest, png, shows
@@ -65,11 +66,10 @@ from mech.model import HookedMLLM
 from mech.results import Study, map_facts, provenance, write_json
 from mech.scale import BlocksFailed, open_model, rest_goes_on, split_revision
 from mech.settings import Settings, default_domains, default_settings
-from mech.sparse.frontier.acceleration import Comparison, local_for
+from mech.sparse.frontier.acceleration import Grid, local_for
 from mech.sparse.frontier.resumable import acceleration_in
 from mech.sparse.localize import localize
 
-Progress = Callable[[str, int, int], None]
 SHOWN = 4  # heads of each band that are drawn over the pictures
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
 LONG = {"reference:qwen-long": 16}  # models of long contexts, and the pages they are accelerated on
@@ -83,7 +83,7 @@ def study(
     *,
     data: Samples | None = None,
     settings: Settings | None = None,
-    progress: Progress | None = None,
+    progress: NamedProgress | None = None,
 ) -> Path:
     """Run a study, or what is missing of it, and write its report.
 
@@ -204,7 +204,7 @@ def _written(results: Study, summary: dict[str, Any]) -> Path:
 
 
 def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody asked for."""
+    """Tell nobody."""
 
 
 def short_name(name: str) -> str:
@@ -234,7 +234,7 @@ class StudiedModel:
     model: HookedMLLM
     short: str
     settings: Settings
-    say: Progress
+    say: NamedProgress
 
     def record_weights(self) -> None:
         """Record the model before its first result, and refuse to mix results of two checkpoints.
@@ -367,13 +367,13 @@ class StudiedModel:
         """Sparse inference, computed or found; nothing where it cannot be tried."""
         settings, key = self.settings, f"{self.short}/acceleration"
         split = samples[: settings.n_long].split(RANKING, settings.seed)
-        compared = Comparison(settings.choices, settings.shares, settings.n_sets, settings.seed, settings.batch_size)
+        grid = Grid(settings.choices, settings.shares, settings.n_sets, settings.seed, settings.batch_size)
         try:
             local = local_for(self.model, split[1], gate_steps=24)
             localize(self.model, local.policy).close()
         except (ExperimentError, UnsupportedModel):  # prompts within the window; layers that share keys and values
             return {}
-        found = acceleration_in(self.results, key, self.model, split, local, compared, self.say)
+        found = acceleration_in(self.results, key, self.model, split, local, grid, self.say)
         return {self.short: acceleration.summarise(found)}
 
     def both_forms(self, domain: str) -> dict[str, Any]:
@@ -398,7 +398,7 @@ def longest(model: HookedMLLM, wanted: dict[str, Samples], settings: Settings, o
 
 
 def _accelerated_long(
-    results: Study, domains: Sequence[str] | None, settings: Settings, say: Progress
+    results: Study, domains: Sequence[str] | None, settings: Settings, say: NamedProgress
 ) -> dict[str, Any]:
     """Sparse inference of the models of long contexts that are installed, where a window matters most."""
     found: dict[str, Any] = {}

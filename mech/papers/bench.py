@@ -26,9 +26,6 @@ from mech.experiments.statistics import Interval, accuracy_interval
 from mech.interventions import Ablate, Reference, intervene, reference_activations
 from mech.model import HookedMLLM
 
-ALPHA = 0.05
-MATTERS = 0.05  # a drop in accuracy that is worth a word
-
 
 @dataclass(frozen=True)
 class Point:

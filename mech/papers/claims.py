@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mech.arguments import Count, Seed, checked
+from mech.arguments import Count, Progress, Seed, checked
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, MechError, suggestion
 from mech.experiments.findings.cautions import few_samples, few_sets, unstable
 from mech.experiments.findings.summary import stability
 from mech.experiments.findings.words import TOP
-from mech.experiments.scores.ram import Progress
 from mech.model import HookedMLLM
 from mech.papers.bench import Bench, Point, drop
 from mech.papers.disputes import DISPUTES

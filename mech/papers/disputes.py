@@ -8,13 +8,12 @@ import numpy as np
 
 from mech.experiments.effects import points
 from mech.experiments.findings.literature import published
+from mech.experiments.findings.words import TOP
 from mech.experiments.ranking.agreement import agreement
 from mech.experiments.ranking.ranking import Heads, rank_heads
 from mech.experiments.scores.measure import head_scores
 from mech.interventions import METHODS
 from mech.papers.bench import Bench, Point, beyond_random, drop, heads_in
-
-TOP = 0.05
 
 
 def methods(bench: Bench) -> Point:

@@ -14,7 +14,9 @@ from mech.errors import ExperimentError
 from mech.experiments.effects import both_units, p_is, points
 from mech.experiments.findings import literature
 from mech.experiments.findings.literature import published
+from mech.experiments.findings.words import MATTERS, TOP
 from mech.experiments.metrics import ask, quiz
+from mech.experiments.power import ALPHA
 from mech.experiments.ranking.agreement import agreement, sample_curve
 from mech.experiments.ranking.ranking import Heads, Ranking, rank_heads
 from mech.experiments.scores.coverage import key_coverage
@@ -23,12 +25,11 @@ from mech.experiments.scores.ram import evidence_mass, retrieval_attention_mass
 from mech.experiments.scores.sinks import attention_sinks
 from mech.experiments.statistics import holm, mean_of, spearman
 from mech.interventions import METHODS, Ablate, intervene, reference_activations
-from mech.papers.bench import ALPHA, MATTERS, Bench, Point, beyond_random, drop, heads_in
+from mech.papers.bench import Bench, Point, beyond_random, drop, heads_in
 from mech.papers.boxes import published_tokens, simulated_iou
 from mech.papers.tags import TAGS, tag_leak
 
 ABLATED = {"Qwen3-VL-4B": (30, 36 * 32), "LLaVA-OneVision-7B": (30, 28 * 28)}  # heads in the largest set, heads in all
-TOP = 0.05
 ON_TWO = published("2606.05843", literature.ABLATED)  # where heads were ablated
 ON_THREE = published("2606.05843", literature.FASTER)  # where heads were kept dense
 

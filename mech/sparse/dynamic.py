@@ -13,7 +13,7 @@ What it costs: the pass that chooses is dense, so prefill gains nothing unless `
 the cache, and every token that is generated. Rows of a batch would need sets of their own, so one row is run at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mech.arguments import Amount, Count, Whole, checked, one_of
+from mech.arguments import Amount, Count, Progress, Whole, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, InputError, UnsupportedModel
@@ -34,8 +34,6 @@ from mech.sparse.groups import expanded, grouped
 from mech.sparse.localize import localize
 from mech.sparse.masks import Near
 from mech.sparse.policy import PHASES, Policy
-
-Progress = Callable[[int, int], None]
 
 
 def reach(

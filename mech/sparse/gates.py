@@ -13,14 +13,13 @@ What it is not: a test. Gates show what a *joint* relaxation of all heads can sp
 closes, and which is up to the seed.
 """
 
-from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mech.arguments import Count, Positive, Rule, Seed, Whole, checked
+from mech.arguments import Count, Positive, Progress, Rule, Seed, Whole, checked
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.gradients import still
@@ -30,8 +29,6 @@ from mech.inputs import Inputs
 from mech.model import HookedMLLM
 from mech.sparse.policy import Policy
 from mech.sparse.training.mixture import final_states, gated
-
-Progress = Callable[[int, int], None]
 
 
 @checked

@@ -19,7 +19,7 @@ from mech.results import Study, load, save
 from mech.sparse.dynamic import Dynamic, chosen, localize_dynamic, reach, reach_of
 from mech.sparse.frontier.acceleration import (
     CHOICES,
-    Comparison,
+    Grid,
     Local,
     acceleration,
     local_for,
@@ -73,7 +73,7 @@ def test_a_group_is_as_good_as_its_best_head_and_goes_as_a_whole(model, ram):
 
 def test_every_choice_costs_the_same_at_one_share(model, ram):
     named = {name: ram for name in ("ram", "vision", "causal", "gates", "reach")}
-    todo = settings(model, named, Comparison(CHOICES, (1, 0.25), 3))
+    todo = settings(model, named, Grid(CHOICES, (1, 0.25), 3))
     assert [one.choice for one in todo[:2]] == ["dense", "window"]
     assert len(todo) == 2 + 2 * (len(CHOICES) + 2) and len(set(todo)) == len(todo)
     for share in {one.share for one in todo[2:]}:
@@ -229,7 +229,7 @@ def test_a_study_that_was_killed_goes_on(model, halves, tmp_path, monkeypatch):
         pass
 
     find, test = halves
-    compared = Comparison(shares=(2,), n_random=2, batch_size=8)
+    grid = Grid(shares=(2,), n_random=2, batch_size=8)
     local = Local(window=WINDOW, n_causal=1, gate_steps=1)
 
     def dying(what, done, total):
@@ -238,18 +238,18 @@ def test_a_study_that_was_killed_goes_on(model, halves, tmp_path, monkeypatch):
 
     with Study(tmp_path, {}) as results:
         with pytest.raises(Killed):
-            resumable.acceleration_in(results, "m/acceleration", model, (find, test), local, compared, dying)
+            resumable.acceleration_in(results, "m/acceleration", model, (find, test), local, grid, dying)
         monkeypatch.setattr(resumable, "ranked", None)  # it is not asked again
         seen = []
         tell = lambda *now: seen.append(now)  # noqa: E731
-        whole = resumable.acceleration_in(results, "m/acceleration", model, (find, test), local, compared, tell)
+        whole = resumable.acceleration_in(results, "m/acceleration", model, (find, test), local, grid, tell)
         assert [done for what, done, _ in seen if what.endswith("settings")] == list(
             range(6, whole.sizes["condition"] + 1)
         )
         again = resumable.joined(results, "m/acceleration")
         xr.testing.assert_equal(whole, again)
     assert set(whole["choice"].values) == {"dense", "window", *CHOICES}
-    alone = settings(model, {"ram": whole_ram(model, find)}, Comparison(("ram",), (2,), 1))[2:]
+    alone = settings(model, {"ram": whole_ram(model, find)}, Grid(("ram",), (2,), 1))[2:]
     fresh = next(iter(measured(model, test, alone, local)))
     row = whole["logit_diff"].values[(whole["choice"] == "ram").values]
     np.testing.assert_allclose(row, fresh["logit_diff"].values, atol=1e-3)

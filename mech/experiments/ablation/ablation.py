@@ -22,14 +22,14 @@ show apart those of them that hold a top head.
 The samples that found the heads must not be those that test them: they are compared by their ids.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated
 
 import xarray as xr
 
-from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, one_of, some_of
+from mech.arguments import NOT_EMPTY, Amount, Count, Progress, Seed, checked, one_of, some_of
 from mech.axes import CONDITION
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
@@ -181,7 +181,7 @@ def ablation(
     phase: Phase = "both",
     seed: Seed = 0,
     batch_size: Count = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
     """Accuracy and logit difference of every sample under every condition, the unablated baseline first.
@@ -261,7 +261,7 @@ def asked_without(
     conditions: Sequence[Condition],
     how: How,
     batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """The numbers of ``ablation``, condition by condition or, inside ``mech.on_folder``, in blocks."""
     if running() is not None and isinstance(how.reference, Samples):  # made once, and not for every block
@@ -280,7 +280,7 @@ def per_sample_answers(
     conditions: Sequence[Condition],
     how: How,
     batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """The numbers of ``ablation``, without what is known of all samples together."""
     parts: list[xr.Dataset] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import xarray as xr
 
-from mech.arguments import Amount
+from mech.arguments import Amount, NamedProgress
 from mech.data.haystacks import haystacks
 from mech.data.samples import Samples
 from mech.experiments.ablation.transfer import transfer
@@ -27,7 +27,6 @@ ANSWER = Score("answer", on="parts")
 ASKED: dict[str, str | Score] = {"question": "ram", "answer": ANSWER}
 FORMS = ("pictures", "text")
 FOUND_ON = {"pictures": "pictures", "text": "text", "text before tuning": "base text"}  # readings behind the rankings
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def forms_in(
     model: HookedMLLM,
     base: Callable[[], HookedMLLM],
     of: Scenes,
-    say: Progress,
+    say: NamedProgress,
 ) -> dict[str, xr.Dataset]:
     """What pictures and text share, and what the heads of each are worth for the other; computed or found.
 

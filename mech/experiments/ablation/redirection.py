@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, some_of
+from mech.arguments import NOT_EMPTY, Amount, Count, Progress, Seed, checked, some_of
 from mech.axes import EXAMPLE
 from mech.data.samples import Distractor, Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
@@ -28,7 +28,6 @@ from mech.experiments.metrics import Quiz, answer_logits, quiz
 from mech.experiments.ranking.checks import refuse_ranking
 from mech.experiments.ranking.ranking import Ranking
 from mech.experiments.ranking.sets import HeadSet, head_sets
-from mech.experiments.scores.ram import Progress
 from mech.interventions import PerRow, Redirect, intervene
 from mech.interventions.specs import Phase, Where
 from mech.model import HookedMLLM

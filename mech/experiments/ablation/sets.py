@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from mech.arguments import Progress
 from mech.axes import EXAMPLE
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.ablation.redirected import BAND
 from mech.experiments.ranking.checks import other_model_attrs
 from mech.experiments.ranking.sets import HeadSet
-from mech.experiments.scores.ram import Progress
 from mech.model import HookedMLLM
 from mech.results import heads_text, provenance
 

@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import xarray as xr
 
-from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, given_by, some_of
+from mech.arguments import NOT_EMPTY, Amount, Count, Progress, Seed, checked, given_by, some_of
 from mech.axes import EXAMPLE
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
@@ -29,7 +29,6 @@ from mech.experiments.metrics import ask, quiz
 from mech.experiments.ranking.checks import refuse_ranking
 from mech.experiments.ranking.ranking import Ranking
 from mech.experiments.ranking.sets import HeadSet, head_sets
-from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import mean_of
 from mech.interventions import Scale, check_positions, intervene
 from mech.interventions.specs import Phase, Where

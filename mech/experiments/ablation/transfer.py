@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from mech.arguments import NOT_EMPTY, Amount, Count, Seed, at_least, checked, one_of
+from mech.arguments import NOT_EMPTY, Amount, Count, Progress, Seed, at_least, checked, one_of
 from mech.axes import CONDITION, EXAMPLE
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
@@ -50,7 +50,7 @@ def transfer(
     n_random: Annotated[int, at_least(2)] = 20,
     seed: Seed = 0,
     batch_size: Count = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
     """The top heads of every task, and random heads, ablated on every task.
@@ -174,7 +174,7 @@ def per_sample_forms(
     reference: Reference,
     seed: int,
     batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """The numbers of ``transfer`` on one task: ``ask``, the first token of what is answered, and the right one."""
     questions, bank = quiz(model, samples, batch_size), reference.to(model.device)

@@ -25,12 +25,11 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.arguments import NOT_EMPTY, Rule, checked
+from mech.arguments import NOT_EMPTY, Progress, Rule, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, UnsupportedModel
 from mech.experiments.metrics import LogitDiff, Reading
-from mech.experiments.scores.ram import Progress
 from mech.inputs import Inputs
 from mech.inputs.layout import Where
 from mech.model import AttentionCall, HookedMLLM

@@ -1,12 +1,12 @@
 """What the causal report measures of single heads: both sweeps, orders of sets, ablation, tests and quadrants."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from mech.arguments import NamedProgress
 from mech.data.samples import Samples
 from mech.experiments.causal.runs import Runs
 from mech.experiments.causal.sets import greedy
@@ -30,10 +30,9 @@ QUADRANTS = ("attending and causal", "attending, not causal", "causal, not atten
 ATTENDING = 0.05  # a head attends if this much of the attention that even attention puts elsewhere is on the evidence
 HALF, BACK = 0.5, 0.9  # of the gap: lost by the smallest set, and recovered by it
 CANDIDATES = 16  # heads among which the greedy search chooses
-Progress = Callable[[str, int, int], None]
 
 
-def swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
+def swept(runs: Runs, direction: str, say: NamedProgress) -> np.ndarray:
     """Every head's effect in one direction, [example, layer, head]: a share of the mean gap."""
 
     def tell(done: int, total: int) -> None:
@@ -51,7 +50,7 @@ def swept(runs: Runs, direction: str, say: Progress) -> np.ndarray:
     return (effects["metric"] - effects["corrupted"]).values / runs.gap
 
 
-def single_effects(runs: Runs, say: Progress) -> tuple[dict[str, np.ndarray], str]:
+def single_effects(runs: Runs, say: NamedProgress) -> tuple[dict[str, np.ndarray], str]:
     """Every head's ``lost`` and ``recovered``, ``direct`` and ``mediated`` where paths can be followed; why not, else.
 
     Each [example, layer, head].
@@ -65,7 +64,7 @@ def single_effects(runs: Runs, say: Progress) -> tuple[dict[str, np.ndarray], st
     return each, ""
 
 
-def ordered(runs: Runs, ranking: Ranking, say: Progress) -> tuple[dict[str, list[Head]], np.ndarray]:
+def ordered(runs: Runs, ranking: Ranking, say: NamedProgress) -> tuple[dict[str, list[Head]], np.ndarray]:
     """All heads in two orders, on the samples that find: first by greedy search, then by single effects.
 
     Also what is lost without each head on these samples, [layer, head].
@@ -91,7 +90,7 @@ def ordered(runs: Runs, ranking: Ranking, say: Progress) -> tuple[dict[str, list
 
 
 def ablated(
-    runs: Runs, method: str, bank: Reference | Samples, batch_size: int, say: Progress, **options: Any
+    runs: Runs, method: str, bank: Reference | Samples, batch_size: int, say: NamedProgress, **options: Any
 ) -> np.ndarray:
     """The loss when one head is ablated, head by head."""
     model = runs.model

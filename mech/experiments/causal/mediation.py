@@ -13,7 +13,7 @@ What this does not do: tell a component that answers at once from one that answe
 anything on the way (``mech.experiments.paths.path_patching``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from mech.arguments import NamedProgress
 from mech.experiments.attention.mass import attention_mass
 from mech.experiments.causal.runs import REGIONS, Runs, score, swaps, watched
 
@@ -89,9 +90,7 @@ class HeadPath:
         return cls(**{**value, "through": tuple(Leg(**leg) for leg in value["through"])})
 
 
-def paths_of(
-    runs: Runs, heads: Sequence[tuple[int, int]], threshold: float, say: Callable[[str, int, int], None]
-) -> list[HeadPath]:
+def paths_of(runs: Runs, heads: Sequence[tuple[int, int]], threshold: float, say: NamedProgress) -> list[HeadPath]:
     """How each of these heads acts; see ``path_of``."""
     attended, paths = attended_regions(runs), []
     for head in heads:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mech.arguments import Amount, Count, Positive, Seed, Share, Whole, checked, given_by, one_of
+from mech.arguments import Amount, Count, NamedProgress, Positive, Seed, Share, Whole, checked, given_by, one_of
 from mech.data.samples import Samples, SomeSamples
 from mech.deprecation import renamed
 from mech.experiments.causal.both_ways import BIASES, Pull, both_ways, refuse_pull
@@ -39,7 +39,6 @@ from mech.experiments.causal.heads import (
     HALF,
     QUADRANTS,
     Criteria,
-    Progress,
     ablated,
     agreement_of,
     followed,
@@ -82,7 +81,7 @@ def causal_report(
     bias: Sequence[float] = BIASES,
     batch_size: Count = 16,
     seed: Seed = 0,
-    progress: Progress | None = None,
+    progress: NamedProgress | None = None,
     allow_other_model: bool = False,
 ) -> "CausalReport":
     """RAM against causal effect for every head, the sets the answer depends on, and the paths of heads that matter.

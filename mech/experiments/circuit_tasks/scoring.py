@@ -20,7 +20,7 @@ import xarray as xr
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-from mech.arguments import Count, Seed, checked
+from mech.arguments import Count, Progress, Seed, checked
 from mech.errors import ExperimentError, suggestion
 from mech.experiments.attribution.edges import edge_attribution
 from mech.experiments.circuit_tasks.curves import SHARES, area, auroc
@@ -32,7 +32,6 @@ from mech.experiments.statistics import bootstrap_interval, bootstrap_means
 from mech.results import provenance
 
 Scores = Float[np.ndarray, "sender receiver"]
-Progress = Callable[[int, int], None]
 ORDERS = ("signed", "size")
 ENSEMBLED = ("eap", "eap_ig")  # of which "ensemble" takes the mean rank
 GAP = {"unit": "share of the gap between all edges and none", "sign": "1: as good as the whole model"}

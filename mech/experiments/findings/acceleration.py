@@ -22,11 +22,11 @@ import xarray as xr
 
 from mech.axes import CONDITION, EXAMPLE
 from mech.experiments.effects import against_random, drop, p_is, points, share
+from mech.experiments.findings.words import FLOOR
+from mech.experiments.power import ALPHA
 from mech.experiments.statistics import accuracy_interval, holm, proportion_interval, sign_flip_test
 
 MARGIN = 0.1  # of accuracy: a loss that is surely smaller is accepted
-ALPHA = 0.05
-FLOOR = 0.2  # below this accuracy nothing can be lost
 NAMES = {
     "ram": "RAM", "bottom": "the lowest RAM", "random": "chance", "vision": "attention on all visual tokens",
     "causal": "causal effect", "gates": "learned gates", "reach": "reach", "dynamic": "reach, for each input anew",

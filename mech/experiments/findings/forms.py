@@ -14,12 +14,12 @@ import xarray as xr
 
 from mech.experiments.effects import p_is, points
 from mech.experiments.findings.words import MATTERS
+from mech.experiments.power import ALPHA
 from mech.experiments.scores.modality import KEPT, RECRUITED, modality_table
 
 Facts = dict[str, Any]
 PAIRS = (("pictures", "text"), ("pictures", "base text"), ("text", "base text"), ("pictures", "base pictures"))
 BASE_TEXT = "text before tuning"
-ALPHA = 0.05
 KINDS = {
     "shared heads": "Heads that retrieve from pictures are those that retrieve from text, beyond their layers",
     "other heads": "Heads that retrieve from pictures are not shown to be those that retrieve from text",

@@ -27,7 +27,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mech.arguments import Amount, checked, one_of
+from mech.arguments import Amount, Progress, checked, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
@@ -63,7 +63,7 @@ def activation_patching(
     direction: one_of(DIRECTIONS) = "denoise",
     method: one_of(METHODS) = "auto",
     confirm: Amount = 0.15,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """The metric after each patch, and how far it went from the run that is patched into (0) to the other one (1).
 
@@ -133,7 +133,7 @@ def activation_patching(
     return xr.Dataset(data, {EXAMPLE: np.arange(len(scores.metric)), **plans[0].coords(regions)}, attrs)
 
 
-def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
     """A function that counts finished cells and reports each to ``progress``."""
     done = itertools.count(1)
 

@@ -6,12 +6,13 @@ The metric is the logit difference of each sample's answer and that of its count
 runs, by any metric: ``activation.py``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import xarray as xr
 
+from mech.arguments import Progress
 from mech.axes import EXAMPLE
 from mech.data.samples import Sample, Samples
 from mech.experiments.metrics import LogitDiff
@@ -48,7 +49,7 @@ def per_sample_pairs(
     *,
     forced: bool = False,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> xr.Dataset:
     """The numbers of ``patched_pairs``, pair by pair whatever the ``batch_size``."""

@@ -21,7 +21,7 @@ What it does not do: find which paths to ask for (``circuits.trace_circuit``), n
 (``attribution_edges.edge_attribution``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.arguments import checked, one_of
+from mech.arguments import Progress, checked, one_of
 from mech.axes import EXAMPLE
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples
@@ -70,7 +70,7 @@ def path_patching(
     receiver_regions: Mapping[str, Where] | None = None,
     direction: one_of(DIRECTIONS) = "denoise",
     method: one_of(METHODS) = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """The metric after each path is switched, and how far it went from the run it is switched in (0) to the other (1).
 

@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from mech.arguments import NOT_EMPTY, Amount, Count, Seed, checked, given_by, one_of
+from mech.arguments import NOT_EMPTY, Amount, Count, Progress, Seed, checked, given_by, one_of
 from mech.axes import EXAMPLE
 from mech.data.regions import Frames, Pages
 from mech.data.samples import Sample, Samples, SomeSamples
@@ -30,7 +30,6 @@ from mech.experiments.effects import against_random
 from mech.experiments.ranking.checks import other_model_attrs, refuse_ranking, refuse_without_evidence
 from mech.experiments.ranking.ranking import Ranking
 from mech.experiments.ranking.sets import HeadSet, head_sets
-from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import holm, mean_of
 from mech.indices import Pairs
 from mech.inputs import Inputs, TokenLayout

@@ -20,7 +20,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mech.arguments import Count, Positive, Seed, checked
+from mech.arguments import Count, Positive, Progress, Seed, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
@@ -32,7 +32,6 @@ from mech.results import provenance
 
 SOURCE = "causal head gating, arXiv 2505.13737; gates start half open in both fits, and the pressure is their mean"
 UNIT = "gate, 0 to 1"
-Progress = Callable[[int, int], None]
 
 
 @checked

@@ -23,7 +23,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mech.arguments import Count, Positive, Seed, checked
+from mech.arguments import Count, Positive, Progress, Seed, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
@@ -31,7 +31,6 @@ from mech.experiments.attention.rows import in_batches
 from mech.experiments.ranking.ranking import head_count
 from mech.experiments.scores.localization import localized
 from mech.experiments.scores.published import NULL, OTHER, PUBLISHED, QUESTION, Pass, Score, named_scores, passes
-from mech.experiments.scores.ram import Progress
 from mech.experiments.scores.reading import Prepared, prepared, read_pass, trimmed
 from mech.model import HookedMLLM
 from mech.results import provenance

@@ -12,7 +12,6 @@ That two sets coincide does not say that they matter, let alone for the other fo
 ``{"pictures": pictures, "text": text}`` ablates the heads of each on both.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from mech.arguments import Amount, Count, Seed, checked, given_by
+from mech.arguments import Amount, Count, Progress, Seed, checked, given_by
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
@@ -49,7 +48,7 @@ def modality_transfer(
     n_resamples: Count = 1000,
     seed: Seed = 0,
     batch_size: Count = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """Where the heads attend in pictures, and in the same scenes as text; now, and before the model was tuned.
 

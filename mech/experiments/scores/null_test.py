@@ -30,13 +30,12 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from mech.arguments import Count, Seed, Share, checked
+from mech.arguments import Count, Progress, Seed, Share, checked
 from mech.axes import HEAD, LAYER
 from mech.data.samples import Sample, Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.scores.measure import head_scores
 from mech.experiments.scores.published import Score, score_called
-from mech.experiments.scores.ram import Progress
 from mech.model import HookedMLLM
 
 MOST_ENUMERATED = 12  # pairs of questions: 4,096 ways to exchange them

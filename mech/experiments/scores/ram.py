@@ -9,7 +9,7 @@ Other scores of the literature, and controls, are variants of the same reading: 
 say is whether the head matters: that is ``mech.experiments.ablation.ablation``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 
-from mech.arguments import Count, checked
+from mech.arguments import Count, Progress, checked
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.experiments.attention.rows import in_batches, mean_rows, read_rows, row_weights
@@ -26,8 +26,6 @@ from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance, ram_dataset
 from mech.scale.measures import per_sample
-
-Progress = Callable[[int, int], None]
 
 
 @checked

@@ -18,14 +18,13 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from mech.arguments import Amount, Count, Seed, checked
+from mech.arguments import Amount, Count, Progress, Seed, checked
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.gating import causal_head_gating
 from mech.experiments.scores.measure import head_scores
 from mech.experiments.scores.published import PUBLISHED
-from mech.experiments.scores.ram import Progress
 from mech.experiments.statistics import bootstrap_interval
 from mech.model import HookedMLLM
 from mech.notebook import Shown

@@ -27,13 +27,13 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mech.arguments import Count, Positive, Share, checked, given_by, one_of
+from mech.arguments import Count, Positive, Progress, Share, checked, given_by, one_of
 from mech.axes import EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.attention.rows import mean_rows, read_rows, row_weights
 from mech.experiments.ranking.checks import refuse_without_evidence
-from mech.experiments.scores.ram import Progress, evidence_batches
+from mech.experiments.scores.ram import evidence_batches
 from mech.inputs import IMAGE, PADDING, VIDEO, Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance

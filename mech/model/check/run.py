@@ -12,19 +12,18 @@ logits, that padding, generation and geometry hold. What it does not do: judge w
 ``family_table()`` is the table of families in the documentation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mech.arguments import NamedProgress
 from mech.model.check.laws import LAWS, Batches, Finding, make_batches
 from mech.model.check.running import unwrapping
 from mech.model.eager import uncompiled
 from mech.model.hooked import HookedMLLM
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Report:
         return "\n".join([f"{self.model} ({self.family})", *verdicts, *self.notes()])
 
 
-def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Progress = lambda *_: None) -> Report:
+def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: NamedProgress = lambda *_: None) -> Report:
     """Run every law on one model.
 
     Args:
@@ -109,7 +108,7 @@ def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Progr
     return _checked(wrapped, full, {**LAWS, "unwrapping": unwrapping} if opened else LAWS, progress)
 
 
-def check_families(progress: Progress = lambda *_: None) -> Iterator[Report]:
+def check_families(progress: NamedProgress = lambda *_: None) -> Iterator[Report]:
     """Run every law, at every layer, on a tiny random model of each variant in ``mech.reference.tiny.NAMES``.
 
     Cost: about two seconds a variant on one core; no file and no network.
@@ -122,7 +121,7 @@ def check_families(progress: Progress = lambda *_: None) -> Iterator[Report]:
         progress("families", index + 1, len(tiny.NAMES))
 
 
-def _checked(model: HookedMLLM, full: bool, laws: dict[str, Any], progress: Progress) -> Report:
+def _checked(model: HookedMLLM, full: bool, laws: dict[str, Any], progress: NamedProgress) -> Report:
     findings: dict[str, tuple[Finding, ...]] = {}
     with torch.no_grad(), uncompiled():
         batches = make_batches(model, full)

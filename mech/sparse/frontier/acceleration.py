@@ -23,14 +23,14 @@ of cache. What is compared is only *which* groups stay dense:
 counted (``flops``, ``kv_bytes``: shares of the dense model) and, apart from it, measured (``speed``).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 import xarray as xr
 
-from mech.arguments import NOT_EMPTY, Amount, Count, Seed, Whole, checked, some_of
+from mech.arguments import NOT_EMPTY, Amount, Count, NamedProgress, Progress, Seed, Whole, checked, some_of
 from mech.axes import CONDITION, EXAMPLE
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
@@ -52,7 +52,6 @@ from mech.sparse.policy import Policy
 
 CHOICES = ("ram", "bottom", "random", "vision", "causal", "gates", "reach", "dynamic", "layers")
 SHARES = (0.05, 0.1, 0.25, 0.5)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Which sets of dense heads are compared.
+class Grid:
+    """Which sets of dense heads are compared: choices by shares.
 
     Attributes:
         choices: which of ``CHOICES``.
@@ -123,7 +122,7 @@ def acceleration(
     batch_size: Count = 4,
     turns: Whole = 3,
     seed: Seed = 0,
-    progress: Progress | None = None,
+    progress: NamedProgress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
     """Accuracy of every sample under every way to choose dense heads, at equal budgets; speed and cache beside it.
@@ -159,10 +158,10 @@ def acceleration(
     others = [refuse_ranking(given, model, samples, allow_other_model) for given in (rankings or {}).values()]
     local = local_for(model, samples, sinks=sinks, window=window)
     made = dict(rankings or {})
-    compared = Comparison(choices, shares, n_random, seed, batch_size)
-    for name, ranking in ranked(model, find, compared, local, set(made), say):
+    grid = Grid(choices, shares, n_random, seed, batch_size)
+    for name, ranking in ranked(model, find, grid, local, set(made), say):
         made[name] = ranking
-    todo = settings(model, made, compared)
+    todo = settings(model, made, grid)
     parts: list[xr.Dataset] = []
     for part in measured(model, samples, todo, local, batch_size):
         parts.append(part)
@@ -202,16 +201,16 @@ def local_for(
 def ranked(
     model: HookedMLLM,
     find: Samples,
-    compared: Comparison,
+    grid: Grid,
     local: Local,
     known: set[str],
-    say: Progress,
+    say: NamedProgress,
 ) -> Iterator[tuple[str, Ranking]]:
     """The rankings that the choices need and that are not ``known``, each as soon as it is there."""
-    wanted = set(compared.choices) - known
+    wanted = set(grid.choices) - known
     if wanted & {"ram", "bottom", "vision", "random", "layers"} and not {"ram", "vision"} <= known:
         masses = retrieval_attention_mass(
-            model, find, batch_size=compared.batch_size, progress=lambda i, n: say("RAM", i, n)
+            model, find, batch_size=grid.batch_size, progress=lambda i, n: say("RAM", i, n)
         )
         for name, score in (("ram", "ram"), ("vision", "vision_mass")):
             if name not in known:
@@ -223,12 +222,12 @@ def ranked(
         yield "causal", causal_ranking(model, find[: local.n_causal], say)
     if "gates" in wanted:
         yield "gates", learned_gates(
-            model, find, sinks=local.sinks, window=local.window, steps=local.gate_steps, seed=compared.seed,
+            model, find, sinks=local.sinks, window=local.window, steps=local.gate_steps, seed=grid.seed,
             progress=lambda i, n: say("gates", i, n),
         )  # fmt: skip
 
 
-def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *_: None) -> Ranking:
+def causal_ranking(model: HookedMLLM, samples: Samples, say: NamedProgress = lambda *_: None) -> Ranking:
     """Heads by what the answer loses when one head is noised from the question on."""
     lost = []
     for i, sample in enumerate(samples, start=1):
@@ -256,7 +255,7 @@ def causal_ranking(model: HookedMLLM, samples: Samples, say: Progress = lambda *
     )
 
 
-def settings(model: HookedMLLM, rankings: dict[str, Ranking], compared: Comparison) -> list[Setting]:
+def settings(model: HookedMLLM, rankings: dict[str, Ranking], grid: Grid) -> list[Setting]:
     """Every choice at every share, the dense model and the window alone first."""
     cfg = model.cfg
     groups = {name: grouped(ranking, cfg) for name, ranking in rankings.items()}
@@ -264,12 +263,12 @@ def settings(model: HookedMLLM, rankings: dict[str, Ranking], compared: Comparis
     every = expanded([(layer, g) for layer in cfg.attention_layers for g in range(cfg.n_kv_heads)], cfg)
     todo = [Setting("dense", 1.0, total, every), Setting("window", 0.0, 0)]
     any_of_them = next(iter(groups.values()))
-    for n in dict.fromkeys(any_of_them.count(share) for share in compared.shares):
-        for choice in compared.choices:
+    for n in dict.fromkeys(any_of_them.count(share) for share in grid.shares):
+        for choice in grid.choices:
             sets: Sequence[Heads] = [()]
             if choice == "random":
                 tested = groups["ram"].top(n) if "ram" in groups and 2 * n <= total else ()
-                sets = any_of_them.random(n, compared.n_random, compared.seed, exclude=tested)
+                sets = any_of_them.random(n, grid.n_random, grid.seed, exclude=tested)
             elif choice == "layers":
                 sets = [layers_first(groups["ram"], n)]
             elif choice != "dynamic":
@@ -303,7 +302,7 @@ def asked_sparsely(
     local: Local,
     length: int,
     batch_size: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> xr.Dataset:
     """The numbers of ``acceleration``, without what is known of all samples together."""
     return xr.concat(list(measured(model, samples, todo, local, batch_size, length)), dim=CONDITION)

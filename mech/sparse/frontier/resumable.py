@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import xarray as xr
 
+from mech.arguments import NamedProgress
 from mech.axes import CONDITION
 from mech.data.samples import Samples
 from mech.experiments.ranking.ranking import Ranking
 from mech.model import HookedMLLM
 from mech.results import Study
-from mech.sparse.frontier.acceleration import Comparison, Local, Progress, about, measured, ranked, settings, timed
+from mech.sparse.frontier.acceleration import Grid, Local, about, measured, ranked, settings, timed
 from mech.sparse.frontier.speed import speed_dataset
 
 
@@ -26,19 +27,19 @@ def acceleration_in(
     model: HookedMLLM,
     split: tuple[Samples, Samples],
     local: Local,
-    compared: Comparison,
-    say: Progress,
+    grid: Grid,
+    say: NamedProgress,
 ) -> xr.Dataset:
     """What ``acceleration`` returns, computed or found in a study; ``split`` are samples that rank, and that test."""
     find, test = split
     if not all(sample.counterfactual for sample in find):
-        compared = replace(compared, choices=tuple(choice for choice in compared.choices if choice != "causal"))
+        grid = replace(grid, choices=tuple(choice for choice in grid.choices if choice != "causal"))
 
     def tell(what: str, done: int, total: int) -> None:
         say(f"{key}: {what}", done, total)
 
     if not results.done(f"{key}/rankings"):
-        made = dict(ranked(model, find, compared, local, set(), tell))
+        made = dict(ranked(model, find, grid, local, set(), tell))
         maps = {name: (("layer", "head"), ranking.mean) for name, ranking in made.items()}
         results.put(f"{key}/rankings", xr.Dataset(maps, {"layer": list(model.cfg.attention_layers)}))
     saved = results.get(f"{key}/rankings")
@@ -46,14 +47,14 @@ def acceleration_in(
         str(name): Ranking(values.values, None, str(name), str(model.name), layers=model.cfg.attention_layers)
         for name, values in saved.data_vars.items()
     }
-    todo = settings(model, rankings, compared)
+    todo = settings(model, rankings, grid)
     missing = results.missing(f"{key}/settings", len(todo))
-    parts = measured(model, test, [todo[i] for i in missing], local, compared.batch_size) if missing else ()
+    parts = measured(model, test, [todo[i] for i in missing], local, grid.batch_size) if missing else ()
     for done, (index, part) in enumerate(zip(missing, parts, strict=True), start=len(todo) - len(missing) + 1):
         results.append(f"{key}/settings", part, index)
         tell("settings", done, len(todo))
     if not results.done(f"{key}/settings"):
-        results.finish(f"{key}/settings", len(todo), CONDITION, **about(model, test, find, local, compared.seed))
+        results.finish(f"{key}/settings", len(todo), CONDITION, **about(model, test, find, local, grid.seed))
     if not results.done(f"{key}/speed"):
         tell("speed", 0, 1)
         results.put(f"{key}/speed", speed_dataset(model, next(iter(test)), timed(todo), local.policy))
