@@ -149,8 +149,8 @@ def _refuse(domains: Sequence[str] | None, data: Samples | None) -> None:
         known = data.domains if data is not None else DOMAINS
         if domain not in known:
             raise ExperimentError(f"no domain is called {domain!r}", ", ".join(known), suggestion(domain, known))
-    if lone := [sample.id for sample in data or () if not sample.evidence]:
-        what = f"{len(lone)} samples have no evidence, the first is {lone[0]!r}"
+    if lacking := [sample.id for sample in data or () if not sample.evidence]:
+        what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")
 
 

@@ -51,7 +51,7 @@ def ablate(
     ablations: Ablations,
     domain: options.Domain = None,
     heads: Annotated[
-        Path | None, typer.Option(help="A ranking written by `mech rank --out`; found anew without.")
+        Path | None, typer.Option(help="A ranking written by `mech rank --out`; ranked by RAM without it.")
     ] = None,
     allow_other_model: Annotated[
         bool,

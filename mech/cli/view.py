@@ -40,7 +40,7 @@ def view(
     ] = None,
     width: Annotated[int, typer.Option(help="Of a figure, in CSS pixels.", callback=options.whole(200, 16_000))] = 1000,
     scale: Annotated[float, typer.Option(help="PNG pixels for a CSS pixel.", callback=options.positive)] = 2.0,
-    title: Annotated[str | None, typer.Option(help="Stands above the page.")] = None,
+    title: Annotated[str | None, typer.Option(help="The title of the page.")] = None,
 ) -> None:
     """Draw a saved result: an offline page, or a figure for a paper. No model is needed."""
     if file.suffix in (*DRAWN, ".jpg", ".jpeg") and not file.is_dir():

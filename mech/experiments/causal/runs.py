@@ -73,9 +73,13 @@ class Runs:
                 does not tell the two apart.
         """
         samples = Samples(samples)
-        lone = [sample.id or str(i) for i, sample in enumerate(samples) if sample.counterfactual is None]
-        if lone or len(samples) < 2:
-            what = f"{len(lone)} samples without a counterfactual, the first is {lone[0]!r}" if lone else "one sample"
+        lacking = [sample.id or str(i) for i, sample in enumerate(samples) if sample.counterfactual is None]
+        if lacking or len(samples) < 2:
+            what = (
+                f"{len(lacking)} samples without a counterfactual, the first is {lacking[0]!r}"
+                if lacking
+                else "one sample"
+            )
             raise ExperimentError(what, "at least two samples, each with a counterfactual", "set Sample.counterfactual")
         others = [sample.counterfactual for sample in samples if sample.counterfactual]
         metric = answers_apart(samples)

@@ -44,10 +44,14 @@ class CircuitTask:
         find, test = Samples(self.find), Samples(self.test)
         object.__setattr__(self, "find", find)
         object.__setattr__(self, "test", test)
-        lone = [sample.id or str(i) for some in (find, test) for i, sample in enumerate(some)
+        lacking = [sample.id or str(i) for some in (find, test) for i, sample in enumerate(some)
                 if sample.counterfactual is None]  # fmt: skip
-        if lone or min(len(find), len(test)) < 2:
-            what = f"{len(lone)} samples without a counterfactual, the first is {lone[0]!r}" if lone else "one sample"
+        if lacking or min(len(find), len(test)) < 2:
+            what = (
+                f"{len(lacking)} samples without a counterfactual, the first is {lacking[0]!r}"
+                if lacking
+                else "one sample"
+            )
             raise ExperimentError(what, "two samples or more to find and to test, with counterfactuals",
                                   "use with_counterfactuals(model, samples)")  # fmt: skip
         refuse_overlap(test, [sample.id for sample in find], "score the edges")
