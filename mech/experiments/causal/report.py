@@ -101,7 +101,7 @@ def causal_report(
         find: samples that rank heads and order sets; half of ``samples`` if None.
         reference: of the ablation; ``find`` if None.
         method: of the ablation of single heads, see ``Ablate``; None to leave it out.
-        threshold, alpha: the smallest effect that matters, and the level of the criteria.
+        threshold, alpha: the smallest effect that matters, and the level of the tests.
         n_random, n_boot: random orders of heads beside the greedy ones, and resamples of each interval.
         n_paths: heads whose paths are followed: those that matter without attending first.
         top: how many of the ranking's first heads are noised together, and pulled to a distractor together.

@@ -107,7 +107,7 @@ def modality_transfer(
             "provenance": provenance(model, {PICTURES: pictures, TEXT: text}, score=str(name), seed=seed),
         },
     )  # fmt: skip
-    return data.assign(origin=_origin(data["score"].mean(EXAMPLE), count))
+    return data.assign(origin=_origin(data["score"].mean(EXAMPLE, skipna=False), count))
 
 
 def _origin(means: xr.DataArray, count: int) -> xr.DataArray:
