@@ -146,7 +146,7 @@ def path_patching(
     return found.assign_attrs(model=model.name, **settings, measure=repr(metric), forwards=forwards, provenance=record)
 
 
-def _parts(inputs: Inputs, groups: Mapping[str, Sequence[Node]], regions: Mapping[str, Where]) -> list[Part]:
+def _parts(inputs: Inputs, groups: Mapping[str, tuple[Node, ...]], regions: Mapping[str, Where]) -> list[Part]:
     """Every group in every region of these inputs."""
     masks = [mask_of(inputs, where) for where in regions.values()]
     return [Part(group, mask) for group in groups.values() for mask in masks]

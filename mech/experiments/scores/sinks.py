@@ -119,7 +119,7 @@ def attention_sinks(
 
 
 def _of_rows(
-    model: HookedMLLM, inputs: Inputs, evidence: Sequence[Sequence[int]], strength: torch.Tensor, sink: torch.Tensor
+    model: HookedMLLM, inputs: Inputs, evidence: Sequence[np.ndarray], strength: torch.Tensor, sink: torch.Tensor
 ) -> list[dict[str, np.ndarray]]:
     """What is known of each row: attention masses, and its positions without the padding on their left."""
     masks = torch.zeros(len(inputs), len(inputs.layouts[0]))
