@@ -120,6 +120,7 @@ _NAMES = {
     "view": "mech.views",
     "with_counterfactuals": "mech.interventions.counterfactuals",
     "with_question": "mech.interventions.corruption",
+    "with_sinks": "mech.experiments.scores.sinks",
     "without_evidence": "mech.interventions.corruption",
     "without_sinks": "mech.experiments.scores.sinks",
     "without_pictures": "mech.interventions.corruption",
@@ -202,6 +203,7 @@ if TYPE_CHECKING:
     from mech.experiments.scores.record import head_record as head_record
     from mech.experiments.scores.sinks import attention_sinks as attention_sinks
     from mech.experiments.scores.sinks import sink_tokens as sink_tokens
+    from mech.experiments.scores.sinks import with_sinks as with_sinks
     from mech.experiments.scores.sinks import without_sinks as without_sinks
     from mech.explorer.widget import explore as explore
     from mech.inputs import Inputs as Inputs

@@ -8,7 +8,7 @@ with, and is refused on others unless that is asked for by name.
 import hashlib
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mech.errors import ExperimentError
@@ -27,13 +27,13 @@ def weight_digest(model: Any) -> str | None:
     hf = inner_model(model)
     if not hasattr(hf, "state_dict"):
         return None
-    state = {name: weight for name, weight in hf.state_dict().items() if hasattr(weight, "data_ptr")}
-    if any(getattr(weight, "is_meta", False) for weight in state.values()):
-        return None
-    marks = tuple((name, w.data_ptr(), 0 if w.is_inference() else w._version) for name, w in state.items())
+    marks = tuple((name, w.data_ptr(), 0 if w.is_inference() else w._version) for name, w in _tensors(hf))
     known = _digests.get(hf)
     if known is not None and known[0] == marks:
         return known[1]
+    state = {name: weight for name, weight in hf.state_dict().items() if hasattr(weight, "data_ptr")}
+    if any(getattr(weight, "is_meta", False) for weight in state.values()):
+        return None
 
     import torch  # only here: results are read without it
 
@@ -44,6 +44,14 @@ def weight_digest(model: Any) -> str | None:
         sha.update(weight.reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     _digests[hf] = (marks, sha.hexdigest())
     return sha.hexdigest()
+
+
+def _tensors(hf: Any) -> Iterator[tuple[str, Any]]:
+    """Everything of a model that a weight can be, by name: quicker than its ``state_dict``, which copies."""
+    for prefix, module in hf.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}", tensor
 
 
 def weights_in(attrs: Mapping[str, Any]) -> str:

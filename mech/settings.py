@@ -30,6 +30,7 @@ class Settings:
         n_other: those of them that test the other methods, at most.
         n_maps: pictures that are drawn.
         n_causal: test samples whose heads are patched one by one; 0 leaves that out.
+        n_gating: samples that gates of heads are fitted to (causal head gating, few steps); 0 leaves that out.
         n_order: samples that order heads for that.
         n_random: random sets of the size that the claim is made at (a twentieth of the heads, by the first method):
             the p-value over sets cannot fall below 1 / (1 + n_random).
@@ -57,6 +58,7 @@ class Settings:
     n_other: Some = 32
     n_maps: Count = 3
     n_causal: Whole = 10
+    n_gating: Whole = 6
     n_order: Some = 6
     n_random: Count = 25
     n_control: Count = 6
@@ -74,7 +76,7 @@ class Settings:
 
 
 SMOL = Settings(
-    n_test=48, n_other=24, n_causal=12, n_order=4, n_random=20, n_control=5, fractions=(1, 0.05, 0.2),
+    n_test=48, n_other=24, n_causal=12, n_gating=0, n_order=4, n_random=20, n_control=5, fractions=(1, 0.05, 0.2),
     other_fractions=(0.05,), methods=("mean", "zero", "resample"), shares=(0.05, 0.25),
     choices=("ram", "bottom", "random", "vision", "layers"), n_sets=8, n_long=32, pages=8, n_forms=48, batch_size=8,
 )  # fmt: skip

@@ -4,6 +4,7 @@ For every model and domain a study makes five results and saves each as soon as 
 
     ram        RAM of every head, on the samples that find heads
     scores     the scores of the literature, on the samples that find heads: do they name the same ones?
+    gating     causal head gating on a few of those samples; with the scores it is also written as ``heads.json``
     causal     does attention imply causal effect: every head patched from the counterfactual, sets, and paths
     ablation   what happens without bands of them, on other samples, condition by condition
     maps       what the top, a necessary and the bottom heads attend to on a few pictures
@@ -27,8 +28,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import xarray as xr
-
 from mech import reference
 from mech.arguments import NamedProgress
 from mech.data.haystacks import DOMAINS, haystacks
@@ -39,10 +38,9 @@ from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggesti
 from mech.experiments.ablation.ablation import Condition, How, ablated
 from mech.experiments.ablation.design import CLAIM, Design
 from mech.experiments.ablation.forms import Scenes, forms_in
-from mech.experiments.attention.maps import attention_maps
 from mech.experiments.causal.report import CausalReport, causal_report
 from mech.experiments.findings import acceleration, forms
-from mech.experiments.findings.chosen import known_necessary, necessary_blind, representative
+from mech.experiments.findings.chosen import drawn, known_necessary, representative
 from mech.experiments.findings.detectable import detectable
 from mech.experiments.findings.pooled import pooled
 from mech.experiments.findings.sentences import findings, headlines, scope
@@ -54,11 +52,13 @@ from mech.experiments.findings.summary import (
     summarise_scores,
 )
 from mech.experiments.findings.verdicts import verdicts
-from mech.experiments.patching.deciding import deciding_queries
 from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Ranking, rank_heads
+from mech.experiments.scores.gating import causal_head_gating
 from mech.experiments.scores.measure import PUBLISHED, head_scores
+from mech.experiments.scores.published import nulls
 from mech.experiments.scores.ram import retrieval_attention_mass
+from mech.experiments.scores.record import record_of
 from mech.files import make_folder, write
 from mech.interventions import reference_activations
 from mech.interventions.counterfactuals import with_counterfactuals
@@ -70,9 +70,9 @@ from mech.sparse.frontier.acceleration import Grid, local_for
 from mech.sparse.frontier.resumable import acceleration_in
 from mech.sparse.localize import localize
 
-SHOWN = 4  # heads of each band that are drawn over the pictures
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
 LONG = {"reference:qwen-long": 16}  # models of long contexts, and the pages they are accelerated on
+GATES: dict[str, Any] = {"n_fits": 2, "steps": 12, "rate": 1.0}  # of causal head gating: few, large steps
 RANKING = 0.375  # of the samples choose the dense heads, the others test them
 
 
@@ -298,7 +298,7 @@ class StudiedModel:
         shown = representative(find, ram, ranking.top(CLAIM), settings.n_maps)
         if not results.done(f"{key}/maps"):
             self.say(f"{key}: pictures", 0, 1)
-            results.put(f"{key}/maps", maps_of(self.model, shown, ranking, patched))
+            results.put(f"{key}/maps", drawn(self.model, shown, ranking, patched))
             self.say(f"{key}: pictures", 1, 1)
         keep_pictures(results, key, shown)
         facts = summarise_domain(ranking, ram, results.get(f"{key}/ablation")) | {"scores": scores}
@@ -326,19 +326,26 @@ class StudiedModel:
             self.results.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
 
     def every_score(self, key: str, find: Samples) -> dict[str, Any]:
-        """How far the scores of the literature agree on one model and domain, computed or found."""
-        if not self.results.done(f"{key}/scores"):
-            options: dict[str, Any] = dict(batch_size=self.settings.batch_size, seed=self.settings.seed)
-            options |= dict(progress=partial(self.say, f"{key}: scores"))
+        """How far the scores of the literature agree on one model and domain; they are written to ``heads.json``."""
+        results, settings = self.results, self.settings
+        options: dict[str, Any] = dict(batch_size=settings.batch_size, seed=settings.seed)
+        if not results.done(f"{key}/scores"):
             known = {name: score for name, score in PUBLISHED.items()
                      if score.calibrate != "distractors" or all(sample.distractors for sample in find)}  # fmt: skip
+            known |= nulls(list(known), "even")
+            options |= dict(progress=partial(self.say, f"{key}: scores"))
             try:
-                found = head_scores(self.model, find, tuple(known), **options)
+                found = head_scores(self.model, find, known, **options)
             except ExperimentError:  # a model that generates nothing has no generated rows
-                spoken = [name for name, score in known.items() if score.queries != "generated"]
+                spoken = {name: score for name, score in known.items() if score.queries != "generated"}
                 found = head_scores(self.model, find, spoken, **options)
-            self.results.put(f"{key}/scores", found)
-        return summarise_scores(self.results.get(f"{key}/scores"))
+            results.put(f"{key}/scores", found)
+        if settings.n_gating and not results.done(f"{key}/gating"):
+            options |= dict(progress=partial(self.say, f"{key}: gates"))
+            results.put(f"{key}/gating", causal_head_gating(self.model, find[: settings.n_gating], **GATES, **options))
+        found, gated = results.get(f"{key}/scores"), results.get(f"{key}/gating") if settings.n_gating else None
+        record_of(find, found, gated).to_json(results.file(f"{key}/scores").with_name("heads.json"))
+        return summarise_scores(found, gated)
 
     def causality(self, key: str, find: Samples, test: Samples, ranking: Ranking) -> dict[str, Any]:
         """The causal report of one model on one domain, computed or found; the reason where there can be none.
@@ -409,26 +416,6 @@ def _accelerated_long(
             studied.record_weights()
             found |= studied.accelerated(haystacks("pages", settings.n_long, settings.seed, n_pictures=pages))
     return found
-
-
-def maps_of(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dataset | None) -> xr.Dataset:
-    """What the first and the last heads of a ranking attend to in some samples.
-
-    Where patching was possible also necessary heads that do not attend to the evidence, each from the query at which it
-    decides.
-    """
-    bands = {
-        "top": ranking.top(SHOWN),
-        "necessary": necessary_blind(patched, SHOWN // 2),
-        "bottom": ranking.bottom(SHOWN // 2),
-    }
-    bands = {name: heads for name, heads in bands.items() if heads}
-    heads = [head for band in bands.values() for head in band]
-    try:
-        deciding = [deciding_queries(model, sample, heads) for sample in samples]
-    except ExperimentError:  # no counterfactuals: nothing says where a head decides
-        deciding = None
-    return attention_maps(model, samples, ranking, bands=bands, deciding=deciding)
 
 
 def keep_pictures(results: Study, key: str, samples: Samples) -> None:

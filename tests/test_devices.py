@@ -37,7 +37,7 @@ SMALL = {
 # which have to be nn.Parameters themselves; or cannot prune this architecture; or work
 # on the maps that another one returned.
 NO_RUN = {"rank_heads", "check_samples", "causal_report", "trace_circuit", "head_record"}
-NO_RUN |= {"sparsify", "prune_heads", "without_sinks"}
+NO_RUN |= {"sparsify", "prune_heads", "with_sinks", "without_sinks"}
 
 
 def localized(model, inputs):

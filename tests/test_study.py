@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import mech
 from mech import study as module
 from mech.data.haystacks import haystacks
 from mech.data.regions import Box
@@ -21,8 +22,8 @@ from mech.settings import default_domains, default_settings
 from mech.study import DEFAULT_MODELS, Settings, longest, study
 
 SMALL = Settings(
-    n_find=6, n_test=6, n_maps=1, n_causal=2, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,), shares=(0.05,),
-    n_other=4, n_order=6, n_sets=2, n_long=12, batch_size=6,
+    n_find=6, n_test=6, n_maps=1, n_causal=2, n_gating=2, n_random=2, fractions=(1, 0.05), other_fractions=(0.05,),
+    shares=(0.05,), n_other=4, n_order=6, n_sets=2, n_long=12, batch_size=6,
 )  # fmt: skip
 WHAT = dict(models=["reference:llava-s"], domains=["grounding", "documents"], settings=SMALL)
 
@@ -60,9 +61,17 @@ def test_a_study_leaves_results_a_summary_and_a_report(finished):
     assert finished.read_text().count("Does attention imply causal effect?") == 2
     assert finished.read_text().count("Do other published scores name the same heads?") == 2
     agreed = facts["domains"]["grounding"]["scores"]
-    assert len(agreed["names"]) == len(agreed["spearman"]) == 11
+    assert len(agreed["names"]) == len(agreed["spearman"]) == 13
+    assert {"gaze", "contrastive", "facilitating", "interfering"} <= set(agreed["names"])
     assert agreed["jaccard_low"][0][1] <= agreed["jaccard"][0][1] <= agreed["jaccard_high"][0][1]
+    record = mech.HeadRecord.from_json(folder / "llava-s/grounding/heads.json")
+    assert set(record.scores) == {*agreed["names"], "gating"} - {"facilitating", "interfering"}
+    assert record.ranking("ram").top(3) == mech.rank_heads(place.get("llava-s/grounding/ram")).top(3)
+    assert 0 < record.scores["ram"].null["even"].max() < record.scores["ram"].ranking.mean.max()
+    maps = place.get("llava-s/grounding/maps")
+    assert (maps["shown_band"] == "tenth").sum() == 10 and "sink" in maps and 'class="tenths"' in finished.read_text()
     sparse = json.loads((folder / "summary.json").read_text())["acceleration"]["llava-s"]
+    assert all(point["heads"].startswith("L") for point in sparse["curve"] if point["choice"] == "ram")
     assert sparse["domain"] in WHAT["domains"] and sparse["speed"] and 'id="sparse"' in finished.read_text()
     find, test = (set(place.get(f"llava-s/grounding/{kind}")["example"].values) for kind in ("ram", "ablation"))
     assert find | test == {sample.id for sample in haystacks("grounding", 12, SMALL.seed)}

@@ -32,6 +32,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -42,9 +43,10 @@ from mech.experiments.attribution.edges import edge_attribution
 from mech.experiments.attribution.logits import logit_attribution
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
+from mech.experiments.scores.sinks import definition_for
 from mech.explorer.runs import Run
 from mech.explorer.state import BIAS, BLANK, COUNTERFACTUAL, NEW_TOKENS, SEED, Origin, State, in_words
-from mech.interventions import Ablate, Patch, Redirect, Spec, intervene, reference_activations
+from mech.interventions import Ablate, Patch, Redirect, intervene, reference_activations
 from mech.interventions.corruption import without_evidence
 from mech.model import HookedMLLM
 from mech.views.drawing.images import embedded
@@ -160,7 +162,7 @@ class Engine:
             self._activations = reference_activations(self.model, self.reference)
         return self._activations
 
-    def _spec(self, state: State, sample: Sample) -> Spec:
+    def _spec(self, state: State, sample: Sample) -> Ablate | Patch | Redirect:
         """What is done to the heads of a state."""
         if state.way == "patch":
             other = self._run(self._second(state, sample))
@@ -223,6 +225,7 @@ class Engine:
             "frame": pace if sample.video else 0,
             "evidence": outlines(sample, pace), "drawn": bool(state.boxes),
             "tokens": {"picture": owner.tolist(), "rect": _rounded(layout.rect[run.keys])},
+            "sinks": [np.flatnonzero(row).tolist() for row in run.sinks], "sinks_by": definition_for(self.model),
             "words": list(run.words),
             "answer": run.answer, "top": run.top(SHOWN),
             "scores": {name: _rounded(value) for name, value in scores.items()},
@@ -274,7 +277,7 @@ class Engine:
         others = [(layer, head) for layer in layers for head in range(heads) if (layer, head) not in state.off]
         if not 0 < len(state.off) <= len(others):
             return {"sets": []}
-        spec: Any = self._spec(state, sample)
+        spec = self._spec(state, sample)
         rng = random.Random(f"{SEED}/{in_words(state.off)}")
         wanted, said = self._tokens(request.get("tokens", [])), int(run.probabilities.argmax())
         found = []

@@ -19,11 +19,26 @@ from jaxtyping import Bool, Float, Int
 from mech.data.regions import Passage, Region
 from mech.data.samples import Sample
 from mech.experiments.attention.rows import read_rows
+from mech.experiments.scores.sinks import SHARE, TAU, definition_for, state_strength
 from mech.explorer.state import NEW_TOKENS
 from mech.inputs import Inputs
-from mech.interventions import Spec, intervene
+from mech.interventions import Ablate, Patch, Redirect, intervene
 from mech.model import AttentionCall, HookedMLLM
 from mech.model.cache import ActivationCache
+from mech.model.partial.beginning import Beginning, beginning
+
+STREAMS = 2**28  # bytes of what enters the layers, held for each run
+
+
+def _sinks(
+    model: HookedMLLM, start: Beginning, attention: Float[np.ndarray, "layer head row key"], keys: np.ndarray
+) -> Bool[np.ndarray, "layer key"]:
+    """Sinks among ``keys``, by the definition that this model can meet; no forward is needed."""
+    if definition_for(model) == "attention" or not start.streams:
+        return attention[:, :, :-1].mean((1, 2)) > SHARE
+    held = sorted(start.streams)
+    streams = (start.streams[max(at for at in held if at <= layer)] for layer in model.cfg.attention_layers)
+    return np.stack([state_strength(stream[0, keys])[0].cpu().numpy() >= TAU for stream in streams])
 
 
 def _is_output(point: str) -> bool:
@@ -39,7 +54,8 @@ class Run:
         keys: the positions that are kept: visual tokens, and evidence in a text.
         attention: of the question's rows and, last, of the row that predicts the answer.
         visible: how many keys each of these rows may look at.
-        probabilities: of the next token.
+        sinks: visual tokens that are sinks of a layer, whose attention a reader may want to leave out.
+        start: the run as it is, kept so that runs with changed heads begin at the first of these.
     """
 
     model: HookedMLLM
@@ -50,7 +66,8 @@ class Run:
     keys: Int[np.ndarray, " key"]
     attention: Float[np.ndarray, "layer head row key"]
     visible: Float[np.ndarray, " row"]
-    probabilities: Float[torch.Tensor, " vocab"]
+    sinks: Bool[np.ndarray, "layer key"]
+    start: Beginning
     answer: str
 
     @classmethod
@@ -58,7 +75,7 @@ class Run:
     def of(cls, model: HookedMLLM, sample: Sample) -> "Run":
         """Ask, and read.
 
-        Cost: two forwards and a short generation, the vision stack twice.
+        Cost: two and a half forwards and a short generation, the vision stack twice.
         """
         inputs = model.inputs_of(sample)
         blind, seen = model.encode_pictures(inputs)
@@ -74,16 +91,23 @@ class Run:
             return {"pattern": pattern[..., kept], "visible": call.visible(rows)[:, 0].sum(-1)}
 
         found = read_rows(model, blind, rows, look, seen)
-        says = model(blind, logits_to_keep=1, mm_encoder_outputs=dict(seen))[0, -1]
+        attention = found["pattern"][0].cpu().numpy()
+        start = beginning(model, blind, most=STREAMS, logits_to_keep=1, mm_encoder_outputs=dict(seen))
         return cls(
             model, sample, inputs, blind, seen, keys,
-            found["pattern"][0].cpu().numpy(), found["visible"][0].amax(0).cpu().numpy(),
-            says.float().softmax(-1).cpu(), model.answer(inputs, max_new_tokens=NEW_TOKENS),
+            attention, found["visible"][0].amax(0).cpu().numpy(), _sinks(model, start, attention, keys),
+            start, model.answer(inputs, max_new_tokens=NEW_TOKENS),
         )  # fmt: skip
 
-    def under(self, spec: Spec) -> Float[torch.Tensor, " vocab"]:
-        """The probabilities of the next token under an intervention. Cost: one forward of the text stack."""
-        with intervene(self.model, spec) as changed, torch.no_grad():
+    @cached_property
+    def probabilities(self) -> Float[torch.Tensor, " vocab"]:
+        """Of the next token."""
+        return self.start.logits[0, -1].float().softmax(-1).cpu()
+
+    def under(self, spec: Ablate | Patch | Redirect) -> Float[torch.Tensor, " vocab"]:
+        """The probabilities of the next token with changed heads. Cost: one forward, from the first of them on."""
+        first = min(layer for layer, _ in spec.heads)
+        with intervene(self.model, spec) as changed, torch.no_grad(), self.start.at(first):
             says = changed(self.blind, logits_to_keep=1, mm_encoder_outputs=dict(self.seen))[0, -1]
         return says.float().softmax(-1).cpu()
 

@@ -54,6 +54,7 @@ class State:
         word: the word of the question it reads, by its number; None for the whole question.
         score: of the map of heads.
         against: the score beside it, in the scatter.
+        sinks: whether attention on sinks is "shown" in the pictures, or "hidden", the rest on the scale that is left.
     """
 
     sample: Whole = 0
@@ -67,6 +68,7 @@ class State:
     word: Whole | None = None
     score: one_of(SCORES) = "ram"
     against: one_of(SCORES) = "effect"
+    sinks: one_of(("shown", "hidden")) = "shown"
 
     @classmethod
     def read(cls, link: str) -> "State":
@@ -169,7 +171,7 @@ def _box_in_words(box: Box) -> str:
 
 _READ: dict[str, Callable[[str], Any]] = {
     "sample": int, "picture": str, "question": str, "boxes": _boxes, "off": heads_in, "way": str, "other": str,
-    "head": lambda text: heads_in(text)[0], "word": int, "score": str, "against": str,
+    "head": lambda text: heads_in(text)[0], "word": int, "score": str, "against": str, "sinks": str,
 }  # fmt: skip
 _WRITTEN: dict[str, Callable[[Any], str]] = {
     "boxes": lambda boxes: ";".join(map(_box_in_words, boxes)),

@@ -120,9 +120,9 @@ def modality_view(result: xr.Dataset, title: str = "Pictures and text") -> View:
     before = "base text" if "base text" in result["reading"].values else "text"
     of_base = f" of {escape(result.attrs['base'])}, before it was tuned" if before == "base text" else ""
     caption = (
-        f"Every point is a head of {escape(result.attrs['model'])}: {escape(result.attrs['score'])} on pictures (up) "
-        f"and on the same {result.sizes['example']} scenes written out{of_base} (right). Marked: the "
-        f"{result.attrs['n_top']} top heads of each."
+        f"A point for each head of {escape(result.attrs['model'])}. Up: its score on pictures; to the right: on the "
+        f"same {result.sizes['example']} scenes written out{of_base}. In colour: the {result.attrs['n_top']} top heads "
+        f"of each. Score: {escape(result.attrs['score'])}."
     )
     parts = f"<figure>{_forms(result, before)}<figcaption>{caption}</figcaption></figure>{_shared(result)}"
     return View(title, f"<h3>{escape(title)}</h3>{parts}", height=820)
@@ -132,7 +132,7 @@ def _forms(result: xr.Dataset, before: str) -> str:
     means, layers = result["score"].mean("example"), result["layer"].values
     on, had = means.sel(reading="pictures").values, means.sel(reading=before).values
     origin = result["origin"].values
-    labelled = set(np.argsort(-np.maximum(on, had), axis=None)[:LABELLED].tolist())
+    labelled = _apart(had, on)
     traces = []
     for name, (colour, symbol) in ORIGINS.items():
         at = np.argwhere(origin == name)
@@ -167,6 +167,17 @@ def _forms(result: xr.Dataset, before: str) -> str:
         "yaxis": {"title": f"pictures: {result.attrs['unit']}"},
     }
     return chart(traces, layout, height=440, label="Score of every head on pictures against its score on text")
+
+
+def _apart(x: np.ndarray, y: np.ndarray) -> set[int]:
+    """The highest points whose names have room: none lies where the name of a higher one stands."""
+    named: list[tuple[int, float, float]] = []
+    places = x / (np.abs(x).max() or 1.0), y / (np.abs(y).max() or 1.0)
+    for i in np.argsort(-np.maximum(x, y), axis=None)[:LABELLED].tolist():
+        right, up = (float(place.flat[i]) for place in places)
+        if all(abs(right - a) > 0.08 or abs(up - b) > 0.05 for _, a, b in named):
+            named.append((i, right, up))
+    return {i for i, _, _ in named}
 
 
 def _shared(result: xr.Dataset) -> str:

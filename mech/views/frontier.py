@@ -31,6 +31,7 @@ LINES = {
     "vision": ("@soft", "cross", "dot"),
     "bottom": ("@soft", "x", "dot"),
 }
+NAMED, A_LINE = 16, 4  # heads that are named under the mouse, and in one line of that
 WINDOW_AT = 0.5  # the window alone stands at half of the smallest share: a log scale has no zero
 
 
@@ -129,6 +130,7 @@ def _line(line: Sequence[Mapping[str, Any]], name: str, colour: str, symbol: str
         f"<b>{escape(name)}</b>, {point['n_kv_heads']} KV heads<br>accuracy {point['accuracy']['mean']:.1%} "
         f"[{point['accuracy']['low']:.1%}, {point['accuracy']['high']:.1%}]"
         + (f"<br>mean of {point['draws']} sets" if point["draws"] > 1 else "")
+        + (f"<br>dense: {_named(point['heads'])}" if point.get("heads") else "")
         for point in line
     ]
     trace: dict[str, Any] = {
@@ -146,8 +148,17 @@ def _line(line: Sequence[Mapping[str, Any]], name: str, colour: str, symbol: str
     return trace
 
 
+def _named(heads: str) -> str:
+    """The first heads of a set, a few to a line, and how many more there are."""
+    names = heads.split()
+    lines = [", ".join(names[i : i + A_LINE]) for i in range(0, min(len(names), NAMED), A_LINE)]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return escape(",\n".join(lines) + more).replace("\n", "<br>")
+
+
 def _star(best: Mapping[str, Any], x: float) -> dict:
     says = f"<b>recommended</b>: {best['n_kv_heads']} KV heads<br>loss {_with(best['loss'], 100, plain=True)} points"
+    says += f"<br>dense: {_named(best['heads'])}" if best.get("heads") else ""
     return {
         "type": "scatter", "mode": "markers", "x": [x], "y": [best["accuracy"]["mean"]],
         "hovertemplate": f"{says}<extra></extra>",

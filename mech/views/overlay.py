@@ -10,6 +10,9 @@ strong as the attention: a dark picture means that the head attends elsewhere or
 The numbers under a head are sums for this question: over the tokens that touch the evidence, and over all visual tokens
 ("visual"). What is left of 1 lies on text.
 
+Maps that know which tokens are sinks (``mech.with_sinks``) have a switch that hides them, and shows the rest on the
+scale that is left. ``tenths`` draws a head from each tenth of a ranking, in one row.
+
 A visual token of a video may stand for several frames; it is drawn on the first of them, and frames without a token of
 their own are shown only in the original strip.
 """
@@ -37,6 +40,7 @@ BAND_TITLES = {
     "bottom": "Bottom heads of the ranking",
 }
 BAND_COLOURS = {"top": "top", "necessary": "matched", "bottom": "bottom"}
+TENTH = "tenth"  # the band of ``of_each_tenth``, drawn as one row
 HEAT = ("#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf")
 FAINTEST = 0.02  # of the colour scale; below it nothing is drawn
 
@@ -51,6 +55,12 @@ class _Example:
     rect: np.ndarray  # token, corner
     image: np.ndarray  # token
     on_evidence: np.ndarray  # token, bool
+    sink: np.ndarray  # shown, token, bool: a sink of that head's layer
+
+    def most(self, shown: Sequence[int], without_sinks: bool = False) -> float:
+        """The end of one colour scale for some of the heads."""
+        rows = self.attention[list(shown)]
+        return float(np.where(self.sink[list(shown)] & without_sinks, 0.0, rows).max(initial=0.0)) or 1.0
 
 
 def maps_view(
@@ -74,9 +84,10 @@ def maps_view(
             "view(maps, folder=...) or view(maps, on=samples)",
         )  # fmt: skip
     sources = _beside(result, Path(folder)) if folder is not None else _given(result, on)
-    return View(
-        title, f"<h3>{escape(title)}</h3>{_articles(result, sources)}", height=60 + 620 * result.sizes["example"]
-    )
+    middle = result.sizes["example"] // 2
+    example = _read(result, middle, map_facts(result)[middle], [embedded(source) for source in sources[middle]])
+    body = f"<h3>{escape(title)}</h3>{_tenths(example, _shown(result))}{_articles(result, sources)}"
+    return View(title, body, height=60 + 620 * result.sizes["example"])
 
 
 def map_articles(result: xr.Dataset, folder: Path) -> str:
@@ -89,7 +100,35 @@ def map_of_head(result: xr.Dataset, shown: int, on: Any) -> str:
     """One head over the pictures of the first example; their pixels must be on the page (``images.styles``)."""
     facts = map_facts(result)[0]
     example = _read(result, 0, facts, [embedded(source) for source in _given(result.isel(example=[0]), on)[0]])
-    return _head(example, shown, *_shown(result)[shown][1:], float(example.attention.max(initial=0.0)) or 1.0)
+    return _head(example, shown, *_shown(result)[shown][1:], range(len(example.attention)))
+
+
+def tenths(result: xr.Dataset, folder: Path) -> str:
+    """One head from each tenth of the ranking on the middle sample, as a row of pictures; "" where none were drawn."""
+    check(result, "maps")
+    middle = result.sizes["example"] // 2
+    sources = [embedded(source) for source in _beside(result, folder)[middle]]
+    example = _read(result, middle, map_facts(result)[middle], sources)
+    return f"{styles(example.pictures)}{_tenths(example, _shown(result))}"
+
+
+def _tenths(example: _Example, shown: list[tuple[str, str, float]]) -> str:
+    of_band = [i for i, (band, _, _) in enumerate(shown) if band == TENTH]
+    if not of_band or not example.facts["evidence"]:
+        return ""
+    # Of several pictures the one with the evidence; a frame without a token is shown by the last one before with some.
+    home = max((k for k in example.image.tolist() if k <= example.facts["evidence"][0][0]), default=0)
+    ends, figures = [example.most(of_band, without_sinks=without) for without in (False, True)], []
+    for place, i in enumerate(of_band):
+        row, (_, name, ram) = example.attention[i], shown[i]
+        low, high = (round(100 * end / len(of_band)) for end in (place, place + 1))
+        part = f"top {high}%" if not place else f"last {100 - low}%" if high == 100 else f"{low}–{high}%"
+        said = f"<b>{name}</b>RAM {ram:.2f}<br>here {row[example.on_evidence].sum():.2f}"
+        figures.append(
+            f'<figure data-head="{name}" {_scales(example, of_band)}><p class="soft">{part}</p>'
+            f"{_stage(example, home, row, *ends, example.sink[i])}<figcaption>{said}</figcaption></figure>"
+        )
+    return f'<div class="tenths">{"".join(figures)}</div>{_scale(example, of_band, "; one scale for the row")}'
 
 
 @dataclass(frozen=True)
@@ -108,14 +147,14 @@ def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, li
     facts = map_facts(result)[i]
     example = _read(result, i, facts, [embedded(source) for source in _beside(result, folder)[i]])
     bands = np.array([band for band, _, _ in _shown(result)])
-    rows = {str(band): example.attention[bands == band].mean(axis=0) for band in dict.fromkeys(bands)}
+    rows = {str(band): example.attention[bands == band].mean(axis=0) for band in dict.fromkeys(bands) if band != TENTH}
     most = max(float(row.max(initial=0.0)) for row in rows.values()) or 1.0
     pictures = []
     for band, row in rows.items():
-        stages = "".join(_stage(example, k, row, most) for k in sorted(set(example.image.tolist())))
+        stages = "".join(_stage(example, k, row, most, most) for k in sorted(set(example.image.tolist())))
         on_evidence = float(row[example.on_evidence].sum())
         pictures.append(BandPicture(band, int((bands == band).sum()), stages, on_evidence, float(row.sum())))
-    originals = "".join(_stage(example, k, None, most) for k in range(len(example.pictures)))
+    originals = "".join(_stage(example, k) for k in range(len(example.pictures)))
     return styles(example.pictures) + originals, pictures, most
 
 
@@ -178,7 +217,8 @@ def _read(result: xr.Dataset, i: int, facts: Mapping, pictures: Sequence[Picture
         )
     attention = np.nan_to_num(drawn["attention"].values[:, there].astype(float))
     rect, image = drawn["rect"].values[there].astype(float), image[there]
-    return _Example(facts, pictures, attention, rect, image, _touches(facts["evidence"], rect, image))
+    sink = drawn["sink"].values[:, there] > 0 if "sink" in drawn else np.zeros(attention.shape, dtype=bool)
+    return _Example(facts, pictures, attention, rect, image, _touches(facts["evidence"], rect, image), sink)
 
 
 def _touches(evidence: Sequence[Sequence[float]], rect: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -202,21 +242,21 @@ def _shown(result: xr.Dataset) -> list[tuple[str, str, float]]:
 
 def _article(example: _Example, shown: list[tuple[str, str, float]]) -> str:
     facts = example.facts
-    most = float(example.attention.max(initial=0.0)) or 1.0
+    of_bands = [i for i, (band, _, _) in enumerate(shown) if band != TENTH]
     right = str(facts["prediction"]).strip() == str(facts["answer"]).strip()
     verdict = "✓" if right else "✗"
-    originals = "".join(_stage(example, k, None, most) for k in range(len(example.pictures)))
+    originals = "".join(_stage(example, k) for k in range(len(example.pictures)))
     many = len(example.pictures) > 1
     bands = []
-    for band in dict.fromkeys(band for band, _, _ in shown):
-        drawn = [_head(example, i, name, ram, most) for i, (b, name, ram) in enumerate(shown) if b == band]
+    for band in dict.fromkeys(shown[i][0] for i in of_bands):
+        drawn = [_head(example, i, *shown[i][1:], of_bands) for i in of_bands if shown[i][0] == band]
         title = BAND_TITLES.get(band, band)
         style = f"--band:var(--{BAND_COLOURS.get(band, 'accent')})"
         name = f'<p class="band-name" style="{style}">{escape(title)}</p>'
         bands.append(f'<div>{name}<div class="heads">{"".join(drawn)}</div></div>')
     answer, prediction = escape(facts["answer"]), escape(facts["prediction"])
     strip = f'<div class="strip" style="--columns:{_columns(len(example.pictures), 8)}">{originals}</div>'
-    scale = gradient("attention on one visual token", most, "; one scale for all heads of this question", power=1)
+    scale = _scale(example, of_bands, "; one scale for all heads of this question")
     original = f"{strip}<figcaption>As the model gets it; outlined: the evidence</figcaption>"
     return (
         f'<article class="maps{" many" if many else ""}"><p class="question">{escape(facts["question"])}</p>'
@@ -226,31 +266,71 @@ def _article(example: _Example, shown: list[tuple[str, str, float]]) -> str:
     )
 
 
-def _head(example: _Example, i: int, name: str, ram: float, most: float) -> str:
+def _head(example: _Example, i: int, name: str, ram: float, among: Sequence[int]) -> str:
+    """One head over the pictures, on the scale of those ``among`` which it stands."""
     row = example.attention[i]
-    with_tokens = sorted(set(example.image.tolist()))
-    stages = "".join(_stage(example, k, row, most) for k in with_tokens)
     numbers = f"evidence {row[example.on_evidence].sum():.2f} · visual {row.sum():.2f}"
+    if example.sink.any():
+        numbers += f" · sinks {row[example.sink[i]].sum():.2f}"
     asked = str((example.facts.get("queries") or {i: "question"})[i])
     token, colon, lost = asked.rpartition(": ")
     query = f"from {escape(token)}, where it decides {escape(lost)}" if colon else f"from the {escape(asked)}, mean"
     return (
-        f'<figure data-head="{name}">'
-        f'<div class="strip" style="--columns:{_columns(len(with_tokens), 4)}">{stages}</div>'
+        f'<figure data-head="{name}" {_scales(example, among)}>{_strip(example, i, among, 4)}'
         f"<figcaption><b>{name}</b> · mean RAM {ram:.2f}<br>{query}<br>{numbers}</figcaption></figure>"
     )
 
 
-def _stage(example: _Example, k: int, row: np.ndarray | None, most: float) -> str:
-    """One picture: as it is with its evidence (``row`` None), or dimmed under the attention of a head."""
+def _strip(example: _Example, i: int, among: Sequence[int], columns: int) -> str:
+    """The pictures that have tokens, under the attention of one head."""
+    with_tokens = sorted(set(example.image.tolist()))
+    ends = [example.most(among, without_sinks=without) for without in (False, True)]
+    stages = "".join(_stage(example, k, example.attention[i], *ends, example.sink[i]) for k in with_tokens)
+    return f'<div class="strip" style="--columns:{_columns(len(with_tokens), columns)}">{stages}</div>'
+
+
+def _scales(example: _Example, among: Sequence[int]) -> str:
+    """The ends of the scale with sinks and without them, for the switch in ``page.js``."""
+    if not example.sink.any():
+        return ""
+    return f'data-most="{example.most(among):.4g}" data-most-without="{example.most(among, without_sinks=True):.4g}"'
+
+
+def _scale(example: _Example, among: Sequence[int], note: str) -> str:
+    """The colour scale; where there are sinks, one with them and one without, and the switch between the two."""
+    what = "attention on one visual token"
+    if not example.sink.any():
+        return gradient(what, example.most(among), note, power=1)
+    n = int(example.sink.any(axis=0).sum())
+    switch = (
+        f'<label class="sinks"><input type="checkbox" class="hide-sinks"> hide sinks ({n} visual '
+        f"token{'s' * (n > 1)} of this sample; dashed)</label>"
+    )
+    ends = [gradient(what, example.most(among, without), note, power=1) for without in (False, True)]
+    return f'{switch}<div class="with">{ends[0]}</div><div class="without">{ends[1]}</div>'
+
+
+def _stage(
+    example: _Example,
+    k: int,
+    row: np.ndarray | None = None,
+    most: float = 1.0,
+    least: float = 1.0,
+    sink: np.ndarray | None = None,
+) -> str:
+    """One picture: as it is with its evidence (``row`` None), or dimmed under the attention of a head.
+
+    ``least`` is the end of the scale without sinks: what shows on that one alone waits in the page, unseen.
+    """
     marks = []
     if row is not None:
         # Line breaks and class tokens of a picture lie nowhere in it.
         for token in np.flatnonzero((example.image == k) & ~np.isnan(example.rect).any(axis=1)):
-            strength = float(row[token] / most)
-            if strength >= FAINTEST:
-                tip = f"attention {row[token]:.3f}"
-                marks.append(mark(example.rect[token], heat(strength), 0.85 * min(1.0, strength + 0.1), tip))
+            strength, is_sink = float(row[token] / most), sink is not None and bool(sink[token])
+            if is_sink or row[token] >= FAINTEST * min(least, most):
+                tip = f"attention {row[token]:.3g}{', a sink' if is_sink else ''}"
+                opacity = 0.85 * min(1.0, strength + 0.1) if strength >= FAINTEST else 0.0
+                marks.append(mark(example.rect[token], heat(strength), opacity, tip, "sink" if is_sink else ""))
     outlined = [rect for home, *rect in example.facts["evidence"] if home == k]
     return stage(example.pictures[k], "".join(marks), dim=row is not None, evidence=outlined)
 

@@ -7,6 +7,8 @@ import time
 import pytest
 from PIL import Image
 
+from mech.explorer.state import State
+
 pytest.importorskip("uvicorn", reason="the extra: pip install 'mech[explore]'")
 pytest.importorskip("selenium.webdriver", reason="selenium drives the browser: pip install selenium")
 
@@ -176,6 +178,50 @@ def test_another_question_is_asked(page, engine):
     ]
     assert page.text(".before") == answer and page.text(".lead .soft") == ""
     assert [one.text for one in page.browser.all(".words button")][4] == "red" and page.is_quiet()
+
+
+def test_what_cannot_be_shown_is_said_and_left(page, engine):
+    page.browser.driver.get("about:blank")
+    page.browser.open(f"{page.home}#sample=2&boxes=0:500,500,600,600")
+    page.settle()
+    assert "500" in page.text(".trouble") and "Try:" in page.text(".trouble")
+    assert page.browser.run("return location.hash") == "" and page.text(".before") == engine.samples[0].answer
+    page.browser.one(".question").clear()
+    page.click(".ask button")
+    assert "The question is empty" in page.text(".trouble") and page.text(".before") == engine.samples[0].answer
+    page.click('.samples [data-sample="1"]')
+    page.settle("sample=1")
+    assert not page.browser.shown(".trouble") and page.text(".before") == engine.samples[1].answer
+    before = page.browser.one(".question").get_attribute("value")
+    page.browser.run("location.hash = 'sample=1&picture=gone'")
+    for _ in range(100):
+        if page.browser.shown(".trouble"):
+            break
+        time.sleep(0.05)
+    assert "not here any more" in page.text(".trouble")
+    page.settle("sample=1")
+    assert "picture" not in page.browser.driver.current_url
+    assert page.browser.one(".question").get_attribute("value") == before
+    assert page.is_quiet()
+
+
+def test_sinks_are_hidden_and_the_rest_is_on_the_scale_that_is_left(page, engine):
+    page.open("sample=1&head=L4H1")
+    if not engine.ask({"action": "show", "state": "sample=1"})["sinks"][4]:
+        assert not page.browser.all(".hide-sinks")
+    run = engine._run(engine._subject(State(sample=1)))
+    most = int(run.attention[4, 1, -1].argmax())
+    run.sinks[4, most] = True  # a sink that takes more than any other token
+    page.open("sample=1&head=L4H1&word=1")
+    brightest = "return document.querySelectorAll('.answering .heat[fill=\"#fcfdbf\"] title')[0].textContent"
+    assert page.browser.run(brightest).endswith(", a sink") and "on sinks" in page.text(".answering .soft")
+    page.click(".hide-sinks")
+    page.settle("sinks=hidden")
+    assert len(page.browser.all(".answering .sink")) == 1 and not page.browser.run(brightest).endswith(", a sink")
+    page.click(".hide-sinks")
+    page.settle("word=1")
+    assert "sinks" not in page.browser.driver.current_url and page.is_quiet()
+    run.sinks[4, most] = False
 
 
 DROP = """const [bytes, name, kind] = arguments, data = new DataTransfer();

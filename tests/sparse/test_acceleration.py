@@ -342,6 +342,17 @@ def test_the_view_draws_every_choice_and_the_star(found, tmp_path):
     assert mech.view(found.drop_dims("timed")).html().count('class="plot"') == 1
 
 
+def test_the_dense_heads_are_named_under_the_mouse():
+    data = fabricated()
+    names = np.where(data["share"] < 0.1, "L0H1 L2H3", " ".join(f"L1H{i}" for i in range(20)))
+    data = data.assign_coords(heads=("condition", np.where(data["choice"] == "dynamic", "", names)))
+    told = [text for trace in Page(mech.view(data).html()).charts[0]["data"] for text in trace.get("text", ())]
+    by_ram = [text for text in told if text.startswith("<b>RAM</b>")]
+    assert by_ram[0].endswith("<br>dense: L0H1, L2H3") and by_ram[1].endswith("L1H15 and 4 more")
+    assert "L1H3,<br>L1H4" in by_ram[1]
+    assert not any("dense:" in text for text in told if "random sets" in text or "anew" in text), "no set of its own"
+
+
 def test_turns_alternate_and_a_speed_is_a_ratio_within_a_turn():
     order: list[str] = []
     times = taking_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, turns=2)

@@ -204,7 +204,7 @@ def _ablation(rng: np.random.Generator, methods: tuple[str, ...], n: int, draws:
 
 def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, question: str, n: int = 2) -> None:
     size, tokens = SIDE // CELLS, CELLS * CELLS * pictures
-    shown = ranking[:4] + ranking[-4:]
+    shown = ranking[:4] + ranking[-4:] + ranking[:: -(-len(ranking) // 10)]
     attention, facts = np.zeros((n, len(shown), tokens)), []
     cells = [(k, r, c) for k in range(pictures) for r in range(CELLS) for c in range(CELLS)]
     rect = np.array([[c * size, r * size, (c + 1) * size, (r + 1) * size] for _, r, c in cells], dtype=float)
@@ -231,6 +231,7 @@ def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, 
         for s, (_, _, score) in enumerate(shown):
             attention[i, s] = rng.dirichlet(np.full(tokens, 0.3)) * 0.2
             attention[i, s, inside] += score / inside.sum() * rng.uniform(0.8, 1, inside.sum())
+            attention[i, s, 0] = 0.9  # a sink in the corner
         text = question.replace("{colour}", colour)
         facts.append(
             {
@@ -241,13 +242,17 @@ def _looks(rng: np.random.Generator, place: Path, ranking: list, pictures: int, 
                 "evidence": [[target, *box]],
             }
         )
+    bands = ["top"] * 4 + ["bottom"] * 4 + ["tenth"] * (len(shown) - 8)
     dataset = maps_dataset(
         attention,
         np.repeat(rect[None], n, 0),
         np.repeat(image[None], n, 0),
         facts,
-        [ShownHead(*head, band, ram) for (*head, ram), band in zip(shown, ["top"] * 4 + ["bottom"] * 4, strict=True)],
+        [ShownHead(*head, band, ram) for (*head, ram), band in zip(shown, bands, strict=True)],
     )
+    corner = np.zeros(attention.shape, dtype=np.int8)
+    corner[..., 0] = 1
+    dataset = dataset.assign(sink=(dataset["attention"].dims, corner))
     save(dataset, place / "maps.nc")
 
 

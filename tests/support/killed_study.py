@@ -21,7 +21,7 @@ from mech.scale.work import work
 from mech.study import Settings, study
 
 TINY = Settings(
-    n_find=4, n_test=4, n_other=4, n_maps=1, n_causal=0, n_forms=0, n_random=1, n_control=1, fractions=(1,),
+    n_find=4, n_test=4, n_other=4, n_maps=1, n_causal=0, n_gating=0, n_forms=0, n_random=1, n_control=1, fractions=(1,),
     other_fractions=(1,),
     methods=("mean", "resample"), shares=(), batch_size=2,
 )  # fmt: skip

@@ -141,9 +141,9 @@ def test_a_cell_of_the_map_opens_the_page_of_its_head(browser, study_page):
         assert words in page.text, words
     browser.settle()
     assert page.find_elements("css selector", ".stage.dim rect[data-tip]"), "its pictures are here too"
-    for _ in range(6):
+    for _ in range(5):
         page.find_elements("css selector", ".bar button")[1].click()
-    assert "Rank 7 of 24" in page.text and "mech.attention_maps(" in page.text, "this one was not drawn"
+    assert "Rank 6 of 24" in page.text and "mech.attention_maps(" in page.text, "this one was not drawn"
     page.find_element("css selector", ".close").click()
     assert not page.is_displayed() and "#head" not in browser.driver.current_url
     browser.run("arguments[0].click()", browser.shown('#model-1 a[href^="#head="]')[0])
@@ -153,6 +153,41 @@ def test_a_cell_of_the_map_opens_the_page_of_its_head(browser, study_page):
     assert not page.is_displayed()
     browser.driver.get(study_page.as_uri() + "#head=99/0/0")
     assert not browser.one("dialog#head").is_displayed(), "no such setting"
+    assert browser.is_quiet()
+
+
+def test_sinks_are_hidden_and_shown_on_the_scale_that_is_left(browser, study_page):
+    browser.open(study_page)
+    row = browser.shown("[id^=tenths-]")[0]
+    browser.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", row)
+    browser.settle()
+    heads = browser.run("return [...arguments[0].querySelectorAll('figure')].map(one => one.dataset.head)", row)
+    assert 8 <= len(heads) <= 10 and "top 1" in row.text and "last 1" in row.text
+
+    def drawn():
+        return browser.run("""const rects = [...arguments[0].querySelectorAll(".stage.dim rect[data-tip]")];
+            const seen = rects.map(one => [one.matches(".sink"), +one.dataset.tip.match(/\\d[\\d.e-]*/)[0],
+                one.getAttribute("fill"), +one.getAttribute("fill-opacity")]);
+            const ends = [...arguments[0].querySelectorAll(".heat-legend")].filter(one => one.checkVisibility());
+            return [seen, ends.map(one => one.textContent)]""", row)  # fmt: skip
+
+    before, scale = drawn()
+    assert all(opacity > 0.8 for sink, _, _, opacity in before if sink), "they take most of the attention"
+    box = row.find_element("css selector", ".hide-sinks")
+    box.click()
+    after, other = drawn()
+    assert len(scale) == len(other) == 1 and scale != other and " 0.9(" in scale[0]
+    most = max(value for sink, value, _, _ in after if not sink)
+    for (sink, value, _, _), (_, _, colour, opacity) in zip(before, after, strict=True):
+        strength = 0.0 if sink or value < 0.02 * most else 0.85 * min(1, value / most + 0.1)
+        assert opacity == pytest.approx(strength, abs=2e-3)
+        assert value < most or sink or colour == "rgb(252,253,191)"
+    browser.run("arguments[0].closest('section').querySelector('details.fold > summary').click()", row)
+    assert all(other.is_selected() for other in browser.all(".hide-sinks")), "one switch for all maps"
+    box.click()
+    assert [[sink, value, round(opacity, 2)] for sink, value, _, opacity in drawn()[0]] == [
+        [sink, value, round(opacity, 2)] for sink, value, _, opacity in before
+    ]
     assert browser.is_quiet()
 
 

@@ -135,7 +135,7 @@ def test_looks_draw_attention_where_it_is(study):
     text = maps_view(result, folder).body
     mark = r'<rect x="(\d+)" y="(\d+)" width="14" height="14" fill="(#\w+)"[^>]*data-tip="attention ([\d.]+)'
     marks = re.findall(mark, text)
-    assert [mark[:2] + mark[3:] for mark in marks] == [("28", "42", "0.360"), ("98", "98", "0.090")]
+    assert [mark[:2] + mark[3:] for mark in marks] == [("28", "42", "0.36"), ("98", "98", "0.09")]
     assert marks[0][2] == "#fcfdbf", "the highest attention has the end of the scale"
     assert "evidence 0.36 · visual 0.45" in text and "evidence 0.00 · visual 0.00" in text
     assert text.count('class="evidence"') == 3, "the original and each of the two heads"

@@ -54,7 +54,8 @@ def summarise(found: xr.Dataset, margin: float = MARGIN) -> Facts:
 
         {"n_test", "domain", "length", "sinks", "window", "n_kv_heads", "margin",
          "dense": I, "window_only": {"accuracy": I, "loss": I, "flops", "kv_bytes"},
-         "curve": [{"choice", "share", "n_kv_heads", "draws", "accuracy": I, "loss": I, "flops", "kv_bytes"}, ...],
+         "curve": [{"choice", "share", "n_kv_heads", "draws", "accuracy": I, "loss": I, "flops", "kv_bytes",
+                    "heads": the dense ones, of a single set}, ...],
          "against_random": [{"choice", "share", "n_kv_heads", "p_adjusted", and those of ``against_random``}, ...],
          "against_ram": [{"choice", "share", "n_kv_heads", "difference": I, "p_value", "p_adjusted"}, ...],
          "against_reach": the same for "dynamic" against its own score averaged over samples,
@@ -207,10 +208,11 @@ def _rows(found: xr.Dataset, choice: str, at: float) -> np.ndarray:
 def _entry(found: xr.Dataset, dense: np.ndarray, choice: str, at: float) -> Facts:
     index = int(np.flatnonzero(((found["choice"] == choice) & (found["share"] == at)).values)[0])
     rows, one = _rows(found, choice, at), found.isel({CONDITION: index})
+    named = str(one["heads"].values) if "heads" in one.coords and len(rows) == 1 else ""
     return {
         "choice": choice, "share": at, "n_kv_heads": int(one["n_kv_heads"]), "draws": len(rows),
         "accuracy": share(rows), "loss": drop(dense, rows), "flops": float(one["flops"]),
-        "kv_bytes": float(one["kv_bytes"]),
+        "kv_bytes": float(one["kv_bytes"]), **({"heads": named} if named else {}),
     }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
     known_necessary(patched)                        # spared by the control "unneeded": found on the samples that find
     necessary_blind(patched, 2)                     # drawn beside the top heads
     representative(find, ram, ranking.top(0.05), 3) # samples whose pictures are drawn
+    of_each_tenth(ranking)                          # ten heads from the first to the last
+    drawn(model, samples, ranking, patched)         # their attention on those samples, ready for ``mech.view``
 
 ``patched`` is the dataset of a ``CausalReport``, or None where patching was not possible.
 """
@@ -13,8 +15,14 @@ import numpy as np
 import xarray as xr
 
 from mech.data.samples import Samples
-from mech.experiments.ranking.ranking import Head
+from mech.errors import ExperimentError
+from mech.experiments.attention.maps import attention_maps
+from mech.experiments.patching.deciding import deciding_queries
+from mech.experiments.ranking.ranking import Head, Ranking
+from mech.experiments.scores.sinks import attention_sinks, definition_for, with_sinks
+from mech.model import HookedMLLM
 
+SHOWN = 4  # heads of each band that are drawn over the pictures
 NECESSARY = 0.05  # of the answer: what a head must cost, by itself, to be known as necessary
 
 
@@ -34,6 +42,12 @@ def necessary_blind(patched: xr.Dataset | None, n: int) -> list[Head]:
     return sorted(_heads(patched, blind), key=lambda at: -float(cost.sel(layer=at.layer).isel(head=at.head)))[:n]
 
 
+def of_each_tenth(ranking: Ranking, parts: int = 10) -> list[Head]:
+    """The head in the middle of each tenth of a ranking, best first; all heads where there are fewer than ten."""
+    n = len(ranking.heads)
+    return [ranking.heads[int((i + 0.5) / min(parts, n) * n)] for i in range(min(parts, n))]
+
+
 def representative(samples: Samples, ram: xr.Dataset, heads: Sequence[tuple[int, int]], n: int) -> Samples:
     """Samples at even quantiles of these heads' RAM, from little to much: neither the first nor the best ones.
 
@@ -47,6 +61,29 @@ def representative(samples: Samples, ram: xr.Dataset, heads: Sequence[tuple[int,
     order, n = np.argsort(mass, kind="stable"), min(n, len(mass))
     listed = list(samples)
     return Samples([listed[int(order[int((i + 0.5) / n * len(mass))])] for i in range(n)])
+
+
+def drawn(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dataset | None) -> xr.Dataset:
+    """What the first and the last heads of a ranking attend to in some samples, and one head of each tenth between.
+
+    Where patching was possible also necessary heads that do not attend to the evidence, each from the query at which it
+    decides.
+    """
+    bands = {
+        "top": ranking.top(SHOWN),
+        "necessary": necessary_blind(patched, SHOWN // 2),
+        "bottom": ranking.bottom(SHOWN // 2),
+    }
+    bands = {name: heads for name, heads in bands.items() if heads}
+    heads, spread = [head for band in bands.values() for head in band], of_each_tenth(ranking)
+    try:  # those of the tenths are drawn from the question, whose attention ranks them
+        deciding = [[*deciding_queries(model, sample, heads), *[None] * len(spread)] for sample in samples]
+    except ExperimentError:  # no counterfactuals: nothing says where a head decides
+        deciding = None
+    maps = attention_maps(model, samples, ranking, bands=bands | {"tenth": spread}, deciding=deciding)
+    if model.cfg.cross_layers:  # pictures in a memory: sinks of it are not known
+        return maps
+    return with_sinks(maps, model, samples, attention_sinks(model, samples, by=definition_for(model)))
 
 
 def _heads(patched: xr.Dataset, chosen: np.ndarray) -> list[Head]:

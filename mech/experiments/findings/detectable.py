@@ -56,7 +56,7 @@ def _text(rows: list[dict[str, Any]]) -> str:
     samples, points = _span([row["n_test"] for row in rows]), _span([round(100 * loss) for loss in losses])
     text = (
         f"With {samples} test samples a setting, this study detects losses of accuracy of {points} points or more "
-        f"({POWER:.0%} power); it would miss most smaller ones and says nothing of them. The test flips the signs of "
+        f"({POWER:.0%} power); smaller ones would often go unnoticed. The test flips the signs of "
         f"paired differences, one-sided at {ALPHA:.0%}, and assumes that no answer is gained"
     )
     if most["gained"] > 0:

@@ -159,7 +159,7 @@ def _entry(numbers: Mapping[str, Any], band: str, share: float) -> Mapping[str, 
 def _retrieves(
     found: Mapping[str, Any], masses: Mapping[Setting, Mapping[str, Bounds | None]], rams: Mapping[Setting, xr.Dataset]
 ) -> dict[str, str]:
-    question = "Do they retrieve?"
+    question = "Do the top heads retrieve?"
     top, bottom = (found["retrieval"][name] for name in ("top", "bottom"))
     if top is None or bottom is None:
         return _answer(
@@ -180,7 +180,7 @@ def _retrieves(
 
 
 def _needed(settings: Mapping[Setting, Mapping[str, Any]], n_weak: int) -> dict[str, str]:
-    question = "Are they needed?"
+    question = "Does the answer need them?"
     pairs = {}
     for setting, numbers in settings.items():
         top, random = _entry(numbers, "top", TOP), _entry(numbers, "random", TOP)
@@ -202,8 +202,8 @@ def _needed(settings: Mapping[Setting, Mapping[str, Any]], n_weak: int) -> dict[
     )
     text = (
         f"Without them ({' and '.join(methods)} ablation of about {TOP:.0%}) accuracy falls by {points(lost)}, without "
-        f"as many random other heads by {points(control)}. {_over(len(pairs))}, n = {n}; counted are settings in which "
-        f"the top heads cost more, over samples and over random sets.{left_out}"
+        f"as many random other heads by {points(control)}. {_over(len(pairs))}, n = {n}. A setting counts if the top "
+        f"heads cost more than random ones, over samples and over sets (both p < {ALPHA:g}).{left_out}"
     )
     return _answer(question, _share_of(sure, len(pairs)), text)
 
@@ -217,12 +217,15 @@ def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
     n, margin = sum(f["n_test"] for f in accelerated.values()), 100 * next(iter(accelerated.values()))["margin"]
     said = [_kept(model, facts) for model, facts in accelerated.items()]
     text = (
-        f"{'; '.join(said)}. Counted are models where a few dense heads chosen by RAM surely lose less than "
-        f"{margin:.0f} points{f', not {len(alone)} where the local window alone does' if alone else ''}. "
-        f"n = {n}, one domain each."
+        f"{'; '.join(said)}. A model counts if a few dense heads chosen by RAM lose less than {margin:.0f} points by "
+        f"the whole 95% interval{f', not {len(alone)} where the local window alone does' if alone else ''}. "
+        f"n = {n}, one domain for each model."
     )
     faster = sum(_is_faster(facts["recommended"]["speed"]) for facts in enough.values())
-    verdict = f"Enough i{_share_of(len(enough), len(accelerated), 'model')[1:]}, faster in {faster}"
+    if len(accelerated) > 1:
+        verdict = f"Enough i{_share_of(len(enough), len(accelerated), 'model')[1:]}, faster in {faster}"
+    else:
+        verdict = "Not shown to be enough" if not enough else "Enough, and faster" if faster else "Enough, not faster"
     return _answer(question, verdict, text)
 
 
@@ -236,12 +239,14 @@ def _kept(model: str, facts: Mapping[str, Any]) -> str:
     best = facts["recommended"]
     if best is not None:
         speed = _speed(best["speed"])
-        return f"{model}: {best['n_kv_heads']} of {facts['n_kv_heads']} KV heads, {points(best['loss'])} lost{speed}"
+        dense = f"{model}: with {best['n_kv_heads']} of {facts['n_kv_heads']} KV heads dense"
+        return f"{dense}, accuracy falls by {points(best['loss'])}{speed}"
     tried = [entry for entry in facts["curve"] if entry["choice"] == "ram"]
     most = max(tried, key=lambda entry: entry["share"], default=None)
     if most is None:
         return f"{model}: no set chosen by RAM"
-    return f"{model}: even {most['n_kv_heads']} of {facts['n_kv_heads']} KV heads, {points(most['loss'])} lost"
+    dense = f"{model}: even with {most['n_kv_heads']} of {facts['n_kv_heads']} KV heads dense"
+    return f"{dense}, accuracy falls by {points(most['loss'])}"
 
 
 def _speed(speed: Mapping[str, Any] | None) -> str:
@@ -253,7 +258,9 @@ def _answer(question: str, verdict: str, text: str) -> dict[str, str]:
 
 
 def _share_of(k: int, n: int, noun: str = "setting") -> str:
-    return f"In {k} of {n} {noun}{'s' * (n != 1)}"
+    if n == 1:
+        return f"Yes, in the one {noun} tested" if k else f"Not shown in the one {noun} tested"
+    return f"In {k} of {n} {noun}s"
 
 
 def _settings(n: int) -> str:

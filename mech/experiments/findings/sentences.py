@@ -19,6 +19,7 @@ from mech.experiments.findings.cautions import KINDS as CAUTIONS
 from mech.experiments.findings.words import MATTERS, TOP, Said, are, too_weak
 
 CONTROLS = ("vision_mass", "localization")  # scores that ask for no evidence
+SIGNS = ("facilitating", "interfering")  # of causal head gating: scores of effect, not of attention
 
 Finding = dict[str, Any]
 
@@ -291,7 +292,7 @@ def _scores(numbers: Mapping[str, Any], n_heads: int) -> Said:
     found = numbers.get("scores")
     if not found or "ram" not in found["names"]:
         return
-    at, others = found["names"].index("ram"), [n for n in found["names"] if n not in ("ram", *CONTROLS)]
+    at, others = found["names"].index("ram"), [n for n in found["names"] if n not in ("ram", *CONTROLS, *SIGNS)]
     shared = {name: found["jaccard"][at][found["names"].index(name)] for name in others}
     apart = [name for name in others if found["jaccard_high"][at][found["names"].index(name)] < 0.5]
     if apart:

@@ -23,7 +23,8 @@ other sizes and methods of one model on one domain.
            "tests": [{"method", "fraction", "n_heads", "primary", "statistic", "p_value", "p_samples", "p_sets",
                       "smallest_p_sets", "p_adjusted", "draws", "sets_as_costly"}, ...],
            "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices of every pair of scores;
-                     ``_low`` and ``_high`` are 95% intervals over samples,
+                     ``_low`` and ``_high`` are 95% intervals over samples; with heads patched one by one also the
+                     two signs of causal head gating (over fits),
            "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
         "agreement": {"domains", "spearman", "jaccard", "jaccard_null"},
         "forms": ``forms.summarise``, pictures against text, for a model that was tuned from a language model}},
@@ -49,6 +50,7 @@ from mech.experiments.effects import against_random, drop, interval, share
 from mech.experiments.findings.words import TOP
 from mech.experiments.ranking.agreement import agreement, scale_agreement
 from mech.experiments.ranking.ranking import Ranking, rank_heads
+from mech.experiments.scores.published import is_null
 from mech.experiments.statistics import holm, proportion_interval
 from mech.results import with_top_apart
 
@@ -152,11 +154,17 @@ def summarise_agreement(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
     return {"domains": list(rankings), "n_top": int(found.attrs["n_top"]), **matrices}
 
 
-def summarise_scores(scores: xr.Dataset, n_resamples: int = 500) -> dict[str, Any]:
-    """How far the rankings by several scores agree, on one model and domain; intervals over samples."""
-    found = agreement({str(name): rank_heads(scores, str(name)) for name in scores}, TOP, n_resamples)
+def summarise_scores(scores: xr.Dataset, gated: xr.Dataset | None = None, n_resamples: int = 500) -> dict[str, Any]:
+    """How far the rankings by several scores agree, on one model and domain; intervals over samples.
+
+    What only serves as a null is left out; ``gated`` (of ``causal_head_gating``) adds both signs, intervals over fits.
+    """
+    rankings = {str(name): rank_heads(scores, str(name)) for name in scores if not is_null(str(name))}
+    if gated is not None:
+        rankings |= {sign: rank_heads(gated, sign) for sign in ("facilitating", "interfering")}
+    found = agreement(rankings, TOP, n_resamples)
     matrices = {str(name): values.values.tolist() for name, values in found.items()}
-    return {"names": [str(name) for name in scores], "n_top": int(found.attrs["n_top"]), **matrices}
+    return {"names": list(rankings), "n_top": int(found.attrs["n_top"]), **matrices}
 
 
 def above_null(ram: xr.Dataset) -> Ranking:

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mech.arguments import checked
@@ -16,6 +16,8 @@ from mech.experiments.ranking.ranking import head_count
 
 OUTPUT = ("answer", "generated")
 QUESTION, NULL, OTHER = "question", "null question", "other question"  # what a pass asks
+NULLS = {"even": "size", "elsewhere": "random"}  # null of a score -> the calibration that takes it away
+NULLED = ("sum", "mean", "hit", "share")  # reductions that have a value for even attention
 SUBTRACTED = {"null_question": NULL, "other_question": OTHER}  # calibrations that cost a pass of their own
 WORDS: dict[str, tuple[str, ...]] = {
     "queries": ("question", "last", *OUTPUT),
@@ -203,3 +205,18 @@ def named_scores(scores: str | Sequence[str] | Mapping[str, Score]) -> dict[str,
     if not names:
         raise ExperimentError("no scores", "at least one", f"choose from {', '.join(PUBLISHED)}")
     return dict(scores) if isinstance(scores, Mapping) else {name: score_called(name) for name in names}
+
+
+def nulls(names: Sequence[str], word: str) -> dict[str, Score]:
+    """The scores of ``names`` that have such a null, beyond it: ``word`` is one of ``NULLS``.
+
+    They need no forward of their own: ``head_scores`` reads them from the same ones.
+    """
+    plain = {name: score for name in names if (score := PUBLISHED[name]).calibrate == "none" and score.reduce in NULLED
+             and score.aggregate == "mean" and score.on == "evidence"}  # fmt: skip
+    return {f"{name} {word}": replace(score, calibrate=NULLS[word]) for name, score in plain.items()}
+
+
+def is_null(name: str) -> bool:
+    """Whether a measured score is there for the null of another one."""
+    return name.rpartition(" ")[2] in NULLS

@@ -24,7 +24,7 @@ from mech.errors import ExperimentError, OutputError, suggestion
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.gating import causal_head_gating
 from mech.experiments.scores.measure import head_scores
-from mech.experiments.scores.published import PUBLISHED
+from mech.experiments.scores.published import NULLS, PUBLISHED, is_null, nulls
 from mech.experiments.statistics import bootstrap_interval
 from mech.model import HookedMLLM
 from mech.notebook import Shown
@@ -34,7 +34,7 @@ from mech.results.store import read_json, write_json
 KIND, SCHEMA = "heads", 1
 GATING = "gating"
 SCORES = (*PUBLISHED, GATING)
-NULLED = ("sum", "mean", "hit", "share")  # reductions that have a value for even attention
+SIGN = "positive: helps the answer; negative: hinders it"
 ABOUT = ("unit", "sign", "definition", "source")
 Map = Float[np.ndarray, "layer head"]
 
@@ -191,10 +191,30 @@ def head_record(
     found = _attended(model, samples, attending, **options, progress=progress) if attending else {}
     if GATING in names:
         found[GATING] = _gated(model, samples, **options, progress=progress)
-    first = next(iter(found.values())).ranking
-    data = data_record(samples)
+    return _record(found, names, samples, top)
+
+
+def record_of(
+    samples: SomeSamples, found: xr.Dataset, gated: xr.Dataset | None = None, top: Amount = 0.05
+) -> HeadRecord:
+    """A record of scores that were measured already.
+
+    Args:
+        samples: those that ``found`` was measured on.
+        found: of ``head_scores``; ``nulls`` in it stand beside their scores.
+        gated: of ``causal_head_gating``.
+        top: how many heads count as the first.
+    """
+    scores = _scored(found, [str(name) for name in found if not is_null(str(name))])
+    if gated is not None:
+        scores[GATING] = _score(rank_heads(gated, GATING), {}, {"sign": SIGN, **gated[GATING].attrs})
+    return _record(scores, list(scores), Samples(samples), top)
+
+
+def _record(scores: Mapping[str, HeadScore], names: Sequence[str], samples: Samples, top: int | float) -> HeadRecord:
     version = str(software_versions(["mech"])["mech"] or "")
-    return HeadRecord({name: found[name] for name in names}, first.count(top), data, version)
+    count = next(iter(scores.values())).ranking.count(top)
+    return HeadRecord({name: scores[name] for name in names}, count, data_record(samples), version)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -212,18 +232,20 @@ def check_names(names: Sequence[str]) -> None:
 def _attended(model: HookedMLLM, samples: Samples, names: Sequence[str], **options: Any) -> dict[str, HeadScore]:
     """Scores of attention, and what each would be without retrieval, from the same forwards."""
     asked = {name: PUBLISHED[name] for name in names}
-    plain = {name: score for name, score in asked.items() if score.calibrate == "none" and score.reduce in NULLED
-             and score.aggregate == "mean" and score.on == "evidence"}  # fmt: skip
-    even = {f"{name} even": replace(score, calibrate="size") for name, score in plain.items()}
-    elsewhere = {f"{name} elsewhere": replace(score, calibrate="random") for name, score in plain.items()}
+    even, elsewhere = (nulls(names, word) for word in NULLS)
     try:
         found = head_scores(model, samples, asked | even | elsewhere, **options)
     except ExperimentError:  # evidence that leaves no room for a region elsewhere
         found = head_scores(model, samples, asked | even, **options)
+    return _scored(found, names)
+
+
+def _scored(found: xr.Dataset, names: Sequence[str]) -> dict[str, HeadScore]:
+    """Scores, with the nulls that were measured beside them."""
     scored = {}
     for name in names:
         null = {word: (found[name] - found[f"{name} {word}"]).mean("example").values
-                for word in ("even", "elsewhere") if f"{name} {word}" in found}  # fmt: skip
+                for word in NULLS if f"{name} {word}" in found}  # fmt: skip
         scored[name] = _score(rank_heads(found, name), null, found[name].attrs)
     return scored
 
@@ -237,7 +259,7 @@ def _gated(model: HookedMLLM, samples: Samples, **options: Any) -> HeadScore:
     if None not in others:
         wrong = [replace(s, answer=o, spans=()) for s, o in zip(listed, others, strict=True) if o is not None]
         null["exchanged"] = causal_head_gating(model, wrong, **options)[GATING].mean("example").values
-    about = {"sign": "positive: helps the answer; negative: hinders it", **found[GATING].attrs}
+    about = {"sign": SIGN, **found[GATING].attrs}
     return _score(rank_heads(found, GATING), null, about)
 
 

@@ -14,6 +14,9 @@ Two definitions are offered, because they do not always agree:
 * ``by="attention"``: the question's attention on the token, averaged over the heads of the layer, exceeds ``share``
   (arXiv 2410.10781 counts heads by a threshold of 0.3).
 
+``definition_for(model)`` names the first where the model can meet it. ``with_sinks`` marks sinks in maps of attention,
+so that a view shows and hides them; ``without_sinks`` takes them out.
+
 What it does not say: whether sinks are needed. They are, for many models: removing one from a score is bookkeeping,
 and removing it from the model an intervention (``mech.Knockout(key=...)``).
 """
@@ -39,6 +42,7 @@ from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
 
 BY = ("state", "attention")
+TAU, SHARE = 20.0, 0.3  # the thresholds of the two
 POS = "pos"
 KINDS = ("first", "text", "visual", "evidence")  # of a sink, the last that holds
 DIMS = {
@@ -56,9 +60,9 @@ def attention_sinks(
     samples: SomeSamples,
     *,
     by: one_of(BY) = "state",
-    tau: Positive = 20.0,
+    tau: Positive = TAU,
     dims: Sequence[int] | None = None,
-    share: Share = 0.3,
+    share: Share = SHARE,
     batch_size: Count = 8,
     progress: Progress | None = None,
 ) -> xr.Dataset:
@@ -186,6 +190,11 @@ def sink_tokens(result: given_by("attention_sinks", "sink", "kind", "strength"))
     return [*lines, f"{on / ram if ram else 0.0:.0%} of all RAM sits on sinks (by {by})."]
 
 
+def definition_for(model: HookedMLLM, tau: float = TAU) -> str:
+    """The definition that can find a sink in this model: "state", or "attention" where the stream is too narrow."""
+    return "state" if model.cfg.d_model > tau**2 else "attention"
+
+
 @checked
 def without_sinks(
     maps: given_by("attention_maps", "attention", "rect", "token_image"), model: HookedMLLM, samples: SomeSamples,
@@ -207,20 +216,55 @@ def without_sinks(
 
     Cost: none; inputs are built once more for their layouts.
     """
+    sinks = _drawn_sinks(maps, model, samples, found)
+    drawn = maps.copy()
+    values = np.where(sinks, 0.0, maps["attention"].values)
+    drawn["attention"] = (maps["attention"].dims, values, maps["attention"].attrs)
+    return drawn.assign_attrs(sinks="left out")
+
+
+@checked
+def with_sinks(
+    maps: given_by("attention_maps", "attention", "rect", "token_image"), model: HookedMLLM, samples: SomeSamples,
+    found: given_by("attention_sinks", "sink", "kind", "strength"),
+) -> xr.Dataset:  # fmt: skip
+    """Maps of attention that say which tokens are sinks of each head's layer: a view of them shows and hides these.
+
+    Args:
+        maps: of ``attention_maps``.
+        model: the model of both.
+        samples: those of the maps, in their order.
+        found: of ``attention_sinks`` on them.
+
+    Returns:
+        The maps with ``sink`` over (example, shown, token), 1 for a sink; ``attrs["sinks"]`` says by which definition.
+
+    Raises:
+        ExperimentError: maps or sinks of other samples.
+
+    Cost: none; inputs are built once more for their layouts.
+    """
+    by = f"by {found.attrs['by']}, threshold {found.attrs['threshold']:g}"
+    sinks = _drawn_sinks(maps, model, samples, found).astype(np.int8)
+    return maps.assign(sink=(maps["attention"].dims, sinks)).assign_attrs(sinks=by)
+
+
+def _drawn_sinks(
+    maps: xr.Dataset, model: HookedMLLM, samples: SomeSamples, found: xr.Dataset
+) -> Bool[np.ndarray, "example shown token"]:
+    """Which tokens of the maps are sinks of the layer whose head is drawn."""
     samples = Samples(samples)
     if not len(samples) == maps.sizes[EXAMPLE] == found.sizes[EXAMPLE]:
         raise ExperimentError(
             f"{maps.sizes[EXAMPLE]} maps, sinks of {found.sizes[EXAMPLE]} examples and {len(samples)} samples",
             "the same samples in all three", "measure attention_sinks on the samples of the maps",
         )  # fmt: skip
-    layers, attention = found[LAYER].values.tolist(), maps["attention"].values.copy()
+    layers, sinks = found[LAYER].values.tolist(), np.zeros(maps["attention"].shape, dtype=bool)
     for row, sample in enumerate(samples):
         tokens = model.inputs_of(sample).layout.positions("image")
         for shown, layer in enumerate(maps["shown_layer"].values.tolist()):
-            attention[row, shown, : len(tokens)][found["sink"].values[row, layers.index(layer), tokens]] = 0.0
-    drawn = maps.copy()
-    drawn["attention"] = (maps["attention"].dims, attention, maps["attention"].attrs)
-    return drawn.assign_attrs(sinks="left out")
+            sinks[row, shown, : len(tokens)] = found["sink"].values[row, layers.index(layer), tokens]
+    return sinks
 
 
 def _check(model: HookedMLLM, samples: Samples, dims: Sequence[int] | None) -> None:
@@ -251,16 +295,24 @@ def _strength(
     among = None if dims is None else torch.as_tensor(list(dims), device=model.device)
 
     def note(stream: Tensor, hook: Any) -> None:
-        wide = stream.float()
-        size = wide.abs() / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-        best = (size if among is None else size[..., among.to(size.device)]).max(-1)
-        seen.append(best.values.to(model.device))
-        indices = best.indices.to(model.device)
+        strength, indices = state_strength(stream, among)
+        seen.append(strength.to(model.device))
+        indices = indices.to(model.device)
         peaks.append(indices if among is None else among[indices])
 
     with model.hooks([(f"blocks.{layer}.hook_resid_pre", note) for layer in model.cfg.attention_layers]):
         model(inputs, logits_to_keep=1)
     return torch.stack(seen, dim=1), torch.stack(peaks, dim=1)
+
+
+def state_strength(
+    stream: Float[Tensor, "*pos d_model"], dims: Tensor | None = None
+) -> tuple[Float[Tensor, "*pos"], Tensor]:
+    """``max over d of |x_d| / rms(x)`` of each position, and which of ``dims`` (all, if None) it is."""
+    wide = stream.float()
+    size = wide.abs() / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+    best = (size if dims is None else size[..., dims.to(size.device)]).max(-1)
+    return best.values, best.indices
 
 
 def _masses(

@@ -13,6 +13,10 @@ const WAYS = {
   mean: "its mean over other samples", zero: "zero", resample: "its output at a random other place",
   patch: "its output on the second picture", pull: "attention pulled to the evidence",
 };
+const SINKS = {
+  state: "Tokens whose state peaks in one dimension at 20 times its root mean square or more",
+  attention: "Tokens that take more than 0.3 of the question's attention, as a mean over the heads of this layer",
+};
 const HEAT = ["#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf"];
 const FAINTEST = 0.02, LIKELY = 0.0005, MOST_BYTES = 12e6, LEAST = 2; // pixels of a box
 const MANY = 512; // heads, from which on what costs more than a forward is measured when it is asked for
@@ -45,7 +49,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
   let state = Object.fromEntries(new URLSearchParams(link));
   let about = null, view = null, looks = null, changed = null, random = null, paths = null, asPaths = false, waiting = 0;
   const later = {}, failed = {}, pixels = new Map(), turns = {};
-  const at = name => state[name] ?? { sample: "0", way: "mean", other: "counterfactual", score: "ram", against: "effect" }[name] ?? "";
+  const at = name => state[name] ?? { sinks: "shown", sample: "0", way: "mean", other: "counterfactual", score: "ram", against: "effect" }[name] ?? "";
   const written = (given = state) => new URLSearchParams(given).toString().replace(/%2C/g, ",").replace(/%3A/g, ":").replace(/%3B/g, ";");
 
   // -- what stands where --------------------------------------------------------------------------------------------
@@ -89,7 +93,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     clearTimeout(slow);
     waiting -= 1;
     if (!waiting) root.classList.remove("busy");
-    if (turns[kind] !== turn) return false; // something newer was asked
+    if (turns[kind] !== turn) return null; // something newer was asked
     if (answer.error) fail(inWords(answer.error));
     else take(answer);
     return !answer.error;
@@ -104,6 +108,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
         view = answer;
         if (question.value !== answer.question) question.value = answer.question;
       });
+      if (read === false) return undo(before);
       if (!read) return;
     }
     if (!subject || before.other !== state.other) LATER.forEach(name => { delete later[name]; delete failed[name]; });
@@ -123,6 +128,16 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     await Promise.all(todo);
     root.dataset.settled = written();
   };
+  // What cannot be shown is said, and left: the state before it, or the first sample where the link itself was bad.
+  const undo = async before => {
+    const said = part.trouble.textContent, start = !before && Object.keys(state).length > 0;
+    if (!before && !start) return;
+    state = before ?? {};
+    moved(written());
+    if (start) await refresh(null);
+    else root.dataset.settled = written();
+    complain(said);
+  };
   const drawScores = () => { drawMap(); drawScatter(); drawHead(); drawChange(); };
   const measure = name => want(name, { action: "score", name }, answer => { later[name] = answer.score; drawScores(); },
     text => { failed[name] = text; drawScores(); });
@@ -136,6 +151,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     return refresh(before);
   };
   const asked = () => {
+    if (!question.value.trim()) return complain("The question is empty. Expected: words to ask about the picture. Try: type some, or click a sample for its own");
     const own = question.value.trim(), stock = !state.picture && about.samples[+at("sample")].question;
     go({ question: own === stock ? "" : own, word: "" });
   };
@@ -170,13 +186,15 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
       chip("whole question", "", "The mean over its tokens"));
   };
 
-  const stages = (values, most) => view.pictures.map((picture, k) => {
+  const stages = (values, most, sinks, hidden) => view.pictures.map((picture, k) => {
     const svg = draw("svg", { viewBox: `0 0 ${picture.width} ${picture.height}`, preserveAspectRatio: "none" });
     if (values) view.tokens.rect.forEach(([x0, y0, x1, y1], i) => {
       const v = values[i] / most;
-      if (view.tokens.picture[i] !== k || x0 == null || v < FAINTEST) return;
-      svg.append(draw("rect", { x: x0, y: y0, width: x1 - x0, height: y1 - y0, class: "heat", "fill-opacity": (0.15 + 0.5 * v).toFixed(3),
-        fill: HEAT[Math.min(HEAT.length - 1, Math.floor(v * HEAT.length))] }, draw("title", {}, number(values[i]))));
+      const place = { x: x0, y: y0, width: x1 - x0, height: y1 - y0 }, isSink = sinks.has(i);
+      if (view.tokens.picture[i] !== k || x0 == null || (v < FAINTEST && !(hidden && isSink))) return;
+      const title = draw("title", {}, number(values[i]) + (isSink ? ", a sink" : ""));
+      svg.append(hidden && isSink ? draw("rect", { ...place, class: "sink" }, title) : draw("rect", { ...place, class: "heat",
+        "fill-opacity": (0.15 + 0.5 * v).toFixed(3), fill: HEAT[Math.min(HEAT.length - 1, Math.floor(v * HEAT.length))] }, title));
     });
     view.evidence.filter(box => box[0] === k).forEach(([, x0, y0, x1, y1]) => ["edge", "evidence"].forEach(name =>
       svg.append(draw("rect", { x: x0, y: y0, width: x1 - x0, height: y1 - y0, class: name }))));
@@ -185,24 +203,30 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
   });
   const drawLooks = (word = state.word ?? "") => {
     const reading = looks && (word === "" ? looks.question : looks.words[+word]), last = looks?.last;
-    const most = looks ? Math.max(...reading, ...last, 1e-9) : 1;
+    const sinks = sinksOf(state.head), hidden = at("sinks") === "hidden", left = values => values.filter((_, i) => !hidden || !sinks.has(i));
+    const most = looks ? Math.max(...left(reading), ...left(last), 1e-9) : 1;
     const here = view.tokens.rect.map(([x0, y0, x1, y1], i) => x0 != null && view.evidence.some(([k, a, b, c, d]) =>
       k === view.tokens.picture[i] && Math.min(x1, c) > Math.max(x0, a) && Math.min(y1, d) > Math.max(y0, b)));
     const told = values => `${number(sum(values))} of its attention is on the picture`
-      + (view.evidence.length ? `, ${number(sum(values.filter((_, i) => here[i])))} on the evidence` : "");
+      + (view.evidence.length ? `, ${number(sum(values.filter((_, i) => here[i])))} on the evidence` : "")
+      + (sinks.size ? `, ${number(sum(values.filter((_, i) => sinks.has(i))))} on sinks` : "");
     const from = word === "" ? "the question" : `“${view.words[+word]}”`;
     const one = (place, heading, values) => place.replaceChildren(make("h3", { textContent: heading }),
-      make("div", { className: "strip" + (view.pictures.length > 1 ? " many" : "") }, ...stages(values, most)),
+      make("div", { className: "strip" + (view.pictures.length > 1 ? " many" : "") }, ...stages(values, most, sinks, hidden)),
       make("p", { className: "soft", textContent: values ? told(values) : "" }));
     one(part.reading, state.head ? `${state.head} reads ${from}` : "The picture", reading);
     part.answering.hidden = !state.head;
     if (state.head) one(part.answering, `${state.head} as it answers`, last);
   };
 
+  const sinksOf = name => new Set(name ? view.sinks[about.layers.indexOf(+name.slice(1).split("H")[0])] : []);
   const drawBoxes = () => {
+    const n = sinksOf(state.head).size, hide = make("input", { type: "checkbox", className: "hide-sinks", checked: at("sinks") === "hidden",
+      on: { change: event => go({ sinks: event.target.checked ? "hidden" : "" }) } });
+    const sinks = n ? make("label", { className: "soft", title: SINKS[view.sinks_by] }, hide, ` hide ${plural(n, "sink")} of this layer`) : "";
     const clear = make("button", { type: "button", textContent: "Clear the box", className: "clear", hidden: !view.drawn, on: { click: () => go({ boxes: "" }) } });
     part.boxes.replaceChildren(make("p", { className: "soft", textContent: view.drawn ? "The evidence is what you drew; with Shift, another box is added."
-      : view.evidence.length ? "Outlined: the evidence. Drag a box to ask about another place." : "Drag a box over what holds the answer: scores count attention in it." }), clear);
+      : view.evidence.length ? "Outlined: the evidence. Drag a box to ask about another place." : "Drag a box over what holds the answer: scores count attention in it." }), clear, sinks);
   };
 
   const bar = (p, low, high) => make("td", { vars: { p, low: low ?? p, high: high ?? p }, className: "bar" + (low == null ? "" : " range"),

@@ -41,7 +41,7 @@ from mech.experiments.ranking.ranking import Head, Heads, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.identity import weight_digest
 from mech.model import HookedMLLM
-from mech.results import provenance
+from mech.results import heads_text, provenance
 from mech.scale.measures import per_sample, running
 from mech.sparse.dynamic import chosen, reach
 from mech.sparse.frontier.speed import speed_dataset
@@ -361,7 +361,7 @@ def _dataset(
 ) -> xr.Dataset:
     coords: dict[str, Any] = {EXAMPLE: (EXAMPLE, np.asarray(ids, dtype=str))}
     facts = {"choice": setting.choice, "share": setting.share, "n_kv_heads": setting.n_kv_heads, "draw": setting.draw,
-             "flops": flops, "kv_bytes": kv_bytes}  # fmt: skip
+             "flops": flops, "kv_bytes": kv_bytes, "heads": heads_text(setting.heads)}  # fmt: skip
     coords |= {name: (CONDITION, np.array([value])) for name, value in facts.items()}
     data = xr.Dataset({name: ((CONDITION, EXAMPLE), values[None]) for name, values in scores.items()}, coords)
     data["accuracy"].attrs.update(unit="share of answers, 0 or 1 per example", sign="more: better")

@@ -116,9 +116,10 @@ def stage(picture: Picture, marks: str = "", *, dim: bool = False, evidence: Ite
     return f'<div class="stage{" dim" if dim else ""}" style="{size}">{pixels}{drawn}</div>'
 
 
-def mark(rect: Rectangle, colour: str, opacity: float, tip: str) -> str:
+def mark(rect: Rectangle, colour: str, opacity: float, tip: str, kind: str = "") -> str:
     """A coloured rectangle; pointing at it says ``tip``."""
-    return f'<rect {place(rect)} fill="{colour}" fill-opacity="{opacity:.2f}" data-tip="{escape(tip)}"/>'
+    named = f'class="{kind}" ' if kind else ""
+    return f'<rect {named}{place(rect)} fill="{colour}" fill-opacity="{opacity:.2f}" data-tip="{escape(tip)}"/>'
 
 
 def refuse_many(marks: int) -> None:

@@ -39,10 +39,31 @@
   };
   const drawSoon = plot => waiting.push(plot) === 1 && setTimeout(drawNext);
   // Pictures carry their marks in a template: a study has tens of thousands of them, of which few are ever looked at.
-  const mark = stage => stage.querySelectorAll(":scope > template").forEach(async marks => {
+  const mark = stage => Promise.all([...stage.querySelectorAll(":scope > template")].map(async marks => {
     if ("gzip" in marks.dataset) marks.innerHTML = await unpack(marks.content.textContent);
     marks.replaceWith(marks.content);
-  });
+    const figure = stage.closest("figure[data-most]");
+    if (figure && root.classList.contains("without-sinks")) recolour(figure);
+  }));
+  // Sinks shown or hidden: all maps that know theirs are coloured anew on the scale that is left.
+  const HEAT = css("heat").split(/,\s*/).map(colour => [1, 3, 5].map(i => parseInt(colour.slice(i, i + 2), 16)));
+  const heat = strength => {
+    const at = Math.min(Math.max(strength, 0), 1) * (HEAT.length - 1), i = Math.min(Math.floor(at), HEAT.length - 2);
+    return `rgb(${HEAT[i].map((from, j) => Math.round(from + (HEAT[i + 1][j] - from) * (at - i)))})`;
+  };
+  const recolour = figure => {
+    const without = root.classList.contains("without-sinks"), most = +(without ? figure.dataset.mostWithout : figure.dataset.most);
+    figure.querySelectorAll(".stage.dim rect[data-tip]").forEach(rect => {
+      const strength = rect.dataset.tip.match(/\d[\d.e+-]*/)[0] / most;
+      rect.setAttribute("fill", heat(strength));
+      rect.setAttribute("fill-opacity", strength < 0.02 || (without && rect.matches(".sink")) ? 0 : 0.85 * Math.min(1, strength + 0.1));
+    });
+  };
+  const hideSinks = on => {
+    root.classList.toggle("without-sinks", on);
+    document.querySelectorAll(".hide-sinks").forEach(box => { box.checked = on; });
+    document.querySelectorAll("figure[data-most]").forEach(recolour);
+  };
   const whenSeen = act => new IntersectionObserver((entries, observer) => entries.forEach(entry => {
     if (!entry.isIntersecting) return;
     observer.unobserve(entry.target);
@@ -100,7 +121,8 @@
       return make("tr", {}, make("th", { textContent: label }), make("td", {},
         typeof values[at] === "string" ? values[at] : number(values[at], unit), make("small", { textContent: interval })));
     });
-    const maps = [...document.querySelectorAll(`#maps-${setting} figure[data-head="${name}"]`)].map(one => one.cloneNode(true));
+    const drawnIn = part => [...document.querySelectorAll(`#${part}-${setting} figure[data-head="${name}"]`)];
+    const found = drawnIn("maps"), maps = (found.length ? found : drawnIn("tenths")).map(one => one.cloneNode(true));
     maps.forEach(one => one.querySelectorAll(".stage").forEach(mark));
     const close = make("button", { type: "button", textContent: "Close", className: "close", autofocus: true });
     close.addEventListener("click", () => dialog.close());
@@ -181,6 +203,7 @@
     if (event.target.matches(".csv")) save(event.target);
     if (event.target.matches("dialog")) event.target.close(); // beside it
   });
+  document.addEventListener("change", event => event.target.matches(".hide-sinks") && hideSinks(event.target.checked));
   document.addEventListener("keydown", event => {
     const part = event.target.closest?.("[data-opens]");
     if (part && (event.key === "Enter" || event.key === " ")) {

@@ -45,7 +45,7 @@ def head_data(setting: Setting, key: int) -> str:
         "order": [[layers[at[0]], int(at[1])] for at in order],
         "columns": columns,
         "said": said,
-        "elsewhere": "The study drew the heads at the top and the bottom of the ranking only. To see this one: "
+        "elsewhere": "The study did not draw this head. To see it: "
         "mech.view(mech.attention_maps(model, samples, ranking, bands={'mine': [(layer, head)]}), on=samples)",
     }
     return f'<span id="heads-{key}" hidden></span>{embedded_json(facts)}'

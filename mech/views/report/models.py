@@ -7,6 +7,7 @@ that says what is in it, and opens with a sentence that says what to see.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mech.results.schema import map_facts
 from mech.views import agreement, causal, curves, heatmap, overlay
 from mech.views.drawing.page import escape, table, tabs
 from mech.views.report.folder import Setting
@@ -56,9 +57,23 @@ def _domain(key: int, setting: Setting) -> str:
     )
     return (
         f'<p class="see">{_see_map(setting)}</p><div class="card" data-heads="{key}">'
-        f"{heatmap.map_and_ranks(heatmap.head_scores(setting.ram))}{top_table(setting, key)}{head_data(setting, key)}"
-        f"{folded}</div>"
+        f"{heatmap.map_and_ranks(heatmap.head_scores(setting.ram))}{_tenths(key, setting)}{top_table(setting, key)}"
+        f"{head_data(setting, key)}{folded}</div>"
     )
+
+
+def _tenths(key: int, setting: Setting) -> str:
+    """From the first heads of the ranking to the last, a picture each."""
+    row = overlay.tenths(setting.maps, setting.folder)
+    if not row:  # of an earlier version
+        return ""
+    facts = map_facts(setting.maps)[setting.maps.sizes["example"] // 2]
+    several = ", on the picture that holds the evidence" if len(facts["pictures"]) > 1 else ""
+    see = (
+        f"From high to low RAM: the middle head of each tenth of the ranking on one sample{several}, "
+        f"“{escape(facts['question'])}” Outlined: the evidence; <i>here</i>: the share of the head's attention on it."
+    )
+    return f'<div id="tenths-{key}"><p class="see">{see}</p>{row}</div>'
 
 
 def _see_map(setting: Setting) -> str:

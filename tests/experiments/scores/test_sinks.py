@@ -8,7 +8,7 @@ from mech.errors import ExperimentError
 from mech.experiments.attention.maps import attention_from
 from mech.experiments.scores.measure import Score, head_scores
 from mech.experiments.scores.ram import retrieval_attention_mass
-from mech.experiments.scores.sinks import KINDS, attention_sinks, sink_tokens, without_sinks
+from mech.experiments.scores.sinks import KINDS, attention_sinks, sink_tokens, with_sinks, without_sinks
 from mech.model import HookedMLLM
 from mech.reference import planted, tiny, tiny_processors
 
@@ -147,6 +147,9 @@ def test_sinks_on_the_border_are_reported_and_can_be_left_out_of_maps():
     assert not changed[~late].any(), "layer 0 comes before"
     assert np.flatnonzero(changed[late].any(0)).tolist() == [3, 5]
     assert (left["attention"].values[0][late][:, [3, 5]] == 0).all() and left.attrs["sinks"] == "left out"
+    marked = with_sinks(maps, model, samples, found)
+    assert ((marked["sink"] == 1) == (left["attention"] != maps["attention"])).all()
+    assert marked["attention"].equals(maps["attention"]) and marked.attrs["sinks"] == "by state, threshold 5"
     with pytest.raises(ExperimentError, match="the same samples in all three"):
         without_sinks(maps, model, [*samples, *samples], found)
 

@@ -150,6 +150,11 @@ def calls(given: Given) -> dict[str, Call]:
         "retrieval_table": Call(mech.retrieval_table, {}, {"result": "dataset"}),
         "modality_table": Call(mech.modality_table, {}, {"result": "dataset"}),
         "sink_tokens": Call(mech.sink_tokens, {}, {"result": "dataset"}),
+        "with_sinks": Call(
+            mech.with_sinks,
+            given.tested,
+            {"maps": "dataset", "model": "model", "samples": "samples", "found": "dataset"},
+        ),
         "without_sinks": Call(
             mech.without_sinks,
             given.tested,
