@@ -303,7 +303,11 @@ def test_the_first_screen_holds_the_pooled_numbers(study, written):
     summary = json.loads((study / "summary.json").read_text())
     rams = {(m, d): load(study / m / d / "ram.nc") for m, f in summary["models"].items() for d in f["domains"]}
     found = pooled(summary, rams)
-    questions = ["Do the top heads retrieve?", "Does the answer need them?", "Are a few dense heads enough, and faster?"]
+    questions = [
+        "Do the top heads retrieve?",
+        "Does the answer need them?",
+        "Are a few dense heads enough, and faster?",
+    ]
     assert [answer["question"] for answer in found["answers"]] == questions
     for answer in found["answers"]:
         assert f"{answer['question']} {answer['verdict']} {answer['text']}" in written.text

@@ -23,6 +23,7 @@ from mech.experiments.findings.cautions import ALPHA
 from mech.experiments.findings.words import FLOOR, TOP
 from mech.experiments.statistics import bootstrap_interval
 
+STEPS = {"prefill": "prefill", "a token": "decode"}  # what is timed, in words and in the summary
 Bounds = dict[str, float]
 Setting = tuple[str, str]
 LINES = ("top", "random", "bottom")
@@ -215,10 +216,9 @@ def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
     enough = {m: f for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "ram"}
     alone = [m for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "window"]
     n, margin = sum(f["n_test"] for f in accelerated.values()), 100 * next(iter(accelerated.values()))["margin"]
-    said = [_kept(model, facts) for model, facts in accelerated.items()]
     text = (
-        f"{'; '.join(said)}. A model counts if a few dense heads chosen by RAM lose less than {margin:.0f} points by "
-        f"the whole 95% interval{f', not {len(alone)} where the local window alone does' if alone else ''}. "
+        f"{_kept(accelerated)}. A model counts if a few dense heads chosen by RAM lose less than {margin:.0f} points "
+        f"by the whole 95% interval{f', not {len(alone)} where the local window alone does' if alone else ''}. "
         f"n = {n}, one domain for each model."
     )
     faster = sum(_is_faster(facts["recommended"]["speed"]) for facts in enough.values())
@@ -234,23 +234,32 @@ def _is_faster(speed: Mapping[str, Any] | None) -> bool:
     return bool(speed) and min(speed["prefill"]["low"], speed["decode"]["low"]) > 1
 
 
-def _kept(model: str, facts: Mapping[str, Any]) -> str:
-    """The recommended setting of a model, or the largest set of dense heads that was tried and is not enough."""
-    best = facts["recommended"]
-    if best is not None:
-        speed = _speed(best["speed"])
-        dense = f"{model}: with {best['n_kv_heads']} of {facts['n_kv_heads']} KV heads dense"
-        return f"{dense}, accuracy falls by {points(best['loss'])}{speed}"
-    tried = [entry for entry in facts["curve"] if entry["choice"] == "ram"]
-    most = max(tried, key=lambda entry: entry["share"], default=None)
-    if most is None:
-        return f"{model}: no set chosen by RAM"
-    dense = f"{model}: even with {most['n_kv_heads']} of {facts['n_kv_heads']} KV heads dense"
-    return f"{dense}, accuracy falls by {points(most['loss'])}"
+def _kept(accelerated: Mapping[str, Any]) -> str:
+    """What stays dense in each model and what that costs; the largest set that was tried where none is enough."""
+    best = {model: facts["recommended"] for model, facts in accelerated.items() if facts["recommended"] is not None}
+    said = []
+    if best:
+        listed = ", ".join(f"{m} {one['n_kv_heads']} of {accelerated[m]['n_kv_heads']}" for m, one in best.items())
+        worst = max((one["loss"] for one in best.values()), key=lambda loss: loss["mean"])
+        most = " at most" if len(best) > 1 else ""
+        said.append(f"KV heads that stay dense: {listed}; accuracy falls by {points(worst)}{most}")
+        timed = [one["speed"] for one in best.values() if one["speed"]]
+        said += [f"{name} is {_times(timed, kind)} as fast as dense" for name, kind in STEPS.items() if timed]
+    for model, facts in accelerated.items():
+        tried = [entry for entry in facts["curve"] if entry["choice"] == "ram"]
+        if model not in best and tried:
+            most = max(tried, key=lambda entry: entry["share"])
+            dense = f"{most['n_kv_heads']} of {facts['n_kv_heads']}"
+            said.append(f"{model} loses {points(most['loss'])} even with {dense} KV heads dense")
+        elif model not in best:
+            said.append(f"{model} has no set chosen by RAM")
+    return "; ".join(said)
 
 
-def _speed(speed: Mapping[str, Any] | None) -> str:
-    return f", prefill {speed['prefill']['mean']:.1f}x, decoding {speed['decode']['mean']:.1f}x" if speed else ""
+def _times(timed: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """How many times as fast, over models."""
+    low, high = (end(speed[kind]["mean"] for speed in timed) for end in (min, max))
+    return f"{low:.1f}x" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}x"
 
 
 def _answer(question: str, verdict: str, text: str) -> dict[str, str]:
