@@ -213,11 +213,16 @@ def test_sinks_are_hidden_and_the_rest_is_on_the_scale_that_is_left(page, engine
     most = int(run.attention[4, 1, -1].argmax())
     run.sinks[4, most] = True  # a sink that takes more than any other token
     page.open("sample=1&head=L4H1&word=1")
-    brightest = "return document.querySelectorAll('.answering .heat[fill=\"#fcfdbf\"] title')[0].textContent"
-    assert page.browser.run(brightest).endswith(", a sink") and "on sinks" in page.text(".answering .soft")
+    sinks = "return [...document.querySelectorAll('.heat title')].filter(one => one.textContent.endsWith(', a sink')).length"
+    strongest = (
+        "return Math.max(...[...document.querySelectorAll('.heat')].map(one => one.getAttribute('fill-opacity')))"
+    )
+    assert page.browser.run(sinks) and "on sinks" in page.text(".answering .soft")
+    assert page.browser.run(strongest) == 0.65
     page.click(".hide-sinks")
     page.settle("sinks=hidden")
-    assert len(page.browser.all(".answering .sink")) == 1 and not page.browser.run(brightest).endswith(", a sink")
+    assert page.browser.run(sinks) == 0 and len(page.browser.all(".answering .sink")) == 1
+    assert page.browser.run(strongest) == 0.65, "the scale ends at what is left"
     page.click(".hide-sinks")
     page.settle("word=1")
     assert "sinks" not in page.browser.driver.current_url and page.is_quiet()
