@@ -136,6 +136,9 @@ class Engine:
     def _second(self, state: State, sample: Sample) -> Sample:
         """The second picture, asked the same."""
         if state.other == BLANK:
+            if not sample.evidence:
+                raise InputError("the picture without its evidence, of which nothing is known", "a box over it",
+                                 "draw one on the picture, or choose another second picture")  # fmt: skip
             return without_evidence(sample)
         if state.other == COUNTERFACTUAL:
             if sample.counterfactual is None:

@@ -213,10 +213,9 @@ def test_sinks_are_hidden_and_the_rest_is_on_the_scale_that_is_left(page, engine
     most = int(run.attention[4, 1, -1].argmax())
     run.sinks[4, most] = True  # a sink that takes more than any other token
     page.open("sample=1&head=L4H1&word=1")
-    sinks = "return [...document.querySelectorAll('.heat title')].filter(one => one.textContent.endsWith(', a sink')).length"
-    strongest = (
-        "return Math.max(...[...document.querySelectorAll('.heat')].map(one => one.getAttribute('fill-opacity')))"
-    )
+    heat = "[...document.querySelectorAll('.heat')]"
+    sinks = f"return {heat}.filter(one => one.textContent.endsWith(', a sink')).length"
+    strongest = f"return Math.max(...{heat}.map(one => one.getAttribute('fill-opacity')))"
     assert page.browser.run(sinks) and "on sinks" in page.text(".answering .soft")
     assert page.browser.run(strongest) == 0.65
     page.click(".hide-sinks")

@@ -245,7 +245,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
         : [" → ", make("b", { className: "now", textContent: shown(now) }), make("span", { className: "soft", textContent: right })]));
     const kept = random?.sets.filter(one => one.same).length;
     const told = off.length ? make("p", { className: "soft twin", textContent: random?.sets.length
-      ? `${kept} of ${random.sets.length} random sets of ${plural(off.length, "other head")}, changed alike, leave the first token as it was.`
+      ? `${kept} of ${random.sets.length} random sets of ${plural(off.length, "other head")}, changed the same way, leave the first token as it was.`
       : random ? "There are not as many other heads to compare with." : "As many random heads …" }) : "";
     const table = make("table", { className: "tokens" }, make("thead", {}, make("tr", {}, ...["next token", "as it is", ...(off.length ? ["changed", "random heads"] : [])]
       .map(text => make("th", { textContent: text })))), make("tbody", {}, ...likely.map(({ text, before, now, others }) =>
@@ -350,7 +350,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     const values = scores(at("score")), order = values ? ranked(values).map(([one]) => one) : [], off = heads(state.off).includes(name);
     const rank = order.indexOf(name) + 1;
     const list = paths && make("ol", { className: "paths" }, ...paths.map(({ from, into, effect }) => make("li", {},
-      /^L\d+H\d+$/.test(from) ? make("button", { type: "button", className: "link", textContent: from, on: { click: () => go({ head: from }) } }) : from,
+      from === "embed" ? "token embeddings" : /^L\d+H\d+$/.test(from) ? make("button", { type: "button", className: "link", textContent: from, on: { click: () => go({ head: from }) } }) : from,
       ` → its ${{ q: "queries", k: "keys", v: "values" }[into]}: ${number(effect)} of the gap`)));
     part.head.replaceChildren(make("h3", {}, name, make("small", { textContent: rank ? ` rank ${rank} of ${order.length} by ${SCORES[at("score")][1]}` : "" })),
       make("p", { textContent: tell(name) }), siblings(name),
