@@ -101,7 +101,7 @@ def test_a_head_is_looked_at_switched_off_and_on(page, engine):
     before = page.text(".before")
     page.click('.map [data-head="L0H2"]')
     page.settle("head=L0H2")
-    assert page.text(".reading h3") == "L0H2 reads the question" and page.text(".answering h3") == "L0H2 as it answers"
+    assert page.text(".reading h3") == "L0H2 from the question" and page.text(".answering h3") == "L0H2 as it answers"
     looks = engine.ask({"action": "head", "state": "head=L0H2"})
     shown = page.browser.run("return [...document.querySelectorAll('.reading .heat title')].map(e => +e.textContent)")
     most = max(looks["question"] + looks["last"])

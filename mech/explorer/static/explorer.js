@@ -11,7 +11,7 @@ const SCORES = {
 const LATER = ["writes", "effect"]; // scores that cost passes of their own
 const WAYS = {
   mean: "its mean over other samples", zero: "zero", resample: "its output at a random other place",
-  patch: "its output on the second picture", pull: "attention pulled to the evidence",
+  patch: "its output on the second picture", pull: "attention pulled to evidence",
 };
 const SINKS = {
   state: "Tokens whose state peaks in one dimension at 20 times its root mean square or more",
@@ -214,7 +214,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     const one = (place, heading, values) => place.replaceChildren(make("h3", { textContent: heading }),
       make("div", { className: "strip" + (view.pictures.length > 1 ? " many" : "") }, ...stages(values, most, sinks, hidden)),
       make("p", { className: "soft", textContent: values ? told(values) : "" }));
-    one(part.reading, state.head ? `${state.head} reads ${from}` : "The picture", reading);
+    one(part.reading, state.head ? `${state.head} from ${from}` : "The picture", reading);
     part.answering.hidden = !state.head;
     if (state.head) one(part.answering, `${state.head} as it answers`, last);
   };
@@ -226,7 +226,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     const sinks = n ? make("label", { className: "soft", title: SINKS[view.sinks_by] }, hide, ` hide ${plural(n, "sink")} of this layer`) : "";
     const clear = make("button", { type: "button", textContent: "Clear the box", className: "clear", hidden: !view.drawn, on: { click: () => go({ boxes: "" }) } });
     part.boxes.replaceChildren(make("p", { className: "soft", textContent: view.drawn ? "The evidence is what you drew; with Shift, another box is added."
-      : view.evidence.length ? "Outlined: the evidence. Drag a box to ask about another place." : "Drag a box over what holds the answer: scores count attention in it." }), clear, sinks);
+      : view.evidence.length ? "Outlined: the evidence. Drag a box to mark other evidence." : "Drag a box over what holds the answer: scores count attention in it." }), clear, sinks);
   };
 
   const bar = (p, low, high) => make("td", { vars: { p, low: low ?? p, high: high ?? p }, className: "bar" + (low == null ? "" : " range"),
