@@ -7,6 +7,7 @@ a forward pass. Nothing here knows about models, tensors or files.
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Self
 
 LONGEST = 800  # characters of what was given that a message shows
 # All but line breaks and tabs; those that turn text round; and halves of a character, which cannot be printed.
@@ -35,6 +36,12 @@ class MechError(ValueError):
         self.given, self.expected, self.do = given, expected, do
         parts = [given, expected and f"Expected: {expected}", do and f"Try: {do}"]
         super().__init__(printable("\n".join(part for part in parts if part)))
+
+    @classmethod
+    def unknown(cls, what: str, name: str, known: Iterable[str]) -> Self:
+        """No ``what`` is called so; the known ones are listed, and the nearest is suggested."""
+        known = list(known)
+        return cls(f"no {what} is called {name!r}", ", ".join(known), suggestion(name, known))
 
 
 class PointError(MechError):

@@ -34,7 +34,7 @@ from mech.data.haystacks import DOMAINS, haystacks
 from mech.data.jsonl import check_domain
 from mech.data.pictures import pixel_digest, png, shows
 from mech.data.samples import Samples, pictures_of
-from mech.errors import ExperimentError, OutputError, UnsupportedModel, suggestion
+from mech.errors import ExperimentError, OutputError, UnsupportedModel
 from mech.experiments.ablation.ablation import Condition, How, ablated
 from mech.experiments.ablation.design import CLAIM, Design
 from mech.experiments.ablation.forms import Scenes, forms_in
@@ -148,7 +148,7 @@ def _refuse(domains: Sequence[str] | None, data: Samples | None) -> None:
     for domain in domains or ():
         known = data.domains if data is not None else DOMAINS
         if domain not in known:
-            raise ExperimentError(f"no domain is called {domain!r}", ", ".join(known), suggestion(domain, known))
+            raise ExperimentError.unknown("domain", domain, known)
     if lacking := [sample.id for sample in data or () if not sample.evidence]:
         what = f"{len(lacking)} samples have no evidence, the first is {lacking[0]!r}"
         raise ExperimentError(what, "samples that say where the evidence is", "set Sample(evidence=(mech.Box(...),))")

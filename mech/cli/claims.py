@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mech.cli import options
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 
 EPILOG = (
     "[bold]mech claims -m reference:qwen-s -d video[/]\n\n"
@@ -37,7 +37,7 @@ def claims(
 
     for name in only or ():
         if name not in KNOWN:
-            raise ExperimentError(f"no point is called {name!r}", ", ".join(KNOWN), suggestion(name, KNOWN))
+            raise ExperimentError.unknown("point", name, KNOWN)
     used, where = run.samples(domain, samples)
     if answer != "digit":
         if run.data is not None:

@@ -305,9 +305,7 @@ def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed
         known = samples.domains
         samples = samples.where(lambda sample: sample.domain == domain)
         if not len(samples):
-            raise ExperimentError(
-                f"no domain of {data} is called {domain!r}", ", ".join(known), suggestion(domain, known)
-            )
+            raise ExperimentError.unknown(f"domain of {data}", domain, known)
     return samples, domain or ", ".join(samples.domains)
 
 

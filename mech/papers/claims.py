@@ -7,7 +7,7 @@ from typing import Any
 
 from mech.arguments import Count, Progress, Seed, checked
 from mech.data.samples import Samples, SomeSamples
-from mech.errors import ExperimentError, MechError, suggestion
+from mech.errors import ExperimentError, MechError
 from mech.experiments.findings.cautions import few_samples, few_sets, unstable
 from mech.experiments.findings.summary import stability
 from mech.experiments.findings.words import TOP
@@ -30,7 +30,7 @@ class Claims(Mapping[str, Point]):
 
     def __getitem__(self, key: str) -> Point:
         if key not in self.points:
-            raise ExperimentError(f"no point is called {key!r}", ", ".join(self.points), suggestion(key, self.points))
+            raise ExperimentError.unknown("point", key, self.points)
         return self.points[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -108,7 +108,7 @@ def published_claims(
     wanted = list(KNOWN) if only is None else [only] if isinstance(only, str) else list(only)
     for name in wanted:
         if name not in KNOWN:
-            raise ExperimentError(f"no point is called {name!r}", ", ".join(KNOWN), suggestion(name, KNOWN))
+            raise ExperimentError.unknown("point", name, KNOWN)
     bench = Bench.of(model, Samples(samples), n_random=n_random, seed=seed, batch_size=batch_size)
     found: dict[str, Point] = {}
     for name in wanted:

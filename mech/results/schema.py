@@ -230,7 +230,7 @@ def maps_dataset(
 def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
     """The dataset itself if it is what ``kind`` promises, otherwise an ``OutputError`` that names what is wrong."""
     if kind not in KINDS:
-        raise OutputError(f"no kind of result is called {kind!r}", ", ".join(KINDS), suggestion(kind, KINDS))
+        raise OutputError.unknown("kind of result", kind, KINDS)
     layout = KINDS[kind]
     for what, required, present in (
         ("variable", layout.variables, dataset.data_vars),

@@ -26,7 +26,7 @@ from mech.arguments import Count, Seed, checking
 from mech.data.hub import documents, grounding, needles, reading
 from mech.data.hub.source import Record, Source
 from mech.data.samples import Sample, Samples
-from mech.errors import InputError, MechError, OutputError, suggestion
+from mech.errors import InputError, MechError, OutputError
 from mech.files import parse_json, read_text
 
 SOURCES = {known.name: known for part in (grounding, documents, needles, reading) for known in part.SOURCES}
@@ -45,7 +45,7 @@ def source(name: str) -> Source:
         InputError: an unknown name.
     """
     if name not in SOURCES:
-        raise InputError(f"no published set is called {name!r}", ", ".join(SOURCES), suggestion(name, SOURCES))
+        raise InputError.unknown("published set", name, SOURCES)
     return SOURCES[name]
 
 

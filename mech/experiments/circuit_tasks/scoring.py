@@ -21,7 +21,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from mech.arguments import Count, Progress, Seed, checked
-from mech.errors import ExperimentError, suggestion
+from mech.errors import ExperimentError
 from mech.experiments.attribution.edges import edge_attribution
 from mech.experiments.circuit_tasks.curves import SHARES, area, auroc
 from mech.experiments.circuit_tasks.graph import CircuitGraph, Shape
@@ -153,7 +153,7 @@ def _entries(
             raise ExperimentError(f"entries={entries!r}", "a list of names, at least one", 'use entries=["eap_ig"]')
         for name in entries:
             if name not in METHODS:
-                raise ExperimentError(f"no entry is called {name!r}", ", ".join(ENTRIES), suggestion(name, ENTRIES))
+                raise ExperimentError.unknown("entry", name, ENTRIES)
         return {name: METHODS[name] for name in entries}
     shape = Shape.of(task.model)
     for name, graph in entries.items():

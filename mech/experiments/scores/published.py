@@ -161,7 +161,7 @@ def score_called(name: str) -> Score:
         ExperimentError: there is none.
     """
     if name not in PUBLISHED:
-        raise ExperimentError(f"no score is called {name!r}", ", ".join(PUBLISHED), suggestion(name, PUBLISHED))
+        raise ExperimentError.unknown("score", name, PUBLISHED)
     return PUBLISHED[name]
 
 

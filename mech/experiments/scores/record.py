@@ -224,7 +224,7 @@ def check_names(names: Sequence[str]) -> None:
         ExperimentError: none, or an unknown one.
     """
     if unknown := [name for name in names if name not in SCORES]:
-        raise ExperimentError(f"no score is called {unknown[0]!r}", ", ".join(SCORES), suggestion(unknown[0], SCORES))
+        raise ExperimentError.unknown("score", unknown[0], SCORES)
     if not names:
         raise ExperimentError("no scores", "at least one", f"choose from {', '.join(SCORES)}")
 

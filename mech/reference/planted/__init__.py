@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float
 
 from mech.data.samples import Sample, Samples
-from mech.errors import UnsupportedModel, suggestion
+from mech.errors import UnsupportedModel
 from mech.inputs import Inputs, Processor, TokenLayout, build
 from mech.reference.planted.circuits import CIRCUITS, FAMILIES, NOTHING, RECENCY, WHOLE, Circuit, Effect, Roles
 from mech.reference.planted.planting import HEADS, LAYERS, PACE, SIDE, grow, processor
@@ -114,7 +114,7 @@ def circuit(name: str, family: str = "llava", dtype: torch.dtype = torch.float32
         UnsupportedModel: no such circuit, or not in this family.
     """
     if name not in CIRCUITS:
-        raise UnsupportedModel(f"no planted circuit is called {name!r}", ", ".join(NAMES), suggestion(name, NAMES))
+        raise UnsupportedModel.unknown("planted circuit", name, NAMES)
     planted = CIRCUITS[name]
     if family not in planted.families:
         raise UnsupportedModel(
