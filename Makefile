@@ -60,11 +60,11 @@ reference-smol: $(READY)
 	mkdir -p mech/reference/weights/smol && cp training/smol/* mech/reference/weights/smol/
 
 # Post-trains reference models for sparsity and measures what it gives: mech/reference/sparsity.json, which docs/sparsity.md
-# reads. Resumable; half an hour on one core.
+# reads, and the twins that ship. Resumable; some hours on one core.
 sparsity: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py train
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py measure
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py ship
+	for size in llava-s qwen-long; do for what in train measure ship; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py $$what --size $$size || exit 1; done; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparsity.py serve --size qwen-long
 
 training/%/card.json:
 	OMP_NUM_THREADS=1 $(BIN)/python -m mech.reference.train $* --out training

@@ -2,8 +2,9 @@
 
     python benchmarks/sparsity.py train   --out training/sparsity      # resumable; one process on one core
     python benchmarks/sparsity.py measure --out training/sparsity      # resumable; mech/reference/sparsity.json
-    python benchmarks/sparsity.py ship    --out training/sparsity      # reference:llava-s-sparse
-    make sparsity                                                      # all three
+    python benchmarks/sparsity.py serve   --out training/sparsity      # speeds and trials of mech.sparsify: the same
+    python benchmarks/sparsity.py ship    --out training/sparsity      # reference:llava-s-sparse, or another size's
+    make sparsity                                                      # all of it
 
 Every run starts from a model that ships with `mech` and goes on with its own kind of conversations, under one objective
 of `mech.sparse.training`. Runs of one seed see the same batches in the same order, the control among them. One domain
@@ -22,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sparsity_measures import measured
+from sparsity_measures import N_CAUSAL, measured
+from sparsity_served import BASE, RANKED_PAGES, TRIALS, rankings, speeds, trial
 from torch import nn
 
 from mech import HookedMLLM, Ranking, haystacks, localize
@@ -47,6 +49,8 @@ class Size:
         longest: visual tokens of the longest scenes it trains on; 0 for scenes of the default length.
         pictures: domain -> how many pictures the scenes have that it is tested on, where it is not the default.
         longer: pages of scenes that are longer than any it was trained on.
+        arms: what is run: the name of an objective -> how many of the seeds.
+        causal: seed -> samples of its causal report (to find, and as many to test), where they are fewer than 16.
     """
 
     seeds: dict[str, str]
@@ -54,21 +58,27 @@ class Size:
     new: str
     window: int
     steps: int
+    arms: Mapping[str, int]
     batch: int = 8
     longest: int = 0
     longer: int = 9
     pictures: Mapping[str, int] = field(default_factory=dict)
     sinks: int = 4
+    causal: Mapping[str, int] = field(default_factory=dict)
 
 
 SIZES = {
     "llava-s": Size(
         seeds={"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, domains=("documents", "pages"), new="grounding",
         window=16, steps=60, batch=6, longer=9,
+        arms={"control": 3, "constrained 0.1": 3, "far 10": 3, "constrained 0.02": 3, "far 1": 3, "entropy 0.3": 1,
+              "gates 0.2": 1},
     ),
     "qwen-long": Size(
         seeds={"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, domains=("pages", "video"), new="documents",
         window=64, steps=60, batch=4, longest=288, longer=32, pictures={"pages": 8, "video": 36},
+        arms={"control": 3, "constrained 0.1": 3, "far 10": 3, "one head": 1},
+        causal={"1": 6, "2": 6},
     ),
 }  # fmt: skip
 ARMS: dict[str, Objective] = {
@@ -79,7 +89,10 @@ ARMS: dict[str, Objective] = {
     "far 1": replace(OBJECTIVES["far"], strength=1.0),
     "entropy 0.3": OBJECTIVES["entropy"],
     "gates 0.2": replace(OBJECTIVES["gates"], strength=0.2),
+    "one head": replace(OBJECTIVES["constrained"], target=0.1),
 }
+MOST = {"one head": 1}  # key/value heads whose gates may stay open in the end
+SHIPPED = {"llava-s": ("0", "far 10"), "qwen-long": ("0", "one head")}
 
 
 def recipe_of(size: Size, name: str, seed: str) -> Recipe:
@@ -122,7 +135,7 @@ def training_of(name: str, seed: str, arm: str, steps: int | None = None) -> Spa
     steps = steps or size.steps
     return SparseTraining(
         model, objective, Policy((), size.sinks, size.window), batch, text_weights(model), steps=steps,
-        settle=2 * steps // 5 if objective.penalty == "gates" else 0, seed=int(seed),
+        settle=2 * steps // 5 if objective.penalty == "gates" else 0, most=MOST.get(arm), seed=int(seed),
     )  # fmt: skip
 
 
@@ -144,6 +157,7 @@ def train(name: str, seed: str, arm: str, out: Path) -> None:
               "sinks": training.policy.sinks, "window": training.policy.window, "curve": training.curve}  # fmt: skip
     if training.has_gates:
         record["dense_heads"] = [list(head) for head in training.dense_heads()]
+        record["most"] = training.most
         record["log_alpha"] = training.gates.log_alpha.detach().tolist()
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(folder.name, json.dumps(training.curve[-1]), record.get("dense_heads"), flush=True)
@@ -169,7 +183,8 @@ def measure(folder: Path, out: Path) -> None:
         per_group = model.cfg.n_heads // model.cfg.n_kv_heads
         mean = np.repeat(np.array(record["log_alpha"]), per_group, axis=1)
         gates = Ranking(mean, None, "gate", layers=model.cfg.attention_layers)
-    facts = measured(model, SIZES[record["size"]], gates)
+    size = SIZES[record["size"]]
+    facts = measured(model, size, gates, size.causal.get(record["seed"], N_CAUSAL))
     found["runs"][folder.name] = record | facts | {"measured_minutes": round((time.perf_counter() - began) / 60, 1)}
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(folder.name, found["runs"][folder.name]["measured_minutes"], "min", flush=True)
@@ -178,6 +193,39 @@ def measure(folder: Path, out: Path) -> None:
 def smallest(facts: Mapping[str, Any]) -> list[list[int]]:
     """The fewest dense heads that a measured run needs, by the ranking that needs fewest."""
     return min((one for one in facts["needed"].values() if one["n"] is not None), key=lambda one: one["n"])["heads"]
+
+
+def serve(name: str, out: Path, measures: Path) -> None:
+    """Into the JSON what is not there yet: trials of ``mech.sparsify``, rankings, speeds of policies that runs need."""
+    found = json.loads(measures.read_text(encoding="utf-8"))
+    part = found.setdefault("served", {}).setdefault(name, {"speed": [], "trials": {}, "rankings": {}})
+    model = HookedMLLM.from_pretrained(f"reference:{name}")
+
+    def write() -> None:
+        measures.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    for what, given in TRIALS.items():
+        if what not in part["trials"]:
+            part["trials"][what] = trial(model, given, out / f"{name}.{what.replace(' ', '-')}")
+            write()
+    for pages in RANKED_PAGES:
+        if str(pages) not in part["rankings"]:
+            part["rankings"][str(pages)] = rankings(model, pages)
+            write()
+    if not part["speed"]:
+        sets = {}
+        for run in found["runs"].values():
+            if run["size"] == name:
+                heads = smallest(run)
+                sets.setdefault(len(heads) / (model.cfg.n_layers * model.cfg.n_heads), heads)
+        part["speed"] = speeds(model, dict(sorted(sets.items())), BASE)
+        write()
+
+
+def answered(fast: Any, model: HookedMLLM, size: Size, domain: str) -> float:
+    """The share of 300 held-out questions, of the length that was trained on, that a served model answers."""
+    questions = quiz(model, haystacks(domain, 300, 9, n_pictures=size.pictures.get(domain)))
+    return round(float(ask(fast, questions)["accuracy"].mean()), 4)
 
 
 def ship(name: str, seed: str, arm: str, out: Path, as_name: str, measures: Path) -> None:
@@ -189,7 +237,7 @@ def ship(name: str, seed: str, arm: str, out: Path, as_name: str, measures: Path
     domains = (*SIZES[name].domains, SIZES[name].new)
     accuracy = {domain: held_out_accuracy(model.hf_model, model.processor, domain) for domain in domains}
     with localize(model, policy) as fast:
-        served = {d: round(float(ask(fast, quiz(model, haystacks(d, 300, 9)))["accuracy"].mean()), 4) for d in domains}
+        served = {domain: answered(fast, model, SIZES[name], domain) for domain in domains}
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "weights.safetensors", target / CHANGED)
     cfg = model.cfg
@@ -204,22 +252,25 @@ def ship(name: str, seed: str, arm: str, out: Path, as_name: str, measures: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train for sparsity, and measure what it gives.")
-    parser.add_argument("what", choices=["train", "measure", "ship"])
+    parser.add_argument("what", choices=["train", "measure", "serve", "ship"])
     parser.add_argument("--size", default="llava-s", choices=SIZES)
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", choices=["0", "1", "2"], help="by default as the size says")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="by default all of the size")
     parser.add_argument("--out", type=Path, default=Path("training/sparsity"))
     parser.add_argument("--json", type=Path, default=Path("mech/reference/sparsity.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for arm in given.arms:
-        for seed in given.seeds:
+    size = SIZES[given.size]
+    for arm in given.arms or size.arms:
+        for seed in given.seeds or list(size.seeds)[: size.arms.get(arm)]:
             if given.what == "train":
                 train(given.size, seed, arm, given.out)
             elif given.what == "measure":
                 measure(given.out / run_name(given.size, seed, arm), given.json)
-    if given.what == "ship":
-        ship(given.size, "0", "far 10", given.out, f"{given.size}-sparse", given.json)
+    if given.what == "serve":
+        serve(given.size, given.out, given.json)
+    elif given.what == "ship":
+        ship(given.size, *SHIPPED[given.size], given.out, f"{given.size}-sparse", given.json)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,15 @@ MARGIN = 0.01  # the loss of accuracy that is let pass: one point
 FAITHFUL = 0.8
 
 
-def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, Any]:
-    """Everything that is asked of one model; ``gates``: what its own training ranked, if it did."""
+def measured(model: HookedMLLM, size: Any, gates: Ranking | None, n_causal: int = N_CAUSAL) -> dict[str, Any]:
+    """Everything that is asked of one model.
+
+    Args:
+        model: the trained one.
+        size: how long its scenes are, and what local heads see.
+        gates: what its own training ranked, if it did.
+        n_causal: samples that test in the causal report, and samples that find.
+    """
     main = size.domains[0] if "pages" not in size.domains else "pages"
     find = {domain: drawn(size, domain, N_FIND, 50) for domain in size.domains}
     test = {domain: drawn(size, domain, N_TEST, 51) for domain in size.domains}
@@ -49,7 +56,7 @@ def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, A
     }
     ram = {domain: rank_heads(retrieval_attention_mass(model, some)) for domain, some in find.items()}
     report = causal_report(
-        model, test[main][:N_CAUSAL], ram[main], find=find[main][:N_CAUSAL], method=None, n_random=1, n_paths=0
+        model, test[main][:n_causal], ram[main], find=find[main][:n_causal], method=None, n_random=1, n_paths=0
     )
     causal = Ranking(report.heads["lost_find"].values, None, "lost", layers=model.cfg.attention_layers)
     if gates is None:
@@ -63,6 +70,7 @@ def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, A
     }
     best = min((one for one in needed.values() if one["n"] is not None), key=lambda one: one["n"])
     return {
+        "samples": {"find": N_FIND, "test": N_TEST, "causal": n_causal, "circuit": N_CIRCUIT},
         "accuracy": {name: interval(values) for name, values in dense.items()},
         "far_mass": far(model, size, find[main]),
         "ram": {domain: sparseness(ranking) for domain, ranking in ram.items()},
@@ -147,6 +155,11 @@ def far(model: HookedMLLM, size: Any, samples: Samples) -> float:
     return float(np.mean(masses))
 
 
+def longest(questions: Quiz) -> int:
+    """Tokens of the longest question, answer included."""
+    return max(int(batch.tensors["attention_mask"].sum(1).max()) for batch in questions.batches)
+
+
 def fewest(
     model: HookedMLLM, size: Any, ranking: Ranking, questions: dict[str, Quiz], dense: dict[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -175,11 +188,18 @@ def efficiency(
     questions: dict[str, Quiz],
     dense: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """What the smallest set costs at several lengths, and how it does on a new domain and on longer scenes."""
+    """What the smallest set costs at several lengths, and how it does on a new domain and on longer scenes.
+
+    Scenes that lie within sinks and window are left out: there the served model is the dense one.
+    """
     policy = Policy([tuple(head) for head in heads], size.sinks, size.window)
     costs = {length: policy.budgets(model.cfg, length) for length in LENGTHS}
     with localize(model, policy) as fast:
-        served = {name: ask(fast, questions[name])["accuracy"] for name in ("new", "longer")}
+        served = {
+            name: ask(fast, questions[name])["accuracy"]
+            for name in ("new", "longer")
+            if longest(questions[name]) > size.sinks + size.window
+        }
     return {
         "kv_bytes": {str(length): cost.kv_bytes for length, cost in costs.items()},
         "flops": {str(length): cost.flops for length, cost in costs.items()},

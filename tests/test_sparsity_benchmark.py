@@ -21,9 +21,9 @@ def scripts(monkeypatch):
     import sparsity
     import sparsity_measures
 
-    small = replace(sparsity.SIZES["llava-s"], steps=3, batch=2)
+    small = replace(sparsity.SIZES["llava-s"], steps=3, batch=2, causal={"0": 4})
     monkeypatch.setattr(sparsity, "SIZES", {"llava-s": small})
-    for name, value in (("N_FIND", 6), ("N_TEST", 6), ("N_CAUSAL", 4), ("N_CIRCUIT", 2), ("COUNTS", (0, 1, 48))):
+    for name, value in (("N_FIND", 6), ("N_TEST", 6), ("N_CIRCUIT", 2), ("COUNTS", (0, 1, 48))):
         monkeypatch.setattr(sparsity_measures, name, value)
     return sparsity
 
@@ -49,7 +49,7 @@ def test_a_run_is_trained_measured_and_shipped(scripts, tmp_path, monkeypatch):
     (shipped / "llava-s").symlink_to(reference.FOLDER / "llava-s")
     monkeypatch.setattr(scripts, "FOLDER", shipped)
     monkeypatch.setattr(scripts, "held_out_accuracy", lambda *_: 1.0)
-    monkeypatch.setattr(scripts, "haystacks", lambda domain, n, seed: mech.haystacks(domain, 2, seed))
+    monkeypatch.setattr(scripts, "haystacks", lambda domain, n, seed, **options: mech.haystacks(domain, 2, seed, **options))
     scripts.ship("llava-s", "0", "constrained 0.1", tmp_path, "toy-sparse", tmp_path / "sparsity.json")
     monkeypatch.setattr(reference, "FOLDER", shipped)
     twin, origin = (mech.HookedMLLM.from_pretrained(f"reference:{name}") for name in ("toy-sparse", "llava-s"))

@@ -20,9 +20,10 @@ EPILOG = (
 )
 
 Pictures = Annotated[
-    int | None,
+    list[int] | None,
     typer.Option(
-        help="Pages or frames of each generated sample, for models of long contexts.", callback=options.whole(1)
+        help="Pages or frames of a generated sample, for models of long contexts; repeatable: samples of each length.",
+        callback=options.whole(1),
     ),
 ]
 Window = Annotated[
@@ -42,18 +43,21 @@ class Local:
     sinks: Sinks = 4
 
     def samples(self, run: options.Run, n: int) -> tuple[Any, str]:
-        """The samples that the options mean, ``n`` at most, and what to call them."""
+        """The samples that the options mean, ``n`` at most, those of several lengths in turn; and what to call them."""
         import mech
+        from mech.data.samples import Samples
 
-        if self.pictures is None:
+        if not self.pictures:
             return run.samples(self.domain or ("pages" if run.data is None else None), n)
         if run.data is not None:
             raise ExperimentError(
                 "--pictures with --data", "one of the two: it is for generated samples", "leave one out"
             )
         domain = self.domain or "pages"
-        samples = mech.haystacks(domain, n, run.seed, n_pictures=self.pictures)
-        return samples, f"{domain} of {self.pictures} pictures"
+        each = -(-n // len(self.pictures))
+        drawn = [mech.haystacks(domain, each, run.seed, n_pictures=length) for length in self.pictures]
+        samples = Samples([sample for turn in zip(*drawn, strict=True) for sample in turn][:n])
+        return samples, f"{domain} of {' and '.join(map(str, self.pictures))} pictures"
 
 
 @dataclass(frozen=True)

@@ -114,4 +114,13 @@ def card(name: str) -> dict[str, Any]:
 
 def sparsity_runs() -> dict[str, dict[str, Any]]:
     """What was measured of models that were trained for sparsity, by run: see ``mech.sparse.training.compared``."""
-    return json.loads((FOLDER.parent / "sparsity.json").read_text(encoding="utf-8"))["runs"]
+    return _sparsity()["runs"]
+
+
+def sparsity_served() -> dict[str, dict[str, Any]]:
+    """How models do under few dense heads, by name: ``speed``, ``trials`` of ``sparsify``, and ``rankings`` beside."""
+    return _sparsity()["served"]
+
+
+def _sparsity() -> dict[str, Any]:
+    return json.loads((FOLDER.parent / "sparsity.json").read_text(encoding="utf-8"))

@@ -302,7 +302,7 @@ def sparsity_view(
         title: stands above a saved page.
     """
     mine = [run for run in runs.values() if run["size"] == size]
-    rows = [row for row in compared(runs) if row.size == size]
+    rows = [row for row in compared(runs) if row.size == size and row.values]
     arms = list(dict.fromkeys(run["arm"] for run in mine))
     by_name = {measure.name: measure for measure in MEASURES}
     figures = "".join(

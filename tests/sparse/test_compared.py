@@ -62,12 +62,32 @@ def test_an_arm_without_its_control_is_left_out_and_one_seed_has_no_interval():
 def test_the_answer_is_no_unless_both_sides_gain():
     rows = compared(three(ram=[1, 2, 1], gini=[0.3, 0.31, 0.3]))
     assert buys(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": True}
-    assert sentences(rows)[-1] == "Both at once: far 10."
+    assert sentences(rows)[-1] == "llava-s, both at once: far 10."
     rows = compared(three(ram=[1, 2, 1], blind=[9, 9, 8], gini=[0.1, 0.11, 0.1]))
     assert buys(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": False}
     counts = bought(rows, "llava-s", "far 10")["interpretability"]
     assert counts["worse"] == 2 and counts["better"] == 1  # the necessary set by RAM became smaller
-    assert sentences(rows)[-1].startswith("No objective bought") and "interpretability: no" in sentences(rows)[0]
+    assert sentences(rows)[-1].startswith("llava-s: no objective bought")
+    assert "interpretability: no" in sentences(rows)[0]
+
+
+def test_each_size_is_answered_for_itself_and_what_was_not_measured_does_not_count():
+    runs = three(ram=[1, 2, 1], gini=[0.3, 0.31, 0.3])
+    for name, one in three(gini=[0.1, 0.11, 0.1]).items():
+        runs[f"qwen-long.{name}"] = one | {"size": "qwen-long"}
+        runs[f"qwen-long.{name}"]["efficiency"]["lost"] = {"longer": {"mean": 0.0}}
+    rows = compared(runs)
+    assert sentences(rows)[-2:] == [
+        "llava-s, both at once: far 10.",
+        "qwen-long: no objective bought efficiency and interpretability at once in this experiment.",
+    ]
+    there, absent = (
+        next(one for one in rows if one.size == size and one.measure.name == "served: lost on the new domain")
+        for size in ("llava-s", "qwen-long")
+    )
+    assert there.verdict == "no difference seen" and absent.verdict == "not measured"
+    assert buys(rows, "qwen-long", "far 10") == {"efficiency": False, "interpretability": False}
+    assert absent.measure.name not in sparsity_view(runs, "qwen-long")._repr_html_()
 
 
 def test_the_best_ranking_is_the_one_that_needs_fewest():

@@ -7,13 +7,15 @@ import torch
 
 import mech
 from mech.cli import app
+from mech.cli.accelerate import Local
+from mech.cli.options import Run
 from mech.errors import ExperimentError, UnsupportedModel
 from mech.experiments.metrics import ask, quiz
 from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
 from mech.reference.planted import circuit
 from mech.sparse.training.lora import Lora
-from mech.sparse.training.sparsify import load_sparsified
+from mech.sparse.training.sparsify import by_length, load_sparsified
 
 SHORT = {"sinks": 1, "window": 8, "steps": 60, "batch_size": 4}
 
@@ -81,6 +83,18 @@ def test_what_cannot_be_is_refused_before_anything_runs(planted, monkeypatch, gi
     monkeypatch.setattr(model.hf_model, "forward", None)
     with pytest.raises(ExperimentError, match=says):
         mech.sparsify(model, samples, **SHORT | given)
+
+
+def test_samples_of_several_lengths_are_taken_by_length_and_stay_a_sample_each():
+    model = HookedMLLM.from_pretrained("reference:qwen-long")
+    samples, called = Local(pictures=[8, 3]).samples(Run(), 5)
+    assert [len(sample.images) for sample in samples] == [8, 3, 8, 3, 8] and called == "pages of 8 and 3 pictures"
+    assert len({sample.id for sample in samples}) == 5
+    ordered = by_length(model, samples, sinks=4, window=64)
+    assert [len(sample.images) for sample in ordered] == [3, 3, 8, 8, 8]
+    assert {sample.id for sample in ordered} == {sample.id for sample in samples}
+    with pytest.raises(ExperimentError, match=r"a sample of \d+ tokens, which lies within 4 sinks"):
+        by_length(model, samples, sinks=4, window=200)
 
 
 def test_layers_that_share_keys_and_values_are_refused():

@@ -190,7 +190,8 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(name, tmp_path, mo
     assert [entry["task"] for entry in again.curve] == [round(entry["task"], 4) for entry in whole.curve]
 
 
-def test_settled_gates_no_longer_move_and_a_limit_holds():
+def test_settled_gates_no_longer_move_and_a_limit_holds(monkeypatch):
+    monkeypatch.setattr("mech.sparse.training.loop.ALONE", 0)
     run = training(hooked(), replace(OBJECTIVES["gates"], strength=1.0), steps=4, settle=2)
     run.most = 3
     run.step(0)
@@ -236,6 +237,23 @@ def test_what_closes_is_what_costs_least_and_fits_into_the_room(monkeypatch):
     run.strength.mean = 1.1
     run._close(5, run.batch(0))
     assert int((~run.gates.chosen()).sum()) == 1
+
+
+@pytest.mark.parametrize(("alone", "kept", "loss"), [(64, [[1, 1]], 1), (0, [[0, 1]], 3)])
+def test_where_few_may_stay_open_those_stay_that_do_best_with_no_others(monkeypatch, alone, kept, loss):
+    monkeypatch.setattr("mech.sparse.training.loop.ALONE", alone)
+    run = training(hooked(), OBJECTIVES["constrained"], steps=9, settle=9)
+    every = {(i, group) for i, group in run.gates.chosen().nonzero().tolist()}
+
+    def closed(_, places=()):
+        """(0, 0) and (0, 1) do it together and not alone; what (1, 1) does is not needed beside them."""
+        still_open = every - set(places) - {tuple(place) for place in (~run.gates.chosen()).nonzero().tolist()}
+        return 0 if {(0, 0), (0, 1)} <= still_open else 1 if (1, 1) in still_open else 3
+
+    monkeypatch.setattr(run, "_closed", closed)
+    run.most = 1
+    run._limit(0, run.batch(0))
+    assert run.gates.chosen().nonzero().tolist() == kept and closed(None) == loss
 
 
 def test_gates_that_are_closed_later_stand_above_those_closed_before():

@@ -51,6 +51,12 @@ def _accuracy(run: Run, *tests: str) -> float:
     return float(np.mean([run["accuracy"][test]["mean"] for test in tests]))
 
 
+def _served(run: Run, test: str) -> float | None:
+    """What is lost there with few dense heads; None where all of it lies within the window."""
+    lost = run["efficiency"]["lost"].get(test)
+    return None if lost is None else lost["mean"]
+
+
 def _smallest(run: Run, what: str, order: str) -> float | None:
     return run["causal"]["smallest"][what].get(order)
 
@@ -63,8 +69,8 @@ MEASURES = (
     Measure("KV heads needed, best ranking", EFFICIENCY, -1, needed),
     Measure("KV heads needed, ranked by RAM", EFFICIENCY, -1, lambda run: needed(run, "ram")),
     Measure("KV bytes at 8,192 tokens", EFFICIENCY, -1, lambda run: run["efficiency"]["kv_bytes"]["8192"]),
-    Measure("served: lost on the new domain", EFFICIENCY, -1, lambda run: run["efficiency"]["lost"]["new"]["mean"]),
-    Measure("served: lost on longer scenes", EFFICIENCY, -1, lambda run: run["efficiency"]["lost"]["longer"]["mean"]),
+    Measure("served: lost on the new domain", EFFICIENCY, -1, lambda run: _served(run, "new")),
+    Measure("served: lost on longer scenes", EFFICIENCY, -1, lambda run: _served(run, "longer")),
     Measure("heads that hold half of RAM", INTERPRETABILITY, -1, lambda run: _ram(run, "half_mass_share")),
     Measure("Gini index of RAM", INTERPRETABILITY, 1, lambda run: _ram(run, "gini")),
     Measure("RAM against effect (Spearman)", INTERPRETABILITY, 1, lambda run: run["causal"]["agreement"]["mean"]),
@@ -99,7 +105,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, ``no difference seen``; ``one seed`` where there is no interval."""
+        """``better``, ``worse``, ``no difference seen``; ``one seed``, without an interval, or ``not measured``."""
+        if not self.values:
+            return "not measured"
         if len(self.values) < 2:
             return "one seed"
         if self.low <= 0 <= self.high:
@@ -142,12 +150,12 @@ def bought(rows: Sequence[Comparison], size: str, arm: str) -> dict[str, dict[st
 
 
 def buys(rows: Sequence[Comparison], size: str, arm: str) -> dict[str, bool | None]:
-    """Whether an arm buys efficiency, and interpretability: more measures better than worse; None with one seed."""
-    counts = bought(rows, size, arm)
-    return {
-        side: None if counts[side]["one seed"] else counts[side]["better"] > counts[side]["worse"]
-        for side in (EFFICIENCY, INTERPRETABILITY)
-    }
+    """Whether an arm buys efficiency, and interpretability: more measures better than worse; None without intervals."""
+    counts, found = bought(rows, size, arm), {}
+    for side in (EFFICIENCY, INTERPRETABILITY):
+        better, worse, undecided = (counts[side][word] for word in ("better", "worse", "no difference seen"))
+        found[side] = better > worse if better + worse + undecided else None
+    return found
 
 
 def sentences(rows: Sequence[Comparison]) -> list[str]:
@@ -171,9 +179,10 @@ def _sentences(rows: Sequence[Comparison]) -> Iterator[str]:
             for side, bought_ in answer.items()
         ]
         yield f"{size}, {arm} ({n} seeds): {lost}. Bought {'; '.join(said)}."
-    arms = {(row.size, row.arm) for row in rows}
-    both = sorted(arm for size, arm in arms if all(buys(rows, size, arm).values()))
-    yield (
-        f"Both at once: {', '.join(both)}." if both
-        else "No objective bought efficiency and interpretability at once in this experiment."
-    )  # fmt: skip
+    for size in dict.fromkeys(row.size for row in rows):
+        arms = dict.fromkeys(row.arm for row in rows if row.size == size)
+        both = [arm for arm in arms if all(buys(rows, size, arm).values())]
+        yield (
+            f"{size}, both at once: {', '.join(both)}." if both
+            else f"{size}: no objective bought efficiency and interpretability at once in this experiment."
+        )  # fmt: skip

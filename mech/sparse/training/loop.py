@@ -36,6 +36,7 @@ from mech.sparse.training.objectives import Objective, Strength, spread
 
 EVERY = 20  # steps between two entries of the curve, and two checkpoints
 PATIENCE = 6  # steps that weights have to make up for gates that were closed, before others are
+ALONE, PROBES = 64, 4  # sets that are tried where few gates may stay open, and batches that they are tried on
 TRIED = 16  # open gates, the lowest, that are tried before some close
 REST = 1 / 3  # of the steps that settle: the last ones, in which no gate closes
 
@@ -119,7 +120,7 @@ class SparseTraining:
         """One step; returns ``task``, ``figure``, ``penalty`` and ``strength``."""
         batch, searching = self.batch(step), step < self.steps - self.settle
         if step == self.steps - self.settle and self.has_gates:
-            self._limit(batch)
+            self._limit(step, batch)
         task, figure, penalty = self._forward(batch, step, searching)
         strength = self.strength.at(step) if searching else 0.0
         for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
@@ -151,12 +152,32 @@ class SparseTraining:
         mass = torch.stack(found)
         return *loss, mass.mean() if self.objective.penalty == "far" else spread(mass)
 
-    def _limit(self, batch: Batch) -> None:
+    def _limit(self, step: int, batch: Batch) -> None:
         """Where settling begins: no more open gates than there may be, and a mean loss that knows only those steps."""
         self.strength.forget()
+        if self.most is not None and self.most * int(self.gates.chosen().sum()) <= ALONE:
+            self._keep(self.most, [batch, *(self.batch(step + i) for i in range(1, PROBES))])
         while self.most is not None and (over := int(self.gates.chosen().sum()) - self.most) > 0:
             places = self._cheapest(batch)
             self.gates.close([place for place, _ in places[: max(1, min(over, len(places) // 2))]])
+
+    def _keep(self, most: int, batches: Sequence[Batch]) -> None:
+        """Close all but the gates that do best with no others, found one after the other.
+
+        Closing what is cheapest would not find them: of heads that stand in for one another each costs nothing, until
+        the last of them is gone.
+        """
+        places = [(i, group) for i, group in self.gates.chosen().nonzero().tolist()]
+        if len(places) <= most:
+            return
+        for _ in range(most):
+            loss = {
+                place: mean(self._closed(batch, [one for one in places if one != place]) for batch in batches)
+                for place in places
+            }
+            places.sort(key=lambda place: loss[place], reverse=True)
+            places.pop()
+        self.gates.close(places)
 
     def _close(self, step: int, batch: Batch) -> None:
         """Close some gates more, if the loss is within its target and there is time to make up for it."""

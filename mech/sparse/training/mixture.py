@@ -6,8 +6,8 @@
         model(inputs)
     torch.stack(masses)                                    # [layer head]
 
-The local branch is ``by_definition``, under the masks of ``mech.sparse.masks``: a gate of 0 gives the logits of
-``localize``, one of 1 those of the dense model.
+The local branch is ``split_heads``, the attention that ``localize`` runs, whose work is linear in the length: a gate of
+0 gives the logits of the served model, one of 1 those of the dense model.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
-from mech.sparse.kernels import by_definition
+from mech.sparse.kernels import split_heads
 from mech.sparse.masks import Near
+from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
 
 FINAL = "ln_final.hook_normalized"
@@ -38,7 +39,7 @@ def near_of(inputs: Inputs, policy: Policy) -> Near:
 def gated(model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Gates) -> Iterator[None]:
     """While open, every head puts out ``gate * dense + (1 - gate) * local``, with its KV head's gate.
 
-    Cost: every pair of positions is looked at twice, and kept for the way back.
+    Cost: that of dense attention and of local attention, and memory for both on the way back.
     """
     near = near_of(inputs, policy)
     place = {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
@@ -47,7 +48,7 @@ def gated(model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Gates) -> It
         if call.cross:  # a memory of visual tokens has no window
             return None
         heads, groups = call.q.shape[1], call.k.shape[1]
-        local = by_definition(call, near, torch.zeros(heads, dtype=torch.bool, device=call.q.device))
+        local = split_heads(call, near, Plan.of(torch.zeros(heads, dtype=torch.bool), groups))
         gate = gates[..., place[call.layer], :].to(call.z).repeat_interleave(heads // groups, dim=-1)
         gate = gate[:, None, :, None] if gate.ndim == 2 else gate[:, None]
         return gate * call.z + (1 - gate) * torch.nan_to_num(local)  # nothing is seen from a row of padding

@@ -153,7 +153,7 @@ def sparsify(
     refuse_without_groups(model)
     samples, most = Samples(samples), len(model.cfg.attention_layers) * model.cfg.n_kv_heads
     limit = most if at_most is None else head_count(at_most, most)
-    refuse_short(model, samples, sinks, window)
+    samples = by_length(model, samples, sinks, window)
     with localize(model, Policy((), sinks, window)):  # refuses layers that share keys and values
         pass
     adapter = Lora.fresh(model, rank, seed) if rank else None
@@ -171,18 +171,19 @@ def sparsify(
         return _settled(training, questions, teacher, adapter, samples)
 
 
-def refuse_short(model: HookedMLLM, samples: Samples, sinks: int, window: int) -> None:
-    """Refuse samples in which a local head loses nothing.
+def by_length(model: HookedMLLM, samples: Samples, sinks: int, window: int) -> Samples:
+    """The samples from the shortest to the longest, so that those of a batch are alike and none is mostly padding.
 
     Raises:
-        ExperimentError: a sample that lies within sinks and window.
+        ExperimentError: a sample that lies within sinks and window, in which a local head loses nothing.
     """
-    shortest = min(len(model.inputs_of(sample, answer=True).layout) for sample in samples)
-    if shortest <= sinks + window:
+    lengths = [len(model.inputs_of(sample, answer=True).layout) for sample in samples]
+    if min(lengths) <= sinks + window:
         raise ExperimentError(
-            f"a sample of {shortest} tokens, which lies within {sinks} sinks and a window of {window}",
+            f"a sample of {min(lengths)} tokens, which lies within {sinks} sinks and a window of {window}",
             "samples that are longer, so that a local head loses something", "make the window smaller",
         )  # fmt: skip
+    return Samples([samples[i] for i in np.argsort(lengths, kind="stable").tolist()])
 
 
 @torch.no_grad()
