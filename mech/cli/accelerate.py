@@ -12,6 +12,7 @@ from mech.errors import ExperimentError
 
 SPARSIFY = (
     "[bold]mech sparsify -m reference:qwen-long -d pages --pictures 6 --window 64 --out sparse[/]\n\n"
+    "[bold]mech sparsify --pictures 6 --pictures 32 --window 64 --out sparse[/]  lengths as they will be served\n\n"
     "[bold]mech sparsify -m FOLDER --data mine.jsonl --at-most 0.1 --rank 16 --out sparse[/]"
 )
 EPILOG = (

@@ -99,10 +99,12 @@ def test_the_shipped_runs_have_every_measure_and_are_drawn():
     runs = sparsity_runs()
     assert {one["seed"] for one in runs.values() if one["arm"] == "control"} == {"0", "1", "2"}
     for one in runs.values():
-        assert all(measure.of(one) is not None for measure in MEASURES if measure.name != "edges for 80% faithfulness")
+        absent = {measure.name for measure in MEASURES if measure.of(one) is None}
+        within = {"served: lost on the new domain"} if one["size"] == "qwen-long" else set()
+        assert within <= absent <= within | {"edges for 80% faithfulness"}
         assert one["curve"][-1]["step"] == one["steps"]
     page = sparsity_view(runs)._repr_html_()
-    for sentence in sentences(compared(runs)):
+    for sentence in sentences([row for row in compared(runs) if row.size == "llava-s"]):
         assert sentence.split(":")[0] in page
     worse = copy.deepcopy(runs)
     for one in worse.values():
@@ -112,12 +114,13 @@ def test_the_shipped_runs_have_every_measure_and_are_drawn():
 
 
 def test_what_the_page_says_beside_its_tables_holds_for_the_runs():
-    found = {one.measure.name: one for one in compared(sparsity_runs()) if one.arm == "far 10"}
+    rows = [one for one in compared(sparsity_runs()) if one.size == "llava-s"]
+    found = {one.measure.name: one for one in rows if one.arm == "far 10"}
     better = {name for name, one in found.items() if one.verdict == "better"}
     assert {"heads that hold half of RAM", "Gini index of RAM", "RAM across domains (Spearman)"} <= better
     same = ("smallest necessary set", "smallest sufficient set", "heads that matter without looking")
     assert all(found[name].verdict == "no difference seen" for name in (*same, "circuit of few edges (CMD)"))
     by_ram = found["necessary set, ranked by RAM"]
     assert set(by_ram.values) == {1} and min(by_ram.control) >= 2
-    gates = [one for one in compared(sparsity_runs()) if one.arm == "constrained 0.1"]
+    gates = [one for one in rows if one.arm == "constrained 0.1"]
     assert {one.verdict for one in gates} == {"no difference seen"}
