@@ -321,7 +321,9 @@ def run_section(name: str, bench: Bench, out: Path) -> None:
     with torch.no_grad():
         for row in SECTIONS[name](bench):
             rows.append(asdict(row))
-            out.write_text(json.dumps(rows), encoding="utf-8")
+            part = out.with_suffix(".part")  # a section may be stopped while it writes
+            part.write_text(json.dumps(rows), encoding="utf-8")
+            part.replace(out)
 
 
 def in_a_process(name: str, given: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
@@ -336,7 +338,8 @@ def in_a_process(name: str, given: argparse.Namespace) -> tuple[list[dict[str, A
                 words, capture_output=True, text=True, timeout=given.limit or LIMITS[name], check=False
             )
             if done.returncode:
-                why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                said = (done.stderr.strip().splitlines() or [""])[-1]
+                why = f"exit code {done.returncode}: {said}".removesuffix(": ")
         except subprocess.TimeoutExpired:
             why = f"out of its {given.limit or LIMITS[name]} seconds"
         return json.loads(out.read_text(encoding="utf-8")) if out.exists() else [], why
@@ -367,7 +370,7 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not given.dry:
-        sys.exit("no GPU is at hand: --dry runs toy sizes on the CPU")
+        sys.exit(f"nothing was measured: torch {torch.__version__} sees no GPU here (--dry runs toy sizes on the CPU)")
     if given.section:
         run_section(given.section, Bench(given.dry, device, given.seconds), given.out)
         return

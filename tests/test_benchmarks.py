@@ -95,6 +95,52 @@ def test_a_section_that_fails_or_takes_too_long_leaves_the_others(tmp_path, monk
     assert {"card", "versions", "command", "date"} <= set(written) and "NOT MET" in capsys.readouterr().out
 
 
+def test_without_a_gpu_one_sentence_says_that_nothing_was_measured(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert str(stop.value).startswith("nothing was measured: torch") and "sees no GPU" in str(stop.value)
+    assert "\n" not in str(stop.value) and not list(tmp_path.iterdir())
+
+
+def test_sections_that_end_early_are_named_and_what_they_had_is_kept(tmp_path, monkeypatch, capsys):
+    """Real processes: one that is killed as a card out of memory would be, one that hangs, and one that gets done."""
+    import gpu
+
+    (tmp_path / "section.py").write_text(
+        "import json, os, pathlib, sys, time\n"
+        "given = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "name, out = given['--section'], pathlib.Path(given['--out'])\n"
+        "row = dict(name=name + '_1', what='x', value=2.0, unit='x', goal='>= 1', compared_with='y', details={})\n"
+        "out.write_text(json.dumps([row]))\n"
+        "if name == 'ram': sys.exit('torch.OutOfMemoryError: CUDA out of memory.')\n"
+        "if name == 'prefill': os.kill(os.getpid(), 9)\n"
+        "if name == 'sweep': time.sleep(60)\n"
+    )
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "section.py"))
+    monkeypatch.setattr(
+        "sys.argv", ["gpu.py", "--dry", "--limit", "2", "--only", "ram", "prefill", "sweep", "layer", "--out", str(out)]
+    )
+    gpu.main()
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["rows"]] == ["ram_1", "prefill_1", "sweep_1", "layer_1"]
+    assert written["ended_early"] == {
+        "ram": "exit code 1: torch.OutOfMemoryError: CUDA out of memory.", "prefill": "exit code -9",
+        "sweep": "out of its 2.0 seconds",
+    }  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "ended early" in shown and "CUDA out of memory" in shown
+
+
+def test_the_sections_take_no_more_than_eight_minutes():
+    import gpu
+
+    assert gpu.LIMITS.keys() == gpu.SECTIONS.keys() and sum(gpu.LIMITS.values()) <= 8 * 60
+
+
 def test_a_ratio_is_the_median_over_turns():
     import record
 

@@ -70,6 +70,7 @@ def test_attention_to_shared_keys(heads, kv_heads, width, rows, dtype):
     torch.testing.assert_close(found.float(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
+@pytest.mark.filterwarnings("ignore::mech.sparse.card.choice.Fallback")  # single precision
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_kernels_of_local_heads_are_their_definition(kv_heads, dtype):

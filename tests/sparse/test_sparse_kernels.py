@@ -9,7 +9,7 @@ from mech.errors import ExperimentError
 from mech.experiments.ranking.ranking import Ranking
 from mech.model import AttentionCall
 from mech.model.architectures.families import ModelConfig
-from mech.sparse.kernels import by_definition, merged, split_heads
+from mech.sparse.kernels import MANY, by_definition, fused, merged, split_heads
 from mech.sparse.masks import Near
 from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
@@ -182,6 +182,29 @@ def test_two_disjoint_sets_of_keys_merge_into_one_softmax():
     for keys in (slice(0, 3), slice(3, 12)):
         parts += [scores[..., keys].softmax(-1) @ v[:, :, keys], scores[..., keys].logsumexp(-1)]
     torch.testing.assert_close(merged(*parts), scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("heads, groups", [(8, 2), (6, 1), (4, 4)])
+def test_one_row_over_so_many_keys_that_products_are_faster(heads, groups):
+    """In a store with room behind what is held, as generation has it."""
+    q = numbers(2, heads, 1, 8)
+    k, v = (numbers(2, groups, MANY + 300, 8, seed=i)[:, :, : MANY + 7] for i in (1, 2))
+    one = call(q, k, v, causal=False)
+    found = fused(one, q, k, v, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), scale=one.scale, enable_gqa=True
+    )
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_sinks_leave_is_merged_without_loss(dtype):
+    """They take 99% of a softmax and give nothing, as in trained models: what counts is the hundredth."""
+    z, share = numbers(1, 2, 50, 8).to(dtype), torch.zeros(1, 2, 50)
+    sinks, theirs = torch.zeros_like(z), torch.linspace(3, 7, 50).expand(1, 2, -1)
+    expected = z.float() * torch.sigmoid(-theirs)[..., None]
+    found = merged(z.clone(), share, sinks, theirs)
+    torch.testing.assert_close(found.float(), expected, atol=1e-7, rtol=2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float64, 1e-12)])

@@ -4,6 +4,7 @@
         model.hf_model.to("card:0")          # and everything that is made there says so
         mech.attention_mass(model, inputs, sets)
     watched.launched, watched.waits           # kernels started; times that the host waited for the device
+    watched.sent                              # copies to it for which the host waited
 
 What torch refuses on a card is refused here in the same words: an operation whose tensors lie on two devices, with the
 exceptions that torch makes (a number on the CPU, indices on the CPU, copies), a CPU generator for a tensor that lies on
@@ -98,6 +99,7 @@ class Cards(TorchDispatchMode):
     Attributes:
         launched: how often each operation was started on a device that is not the CPU.
         waits: how often the host waited for such a device, by operation.
+        sent: how often it waited until something of its own was there, by operation.
         sizes: bytes of what operations there put out, by operation.
     """
 
@@ -105,6 +107,7 @@ class Cards(TorchDispatchMode):
         super().__init__()
         self.launched: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
         self.sizes: Counter[str] = Counter()
 
     def __enter__(self):
@@ -128,6 +131,10 @@ class Cards(TorchDispatchMode):
         back = (func in _COPIES and there and not made) or (func is aten.copy_.default and there and args[0].is_cpu)
         if there and (func in _WAITS or back):
             self.waits[name] += 1
+        if func in _COPIES and made and any(type(x) is Tensor for x in _tensors(args)):
+            self.sent[name] += not (
+                (kwargs or {}).get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
+            )
         if made and not func.is_view and not name.startswith(("aten.empty", "aten.new_empty", "aten.detach")):
             self.launched[name] += 1
             self.sizes[name] += sum(x.data_here.numel() * x.element_size() for x in made)

@@ -60,7 +60,7 @@ def on_card(monkeypatch, twin=None, float32=True):
             return (z.to(given.dtype), *rest)
 
     monkeypatch.setattr(flash, "on_card", lambda x: True)
-    monkeypatch.setattr(flash, "lacking", lambda q: "")
+    monkeypatch.setattr(flash, "lacking", lambda q: "" if q.dtype in flash._HALF else "not in half precision")
     monkeypatch.setattr(flash, "_kernel", Kernel())
     monkeypatch.setattr(choice, "_failed", {})
     monkeypatch.setattr(choice, "_said", set())

@@ -65,7 +65,7 @@ class Graph:
 
 
 @contextmanager
-def capturing(graph):
+def capturing(graph, capture_error_mode="global"):
     """``torch.cuda.graph``."""
     with graph.record:
         yield

@@ -229,7 +229,7 @@ class Wavefront:
         """The stream that enters a layer with the source's written into it."""
         name = point_name(self.point, layer - ENTRY[self.point])
         places, stream = stretch(self.row.reads if read else rows), self.row.stream(layer)
-        chosen = chosen[:, places, None].to(stream.device)
+        chosen = chosen[:, places, None].to(stream.device, non_blocking=True)
         return torch.where(chosen, self.source[name][:, places].to(stream.device), stream[places])
 
     def _behind(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:

@@ -302,14 +302,15 @@ class Continuation:
         kept, (module, record) = self._call(layer), self._attention[layer]
 
         def attend(call: AttentionCall) -> Tensor:
-            own = known or (call.k, call.v)
-            if first == 0 and self._causal and kept.fused and known is None:
-                return sdpa_attention_forward(module, call.q, *own, None, scaling=kept.scale)[0]
+            own, plain = known or (call.k, call.v), self._causal and kept.fused
+            alone = first == 0 and known is None
             before = kept.k[:, :, :first], kept.v[:, :, :first]
-            if first and self._causal and kept.fused:
+            if plain and (first or (alone and not call.q.is_cpu)):
                 at = None if known is None else rows - first
                 if (z := over_shared(call.q, before[0][0], before[1][0], own, kept.scale, at)) is not None:
                     return z
+            if plain and alone:
+                return sdpa_attention_forward(module, call.q, *own, None, scaling=kept.scale)[0]
             seen = kept.visible(rows)[..., : first + own[0].shape[2]]
             if kept.fused and (known or first > 4 * len(rows)):
                 return written_out(call.q, before[0][0], before[1][0], own, seen[0, 0], kept.scale)

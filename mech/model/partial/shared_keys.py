@@ -20,6 +20,7 @@ from mech.model.attention import softmax
 # Attention scores held at once where they are written out: what stays in a processor's caches, or a gigabyte.
 SCORES = {"cpu": 2**21, "cuda": 2**28}
 _HALF = (torch.float16, torch.bfloat16)
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention  # reads the keys of a group where they lie
 Own = tuple[Float[Tensor, "variant kv_head own_pos d_head"], Float[Tensor, "variant kv_head own_pos d_head"]]
 
 
@@ -35,7 +36,7 @@ def over_shared(
 
     Args:
         q: queries.
-        k: the shared keys, without gaps before the own ones.
+        k: the shared keys, without gaps before the own ones; there may be none.
         v: their values.
         own: keys and values of each variant.
         scale: what q times k is multiplied by.
@@ -44,22 +45,26 @@ def over_shared(
     Returns:
         z, or None where there is no kernel for these numbers (``written_out`` computes them).
 
-    Cost: two kernels, however many variants there are.
+    Cost: two kernels, however many variants there are. They are called by name: on a card of capability 9 or 10, SDPA
+    would choose cuDNN, which plans for every number of variants anew, and those of a sweep grow from layer to layer.
     """
     if (kernel := _kernel(q, v)) is None:
         return None
     variants, heads, length, width = q.shape
     kv_heads = len(k)
+    own_k, own_v = own if kernel is _FLASH else (x.repeat_interleave(heads // kv_heads, 1) for x in own)
+    if rows is None:
+        other, theirs, *_ = kernel(q, own_k, own_v, is_causal=length > 1, scale=scale)
+    else:
+        own_k, own_v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (own_k, own_v))
+        other, theirs = _at_rows(q, own_k, own_v, scale, rows)
+    if not k.shape[1]:
+        return other.transpose(1, 2)
     # Query heads of one key head, and variants, are rows of it.
     grouped = q.reshape(variants, kv_heads, -1, width).transpose(0, 1).reshape(1, kv_heads, -1, width)
     z, share, *_ = kernel(grouped, k[None], v[None], is_causal=False, scale=scale)
     z = z[0].unflatten(1, (variants, -1)).transpose(0, 1).reshape(variants, heads, length, width)
     share = share[0].unflatten(1, (variants, -1)).transpose(0, 1).reshape(variants, heads, length)
-    own_k, own_v = (x.repeat_interleave(heads // kv_heads, 1) for x in own)
-    if rows is None:
-        other, theirs, *_ = kernel(q, own_k, own_v, is_causal=length > 1, scale=scale)
-    else:
-        other, theirs = _at_rows(q, own_k, own_v, scale, rows)
     return merged(z, share, other, theirs).transpose(1, 2)
 
 
@@ -69,7 +74,15 @@ def merged(
     other: Float[Tensor, "*head row d_head"],
     theirs: Float[Tensor, "*head row"],
 ) -> Float[Tensor, "*head row d_head"]:
-    """z over two disjoint sets of keys, from z and log-sum-exp over each."""
+    """z over two disjoint sets of keys, from z and log-sum-exp over each; ``z`` may be written over.
+
+    In half precision the weights stay single: where sinks take 99% of a softmax, a rounded 0.99 would leave the other
+    keys a share that is wrong by a fifth.
+    """
+    if z.dtype in _HALF:
+        return z.mul_(torch.sigmoid(share - theirs)[..., None]).addcmul_(
+            other, torch.sigmoid(theirs - share)[..., None]
+        )
     return torch.lerp(z, other, torch.sigmoid(theirs - share)[..., None].to(z.dtype))
 
 
@@ -84,7 +97,7 @@ def _kernel(q: Tensor, v: Tensor) -> Callable[..., Any] | None:
         return None
     modern = _capability(q.device) >= (8, 0)
     if modern and q.dtype in _HALF and width <= 256:
-        return torch.ops.aten._scaled_dot_product_flash_attention
+        return _FLASH
     return _efficient if modern or q.dtype != torch.bfloat16 else None
 
 
@@ -103,7 +116,7 @@ def _at_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> tup
     """The same written out, for few queries."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) * scale @ k.to(wide).transpose(-1, -2)
-    ahead = torch.arange(k.shape[2], device=q.device) > rows.to(q.device)[:, None]
+    ahead = torch.arange(k.shape[2], device=q.device) > rows.to(q.device, non_blocking=True)[:, None]
     scores = scores.masked_fill_(ahead, float("-inf"))
     share = scores.logsumexp(-1)
     return (scores - share[..., None]).exp().to(v.dtype) @ v, share

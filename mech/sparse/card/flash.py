@@ -2,7 +2,7 @@
 
     z, share = forward(q, k, v, scale, window=256)         # the last row of q stands at the last key
     z = merged(z, share, *forward(q, sinks_k, sinks_v, scale))
-    z = row(q, k, v, used, scale)                          # one query row over the first ``used`` keys of each store
+    z = row(q, k, v, used, rows, begins, scale)            # one query row over the first ``used`` keys of each store
 
 ``local`` is attention of local heads. With sinks s and window W the rows before s + W see everything before them, so a
 causal call computes them; every later row sees its window and, disjoint from it, the sinks: two calls, merged.
@@ -31,12 +31,14 @@ def on_card(x: Tensor) -> bool:
 
 
 def missing(call: AttentionCall, *rest: object) -> str:
-    """What this machine lacks for the kernels, in half precision; "" for nothing."""
+    """What this machine, or this call, lacks for the kernels; "" for nothing."""
     return lacking(call.q)
 
 
 def lacking(q: Tensor) -> str:
     """The same of queries."""
+    if q.dtype not in _HALF:
+        return f"{str(q.dtype).removeprefix('torch.')}, and flash kernels take bfloat16 or float16"
     capability = torch.cuda.get_device_capability(q.device)
     if q.dtype == torch.bfloat16 and capability < (8, 0):
         return f"a card of capability {capability[0]}.{capability[1]} without bfloat16; load the model in float16"
@@ -48,12 +50,12 @@ def lacking(q: Tensor) -> str:
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels know such numbers: half precision, and heads of a size that they are built for."""
-    return q.dtype in _HALF and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    """Whether the kernels are built for heads of such a size."""
+    return q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def takes(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> bool:
-    """Whether ``local`` computes this: causal, unpadded, no softcap, no gradient, in half precision."""
+    """Whether ``local`` computes this: causal, unpadded, no softcap, no gradient."""
     if not on_card(call.q) or not fits(call.q, call.v) or dropout or not call.fused or near.policy.keep_text:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
@@ -68,6 +70,16 @@ def takes_causal(call: AttentionCall, k: Tensor, dropout: float) -> bool:
         return False
     grads = torch.is_grad_enabled() and (call.q.requires_grad or k.requires_grad)
     return not grads and k.shape[2] == call.query_start + call.q.shape[2] and causal(call) and not lacking(call.q)
+
+
+def takes_row(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether one query row over all of these keys is for ``forward``.
+
+    For cards of capability 9 and 10 SDPA would choose cuDNN, which plans anew for every number of keys, and in a
+    growing cache each token has another.
+    """
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return on_card(q) and fits(q, v) and not grads and not lacking(q)
 
 
 def local(call: AttentionCall, keys: Keys, near: Near, out: Float[Tensor, "batch head pos d_head"], _: float) -> Tensor:
@@ -108,13 +120,25 @@ def row(
     k: Float[Tensor, "batch kv_head key d_head"],
     v: Float[Tensor, "batch kv_head key d_head"],
     used: Int[Tensor, " batch"],
+    rows: Int[Tensor, " batch_and_1"],
+    begins: Int[Tensor, " batch_and_1"],
     scale: float,
 ) -> Float[Tensor, "batch head 1 d_head"]:
-    """z of one query row over the first ``used`` keys of each row, which lie as ``FixedStore`` lays them."""
-    rows, slots = len(q), k.shape[2]
-    ends = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
+    """z of one query row over the first ``used`` keys of each row, which lie as ``FixedStore`` lays them.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        used: how many of them each row sees.
+        rows: 0, 1, 2, ...
+        begins: where the keys of each row begin among those of all, and the last end.
+        scale: what q times k is multiplied by.
+    """
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (k, v)]
-    z, *_ = _kernel(q[:, :, 0], *flat, ends, ends * slots, 1, slots, 0.0, False, False, scale=scale, seqused_k=used)
+    z, *_ = _kernel(
+        q[:, :, 0], *flat, rows, begins, 1, k.shape[2], 0.0, False, False, scale=scale, seqused_k=used
+    )  # fmt: skip
     return z[:, :, None]
 
 

@@ -123,13 +123,13 @@ def _of(call: AttentionCall, keys: Keys, near: Near) -> tuple[Data, Tensor, Tens
         columns = (at - keys.mask_start).clamp(0, own.shape[-1] - 1)
         if not whole or keys.mask_start or own.shape[-1] != at.shape[1]:
             own = own.gather(2, columns[:, None].expand(-1, own.shape[1], -1))
-    given = Data(
+    given = Data(  # written by the device: what is copied to it, the host waits for
         at, aside, pinned, own,
-        masked=torch.tensor(call.mask is not None, device=device),
-        start=torch.tensor(call.query_start, device=device),
-        window=torch.tensor(near.policy.window, device=device),
-        ahead=torch.tensor(call.mask is not None or not call.causal, device=device),
-        softcap=torch.tensor(call.softcap or float("inf"), device=device),
+        masked=torch.full((), call.mask is not None, device=device),
+        start=torch.full((), call.query_start, device=device),
+        window=torch.full((), near.policy.window, device=device),
+        ahead=torch.full((), call.mask is not None or not call.causal, device=device),
+        softcap=torch.full((), call.softcap or float("inf"), device=device),
     )  # fmt: skip
     return given, k, v
 

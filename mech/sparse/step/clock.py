@@ -5,12 +5,16 @@
     clock.seen(kind)              # which of its slots the new token sees
     clock.advance()
 
+Positions count from each row's first token, so padding on the left is nowhere: whatever the lengths of the rows, what a
+row sees of a store are its first slots, and a kernel that counts keys needs no mask.
+
 Nothing here reads a number back from the device, and every tensor keeps its shape and its place, so a CUDA graph that
 was captured at one position is right at all later ones. A store of every key is a ring that never comes round.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,6 +40,30 @@ class Kind:
     own: int | None = None
     chunked: bool = False
 
+    @property
+    def in_front(self) -> bool:
+        """Whether what is seen are its first slots: not where a layer's own window lets go of pinned keys."""
+        return not self.pinned or self.own is None or (self.ring == self.own and not self.chunked)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the new token of every row sees of some slots.
+
+    Attributes:
+        mask: which of them.
+        counts: whether these are each row's first ones.
+        used: how many they are.
+        rows: 0, 1, 2, ...: where the queries of each row begin, and the last end.
+        begins: the same of the slots of each row.
+    """
+
+    mask: Bool[Tensor, "batch 1 1 slot"]
+    counts: bool
+    used: Int[Tensor, " batch"]
+    rows: Int[Tensor, " batch_and_1"]
+    begins: Int[Tensor, " batch_and_1"]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -45,23 +73,25 @@ class Shape:
         rows: of the batch.
         room: positions, prompt and new tokens together.
         pins: places for pinned keys.
-        padded: whether some positions of some rows are padding.
         pinning: whether tokens that are still to be written will be pinned.
+        padded: whether there is padding behind the first token of a row.
+        uneven: whether rows pin different numbers of keys.
     """
 
     rows: int
     room: int
     pins: int
-    padded: bool
     pinning: bool
+    padded: bool = False
+    uneven: bool = False
 
 
 class Clock:
     """The position of the token that is being fed, and what it sees of the stores.
 
     Attributes:
-        position: of that token.
-        first: of each row's first token.
+        position: of that token, in each row.
+        first: where each row's first token stands in the batch: padding comes before it.
         real: which positions are no padding; None where all are.
         pins: positions of the pinned keys, -1 for an empty place.
         next_pin: where the next pinned key goes; the last place takes what is not pinned.
@@ -69,33 +99,32 @@ class Clock:
 
     def __init__(self, shape: Shape, policy: Policy, device: torch.device):
         self.shape, self.sinks, self.keep_text = shape, policy.sinks, policy.keep_text
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.position = torch.zeros(shape.rows, dtype=torch.long, device=device)
         self.first = torch.zeros(shape.rows, dtype=torch.long, device=device)
         self.real = torch.ones(shape.rows, shape.room, dtype=torch.bool, device=device) if shape.padded else None
         self.pins = torch.full((shape.rows, shape.pins), -1, dtype=torch.long, device=device)
         self.next_pin = torch.zeros(1, dtype=torch.long, device=device)
-        self._known: dict[object, Tensor] = {}
+        self._known: dict[object, Any] = {}
 
     def load(self, near: Near, seen: int, pins: Int[Tensor, "batch pin"] | None, mask: Tensor | None) -> None:
         """Set it behind a prompt of ``seen`` positions, with these pinned and this padding mask."""
-        self.position.fill_(seen)
         self.first.copy_(near.first)
+        self.position.copy_(seen - near.first)
         self.pins.fill_(-1)
         count = 0 if pins is None else pins.shape[1]
         if pins is not None:
-            self.pins[:, :count] = pins
+            self.pins[:, :count] = torch.where(pins < 0, pins, pins - near.first[:, None])
         self.next_pin.fill_(count)
-        if self.real is not None:
-            self.real.fill_(True)
-            if mask is not None:
-                self.real[:, : mask.shape[1]] = mask.bool()
+        if self.real is not None and mask is not None:
+            at = near.first[:, None] + torch.arange(self.shape.room, device=mask.device)
+            known = mask.bool().gather(1, at.clamp(max=mask.shape[1] - 1))
+            self.real.copy_(known | (at >= mask.shape[1]))
 
     def begin(self) -> None:
         """Before a step: pin the new token if it is to stay."""
         self._known.clear()
         if self.shape.pinning:
-            inside = (self.position >= self.first) & (self.position < self.first + self.sinks)
-            pinned = torch.ones_like(inside) if self.keep_text else inside
+            pinned = self.position >= 0 if self.keep_text else self.position < self.sinks
             column = torch.where(pinned, self.position, -1)[:, None]
             self.pins.index_copy_(1, self.next_pin, column)
 
@@ -105,68 +134,58 @@ class Clock:
         if self.shape.pinning:
             self.next_pin.add_(1).clamp_(max=self.shape.pins - 1)
 
-    def slot(self, kind: Kind) -> Int[Tensor, " 1"]:
-        """Where the new key goes in the ring of a store."""
+    def slot(self, kind: Kind) -> Int[Tensor, " batch"]:
+        """Where the new key of each row goes in the ring of a store."""
         return self._once(("slot", kind.ring), lambda: self.position % kind.ring)
 
-    def seen(self, kind: Kind) -> Bool[Tensor, "#batch 1 1 slot"]:
-        """Which slots of a store the new token sees."""
+    def seen(self, kind: Kind) -> Seen:
+        """What the new token sees of the slots of a store."""
 
-        def work_out() -> Tensor:
-            ring = self.position - (self.position - torch.arange(kind.ring, device=self.position.device)) % kind.ring
-            ring = ring[None]
+        def work_out() -> Seen:
+            now = self.position[:, None]
+            ring = now - (now - torch.arange(kind.ring, device=now.device)) % kind.ring
             parts = [self._visible(ring, kind)]
             if kind.pinned:  # in the window a pinned key is there already
-                parts.append(self._visible(self.pins, kind) & (self.pins <= self.position - kind.ring))
-            rows = max(len(part) for part in parts)
-            return torch.cat([part.expand(rows, -1) for part in parts], dim=1)[:, None, None]
+                parts.append(self._visible(self.pins, kind) & (self.pins <= now - kind.ring))
+            return self._of(torch.cat(parts, dim=1), kind)
 
         return self._once(("seen", kind), work_out)
 
-    @property
-    def counts(self) -> bool:
-        """Whether a store's first slots are what is seen of it: not under padding, nor if rows keep different text."""
-        return self.real is None and (self.shape.rows == 1 or not self.keep_text)
-
-    def used(self, kind: Kind) -> Int[Tensor, " batch"]:
-        """How many slots of a store the new token sees."""
-        seen = self.seen(kind)
-        return self._once(
-            ("used", kind), lambda: seen.sum(-1, dtype=torch.int32).flatten().expand(self.shape.rows).contiguous()
-        )
-
-    def nearby(self, window: int, whole: Kind, kind: Kind) -> tuple[Int[Tensor, "batch slot"], Bool[Tensor, "..."]]:
+    def nearby(self, whole: Kind, kind: Kind) -> tuple[Int[Tensor, "batch slot"], Seen]:
         """What a local head sees of a store that keeps more: slots in it, and which of them count.
 
         Args:
-            window: of the local head.
             whole: the store.
             kind: what the store of a local head would be.
         """
 
-        def positions() -> Tensor:
-            back = self.position - torch.arange(window, device=self.position.device)
-            return torch.cat([back.expand(self.shape.rows, -1), self.pins], dim=1)
+        def work_out() -> tuple[Tensor, Seen]:
+            now = self.position[:, None]
+            at = torch.cat([now - torch.arange(kind.ring, device=now.device), self.pins], dim=1)
+            behind = at <= now - kind.ring
+            behind[:, : kind.ring] = True
+            return at.clamp(min=0) % whole.ring, self._of(self._visible(at, kind) & behind, kind)
 
-        at = self._once(("nearby", window), positions)
-        behind = at <= self.position - window
-        behind[:, :window] = True
-        seen = self._once(("near", kind), lambda: (self._visible(at, kind) & behind)[:, None, None])
-        return at.clamp(min=0) % whole.ring, seen
+        return self._once(("nearby", whole, kind), work_out)
 
-    def _visible(self, at: Int[Tensor, "#batch slot"], kind: Kind) -> Bool[Tensor, "#batch slot"]:
+    def _of(self, mask: Bool[Tensor, "batch slot"], kind: Kind) -> Seen:
+        rows = torch.arange(len(mask) + 1, dtype=torch.int32, device=mask.device)
+        counts = kind.in_front and not self.shape.padded and not self.shape.uneven
+        used = mask.sum(-1, dtype=torch.int32)
+        return Seen(mask[:, None, None], counts, used, rows, rows * mask.shape[1])
+
+    def _visible(self, at: Int[Tensor, "batch slot"], kind: Kind) -> Bool[Tensor, "batch slot"]:
         """Which positions the layer itself lets the new token see."""
-        seen = at >= 0
+        seen, now = at >= 0, self.position[:, None]
         if kind.chunked and kind.own is not None:
-            first = self.first[:, None]
-            seen = seen & ((at - first) // kind.own == (self.position - first) // kind.own)
+            seen = seen & (at // kind.own == now // kind.own)
         elif kind.own is not None:
-            seen = seen & (self.position - at < kind.own)
+            seen = seen & (now - at < kind.own)
         if self.real is not None:
-            seen = seen & self.real.gather(1, at.clamp(min=0).expand(self.shape.rows, -1))
+            seen = seen & self.real.gather(1, at.clamp(min=0))
         return seen
 
-    def _once(self, name: object, work_out: Callable[[], Tensor]) -> Tensor:
+    def _once(self, name: object, work_out: Callable[[], Any]) -> Any:
         """What the layers of one step share."""
         if name not in self._known:
             self._known[name] = work_out()

@@ -11,7 +11,7 @@ Dense KV groups have a store with room for every position, the others a ring of 
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -23,7 +23,7 @@ from mech.sparse.card.choice import Way, anything, first_of, nothing
 from mech.sparse.kernels import fused, of_heads
 from mech.sparse.masks import Near
 from mech.sparse.plan import Plan, take
-from mech.sparse.step.clock import Clock, Kind, Shape
+from mech.sparse.step.clock import Clock, Kind, Seen, Shape
 from mech.sparse.stores import FullStore, Store
 
 
@@ -36,21 +36,25 @@ class FixedStore:
         # Heads of a position side by side: so the rows of a batch are one row of positions to a flash kernel.
         self.k, self.v = (x.new_zeros(len(x), slots, x.shape[1], x.shape[3]).transpose(1, 2) for x in like)
 
-    def load(self, held: Store) -> None:
-        """Take over what a growing store holds."""
+    def load(self, held: Store, shifted: bool) -> None:
+        """Take over what a growing store holds.
+
+        Args:
+            held: that store.
+            shifted: whether some row begins with padding: its keys move to the front.
+        """
+        count = held.length if isinstance(held, FullStore) else held.window
+        at = (self.clock.first[:, None] + torch.arange(count, device=self.k.device)) % count
         for mine, theirs in ((self.k, held.k), (self.v, held.v)):
-            if isinstance(held, FullStore):
-                mine[:, :, : held.length] = theirs
-            else:
-                ring, pins = theirs.split([held.window, theirs.shape[2] - held.window], dim=2)
-                mine[:, :, : held.window] = ring
-                if self.kind.pinned:
-                    mine[:, :, self.kind.ring : self.kind.ring + pins.shape[2]] = pins
+            ring, pins = theirs[:, :, :count], theirs[:, :, count:]
+            mine[:, :, :count] = ring.gather(2, _places(at, ring)) if shifted else ring
+            if self.kind.pinned:
+                mine[:, :, self.kind.ring : self.kind.ring + pins.shape[2]] = pins
 
     def write(self, k: Float[Tensor, "batch kv_head 1 d_head"], v: Float[Tensor, "batch kv_head 1 d_head"]) -> None:
         """The key of the position at which the clock stands."""
         for mine, new in ((self.k, k), (self.v, v)):
-            mine.index_copy_(2, self.clock.slot(self.kind), new)
+            mine.scatter_(2, _places(self.clock.slot(self.kind)[:, None], new), new)
             if self.kind.pinned and self.clock.shape.pinning:
                 mine.index_copy_(2, self.clock.next_pin + self.kind.ring, new)
 
@@ -74,11 +78,11 @@ class FixedLayer(WholeLayer):
         self.local = None if layer.local is None else FixedStore(self._near, clock, (layer.local.k, layer.local.v))
         self.given: Tensor | None = None
 
-    def load(self, layer: SplitLayer) -> None:
-        """What a layer holds behind the prompt moves here; it is left empty."""
+    def load(self, layer: SplitLayer, shifted: bool) -> None:
+        """What a layer holds behind the prompt moves here (``FixedStore.load``); it is left empty."""
         for mine, theirs in ((self.dense, layer.dense), (self.local, layer.local)):
             if mine is not None and theirs is not None:
-                mine.load(theirs)
+                mine.load(theirs, shifted)
         self.seen = layer.seen
         layer.empty()
 
@@ -116,8 +120,7 @@ class FixedLayer(WholeLayer):
         for store, heads in ((self.dense, slice(dense)), (self.local, slice(dense, None))):
             if store is not None and q[:, heads].shape[1]:
                 own = of_heads(call, plan.row[heads])
-                seen, used = self.clock.seen(store.kind), self.clock.used(store.kind)
-                parts.append(first_of(ROWS, own, q[:, heads], store.k, store.v, seen, used, self.clock.counts))
+                parts.append(first_of(ROWS, own, q[:, heads], store.k, store.v, self.clock.seen(store.kind)))
         if len(plan.dense) < len(plan.whole_heads):
             parts.append(self._beside(take(call, plan.whole_heads)))
         z = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -126,10 +129,9 @@ class FixedLayer(WholeLayer):
     def _beside(self, call: AttentionCall) -> Float[Tensor, "batch head pos d_head"]:
         """All heads of groups that are kept whole, as local ones."""
         assert self.dense is not None
-        at, seen = self.clock.nearby(self._near.ring, self.dense.kind, self._near)
-        index = at[:, None, :, None]
-        k, v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.dense.k, self.dense.v))
-        return _masked(call, call.q, k, v, seen)
+        at, seen = self.clock.nearby(self.dense.kind, self._near)
+        k, v = (x.gather(2, _places(at, x)) for x in (self.dense.k, self.dense.v))
+        return first_of(ROWS, call, call.q, k, v, seen)
 
 
 class FixedCache(Cache):
@@ -152,8 +154,9 @@ class FixedCache(Cache):
             mask: which of its positions are no padding; None for all.
         """
         self.clock.load(near, split.get_seq_length(), pins_of(split, near), mask)
+        shifted = bool(near.first.any())
         for mine, theirs in zip(self.fixed, split_layers(split), strict=True):
-            mine.load(theirs)
+            mine.load(theirs, shifted)
 
     @property
     def nbytes(self) -> int:
@@ -175,19 +178,22 @@ def pins_of(split: SplitCache, near: Near) -> Int[Tensor, "batch pin"] | None:
     return near.listed(0, split.get_seq_length()) if beside else None
 
 
+def _places(at: Int[Tensor, "batch slot"], x: Float[Tensor, "batch kv_head pos d_head"]) -> Int[Tensor, "..."]:
+    """Slots of every row, for each of its heads and their whole width."""
+    return at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+
 # -- one query row -----------------------------------------------------------------------------------------------------
 
 
-def _masked(
-    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Bool[Tensor, "batch 1 1 slot"], *rest: Any
-) -> Float[Tensor, "batch head 1 d_head"]:
+def _masked(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Float[Tensor, "batch head 1 d_head"]:
     if call.fused:
-        return fused(call, q, k, v, seen)
+        return fused(call, q, k, v, seen.mask)
     # As ``stepwise``, without its look at rows that see nothing: reading it would wait for the card.
     scores = (q.float().unflatten(1, (k.shape[1], -1))[:, :, :, 0] @ k.float().transpose(-1, -2)) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    scores = scores.masked_fill(~seen, float("-inf"))
+    scores = scores.masked_fill(~seen.mask, float("-inf"))
     if call.sinks is not None:
         sinks = call.sinks.float().reshape(1, k.shape[1], -1, 1).expand(len(scores), -1, -1, -1)
         pattern = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
@@ -196,16 +202,12 @@ def _masked(
     return (pattern.to(v.dtype) @ v).flatten(1, 2)[:, :, None]
 
 
-def _flash(
-    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Int[Tensor, " batch"], counts: bool
-) -> Float[Tensor, "batch head 1 d_head"]:
-    return flash.row(q, k, v, used, call.scale)
+def _flash(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Float[Tensor, "batch head 1 d_head"]:
+    return flash.row(q, k, v, seen.used, seen.rows, seen.begins, call.scale)
 
 
-def _flash_takes(
-    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, used: Tensor, counts: bool
-) -> bool:
-    return flash.on_card(q) and flash.fits(q, v) and call.fused and counts
+def _flash_takes(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> bool:
+    return flash.on_card(q) and flash.fits(q, v) and call.fused and seen.counts
 
 
 ROWS = (

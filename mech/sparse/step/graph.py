@@ -15,15 +15,20 @@ class Captured:
     """
 
     def __init__(self, run: Callable[[], Tensor]):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
         with torch.cuda.stream(aside):  # libraries set themselves up at a first call, which no graph can hold
             for _ in range(WARM_UPS):
                 run()
-        torch.cuda.current_stream().wait_stream(aside)
+        here.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = run()
+        try:
+            # Other threads may use the card: only what this one does is held, or refused.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.out = run()
+        except RuntimeError:
+            torch.cuda.set_stream(here)  # torch ends a capture that failed before it gives the stream back
+            raise
 
     def __call__(self) -> Tensor:
         """Run it once more; the result lies where the last one lay."""

@@ -191,7 +191,7 @@ class Loop:
         """The owner's step, made anew if this run has another shape, behind the prompt."""
         split, mask = given["past_key_values"], given.get("attention_mask")
         near = self.owner.near.to(written.ids.device).of_batch(len(written.ids))
-        shape = shape_of(near, split, written.ids.shape, mask is not None)
+        shape = shape_of(near, split, written.ids.shape, mask)
         inputs = self._inputs(hf_model, written, given)
         if self.owner.step is None or not self.owner.step.fits(hf_model, inputs, shape):
             self.owner.step = None  # before another is allocated
@@ -217,14 +217,14 @@ class Loop:
         return inputs
 
 
-def shape_of(near: Near, split: SplitCache, sizes: torch.Size, padded: bool) -> Shape:
+def shape_of(near: Near, split: SplitCache, sizes: torch.Size, mask: Tensor | None) -> Shape:
     """What a step behind this prompt is made for.
 
     Args:
         near: the policy for its rows.
         split: what it left.
         sizes: rows, and positions with the new tokens.
-        padded: whether some of them are padding.
+        mask: which positions of the prompt are no padding; None for all.
     """
     rows, stop = sizes
     seen, pins = split.get_seq_length(), pins_of(split, near)
@@ -233,7 +233,9 @@ def shape_of(near: Near, split: SplitCache, sizes: torch.Size, padded: bool) -> 
         grows = max(0, min(grows, near.sinks_end - seen))
     if grows:
         count = -(-(count + grows + 1) // ROUND) * ROUND
-    return Shape(rows, -(-stop // ROUND) * ROUND, count, padded, bool(grows))
+    uneven = pins is not None and bool((pins < 0).any())
+    padded = mask is not None and bool((mask.sum(1) < mask.shape[1] - near.first).any())
+    return Shape(rows, -(-stop // ROUND) * ROUND, count, bool(grows), padded, uneven)
 
 
 def why_not(model: Any, cache: SplitCache, given: dict[str, Any], config: Any) -> str:

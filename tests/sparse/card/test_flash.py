@@ -164,6 +164,32 @@ def test_what_a_machine_lacks(monkeypatch):
     assert flash.lacking(bf16) == "this build of torch has no flash attention"
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert flash.lacking(bf16) == ""
+    assert flash.lacking(torch.zeros(1)) == "float32, and flash kernels take bfloat16 or float16"
+
+
+def test_single_precision_takes_another_way_and_says_so_once(monkeypatch):
+    twin = on_card(monkeypatch, float32=False)
+    policy, chosen = Policy(sinks=2, window=9), chosen_of([1])
+    one = call(*attended(1, 4, 60))
+    with pytest.warns(
+        choice.Fallback, match="flash attention with a window is not used .not in half precision"
+    ) as said:
+        found = [split_heads(one, near(policy), Plan.of(chosen, 4)) for _ in range(2)]
+    assert len(said) == 1 and not twin.calls
+    torch.testing.assert_close(found[1], by_definition(one, near(policy), chosen), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [8, 2])
+def test_a_token_in_a_growing_cache_is_no_plan_of_cudnn(monkeypatch, groups):
+    """SDPA is not asked: on some cards it would choose a library that plans anew for every number of keys."""
+    twin = on_card(monkeypatch)
+    q, k, v = attended(2, groups, 70)
+    one = call(q[:, :, -1:], k, v, start=69)
+    expected = by_definition(one, near(Policy(window=9), 2), chosen_of(range(8)))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    found = kernels.fused(one, one.q, k, v, None).transpose(1, 2)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    assert len(twin.calls) == 1
 
 
 def test_a_card_without_bfloat16_falls_back_and_says_so_once(monkeypatch):

@@ -15,6 +15,7 @@ from mech.sparse.policy import Policy
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what torch's compiler imports
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore::mech.sparse.card.choice.Fallback"),  # flash, in single precision
 ]
 LENGTH = 300
 NONE = torch.zeros(8, dtype=torch.bool)

@@ -33,17 +33,24 @@ def split_cache(near, plan, own, k, v):
     return cache
 
 
-def compared(dtype, tolerance, policy, prompt, own=None, first=(0, 0), text=None, dense=DENSE, **options):
-    """Feeds the tokens behind a prompt one by one and compares each row; gives the cache."""
+def compared(
+    dtype, tolerance, policy, prompt, own=None, first=(0, 0), text=None, dense=DENSE, chunked=False, holes=(), **options
+):
+    """Feeds the tokens behind a prompt one by one and compares each row; gives the cache.
+
+    ``first`` is where the rows begin, ``holes`` are padding behind that; ``own`` is the layer's window, or its chunks.
+    """
     rows = len(first)
     q, k, v = (numbers(rows, heads, LENGTH, 8, seed=i).to(dtype) for i, heads in enumerate((8, GROUPS, GROUPS)))
     near = Near(policy, torch.tensor(first), torch.full((rows,), prompt), text)
     split = split_cache(near, Plan.of(dense, GROUPS), own, k[:, :, :prompt], v[:, :, :prompt])
     keys = torch.arange(LENGTH)
     real = keys >= torch.tensor(first)[:, None]
-    shape = shape_of(near, split, torch.Size((rows, LENGTH)), any(first))
-    cache = FixedCache(split, near, shape, q.device, set())
-    cache.load(split, near, real[:, :prompt].long() if any(first) else None)
+    real[-1, list(holes)] = False
+    mask = real[:, :prompt].long() if any(first) or holes else None
+    shape = shape_of(near, split, torch.Size((rows, LENGTH)), mask)
+    cache = FixedCache(split, near, shape, q.device, {0} if chunked else set())
+    cache.load(split, near, mask)
     layer = cache.layers[0]
     for at in range(prompt, LENGTH):
         row = slice(at, at + 1)
@@ -51,7 +58,11 @@ def compared(dtype, tolerance, policy, prompt, own=None, first=(0, 0), text=None
         layer.update(k[:, :, row], v[:, :, row])
         found = layer.attend(call(q[:, :, row], k[:, :, row], v[:, :, row], None, at, **options))
         cache.clock.advance()
-        seen = real & (keys <= at) & (keys > at - (own or LENGTH))
+        inside = keys > at - (own or LENGTH)
+        if chunked:
+            begun = torch.tensor(first)[:, None]
+            inside = (keys - begun) // own == (at - begun) // own
+        seen = real & (keys <= at) & inside
         whole = call(q[:, :, row], k[:, :, : at + 1], v[:, :, : at + 1], seen[:, None, None, : at + 1], at, **options)
         expected = by_definition(whole, near, dense)
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=max(tolerance, 1e-5))
@@ -87,15 +98,43 @@ def test_kept_text(first):
     compared(torch.float32, 2e-6, Policy(window=9, keep_text=True), 12, first=first, text=text)
 
 
+@pytest.mark.parametrize("extra", [{}, {"own": 12}, {"own": 12, "chunked": True}])
+def test_padding_between_tokens(extra):
+    compared(torch.float32, 2e-6, Policy(sinks=4, window=9), 30, first=(2, 0), holes=(3, 20, 29), **extra)
+
+
 @pytest.mark.parametrize("dtype, tolerance", PRECISION)
-@pytest.mark.parametrize("prompt", [1, 12, 40])
-def test_a_flash_kernel_that_counts_keys_sees_the_same(monkeypatch, dtype, tolerance, prompt):
-    """What is seen are the first slots of every store, so a count on the device is all the kernel needs."""
+@pytest.mark.parametrize(
+    "prompt, first", [(1, (0, 0)), (12, (0, 0)), (40, (0, 0)), (12, (0, 8)), (40, (17, 0)), (40, (3, 36))]
+)
+def test_a_flash_kernel_that_counts_keys_sees_the_same(monkeypatch, dtype, tolerance, prompt, first):
+    """What a row sees are the first slots of every store, so a count on the device is all the kernel needs.
+
+    Padding on the left included, whether the rings have come round in no row, in one, or in all.
+    """
     twin = on_card(monkeypatch)
-    cache = compared(dtype, tolerance, Policy(sinks=4, window=9), prompt)
-    assert len(twin.calls) == 2 * (LENGTH - prompt)
+    cache = compared(dtype, tolerance, Policy(sinks=4, window=9), prompt, first=first)
+    assert len(twin.calls) == 3 * (LENGTH - prompt)  # dense groups, local groups, local heads of dense groups
     held = {x.untyped_storage().data_ptr() for store in cache.layers[0].stores() for x in (store.k, store.v)}
-    assert {x.untyped_storage().data_ptr() for _, k, v in twin.calls for x in (k, v)} == held  # and no copy
+    where_they_lie = [x.untyped_storage().data_ptr() in held for _, k, v in twin.calls for x in (k, v)]
+    assert sum(where_they_lie) == 4 * (LENGTH - prompt)  # no copy, but of what the last read
+
+
+@pytest.mark.parametrize("first", [(0, 0), (0, 7)])
+@pytest.mark.parametrize("prompt", [13, 40])
+@pytest.mark.parametrize("own, chunked, counted", [(20, False, 1), (5, False, 3), (20, True, 1), (9, True, 1)])
+def test_a_layer_with_a_window_of_its_own_lets_go_of_pinned_keys(monkeypatch, own, chunked, counted, prompt, first):
+    """Of the earliest first, so that what is seen are not the first slots: then a mask says it."""
+    twin = on_card(monkeypatch)
+    compared(torch.float32, 2e-6, Policy(sinks=4, window=9), prompt, own, first, chunked=chunked)
+    assert len(twin.calls) == counted * (LENGTH - prompt)
+
+
+def test_rows_that_have_not_reached_the_sinks_have_holes(monkeypatch):
+    """One row has two tokens, the other all four sinks."""
+    twin = on_card(monkeypatch)
+    compared(torch.float32, 2e-6, Policy(sinks=4, window=9), 12, first=(10, 0))
+    assert not twin.calls
 
 
 def test_kept_text_is_counted_in_a_row_alone(monkeypatch):

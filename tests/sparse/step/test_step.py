@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from graphs import Record, Waits, stand_in
+from graphs import Record, Stream, Waits, stand_in
 
 import mech
 from mech.errors import ExperimentError
@@ -175,12 +175,17 @@ def test_the_stand_in_refuses_what_a_graph_cannot_hold():
 
 
 def test_what_cannot_be_captured_runs_uncaptured_and_says_so(models, card, monkeypatch):
-    def refuse(graph):
+    def refuse(graph, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    back = []
     monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", back.append)
+    stream = Stream()
     with pytest.warns(Uncaptured, match="not permitted when stream is capturing"):
         same(models("llava"), policy(models("llava")), batch(models("llava")), "auto", "step")
+    assert back == [stream]  # or all that follows would run where the capture was
 
 
 # -- every way of generating -------------------------------------------------------------------------------------------
