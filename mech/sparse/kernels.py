@@ -26,7 +26,6 @@ from mech.sparse.masks import Near
 from mech.sparse.plan import Keys, Plan, start_of, take
 
 BLOCK = {"cpu": 64, "cuda": 1024}  # query rows at once: a small block wastes less, a large one starts fewer kernels
-MANY = 4096  # keys from which on a CPU two products go through them faster for a few rows than torch's kernel does
 _SILENT = LayerRecord.idle()
 
 
@@ -235,12 +234,7 @@ def fused(
     if rows == 1 and n_heads != k.shape[1] and (mask is None or mask.shape[1] == 1):
         # The heads of a group become its rows, so that its keys are read once.
         q = q.reshape(batch, k.shape[1], -1, q.shape[3])
-        if q.is_cpu and q.dtype == torch.float32 and mask is None and not dropout and k.shape[2] >= MANY:
-            # Keys first: of these two products the other order takes twice as long.
-            scores = (k @ (q * call.scale).transpose(-1, -2)).transpose(-1, -2).contiguous()
-            z = torch.softmax(scores, dim=-1) @ v
-        else:
-            z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
         return z.reshape(batch, n_heads, 1, -1)
     if q.is_cuda and mask is not None and n_heads != k.shape[1]:  # no fused GPU kernel takes a mask and groups
         k, v = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (k, v))

@@ -9,7 +9,7 @@ from mech.errors import ExperimentError
 from mech.experiments.ranking.ranking import Ranking
 from mech.model import AttentionCall
 from mech.model.architectures.families import ModelConfig
-from mech.sparse.kernels import MANY, by_definition, fused, merged, split_heads
+from mech.sparse.kernels import by_definition, merged, split_heads
 from mech.sparse.masks import Near
 from mech.sparse.plan import Plan
 from mech.sparse.policy import Policy
@@ -182,19 +182,6 @@ def test_two_disjoint_sets_of_keys_merge_into_one_softmax():
     for keys in (slice(0, 3), slice(3, 12)):
         parts += [scores[..., keys].softmax(-1) @ v[:, :, keys], scores[..., keys].logsumexp(-1)]
     torch.testing.assert_close(merged(*parts), scores.softmax(-1) @ v)
-
-
-@pytest.mark.parametrize("heads, groups", [(8, 2), (6, 1), (4, 4)])
-def test_one_row_over_so_many_keys_that_products_are_faster(heads, groups):
-    """In a store with room behind what is held, as generation has it."""
-    q = numbers(2, heads, 1, 8)
-    k, v = (numbers(2, groups, MANY + 300, 8, seed=i)[:, :, : MANY + 7] for i in (1, 2))
-    one = call(q, k, v, causal=False)
-    found = fused(one, q, k, v, None)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q.double(), k.double(), v.double(), scale=one.scale, enable_gqa=True
-    )
-    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
