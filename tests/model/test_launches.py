@@ -66,8 +66,8 @@ def test_a_sweep_starts_no_more_kernels_than_three_forwards(card, point, most, p
     model = opened()
     clean, corrupted = inputs(model)
     forward, *_ = cost(card, lambda: model(clean, logits_to_keep=1))
-    over = ("layer", "head") if point.startswith("attn.") else ("layer",)
+    over = ("layer", "head") if point == "attn.hook_z" else ("layer",)
     options = {"point": point, "over": over, "positions": positions}
-    kernels, waits, sent = cost(card, lambda: mech.activation_patching(model, clean, corrupted, METRIC, **options))
+    kernels, _, sent = cost(card, lambda: mech.activation_patching(model, clean, corrupted, METRIC, **options))
     assert kernels <= (most + (positions == "image") / 2) * forward
     assert card.waits["aten._local_scalar_dense.default"] <= 40 and sent <= 20
