@@ -16,9 +16,16 @@ from mech.errors import ExperimentError
 # The digest of a model that has not changed since it was last asked for. Weak: it keeps no model alive.
 _digests: "weakref.WeakKeyDictionary[Any, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
+LARGE = 2**30  # bytes of weights from which on sums stand for them: of 17 GB, SHA-256 alone takes half a minute
+SUMS = ".sums"  # ends such a digest
+_BLOCK, _AT_ONCE = 2**17, 2**6  # eight-byte words of a sum, and sums at once on a card
 
-def weight_digest(model: Any) -> str | None:
+
+def weight_digest(model: Any, *, by_bytes: bool = False) -> str | None:
     """SHA-256 over the names, shapes, dtypes and bytes of all weights; None when they cannot be read.
+
+    Of a model of ``LARGE`` bytes or more, sums made where the weights lie stand for their bytes (``_sums``), so that it
+    takes the time of reading them there once; unless ``by_bytes``, as earlier versions had it.
 
     The digest is remembered per model and made anew when a weight was replaced or written in place (through torch;
     writes through ``.data`` or a numpy view are not seen). Weights that lie on no device (``meta``: offloaded to disk)
@@ -27,13 +34,15 @@ def weight_digest(model: Any) -> str | None:
     hf = inner_model(model)
     if not hasattr(hf, "state_dict"):
         return None
-    marks = tuple((name, w.data_ptr(), 0 if w.is_inference() else w._version) for name, w in _tensors(hf))
+    tensors = ((name, w.data_ptr(), 0 if w.is_inference() else w._version) for name, w in _tensors(hf))
+    marks = (by_bytes, *tensors)
     known = _digests.get(hf)
     if known is not None and known[0] == marks:
         return known[1]
     state = {name: weight for name, weight in hf.state_dict().items() if hasattr(weight, "data_ptr")}
     if any(getattr(weight, "is_meta", False) for weight in state.values()):
         return None
+    summed = not by_bytes and sum(weight.nbytes for weight in state.values()) >= LARGE
 
     import torch  # only here: results are read without it
 
@@ -41,9 +50,33 @@ def weight_digest(model: Any) -> str | None:
     for name in sorted(state):
         weight = state[name].detach()
         sha.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        sha.update(weight.reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
-    _digests[hf] = (marks, sha.hexdigest())
-    return sha.hexdigest()
+        flat = weight.reshape(-1).contiguous().view(torch.uint8)
+        sha.update((_sums(flat) if summed else flat).cpu().numpy())
+    digest = sha.hexdigest() + SUMS * summed
+    _digests[hf] = (marks, digest)
+    return digest
+
+
+def _sums(flat: Any) -> Any:
+    """Of each block of 2**17 words of eight bytes: the sum of word times an odd number of its place, modulo 2**64.
+
+    Integers, so the same on every device. Any change of one word changes its sum; it is no cryptographic digest.
+    """
+    import torch
+
+    words = _filled(flat.clone() if flat.storage_offset() % 8 else flat, 8).view(torch.int64)
+    mixed = torch.arange(1, _BLOCK + 1, device=flat.device) * -7046029254386353131  # 0x9E3779B97F4A7C15
+    mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687 | 1  # 0xBF58476D1CE4E5B9
+    step = _BLOCK if flat.is_cpu else _BLOCK * _AT_ONCE  # on a CPU what stays in its caches
+    return torch.cat([(_filled(part, _BLOCK).unflatten(0, (-1, _BLOCK)) * mixed).sum(1) for part in words.split(step)])
+
+
+def _filled(flat: Any, size: int) -> Any:
+    """With zeros behind it, up to a multiple of a size."""
+    import torch
+
+    rest = -len(flat) % size
+    return torch.nn.functional.pad(flat, (0, rest)) if rest else flat
 
 
 def _tensors(hf: Any) -> Iterator[tuple[str, Any]]:
@@ -76,7 +109,7 @@ def made_elsewhere(what: str, name: str, weights: str, model: Any, allow_other_m
     Raises:
         ExperimentError: it was made on other weights.
     """
-    own = weight_digest(model) if weights else None
+    own = weight_digest(model, by_bytes=not weights.endswith(SUMS)) if weights else None
     if own is None or own == weights:
         return ""
     other = f"{name or 'an unnamed model'} (weights {weights[:8]})"

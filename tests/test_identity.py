@@ -1,18 +1,23 @@
 """Heads and activations of another model are refused, also where it has the same shape; or allowed, and recorded."""
 
+import copy
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from cards import Cards
 
 import mech
+from mech import identity
 from mech.data.haystacks import haystacks
 from mech.errors import ExperimentError
 from mech.experiments.ablation.redirection import redirection
 from mech.identity import made_elsewhere, weight_digest, weights_in
 from mech.interventions import Ablate, intervene, reference_activations
 from mech.model import HookedMLLM
+from mech.reference import tiny
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,52 @@ def test_rankings_and_references_remember_their_weights(other, foreign, bank, tm
     old = {key: value for key, value in json.loads(path.read_text()).items() if key != "weights"}
     assert mech.Ranking.from_json(old).weights == ""
     assert weights_in({}) == weights_in({"provenance": "{"}) == weights_in({"provenance": {"model": None}}) == ""
+
+
+def test_a_large_model_is_known_by_sums_that_are_made_where_it_lies(monkeypatch):
+    """What earlier versions wrote down, digests of every byte, is still known."""
+    made = tiny.model("llava").bfloat16()
+    by_bytes = weight_digest(made, by_bytes=True)
+    monkeypatch.setattr(identity, "LARGE", 0)
+    monkeypatch.setattr(identity, "_BLOCK", 64)
+    monkeypatch.setattr(identity, "_AT_ONCE", 2)
+    digest = weight_digest(made)
+    assert digest.endswith(".sums") and weight_digest(copy.deepcopy(made)) == digest != by_bytes
+    hooked = HookedMLLM.from_hf(made, name="mine")
+    for known in (by_bytes, digest):
+        assert made_elsewhere("a ranking", "mine", known, hooked) == ""
+    with Cards():
+        assert weight_digest(copy.deepcopy(made).to("card:1")) == digest
+    weight = made.get_input_embeddings().weight
+    for change in (
+        lambda: weight[3, 5].mul_(-1), lambda: weight.copy_(weight.flip(0)),
+        lambda: weight[:2].copy_(weight[:2].flip(1)),
+        lambda: weight[-1, -1].add_(1),
+    ):  # fmt: skip
+        with torch.no_grad():
+            change()
+        digest, before = weight_digest(made), digest
+        assert digest != before
+        with pytest.raises(ExperimentError, match="a ranking of mine"):
+            made_elsewhere("a ranking", "mine", before, hooked)
+
+
+def test_sums_are_those_of_python_s_integers():
+    words = torch.randint(-(2**63), 2**63 - 1, (2**17 + 3,), generator=torch.Generator().manual_seed(0))
+    first, second = identity._sums(words.view(torch.uint8)).tolist()
+
+    def factor(place):
+        mixed = signed(place * 0x9E3779B97F4A7C15)
+        return signed((mixed ^ (mixed >> 31)) * 0xBF58476D1CE4E5B9) | 1
+
+    def signed(number):
+        return (number + 2**63) % 2**64 - 2**63
+
+    expected = [signed(word * factor(i % 2**17 + 1)) for i, word in enumerate(words.tolist())]
+    assert first == signed(sum(expected[: 2**17])) and second == signed(sum(expected[2**17 :]))
+    assert identity._sums(words[:1].view(torch.uint8)[:3]).tolist() == [
+        signed(int.from_bytes(words[:1].view(torch.uint8)[:3].numpy().tobytes(), "little") * factor(1))
+    ]
 
 
 def uses(model, halves, foreign, bank, **options):

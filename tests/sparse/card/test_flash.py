@@ -151,6 +151,21 @@ def test_models_on_a_card_are_what_they_are_on_a_cpu(monkeypatch, name):
     assert bool(rows) == (name != "paligemma2")  # whose softcap no flash kernel of torch computes
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_rows_padded_on_the_left_take_the_kernel_of_a_row_alone(monkeypatch, name):
+    """Every token in every layer, grouped heads and windows of a layer's own included, without a mask."""
+    model, options = HookedMLLM.from_hf(tiny.model(name), processor(name), name=name), {"max_new_tokens": 14}
+    pictures = {"Which digit is red?": (40, 24), "Which is red?": (24, 24)}
+    padded = model.collate([model.inputs(text, images=[noise(*size)]) for text, size in pictures.items()])
+    assert not padded.tensors["attention_mask"].all()
+    options["min_new_tokens"] = 14
+    plain, twin = model.generate(padded, **options), on_card(monkeypatch)
+    with mech.dense_static(model, graph=True) as dense:
+        assert torch.equal(dense.generate(padded, **options), plain) and dense.decoding == "step"
+    rows = [q for q, _, _ in twin.calls if q.ndim == 3]
+    assert len(rows) == 13 * len(model.cfg.attention_layers) and all(len(q) == 2 for q in rows)
+
+
 # -- machines without them ---------------------------------------------------------------------------------------------
 
 
