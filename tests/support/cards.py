@@ -156,7 +156,9 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is aten.histc.default and not args[0].is_floating_point():  # which a card counts and a CPU does not
         return Elsewhere(func(_here(args[0]).float(), *args[1:], **here).to(args[0].dtype), target)
     out = func(*_here(args), **{name: _here(value) for name, value in here.items()})
-    if func._schema.name.endswith("_") and isinstance(args[0], Tensor):  # written in place
+    if (
+        func._schema.name.endswith("_") and not func._schema.name.endswith("__") and isinstance(args[0], Tensor)
+    ):  # in place
         if isinstance(args[0], Elsewhere) and args[0].shape != args[0].data_here.shape:  # squeeze_ and its like
             args[0].data = Elsewhere(args[0].data_here, args[0].device)
         return args[0]
