@@ -78,8 +78,9 @@ def takes_row(q: Tensor, k: Tensor, v: Tensor) -> bool:
     For cards of capability 9 and 10 SDPA would choose cuDNN, which plans anew for every number of keys, and in a
     growing cache each token has another.
     """
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return on_card(q) and fits(q, v) and not grads and not lacking(q)
+    if not on_card(q) or not fits(q, v) or lacking(q):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
 
 
 def local(call: AttentionCall, keys: Keys, near: Near, out: Float[Tensor, "batch head pos d_head"], _: float) -> Tensor:
