@@ -31,6 +31,8 @@ def weight_digest(model: Any, *, by_bytes: bool = False) -> str | None:
     writes through ``.data`` or a numpy view are not seen). Weights that lie on no device (``meta``: offloaded to disk)
     cannot be read, and None says so. The digest does not depend on the wrapper or on the device.
     """
+    if (record := getattr(model, "elsewhere", None)) is not None:  # laid out here, without weights
+        return record.get("weights")
     hf = inner_model(model)
     if not hasattr(hf, "state_dict"):
         return None

@@ -36,6 +36,7 @@ from mech.data.pictures import pixel_digest, png, shows
 from mech.data.samples import Samples, pictures_of
 from mech.errors import ExperimentError, OutputError, UnsupportedModel
 from mech.experiments.ablation.ablation import Condition, How, ablated
+from mech.experiments.ablation.bank import reference_of
 from mech.experiments.ablation.design import CLAIM, Design
 from mech.experiments.ablation.forms import Scenes, forms_in
 from mech.experiments.causal.report import CausalReport, causal_report
@@ -52,6 +53,7 @@ from mech.experiments.findings.summary import (
     summarise_scores,
 )
 from mech.experiments.findings.verdicts import verdicts
+from mech.experiments.patching.blanked import paired_by_blanking
 from mech.experiments.ranking.checks import refuse_overlap
 from mech.experiments.ranking.ranking import Ranking, rank_heads
 from mech.experiments.scores.gating import causal_head_gating
@@ -60,11 +62,9 @@ from mech.experiments.scores.published import nulls
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.scores.record import record_of
 from mech.files import make_folder, write
-from mech.interventions import reference_activations
-from mech.interventions.counterfactuals import with_counterfactuals
 from mech.model import HookedMLLM
 from mech.results import Study, map_facts, provenance, write_json
-from mech.scale import BlocksFailed, open_model, rest_goes_on, split_revision
+from mech.scale import BlocksFailed, model_here, rest_goes_on, split_revision
 from mech.settings import Settings, default_domains, default_settings
 from mech.sparse.frontier.acceleration import Grid, local_for
 from mech.sparse.frontier.resumable import acceleration_in
@@ -117,7 +117,7 @@ def study(
         summary: dict[str, Any] = {"schema": 1, "models": {}, "acceleration": {}}
         failed: list[BlocksFailed] = []
         for name, short in shorts.items():  # a model is gone before the next one is opened
-            studied = StudiedModel(results, open_model(name), short, settings, progress or _silent)
+            studied = StudiedModel(results, model_here(name), short, settings, progress or _silent)
             _of_model(studied, summary, domains, data, failed)
             del studied
         if failed:
@@ -313,7 +313,7 @@ class StudiedModel:
         done = count(len(todo) - len(missing) + 1)
         other = [i for i in missing if todo[i].method in settings.methods[1:]]
         options: dict[str, Any] = dict(batch_size=settings.batch_size, seed=settings.seed)
-        how = How(reference_activations(self.model, find, **options) if missing else None, seed=settings.seed)
+        how = How(reference_of(self.model, find, **options) if missing else None, seed=settings.seed)
         for some, samples in (([i for i in missing if i not in other], test), (other, test[: settings.n_other])):
             parts = ablated(self.model, samples, [todo[i] for i in some], how, settings.batch_size) if some else ()
             for index, part in zip(some, parts, strict=True):
@@ -357,7 +357,7 @@ class StudiedModel:
             blanked = not all(sample.counterfactual for sample in (*find, *test))
             try:
                 if blanked:
-                    find, test = with_counterfactuals(self.model, find), with_counterfactuals(self.model, test)
+                    find, test = paired_by_blanking(self.model, find), paired_by_blanking(self.model, test)
                 found = causal_report(
                     self.model, test, ranking, find=find, method=None, n_random=2, seed=self.settings.seed,
                     batch_size=self.settings.batch_size, progress=lambda what, i, n: self.say(f"{key}: {what}", i, n),
@@ -389,7 +389,7 @@ class StudiedModel:
         if not name.startswith(reference.PREFIX) or "base" not in reference.revisions(name):
             return {}
         of = Scenes(domain, settings.n_forms, CLAIM, settings.n_sets, settings.seed, settings.batch_size)
-        base = partial(open_model, f"{name}@base")
+        base = partial(model_here, f"{name}@base")
         found = forms_in(self.results, f"{self.short}/forms", self.model, base, of, self.say)
         return {"forms": forms.summarise(found)}
 
@@ -412,7 +412,7 @@ def _accelerated_long(
     smaller = replace(settings, batch_size=max(1, settings.batch_size // 4))
     for name, pages in LONG.items():
         if short_name(name) in reference.names() and (domains is None or "pages" in domains):
-            studied = StudiedModel(results, HookedMLLM.from_pretrained(name), short_name(name), smaller, say)
+            studied = StudiedModel(results, model_here(name), short_name(name), smaller, say)
             studied.record_weights()
             found |= studied.accelerated(haystacks("pages", settings.n_long, settings.seed, n_pictures=pages))
     return found

@@ -224,9 +224,9 @@ class progress:
 
 def open_model(model: str, revision: str | None) -> "HookedMLLM":
     """The model of ``--model`` at ``--revision``; it is called MODEL@REVISION then."""
-    from mech.study import open_model
+    from mech.scale import model_here
 
-    return open_model(model if revision is None else f"{model}@{revision}")
+    return model_here(model if revision is None else f"{model}@{revision}")
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,11 @@ def paths(
 
 def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
     """The samples with a counterfactual each, made by blanking where there is none, and what to call them then."""
-    import mech
+    from mech.experiments.patching.blanked import paired_by_blanking
 
     if all(sample.counterfactual for sample in samples):
         return samples, called
-    return mech.with_counterfactuals(hooked, samples), f"{called}, evidence blanked"
+    return paired_by_blanking(hooked, samples), f"{called}, evidence blanked"
 
 
 def _difference(data: Any) -> Any:

@@ -9,6 +9,7 @@ same question. Two things to keep in mind. A grey patch is seen as a grey patch 
 and a sample whose answer does not change is dropped: it was not answered from this evidence.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mech.arguments import checked, one_of
@@ -32,24 +33,42 @@ def with_counterfactuals(model: HookedMLLM, samples: SomeSamples, by: one_of(WAY
 
     Cost: one generation of an answer for each sample without a counterfactual.
     """
+    samples = Samples(samples)
     # Everything is blanked before the model is asked: a sample without evidence is refused at once.
-    blank = [None if sample.counterfactual else without_evidence(sample, by) for sample in samples]
-    paired = []
-    for sample, other in zip(samples, blank, strict=True):
-        if other is None:
-            paired.append(sample)
-        elif another := _another_answer(model, other):
-            paired.append(replace(sample, counterfactual=replace(other, answer=another)))
-    if len(paired) < min(2, len(blank)):
+    blank = blanked(samples, by)
+    return paired(str(model.name), samples, blank, [another_answer(model, one) for one in blank])
+
+
+def blanked(samples: Samples, by: str = "mean") -> Samples:
+    """The samples that have no counterfactual, without their evidence."""
+    return Samples([without_evidence(sample, by) for sample in samples if not sample.counterfactual])
+
+
+def paired(name: str, samples: Samples, blank: Samples, answers: Sequence[str]) -> Samples:
+    """Samples with counterfactuals: their own, or the ``blank`` one with its answer; without one they are dropped.
+
+    Raises:
+        ExperimentError: fewer than two of several are left.
+    """
+    others = iter(zip(blank, answers, strict=True))
+    found = []
+    for sample in samples:
+        if sample.counterfactual:
+            found.append(sample)
+            continue
+        other, answer = next(others)
+        if answer:
+            found.append(replace(sample, counterfactual=replace(other, answer=answer)))
+    if len(found) < min(2, len(samples)):
         raise ExperimentError(
-            f"{model.name} says something else on {len(paired)} of {len(blank)} samples when their evidence is blanked",
+            f"{name} says something else on {len(found)} of {len(samples)} samples when their evidence is blanked",
             "at least two",
             "use samples that it can answer only from the evidence, or give counterfactuals",
         )
-    return Samples(paired)
+    return Samples(found)
 
 
-def _another_answer(model: HookedMLLM, blank: Sample) -> str:
+def another_answer(model: HookedMLLM, blank: Sample) -> str:
     """The model's answer if it differs from the right one in some token; else nothing."""
     right = model.processor.answer_ids(blank.answer)
     text = model.generate_text(model.inputs_of(blank), max_new_tokens=max(4, len(right)), do_sample=False)[0]

@@ -64,10 +64,12 @@ Hook = tuple[str | Callable[[str], bool], Callable]
 class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
     """A Hugging Face multimodal model whose activations can be read and written by name."""
 
+    weights_here = True  # not in ``LaidOut``
+
     def __init__(self, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None):
         super().__init__()
         self._given = (hf_model,)  # what unwrap() gives back; in a tuple, so that it is no submodule
-        hf_model = stock_model(hf_model)
+        hf_model = stock_model(hf_model, self.weights_here)
         self.family = family_of(hf_model)
         self.cfg = sizes(hf_model.config, self.family)
         self.hf_model = hf_model

@@ -122,8 +122,8 @@ def no_bars(local: bool = True) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_known(config: Any) -> None:
-    """Refuse an architecture before its weights are read: a model without weights is laid out on the meta device.
+def known_layout(config: Any) -> PreTrainedModel:
+    """A model without weights, on the meta device; an architecture is refused by it before weights are read.
 
     Raises:
         UnsupportedModel: no row has it, and its text layers are not written like known ones.
@@ -142,6 +142,7 @@ def check_known(config: Any) -> None:
     with warnings.catch_warnings():  # said once, when the model is wrapped
         warnings.simplefilter("ignore", PartialSupport)
         family_of(empty)
+    return empty.eval()
 
 
 def _layers(config: Mapping[str, Any]) -> Iterator[int]:
@@ -219,7 +220,7 @@ def open_checkpoint(
         placed["quantization_config"] = quantized(quantization, dtype)
     if Path(source).is_dir():
         check_folder(Path(source))
-    config = _config(source, options)
+    config, _ = _config(source, options)
     with _told("checkpoint", source):
         try:
             with no_bars(Path(source).is_dir()):
@@ -242,8 +243,21 @@ def open_checkpoint(
     return model.eval(), source
 
 
-def _config(source: str, options: Mapping[str, Any]) -> Any:
-    """The config of a folder or hub id, of an architecture that has a row."""
+def laid_out(name: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, str]:
+    """A stock model as its config lays it out, on the meta device, and where it came from; weights are not looked at.
+
+    Raises:
+        InputError: no such folder.
+        UnsupportedModel: no config, or no row for it.
+    """
+    source = resolve(name)
+    _checkpoint(str(name), revision)  # refuses a revision that is not there
+    _, empty = _config(source, {"revision": revision or "main", "trust_remote_code": False})
+    return empty, source
+
+
+def _config(source: str, options: Mapping[str, Any]) -> tuple[Any, PreTrainedModel]:
+    """The config of a folder or hub id, of an architecture that has a row, and the model that it lays out."""
     with _told("config", source):
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -254,8 +268,7 @@ def _config(source: str, options: Mapping[str, Any]) -> Any:
                 "a folder or hub id with a Hugging Face config of a known architecture",
                 "check the name and the network, or give a folder" if known else RECIPE,
             ) from error
-        check_known(config)
-    return config
+        return config, known_layout(config)
 
 
 def _check_weights(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
@@ -287,8 +300,12 @@ def _unopened(source: str, device_map: Any, what: str) -> UnsupportedModel:
     )
 
 
-def stock_model(given: Any) -> PreTrainedModel:
+def stock_model(given: Any, weights: bool = True) -> PreTrainedModel:
     """The Hugging Face model in what is handed over: compiled, PEFT's and data parallel models are opened.
+
+    Args:
+        given: the model.
+        weights: whether it must have some.
 
     Raises:
         UnsupportedModel: something around it changes what it computes, or its weights are spread over processes.
@@ -306,7 +323,7 @@ def stock_model(given: Any) -> PreTrainedModel:
         return stock_model(given.module)
     if mro & {"PeftModel", "PeftMixedModel"}:
         return stock_model(_without_prompts(given))
-    if name := _nowhere(given):
+    if weights and (name := _nowhere(given)):
         raise UnsupportedModel(
             f"a {type(given).__name__} without weights: {name!r} is on the meta device, and nothing brings it",
             "weights in memory, or offloaded by accelerate", "open it without device_map, or with device_map='auto'",

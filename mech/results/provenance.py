@@ -67,6 +67,8 @@ def provenance(
 
 def model_record(model: Any) -> dict[str, Any]:
     """Name, revision, weight digest, dtype, device, attention implementation and processor settings of a model."""
+    if known := getattr(model, "elsewhere", None):  # laid out here; where its weights are this was recorded
+        return dict(known)
     hf = inner_model(model)
     config = _first(getattr(hf, "config", None), getattr(model, "config", None))
     try:

@@ -10,17 +10,19 @@ seed); a ``Block`` is a job on some of its batches, and its hash names the part 
 with a checksum. Whoever holds the model may compute it: numbers do not depend on who, in which order, or how often it
 failed. Parts are joined by sample; statistics are made of the joined values.
 
-What it takes: functions marked by ``per_sample``. What it gives: the dataset the function gives by itself. It knows
-nothing of what is measured.
+What it takes: functions marked by ``per_sample``, or by ``in_one_piece`` where they cannot be cut. What it gives: the
+dataset the function gives by itself. It knows nothing of what is measured.
 """
 
-from mech.scale.measures import per_sample
-from mech.scale.models import open_model, split_revision
+from mech.scale.measures import in_one_piece, per_sample
+from mech.scale.models import model_here, open_model, split_revision
 from mech.scale.run import BlocksFailed, on_folder, rest_goes_on, stream
 from mech.scale.status import status
 
 __all__ = [
     "BlocksFailed",
+    "in_one_piece",
+    "model_here",
     "on_folder",
     "open_model",
     "per_sample",

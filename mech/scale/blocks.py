@@ -141,6 +141,11 @@ def tasks(
         first += len(named)
 
 
+def whole(samples: Samples, job: Job, what: str) -> Task:
+    """All of a job that cannot be cut."""
+    return Task(Block(job.key, what, 0, tuple(samples.names), samples.digest()), samples)
+
+
 def timing(
     samples: Sequence[Sample], job: Job, what: str, items: int | None, beside: Mapping[str, Sequence[Any]] | None = None
 ) -> Task:

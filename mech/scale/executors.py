@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from mech.scale.blocks import Job, Task
 from mech.scale.folder import Folder
-from mech.scale.work import Outcome, Worker, given_up, publish
+from mech.scale.work import ABOUT, Outcome, Worker, given_up, publish
 
 ENDED = ("landed", "there", "refused", "failed")
 
@@ -18,6 +18,7 @@ ENDED = ("landed", "there", "refused", "failed")
 class Executor(Protocol):
     """What computes blocks."""
 
+    works: bool  # whether this process computes
     workers: int  # how many there are, to cut a job by
     in_flight: int  # tasks it holds at most
 
@@ -80,17 +81,25 @@ class Here:
             return task
         return publish(self.folder, task)
 
+    def _credited(self, outcome: Outcome, task: Task) -> Outcome:
+        """What another worker landed since it was laid out counts, with what it took there."""
+        if outcome.state != "there" or task.samples is not None or (part := self.folder.part(task.key)) is None:
+            return outcome
+        about = part.attrs[ABOUT]
+        return Outcome(task.key, "landed", seconds=float(about["seconds"]), device=str(about["device"]))
+
     def _step(self, held: dict[str, Task]) -> list[Outcome]:
         """What has ended: the first task this process can do; where others do them all, what they have done."""
         if self.works:
             for task in held.values():
                 outcome = self._worker.attempt(task)
                 if outcome.state in ENDED:
-                    return [outcome]
+                    return [self._credited(outcome, task)]
                 if outcome.state == "again":
                     return []
         landed = set(self.folder.keys("parts"))
-        ended = [Outcome(key, "there") for key in held if key in landed and self.folder.part(key) is not None]
+        there = (self._credited(Outcome(key, "there"), task) for key, task in held.items() if key in landed)
+        ended = [outcome for outcome in there if outcome.state == "landed" or self.folder.part(outcome.key) is not None]
         failed = set(self.folder.keys("failed"))
         ended += [spent for key in held if key in failed and (spent := given_up(self.folder, key)) is not None]
         if held and not ended:

@@ -36,6 +36,8 @@ class Measure:
         over: an option that is a list, each of whose items is measured by itself along ``condition``.
         placed: whether it asks where its first sample stands among all (``first``), for seeds.
         beside: options that are lists with one entry for each sample.
+        dim: the dimension of ``over``.
+        whole: one piece of work, never cut.
     """
 
     name: str
@@ -45,10 +47,20 @@ class Measure:
     placed: bool = False
     beside: tuple[str, ...] = ()
     dim: str = CONDITION
+    whole: bool = False
 
 
 class Running(Protocol):
     """What cuts a measurement, and joins what comes back."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether this process measures, too, and so needs weights."""
+        ...
+
+    def laid_out(self, name: str) -> Any:
+        """A model without its weights."""
+        ...
 
     def measure(self, measure: Measure, model: Any, samples: Any, options: dict[str, Any]) -> xr.Dataset: ...
 
@@ -72,22 +84,46 @@ def per_sample(
     """
 
     def mark(function: F) -> F:
-        known(*classes)
         placed = "first" in inspect.signature(function).parameters
-        name = f"{function.__module__}:{function.__qualname__}"
-        measure = _MEASURES[name] = Measure(name, function, what, over, placed, beside)
-
-        @functools.wraps(function)
-        def call(model: Any, samples: Any, **options: Any) -> xr.Dataset:
-            running = _RUNNING.get()
-            if running is None:
-                return function(model, samples, **options)
-            return running.measure(measure, model, samples, options)
-
-        call.measure = measure  # type: ignore[attr-defined]
-        return call  # type: ignore[return-value]
+        return _marked(Measure(_name(function), function, what, over, placed, beside), classes)
 
     return mark
+
+
+def in_one_piece(what: str, *, classes: tuple[type, ...] = ()) -> Callable[[F], F]:
+    """Mark a measurement that cannot be cut as one block: a worker makes it, and it is stored once.
+
+    Its arguments are ``(model, samples, **options)``, and it gives any dataset; ``progress``, if it has one, is not
+    called from elsewhere. Means over samples, a search, timings: what does not grow with the samples of a study.
+
+    Args:
+        what: in a word, for people.
+        classes: as of ``per_sample``.
+    """
+
+    def mark(function: F) -> F:
+        return _marked(Measure(_name(function), function, what, whole=True), classes)
+
+    return mark
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _marked(measure: Measure, classes: tuple[type, ...]) -> Any:
+    known(*classes)
+    _MEASURES[measure.name] = measure
+
+    @functools.wraps(measure.function)
+    def call(model: Any, samples: Any, **options: Any) -> xr.Dataset:
+        running = _RUNNING.get()
+        if running is None:
+            return measure.function(model, samples, **options)
+        return running.measure(measure, model, samples, options)
+
+    call.measure = measure  # type: ignore[attr-defined]
+    return call
 
 
 def import_all(modules: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """Which model, which program: what must be the same on every machine before it computes anything.
 
     open_model("reference:llava-m@step2300")
+    model_here("reference:llava-m")     # where workers compute: all but its weights
     identity(model)                     # name, digests of weights and processor, precision
     software()                          # version and digest of mech, versions of torch and transformers
 
@@ -11,16 +12,21 @@ program would put other numbers into the same result.
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
+
 from mech import reference
+from mech.data.samples import Samples
 from mech.errors import ExperimentError, UnsupportedModel
 from mech.files import read
 from mech.identity import inner_model
 from mech.model import HookedMLLM
-from mech.results.provenance import model_record, software_versions
+from mech.model.loading import resolve
+from mech.results.provenance import jsonable, model_record, software_versions
+from mech.scale.measures import in_one_piece, running
 
 HASHED = ("weights", "processor", "dtype", "attention")  # of an identity: all but the name
 
@@ -55,6 +61,35 @@ def open_model(name: str, **placement: Any) -> HookedMLLM:
     model = HookedMLLM.from_pretrained(base, revision=revision, **placement)
     model.name = name
     return model
+
+
+def model_here(name: str) -> HookedMLLM:
+    """A model as this process needs it: whole where it measures, and where only workers do, laid out without weights.
+
+    Raises:
+        UnsupportedModel: as ``open_model``.
+    """
+    one = running()
+    return open_model(name) if one is None or one.computes else one.laid_out(name)
+
+
+@in_one_piece("model")
+def recorded(model: Any, samples: Samples, *, files: Any) -> xr.Dataset:
+    """What a worker says of the model it opened, in the attribute ``record``; other ``files`` are recorded anew."""
+    identity(model)  # refuses weights without a digest
+    return xr.Dataset(attrs={"record": json.dumps(jsonable(model_record(model)))})
+
+
+def files_of(name: str) -> list[list[Any]]:
+    """Revision, and of a folder or reference model names, sizes and times of the files of weights."""
+    base, revision = split_revision(name)
+    folders = {Path(resolve(base)), *([reference.shipped(base)] if base.startswith(reference.PREFIX) else ())}
+    return [[revision], *(list(facts) for folder in sorted(folders) for facts in _weights_in(folder))]
+
+
+def _weights_in(folder: Path) -> Iterator[tuple[str, int, int]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        yield file.name, file.stat().st_size, file.stat().st_mtime_ns
 
 
 def identity(model: Any) -> dict[str, str]:

@@ -87,7 +87,7 @@ def _written(value: Any, arrays: list[np.ndarray]) -> Any:
     if isinstance(value, Mapping):
         return {"$pairs": [[_written(key, arrays), _written(one, arrays)] for key, one in value.items()]}
     if type(value).__name__ in _KNOWN and _KNOWN[type(value).__name__] is type(value):
-        inner = list(value) if isinstance(value, tuple) else [getattr(value, one.name) for one in fields(value)]
+        inner = list(value) if isinstance(value, tuple) else [getattr(value, name) for name in _given(value)]
         return {"$class": type(value).__name__, "of": [_written(one, arrays) for one in inner]}
     if isinstance(value, Samples):
         return {"$samples": [_written(one, arrays) for one in value]}
@@ -105,6 +105,11 @@ def _written(value: Any, arrays: list[np.ndarray]) -> Any:
         "numbers, texts, lists, arrays, samples, and the values mech itself makes",
         "run this outside mech.on_folder and mech.on_ray",
     )
+
+
+def _given(kind: Any) -> list[str]:
+    """The fields of a dataclass that it is made of; what it derives from them is derived again."""
+    return [one.name for one in fields(kind) if one.init]
 
 
 def _kept(array: np.ndarray, arrays: list[np.ndarray]) -> int:
@@ -135,9 +140,5 @@ def _read(value: Any, arrays: Any) -> Any:
     if name == "$class" and inner in _KNOWN:
         values = [_read(one, arrays) for one in rest[0][1]]
         kind = _KNOWN[inner]
-        return (
-            kind(**dict(zip([one.name for one in fields(kind)], values, strict=True)))
-            if is_dataclass(kind)
-            else kind(*values)
-        )
+        return kind(**dict(zip(_given(kind), values, strict=True))) if is_dataclass(kind) else kind(*values)
     raise ValueError(f"{inner if name == '$class' else name!r} is not known here")

@@ -88,7 +88,7 @@ class OnRay:
     """
 
     def __init__(self, folder: Folder, gpus_per_model: float | None, threads: int, modules: tuple[str, ...] = ()):
-        self.folder, self.modules = folder, modules
+        self.folder, self.modules, self.works = folder, modules, False
         self._ray = _ray()
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = [node.get("GPU", 0.0) for node in nodes]

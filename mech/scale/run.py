@@ -23,13 +23,15 @@ import xarray as xr
 
 from mech.arguments import Count, Text, checked
 from mech.axes import EXAMPLE
-from mech.data.samples import Sample
+from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, MechError, OutputError
-from mech.scale.blocks import Block, Cut, Job, Task, tasks, timing
+from mech.files import parse_json
+from mech.model.laid_out import LaidOut
+from mech.scale.blocks import Block, Cut, Job, Task, tasks, timing, whole
 from mech.scale.executors import Executor, Here
 from mech.scale.folder import Folder, claim_of, sealed_bytes
 from mech.scale.measures import Measure, run_by, running
-from mech.scale.models import identity, software
+from mech.scale.models import files_of, identity, recorded, software, split_revision
 from mech.scale.packing import fingerprint, pack
 from mech.scale.work import ABOUT, Outcome, beating, refusal
 
@@ -104,16 +106,16 @@ class Run:
             ExperimentError: ids that are there twice.
         """
         options = dict(options)
-        progress, size = options.pop("progress", None), options.pop("batch_size", 8)
+        progress = options.pop("progress", None)
+        if measure.whole:
+            return self._whole(measure, model, Samples(samples), options, identity(model))
+        size = options.pop("batch_size", 8)
         beside = {name: options.pop(name) for name in measure.beside if name in options}
         listed = samples if isinstance(samples, Sequence) else None
         if listed is not None:
             _refuse_twice([one.id or str(i) for i, one in enumerate(listed)])
         items = len(options[measure.over]) if measure.over is not None else None
-        job = Job(measure.name, identity(model), software(), fingerprint(options), size, self.threads)
-        self.folder.write(f"jobs/{job.key}.options.pack", pack(options))
-        self.folder.write(f"jobs/{job.key}.pack", pack(job))
-        self.executor.ready(job, model)
+        job = self._ready(measure, model, identity(model), options, size)
         self.seen = Seen(f"{model.name}: {measure.what}", failed=self.failed,
                          total=None if listed is None else len(listed) * (items or 1))  # fmt: skip
         cut, source = self._cut(job, measure, listed, samples, items, beside)
@@ -123,7 +125,44 @@ class Run:
             if progress:
                 done = self.seen.samples // (items or 1)
                 progress(done, max(done, len(listed) if listed is not None else done))
-        return self._joined(job, measure, kept, model, options)
+        return self._joined(job, measure, kept)
+
+    @property
+    def computes(self) -> bool:
+        """Whether this process measures, too."""
+        return self.executor.works
+
+    def laid_out(self, name: str) -> LaidOut:
+        """A model without its weights, and what a worker that has them says of them.
+
+        Raises:
+            UnsupportedModel: it cannot be opened.
+        """
+        base, revision = split_revision(name)
+        model = LaidOut.of(base, revision)
+        model.name = name
+        found = self._whole(recorded.measure, model, Samples([]), {"files": files_of(name)}, {"name": name})  # type: ignore[attr-defined]
+        model.elsewhere = parse_json(found.attrs["record"])
+        return model
+
+    def _whole(
+        self, measure: Measure, model: Any, samples: Samples, options: dict[str, Any], of: Mapping[str, str]
+    ) -> xr.Dataset:
+        """A measurement that is one block."""
+        job = self._ready(measure, model, of, options, len(samples))
+        self.seen = Seen(f"{model.name}: {measure.what}", failed=self.failed, total=len(samples))
+        kept: list[Block] = []
+        for _ in self._run(iter([whole(samples, job, self.seen.what)]), kept, measure.what):
+            pass
+        return self._joined(job, measure, kept)
+
+    def _ready(self, measure: Measure, model: Any, of: Mapping[str, str], options: dict[str, Any], size: int) -> Job:
+        """A job that lies in the folder, and that the executor can compute."""
+        job = Job(measure.name, of, software(), fingerprint(options), size, self.threads)
+        self.folder.write(f"jobs/{job.key}.options.pack", pack(options))
+        self.folder.write(f"jobs/{job.key}.pack", pack(job))
+        self.executor.ready(job, model)
+        return job
 
     def _cut(
         self, job: Job, measure: Measure, listed: Sequence[Sample] | None, samples: Iterable[Sample],
@@ -181,9 +220,7 @@ class Run:
             self._note()
             yield outcome
 
-    def _joined(
-        self, job: Job, measure: Measure, blocks: Sequence[Block], model: Any, options: Mapping[str, Any]
-    ) -> xr.Dataset:
+    def _joined(self, job: Job, measure: Measure, blocks: Sequence[Block]) -> xr.Dataset:
         parts, failed, refused = {}, {}, []
         for block in blocks:
             part = self.folder.part(block.key)
@@ -231,22 +268,17 @@ def merged(parts: Mapping[Block, xr.Dataset], job: Job, measure: Measure) -> xr.
     """
     rows: dict[int, list[tuple[Block, xr.Dataset]]] = {}
     for block, part in parts.items():
-        about = part.attrs.pop(ABOUT, {})
-        for name, mine in (("model", job.model), ("software", job.software)):
-            theirs = about.get(name, {})
-            if wrong := [key for key, value in mine.items() if theirs.get(key) != value]:
-                raise OutputError(
-                    f"part {block.key} was made with another {wrong[0]} ({str(theirs.get(wrong[0]))[:12]})",
-                    f"{str(mine[wrong[0]])[:12]}, as the job says", "remove it, and give the same command again",
-                )  # fmt: skip
+        _refuse_foreign(block, part.attrs.pop(ABOUT, {}), job)
+        if measure.whole:
+            return part
         rows.setdefault(block.first, []).append((block, part))
     options: dict[str, Any] = dict(compat="equals", join="exact", combine_attrs="override")
-    whole = []
+    joined_rows = []
     for first in sorted(rows):
         beside = [part for _, part in sorted(rows[first], key=lambda one: one[0].items or (0, 0))]
-        whole.append(xr.concat(beside, measure.dim, data_vars="minimal", coords="minimal", **options)
-                     if measure.over is not None else beside[0])  # fmt: skip
-    joined = xr.concat(whole, EXAMPLE, data_vars="minimal", coords="minimal", **options)
+        joined_rows.append(xr.concat(beside, measure.dim, data_vars="minimal", coords="minimal", **options)
+                           if measure.over is not None else beside[0])  # fmt: skip
+    joined = xr.concat(joined_rows, EXAMPLE, data_vars="minimal", coords="minimal", **options)
     ids = [id for first in sorted(rows) for id in rows[first][0][0].ids]
     _refuse_twice(list(map(str, joined[EXAMPLE].values)))
     if list(map(str, joined[EXAMPLE].values)) != ids:
@@ -330,6 +362,16 @@ def stream(function: Callable[..., xr.Dataset], model: Any, samples: Iterable[Sa
             "a function marked by mech.scale.per_sample, inside `with mech.on_folder(...)`", "put it inside",
         )  # fmt: skip
     return run.measure(measure, model, iter(samples), options)
+
+
+def _refuse_foreign(block: Block, about: Mapping[str, Any], job: Job) -> None:
+    for name, mine in (("model", job.model), ("software", job.software)):
+        theirs = about.get(name, {})
+        if wrong := [key for key, value in mine.items() if theirs.get(key) != value]:
+            raise OutputError(
+                f"part {block.key} was made with another {wrong[0]} ({str(theirs.get(wrong[0]))[:12]})",
+                f"{str(mine[wrong[0]])[:12]}, as the job says", "remove it, and give the same command again",
+            )  # fmt: skip
 
 
 def _refuse_twice(ids: Sequence[str]) -> None:

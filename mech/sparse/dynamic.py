@@ -30,6 +30,7 @@ from mech.experiments.ranking.ranking import Ranking, head_count
 from mech.inputs import Inputs
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
+from mech.scale.measures import per_sample
 from mech.sparse.groups import expanded, grouped
 from mech.sparse.localize import localize
 from mech.sparse.masks import Near
@@ -73,20 +74,36 @@ def reach(
     samples = Samples(samples)
     if not len(samples):
         raise ExperimentError("no samples", "at least one", "pass samples=find")
-    found = []
-    for i, sample in enumerate(samples, start=1):
-        found.append(reach_of(model, model.inputs_of(sample), sinks=sinks, window=window, layers=layers).cpu().numpy())
-        if progress:
-            progress(i, len(samples))
-    ids = [sample.id or str(i) for i, sample in enumerate(samples)]
-    coords = {EXAMPLE: ids, LAYER: list(model.cfg.attention_layers), HEAD: np.arange(model.cfg.n_heads)}
-    data = xr.Dataset({"reach": ((EXAMPLE, LAYER, HEAD), np.stack(found).astype(np.float64))}, coords)
+    data = per_sample_reach(
+        model, samples, sinks=sinks, window=window, layers=layers, batch_size=1, progress=progress
+    )  # fmt: skip
     data["reach"].attrs.update(unit="length in the residual stream", sign="more: more is lost if the head is local")
     settings = {"sinks": sinks, "window": window, "layers": layers}
     return data.assign_attrs(
         model=model.name, domain=", ".join(samples.domains), **{k: v for k, v in settings.items() if v is not None},
         provenance=provenance(model, samples, **settings),
     )  # fmt: skip
+
+
+@per_sample("reach")
+def per_sample_reach(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    sinks: int,
+    window: int,
+    layers: int | None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """The numbers of ``reach``, one sample after the other."""
+    found = []
+    for i, sample in enumerate(samples, start=1):
+        found.append(reach_of(model, model.inputs_of(sample), sinks=sinks, window=window, layers=layers).cpu().numpy())
+        if progress:
+            progress(i, len(samples))
+    coords = {EXAMPLE: samples.names, LAYER: list(model.cfg.attention_layers), HEAD: np.arange(model.cfg.n_heads)}
+    return xr.Dataset({"reach": ((EXAMPLE, LAYER, HEAD), np.stack(found).astype(np.float64))}, coords)
 
 
 @torch.no_grad()

@@ -79,7 +79,8 @@ def test_ablation_is_cut_along_conditions_too(model, samples, plain, tmp_path):
         found = mech.ablation(model, test, ranking, **options)
     same(found, direct)
     n = -(-len(test) // BATCH) * -(-direct.sizes["condition"] // 4)
-    assert len(folder.keys("parts")) == n == run.seen.blocks == run.seen.ended
+    assert n == run.seen.blocks == run.seen.ended
+    assert len(folder.keys("parts")) == n + 1 and run.costs["reference"].blocks == 1  # made once, for all of them
 
 
 def test_a_second_run_computes_nothing_and_a_damaged_part_is_computed_anew(model, samples, plain, tmp_path):
@@ -99,10 +100,21 @@ def test_a_second_run_computes_nothing_and_a_damaged_part_is_computed_anew(model
         assert run.costs["attention"].blocks == 1
 
 
-def test_a_memory_store_is_a_folder_like_any_other(model, samples, plain):
-    with mech.on_folder("memory://study/blocks", batches=3):
-        same(mech.retrieval_attention_mass(model, samples, batch_size=BATCH), plain)
-    assert "2 blocks" in str(status("memory://study/blocks"))
+@pytest.mark.parametrize("url", ["memory://study/blocks", "local://{}/blocks", "file://{}/blocks"])
+def test_any_store_of_fsspec_is_a_folder_like_any_other(model, samples, plain, tmp_path, url):
+    url = url.format(tmp_path)
+    for blocks in (2, 0):
+        with mech.on_folder(url, batches=3) as run:
+            same(mech.retrieval_attention_mass(model, samples, batch_size=BATCH), plain)
+        assert run.costs["attention"].blocks == blocks
+    assert "2 blocks landed, 0 at work, 0 waiting, 0 failed" in str(status(url))
+    folder = Folder(url)
+    key = folder.keys("parts")[0]
+    content = bytearray(folder.read(f"parts/{key}.npz"))
+    content[len(content) // 2] ^= 1
+    folder.write(f"parts/{key}.npz", bytes(content))
+    assert folder.part(key) is None  # the checksum
+    assert folder.claim(key, "one") and not folder.claim(key, "another")
 
 
 def test_parts_of_other_weights_or_another_program_are_not_joined(model, samples, tmp_path):

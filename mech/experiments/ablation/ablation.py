@@ -34,6 +34,7 @@ from mech.axes import CONDITION
 from mech.data.regions import where_in_words
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
+from mech.experiments.ablation.bank import reference_of
 from mech.experiments.metrics import ask, begun, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking
@@ -265,8 +266,7 @@ def asked_without(
 ) -> xr.Dataset:
     """The numbers of ``ablation``, condition by condition or, inside ``mech.on_folder``, in blocks."""
     if running() is not None and isinstance(how.reference, Samples):  # made once, and not for every block
-        reference = reference_activations(model, how.reference, batch_size=batch_size, seed=how.seed)
-        how = replace(how, reference=reference)
+        how = replace(how, reference=reference_of(model, how.reference, batch_size=batch_size, seed=how.seed))
     return per_sample_answers(
         model, samples, conditions=list(conditions), how=how, batch_size=batch_size, progress=progress
     )

@@ -26,13 +26,14 @@ from mech.axes import CONDITION, EXAMPLE
 from mech.data.samples import Samples
 from mech.errors import ExperimentError
 from mech.experiments.ablation.ablation import BASELINE, Condition
+from mech.experiments.ablation.bank import reference_of
 from mech.experiments.effects import against_random
 from mech.experiments.metrics import Quiz, ask, quiz
 from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, refuse_ranking
 from mech.experiments.ranking.ranking import Head, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.statistics import accuracy_interval
-from mech.interventions import METHODS, Ablate, Reference, intervene, reference_activations
+from mech.interventions import METHODS, Ablate, Reference, intervene
 from mech.model import HookedMLLM
 from mech.results import heads_text, provenance
 from mech.scale.measures import per_sample
@@ -103,7 +104,7 @@ def transfer(
     todo = [BASELINE, *tops, *(Condition(to, "random", tops[0].fraction, heads, i) for i, heads in enumerate(drawn))]
     parts: list[xr.Dataset] = []
     for task, samples in test.items():
-        reference = reference_activations(model, find[task], batch_size=batch_size, seed=seed)
+        reference = reference_of(model, find[task], batch_size=batch_size, seed=seed)
 
         def tell(done: int, total: int, before: int = len(parts)) -> None:
             if progress:

@@ -1,5 +1,6 @@
 """What the causal report measures of single heads: both sweeps, orders of sets, ablation, tests and quadrants."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import xarray as xr
 
 from mech.arguments import NamedProgress
 from mech.data.samples import Samples
-from mech.experiments.causal.runs import Runs
+from mech.experiments.causal.runs import Runs, both_given, refuse_gap
 from mech.experiments.causal.sets import greedy
 from mech.experiments.metrics import ask, quiz
 from mech.experiments.patching.activation import activation_patching
@@ -23,39 +24,56 @@ from mech.experiments.statistics import (
     spearman,
 )
 from mech.interventions import Ablate, Reference, intervene
+from mech.model import HookedMLLM
 from mech.model.partial.cached_run import NotResumable
-from mech.scale.measures import running
 
 QUADRANTS = ("attending and causal", "attending, not causal", "causal, not attending", "neither")
 ATTENDING = 0.05  # a head attends if this much of the attention that even attention puts elsewhere is on the evidence
 HALF, BACK = 0.5, 0.9  # of the gap: lost by the smallest set, and recovered by it
+DOING = {"noise": "noising", "denoise": "denoising"}
+Sweeps = Mapping[str, np.ndarray]  # direction -> [example, layer, head], in logits
 CANDIDATES = 16  # heads among which the greedy search chooses
 
 
-def swept(runs: Runs, direction: str, say: NamedProgress) -> np.ndarray:
+def cut_sweeps(model: HookedMLLM, samples: Samples, say: NamedProgress) -> Sweeps:
+    """Both sweeps over all heads in blocks: the part of the report that grows with samples times heads.
+
+    Raises:
+        ExperimentError: as ``Runs.of``.
+    """
+    forced, found = both_given(model, samples), {}
+    for direction, doing in DOING.items():
+        effects = patched_pairs(
+            model, samples, forced=forced, direction=direction, progress=lambda i, n, doing=doing: say(doing, i, n)
+        )
+        refuse_gap(model, float((effects["clean"] - effects["corrupted"]).mean()))
+        found[direction] = _differences(effects, direction)
+    return found
+
+
+def swept(runs: Runs, direction: str, say: NamedProgress, known: Sweeps | None = None) -> np.ndarray:
     """Every head's effect in one direction, [example, layer, head]: a share of the mean gap."""
-
-    def tell(done: int, total: int) -> None:
-        say({"noise": "noising", "denoise": "denoising"}[direction], done, total)
-
-    if running() is not None:  # workers make the inputs of their own samples
-        effects = patched_pairs(runs.model, runs.samples, forced=runs.forced, direction=direction, progress=tell)
-    else:
-        clean, corrupted = ([pair[side] for pair in runs.pairs] for side in (0, 1))
-        effects = activation_patching(runs.model, clean, corrupted, runs.metric, direction=direction, progress=tell)
-    if direction == "noise":
-        return (
-            effects["clean"] - effects["metric"]
-        ).values / runs.gap  # of the *mean* gap, other than effects["effect"]
-    return (effects["metric"] - effects["corrupted"]).values / runs.gap
+    if known:
+        return known[direction] / runs.gap
+    clean, corrupted = ([pair[side] for pair in runs.pairs] for side in (0, 1))
+    effects = activation_patching(
+        runs.model, clean, corrupted, runs.metric, direction=direction,
+        progress=lambda done, total: say(DOING[direction], done, total),
+    )  # fmt: skip
+    return _differences(effects, direction) / runs.gap  # of the *mean* gap, other than effects["effect"]
 
 
-def single_effects(runs: Runs, say: NamedProgress) -> tuple[dict[str, np.ndarray], str]:
+def _differences(effects: xr.Dataset, direction: str) -> np.ndarray:
+    whole, part = ("clean", "metric") if direction == "noise" else ("metric", "corrupted")
+    return (effects[whole] - effects[part]).values
+
+
+def single_effects(runs: Runs, say: NamedProgress, known: Sweeps | None = None) -> tuple[dict[str, np.ndarray], str]:
     """Every head's ``lost`` and ``recovered``, ``direct`` and ``mediated`` where paths can be followed; why not, else.
 
     Each [example, layer, head].
     """
-    each = {"lost": swept(runs, "noise", say), "recovered": swept(runs, "denoise", say)}
+    each = {"lost": swept(runs, "noise", say, known), "recovered": swept(runs, "denoise", say, known)}
     try:
         each["direct"] = runs.direct()
     except NotResumable as error:
@@ -64,7 +82,9 @@ def single_effects(runs: Runs, say: NamedProgress) -> tuple[dict[str, np.ndarray
     return each, ""
 
 
-def ordered(runs: Runs, ranking: Ranking, say: NamedProgress) -> tuple[dict[str, list[Head]], np.ndarray]:
+def ordered(
+    runs: Runs, ranking: Ranking, say: NamedProgress, known: Sweeps | None = None
+) -> tuple[dict[str, list[Head]], np.ndarray]:
     """All heads in two orders, on the samples that find: first by greedy search, then by single effects.
 
     Also what is lost without each head on these samples, [layer, head].
@@ -82,7 +102,8 @@ def ordered(runs: Runs, ranking: Ranking, say: NamedProgress) -> tuple[dict[str,
         ("effect", "noise", runs.lost, HALF),
         ("restoring", "denoise", runs.recovered, BACK),
     ):
-        single = singles[name] = swept(runs, direction, lambda what, done, total: say("finding", done, total)).mean(0)
+        effects = swept(runs, direction, lambda what, done, total: say("finding", done, total), known)
+        single = singles[name] = effects.mean(0)
         by_effect = sorted(ranking.heads, key=lambda head, single=single: -at(np.abs(single) + direct, head))
         found = greedy(effect, by_effect[:CANDIDATES], share, tie=lambda head: at(direct, head))
         orders[name] = found + [head for head in by_effect if head not in found]

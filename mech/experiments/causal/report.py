@@ -21,7 +21,7 @@ same in both runs (ablation sees those, patching does not).
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,14 +33,17 @@ import xarray as xr
 from mech.arguments import Amount, Count, NamedProgress, Positive, Seed, Share, Whole, checked, given_by, one_of
 from mech.data.samples import Samples, SomeSamples
 from mech.deprecation import renamed
+from mech.experiments.ablation.bank import reference_of
 from mech.experiments.causal.both_ways import BIASES, Pull, both_ways, refuse_pull
 from mech.experiments.causal.heads import (
     BACK,
     HALF,
     QUADRANTS,
     Criteria,
+    Sweeps,
     ablated,
     agreement_of,
+    cut_sweeps,
     followed,
     heads_of,
     ordered,
@@ -55,12 +58,13 @@ from mech.experiments.ranking.checks import other_model_attrs, refuse_overlap, r
 from mech.experiments.ranking.ranking import Head, Ranking, rank_heads
 from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.experiments.statistics import bootstrap_interval
-from mech.interventions import METHODS, Reference, reference_activations
+from mech.interventions import METHODS, Reference
 from mech.interventions.specs import Z
 from mech.model import HookedMLLM
 from mech.notebook import Shown
 from mech.results import check, load, provenance, save
 from mech.results.older import LABELS
+from mech.scale.measures import in_one_piece, running
 
 
 @checked
@@ -131,37 +135,82 @@ def causal_report(
     others = [refuse_ranking(ranking, model, samples, allow_other_model)]
     if isinstance(reference, Reference):
         others.append(reference.check(model, Z, allow_other_model))
-    orders, lost_find = ordered(Runs.of(model, find, batch_size), ranking, say)
+    asked = Asked(method, n_paths, Criteria(threshold, alpha, n_boot, seed),
+                  Pull(top, tuple(bias), n_random, seed, batch_size, allow_other_model))  # fmt: skip
+    sweeps: dict[str, Any] = {}
+    if running() is not None:
+        sweeps = {name: cut_sweeps(model, some, say) for name, some in (("find", find), ("test", samples))}
+        if method is not None and not isinstance(reference, Reference):
+            reference = reference_of(model, Samples(reference or find), batch_size=batch_size, seed=seed)
+    whole = measured(
+        model, samples, find=find, ranking=ranking, reference=reference, asked=asked, unpulled=unpulled, sweeps=sweeps,
+        progress=say,
+    )  # fmt: skip
+    return CausalReport(whole.assign_attrs(other_model_attrs(others)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What ``causal_report`` is asked, beside samples: see there."""
+
+    method: str | None
+    n_paths: int
+    criteria: Criteria
+    pull: Pull
+
+
+@in_one_piece("causal report", classes=(Asked, Criteria, Pull, Ranking, Head, Reference))
+def measured(
+    model: HookedMLLM,
+    samples: Samples,
+    *,
+    find: Samples,
+    ranking: Ranking,
+    reference: Samples | Reference | None,
+    asked: Asked,
+    unpulled: str,
+    sweeps: Mapping[str, Sweeps],
+    progress: NamedProgress | None = None,
+) -> xr.Dataset:
+    """The dataset of ``causal_report``.
+
+    ``unpulled`` says why no heads are pulled; ``sweeps`` over ``find`` and ``test`` are measured here if they are not
+    known.
+    """
+    say, pull, criteria = progress or (lambda what, done, total: None), asked.pull, asked.criteria
+    seed, batch_size, options = pull.seed, pull.batch_size, {"allow_other_model": pull.allow_other_model}
+    orders, lost_find = ordered(Runs.of(model, find, batch_size), ranking, say, sweeps.get("find"))
     orders |= {"ram": ranking.heads}
-    orders |= {f"random {i}": drawn for i, drawn in enumerate(ranking.random(len(ranking) // 2, n_random, seed))}
+    drawn = ranking.random(len(ranking) // 2, pull.n_random, seed)
+    orders |= {f"random {i}": heads for i, heads in enumerate(drawn)}
     runs = Runs.of(model, samples, batch_size)
     pulled = xr.Dataset()
     if not unpulled:
-        pull = Pull(top, bias, n_random, seed, batch_size, allow_other_model)
         pulled = both_ways(runs, ranking, pull).drop_attrs()
         say("redirecting", 1, 1)
-    each, no_paths = single_effects(runs, say)
-    if method is not None:
-        bank = reference_activations(model, find, batch_size=batch_size, seed=seed) if reference is None else reference
-        each["ablated"] = ablated(runs, method, bank, batch_size, say, seed=seed, allow_other_model=allow_other_model)
-    heads = heads_of(runs, ranking, each, Criteria(threshold, alpha, n_boot, seed))
+    each, no_paths = single_effects(runs, say, sweeps.get("test"))
+    if asked.method is not None:
+        bank = reference_of(model, find, batch_size=batch_size, seed=seed) if reference is None else reference
+        each["ablated"] = ablated(runs, asked.method, bank, batch_size, say, seed=seed, **options)
+    heads = heads_of(runs, ranking, each, criteria)
     heads["lost_find"] = (("layer", "head"), lost_find, {"unit": "share of the gap, on the samples that find heads"})
     curves = set_curves(runs, orders, sizes_of(len(ranking)), singles_of(heads, ranking))
-    paths = [] if no_paths else paths_of(runs, followed(heads, n_paths), threshold, say)
+    paths = [] if no_paths else paths_of(runs, followed(heads, asked.n_paths), criteria.threshold, say)
     whole = _joined(samples, each, [heads, curves, pulled])
     whole.attrs.update(
-        kind="causal", model=model.name, domain=", ".join(samples.domains), method=method or "none",
-        threshold=threshold, alpha=alpha, gap=runs.gap, score=ranking.score, n_find=len(find), no_paths=no_paths,
-        no_redirection=unpulled,
+        kind="causal", model=model.name, domain=", ".join(samples.domains), method=asked.method or "none",
+        threshold=criteria.threshold, alpha=criteria.alpha, gap=runs.gap, score=ranking.score, n_find=len(find),
+        no_paths=no_paths, no_redirection=unpulled,
         unit="share of the gap in logit difference between clean and corrupted runs",
         sign="positive: the answer needs it",
-        agreement=json.dumps(agreement_of(ranking.mean, each["lost"], n_boot, seed)),
+        agreement=json.dumps(agreement_of(ranking.mean, each["lost"], criteria.n_boot, seed)),
         paths=json.dumps([path.to_json() for path in paths]),
         members=json.dumps({name: [list(head) for head in some] for name, some in orders.items()}),
-        provenance=provenance(model, {"find": find, "test": samples}, seed=seed, method=method, threshold=threshold),
-        **other_model_attrs(others),
+        provenance=provenance(
+            model, {"find": find, "test": samples}, seed=seed, method=asked.method, threshold=criteria.threshold
+        ),
     )  # fmt: skip
-    return CausalReport(whole)
+    return whole
 
 
 def _joined(samples: Samples, each: dict[str, np.ndarray], parts: list[xr.Dataset]) -> xr.Dataset:

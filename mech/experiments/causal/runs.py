@@ -73,18 +73,8 @@ class Runs:
                 does not tell the two apart.
         """
         samples = Samples(samples)
-        lacking = [sample.id or str(i) for i, sample in enumerate(samples) if sample.counterfactual is None]
-        if lacking or len(samples) < 2:
-            what = (
-                f"{len(lacking)} samples without a counterfactual, the first is {lacking[0]!r}"
-                if lacking
-                else "one sample"
-            )
-            raise ExperimentError(what, "at least two samples, each with a counterfactual", "set Sample.counterfactual")
-        others = [sample.counterfactual for sample in samples if sample.counterfactual]
+        forced = both_given(model, samples)
         metric = answers_apart(samples)
-        # Answers that begin alike are read behind their common beginning, which both runs must then be given.
-        forced = any(_fork(model, s.answer, o.answer) for s, o in zip(samples, others, strict=True))
         clean, corrupted = forced_inputs(model, samples, forced)
         pairs = tuple(pairs_of(model, clean, corrupted))
         batches = []
@@ -103,11 +93,7 @@ class Runs:
             )
             batches.append(replace(batch, z=z, scores=scores, begun=begun))
         runs = cls(model, samples, metric, pairs, tuple(batches), forced)
-        if not runs.gap > 0:
-            raise ExperimentError(
-                f"{model.name} prefers the right answer by {runs.gap:.2g} logits more in the clean runs than in the "
-                "corrupted ones", "a model that tells the two apart", "use samples it can answer",
-            )  # fmt: skip
+        refuse_gap(model, runs.gap)
         return runs
 
     @property
@@ -274,6 +260,34 @@ def _regions(layouts: Sequence[TokenLayout], samples: Sequence[Sample]) -> dict[
             free[at] = False
         masks["template"][row, torch.as_tensor(free)] = True
     return masks
+
+
+def both_given(model: HookedMLLM, samples: Samples) -> bool:
+    """Whether both runs must be given the right answer, as answers that begin alike are read behind what they share.
+
+    Raises:
+        ExperimentError: fewer than two samples, or one without a counterfactual.
+    """
+    lacking = [sample.id or str(i) for i, sample in enumerate(samples) if sample.counterfactual is None]
+    if lacking or len(samples) < 2:
+        first = f"{len(lacking)} samples without a counterfactual, the first is {lacking[0]!r}" if lacking else ""
+        raise ExperimentError(
+            first or "one sample", "at least two samples, each with a counterfactual", "set Sample.counterfactual"
+        )
+    return any(_fork(model, one.answer, one.counterfactual.answer) for one in samples if one.counterfactual)
+
+
+def refuse_gap(model: HookedMLLM, gap: float) -> None:
+    """Refuse a model that does not tell samples from their counterfactuals.
+
+    Raises:
+        ExperimentError: clean runs are no better than corrupted ones.
+    """
+    if not gap > 0:
+        raise ExperimentError(
+            f"{model.name} prefers the right answer by {gap:.2g} logits more in the clean runs than in the corrupted "
+            "ones", "a model that tells the two apart", "use samples it can answer",
+        )  # fmt: skip
 
 
 def _fork(model: HookedMLLM, answer: str, other: str) -> int:

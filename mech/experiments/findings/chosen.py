@@ -21,6 +21,7 @@ from mech.experiments.patching.deciding import deciding_queries
 from mech.experiments.ranking.ranking import Head, Ranking
 from mech.experiments.scores.sinks import attention_sinks, definition_for, with_sinks
 from mech.model import HookedMLLM
+from mech.scale.measures import in_one_piece
 
 SHOWN = 4  # heads of each band that are drawn over the pictures
 NECESSARY = 0.05  # of the answer: what a head must cost, by itself, to be known as necessary
@@ -75,7 +76,15 @@ def drawn(model: HookedMLLM, samples: Samples, ranking: Ranking, patched: xr.Dat
         "bottom": ranking.bottom(SHOWN // 2),
     }
     bands = {name: heads for name, heads in bands.items() if heads}
-    heads, spread = [head for band in bands.values() for head in band], of_each_tenth(ranking)
+    return maps_of_bands(model, samples, ranking=ranking, bands=bands, spread=of_each_tenth(ranking))
+
+
+@in_one_piece("pictures", classes=(Ranking, Head))
+def maps_of_bands(
+    model: HookedMLLM, samples: Samples, *, ranking: Ranking, bands: dict[str, Sequence[Head]], spread: list[Head]
+) -> xr.Dataset:
+    """The maps of some heads, each from the query at which it decides if counterfactuals say where."""
+    heads = [head for band in bands.values() for head in band]
     try:  # those of the tenths are drawn from the question, whose attention ranks them
         deciding = [[*deciding_queries(model, sample, heads), *[None] * len(spread)] for sample in samples]
     except ExperimentError:  # no counterfactuals: nothing says where a head decides

@@ -29,12 +29,14 @@ from mech.experiments.metrics import Quiz, quiz
 from mech.model import AttentionCall, HookedMLLM
 from mech.model.turns import alone
 from mech.results import provenance
+from mech.scale.measures import in_one_piece
 
 SOURCE = "causal head gating, arXiv 2505.13737; gates start half open in both fits, and the pressure is their mean"
 UNIT = "gate, 0 to 1"
 
 
 @checked
+@in_one_piece("gating")
 @alone
 def causal_head_gating(
     model: HookedMLLM,

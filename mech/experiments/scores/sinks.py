@@ -40,6 +40,7 @@ from mech.experiments.scores.ram import evidence_batches
 from mech.inputs import IMAGE, PADDING, VIDEO, Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 from mech.results import provenance
+from mech.scale.measures import in_one_piece
 
 BY = ("state", "attention")
 TAU, SHARE = 20.0, 0.3  # the thresholds of the two
@@ -54,6 +55,7 @@ DIMS = {
 
 
 @checked
+@in_one_piece("sinks")
 @torch.no_grad()
 def attention_sinks(
     model: HookedMLLM,

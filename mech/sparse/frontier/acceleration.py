@@ -31,7 +31,7 @@ import numpy as np
 import xarray as xr
 
 from mech.arguments import NOT_EMPTY, Amount, Count, NamedProgress, Progress, Seed, Whole, checked, some_of
-from mech.axes import CONDITION, EXAMPLE
+from mech.axes import CONDITION, EXAMPLE, HEAD, LAYER
 from mech.data.samples import Samples, SomeSamples
 from mech.errors import ExperimentError
 from mech.experiments.metrics import LogitDiff, Quiz, ask, quiz
@@ -42,7 +42,7 @@ from mech.experiments.scores.ram import retrieval_attention_mass
 from mech.identity import weight_digest
 from mech.model import HookedMLLM
 from mech.results import heads_text, provenance
-from mech.scale.measures import per_sample, running
+from mech.scale.measures import in_one_piece, per_sample, running
 from mech.sparse.dynamic import chosen, reach
 from mech.sparse.frontier.speed import speed_dataset
 from mech.sparse.gates import learned_gates
@@ -221,28 +221,18 @@ def ranked(
     if "causal" in wanted:
         yield "causal", causal_ranking(model, find[: local.n_causal], say)
     if "gates" in wanted:
-        yield "gates", learned_gates(
-            model, find, sinks=local.sinks, window=local.window, steps=local.gate_steps, seed=grid.seed,
-            progress=lambda i, n: say("gates", i, n),
-        )  # fmt: skip
+        found = gates_of(model, find, local=local, seed=grid.seed, progress=lambda i, n: say("gates", i, n))
+        named = tuple(sample.id for sample in find if sample.id)
+        labels = str(model.name), ", ".join(find.domains), named, model.cfg.attention_layers, weight_digest(model) or ""
+        yield "gates", Ranking(found["gate"].values, None, "gate", *labels)
 
 
 def causal_ranking(model: HookedMLLM, samples: Samples, say: NamedProgress = lambda *_: None) -> Ranking:
     """Heads by what the answer loses when one head is noised from the question on."""
-    lost = []
-    for i, sample in enumerate(samples, start=1):
-        if sample.counterfactual is None:
-            raise ExperimentError(
-                f"sample {sample.id!r} without a counterfactual", "one for each", "leave out 'causal'"
-            )
-        layout = model.inputs_of(sample).layout
-        metric = LogitDiff([sample.answer], [sample.counterfactual.answer])
-        behind = range(int(layout.positions("question")[0]), len(layout))
-        found = activation_patching(model, [sample], None, metric, direction="noise", positions=list(behind))
-        lost.append(found["effect"].values[0])
-        say("causal", i, len(samples))
-    ids = tuple(sample.id for sample in samples)
-    values = np.stack(lost)
+    if lacking := [sample.id for sample in samples if sample.counterfactual is None]:
+        raise ExperimentError(f"sample {lacking[0]!r} without a counterfactual", "one for each", "leave out 'causal'")
+    found = per_sample_lost(model, samples, batch_size=1, progress=lambda i, n: say("causal", i, n))
+    ids, values = tuple(sample.id for sample in samples), found["lost"].values
     return Ranking(
         values.mean(0),
         values,
@@ -253,6 +243,33 @@ def causal_ranking(model: HookedMLLM, samples: Samples, say: NamedProgress = lam
         model.cfg.attention_layers,
         weight_digest(model) or "",
     )
+
+
+@per_sample("patching from the question on")
+def per_sample_lost(
+    model: HookedMLLM, samples: Samples, *, batch_size: int = 1, progress: Progress | None = None
+) -> xr.Dataset:
+    """The numbers of ``causal_ranking``, one sample after the other."""
+    lost = []
+    for i, sample in enumerate(samples, start=1):
+        layout = model.inputs_of(sample).layout
+        metric = LogitDiff([sample.answer], [sample.counterfactual.answer if sample.counterfactual else ""])
+        behind = range(int(layout.positions("question")[0]), len(layout))
+        found = activation_patching(model, [sample], None, metric, direction="noise", positions=list(behind))
+        lost.append(found["effect"].values[0])
+        if progress:
+            progress(i, len(samples))
+    return xr.Dataset({"lost": ((EXAMPLE, LAYER, HEAD), np.stack(lost))}, {EXAMPLE: samples.names})
+
+
+@in_one_piece("gates", classes=(Local,))
+def gates_of(
+    model: HookedMLLM, samples: Samples, *, local: Local, seed: int, progress: Progress | None = None
+) -> xr.Dataset:
+    """The scores of ``learned_gates``."""
+    options: dict[str, Any] = {"sinks": local.sinks, "window": local.window, "steps": local.gate_steps, "seed": seed}
+    ranking = learned_gates(model, samples, progress=progress, **options)
+    return xr.Dataset({"gate": ((LAYER, HEAD), ranking.mean)}, {LAYER: list(ranking.layers)})
 
 
 def settings(model: HookedMLLM, rankings: dict[str, Ranking], grid: Grid) -> list[Setting]:

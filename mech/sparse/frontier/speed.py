@@ -16,10 +16,11 @@ import torch
 import xarray as xr
 from transformers.cache_utils import DynamicCache
 
-from mech.data.samples import Sample
-from mech.experiments.ranking.ranking import Heads
+from mech.data.samples import Sample, Samples
+from mech.experiments.ranking.ranking import Head, Heads
 from mech.inputs import Inputs
 from mech.model import HookedMLLM
+from mech.scale.measures import in_one_piece
 from mech.sparse.frontier.timing import taking_turns
 from mech.sparse.groups import expanded
 from mech.sparse.localize import localize
@@ -28,7 +29,6 @@ from mech.sparse.policy import Policy
 TOKENS = 8  # decoded in a turn
 
 
-@torch.no_grad()
 def speed_dataset(
     model: HookedMLLM, sample: Sample, sets: Mapping[float, Heads], base: Policy, *, turns: int = 3
 ) -> xr.Dataset:
@@ -48,7 +48,16 @@ def speed_dataset(
 
     Cost: ``1 + turns`` prefills and a few tokens for each set and the dense model.
     """
-    whole = model.inputs_of(sample)
+    return timed_in_turns(model, Samples([sample]), sets=dict(sets), base=base, turns=turns)
+
+
+@in_one_piece("speed", classes=(Policy, Head))
+@torch.no_grad()
+def timed_in_turns(
+    model: HookedMLLM, samples: Samples, *, sets: Mapping[float, Heads], base: Policy, turns: int
+) -> xr.Dataset:
+    """``speed_dataset`` of the first of the samples."""
+    whole = model.inputs_of(samples[0])
     inputs, seen = model.encode_pictures(whole)
     every = expanded(
         [(layer, group) for layer in model.cfg.attention_layers for group in range(model.cfg.n_kv_heads)], model.cfg
