@@ -50,7 +50,8 @@ class BlocksFailed(MechError):
         ids, error = next(iter(failed.values()))
         shown = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
         super().__init__(
-            f"{len(failed)} blocks of {samples} samples failed three times, the first with samples {shown}: {error}",
+            f"{len(failed)} blocks of {samples} samples failed three times, the first with "
+            f"{f'samples {shown}' if ids else 'none'}: {error}",
             "every block measured; all others are, and are kept",
             f"see `mech status {folder}`, mend the cause, and give the same command again",
         )

@@ -85,7 +85,8 @@ def line(seen: Mapping[str, Any], at: float | None = None) -> str:
     if seen["total"] is not None and pace > 0:
         left = f" | {_time((seen['total'] - seen['samples']) / pace)} left"
     blocks = f"{seen['ended']}/{_blocks(seen)} blocks"
-    return f"{seen['what']} | {blocks} | {pace:.1f} samples/s{left} | {seen['failed']} failed"
+    speed = f"{pace:.1f} samples/s{left}" if seen["ended"] else "waiting for the first"
+    return f"{seen['what']} | {blocks} | {speed} | {seen['failed']} failed"
 
 
 def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:

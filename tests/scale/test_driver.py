@@ -106,3 +106,38 @@ def test_other_files_are_recorded_anew(tmp_path, worker, monkeypatch):
             monkeypatch.setattr("mech.scale.run.files_of", lambda name, files=files: [files])
             assert model_here("reference:llava-s").elsewhere["weights"]
             assert run.costs["model"].blocks == times
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rank", "--n", "4", "--score", "ram,gaze"),
+        ("ablate", "--n", "8", "--fraction", "1", "--band", "top", "--band", "random", "--n-random", "2"),
+        ("patch", "--n", "2", "--over", "layer"),
+        ("accelerate", "--n", "8", "--share", "0.25", "--choice", "ram", "--choice", "bottom"),
+        (
+            "transfer",
+            "--n",
+            "8",
+            "--domain",
+            "grounding",
+            "--domain",
+            "documents",
+            "--fraction",
+            "1",
+            "--n-random",
+            "2",
+        ),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_whose_blocks_are_elsewhere_opens_no_weights(mech, words, tmp_path, no_weights_here, worker):
+    worker(str(tmp_path))
+    code, said, err = mech(*words, "--blocks", str(tmp_path), "--elsewhere")
+    assert code == 0 and "reference:llava-s" in said
+    lines = err.splitlines()
+    assert lines[0] == f"waiting for workers: mech work {tmp_path}"  # a log, not a terminal
+    assert "reference:llava-s: model | 1/1 blocks" in err and " failed" in lines[1]
+    header, *rows = lines[next(i for i, line in enumerate(lines) if line.startswith("measurement ")) :]
+    place = header.index("blocks")
+    assert rows[0].startswith("model ") and all(row[place].isdigit() and row[place - 1] == " " for row in rows)

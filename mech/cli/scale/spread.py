@@ -8,6 +8,7 @@ Everything that the command measures over samples is then cut into blocks; its n
 import functools
 import inspect
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import typer
 from mech.cli import options
 from mech.errors import ExperimentError
 
+OPENING, A_LINE = "opening models and workers", 60.0  # seconds between two lines of a log
 LOCAL = "local"  # what a bare --ray means: a cluster of this machine's cores and GPUs
 
 
@@ -110,7 +112,7 @@ def _running(
 
     if gpus_per_model is not None and ray is None:
         _refuse_alone({"elsewhere": False, "gpus_per_model": gpus_per_model, "threads": None})
-    with _one_line(quiet) as say:
+    with _one_line(quiet, f"waiting for workers: mech work {folder}" if elsewhere else OPENING) as say:
         if ray is None:
             opened = mech.on_folder(folder, works=not elsewhere, threads=threads, say=say)
         elif elsewhere:
@@ -126,8 +128,8 @@ def _running(
 
 
 @contextmanager
-def _one_line(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A line on standard error that says how far all of it is, in place of the bars."""
+def _one_line(quiet: bool, first: str) -> Iterator[Callable[[Any], None]]:
+    """A line on standard error that says how far all of it is, in place of the bars; in a log, one line a minute."""
     if quiet:
         yield lambda seen: None
         return
@@ -139,9 +141,19 @@ def _one_line(quiet: bool) -> Iterator[Callable[[Any], None]]:
     from mech.errors import printable
     from mech.scale.status import line
 
-    token = options.BARS.set(False)
+    console, token, last = Console(stderr=True), options.BARS.set(False), [0.0, ""]
+
+    def written(seen: Any) -> None:
+        if time.monotonic() - last[0] > A_LINE or seen.what != last[1]:
+            last[:] = [time.monotonic(), seen.what]
+            print(printable(line(asdict(seen))), file=sys.stderr, flush=True)
+
     try:
-        with Console(stderr=True).status("opening models and workers") as shown:
+        if not console.is_terminal:
+            print(printable(first), file=sys.stderr, flush=True)
+            yield written
+            return
+        with console.status(escape(printable(first))) as shown:
             yield lambda seen: shown.update(escape(printable(line(asdict(seen)))))
     finally:
         options.BARS.reset(token)
@@ -153,5 +165,7 @@ def _print_costs(run: Any) -> None:
     from mech.scale.status import COSTS, cost_rows
 
     rows = cost_rows({what: asdict(cost) for what, cost in run.costs.items()})
-    for row in (COSTS, *rows) if rows else ():
-        print("  ".join(cell.ljust(14) for cell in row).rstrip(), file=sys.stderr)
+    table = [COSTS, *rows] if rows else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)

@@ -45,7 +45,8 @@ def work(
 
     def say(outcome: Any, task: Any) -> None:
         if not quiet:
-            words = f"{task.block.what}, {len(task.block.ids)} samples: {outcome.state} in {outcome.seconds:.1f} s"
+            n = len(task.block.ids)
+            words = f"{task.block.what}{f', {n} samples' if n else ''}: {outcome.state} in {outcome.seconds:.1f} s"
             print(printable(words + (f" ({outcome.error})" if outcome.error else "")), file=sys.stderr)
 
     counts = run(folder, placement=placement, idle=idle, linger=linger, say=say)
