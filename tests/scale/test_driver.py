@@ -17,8 +17,9 @@ from mech.settings import Settings
 from mech.study import study
 
 TINY = Settings(
-    n_find=4, n_test=4, n_other=4, n_maps=1, n_causal=3, n_order=2, n_forms=0, n_random=1, n_control=1, fractions=(1,),
-    other_fractions=(1,), methods=("mean", "resample"), shares=(0.25,), n_sets=1, n_long=8, batch_size=2,
+    n_find=4, n_test=4, n_other=4, n_maps=1, n_causal=2, n_order=2, n_forms=0, n_random=1, n_control=1, fractions=(1,),
+    other_fractions=(1,), methods=("mean", "resample"), shares=(0.25,),
+    choices=("ram", "causal", "gates", "dynamic"), n_sets=1, n_long=6, batch_size=2,
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def worker():
     started = []
 
     def start(url):
-        started.append(threading.Thread(target=work, args=(url,), kwargs={"linger": 0.3, "pause": 0.02}))
+        started.append(threading.Thread(target=work, args=(url,), kwargs={"linger": 0.3, "idle": 30, "pause": 0.02}))
         started[-1].start()
 
     yield start
@@ -114,7 +115,19 @@ def test_other_files_are_recorded_anew(tmp_path, worker, monkeypatch):
         ("rank", "--n", "4", "--score", "ram,gaze"),
         ("ablate", "--n", "8", "--fraction", "1", "--band", "top", "--band", "random", "--n-random", "2"),
         ("patch", "--n", "2", "--over", "layer"),
-        ("accelerate", "--n", "8", "--share", "0.25", "--choice", "ram", "--choice", "bottom"),
+        (
+            "accelerate",
+            "--n",
+            "16",
+            "--share",
+            "0.25",
+            "--choice",
+            "ram",
+            "--choice",
+            "bottom",
+            "--domain",
+            "grounding",
+        ),
         (
             "transfer",
             "--n",
