@@ -17,8 +17,8 @@ from mech.settings import Settings
 from mech.study import study
 
 TINY = Settings(
-    n_find=4, n_test=4, n_other=4, n_maps=1, n_causal=2, n_order=2, n_forms=0, n_random=1, n_control=1, fractions=(1,),
-    other_fractions=(1,), methods=("mean", "resample"), shares=(0.25,),
+    n_find=4, n_test=4, n_other=4, n_maps=1, n_causal=2, n_gating=2, n_order=2, n_forms=0, n_random=1, n_control=1,
+    fractions=(1,), other_fractions=(1,), methods=("mean", "resample"), shares=(0.25,),
     choices=("ram", "causal", "gates", "dynamic"), n_sets=1, n_long=6, batch_size=2,
 )  # fmt: skip
 

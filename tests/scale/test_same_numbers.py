@@ -12,6 +12,7 @@ import xarray as xr
 import mech
 from mech.data.samples import Samples
 from mech.experiments.ablation.bank import means_and_draws
+from mech.experiments.findings.chosen import drawn
 from mech.experiments.patching.blanked import per_sample_other_answers
 from mech.experiments.patching.paired import patched_pairs
 from mech.experiments.ranking.ranking import Head
@@ -25,7 +26,6 @@ from mech.sparse.dynamic import reach
 from mech.sparse.frontier.acceleration import Local, gates_of, per_sample_lost
 from mech.sparse.frontier.speed import speed_dataset
 from mech.sparse.policy import Policy
-from mech.study import maps_of
 
 ROOT = Path(mech.__file__).parent
 BATCH = 2
@@ -95,8 +95,8 @@ PIECES = {
         lambda model, find, test: speed_dataset(
             model, test[0], {0.0: (), 0.1: (Head(1, 2),)}, Policy((), window=24), turns=1
         )[["kv_measured", "prefill_bound", "decode_bound"]].drop_attrs(deep=False),
-    "study:maps_of_bands":
-        lambda model, find, test: maps_of(model, test[:1], mech.Ranking(np.arange(48.0).reshape(6, 8)), None),
+    "experiments.findings.chosen:maps_of_bands":
+        lambda model, find, test: drawn(model, test[:1], mech.Ranking(np.arange(48.0).reshape(6, 8)), None),
 }  # fmt: skip
 
 
