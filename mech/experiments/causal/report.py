@@ -140,8 +140,6 @@ def causal_report(
     sweeps: dict[str, Any] = {}
     if running() is not None:
         sweeps = {name: cut_sweeps(model, some, say) for name, some in (("find", find), ("test", samples))}
-        if method is not None and not isinstance(reference, Reference):
-            reference = reference_of(model, Samples(reference or find), batch_size=batch_size, seed=seed)
     whole = measured(
         model, samples, find=find, ranking=ranking, reference=reference, asked=asked, unpulled=unpulled, sweeps=sweeps,
         progress=say,
@@ -190,7 +188,9 @@ def measured(
         say("redirecting", 1, 1)
     each, no_paths = single_effects(runs, say, sweeps.get("test"))
     if asked.method is not None:
-        bank = reference_of(model, find, batch_size=batch_size, seed=seed) if reference is None else reference
+        bank = reference
+        if not isinstance(bank, Reference):
+            bank = reference_of(model, Samples(bank or find), batch_size=batch_size, seed=seed)
         each["ablated"] = ablated(runs, asked.method, bank, batch_size, say, seed=seed, **options)
     heads = heads_of(runs, ranking, each, criteria)
     heads["lost_find"] = (("layer", "head"), lost_find, {"unit": "share of the gap, on the samples that find heads"})
