@@ -26,10 +26,10 @@ from mech.axes import EXAMPLE
 from mech.data.samples import Sample, Samples
 from mech.errors import ExperimentError, MechError, OutputError
 from mech.files import parse_json
-from mech.model.laid_out import LaidOut
 from mech.scale.blocks import Block, Cut, Job, Task, tasks, timing, whole
 from mech.scale.executors import Executor, Here
 from mech.scale.folder import Folder, claim_of, sealed_bytes
+from mech.scale.laid_out import LaidOut
 from mech.scale.measures import Measure, run_by, running
 from mech.scale.models import files_of, identity, recorded, software, split_revision
 from mech.scale.packing import fingerprint, pack

@@ -9,9 +9,9 @@ import xarray as xr
 import mech
 from mech.errors import UnsupportedModel
 from mech.model import hooked
-from mech.model.laid_out import LaidOut
 from mech.results import Study
 from mech.scale import model_here, status
+from mech.scale.laid_out import LaidOut
 from mech.scale.work import work
 from mech.settings import Settings
 from mech.study import study

@@ -135,24 +135,24 @@ def causal_report(
     others = [refuse_ranking(ranking, model, samples, allow_other_model)]
     if isinstance(reference, Reference):
         others.append(reference.check(model, Z, allow_other_model))
-    asked = Asked(method, n_paths, Criteria(threshold, alpha, n_boot, seed),
+    asked = Asked(method, n_paths, unpulled, Criteria(threshold, alpha, n_boot, seed),
                   Pull(top, tuple(bias), n_random, seed, batch_size, allow_other_model))  # fmt: skip
     sweeps: dict[str, Any] = {}
     if running() is not None:
         sweeps = {name: cut_sweeps(model, some, say) for name, some in (("find", find), ("test", samples))}
     whole = measured(
-        model, samples, find=find, ranking=ranking, reference=reference, asked=asked, unpulled=unpulled, sweeps=sweeps,
-        progress=say,
+        model, samples, find=find, ranking=ranking, reference=reference, asked=asked, sweeps=sweeps, progress=say
     )  # fmt: skip
     return CausalReport(whole.assign_attrs(other_model_attrs(others)))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What ``causal_report`` is asked, beside samples: see there."""
+    """What ``causal_report`` is asked, beside samples: see there; ``unpulled`` says why no heads are pulled."""
 
     method: str | None
     n_paths: int
+    unpulled: str
     criteria: Criteria
     pull: Pull
 
@@ -166,15 +166,10 @@ def measured(
     ranking: Ranking,
     reference: Samples | Reference | None,
     asked: Asked,
-    unpulled: str,
     sweeps: Mapping[str, Sweeps],
     progress: NamedProgress | None = None,
 ) -> xr.Dataset:
-    """The dataset of ``causal_report``.
-
-    ``unpulled`` says why no heads are pulled; ``sweeps`` over ``find`` and ``test`` are measured here if they are not
-    known.
-    """
+    """The dataset of ``causal_report``; ``sweeps`` over ``find`` and ``test`` are measured here if not known."""
     say, pull, criteria = progress or (lambda what, done, total: None), asked.pull, asked.criteria
     seed, batch_size, options = pull.seed, pull.batch_size, {"allow_other_model": pull.allow_other_model}
     orders, lost_find = ordered(Runs.of(model, find, batch_size), ranking, say, sweeps.get("find"))
@@ -183,7 +178,7 @@ def measured(
     orders |= {f"random {i}": heads for i, heads in enumerate(drawn)}
     runs = Runs.of(model, samples, batch_size)
     pulled = xr.Dataset()
-    if not unpulled:
+    if not asked.unpulled:
         pulled = both_ways(runs, ranking, pull).drop_attrs()
         say("redirecting", 1, 1)
     each, no_paths = single_effects(runs, say, sweeps.get("test"))
@@ -200,7 +195,7 @@ def measured(
     whole.attrs.update(
         kind="causal", model=model.name, domain=", ".join(samples.domains), method=asked.method or "none",
         threshold=criteria.threshold, alpha=criteria.alpha, gap=runs.gap, score=ranking.score, n_find=len(find),
-        no_paths=no_paths, no_redirection=unpulled,
+        no_paths=no_paths, no_redirection=asked.unpulled,
         unit="share of the gap in logit difference between clean and corrupted runs",
         sign="positive: the answer needs it",
         agreement=json.dumps(agreement_of(ranking.mean, each["lost"], criteria.n_boot, seed)),
