@@ -296,7 +296,7 @@ def test_a_study_prints_its_findings_or_the_summary(mech, tmp_path):
     ]
     code, out, err = mech("study", *words)
     assert code == 0 and "report.html" in "".join(out.split())
-    assert "in 1 of 1 settings (llava-s on grounding)" in " ".join(out.split())
+    assert "in 1 of 1 setting (llava-s on grounding)" in " ".join(out.split())
     assert "ablation" in err  # the progress
     code, out, err = mech("study", *words, "--json")
     assert code == 0 and json.loads(out)["schema"] == 1 and err == ""

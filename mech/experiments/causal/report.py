@@ -316,7 +316,7 @@ class CausalReport(Shown):
         if not any(abs(effect) >= self.dataset.attrs["threshold"] for effect in path.acts.values()):
             return text + "."
         read = max(path.reads, key=lambda region: path.reads[region], default="")
-        reading = f", where it reads the {PLACES[read]} ({path.reads[read]:.0%} of its attention)" if read else ""
+        reading = f", where it attends to the {PLACES[read]} ({path.reads[read]:.0%} of its attention)" if read else ""
         return f"{text}, from the {PLACES[path.where]}{reading}."
 
     def facts(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def _idle(numbers: Mapping[str, Any], n_heads: int) -> Said:
     if len(idle) > len(both):
         text = (
             f"Of {len(both) + len(idle)} heads that attend to the evidence, {len(idle)} change the answer by less than "
-            f"{found['threshold']:.0%} of the gap, or not surely, when they are patched one by one."
+            f"{found['threshold']:.0%} of the gap, or not significantly, when patched one by one "
+            f"(n = {found['n_test']})."
         )
         yield "idle", text, True
 
@@ -51,8 +52,8 @@ def _order(numbers: Mapping[str, Any], n_heads: int) -> Said:
     if not against and low < 0.5:
         return
     text = (
-        "RAM and causal effect (the share of the answer lost when a head is patched from the counterfactual) correlate "
-        f"over all heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}]."
+        "The rank correlation (Spearman) of RAM and causal effect, the share of the answer lost when a head is patched "
+        f"from the counterfactual, is {mean:.2f} [{low:.2f}, {high:.2f}] over all heads (n = {found['n_test']})."
     )
     yield "order" if against else "ordered", text, against
 
@@ -64,14 +65,15 @@ def _repair(numbers: Mapping[str, Any], n_heads: int) -> Said:
     some, worth = found["set"], found["set"]["together"]
     if some["size"] > 1 and worth["low"] > some["alone"] + MATTERS:
         text = (
-            f"{names_of(some['heads'])} are worth {some['alone']:.0%} of the gap as a sum of single effects, but lose "
-            f"{worth['mean']:.0%} [{worth['low']:.0%}, {worth['high']:.0%}] together: one by one, others repair it."
+            f"The single effects of {names_of(some['heads'])} add up to {some['alone']:.0%} of the gap; noised "
+            f"together they lose {worth['mean']:.0%} [{worth['low']:.0%}, {worth['high']:.0%}] "
+            f"(n = {found['n_test']}): other heads make up for one of them, not for all."
         )
         yield "repair", text, False
     for head, other in found["stand_ins"]:
         yield (
             "stand-in",
-            f"{names_of([head])} stands in for {names_of([other])}: it says more of the answer without it.",
+            f"{names_of([head])} makes up for {names_of([other])}: without that head it writes more of the answer.",
             False,
         )
 
@@ -85,10 +87,10 @@ def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
         return
     back = found["smallest"]["recovered"]["restoring"]
     text = (
-        f"{are(size, 'head', 'carries', 'carry')} half of the answer ({names_of(found['set']['heads'])}, found by "
-        f"patching on other samples); by RAM it takes {'more than was tried' if by_ram is None else by_ram}. "
-        f"{'No set that was tried' if back is None else f'{back} restored alone'} "
-        f"bring{'s' if back in (None, 1) else ''} nine tenths of it back."
+        f"Noising {size} head{'s' * (size > 1)} loses half of the answer ({names_of(found['set']['heads'])}, found "
+        f"by patching on other samples, n = {found['n_test']}); in the order of RAM it takes "
+        f"{'more than were tried' if by_ram is None else by_ram}. "
+        f"{'No set that was tried' if back is None else f'Denoising {back} alone'} brings back nine tenths."
     )
     yield "carried", text, False
 

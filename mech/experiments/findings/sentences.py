@@ -65,7 +65,8 @@ def headlines(found: list[Finding]) -> list[Finding]:
         settings = list(dict.fromkeys((f["model"], f["domain"]) for f in tried if f["domain"]))
         if made and made[0]["domain"]:
             here = list(dict.fromkeys((f["model"], f["domain"]) for f in made))
-            text = f"{phrase}: in {len(here)} of {len(settings)} settings ({_listed(here, settings)})."
+            of = f"{len(settings)} setting{'s' * (len(settings) != 1)}"
+            text = f"{phrase}: in {len(here)} of {of} ({_listed(here, settings)})."
             said.append(_finding(None, None, kind, text, any(f["against_papers"] for f in made)))
         else:
             said += made
@@ -301,7 +302,7 @@ def _scores(numbers: Mapping[str, Any], n_heads: int) -> Said:
             "scores",
             f"{len(apart)} of {len(others)} other scores of the literature name other heads: their top "
             f"{found['n_top']} overlap with those of RAM by less than half (Jaccard; {listed}; chance "
-            f"{found['jaccard_null'][0][0]:.2f}).",
+            f"{found['jaccard_null'][0][0]:.2f}; n = {numbers['n_find']}).",
             False,
         )
 
