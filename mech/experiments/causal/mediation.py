@@ -73,7 +73,7 @@ class HeadPath:
         if not self.through or abs(self.direct) >= abs(self.through[0].effect):
             # What is lost on no named way went along many, each too small to be named.
             small = abs(self.direct) < 0.5 * abs(sum(self.acts.values())) and not self.through
-            return "along many paths, none of them large" if small else "directly to the logits"
+            return "along many paths, none of them large" if small else "directly on the logits"
         leg = self.through[0]
         if not leg.inputs:
             return f"through {leg}"
