@@ -72,7 +72,7 @@ def test_a_mover_is_found_and_named_by_its_path():
     mover, retrieval = (key.truth.heads[role] for role in ("mover", "retrieval"))
     assert report.quadrant(BLIND) == [mover] and report.quadrant(BOTH) == [retrieval]
     assert at(report, "ram", mover) == pytest.approx(0, abs=1e-6) and at(report, "lost_p_holm", mover) < 0.05
-    assert report.paths[mover].carrier == "directly to the logits"
+    assert report.paths[mover].carrier == "directly on the logits"
     assert (report.paths[mover].where, report.paths[mover].reads["question"]) == ("last", pytest.approx(1, abs=1e-3))
     path = report.paths[retrieval]
     assert path.carrier == "through the values of L1H0" and path.where == "question"
