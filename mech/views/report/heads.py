@@ -69,7 +69,9 @@ def top_table(setting: Setting, key: int) -> str:
     head = ["head", "rank", "RAM", "of even attention"]
     if setting.causal is not None:
         head += ["lost without it", "back by it alone", "kind"]
-    return table(head, rows, "The first heads of the ranking; each leads to its own page. In brackets: 95% intervals.")
+    n = f"RAM on {setting.facts['n_find']} samples"
+    n += f", effects on {setting.causal.sizes['example']} test samples" if setting.causal is not None else ""
+    return table(head, rows, f"The first heads of the ranking, each with a page of its own. {n}; in brackets: 95%.")
 
 
 def _columns(setting: Setting) -> tuple[list[int], np.ndarray, list[list[Any]]]:
