@@ -50,8 +50,13 @@ class Trial:
     options: Mapping[str, Any]
 
 
-_ONE_HEAD = {"target": None, "strength": 0.3, "at_most": 1, "rank": 16, "steps": 450, "batch_size": 2, "rate": 2e-3}
-TRIALS = {"mixed lengths": Trial({6: 120, 16: 40, 32: 30}, _ONE_HEAD)}
+_ONE_HEAD = {"at_most": 1, "rank": 16, "batch_size": 2}
+TRIALS = {
+    "28 samples": Trial({6: 16, 16: 4, 32: 8}, _ONE_HEAD | {"steps": 300, "target": 0.02}),
+    "190 samples": Trial(
+        {6: 120, 16: 40, 32: 30}, _ONE_HEAD | {"steps": 450, "target": None, "strength": 0.3, "rate": 2e-3}
+    ),
+}
 
 
 def speeds(model: HookedMLLM, sets: Mapping[float, Heads], base: Policy, turns: int = 3) -> list[dict[str, Any]]:

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mech.reference import sparsity_runs
-from mech.sparse.training.compared import MEASURES, bought, buys, compared, needed, sentences
+from mech.reference import sparsity_runs, sparsity_served
+from mech.sparse.training.compared import MEASURES, TESTABLE, bought, buys, compared, needed, sentences
 from mech.views import sparsity_view
 
 
-def run(seed, arm, *, ram=4, gini=0.2, accuracy=0.98, blind=3, size="llava-s"):
+def run(seed, arm, *, ram=4, gini=0.2, accuracy=0.98, blind=3, n_causal=16, size="llava-s"):
     """A run of which only some numbers are its own."""
     spread = {"half_mass_share": {"mean": 0.3}, "gini": {"mean": gini}}
     return {
-        "size": size, "seed": seed, "arm": arm, "far_mass": 0.5, "ram": {"pages": spread, "documents": spread},
+        "size": size, "seed": seed, "arm": arm, "samples": {"causal": n_causal}, "far_mass": 0.5,
+        "ram": {"pages": spread, "documents": spread},
         "accuracy": {name: {"mean": accuracy} for name in ("pages", "documents", "new", "longer")},
         "needed": {"ram": {"n": ram}, "causal": {"n": 1}, "gates": {"n": None}},
         "efficiency": {"kv_bytes": {"8192": 0.1}, "lost": {"new": {"mean": 0.0}, "longer": {"mean": 0.0}}},
@@ -47,6 +48,11 @@ def test_differences_are_paired_by_seed_with_a_t_interval():
     assert found.verdict == "better"
     assert row(compared(three(gini=[0.1, 0.3, 0.2])), "Gini index of RAM").verdict == "no difference seen"
     assert row(compared(three(blind=[7, 8, 7])), "heads that matter without looking").verdict == "worse"
+
+
+def test_a_report_of_few_samples_tells_no_single_heads():
+    found = row(compared(three(blind=[7, 8, 7], n_causal=[16, 6, 6])), "heads that matter without looking")
+    assert found.values == (7,) and found.verdict == "one seed"
 
 
 def test_an_arm_without_its_control_is_left_out_and_one_seed_has_no_interval():
@@ -101,6 +107,8 @@ def test_the_shipped_runs_have_every_measure_and_are_drawn():
     for one in runs.values():
         absent = {measure.name for measure in MEASURES if measure.of(one) is None}
         within = {"served: lost on the new domain"} if one["size"] == "qwen-long" else set()
+        if one["samples"]["causal"] < TESTABLE:
+            within.add("heads that matter without looking")
         assert within <= absent <= within | {"edges for 80% faithfulness"}
         assert one["curve"][-1]["step"] == one["steps"]
     page = sparsity_view(runs)._repr_html_()
@@ -124,3 +132,19 @@ def test_what_the_page_says_beside_its_tables_holds_for_the_runs():
     assert set(by_ram.values) == {1} and min(by_ram.control) >= 2
     gates = [one for one in rows if one.arm == "constrained 0.1"]
     assert {one.verdict for one in gates} == {"no difference seen"}
+
+
+def test_what_the_page_says_of_the_longer_model_holds_for_its_runs():
+    runs = {name: one for name, one in sparsity_runs().items() if one["size"] == "qwen-long"}
+    found = {one.measure.name: one for one in compared(runs) if one.arm == "far 10"}
+    needs = found["KV heads needed, best ranking"]
+    assert all(value == before + 1 for before, value in zip(needs.control, needs.values, strict=True))
+    agrees = found["RAM against effect (Spearman)"]
+    assert max(agrees.control) < 0 < min(agrees.values)
+    assert found["heads that hold half of RAM"].verdict == "better"
+    control = {one["seed"]: one["needed"]["ram"]["heads"] for one in runs.values() if one["arm"] == "control"}
+    for one in runs.values():
+        if one["arm"] == "constrained 0.1":
+            assert one["dense_heads"] == control[one["seed"]] and {layer for layer, _ in one["dense_heads"]} == {0}
+    one_head = sparsity_served()["qwen-long"]["one head"]
+    assert len(one_head["dense_heads"]) == 2 and one_head["curve"][-1]["figure"] < 0.9

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 Run = Mapping[str, Any]
+TESTABLE = 10  # samples a causal report needs to tell single heads: 2 / 2**n is the least p of a sign-flip test
 ACCURACY, TRAINED, EFFICIENCY, INTERPRETABILITY = "accuracy", "what was trained", "efficiency", "interpretability"
 
 
@@ -51,6 +52,11 @@ def _accuracy(run: Run, *tests: str) -> float:
     return float(np.mean([run["accuracy"][test]["mean"] for test in tests]))
 
 
+def _blind(run: Run) -> float | None:
+    """Heads that matter without looking; None where the report is of too few samples to say of any that it matters."""
+    return len(run["causal"]["blind"]) if run["samples"]["causal"] >= TESTABLE else None
+
+
 def _served(run: Run, test: str) -> float | None:
     """What is lost there with few dense heads; None where all of it lies within the window."""
     lost = run["efficiency"]["lost"].get(test)
@@ -74,7 +80,7 @@ MEASURES = (
     Measure("heads that hold half of RAM", INTERPRETABILITY, -1, lambda run: _ram(run, "half_mass_share")),
     Measure("Gini index of RAM", INTERPRETABILITY, 1, lambda run: _ram(run, "gini")),
     Measure("RAM against effect (Spearman)", INTERPRETABILITY, 1, lambda run: run["causal"]["agreement"]["mean"]),
-    Measure("heads that matter without looking", INTERPRETABILITY, -1, lambda run: len(run["causal"]["blind"])),
+    Measure("heads that matter without looking", INTERPRETABILITY, -1, _blind),
     Measure("smallest necessary set", INTERPRETABILITY, -1, lambda run: _smallest(run, "lost", "effect")),
     Measure("smallest sufficient set", INTERPRETABILITY, -1, lambda run: _smallest(run, "recovered", "restoring")),
     Measure("necessary set, ranked by RAM", INTERPRETABILITY, -1, lambda run: _smallest(run, "lost", "ram")),
