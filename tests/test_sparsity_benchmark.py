@@ -49,7 +49,7 @@ def test_a_run_is_trained_measured_and_shipped(scripts, tmp_path, monkeypatch):
     (shipped / "llava-s").symlink_to(reference.FOLDER / "llava-s")
     monkeypatch.setattr(scripts, "FOLDER", shipped)
     monkeypatch.setattr(scripts, "held_out_accuracy", lambda *_: 1.0)
-    monkeypatch.setattr(scripts, "haystacks", lambda domain, n, seed, **options: mech.haystacks(domain, 2, seed, **options))
+    monkeypatch.setattr(scripts, "haystacks", lambda domain, n, seed, **given: mech.haystacks(domain, 2, seed, **given))
     scripts.ship("llava-s", "0", "constrained 0.1", tmp_path, "toy-sparse", tmp_path / "sparsity.json")
     monkeypatch.setattr(reference, "FOLDER", shipped)
     twin, origin = (mech.HookedMLLM.from_pretrained(f"reference:{name}") for name in ("toy-sparse", "llava-s"))
