@@ -169,9 +169,10 @@ def _of_model(
     studied.record_weights()
     facts: dict[str, Any] = {"n_layers": model.cfg.n_layers, "n_heads": model.cfg.n_heads, "family": model.cfg.family}
     facts["domains"], rankings = {}, {}
-    for domain, samples in wanted.items():
+    for place, (domain, samples) in enumerate(wanted.items()):
+        here = replace(studied, settings=settings.of_domain(place))
         with rest_goes_on(failed):
-            facts["domains"][domain], rankings[domain] = studied.domain(domain, samples)
+            facts["domains"][domain], rankings[domain] = here.domain(domain, samples)
     facts["agreement"] = summarise_agreement(rankings) if rankings else {}
     summary["models"][studied.short] = facts
     if settings.shares:

@@ -241,7 +241,10 @@ def test_a_large_reference_model_has_sizes_of_its_own():
     """Sizes go with the one model that has them; what is long is as many pages as they say."""
     small, smol = default_settings(DEFAULT_MODELS), default_settings(["reference:smol"])
     assert small == Settings() and small.n_test >= 100 and default_domains(DEFAULT_MODELS) is None
-    assert smol.n_test < small.n_test and smol.pages == 8 and default_domains(["reference:smol"]) == ("documents",)
+    assert smol.n_test < small.n_test and smol.pages == 8
+    assert default_domains(["reference:smol"]) == ("documents", "grounding")
+    assert [smol.of_domain(place).n_causal for place in range(3)] == [smol.n_causal, 0, 0]
+    assert [small.of_domain(place) for place in range(3)] == [small] * 3
     assert default_settings(["reference:smol", "reference:llava-s"]) == Settings()
     samples = longest(None, {}, replace(smol, n_long=2))  # no model is asked
     assert [len(sample.images) for sample in samples] == [8, 8]

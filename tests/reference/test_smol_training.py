@@ -10,7 +10,7 @@ from mech.data import answers
 from mech.data.haystacks import draw_scene
 from mech.reference.smol import base, language, tower
 from mech.reference.smol.adapter import DOWN, UP, adapt, merge
-from mech.reference.smol.language import batch_of, dialogue, drift, embedded, train_language
+from mech.reference.smol.language import Phase, batch_of, dialogue, drift, embedded, train_language
 from mech.reference.smol.steps import Checkpoint, learning_rate
 from mech.reference.smol.words import CELLS, Turn, Vocabulary, turns
 
@@ -67,8 +67,7 @@ def test_a_dialogue_is_what_the_chat_template_writes_with_words_in_the_pictures_
     whole = words.apply_chat_template(messages, tokenize=False)
     before, after = (words(part, add_special_tokens=False).input_ids for part in whole.split("<image>"))
     assert row.ids == [*before, *(word for word, _ in shown), *after]
-    learned = [token for token, is_learned in zip(row.ids, row.learned, strict=True) if is_learned]
-    assert words.decode(learned) == "Noor<|im_end|>417230"
+    assert words.decode(learned(row)) == "Noor<|im_end|>417230"
     ((kind, where),) = row.answers
     assert kind == "name" and words.decode([row.ids[i] for i in where]) == "Noor<|im_end|>"
 
@@ -87,6 +86,30 @@ def test_questions_are_those_of_the_haystacks_and_every_item_is_asked_for_once()
                 if answers.answer_to(turn.kind, "grounding", item.key, item.number) == turn.answer
             ]  # fmt: skip
             assert turn.question in known
+
+
+def test_scenes_are_listed_first_and_asked_about_from_the_second_phase_on(vocabulary, monkeypatch):
+    monkeypatch.setattr(language, "SCENES", dict.fromkeys(language.DOMAINS, 1))
+    phases = (Phase(2, asked=0, digits=(1,), domains={"documents": 1.0}), Phase(1, asked=2, digits=(3,)))
+    monkeypatch.setattr(language, "PHASES", phases)
+    assert {batch_of(vocabulary, step)[0] for step in (0, 1)} == {"documents"}
+    steps = [batch_of(vocabulary, step)[1] for step in range(5)]
+    assert [len(rows) for rows in steps] == [2, 2, 1, 1, 1]  # after the last phase it goes on as in it
+    assert [len(row.answers) for rows in steps for row in rows] == [0] * 4 + [2] * 3
+    for rows in steps[:2]:
+        assert all(sum(row.learned) >= 2 and set(learned(row)) <= set(vocabulary.digit) for row in rows)
+
+
+def learned(row):
+    return [token for token, is_learned in zip(row.ids, row.learned, strict=True) if is_learned]
+
+
+def test_the_rate_rises_stays_and_falls_to_nothing():
+    rates = [language.rate(step, language.STEPS) for step in range(language.STEPS + 1)]
+    still = slice(language.WARM_UP, language.STEPS - language.ANNEALED)
+    assert set(rates[still]) == {language.RATE} == {max(rates)} and rates[-1] == 0 < rates[0]
+    assert rates[: language.WARM_UP] == sorted(rates[: language.WARM_UP])
+    assert rates[still.stop :] == sorted(rates[still.stop :], reverse=True)
 
 
 def test_a_colour_is_added_to_the_digit_that_it_frames(vocabulary):
@@ -143,7 +166,9 @@ def trained(folder, vocabulary, steps, monkeypatch):
 
 def test_an_interrupted_tuning_ends_in_the_same_weights(vocabulary, tmp_path, monkeypatch):
     monkeypatch.setattr(language, "EVERY", 2)
-    monkeypatch.setattr(language, "BATCH", dict.fromkeys(language.BATCH, 2))
+    monkeypatch.setattr(language, "SCENES", dict.fromkeys(language.DOMAINS, 1))
+    monkeypatch.setattr(language, "PHASES", (Phase(2, asked=0), Phase(2, asked=2)))
+    # A run that is cut short would come to rest where it ends.
     monkeypatch.setattr(language, "rate", lambda step, steps: learning_rate(step, 4, 1e-3, warm_up=2))
     whole, curve = trained(tmp_path / "whole", vocabulary, 4, monkeypatch)
     trained(tmp_path / "parts", vocabulary, 2, monkeypatch)

@@ -21,19 +21,19 @@ from mech.reference import path
 from mech.reference.smol import base
 from mech.reference.smol.adapter import adapt
 from mech.reference.smol.assembly import ADAPTER, PREFIX, UNTUNED, assemble, image_processor, vision_config
-from mech.reference.smol.language import DOMAINS, train_language
+from mech.reference.smol.language import DOMAINS, STEPS, train_language
 from mech.reference.smol.measure import held_out_accuracy, perplexity, sample_of_text
 from mech.reference.smol.tower import train_tower
 from mech.reference.smol.words import Vocabulary
 
 RANK = 16
-LANGUAGE_STEPS, TOWER_STEPS = 120, 1800
+TOWER_STEPS = 1800
 ASKED = {"digit": 300, "number": 100, "name": 100, "sentence": 100}  # held-out questions of each kind in each domain
 CLAIMED = 0.9  # the accuracy on held-out digits from which on a domain is one that the model knows
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 
 
-def train(out: Path, *, language_steps: int = LANGUAGE_STEPS, tower_steps: int = TOWER_STEPS, threads: int = 1) -> Path:
+def train(out: Path, *, language_steps: int = STEPS, tower_steps: int = TOWER_STEPS, threads: int = 1) -> Path:
     """Both stages, each going on from its checkpoint in ``out``; then the adapter and its card in ``out / "smol"``."""
     torch.set_num_threads(threads)
     file = base.find()
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train reference:smol: LoRA of the language model, tower, projector.")
     parser.add_argument("--out", type=Path, default=Path("training"), help="checkpoints and the adapter go here")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
+    parser.add_argument("--language-steps", type=int, default=STEPS)
     parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
     given = parser.parse_args()
     steps = dict(language_steps=given.language_steps, tower_steps=given.tower_steps)
