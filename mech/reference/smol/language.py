@@ -25,34 +25,42 @@ from mech.reference.smol.steps import Checkpoint, stepped
 from mech.reference.smol.words import Turn, Vocabulary, turns
 
 DOMAINS = {"grounding": 0.5, "documents": 0.3, "pages": 0.2}  # the share of each in the steps, of most phases
-SCENES = {"grounding": 8, "documents": 8, "pages": 4}  # of a step; where they are only listed, twice as many
+HARDEST = {"grounding": 0.8, "documents": 0.1, "pages": 0.1}
 FULLEST = 0.7  # the share of batches whose scenes are as full as they can be
 NOISE = 0.3  # of the embeddings of what is shown, relative to their own size, at most
 PLAIN = 160  # tokens of plain text in every other step
 HELD = 4.0  # how much a nat of drift on them counts, against a nat of the answers' loss
 RATE = 1.5e-3
-WARM_UP, ANNEALED = 10, 60  # the rate rises in the first steps, and falls to nothing in as many at the end
+WARM_UP, ANNEALED = 10, 40  # the rate rises in the first steps, and falls to nothing in as many at the end
 EVERY = 10  # steps between two lines of the curve
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps: the share of each domain in them, how many digits the items have, and how many items are asked for.
+    """Some steps: how many items of a scene are asked for (the others are listed), and what the scenes are.
 
-    The other items of a scene are listed.
+    Attributes:
+        steps: how many.
+        asked: items of a scene that are asked for one by one, at most.
+        scenes: of a step; half as many of three pages.
+        digits: how many the items have.
+        domains: the share of each in the steps.
     """
 
     steps: int
     asked: int
+    scenes: int
     digits: tuple[int, ...] = (1, 3)
     domains: dict[str, float] = field(default_factory=lambda: DOMAINS)
 
 
+# Framed digits are the hardest, colour and digit being one visual token: lines are read without fault after 30 steps.
 PHASES = (
-    Phase(60, asked=0),
-    # Lists of lines are read without fault by now. Framed digits are harder: colour and digit are one visual token.
-    Phase(40, asked=0, digits=(1,), domains={"grounding": 0.8, "documents": 0.1, "pages": 0.1}),
-    Phase(120, asked=4),
+    Phase(60, asked=0, scenes=16),
+    Phase(40, asked=0, scenes=16, digits=(1,), domains=HARDEST),
+    Phase(50, asked=4, scenes=8),
+    Phase(50, asked=12, scenes=6, digits=(1,), domains=HARDEST),
+    Phase(60, asked=8, scenes=6),
 )
 STEPS = sum(phase.steps for phase in PHASES)
 
@@ -102,7 +110,7 @@ def batch_of(vocabulary: Vocabulary, step: int) -> tuple[str, list[Row]]:
     most = (haystacks.MOST if n_digits == 1 else haystacks.MOST_NUMBERS)[domain]
     n_items = most if rng.random() < FULLEST else rng.randint(2, most)
     rows = []
-    for _ in range(SCENES[domain] * (1 if phase.asked else 2)):
+    for _ in range(phase.scenes // (2 if domain == "pages" else 1)):
         scene = haystacks.draw_scene(domain, rng, n_items, "train", n_digits=n_digits)
         rows.append(dialogue(vocabulary, vocabulary.shown(scene), turns(scene, rng, phase.asked)))
     return domain, rows
