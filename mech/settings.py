@@ -30,8 +30,8 @@ class Settings:
         n_other: those of them that test the other methods, at most.
         n_maps: pictures that are drawn.
         n_causal: test samples whose heads are patched one by one; 0 leaves that out.
-        n_gating: samples that gates of heads are fitted to (causal head gating, few steps); 0 leaves that out.
         causal_domains: of a model's domains so many, from the first on, are patched; 0 for all.
+        n_gating: samples that gates of heads are fitted to (causal head gating, few steps); 0 leaves that out.
         n_order: samples that order heads for that.
         n_random: random sets of the size that the claim is made at (a twentieth of the heads, by the first method):
             the p-value over sets cannot fall below 1 / (1 + n_random).
@@ -59,8 +59,8 @@ class Settings:
     n_other: Some = 32
     n_maps: Count = 3
     n_causal: Whole = 10
-    n_gating: Whole = 6
     causal_domains: Whole = 0
+    n_gating: Whole = 6
     n_order: Some = 6
     n_random: Count = 25
     n_control: Count = 6
