@@ -12,7 +12,7 @@ from mech.errors import ExperimentError, printable
 
 EPILOG = (
     "[bold]mech study[/]  the reference models, every domain, about eleven minutes on two cores\n\n"
-    "[bold]mech study -m reference:smol --out smol[/]  a pretrained language model, half an hour of one core\n\n"
+    "[bold]mech study -m reference:smol --out smol[/]  a pretrained language model, some forty minutes of one core\n\n"
     "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --out qwen[/]  a model of the hub\n\n"
     "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --data mine.jsonl[/]  on samples of your own (docs/data.md)"
 )
