@@ -89,10 +89,12 @@ def test_questions_are_those_of_the_haystacks_and_every_item_is_asked_for_once()
 
 
 def test_scenes_are_listed_first_and_asked_about_from_the_second_phase_on(vocabulary, monkeypatch):
-    monkeypatch.setattr(language, "SCENES", dict.fromkeys(language.DOMAINS, 1))
-    phases = (Phase(2, asked=0, digits=(1,), domains={"documents": 1.0}), Phase(1, asked=2, digits=(3,)))
+    phases = (
+        Phase(2, asked=0, scenes=2, digits=(1,), domains={"documents": 1.0}),
+        Phase(1, asked=2, scenes=1, digits=(3,), domains={"grounding": 1.0}),
+    )
     monkeypatch.setattr(language, "PHASES", phases)
-    assert {batch_of(vocabulary, step)[0] for step in (0, 1)} == {"documents"}
+    assert [batch_of(vocabulary, step)[0] for step in range(3)] == ["documents", "documents", "grounding"]
     steps = [batch_of(vocabulary, step)[1] for step in range(5)]
     assert [len(rows) for rows in steps] == [2, 2, 1, 1, 1]  # after the last phase it goes on as in it
     assert [len(row.answers) for rows in steps for row in rows] == [0] * 4 + [2] * 3
@@ -166,8 +168,7 @@ def trained(folder, vocabulary, steps, monkeypatch):
 
 def test_an_interrupted_tuning_ends_in_the_same_weights(vocabulary, tmp_path, monkeypatch):
     monkeypatch.setattr(language, "EVERY", 2)
-    monkeypatch.setattr(language, "SCENES", dict.fromkeys(language.DOMAINS, 1))
-    monkeypatch.setattr(language, "PHASES", (Phase(2, asked=0), Phase(2, asked=2)))
+    monkeypatch.setattr(language, "PHASES", (Phase(2, asked=0, scenes=2), Phase(2, asked=2, scenes=2)))
     # A run that is cut short would come to rest where it ends.
     monkeypatch.setattr(language, "rate", lambda step, steps: learning_rate(step, 4, 1e-3, warm_up=2))
     whole, curve = trained(tmp_path / "whole", vocabulary, 4, monkeypatch)
