@@ -118,7 +118,8 @@ def _tenths(example: _Example, shown: list[tuple[str, str, float]]) -> str:
         return ""
     # Of several pictures the one with the evidence; a frame without a token is shown by the last one before with some.
     home = max((k for k in example.image.tolist() if k <= example.facts["evidence"][0][0]), default=0)
-    ends, figures = [example.most(of_band, without_sinks=without) for without in (False, True)], []
+    most, least = (example.most(of_band, without_sinks=without) for without in (False, True))
+    figures = []
     for place, i in enumerate(of_band):
         row, (_, name, ram) = example.attention[i], shown[i]
         low, high = (round(100 * end / len(of_band)) for end in (place, place + 1))
@@ -126,7 +127,7 @@ def _tenths(example: _Example, shown: list[tuple[str, str, float]]) -> str:
         said = f"<b>{name}</b>RAM {ram:.2f}<br>here {row[example.on_evidence].sum():.2f}"
         figures.append(
             f'<figure data-head="{name}" {_scales(example, of_band)}><p class="soft">{part}</p>'
-            f"{_stage(example, home, row, *ends, example.sink[i])}<figcaption>{said}</figcaption></figure>"
+            f"{_stage(example, home, row, most, least, example.sink[i])}<figcaption>{said}</figcaption></figure>"
         )
     return f'<div class="tenths">{"".join(figures)}</div>{_scale(example, of_band, "; one scale for the row")}'
 
@@ -284,8 +285,8 @@ def _head(example: _Example, i: int, name: str, ram: float, among: Sequence[int]
 def _strip(example: _Example, i: int, among: Sequence[int], columns: int) -> str:
     """The pictures that have tokens, under the attention of one head."""
     with_tokens = sorted(set(example.image.tolist()))
-    ends = [example.most(among, without_sinks=without) for without in (False, True)]
-    stages = "".join(_stage(example, k, example.attention[i], *ends, example.sink[i]) for k in with_tokens)
+    most, least = (example.most(among, without_sinks=without) for without in (False, True))
+    stages = "".join(_stage(example, k, example.attention[i], most, least, example.sink[i]) for k in with_tokens)
     return f'<div class="strip" style="--columns:{_columns(len(with_tokens), columns)}">{stages}</div>'
 
 
