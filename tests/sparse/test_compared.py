@@ -138,7 +138,8 @@ def test_what_the_page_says_of_the_longer_model_holds_for_its_runs():
     runs = {name: one for name, one in sparsity_runs().items() if one["size"] == "qwen-long"}
     found = {one.measure.name: one for one in compared(runs) if one.arm == "far 10"}
     needs = found["KV heads needed, best ranking"]
-    assert all(value == before + 1 for before, value in zip(needs.control, needs.values, strict=True))
+    assert sorted(value - before for before, value in zip(needs.control, needs.values, strict=True)) == [0, 1, 1]
+    assert needs.verdict == "no difference seen"
     agrees = found["RAM against effect (Spearman)"]
     assert max(agrees.control) < 0 < min(agrees.values)
     assert found["heads that hold half of RAM"].verdict == "better"
