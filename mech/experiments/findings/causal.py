@@ -9,6 +9,18 @@ from typing import Any
 
 from mech.experiments.findings.words import MATTERS, TOP, Said, are, names_of, too_weak
 
+KINDS = {
+    "blind": "Heads that do not attend to the evidence are necessary",
+    "idle": "Most heads that attend to the evidence do not matter",
+    "order": "RAM does not order heads by their causal effect",
+    "ordered": "RAM orders heads by their causal effect",
+    "repair": "Heads repair each other: together they are worth more than the sum of what they are worth alone",
+    "stand-in": "A head stands in for another that is lost",
+    "chooses": "The heads with the highest RAM choose where the answer comes from: it follows them to a distractor",
+    "not choosing": "The heads with the highest RAM are not shown to choose where the answer comes from",
+    "carried": "Half of the answer hangs on a twentieth of the heads or less",
+}
+
 
 def _causal(numbers: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What patching found; nothing where it could not be asked or the model is too weak."""

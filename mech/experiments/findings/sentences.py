@@ -12,8 +12,7 @@ from typing import Any
 
 from mech.experiments.effects import both_units
 from mech.experiments.effects import points as _points
-from mech.experiments.findings import acceleration, forms
-from mech.experiments.findings.causal import CAUSAL
+from mech.experiments.findings import acceleration, causal, forms
 from mech.experiments.findings.cautions import ALPHA, cautions
 from mech.experiments.findings.cautions import KINDS as CAUTIONS
 from mech.experiments.findings.words import MATTERS, TOP, Said, are, too_weak
@@ -41,7 +40,7 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
                 _low_ranked,
                 _methods,
                 _scores,
-                *CAUSAL,
+                *causal.CAUSAL,
             ):
                 said += [_finding(model, domain, *one) for one in rule(numbers, n_heads)]
         said += [_finding(model, None, *one) for one in _domains(facts)]
@@ -60,8 +59,8 @@ def headlines(found: list[Finding]) -> list[Finding]:
     said = []
     for kind, phrase in KINDS.items():
         made = [f for f in found if f["kind"] == kind]
-        # Sparse inference is tried in a few settings only.
-        tried = [f for f in found if (f["kind"] in acceleration.KINDS) == (kind in acceleration.KINDS)]
+        # Sparse inference is tried in a few settings only, and so is patching.
+        tried = [f for f in found if all((f["kind"] in some) == (kind in some) for some in FEW)]
         settings = list(dict.fromkeys((f["model"], f["domain"]) for f in tried if f["domain"]))
         if made and made[0]["domain"]:
             here = list(dict.fromkeys((f["model"], f["domain"]) for f in made))
@@ -109,15 +108,7 @@ KINDS = {
     "random": "Random heads are no harmless control, even without the heads with the highest RAM",
     "methods": "The method of ablation decides how much the same heads matter",
     "scores": "Scores of the literature name other heads than RAM does",
-    "blind": "Heads that do not attend to the evidence are necessary",
-    "idle": "Most heads that attend to the evidence do not matter",
-    "order": "RAM does not order heads by their causal effect",
-    "ordered": "RAM orders heads by their causal effect",
-    "repair": "Heads repair each other: together they are worth more than the sum of what they are worth alone",
-    "stand-in": "A head stands in for another that is lost",
-    "chooses": "The heads with the highest RAM choose where the answer comes from: it follows them to a distractor",
-    "not choosing": "The heads with the highest RAM are not shown to choose where the answer comes from",
-    "carried": "Half of the answer hangs on a twentieth of the heads or less",
+    **causal.KINDS,
     "concentrated": "A quarter of the heads or less holds half of all retrieval attention mass",
     "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",
     "weak": "The model is too weak for ablation to show anything",
@@ -126,6 +117,7 @@ KINDS = {
     "domains": "",
     "scales": "",
 }
+FEW = (acceleration.KINDS, causal.KINDS)  # what is not asked in every setting
 
 
 def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:

@@ -392,6 +392,15 @@ def test_headlines_count_settings_and_keep_what_is_said_of_a_model():
     assert headlines([one]) == [one]
 
 
+def test_what_was_asked_in_few_settings_is_counted_among_those():
+    made = [("needed", "grounding"), ("needed", "pages"), ("order", "pages"), ("sparse", "grounding")]
+    found = [dict(kind=kind, text="", model="m", domain=domain, against_papers=False) for kind, domain in made]
+    ends = {finding["kind"]: finding["text"].rpartition(": ")[2] for finding in headlines(found)}
+    assert ends["needed"] == "in 2 of 2 settings (m on all domains)."
+    assert ends["order"] == "in 1 of 1 setting (m on pages)."  # no head was patched on grounding
+    assert ends["sparse"] == "in 1 of 1 setting (m on grounding)."
+
+
 def test_the_baseline_is_always_there(model, halves):
     scores = ablation(model, halves[1][:2], [BASELINE])
     assert scores.sizes["condition"] == 1
