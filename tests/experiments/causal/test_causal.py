@@ -258,7 +258,7 @@ def test_findings_are_made_of_the_facts():
     summary = {"models": {"m": {"n_layers": 2, "n_heads": 4, "domains": {"d": numbers}}}, "scales": {"pairs": []}}
     found = {finding["kind"]: finding for finding in findings(summary)}
     assert "1 head is necessary without attending" in found["blind"]["text"] and found["blind"]["against_papers"]
-    assert "L1H0 (RAM 0.00" in found["blind"]["text"] and "1 head carries half" in found["carried"]["text"]
+    assert "L1H0 (RAM 0.00" in found["blind"]["text"] and "Noising 1 head loses half" in found["carried"]["text"]
     assert any(
         "do not attend to the evidence are necessary" in line["text"] for line in headlines(list(found.values()))
     )
