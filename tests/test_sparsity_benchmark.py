@@ -42,7 +42,9 @@ def test_a_run_is_trained_measured_and_shipped(scripts, tmp_path, monkeypatch):
     scripts.measure(folder, tmp_path / "sparsity.json")
     (facts,) = json.loads((tmp_path / "sparsity.json").read_text())["runs"].values()
     assert facts["needed"]["ram"]["n"] in (0, 1, 48) and facts["accuracy"]["pages"]["mean"] > 0.5
-    assert all(measure.of(facts) is not None for measure in MEASURES if "80%" not in measure.name)
+    # Four samples cannot tell that a single head matters.
+    unknown = {measure.name for measure in MEASURES if "80%" not in measure.name and measure.of(facts) is None}
+    assert unknown == {"heads that matter without looking"}
 
     shipped = tmp_path / "weights"
     (shipped / "llava-s").parent.mkdir()

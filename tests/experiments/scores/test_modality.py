@@ -108,7 +108,7 @@ def test_without_a_base_text_is_compared_as_the_model_reads_it_now(model, sample
     assert found["reading"].values.tolist() == ["pictures", "text"] and found.attrs["base"] == ""
     assert found.attrs["unit"] == "attention mass" and found.attrs["score"] == "visual_retrieval"
     drawn = shown(view(found))
-    assert "written out (right)" in drawn and "on pictures only" in drawn
+    assert "scenes written out. In colour" in drawn and "on pictures only" in drawn
 
 
 def test_the_view_names_the_base_and_every_reading(found):

@@ -426,7 +426,7 @@ def test_the_agreement_of_scores_is_summed_up_told_and_drawn():
     assert found["names"] == list(values) and found["n_top"] == 1
     assert found["jaccard"][0][:3] == [1, 1, 0] and found["spearman"][0][1] == pytest.approx(1)
     assert found["spearman_low"][0][2] <= found["spearman"][0][2] <= found["spearman_high"][0][2]
-    (kind, text, against), *more = _scores({"scores": found}, 20)
+    (kind, text, against), *more = _scores({"scores": found, "n_find": 12}, 20)
     assert kind == "scores" and not more and not against
     assert "qr_head 0.00" in text and "vera" not in text and "vision_mass" not in text
     assert list(_scores({}, 20)) == []
