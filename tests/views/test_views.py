@@ -139,7 +139,7 @@ def test_looks_draw_attention_where_it_is(study):
     assert marks[0][2] == "#fcfdbf", "the highest attention has the end of the scale"
     assert "evidence 0.36 · visual 0.45" in text and "evidence 0.00 · visual 0.00" in text
     assert text.count('class="evidence"') == 3, "the original and each of the two heads"
-    assert text.count("data:image/png") == 1, "a picture is in the page once"
+    assert text.count("data:image/webp") == 1, "a picture is in the page once"
 
 
 def test_frames_without_a_token_count_with_the_frame_before(study):

@@ -23,7 +23,7 @@ from mech.experiments.findings.cautions import ALPHA
 from mech.experiments.findings.words import FLOOR, TOP
 from mech.experiments.statistics import bootstrap_interval
 
-STEPS = {"prefill": "prefill", "a token": "decode"}  # what is timed, in words and in the summary
+STEPS = {"prefill": "prefill", "decoding": "decode"}  # what is timed, in words and in the summary
 Bounds = dict[str, float]
 Setting = tuple[str, str]
 LINES = ("top", "random", "bottom")
@@ -217,9 +217,8 @@ def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
     alone = [m for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "window"]
     n, margin = sum(f["n_test"] for f in accelerated.values()), 100 * next(iter(accelerated.values()))["margin"]
     text = (
-        f"{_kept(accelerated)}. A model counts if a few dense heads chosen by RAM lose less than {margin:.0f} points "
-        f"by the whole 95% interval{f', not {len(alone)} where the local window alone does' if alone else ''}. "
-        f"n = {n}, one domain for each model."
+        f"{_kept(accelerated)}. A model counts if heads by RAM lose less than {margin:.0f} points over the whole "
+        f"interval{f', not {len(alone)} where the local window alone does' if alone else ''}. n = {n}, one domain each."
     )
     faster = sum(_is_faster(facts["recommended"]["speed"]) for facts in enough.values())
     if len(accelerated) > 1:
@@ -242,15 +241,18 @@ def _kept(accelerated: Mapping[str, Any]) -> str:
         listed = ", ".join(f"{m} {one['n_kv_heads']} of {accelerated[m]['n_kv_heads']}" for m, one in best.items())
         worst = max((one["loss"] for one in best.values()), key=lambda loss: loss["mean"])
         most = " at most" if len(best) > 1 else ""
-        said.append(f"KV heads that stay dense: {listed}; accuracy falls by {points(worst)}{most}")
+        said.append(f"Dense KV heads: {listed}; accuracy falls by {points(worst)}{most}")
         timed = [one["speed"] for one in best.values() if one["speed"]]
-        said += [f"{name} is {_times(timed, kind)} as fast as dense" for name, kind in STEPS.items() if timed]
+        if timed:
+            said.append(
+                ", ".join(f"{name} at {_times(timed, kind)}" for name, kind in STEPS.items()) + " of dense speed"
+            )
     for model, facts in accelerated.items():
         tried = [entry for entry in facts["curve"] if entry["choice"] == "ram"]
         if model not in best and tried:
             most = max(tried, key=lambda entry: entry["share"])
             dense = f"{most['n_kv_heads']} of {facts['n_kv_heads']}"
-            said.append(f"{model} loses {points(most['loss'])} even with {dense} KV heads dense")
+            said.append(f"{model} loses {points(most['loss'])} with {dense} KV heads dense, the most tried")
         elif model not in best:
             said.append(f"{model} has no set chosen by RAM")
     return "; ".join(said)
