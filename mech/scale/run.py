@@ -109,7 +109,7 @@ class Run:
         options = dict(options)
         progress = options.pop("progress", None)
         if measure.whole:
-            return self._whole(measure, model, Samples(samples), options, identity(model))
+            return self._whole(measure, model, Samples(iter(samples)), options, identity(model))
         size = options.pop("batch_size", 8)
         beside = {name: options.pop(name) for name in measure.beside if name in options}
         listed = samples if isinstance(samples, Sequence) else None
