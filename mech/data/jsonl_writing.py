@@ -40,7 +40,7 @@ def write_samples(samples: SomeSamples, folder: str | Path, name: Text = "sample
         raise InputError(f"{len(twice)} ids are there twice, the first is {twice[0]!r}", "an id each", "rename them")
     for id, sample in zip(ids, samples, strict=True):
         check_domain(sample.domain)
-        if sample.context or sample.spans:
+        if any(one is not None and (one.context or one.spans) for one in (sample, sample.counterfactual)):
             raise InputError(
                 f"sample {id!r} has a context or spans of its answer", "a sample without them, which files do not hold",
                 "make it anew where it is needed",
@@ -82,7 +82,7 @@ def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
 def _written(region: Region, folder: Path) -> dict[str, Any]:
     if isinstance(region, Frames | Pages):
         return {"frames" if isinstance(region, Frames) else "pages": [int(index) for index in region.indices]}
-    assert isinstance(region, Box | Mask)  # a passage has a context, which was refused
+    assert isinstance(region, Box | Mask)  # a passage has a context, which was refused, a partner's too
     where = {"image": region.image} if region.frame is None else {"frame": region.frame}
     if isinstance(region, Mask):
         white = Image.fromarray(region.pixels.astype(bool).astype(np.uint8) * 255)

@@ -121,7 +121,8 @@ def test_a_passage_must_lie_in_the_context():
 
 
 def test_samples_that_files_do_not_hold_are_refused(tmp_path):
-    for sample in (haystacks("pages", 1, form="text")[0], haystacks("pages", 1, answer="number")[0]):
+    written, numbers = haystacks("pages", 1, form="text")[0], haystacks("pages", 1, answer="number")[0]
+    for sample in (written, numbers, replace(haystacks("pages", 1)[0], counterfactual=written)):
         with pytest.raises(InputError, match="a context or spans"):
             write_samples([sample], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from mech.arguments import checked, given_by
+from mech.errors import ExperimentError
 from mech.experiments.effects import share
 
 BAND, BIAS = "band", "bias"
@@ -36,6 +37,10 @@ def _shares(here: xr.Dataset) -> dict[str, float]:
     cells: dict[str, float] = {}
     for name in ("redirected", "kept"):
         bounds = share(here[name].values)
-        assert bounds is not None  # no answer is missing
+        if bounds is None:
+            raise ExperimentError(
+                f"{name!r} of a redirection with missing values", "an answer of every sample",
+                "select with sel or isel: where() leaves holes",
+            )  # fmt: skip
         cells |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
     return cells

@@ -9,6 +9,7 @@ from typing import Any
 
 import xarray as xr
 
+from mech.errors import ExperimentError
 from mech.experiments.ablation.redirected import redirection_table
 from mech.experiments.effects import Bounds, interval, share
 
@@ -78,7 +79,11 @@ def sentence_of(facts: dict[str, Any]) -> str:
 
 
 def _at(bounds: Bounds | None) -> Bounds:
-    assert bounds is not None  # no value is missing
+    if bounds is None:
+        raise ExperimentError(
+            "a causal report with missing values", "an effect of every sample",
+            "leave out samples whose clean and corrupted runs answer alike",
+        )  # fmt: skip
     return bounds
 
 

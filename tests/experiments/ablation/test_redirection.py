@@ -94,6 +94,8 @@ def test_the_top_heads_of_a_trained_model_choose_the_evidence():
     found = mech.redirection(model, test, ranking, heads=4, bias=(16.0,), bands=("top", "random"), n_random=3)
     share = {row["band"]: row["redirected"] for row in mech.redirection_table(found)}
     assert share["top"] > 0.8 and share["random"] < 0.2
+    with pytest.raises(ExperimentError, match="missing values"):
+        mech.redirection_table(found.where(found.example != found.example[0]))
 
 
 @pytest.mark.parametrize("domain", ["grounding", "documents", "pages", "video"])

@@ -17,6 +17,7 @@ from mech.errors import ExperimentError, OutputError
 from mech.experiments.causal.report import QUADRANTS, CausalReport, causal_report
 from mech.experiments.causal.runs import Runs
 from mech.experiments.causal.sets import greedy, sizes_of, smallest
+from mech.experiments.causal.sufficiency import facts_of
 from mech.experiments.findings.sentences import findings, headlines
 from mech.experiments.metrics import LogitDiff
 from mech.experiments.patching.activation import activation_patching
@@ -131,6 +132,8 @@ def test_necessity_and_sufficiency_stand_side_by_side():
     assert dose["top", 1.0] == 0 and dose["top", 1000.0] == 1
     assert any("they are needed, and they choose where" in line for line in report.sentences())
     assert set(report.redirection["band"].values) == {"top", "random", "all"}
+    with pytest.raises(ExperimentError, match="missing values"):
+        facts_of(report.dataset.assign(set_noised=report.dataset["set_noised"] * np.nan))
 
 
 def test_redirection_is_left_out_where_it_cannot_be_asked(monkeypatch):
