@@ -1,6 +1,6 @@
 """A stock Hugging Face multimodal model with named activation points.
 
-Knows architectures, activations and attention. Knows nothing of samples' evidence, experiments or results.
+It knows architectures, activations and attention. It does not know samples' evidence, experiments or results.
 """
 
 from mech.model.attention import AttentionCall, KeySums

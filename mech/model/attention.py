@@ -1,27 +1,27 @@
-"""The one attention function everything passes through.
+"""The one attention function that every attention layer calls.
 
 It is registered once in transformers' ``AttentionInterface`` (and its masks in ``AttentionMaskInterface``: without
 that, padding would silently be ignored) under the name ``mech``. A wrapped model is switched to that name, so every
 layer of both stacks calls ``attention`` with queries and keys after RoPE.
 
-Three ways through it:
+A call takes one of three paths:
 
-* nobody listens: transformers' own SDPA function is called with the arguments as they came, bit for bit;
-* somebody observes (``HookedMLLM.attending``): SDPA runs, then the observer gets an ``AttentionCall`` from which it
-  can compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
-* the layer's scores or pattern are hooked: the arithmetic is done step by step, for that layer only.
+* no hook or observer: transformers' own SDPA function is called with the arguments unchanged, bit for bit;
+* an observer (``HookedMLLM.attending``): SDPA runs, then the observer receives an ``AttentionCall`` from which it can
+  compute the exact attention of a few query rows without any query x key tensor, and may replace ``z``;
+* the layer's scores or pattern are hooked: attention is computed step by step, for that layer only.
 
-A layer whose heads may attend to less than its mask allows (``HeadMask``) computes z in a way of its own in place of
-SDPA; for who observes or hooks it, every head then has a mask of its own.
+A layer whose heads may attend to less than its mask allows (``HeadMask``) computes z in its own way instead of calling
+SDPA; observers and hooks then see a separate mask for every head.
 
-Where SDPA cannot compute a layer (a softcap, sinks) the first two do without it: ``_eager``.
+Where SDPA cannot compute a layer (a softcap, sinks), the first two paths use ``_eager`` instead.
 
-Continuous batching (``generate_batch``) keeps keys and values in pages that this function does not read. It is refused,
-under the name transformers looks for (``paged|mech``) and by its arguments: it would run without hooks or masks.
+Continuous batching (``generate_batch``) keeps keys and values in pages that this function does not read, and would run
+without hooks or masks. It is refused, under the name transformers looks up (``paged|mech``) and by its arguments.
 
-Which wrapped model a layer belongs to is found through a weak mapping from the layer's attention module to its
-``LayerRecord``. The record is active only while that model's own forward runs. It knows nothing of module paths
-(``families.py``) nor of the points outside attention (``sites.py``).
+A weak mapping from each attention module to its ``LayerRecord`` says which wrapped model the layer belongs to. The
+record is active only while that model's own forward runs. This file knows neither module paths (``families.py``) nor
+the points outside attention (``hook_sites.py``).
 """
 
 import sys
@@ -61,11 +61,11 @@ class AttentionCall:
         mask: the layer's own mask (True = visible, or an additive bias), None if it is fully described by ``causal``.
         scale: what q times k is multiplied by.
         causal: whether a missing mask means causal attention.
-        query_start: the absolute position of the first query row; not 0 while generating with a cache.
-        cross: whether the keys are a memory outside the sequence (the tiles of an image) and not its positions.
+        query_start: the absolute position of the first query row; nonzero while generating with a cache.
+        cross: whether the keys are a memory outside the sequence (the tiles of an image), not its positions.
         softcap: bound c of the scores, ``c tanh(scores / c)`` before the mask (Gemma2); None for none.
-        sinks: logits of each head's attention sink, which takes its share of the softmax and no value; None for none.
-        head_mask: which of the keys that the mask lets through each head sees; None for all.
+        sinks: logits of each head's attention sink, which takes a share of the softmax but has no value; None for none.
+        head_mask: which of the keys allowed by the mask each head sees; None for all.
         carried: for a ``KeySums``, the attention-weighted sums of its columns, ``[batch pos head column]``.
     """
 
@@ -87,13 +87,13 @@ class AttentionCall:
 
     @property
     def fused(self) -> bool:
-        """Whether transformers' SDPA computes this: it refuses a softcap, and ignores sinks without a word."""
+        """Whether transformers' SDPA computes this: it refuses a softcap and silently ignores sinks."""
         return self.softcap is None and self.sinks is None
 
     def visible(self, rows: Sequence[int] | Tensor) -> Bool[Tensor, "batch #head rows key_pos"]:
         """Which keys these query rows may attend to: padding, causality and windows as the layer applies them.
 
-        One mask for all heads, unless they are narrowed.
+        One mask for all heads, unless a ``head_mask`` narrows them.
         """
         index = torch.as_tensor(rows, device=self.q.device, dtype=torch.long)
         index = torch.where(index < 0, index + self.q.shape[2], index)
@@ -117,8 +117,8 @@ class AttentionCall:
     ) -> Float[Tensor, "batch head rows key_pos"]:
         """The exact post-softmax attention of these query rows, at least in float32; ``bias`` is added to the scores.
 
-        Recomputed from q, k and the mask; a hook that wrote the pattern is not seen here. A row that may attend to
-        nothing (a padding row) is all zeros. Cost: ``len(positions) * key_pos * d_head`` per head.
+        Recomputed from q, k and the mask, so what a hook wrote to the pattern does not show here. A row that may attend
+        to nothing (a padding row) is all zeros. Cost: ``len(positions) * key_pos * d_head`` per head.
         """
         index = torch.as_tensor(positions, device=self.q.device, dtype=torch.long)
         scores = self._scores(index)
@@ -140,14 +140,14 @@ class AttentionCall:
 
 
 class HeadMask(Protocol):
-    """What narrows the heads of a layer (``mech.sparse``)."""
+    """Narrows what each head of a layer attends to (``mech.sparse``)."""
 
     def seen(self, call: AttentionCall, rows: Tensor) -> Bool[Tensor, "batch head rows key_pos"]:
-        """Which keys each head may attend to in these query rows; the layer's own mask comes on top."""
+        """Which keys each head may attend to in these query rows; the layer's own mask still applies."""
         ...
 
     def attend(self, call: AttentionCall, dropout: float) -> Float[Tensor, "batch pos head d_head"] | None:
-        """z under these masks; None where they leave everything as it is."""
+        """z under these masks; None if they change nothing."""
         ...
 
 
@@ -156,13 +156,13 @@ Observer = Callable[[AttentionCall], Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class KeySums:
-    """An observer for which attention carries numbers of its own from every key: ``call.carried``.
+    """An observer with extra columns for every key, which attention sums along with the values: ``call.carried``.
 
         model.attending(KeySums(columns, fn))
 
-    The columns are appended to the values, so one fused call gives z and them: with the indicator vectors of token
-    sets as columns, the attention that *every* query pays to each set. They come in the model's own precision, and z
-    may round differently in its last digit.
+    The columns are appended to the values, so one fused call gives z and their sums: with the indicator vectors of
+    token sets as columns, the attention that *every* query pays to each set. The sums have the model's own precision,
+    and z may round differently in its last digit.
     """
 
     columns: Float[Tensor, "batch key_pos column"]
@@ -174,7 +174,7 @@ class KeySums:
 
 @dataclass(eq=False)
 class LayerRecord:
-    """What the attention function knows of one layer of a wrapped model. Holds no module of that model."""
+    """What the attention function knows about one layer of a wrapped model. It holds no module of that model."""
 
     stack: str
     layer: int
@@ -183,7 +183,7 @@ class LayerRecord:
     observers: list[Observer] = field(default_factory=list)
     active: bool = False
     resume: Callable[[AttentionCall], Tensor] | None = (
-        None  # computes z while variants are run on (``partial/continuation.py``)
+        None  # computes z while variants continue a cached run (``partial/continuation.py``)
     )
     head_mask: HeadMask | None = None
     step: Step | None = None  # of the text stack
@@ -192,11 +192,11 @@ class LayerRecord:
 
     @classmethod
     def idle(cls) -> "LayerRecord":
-        """What a layer has that nobody listens to, where the arithmetic is done here all the same."""
+        """The record for a layer without listeners whose attention is nevertheless computed here."""
         return cls("", 0, lambda: None, {point: HookPoint() for point in INSIDE_ATTENTION})
 
     def has_listeners(self) -> bool:
-        """Whether somebody listens inside."""
+        """Whether the layer has observers, or hooks inside its attention."""
         return bool(self.observers) or hooked(self.points.values())
 
     def wanted(self) -> bool:
@@ -239,7 +239,7 @@ def attention(
     """The function transformers calls; arguments are those of its ``AttentionInterface``."""
     if "write_index" in kwargs:
         refuse_paged()
-    # Nobody listens in compiled code: it runs as it is written while somebody does.
+    # Compiled code has no listeners: while there are any, the model runs eagerly.
     record: LayerRecord | None = None if torch.compiler.is_compiling() else _records.get(module)
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     if record is None or not record.active:
@@ -254,7 +254,7 @@ def attention(
                 "close() what mech.localize returned, or take method='literal'",
             )  # fmt: skip
         return record.resume(call), None
-    # The keys of cross attention are no positions of the sequence, so nothing is carried from them.
+    # The keys of cross attention are not positions of the sequence, so nothing is carried from them.
     carries = [observer for observer in record.observers if isinstance(observer, KeySums) and not record.cross]
     z, carried = _attended(module, call, record, carries, options)
     return _observed(record, call, z, carried), None
@@ -291,7 +291,7 @@ def _call_of(
 def _attended(
     module: nn.Module, call: AttentionCall, record: LayerRecord, carries: Sequence[KeySums], options: dict
 ) -> tuple[Tensor, dict[Observer, Tensor]]:
-    """z by the fastest way that says what is asked for, and what each of ``carries`` sums over keys."""
+    """z by the fastest applicable method, and what each of ``carries`` sums over keys."""
     run = _widened(call, carries) if carries else call
     if hooked((record.points["attn.hook_attn_scores"], record.points["attn.hook_pattern"])):
         z = stepwise(run, record, options["dropout"])
@@ -310,7 +310,7 @@ def _attended(
 
 
 def _observed(record: LayerRecord, call: AttentionCall, z: Tensor, carried: dict[Observer, Tensor]) -> Tensor:
-    """z after every observer has seen, and perhaps replaced it."""
+    """z after every observer has seen and perhaps replaced it."""
     for observe in record.observers:
         mine = carried.get(observe) if isinstance(observe, KeySums) else None
         replaced = observe(replace(call, z=z, carried=mine))
@@ -320,7 +320,7 @@ def _observed(record: LayerRecord, call: AttentionCall, z: Tensor, carried: dict
 
 
 def _widened(call: AttentionCall, carries: Sequence[KeySums]) -> AttentionCall:
-    """The call with the columns behind the values; zeros behind queries and keys leave their products as they are."""
+    """The call with the columns appended to the values; queries and keys get zeros, which keep their products."""
     batch, kv_heads, keys, _ = call.v.shape
     columns = torch.cat([carry.columns for carry in carries], dim=-1)
     if columns.shape[:2] != (batch, keys):
@@ -340,7 +340,7 @@ def _widened(call: AttentionCall, carries: Sequence[KeySums]) -> AttentionCall:
 
 
 def _padding(carries: Sequence[KeySums]) -> int:
-    # The fused GPU kernels take head sizes that are multiples of eight.
+    # The fused GPU kernels need head sizes that are multiples of eight.
     return -sum(carry.columns.shape[-1] for carry in carries) % 8
 
 
@@ -367,9 +367,9 @@ def stepwise(call: AttentionCall, record: LayerRecord, dropout: float = 0.0) -> 
 
 
 def _eager(module: nn.Module, call: AttentionCall, record: LayerRecord, options: dict[str, Any]) -> Tensor:
-    """z as transformers computes a softcap: its own eager function for this class, rounding included.
+    """z as transformers computes it under a softcap: by its own eager function for this class, rounding included.
 
-    Sinks are computed here: where an eager function knows them, it takes them from the module and not from the call.
+    Sinks are computed here: an eager function that supports them reads them from the module, not from the call.
     """
     theirs = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if call.sinks is not None or theirs is None or "softcap" not in signature(theirs).parameters:
@@ -408,6 +408,6 @@ def refuse_paged(*_: Any, **__: Any) -> NoReturn:
 
 AttentionInterface.register(IMPLEMENTATION, attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-# A name without a twin is run dense by some versions of transformers, without a word.
+# Some versions of transformers silently run a name without a paged twin dense.
 AttentionInterface.register(PAGED, refuse_paged)
 AttentionMaskInterface.register(PAGED, sdpa_mask)

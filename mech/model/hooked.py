@@ -1,4 +1,4 @@
-"""``HookedMLLM``: a stock Hugging Face multimodal model with TransformerLens' hooks.
+"""``HookedMLLM``: a stock Hugging Face multimodal model with TransformerLens hooks.
 
     model  = HookedMLLM.from_pretrained("reference:llava-m")
     inputs = model.inputs("Which digit is in the red frame?", images=[picture])
@@ -11,14 +11,14 @@
     with model.hooks([("blocks.3.attn.hook_z", without_head_5)]):
         model.generate_text(inputs, max_new_tokens=4)
 
-The Hugging Face model inside (``.hf_model``) keeps its classes and weights. Hooks are attached to it when this wrapper
-runs it, only for points that are hooked, and are gone afterwards; its attention implementation is set to ``mech`` until
+The Hugging Face model inside (``.hf_model``) keeps its classes and weights. Torch hooks are attached only while this
+wrapper runs it, and only for points that are hooked; its attention implementation is set to ``mech`` until
 ``unwrap()``. Without hooks the logits are those of transformers with SDPA, bit for bit.
 
-Threads may share a model: runs come one after the other, and a block of hooks belongs to the thread that opened it.
+Threads may share a model: their runs take turns, and a block of hooks belongs to the thread that opened it.
 
-What it does not do: it does not change weights, fold norms or centre anything, so ``hook_resid_*`` are what the model
-was trained with. Calling ``.hf_model`` directly runs it without hooks.
+The wrapper does not change weights, fold norms or centre anything, so ``hook_resid_*`` are what the model was trained
+with. Calling ``.hf_model`` directly runs it without hooks.
 """
 
 import copy
@@ -68,7 +68,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
     def __init__(self, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None):
         super().__init__()
-        self._given = (hf_model,)  # what unwrap() gives back; in a tuple, so that it is no submodule
+        self._given = (hf_model,)  # what unwrap() returns; in a tuple so that it is not a submodule
         hf_model = stock_model(hf_model, self.weights_here)
         self.family = family_of(hf_model)
         self.cfg = sizes(hf_model.config, self.family)
@@ -81,8 +81,8 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
             processor.check_belongs(hf_model.config)
         self._processor = processor
         self._running = False
-        self.turns = Turns()  # threads that share the model
-        self.localized: Any = None  # what ``mech.localize`` made of it, while that is open
+        self.turns = Turns()  # lets threads share the model
+        self.localized: Any = None  # set while ``mech.localize`` is open
         self.step = hook_sites.Step()
         self._cuts_rows = hook_sites.cuts_rows(module_at(hf_model, self.family.text.root))
         offered, self._refused, live = hook_sites.offered(hf_model, self.family, self.cfg, self.step)
@@ -113,15 +113,15 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
         Args:
             name: what to open.
-            dtype: of the weights; that of the checkpoint if None.
+            dtype: dtype of the weights; the checkpoint's own if None.
             device: where to put the whole model.
-            revision: of a hub id; of a reference model, a checkpoint of its training (``mech.reference.revisions``).
-            device_map: where to put its parts ("auto": spread over the GPUs), in place of ``device``.
-            quantization: "8bit" or "4bit" weights (the extra ``quant``); then there is no ``hook_result`` and no W_O.
+            revision: of a hub id; for a reference model, a training checkpoint (``mech.reference.revisions``).
+            device_map: where to put each part ("auto" spreads them over the GPUs), instead of ``device``.
+            quantization: "8bit" or "4bit" weights (the extra ``quant``), without ``hook_result`` and W_O.
 
         Raises:
             InputError: no such folder; options that exclude each other, or need a package that is not installed.
-            UnsupportedModel: no row for it, or its weights are missing, cut off, incomplete or of other shapes.
+            UnsupportedModel: no row for it, or its weights are missing, truncated, incomplete or of the wrong shape.
         """
         hf_model, source = open_checkpoint(
             name, dtype=dtype, device=device, revision=revision, device_map=device_map, quantization=quantization
@@ -134,18 +134,18 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
     def from_hf(cls, hf_model: PreTrainedModel, processor: Any = None, *, name: str | None = None) -> "HookedMLLM":
         """Wrap a loaded model; ``processor`` is a ``mech.inputs.Processor`` or a Hugging Face processor.
 
-        A PEFT model, or one inside ``DistributedDataParallel``, is opened: what runs is the model in it, adapters and
-        all. Everything read of it is what the merged model would give.
+        For a PEFT model, or one inside ``DistributedDataParallel``, the model inside runs, adapters included.
+        Everything read from it is what the merged model would give.
 
         Raises:
-            UnsupportedModel: no row for it; or what is around it changes what it computes, or where its weights are.
+            UnsupportedModel: no row for it; or a wrapper around it changes what it computes or where its weights are.
         """
         return cls(hf_model, processor, name=name)
 
     def unwrap(self) -> Any:
-        """Give the model that was handed over back as it was. This wrapper cannot run afterwards.
+        """Restore and return the model that was passed in. This wrapper cannot run afterwards.
 
-        A wrapper that nobody holds any more does the same when it is collected.
+        A wrapper that is garbage-collected restores its model too.
         """
         if self._untie.alive and self._untie():
             self.hf_model.set_attn_implementation(self._stock_attention)
@@ -153,7 +153,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         return self._given[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HookedMLLM":
-        """A copy with weights of its own, wrapped anew: hooks stay with the original."""
+        """A copy with its own weights, wrapped again; hooks stay with the original."""
         if self.localized is not None:
             raise MechError("a copy of a localized model", "the model itself", "copy it outside mech.localize")
         with self.turns.taken():
@@ -196,13 +196,13 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
         Args:
             inputs: what to run.
-            return_type: "logits", "loss" (of the next token of text, in nats), "both" as a pair, or None.
-            loss_per_token: the loss of every token after the first instead of their mean.
-            stop_at_layer: the layer that does not run any more: the residual stream that enters it is returned.
-            tensors: what the Hugging Face model's forward takes.
+            return_type: "logits", "loss" (of the next text token, in nats), "both" (a pair), or None.
+            loss_per_token: return the loss of every token after the first instead of the mean.
+            stop_at_layer: stop before this layer and return the residual stream that enters it.
+            tensors: keyword arguments of the Hugging Face model's forward.
 
         Raises:
-            InputError: a keyword nobody takes, tensors that do not belong together, inputs of another model.
+            InputError: an unknown keyword, tensors that do not belong together, or another model's inputs.
         """
         given = self._tensors(inputs, tensors)
         run_options.check_returned(return_type, loss_per_token, stop_at_layer, given, self.hf_model.config)
@@ -219,7 +219,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
     def _run(self, inputs: Any, given: dict[str, Any]) -> Float[Tensor, "batch pos vocab"]:
         with self.turns.taken(running=True), self._localized_run(inputs, given), self._attached():
-            # What torch.compile made of the model is another module around it.
+            # torch.compile returns another module around the model.
             run: Any = self._given[0] if original(self._given[0]) is self.hf_model else self.hf_model
             return run(**given).logits
 
@@ -234,11 +234,11 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
     ) -> Iterator["HookedMLLM"]:
         """TransformerLens' ``hooks``, with every name checked before any hook is added.
 
-        While the block is open, runs of other threads wait (see ``mech.model.turns``).
+        While the block is open, other threads' runs wait (see ``mech.model.turns``).
 
         Raises:
             PointError: a name is misspelt or its point is not live, or a predicate matches no point.
-            ExperimentError: another thread keeps hooks open and does not run.
+            ExperimentError: another thread keeps hooks open without running the model.
         """
         forward: list[Any] = [(point, hook) for names, hook in fwd_hooks for point in self.select(names)]
         backward: list[Any] = [(point, hook) for names, hook in bwd_hooks for point in self.select(names)]
@@ -247,13 +247,13 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
     @checking(PointError)
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **options: Any) -> None:
-        """TransformerLens' ``add_hook``: stays until ``reset_hooks()``, in the runs of all threads."""
+        """TransformerLens' ``add_hook``: the hook stays until ``reset_hooks()``, in all threads' runs."""
         with self.turns.taken():
             for point in self.select(name):
                 super().add_hook(point, hook, *args, **options)
 
     def remove_all_hook_fns(self, *args: Any, **options: Any) -> None:
-        """TransformerLens' own, which visits every point after every run, for the points that have hooks."""
+        """TransformerLens' method, for hooked points only; the original visits every point after every run."""
         for point in self.hook_dict.values():
             if point.fwd_hooks or point.bwd_hooks:
                 point.remove_hooks(*args, **options)
@@ -273,26 +273,26 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
         clear_contexts: bool = False,
         **tensors: Any,
     ) -> tuple[Any, Any]:
-        """What ``forward`` returns, and a copy of every point that ``names_filter`` names.
+        """Return what ``forward`` returns, and a cache with a copy of every point that ``names_filter`` selects.
 
         Args:
-            inputs: as in ``forward``, whose keywords may follow.
+            inputs: as in ``forward``, whose other keywords are accepted too.
             names_filter: a name, a list of names, a predicate over names, or None for all but ``hook_result``. Naming
                 scores or pattern makes that layer compute attention step by step.
             device: where to keep the copies.
             remove_batch_dim: drop the batch dimension of a single row.
-            pos_slice: positions to keep, as TransformerLens' ``Slice`` takes them (-1, a tuple for a range, a list):
-                of queries where there are keys too. Rotated keys, memories and the vision stack are kept whole.
-            incl_bwd: differentiate what is returned (``return_type="loss"``), and keep the gradient at every point that
-                it depends on under its name and ``_grad``. No ``.grad`` of a parameter changes.
+            pos_slice: positions to keep, as TransformerLens' ``Slice`` takes them (-1, a tuple for a range, a list);
+                query positions in scores and pattern. Rotated keys, memories and the vision stack are kept whole.
+            incl_bwd: differentiate the loss (needs ``return_type="loss"``) and keep its gradient at every cached point
+                it depends on, under the point's name plus ``_grad``. No parameter's ``.grad`` changes.
             return_cache_object: False for a plain dict.
-            reset_hooks_end: whether hooks are taken off in the end, as in ``hooks``.
-            clear_contexts: whether their contexts are cleared then.
+            reset_hooks_end: remove hooks at the end, as in ``hooks``.
+            clear_contexts: clear their contexts then, too.
 
         Raises:
-            PointError: a name is misspelt, not live or behind ``stop_at_layer`` (before the forward), or nothing passed
+            PointError: a name is misspelt, not live or after ``stop_at_layer`` (before the forward), or nothing passed
                 through a named point (a vision point without an image).
-            InputError: as ``forward``; positions that are not there, or a gradient that nothing could have.
+            InputError: as ``forward``; positions out of range, or ``incl_bwd`` where there can be no gradient.
         """
         chosen = self.select(names_filter)
         by_name = names_filter is not None and not callable(names_filter)
@@ -315,7 +315,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
     @contextmanager
     @checked
     def attending(self, fn: attention.Observer, stack: one_of(("text", "vision")) = "text") -> Iterator["HookedMLLM"]:
-        """While open, ``fn`` gets an ``AttentionCall`` from every attention layer of a stack, after z is computed.
+        """While open, ``fn`` receives an ``AttentionCall`` from every attention layer of a stack, after z is computed.
 
         A tensor it returns replaces z (before ``hook_z`` fires); None keeps it. Works in ``generate`` too.
         """
@@ -334,12 +334,12 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
     @checking(PointError)
     def select(self, names: NamesFilter) -> list[str]:
-        """The live points that a name, a list of names or a predicate means; see ``mech.model.points.select``."""
+        """The live points that a name, a list of names or a predicate selects; see ``mech.model.points.select``."""
         return select(names, list(self.hook_dict), self._refused)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: what computes first, where accelerate keeps the weights elsewhere until they are needed."""
+        """Where inputs go; if accelerate offloads the weights, the device that computes first."""
         device = self.hf_model.device
         return execution_device(self.hf_model) if device.type == "meta" else device
 
@@ -350,7 +350,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def text_attention(self) -> list[attention.LayerRecord]:
-        """What the attention function knows of the text layers that have heads."""
+        """The attention function's records of the text layers that have heads."""
         self._check_wired()
         return [record for _, record in self._layers if record.stack == "text"]
 
@@ -359,15 +359,15 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        """Attach what is hooked, run, detach. Everything that touches the Hugging Face model is undone here."""
+        """Attach hooks, run, detach; everything that touches the Hugging Face model is undone here."""
         self._check_wired()
-        if self._running:  # a hook that runs the model itself: the hooks are there already
+        if self._running:  # a hook that runs the model itself: hooks are already attached
             yield from self.step.held()
             return
         self._running = True
         handles = []
         try:
-            # Each is put before the hooks that are there, so the last to be attached fires first.
+            # Each is prepended, so the last one attached fires first.
             for site in reversed(self._sites):
                 point = self.hook_dict[site.point]
                 if point.fwd_hooks or point.bwd_hooks:
@@ -395,7 +395,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
             self._running = False
 
     def _check_wired(self) -> None:
-        """Refuse to run where the points inside attention would silently be dead."""
+        """Refuse to run if the points inside attention would silently be dead."""
         if not self._layers:
             raise UnsupportedModel("this model has been unwrapped", "a wrapped model", "call HookedMLLM.from_hf again")
         if not self._running:
@@ -417,7 +417,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
             )  # fmt: skip
 
     def _tensors(self, inputs: Any, options: Mapping[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
-        """The keyword arguments for the Hugging Face model, refused where they would silently mean something else."""
+        """Keyword arguments for the Hugging Face model; refused if they would silently mean something else."""
         if isinstance(inputs, Tensor):
             given: dict[str, Any] = {"input_ids": inputs, **options}
         elif inputs is None or isinstance(inputs, Mapping):

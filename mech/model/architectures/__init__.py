@@ -1,7 +1,7 @@
-"""Architectures as data: where in a stock Hugging Face model every activation is.
+"""Architectures as data: where every activation sits in a stock Hugging Face model.
 
     family_of(hf_model).text.attn        # ("self_attn",)
 
-Takes a model or its config, gives a ``Family`` (module paths) and a ``ModelConfig`` (sizes). A new architecture is a
-row in ``rows``. The folder does not know how a point is hooked, nor how pictures become tokens.
+From a model or its config it builds a ``Family`` (module paths) and a ``ModelConfig`` (sizes). A new architecture is a
+row in ``rows``. This folder does not know how a point is hooked or how pictures become tokens.
 """

@@ -1,8 +1,8 @@
-"""How an architecture is described: where in the Hugging Face model every activation is.
+"""How an architecture is described: where every activation sits in the Hugging Face model.
 
 A family is a text stack and a vision stack plus the few modules between them, written as module paths. The table is in
-``rows.py``: one ``Stack`` for each kind of transformer (by the ``model_type`` of its config), one ``Row`` for each
-multimodal architecture that says where its stacks are. Nothing else in the engine names an architecture.
+``rows.py``: one ``Stack`` for each kind of transformer (by the ``model_type`` of its config), and one ``Row`` for each
+multimodal architecture, which says where its stacks are. Nothing else in the engine names an architecture.
 
     family = family_of(hf_model)
     family.text.attn            # ("self_attn",)
@@ -11,13 +11,13 @@ multimodal architecture that says where its stacks are. Nothing else in the engi
 Two questions decide whether a row is enough:
 
 * Does every attention layer of both stacks call transformers' ``AttentionInterface``? (All current ones do.)
-* Is the tensor that enters the second norm the very tensor that is added back after the MLP? (True for every pre-norm
+* Is the tensor that enters the second norm the same tensor that is added back after the MLP? (True for every pre-norm
   layer written as ``residual = hidden_states; hidden_states = norm(hidden_states)``.)
 
-An architecture without a row still opens when its text stack is written like a known one: its text points are there,
-its vision points are not, and a ``PartialSupport`` warning says so.
+An architecture without a row still opens if its text stack is laid out like a known one: it then has text points but no
+vision points, and a ``PartialSupport`` warning says so.
 
-This file does not know how a point is hooked (``sites.py``) nor how pictures become tensors (``mech.inputs``).
+This file does not know how a point is hooked (``hook_sites.py``) or how pictures become tensors (``mech.inputs``).
 """
 
 import warnings
@@ -46,9 +46,9 @@ class ModelConfig:
     """The sizes of a model, under the names TransformerLens gives them; ``vision_*`` for the vision stack.
 
     ``attention_layers`` are the text layers that have heads; in the others (linear attention, convolutions) attention
-    points are refused by name. ``cross_layers`` are those of them that attend to visual tokens outside the sequence.
-    ``n_kv_heads`` and ``d_head`` are those of the first layer; ``kv_heads`` and ``d_heads`` say them for every layer,
-    as a few architectures change them (0 where a layer has no heads).
+    points are refused by name. ``cross_layers`` are the attention layers whose keys are visual tokens outside the
+    sequence. ``n_kv_heads`` and ``d_head`` are those of the first layer; ``kv_heads`` and ``d_heads`` list them for
+    every layer, since a few architectures vary them (0 where a layer has no heads).
     """
 
     family: str
@@ -85,10 +85,10 @@ class ModelConfig:
 
 
 def family_of(model: nn.Module) -> Family:
-    """What is known of a Hugging Face model: its row, or its text stack where that can be recognised.
+    """The family of a Hugging Face model: from its row, or of its text stack alone if that can be recognised.
 
     Raises:
-        UnsupportedModel: no row has this architecture and its text layers are not written like known ones.
+        UnsupportedModel: the architecture has no row and its text layers are not laid out like known ones.
     """
     config: Any = model.config
     kind = getattr(config, "model_type", None)
@@ -156,7 +156,7 @@ def sizes(config: Any, family: Family) -> ModelConfig:
     """Read every size from the Hugging Face config."""
     text = config.get_text_config()
     heads = text.num_attention_heads
-    first = text.per_layer_config[0]  # Gemma4 changes heads from layer to layer, and refuses to name one size
+    first = text.per_layer_config[0]  # Gemma4 varies its heads by layer, and refuses to name one size
     tower = config.vision_config if family.vision else None
     # Qwen2-VL calls the width of its tower embed_dim and the width of the text hidden_size.
     width = 0 if tower is None else getattr(tower, "embed_dim", None) or tower.hidden_size
@@ -168,7 +168,7 @@ def sizes(config: Any, family: Family) -> ModelConfig:
         n_kv_heads=getattr(first, "num_key_value_heads", None) or heads,
         d_model=text.hidden_size,
         d_head=getattr(first, "head_dim", None) or text.hidden_size // heads,
-        d_mlp=getattr(text, "intermediate_size", 0),  # where all layers have experts there is none
+        d_mlp=getattr(text, "intermediate_size", 0),  # absent where every layer is a mixture of experts
         vocab=text.vocab_size,
         vision_layers=0
         if tower is None
@@ -186,10 +186,10 @@ def first_of(config: Any, *names: str) -> int:
 
 
 def live_vision_layers(config: Any, family: Family, layers: int) -> int:
-    """How many of a tower's layers, from the first on, can reach the logits.
+    """How many of a tower's layers, counted from the first, can reach the logits.
 
-    LLaVA-1.5 takes the output of the last layer but one (``vision_feature_layer = -2``): the last layer runs, and
-    what it computes is dropped.
+    LLaVA-1.5 takes the output of the second-to-last layer (``vision_feature_layer = -2``): the last layer runs, and
+    its output is dropped.
     """
     if not family.feature_layer:
         return layers
@@ -221,7 +221,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def part_at(module: nn.Module | None, path: str) -> Any:
-    """What lies at a path below a module, None where there is nothing."""
+    """The object at a path below a module, or None."""
     for name in path.split("."):
         module = getattr(module, name, None)  # type: ignore[assignment]
     return module

@@ -1,8 +1,8 @@
 """The table: one ``Stack`` for each kind of transformer, one ``Row`` for each multimodal architecture.
 
-To open a new architecture, add a ``Row`` with the roots of its stacks; where its text or vision model (the
-``model_type`` of ``text_config`` or ``vision_config``) is new too, add a ``Stack``. What the fields mean stands in
-``families.py``. Then add a tiny config of it to ``mech/reference/tiny.py`` and run ``mech check``.
+To support a new architecture, add a ``Row`` with the roots of its stacks; if its text or vision model (the
+``model_type`` of ``text_config`` or ``vision_config``) is new too, add a ``Stack``. The fields are explained in
+``stack.py``. Then add a tiny config for it to ``mech/reference/tiny.py`` and run ``mech check``.
 """
 
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ _GEMMA4 = replace(
     GEMMA,
     types=("gemma4_text",),
     v="v_norm",
-    values="v_proj",  # there is none where values are made from the keys' projection
+    values="v_proj",  # absent where the key projection makes the values too
     post_at="output",
     absent=dict.fromkeys(
         ("attn.hook_k", "attn.hook_v"),
@@ -73,7 +73,7 @@ _MLLAMA = Stack(
     attn_gain=lambda layer: layer.cross_attn_attn_gate.tanh() if hasattr(layer, "cross_attn") else None,
     mlp_gain=lambda layer: layer.cross_attn_mlp_gate.tanh() if hasattr(layer, "cross_attn") else None,
 )
-LAYOUTS = (LLAMA, GEMMA, COHERE)  # what a text model without a row is compared with
+LAYOUTS = (LLAMA, GEMMA, COHERE)  # what a text model without a row is matched against
 
 _CLIP = Stack(
     types=("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "idefics3_vision", "smolvlm_vision"),
@@ -159,7 +159,7 @@ _GEMMA4_NEEDS = {
     "pixel_values": ("image_position_ids", "mm_token_type_ids"),
     "pixel_values_videos": ("video_position_ids", "mm_token_type_ids"),
 }
-_BOTH_WAYS_NEEDS = {"pixel_values": ("token_type_ids",)}  # without it pictures are read from left to right only
+_BOTH_WAYS_NEEDS = {"pixel_values": ("token_type_ids",)}  # without it pictures are read causally
 _MLLAMA_NEEDS = {"pixel_values": ("aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")}
 
 
