@@ -1,4 +1,4 @@
-"""Do rankings agree: two scores, domains, lengths, checkpoints, halves of the samples, sizes or seeds of a model?
+"""Do rankings agree across scores, domains, lengths, checkpoints, halves of the samples, model sizes or seeds?
 
     >>> agreement({"ram": a, "vera": b}, k=0.05, n_resamples=500).spearman     # doctest: +SKIP
     >>> sample_curve(ranking).jaccard                   # how many samples are enough    # doctest: +SKIP
@@ -6,14 +6,15 @@
     >>> scale_agreement(small, large).overlap           # by relative depth              # doctest: +SKIP
     >>> seed_agreement(one, two).same_examples          # heads are matched first        # doctest: +SKIP
 
-``agreement`` compares head by head. That is right for one model on other data, with another score, or at another step
-of *one* training. Two trainings number their heads differently: within a layer any order gives the same model. Head by
-head their rankings then agree by chance only, even if the two models are one and the same; ``seed_agreement`` compares
-what does not depend on the order. Models of other sizes are left with their depth (``scale_agreement``).
+``agreement`` compares head by head. This is right for one model on other data, with another score, or at another step
+of *one* training run. Two training runs number their heads differently, because any order of the heads within a layer
+gives the same model. Compared head by head, their rankings agree only by chance, even if the two models are equivalent;
+``seed_agreement`` compares what does not depend on the order. Models of different sizes can be compared only by depth
+(``scale_agreement``).
 
-Every overlap of sets stands beside what random sets of their sizes share. How often a head stays in the top set when
-samples are drawn anew is ``Ranking.stability``. Agreement is not importance: heads can be found by every score and
-matter to none of the answers (``mech.ablation``).
+Every overlap of sets comes with the overlap of random sets of the same sizes. ``Ranking.stability`` says how often a
+head stays in the top set when samples are resampled. Agreement is not importance: every score can find the same heads,
+and no answer may depend on them (``mech.ablation``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,25 +35,25 @@ from mech.results.store import read_json
 
 @checked
 def agreement(rankings: Mapping[str, Ranking], k: Amount = 0.05, n_resamples: Whole = 0, seed: Seed = 0) -> xr.Dataset:
-    """How far rankings of *one* model agree: whole maps by rank correlation, top sets by overlap.
+    """How well rankings of *one* model agree: whole maps by rank correlation, top sets by overlap.
 
-    ``jaccard_null`` is the overlap that two random sets of this size have, and ``overlap_p`` the probability of
-    sharing at least as many heads by chance; both take heads as alike whatever their layer.
+    ``jaccard_null`` is the overlap of two random sets of this size; ``overlap_p`` is the probability of sharing at
+    least as many heads by chance. Both treat all heads alike, whatever their layer.
 
     Args:
-        rankings: of one model, by name.
-        k: heads of the top sets.
-        n_resamples: with a positive number, 95% percentile intervals by drawing examples anew: the same ones for
-            rankings of the same examples. Fewer distinct examples make maps noisier, so intervals of maps that agree
-            well lie rather low; they hold the estimate.
-        seed: of the resamples.
+        rankings: rankings of one model, by name.
+        k: size of the top sets.
+        n_resamples: if positive, 95% percentile intervals from resampled examples; rankings of the same examples share
+            their resamples. A resample has fewer distinct examples, which makes the maps noisier, so intervals of maps
+            that agree well lie rather low; they always contain the estimate.
+        seed: seed of the resamples.
 
     Returns:
         ``spearman``, ``kendall``, ``jaccard``, ``jaccard_null``, ``overlap_p`` over (ranking, other), by name; with
         ``n_resamples`` also ``spearman_low``, ``spearman_high``, ``jaccard_low``, ``jaccard_high``.
 
     Raises:
-        ExperimentError: no rankings, or of different models; intervals without scores per example.
+        ExperimentError: no rankings, rankings of different models, or intervals without scores per example.
     """
     names = list(rankings)
     if not names:
@@ -88,7 +89,7 @@ def agreement(rankings: Mapping[str, Ranking], k: Amount = 0.05, n_resamples: Wh
 def _intervals(
     rankings: Mapping[str, Ranking], values: Mapping[str, Any], count: int, n_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    # The same examples are drawn alike; a fit of several samples (causal head gating) is an example of its own.
+    # Rankings of the same examples share their draws; a fit of several samples (causal head gating) is one example.
     ids = list({(ranking.examples, ranking.n_examples): None for ranking in rankings.values()})
     ranks, tops = [], []
     for name, ranking in rankings.items():
@@ -122,23 +123,23 @@ def _intervals(
 def sample_curve(
     ranking: Ranking, sizes: Sequence[int] | None = None, k: Amount = 0.05, n_splits: Count = 50, seed: Seed = 0
 ) -> xr.Dataset:
-    """How many samples are enough: the agreement of two rankings from two disjoint sets of ``size`` samples.
+    """How many samples are enough: how well rankings from two disjoint sets of ``size`` samples agree.
 
     Sign: the higher, the more a ranking from ``size`` samples can be trusted. Unit: correlation; Jaccard index, to be
     compared with ``attrs["jaccard_null"]``.
 
     Args:
-        ranking: with scores per example.
-        sizes: at most half of the examples; by default 1, 2, 4, ... and the half.
-        k: heads of the top sets.
+        ranking: a ranking with scores per example.
+        sizes: numbers of samples, at most half of the examples; by default 1, 2, 4, ... and half of the examples.
+        k: size of the top sets.
         n_splits: how often the examples are split.
-        seed: of the splits.
+        seed: seed of the splits.
 
     Returns:
         ``spearman`` and ``jaccard`` over (size, split).
 
     Raises:
-        ExperimentError: no scores per example, fewer than two, or sizes beyond half of them.
+        ExperimentError: no scores per example, fewer than two examples, or sizes above half of them.
     """
     n = ranking.n_examples
     if n is None or n < 2:
@@ -162,14 +163,14 @@ def sample_curve(
 
 @checked
 def overlap(ranking: Ranking, heads: Pairs) -> dict[str, float]:
-    """A list of heads, such as a published one, against as many top heads of a ranking of the same model.
+    """Compare a list of heads, such as a published one, with the same number of top heads of a ranking of that model.
 
     Returns:
         ``jaccard``, ``jaccard_null`` (two random sets of this size), ``overlap_p`` and ``mean_rank`` of the listed
-        heads (0 the best head, 1 the worst, 0.5 by chance).
+        heads (0: the best head, 1: the worst, 0.5: chance).
 
     Raises:
-        ExperimentError: no heads, or one that the model does not have.
+        ExperimentError: no heads, or a head that the model does not have.
     """
     listed = {Head(*map(int, head)) for head in heads}
     places = {head: rank for rank, head in enumerate(ranking.heads)}
@@ -191,13 +192,13 @@ def overlap(ranking: Ranking, heads: Pairs) -> dict[str, float]:
 
 @checking(OutputError)
 def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
-    """A list of heads as papers publish it, best first: of any length, without the sizes of its model.
+    """A list of heads as papers publish it, best first. It can have any length and need not state the model's size.
 
-    Understood are ``[[layer, head], ...]``, ``[[layer, head, score], ...]``, what ``Ranking.to_json`` wrote, and
-    ``{"layer-head": score or [scores]}`` (ordered by the mean), given as such or as a JSON file.
+    Accepted formats: ``[[layer, head], ...]``, ``[[layer, head, score], ...]``, the output of ``Ranking.to_json``, and
+    ``{"layer-head": score or [scores]}`` (ordered by the mean), as Python values or as a JSON file.
 
     Raises:
-        OutputError: a file that cannot be read, or something else in it; a head that comes twice.
+        OutputError: the file cannot be read or has another format, or a head is listed twice.
     """
     value: Any = source
     if isinstance(source, str | Path):
@@ -223,21 +224,21 @@ def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
 def scale_agreement(
     a: Ranking, b: Ranking, n_bins: Count | None = None, n_permutations: Count = 1000, seed: Seed = 0
 ) -> xr.Dataset:
-    """Whether two models of different size keep their score at the same *relative* depth.
+    """Whether two models of different size have their score at the same *relative* depth.
 
-    Depth runs from 0 (first layer begins) to 1 (last layer ends). Each layer's share of the positive score is spread
-    evenly over its stretch of depth and collected in ``n_bins`` bins (by default as many as the shallower model has
-    layers).
+    Depth runs from 0 (start of the first layer) to 1 (end of the last). Each layer's share of the positive score is
+    spread evenly over the layer's interval of depth and collected in ``n_bins`` bins (by default the number of layers
+    of the shallower model).
 
     Returns:
         ``share`` over (ranking, depth); ``centre`` over (ranking), the mean depth of the score; and numbers:
-        ``overlap`` (sum of the smaller share in each bin: 1 alike, 0 apart), ``overlap_null`` (its mean when the heads
-        of ``b`` are permuted across its layers, so that no depth is special), ``overlap_p`` (the share of such
-        permutations that overlap at least as much) and ``pearson`` (correlation of the shares; nan with fewer than
-        three bins or an even profile, and weak evidence with few).
+        ``overlap`` (sum over bins of the smaller share; 1: same profile, 0: disjoint), ``overlap_null`` (its mean when
+        the heads of ``b`` are permuted across its layers, so that no depth is special), ``overlap_p`` (the share of
+        such permutations that overlap at least as much) and ``pearson`` (correlation of the shares; nan with fewer than
+        three bins or an even profile, and weak evidence with few bins).
 
     Raises:
-        ExperimentError: no bins, or a ranking without positive score.
+        ExperimentError: no bins, or a ranking without a positive score.
     """
     n_bins = min(a.n_layers, b.n_layers) if n_bins is None else n_bins
     if n_bins < 1:
@@ -268,36 +269,36 @@ def scale_agreement(
 
 @checked
 def seed_agreement(a: Ranking, b: Ranking, k: Amount = 0.05, n_permutations: Count = 200, seed: Seed = 0) -> xr.Dataset:
-    """How far two trainings of one architecture come to the same heads, whatever numbers these have.
+    """How similar the heads of two training runs of one architecture are, however the heads are numbered.
 
-    Three views, from coarse to fine, each with its null:
+    Three comparisons, from coarse to fine, each with its null:
 
-    * *depth*: the share of the score in each layer, as ``scale_agreement`` has it.
+    * *depth*: the share of the score in each layer, as in ``scale_agreement``.
     * *order within layers*: ``sorted_spearman``, the rank correlation of the maps after each layer's heads are sorted
-      by score. Null: the heads of ``b`` permuted across layers, and sorted.
-    * *the same examples*: heads are matched by what they do. ``similarity`` of two heads is the correlation of their
-      scores over examples; the matching (one to one, over all layers) with the largest sum is the best there is
-      (Hungarian method). ``same_examples`` is the mean similarity of a's top heads to their partners. Null: the
-      examples of ``b`` shuffled, and matched again. ``top_matched`` is the share of a's top heads whose partner is a
-      top head of ``b``; ``top_matched_null``, of random partners.
+      by score. Null: the heads of ``b`` are permuted across layers, then sorted.
+    * *the same examples*: heads are matched by what they do. The ``similarity`` of two heads is the correlation of
+      their scores over examples; the one-to-one matching over all layers maximises the sum of similarities (Hungarian
+      method). ``same_examples`` is the mean similarity of a's top heads to their partners. Null: the examples of ``b``
+      are shuffled and the heads matched again. ``top_matched`` is the share of a's top heads whose partner is a top
+      head of ``b``; ``top_matched_null`` is that share for random partners.
 
     Args:
         a: a ranking of one model.
-        b: one of another model of the same architecture, by the same score.
-        k: heads of the top sets.
-        n_permutations: of each null; a p-value is at least ``1 / (1 + n_permutations)``.
-        seed: of the permutations.
+        b: a ranking of another model of the same architecture, by the same score.
+        k: size of the top sets.
+        n_permutations: permutations for each null; a p-value is at least ``1 / (1 + n_permutations)``.
+        seed: seed of the permutations.
 
     Returns:
-        All of ``scale_agreement``; ``sorted_spearman``, ``sorted_spearman_null``, ``sorted_spearman_p``; and where both
-        rankings keep scores of the same three examples or more, ``same_examples`` (with ``_null``, ``_p``),
+        Everything in ``scale_agreement``; ``sorted_spearman``, ``sorted_spearman_null``, ``sorted_spearman_p``; and if
+        both rankings keep the scores of the same examples, at least three, ``same_examples`` (with ``_null``, ``_p``),
         ``top_matched`` (with ``_null``), and over (layer, head) of ``a``: ``similarity``, ``partner_layer``,
         ``partner_head``.
 
     Raises:
-        ExperimentError: models of different shape, different scores, or rankings without positive score.
+        ExperimentError: models of different shapes, different scores, or rankings without a positive score.
 
-    References: arXiv 1511.07543 (convergent learning: units of two trainings are matched by correlation).
+    References: arXiv 1511.07543 (convergent learning: units of two training runs are matched by correlation).
     """
     if (a.layers, a.n_heads) != (b.layers, b.n_heads) or a.score != b.score:
         raise ExperimentError(
@@ -336,7 +337,7 @@ def seed_agreement(a: Ranking, b: Ranking, k: Amount = 0.05, n_permutations: Cou
 
 
 def _profile(scores: np.ndarray, n_bins: int) -> np.ndarray:
-    """The share of positive score in each of ``n_bins`` stretches of depth."""
+    """The share of positive score in each of ``n_bins`` equal intervals of depth."""
     mass = np.maximum(scores, 0).sum(axis=1)
     cumulated = np.concatenate([[0.0], np.cumsum(mass / mass.sum())])
     edges = np.linspace(0, 1, len(scores) + 1)
@@ -352,12 +353,12 @@ def _permuted(scores: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _tail(value: float, nulls: Sequence[float]) -> float:
-    """The share of the null that is at least as large, the value itself counted in."""
+    """The share of the null that is at least as large as the value, which is counted as part of the null."""
     return float((1 + (np.asarray(nulls) >= value - 1e-12).sum()) / (1 + len(nulls)))
 
 
 def _standardised(scores: Any) -> np.ndarray:
-    """(head, example): products of two rows are correlations; heads that never change correlate with nothing."""
+    """(head, example): the product of two rows is a correlation; heads with constant scores correlate with nothing."""
     rows = scores.reshape(len(scores), -1).T
     rows = rows - rows.mean(axis=1, keepdims=True)
     size = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -365,7 +366,7 @@ def _standardised(scores: Any) -> np.ndarray:
 
 
 def _matched(mine: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The partner of each row of ``mine``, one to one with the largest sum of correlations, and the correlation."""
+    """The partner of each row of ``mine`` in the one-to-one matching of largest total correlation, and its value."""
     alike = mine @ theirs.T
     _, partner = optimize.linear_sum_assignment(alike, maximize=True)
     return partner, alike[np.arange(len(partner)), partner]

@@ -1,6 +1,4 @@
-"""What an experiment refuses before its first forward: heads of another model, samples without evidence, samples that
-chose what they test.
-"""
+"""What is refused before the first forward: another model's heads, no evidence, samples that chose what they test."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,17 +10,17 @@ from mech.model import HookedMLLM
 
 
 def refuse_ranking(ranking: Ranking, model: HookedMLLM, samples: Samples, allow_other_model: bool = False) -> str:
-    """Refuse heads of another model, and heads that were found on the samples to test.
+    """Refuse heads of another model, and heads that were found on the test samples.
 
     Returns:
-        The other model in words, where one is allowed and the heads are of one; else "".
+        A description of the other model if the heads come from one and that is allowed; else "".
     """
     refuse_overlap(samples, ranking.examples, "found the heads")
     return refuse_other_model(ranking, model, allow_other_model)
 
 
 def refuse_other_model(ranking: Ranking, model: HookedMLLM, allow_other_model: bool = False) -> str:
-    """Refuse heads of another model: of another shape always, of other weights unless they are allowed."""
+    """Refuse heads of another model: always if its shape differs, and if its weights differ unless this is allowed."""
     if (ranking.layers, ranking.n_heads) != (model.cfg.attention_layers, model.cfg.n_heads):
         raise ExperimentError(
             f"a ranking of {ranking.n_layers} x {ranking.n_heads} heads",
@@ -33,13 +31,13 @@ def refuse_other_model(ranking: Ranking, model: HookedMLLM, allow_other_model: b
 
 
 def other_model_attrs(others: Iterable[str]) -> dict[str, str]:
-    """The attribute of a result that says which parts of it another model made; none where none did."""
+    """The attribute of a result that names the other models that made parts of it; empty if there are none."""
     named = list(dict.fromkeys(filter(None, others)))
     return {"other_model": "; ".join(named)} if named else {}
 
 
 def refuse_without_evidence(samples: Samples) -> None:
-    """Refuse samples that do not say where their evidence is."""
+    """Refuse samples without evidence."""
     lacking = [name for name, sample in zip(samples.names, samples, strict=True) if not sample.evidence]
     if lacking:
         raise ExperimentError(
@@ -50,7 +48,7 @@ def refuse_without_evidence(samples: Samples) -> None:
 
 
 def refuse_overlap(samples: Samples, others: Sequence[str], what: str) -> None:
-    """Refuse samples that are tested on what they were chosen by; they are compared by their ids."""
+    """Refuse to test on samples that were already used to choose what is tested; samples are compared by id."""
     shared = [sample.id for sample in samples if sample.id and sample.id in set(others)]
     if shared:
         raise ExperimentError(

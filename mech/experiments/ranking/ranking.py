@@ -1,15 +1,15 @@
-"""From a score per head to sets of heads: the ranking, the sets it names, their controls, and how far to trust it.
+"""From a score per head to sets of heads: the ranking, its sets of heads, their controls, and how far to trust it.
 
     >>> ranking = rank_heads(ram)                                  # doctest: +SKIP
     >>> ranking.top(0.05), ranking.half_mass_share()               # doctest: +SKIP
     >>> ranking.layer_matched(ranking.top(0.05), n_draws=20)       # 20 control sets    # doctest: +SKIP
 
-A ranking orders all heads of a model by the mean of a score over examples, best first; heads of equal score come in
-the order of (layer, head), so the same scores give the same sets on every machine. It keeps the score of every
-example, from which intervals and stability come by resampling examples.
+A ranking orders all heads of a model by the mean of a score over examples, best first. Heads with equal scores are in
+(layer, head) order, so the same scores give the same sets on every machine. The ranking keeps the score of every
+example; intervals and stability are computed by resampling the examples.
 
-The ranking says which heads *attend*. Whether they matter is for ``ablation``, on examples that did not make the
-ranking, and against the control sets from here.
+The ranking says which heads *attend*. ``ablation`` tests whether they matter, on examples that were not used for the
+ranking and against the control sets defined here.
 """
 
 import math
@@ -39,7 +39,7 @@ class _Pair(NamedTuple):
 
 
 class Head(_Pair):
-    """A query head of a layer, both counted from 0; equal to the plain tuple ``(layer, head)``."""
+    """A query head: layer and head index, both counted from 0. Equal to the plain tuple ``(layer, head)``."""
 
     __slots__ = ()
 
@@ -62,7 +62,7 @@ def head_count(k: int | float, n: int) -> int:
     if isinstance(k, int | np.integer) and not isinstance(k, bool) and 1 <= k <= n:
         return int(k)
     if isinstance(k, float | np.floating) and 0 < k < 1:
-        # The last bits of a product such as 0.3 * 15 must not decide.
+        # The last bits of a product such as 0.3 * 15 must not affect the count.
         return max(1, math.floor(round(float(k) * n, 9) + 0.5))
     raise ExperimentError(
         f"k={k!r} of {n} heads", f"an int from 1 to {n}, or a share between 0.0 and 1.0", "use k=1 or k=0.05"
@@ -72,9 +72,9 @@ def head_count(k: int | float, n: int) -> int:
 @checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking(Shown):
-    """All heads of a model by the mean of a score, best first. Made by ``rank_heads``.
+    """All heads of a model ordered by their mean score, best first. Made by ``rank_heads``.
 
-    Wherever a number of heads ``k`` is asked for, an int counts heads and a float between 0 and 1 is a share of all
+    Wherever a method takes a number of heads ``k``, an int is a count and a float between 0 and 1 is a share of all
     heads of the model (see ``count``).
     """
 
@@ -84,8 +84,8 @@ class Ranking(Shown):
     model: str = ""
     domain: str = ""
     examples: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()  # those that have heads, by default 0, 1, 2, ...; ``n_layers`` counts them
-    weights: str = ""  # digest of the weights of the model, where they are known
+    layers: tuple[int, ...] = ()  # the layers that have heads, by default 0, 1, 2, ...; ``n_layers`` is their number
+    weights: str = ""  # digest of the model's weights, if known
     heads: Heads = field(init=False)
 
     def __post_init__(self):
@@ -98,7 +98,7 @@ class Ranking(Shown):
         order = np.argsort(-self.mean, axis=None, kind="stable")  # stable: equal scores stay in (layer, head) order
         object.__setattr__(self, "heads", tuple(self._head(i) for i in order))
 
-    # What it is
+    # Contents
 
     @property
     def n_layers(self) -> int:
@@ -106,21 +106,21 @@ class Ranking(Shown):
 
     @property
     def n_heads(self) -> int:
-        """Query heads of one layer."""
+        """Number of query heads per layer."""
         return self.mean.shape[1]
 
     @property
     def n_examples(self) -> int | None:
-        """How many examples the mean is over; None when that was not kept."""
+        """How many examples the mean is taken over; None if the scores per example were not kept."""
         return None if self.per_example is None else len(self.per_example)
 
     @cached_property
     def table(self) -> list[tuple[int, int, float]]:
-        """``(layer, head, score)`` of every head, best first, in plain numbers."""
+        """``(layer, head, score)`` of every head as plain numbers, best first."""
         return [(layer, head, float(self.mean[self.layers.index(layer), head])) for layer, head in self.heads]
 
     def scores(self) -> xr.DataArray:
-        """The mean score of every head, as a map over (layer, head)."""
+        """The mean score of every head, over (layer, head)."""
         return self._map(self.mean, self.score)
 
     # Sets of heads
@@ -128,8 +128,8 @@ class Ranking(Shown):
     def count(self, k: int | float) -> int:
         """How many heads ``k`` means.
 
-        An int is a number of heads, a float between 0 and 1 a share of all heads of the model, rounded to the
-        nearest whole number (a half is rounded up) and at least 1. ``1.0`` is refused: it could mean one or all.
+        An int is a number of heads; a float between 0 and 1 is a share of all heads of the model, rounded to the
+        nearest whole number (halves are rounded up), at least 1. ``1.0`` is refused: it could mean one head or all.
         """
         return head_count(k, self.mean.size)
 
@@ -149,11 +149,11 @@ class Ranking(Shown):
 
     @checked
     def random(self, k: Amount, n_draws: Count = 20, seed: Seed = 0, exclude: Pairs = ()) -> tuple[Heads, ...]:
-        """``n_draws`` sets of ``k`` heads, each drawn from all heads but ``exclude``.
+        """``n_draws`` sets of ``k`` heads, each drawn from all heads except ``exclude``.
 
-        The sets differ from each other; where there are not so many different ones there are fewer. More draws of the
-        same seed begin with the same sets. With nothing excluded a draw can hold top heads; that is what makes the
-        test over sets exact, since the top set could then have been one of the draws.
+        All sets differ; fewer are returned if fewer different sets exist. With the same seed, a larger number of draws
+        starts with the same sets. If nothing is excluded, a draw can contain top heads. This is what makes the test
+        over sets exact, because the top set could then itself have been one of the draws.
         """
         count = self.count(k)
         excluded = set(self._known(exclude))
@@ -173,17 +173,17 @@ class Ranking(Shown):
 
     @checked
     def layer_matched(self, heads: Pairs, n_draws: Count = 20, seed: Seed = 0) -> tuple[Heads, ...]:
-        """Random sets with as many heads in each layer as ``heads``: the control for "it is only the layer".
+        """Random sets with the same number of heads in each layer as ``heads``: the control for "it is only the layer".
 
-        They are drawn from the *other* heads of each layer. Where a layer has too few others, all of them are taken
-        and the rest is drawn from the given heads of that layer, so that the count still matches: such a control
-        shares heads with the set and its effect is an upper bound.
+        They are drawn from the *other* heads of each layer. If a layer has too few others, all of them are taken and
+        the remainder is drawn from the given heads of that layer, so that the count still matches. Such a control
+        shares heads with the set, and its effect is an upper bound.
 
         Raises:
-            ExperimentError: the given heads fill their layers, so that every draw would be the set itself.
+            ExperimentError: the given heads fill their layers, so every draw would be the set itself.
         """
         given = set(self._known(heads))
-        layers: list[tuple[list[Head], list[Head]]] = []  # all others, always taken or drawn from; and what fills up
+        layers: list[tuple[list[Head], list[Head]]] = []  # per layer: the other heads; the given heads that fill up
         n_possible = 1
         for layer in sorted({head.layer for head in given}):
             inside = sorted(head for head in given if head.layer == layer)
@@ -214,34 +214,34 @@ class Ranking(Shown):
 
     @checked
     def interval(self, level: Share = 0.95, n_resamples: Count = 2000, seed: Seed = 0) -> xr.Dataset:
-        """Mean, low and high of every head's score: bootstrap over examples, each head by itself."""
+        """Mean, low and high of every head's score: bootstrap over examples, separately for each head."""
         bounds = bootstrap_interval(self._examples(), level, n_resamples, seed)
         parts = {"mean": bounds.mean, "low": bounds.low, "high": bounds.high}
         return xr.Dataset({name: self._map(value, name) for name, value in parts.items()}, attrs={"level": level})
 
     @checked
     def stability(self, n_resamples: Count = 1000, k: Amount = 0.05, seed: Seed = 0) -> xr.DataArray:
-        """How often each head is among the top ``k`` when examples are drawn anew (0 to 1; the map sums to ``k``)."""
+        """How often each head is in the top ``k`` when examples are resampled (0 to 1; the map sums to ``k``)."""
         count = self.count(k)
         means = bootstrap_means(self._examples(), n_resamples, seed).reshape(n_resamples, -1)
-        # Sums in another order differ in their last bits; heads of equal score must stay in (layer, head) order.
+        # Sums in a different order differ in their last bits; heads with equal scores must stay in (layer, head) order.
         means = np.round(means / (np.abs(self.mean).max() or 1.0), 12)
         chosen = np.argsort(-means, axis=1, kind="stable")[:, :count]
         share = np.bincount(chosen.ravel(), minlength=self.mean.size) / n_resamples
         return self._map(share.reshape(self.mean.shape), "share of resamples in the top set")
 
     def half_mass_share(self) -> float:
-        """The share of heads that holds half of all positive score; small means sparse, nan when none is positive."""
+        """The share of heads that hold half of all positive score. Small means sparse; nan if no score is positive."""
         mass = np.sort(np.maximum(self.mean, 0), axis=None)[::-1].cumsum()
         if mass[-1] <= 0:
             return float("nan")
         return float((np.searchsorted(mass, mass[-1] / 2 * (1 - 1e-12)) + 1) / mass.size)
 
     def gini(self) -> float:
-        """Inequality of the positive scores: 0 when all heads score alike, near 1 when one head has it all.
+        """Inequality of the positive scores: 0 if all heads score the same, near 1 if one head has everything.
 
-        ``sum_i (2 i - n - 1) x_i / (n sum x)`` over the ascending scores, negative ones counted as 0; nan when none
-        is positive.
+        ``sum_i (2 i - n - 1) x_i / (n sum x)`` over the scores in ascending order, negative scores counted as 0; nan if
+        no score is positive.
         """
         x = np.sort(np.maximum(self.mean, 0), axis=None)
         if x.sum() <= 0:
@@ -253,8 +253,9 @@ class Ranking(Shown):
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
         """``{"model", "weights", "domain", "score", "n_examples", "examples", "layers", "heads"}``, plain values.
 
-        ``heads`` are ``[layer, head, score]``, best first; ``weights`` is the digest of the model's. With ``path`` it
-        is written as well. Of single examples only the names are kept: they must not test the heads.
+        ``heads`` are ``[layer, head, score]``, best first; ``weights`` is the digest of the model's weights. If
+        ``path`` is given, the dict is also written there. Only the names of the examples are kept, because these
+        examples must not test the heads.
         """
         value = {
             "model": self.model,
@@ -272,9 +273,10 @@ class Ranking(Shown):
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any], score: str | None = None) -> "Ranking":
-        """A ranking from what ``to_json`` gave: a path or the dict. Every head of the model must be in it, once.
+        """A ranking from the output of ``to_json``, as a path or a dict. It must list every head of the model once.
 
-        Also of a ``HeadRecord``: by ``score``, which may be left out where the record has ``"ram"`` or only one.
+        A ``HeadRecord`` works too: ``score`` chooses the score and may be omitted if the record has ``"ram"`` or only
+        one score.
         """
         if isinstance(source, Mapping):
             value, where = source, "this ranking"
@@ -325,7 +327,7 @@ class Ranking(Shown):
     def _draws(self, draw: Callable[[], list[Head]], n_draws: int, n_possible: int) -> tuple[Heads, ...]:
         draws: list[Heads] = []
         seen: set[Heads] = set()
-        while len(draws) < min(n_draws, n_possible):  # a set drawn twice would count as two
+        while len(draws) < min(n_draws, n_possible):  # a set drawn twice would count twice
             heads = tuple(sorted(draw()))
             if heads not in seen:
                 seen.add(heads)
@@ -345,7 +347,7 @@ class Ranking(Shown):
 
 
 def _of_record(value: Mapping[str, Any], score: str | None, where: str) -> dict[str, Any]:
-    """One score of a ``HeadRecord`` in the words of ``Ranking.to_json``."""
+    """One score of a ``HeadRecord``, in the format of ``Ranking.to_json``."""
     known = list(value["scores"])
     name = score or ("ram" if "ram" in known else known[0] if len(known) == 1 else None)
     if name not in known:
@@ -365,16 +367,16 @@ def _of_record(value: Mapping[str, Any], score: str | None, where: str) -> dict[
 def rank_heads(
     scores: xr.Dataset | xr.DataArray, score: str = "ram", *, model: str | None = None, domain: str | None = None
 ) -> Ranking:
-    """Order all heads by the mean of a score over examples, best first.
+    """Order all heads by their mean score over examples, best first.
 
     Args:
-        scores: dimensions (example, layer, head) in any order, or a map (layer, head). Of a dataset the variable
-            ``score`` is taken.
+        scores: an array over (example, layer, head) in any order, or over (layer, head); or a dataset, from which the
+            variable ``score`` is taken.
         score: the name of the score; for an array without a name it is only a label.
         model, domain: labels; by default those in the attributes of ``scores``.
 
     Raises:
-        ExperimentError: other dimensions, or an example with nan.
+        ExperimentError: other dimensions, or scores that are nan or infinite.
     """
     attrs = dict(scores.attrs)
     if isinstance(scores, xr.Dataset):
@@ -404,6 +406,6 @@ def rank_heads(
     if values.ndim == 2:
         return Ranking(values, None, score, model, domain, layers=layers, weights=weights)
     ids = tuple(map(str, scores[EXAMPLE].values)) if EXAMPLE in scores.coords else ()
-    if "samples" in attrs:  # an example is several of them (causal head gating)
+    if "samples" in attrs:  # one example stands for several samples (causal head gating)
         ids = tuple(map(str, attrs["samples"]))
     return Ranking(values.mean(axis=0), values, score, model, domain, ids, layers, weights)

@@ -1,10 +1,10 @@
-"""Which heads count as retrieval heads, and how sparse they are: cut-offs from the scores, and Lorenz curves.
+"""Which heads count as retrieval heads, and how sparse they are: cut-offs on scores, and Lorenz curves.
 
     >>> elbow(ranking), quantile(ranking, 0.95), above(ranking, 0.1)       # sets of heads, best first  # doctest: +SKIP
     >>> lorenz(ranking).sel(heads=0.05, method="nearest")                  # share of the top 5%        # doctest: +SKIP
 
-A fixed number or share of heads is ``ranking.top(k)``. Cut-offs differ by a factor of ten between papers: say which one
-was used. Whether any head lies above chance is another question: ``mech.retrieval_test``.
+For a fixed number or share of heads use ``ranking.top(k)``. Cut-offs differ by a factor of ten between papers, so say
+which one you used. Whether any head lies above chance is a separate question: ``mech.retrieval_test``.
 """
 
 import numpy as np
@@ -16,10 +16,10 @@ from mech.experiments.ranking.ranking import Heads, Ranking
 
 
 def elbow_count(values: Float[np.ndarray, " n"]) -> int:
-    """How many of the largest values come before the curve of sorted values turns flat.
+    """How many of the largest values come before the curve of sorted values flattens.
 
-    The elbow is the value farthest below the straight line from the largest to the smallest; it is the first that does
-    not count. All of them count where none lies below it.
+    The elbow is the value farthest below the straight line from the largest to the smallest value; the values before it
+    count. If no value lies below the line, all of them count.
     """
     curve = np.sort(values)[::-1]
     line = np.linspace(curve[0], curve[-1], len(curve))
@@ -33,23 +33,23 @@ def elbow(ranking: Ranking) -> Heads:
 
 
 def quantile(ranking: Ranking, q: float) -> Heads:
-    """The heads whose mean score lies strictly above the quantile ``q`` of all heads, best first; perhaps none."""
+    """The heads whose mean score is strictly above the ``q`` quantile over all heads, best first; possibly none."""
     if not 0 <= q < 1:
         raise ExperimentError(f"q={q!r}", "0 <= q < 1", "use 0.95")
     return above(ranking, float(np.quantile(ranking.mean, q)))
 
 
 def above(ranking: Ranking, threshold: float) -> Heads:
-    """The heads whose mean score is larger than a number, best first (retrieval heads: 0.1, arXiv 2404.15574)."""
+    """The heads whose mean score is above ``threshold``, best first (retrieval heads: 0.1, arXiv 2404.15574)."""
     return ranking.heads[: int((ranking.mean > threshold).sum())]
 
 
 def lorenz(ranking: Ranking) -> xr.DataArray:
-    """The share of all positive score that the best heads hold, against their share of all heads.
+    """The share of all positive score that the best heads hold, as a function of their share of all heads.
 
     ``L(i / n) = sum of the i largest / sum``, negative scores counted as 0, from (0, 0) to (1, 1). Sign: the higher the
-    curve, the sparser the score; even scores give the diagonal. ``Ranking.gini`` is twice the area above the diagonal
-    and ``Ranking.half_mass_share`` where it reaches one half.
+    curve, the sparser the score; equal scores give the diagonal. ``Ranking.gini`` is twice the area between the curve
+    and the diagonal, ``Ranking.half_mass_share`` the point where the curve reaches one half.
 
     Raises:
         ExperimentError: no head has a positive score.

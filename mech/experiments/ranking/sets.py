@@ -8,7 +8,7 @@ from mech.experiments.ranking.ranking import Heads, Ranking
 
 @dataclass(frozen=True)
 class HeadSet:
-    """A set of heads: the band it is of, and the number of the draw if it is random."""
+    """A set of heads, with its band and, if it is random, the number of the draw."""
 
     band: str
     draw: int
@@ -16,7 +16,7 @@ class HeadSet:
 
 
 def head_sets(ranking: Ranking, bands: Sequence[str], heads: float, n_random: int, seed: int) -> list[HeadSet]:
-    """The sets of the bands: ``top``, ``bottom``, ``all``, and ``random`` ones, none of whose heads is at the top."""
+    """The sets of the bands: ``top``, ``bottom``, ``all``, and ``random``, which contains no top heads."""
     top = ranking.top(heads)
     single = {"top": lambda: top, "bottom": lambda: ranking.bottom(heads), "all": lambda: ranking.heads}
     sets = []
