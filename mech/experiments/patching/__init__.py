@@ -1,6 +1,6 @@
-"""Activation patching: which head, layer, position or region carries what differs between two runs.
+"""Activation patching: which head, layer, position or region carries the difference between two runs.
 
-Takes clean and corrupted inputs and a metric, gives the effect of every cell. ``plan`` checks what is asked for,
-``sweeps`` runs it as one growing batch (and as its literal twin), ``candidates`` estimates which cells are worth it. It
-does not know through what a head acts: that is ``paths``.
+Takes clean and corrupted inputs and a metric, and returns the effect of every cell. ``plan`` checks the request,
+``sweeps`` runs it as one growing batch (or, literally, cell by cell), and ``candidates`` estimates which cells are
+worth patching. Which paths a head acts through is the subject of ``paths``.
 """

@@ -1,4 +1,4 @@
-"""Activation patching: which head, layer, position or region carries what differs between two runs.
+"""Activation patching: which head, layer, position or region carries the difference between two runs.
 
     clean, corrupted = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
     metric = LogitDiff(sample.answer, sample.counterfactual.answer)
@@ -8,13 +8,13 @@
     heads.effect.mean("example")
 
 Denoising writes activations of the clean run into the corrupted one and shows what is *sufficient*; noising does the
-reverse and shows what is *necessary*. In both, 0 is no effect; 1 is the whole answer brought back (denoising) or lost
-(noising).
+reverse and shows what is *necessary*. In both directions 0 is no effect, and 1 means that the whole answer is restored
+(denoising) or lost (noising).
 
-Sweeps are exact. In text stacks whose layers can be run on from the middle all cells share one pass
-(``patching_sweeps.Wavefront``); everywhere else each cell is a forward of its own. The result says which it was.
+Sweeps are exact. In text stacks whose layers can be run from the middle, all cells share one pass
+(``sweeps.Wavefront``); everywhere else each cell takes its own forward. The result says which algorithm was used.
 
-What it does not do: patch *paths* (``mech.experiments.paths.path_patching``), nor estimate (``patching_candidates``).
+For *paths* see ``mech.experiments.paths.path_patching``; for estimates see ``candidates``.
 """
 
 import itertools
@@ -65,46 +65,47 @@ def activation_patching(
     confirm: Amount = 0.15,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The metric after each patch, and how far it went from the run that is patched into (0) to the other one (1).
+    """The metric after each patch, and how far the patch moves it from the run patched into (0) to the other run (1).
 
-    ``effect = (metric - corrupted) / (clean - corrupted)`` denoising, ``(clean - metric) / (clean - corrupted)``
-    noising; nan where the two runs score alike.
+    ``effect = (metric - corrupted) / (clean - corrupted)`` when denoising, ``(clean - metric) / (clean - corrupted)``
+    when noising; nan where both runs score the same.
 
     Sign: more is more sufficient (denoising), more necessary (noising); 0 is no effect. Unit: share of the gap.
 
     Args:
         model: a hooked model.
         clean: ``Inputs`` (any number of rows), a ``Sample``, or a list of either.
-        corrupted: the same with the evidence changed and the layout kept; None for the samples' counterfactuals.
+        corrupted: the same inputs with other evidence and the same layout; None for the samples' counterfactuals.
         metric: see ``mech.experiments.metrics``.
         point: an activation point without its layer (``"hook_resid_post"``, ``"vision.attn.hook_z"``); or
             ``"hook_embed"``, ``"projector.hook_out"``.
         over: the axes of the sweep, in the order of the result: ``layer``, ``head`` (``kv_head`` at keys and values),
-            ``position`` or ``region``. What is not named is patched all at once.
-        positions: where, in words of ``TokenLayout.positions``; with ``position`` in ``over`` each of them by itself.
-        regions: for ``region`` in ``over``: anything that ``TokenLayout.positions`` takes; a mapping names them.
+            ``position`` or ``region``. Along axes that are not named, everything is patched at once.
+        positions: where to patch, as ``TokenLayout.positions`` takes it; with ``position`` in ``over``, each position
+            separately.
+        regions: for ``region`` in ``over``: anything that ``TokenLayout.positions`` takes; a mapping names the regions.
         layers: which layers; all by default.
         direction: ``"denoise"`` or ``"noise"``.
-        method: ``"wavefront"`` and ``"literal"`` force an algorithm; both give the same. ``"screened"`` estimates all
-            cells from gradients and patches only those with the largest estimates.
-        confirm: how many cells (int) or which share of them (float) a screened sweep patches.
-        progress: called with (cells done, cells in all), all examples counted.
+        method: ``"wavefront"`` and ``"literal"`` force an algorithm; both give the same result. ``"screened"``
+            estimates all cells from gradients and patches only those with the largest estimates.
+        confirm: how many cells (int) or what share of them (float) a screened sweep patches.
+        progress: called with (cells done, cells in total), counted over all examples.
 
     Returns:
         ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example. Attributes: point,
-        positions, direction, algorithm (why, where it is not the wavefront), the cost in forwards. A screened sweep has
-        nan where nothing was patched, and ``confirmed`` and ``estimate`` (of ``effect``) beside.
+        positions, direction, algorithm (and the reason if it is not the wavefront), the cost in forwards. A screened
+        sweep also has ``confirmed`` and ``estimate`` (of ``effect``); cells that were not patched are nan.
 
     Raises:
-        ExperimentError: layouts that differ (with the first difference), axes the point does not have, or an answer
-            that cannot be read off the inputs. Before any forward.
+        ExperimentError: layouts that differ (the message names the first difference), axes the point does not have, or
+            an answer that cannot be read off the inputs. Raised before any forward.
         PointError: the point is misspelt or not live in this model.
 
-    Cost: two forwards and, for a wavefront, what is in ``attrs["forwards"]``; literally, a forward for each cell.
+    Cost: two forwards and the sweep: for a wavefront see ``attrs["forwards"]``, literally one forward per cell.
     Screening adds two forwards and two backwards (counted as four forwards).
 
     References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions), 2406.16320 (normalisation;
-    in both of its directions the corrupted run is 0).
+    there the corrupted run is 0 in both directions).
     """
     sweep = Sweep(point, tuple(over), positions, regions, layers)
     plans = sweep.plans(model, clean, corrupted, metric)
@@ -134,7 +135,7 @@ def activation_patching(
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A function that counts finished cells and reports each to ``progress``."""
+    """A function that counts finished cells and reports every one to ``progress``."""
     done = itertools.count(1)
 
     def tick(times: int = 1) -> None:
@@ -164,10 +165,10 @@ class _Part:
 
 
 def swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Callable[[int], None]) -> _Part:
-    """The cells of a plan, all or those that were left in it, and the two runs.
+    """The metric of the plan's cells and of the two runs.
 
     Raises:
-        ExperimentError: a forward of the runs does not fit into memory.
+        ExperimentError: one forward of the runs does not fit into memory.
     """
     try:
         return _swept(model, plan, direction, method, tick)
@@ -210,7 +211,7 @@ def _swept(model: HookedMLLM, plan: Plan, direction: str, method: str, tick: Cal
 
 
 def _if_exact(run: Callable[[], Any], method: str) -> tuple[Any, str]:
-    """What ``run`` returns, or None and the reason why the model or the sweep cannot be run from the middle."""
+    """The result of ``run``, or None and the reason why the model or sweep cannot be run from the middle."""
     if method == "literal":
         return None, "asked for"
     try:
@@ -224,7 +225,7 @@ def _if_exact(run: Callable[[], Any], method: str) -> tuple[Any, str]:
 
 
 def _written(model: HookedMLLM, source: Inputs, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
-    """What a run has at the points that are patched, and its logits where the metric reads."""
+    """A run's activations at the patched points, and its logits at the positions that the metric reads."""
     written: dict[str, Tensor] = {}
     pool = BufferPool(len(plan.names))
     keep = [(name, lambda value, hook: written.update({hook.name: pool.put(value)})) for name in plan.names]
@@ -247,7 +248,7 @@ def _wavefront(
     model: HookedMLLM, plan: Plan, cached: CachedRun, patches: Patches, written: dict[str, Tensor],
     clean_logits: Tensor, tick: Callable[[int], None],
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """The metric of every cell from one pass for each row, and the cost in forwards."""
+    """The metric of every cell from one pass per row, and the cost in forwards."""
     rows = [Continuation(model, cached, i, torch.tensor(reading.positions))
             for i, reading in enumerate(plan.readings)]  # fmt: skip
     values = []

@@ -1,4 +1,4 @@
-"""Counterfactuals by blanked evidence, in blocks: what the model says then is asked sample by sample.
+"""Counterfactuals by blanking the evidence, in blocks: the model's answers to blanked samples, one sample at a time.
 
 pairs = paired_by_blanking(model, samples)            # what mech.with_counterfactuals gives
 """
@@ -15,12 +15,12 @@ from mech.scale.measures import per_sample
 
 
 def paired_by_blanking(model: HookedMLLM, samples: Samples, by: str = "mean") -> Samples:
-    """``with_counterfactuals``; inside ``mech.on_folder`` and ``mech.on_ray`` workers say what the model answers.
+    """``with_counterfactuals``; inside ``mech.on_folder`` and ``mech.on_ray``, workers generate the answers.
 
     Raises:
-        ExperimentError: as there.
+        ExperimentError: as in ``with_counterfactuals``.
 
-    Cost: one generation of an answer for each sample without a counterfactual.
+    Cost: one generated answer for each sample without a counterfactual.
     """
     blank = blanked(samples, by)
     answers = per_sample_other_answers(model, blank, batch_size=1)["answer"].values if len(blank) else ()
@@ -31,6 +31,6 @@ def paired_by_blanking(model: HookedMLLM, samples: Samples, by: str = "mean") ->
 def per_sample_other_answers(
     model: HookedMLLM, samples: Samples, *, batch_size: int = 1, progress: Callable[[int, int], None] | None = None
 ) -> xr.Dataset:
-    """What the model says of each sample, if it is another answer than the sample's; one by one."""
+    """The model's answer to each sample, one by one, if it differs from the sample's own answer."""
     answers = [another_answer(model, sample) for sample in samples]
     return xr.Dataset({"answer": (EXAMPLE, answers)}, {EXAMPLE: samples.names})

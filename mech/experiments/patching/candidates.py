@@ -1,12 +1,12 @@
-"""Which cells of a sweep are worth patching: an estimate of all of them from a forward and a backward of each run.
+"""Which cells of a sweep are worth patching: estimates for all of them from one forward and backward of each run.
 
-    estimate(cell) = mean over the two runs of  gradient . (source - base)   at the cell's places
+    estimate(cell) = mean over the two runs of  gradient . (source - base)   at the cell's positions
 
-the trapezoid rule on the straight line between the runs. It is first order: it misses cells whose effect is not
-(saturated attention, AND of two heads), and is therefore only ever used to choose what is patched exactly
-(``activation_patching(method="screened")``).
+This is the trapezoid rule on the straight line between the runs. The estimate is first order and misses cells with
+higher-order effects (saturated attention, an AND of two heads). It is therefore used only to choose which cells are
+patched exactly (``activation_patching(method="screened")``).
 
-References: attribution patching, arXiv 2310.10348; where we differ: the gradient is the mean over both runs, as in
+References: attribution patching, arXiv 2310.10348. Difference: the gradient is the mean over both runs, as in
 integrated gradients with two steps (arXiv 2403.17806).
 """
 
@@ -30,14 +30,14 @@ def estimates(
     names: Sequence[str],
     score: Callable[[Inputs], Tensor],
 ) -> Float[Tensor, "batch cell"]:
-    """The estimated change of the metric in every cell.
+    """The estimated change of the metric for every cell.
 
     Args:
         model: a hooked model.
-        base, source: the run that would be patched into, and the one that would be written.
+        base, source: the run that would be patched into, and the run whose values would be written.
         patches: the cells of the sweep.
         names: full names of the point in every layer.
-        score: runs inputs and gives the metric of every row, with a gradient.
+        score: runs inputs and returns the metric of every row, with a gradient.
 
     Raises:
         ExperimentError: a metric without a gradient.

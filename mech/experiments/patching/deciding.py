@@ -1,4 +1,4 @@
-"""At which position does a head decide: where its output, taken from the counterfactual, costs most of the answer.
+"""At which position does a head decide? Where replacing its output by the counterfactual's loses most of the answer.
 
 deciding_queries(model, sample, [(0, 2), (2, 2)])       # [(31, 0.99), None]: position, share of the answer lost
 """
@@ -20,16 +20,17 @@ from mech.model import HookedMLLM
 def deciding_queries(
     model: HookedMLLM, sample: Sample, heads: Pairs, threshold: float = 0.02
 ) -> list[tuple[int, float] | None]:
-    """For each head the query position that matters most, among those of the question and the last one.
+    """For each head, the query position that matters most, among the question's positions and the last one.
 
-    ``lost = (clean - noised) / (clean - corrupted)`` when the head's output at this position alone is that of the
-    counterfactual. None for a head whose output costs less than ``threshold`` everywhere. Unit: share of the gap.
+    ``lost = (clean - noised) / (clean - corrupted)``, where noising replaces the head's output at this position alone
+    by the counterfactual's. None for a head that loses less than ``threshold`` at every position. Unit: share of the
+    gap.
 
     Raises:
-        ExperimentError: no heads, or one that is not there; no counterfactual of the same layout, or an answer that
-            parts from it behind its first token.
+        ExperimentError: no heads, a head that does not exist, no counterfactual of the same layout, or two answers that
+            have the same first token.
 
-    Cost: three forwards and, for each head and position, what lies behind it.
+    Cost: three forwards and, for each head and position, the layers from there on.
     """
     if sample.counterfactual is None:
         raise ExperimentError(f"sample {sample.id!r} without a counterfactual", "one", "set Sample.counterfactual")

@@ -1,9 +1,9 @@
-"""Samples patched with their own counterfactuals: what a sweep over many samples is, and what can be cut into blocks.
+"""Patching of samples with their own counterfactuals: a sweep over many samples that can be cut into blocks.
 
     found = patched_pairs(model, samples, direction="noise", over=("layer", "head"))
 
-The metric is the logit difference of each sample's answer and that of its counterfactual. One pair patched from any two
-runs, by any metric: ``activation.py``.
+The metric is the logit difference between each sample's answer and its counterfactual's. To patch between any two runs,
+with any metric, see ``activation.py``.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,16 @@ def patched_pairs(model: HookedMLLM, samples: Samples, *, forced: bool = False, 
     """``activation_patching`` of every sample with its counterfactual, by the logit difference of their answers.
 
     Args:
-        forced: both runs are given the answer, for answers that begin alike.
-        options: of ``activation_patching``, ``progress`` among them.
+        forced: append the sample's answer to both runs, for answers that begin with the same tokens.
+        options: of ``activation_patching``, including ``progress``.
 
     Raises:
-        ExperimentError: as there; a sample without a counterfactual.
+        ExperimentError: as in ``activation_patching``, or a sample without a counterfactual.
 
-    Cost: as there, for each sample.
+    Cost: that of ``activation_patching`` for each sample.
     """
     found = per_sample_pairs(model, samples, forced=forced, batch_size=1, **options)
-    # Of all samples, also where each block knows some of them.
+    # These describe all samples, even if each block has only some of them.
     metric, record = answers_apart(samples), found.attrs["provenance"]
     record = {**record, "metric": jsonable(metric), "data": data_record(Samples(samples))}
     return found.assign_attrs(measure=repr(metric), provenance=record)
@@ -52,10 +52,10 @@ def per_sample_pairs(
     progress: Progress | None = None,
     **options: Any,
 ) -> xr.Dataset:
-    """The numbers of ``patched_pairs``, pair by pair whatever the ``batch_size``."""
+    """The numbers of ``patched_pairs``, computed pair by pair whatever the ``batch_size``."""
     clean, corrupted = (list(samples), None) if not forced else forced_inputs(model, samples)
     found = activation_patching(model, clean, corrupted, answers_apart(samples), progress=progress, **options)
-    found.attrs.pop("forwards", None)  # of some samples only, where a sweep was cut
+    found.attrs.pop("forwards", None)  # covers only some samples if the sweep was cut into blocks
     return found.assign_coords({EXAMPLE: [sample.id or str(i) for i, sample in enumerate(samples)]})
 
 
@@ -68,7 +68,7 @@ def answers_apart(samples: Sequence[Sample]) -> LogitDiff:
 def forced_inputs(
     model: HookedMLLM, samples: Sequence[Sample], forced: bool = True
 ) -> tuple[list[Inputs], list[Inputs]]:
-    """The inputs of samples and of their counterfactuals, with the right answer behind both."""
+    """The inputs of samples and of their counterfactuals, both followed by the right answer."""
     others = [sample.counterfactual for sample in samples if sample.counterfactual]
     clean = [model.inputs_of(sample, answer=forced) for sample in samples]
     return clean, [

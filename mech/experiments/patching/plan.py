@@ -1,8 +1,7 @@
-"""What a patching sweep is asked to do, checked and resolved before any forward: pairs of runs, cells, positions.
+"""A requested patching sweep, checked and resolved before any forward: pairs of runs, cells, positions.
 
-A *cell* of the sweep is one patch. A ``Sweep`` is what was asked for; ``Plan.of`` turns its axes, regions of a picture
-and names of spans into cells and masks of positions for one pair of runs, and refuses what would compare things that do
-not correspond.
+A *cell* of the sweep is one patch. A ``Sweep`` is the request. ``Plan.of`` turns its axes, picture regions and span
+names into cells and position masks for one pair of runs, and refuses comparisons of things that do not correspond.
 """
 
 import itertools
@@ -35,7 +34,7 @@ Given = Inputs | Sample | Sequence[Inputs] | Sequence[Sample]
 
 
 def pairs_of(model: HookedMLLM, clean: Given, corrupted: Given | None) -> list[tuple[Inputs, Inputs]]:
-    """Clean and corrupted inputs of one layout each, built from samples where samples were given."""
+    """Pairs of clean and corrupted inputs with the same layout, built from samples where samples are given."""
     ours = [clean] if isinstance(clean, Inputs | Sample) else list(clean)
     if corrupted is None:
         missing = [sample for sample in ours if not isinstance(sample, Sample) or sample.counterfactual is None]
@@ -58,7 +57,7 @@ def pairs_of(model: HookedMLLM, clean: Given, corrupted: Given | None) -> list[t
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One pair of runs, checked and resolved to positions and cells; nothing has been run yet."""
+    """One pair of runs, checked and resolved to positions and cells; nothing is run yet."""
 
     clean: Inputs
     corrupted: Inputs
@@ -69,13 +68,13 @@ class Plan:
     regions: list[Tensor]
     readings: list[Reading]
     names: list[str]
-    confirm: int | None = None  # how many cells are patched, where not all are
+    confirm: int | None = None  # how many cells are patched, if not all
 
     @classmethod
     def of(
         cls, model: HookedMLLM, clean: Inputs, corrupted: Inputs, metric: Metric, sweep: "Sweep", example: int = 0
     ) -> "Plan":
-        """The plan of a sweep for one pair of runs, whose first row is example number ``example`` of the metric."""
+        """The plan of a sweep for one pair of runs. Its first row is example number ``example`` of the metric."""
         sweep.check()
         point, over, vision = sweep.point, sweep.over, sweep.point.startswith("vision.")
         chosen = [] if point in GLOBAL else _layers(model, point.removeprefix("vision."), vision, sweep.layers)
@@ -113,16 +112,16 @@ class Plan:
 
     @property
     def reads(self) -> list[int]:
-        """Every position that some example's metric reads."""
+        """All positions that the metric reads in any example."""
         return sorted({position for reading in self.readings for position in reading.positions})
 
     @property
     def places(self) -> list[list[int]]:
-        """Of every example the places of its positions among ``reads``."""
+        """For every example, the indices of its positions in ``reads``."""
         return [[self.reads.index(p) for p in reading.positions] for reading in self.readings]
 
     def count(self, confirm: int | float) -> int:
-        """How many cells ``confirm`` means: a number, or a share of them (at least one)."""
+        """How many cells ``confirm`` means: an int is a number, a float a share of the cells (at least one)."""
         n = len(self.cells)
         if isinstance(confirm, int) and 1 <= confirm <= n:
             return confirm
@@ -139,7 +138,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep patches, as it was asked for; see the arguments of ``activation_patching``."""
+    """What a sweep patches, as requested; see the arguments of ``activation_patching``."""
 
     point: str = "attn.hook_z"
     over: tuple[str, ...] = (LAYER, HEAD)
@@ -148,7 +147,7 @@ class Sweep:
     layers: Iterable[int] | None = None
 
     def plans(self, model: HookedMLLM, clean: Given, corrupted: Given | None, metric: Metric) -> list[Plan]:
-        """The plan of every pair of runs."""
+        """One plan for each pair of runs."""
         plans, example = [], 0
         for ours, theirs in pairs_of(model, clean, corrupted):
             plans.append(Plan.of(model, ours, theirs, metric, self, example))
@@ -161,7 +160,7 @@ class Sweep:
         return plans
 
     def check(self) -> None:
-        """Refuse axes that the point does not have, and regions or positions that go with no axis."""
+        """Refuse axes that the point does not have, and regions or positions that match no axis."""
         point, bare = self.point, self.point.removeprefix("vision.")
         if point not in GLOBAL and bare not in POINTS:
             raise ExperimentError(
@@ -184,7 +183,7 @@ class Sweep:
             )
 
     def settings(self, **others: Any) -> dict[str, Any]:
-        """What a result says of the sweep in its attributes."""
+        """The attributes of a result that describe the sweep."""
         return {"point": self.point, "positions": where_in_words(self.positions), "zero": "no effect", **others}
 
 
@@ -201,7 +200,7 @@ class Scores:
         return effect_of(metric, self.clean, self.corrupted, self.direction)
 
     def variables(self, plan: Plan, unit: str) -> dict[str, Any]:
-        """The variables of a result: ``effect`` and ``metric`` over the axes of the sweep, and both runs."""
+        """The variables of a result: ``effect`` and ``metric`` over the axes of the sweep, and both runs' metrics."""
         dims, shape = (EXAMPLE, *plan.over), [len(values) for values in plan.sizes.values()]
         return {
             "effect": (dims, self.effect_of(self.metric).reshape(-1, *shape), dict(EFFECT)),
@@ -219,12 +218,12 @@ def _axes_of(point: str, is_global: bool) -> tuple[str, ...]:
 
 
 def _layers(model: HookedMLLM, point: str, vision: bool, layers: Iterable[int] | None) -> list[int]:
-    """The layers meant, by default all that have the point."""
+    """The requested layers, by default all that have the point."""
     count = model.cfg.vision_layers if vision else model.cfg.n_layers
     if layers is None:
         live = set(model.points())
         present = [i for i in range(count) if names_of(f"{'vision.' * vision}{point}", [i])[0] in live]
-        return present or [0]  # refused by name, with the reason
+        return present or [0]  # refused later, by name and with the reason
     listed = list(indices("layers", layers).check_mask("layers", (count,)))
     if not listed or len(set(listed)) < len(listed) or not all(0 <= layer < count for layer in listed):
         raise ExperimentError(f"layers={listed}", f"different layers from 0 to {count - 1}", "count layers from 0")
@@ -232,7 +231,7 @@ def _layers(model: HookedMLLM, point: str, vision: bool, layers: Iterable[int] |
 
 
 def _regions(clean: Inputs, positions: Where, regions: Regions | None, each: bool) -> tuple[list[Tensor], list[int]]:
-    """The sets of positions as masks over (row, position), and the positions if each is a set of its own."""
+    """The sets of positions as masks over (row, position), and the positions if each one is a separate set."""
 
     def mask(where: Where) -> Tensor:
         chosen = torch.zeros(len(clean), len(clean.layouts[0]), dtype=torch.bool)
@@ -262,9 +261,9 @@ def effect_of(
     corrupted: Float[np.ndarray, " example"],
     direction: str,
 ) -> Float[np.ndarray, "example *cells"]:
-    """``(metric - base) / (source - base)``: 0 as the run that is patched into, 1 as the one it is patched from.
+    """``(metric - base) / (source - base)``: 0 at the run that is patched into, 1 at the run that is patched from.
 
-    Denoising, the base is the corrupted run; noising, the clean one. nan where the two runs score alike.
+    The base is the corrupted run when denoising, the clean run when noising. nan where both runs score the same.
     """
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     gap = np.where(source == base, np.nan, source - base).reshape(-1, *[1] * (metric.ndim - 1))
@@ -272,7 +271,7 @@ def effect_of(
 
 
 def in_tower(plan: Plan, mask: Tensor, written: dict[str, Tensor]) -> Tensor:
-    """A mask over (row, position) as a mask over what a point of the tower or the projector counts."""
+    """A mask over (row, position) converted to the positions of a point in the vision tower or the projector."""
     if plan.point.startswith("vision."):
         length = next(iter(written.values())).shape[1]
         return torch.ones(1, length, dtype=torch.bool)

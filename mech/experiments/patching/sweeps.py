@@ -1,17 +1,17 @@
-"""How a patching sweep is run: the wavefront, and its literal twin. ``patching.activation_patching`` chooses.
+"""Two ways to run a patching sweep: the wavefront and the literal sweep. ``activation_patching`` chooses one.
 
 A *cell* is one patch: at one layer (or several at once), one head or all, one set of positions. Both algorithms give
-the metric of every cell, and the same one.
+the metric of every cell, with the same result.
 
-``literal`` runs the whole model once for each cell. ``wavefront`` keeps one run of the model that is patched *into*
-and does, for a group of cells, a single pass through the layers with one growing batch:
+``literal`` runs the whole model once for each cell. The wavefront caches the run that is patched *into*, and takes each
+group of cells through the layers in a single pass with one growing batch:
 
-* a cell is *born* at its layer. Where the point lies behind attention (z, attn_out, resid_mid, the MLP) or acts on
-  queries only (q, scores, pattern), nothing but the patched rows can change in that layer: only they are run through
-  the stock layer, with the keys of the cached run. Keys and values change every later row, so there the layer is run on
-  all of them. A patch of the stream is written into it;
-* everything behind is run once for all cells that are born already, for the rows that can have changed, against the
-  clean keys and values of the earlier ones (``mech.model.partial``); the last layer only for the rows that are read.
+* A cell enters the batch at its layer. If the point comes after attention (z, attn_out, resid_mid, the MLP) or affects
+  queries only (q, scores, pattern), only the patched rows can change in that layer. These rows alone are run through
+  the stock layer, with the keys of the cached run. Keys and values affect every later row, so there the layer is run on
+  all later rows. A patch of the residual stream is written directly into it.
+* Each later layer is run once for all cells in the batch, on the rows that can have changed, with the cached keys and
+  values of the rows before them (``mech.model.partial``); the last layer is run only on the rows that are read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from mech.model.partial.continuation import Continuation, stretch
 from mech.model.partial.room import LOGITS, fitting
 from mech.model.points import point_name
 
-# point -> how its cells are born
+# point -> how its cells enter the batch
 ENTRY = {"hook_resid_pre": 0, "hook_resid_post": 1}  # written into the stream that enters this layer, or the next
 BEHIND_ATTENTION = (
     "attn.hook_z", "attn.hook_result", "hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out",
@@ -37,14 +37,14 @@ QUERIES = ("attn.hook_q", "attn.hook_rot_q", "attn.hook_attn_scores", "attn.hook
 KEYS = ("attn.hook_k", "attn.hook_rot_k", "attn.hook_v")
 SQUARE = ("attn.hook_attn_scores", "attn.hook_pattern")  # [batch head query_pos key_pos]
 
-FEW = 64  # rows that may be run once more, unchanged, beside the variants: cheaper than a pass of their own
+FEW = 64  # up to this many unchanged rows run along with the variants as a check: cheaper than a separate pass
 
 Measure = Callable[[Float[Tensor, "variant read vocab"]], Float[Tensor, " variant"]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One patch. ``head`` is None for all heads, or a point without heads; ``region`` counts the sets of positions."""
+    """One patch. ``head`` is None for all heads or a point without heads; ``region`` indexes the position sets."""
 
     layers: tuple[int, ...]
     head: int | None
@@ -53,16 +53,16 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Cells at one point, and the positions that their regions count."""
+    """Cells at one point, and the positions of their regions."""
 
     point: str
     cells: Sequence[Cell]
     regions: Sequence[Bool[Tensor, "batch pos"]]
 
     def sums(self, at: Mapping[str, Tensor]) -> Float[Tensor, "batch cell"]:
-        """A value of every cell: the sum over its layers, and over heads where it is all of them.
+        """One value per cell: the sum over its layers, and over heads if it covers all of them.
 
-        ``at``: by full name of the point, values over (batch, region) or (batch, region, head).
+        ``at``: values over (batch, region) or (batch, region, head), by the full name of the point.
         """
         values = []
         for cell in self.cells:
@@ -80,7 +80,7 @@ def literal(
     score: Callable[[Inputs], Float[Tensor, " batch"]],
     tick: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "batch cell"]:
-    """Every cell by a forward of its own: hooks that write the source's activation at the cell's places."""
+    """Every cell by its own forward, with hooks that write the source's activation at the cell's positions."""
     values = []
     for cell in patches.cells:
         heads, region = None if cell.head is None else [cell.head], patches.regions[cell.region]
@@ -92,7 +92,7 @@ def literal(
 
 
 def names_of(point: str, layers: Sequence[int]) -> list[str]:
-    """Full names: ``vision.`` in front of a point is the vision stack; points without a layer stay as they are."""
+    """Full names: the prefix ``vision.`` means the vision stack; points without a layer are left unchanged."""
     if point in ("hook_embed", "projector.hook_out"):
         return [point]
     stack = "vision" if point.startswith("vision.") else "text"
@@ -102,9 +102,9 @@ def names_of(point: str, layers: Sequence[int]) -> list[str]:
 def _edit(
     source: Tensor, where: Bool[Tensor, "batch pos"], heads: Sequence[int] | None, name: str
 ) -> Callable[[Tensor, HookPoint], Tensor]:
-    """A hook that writes ``source`` at some positions of every row, for one head of each row or for all.
+    """A hook that writes ``source`` at some positions of every row, for one head per row or for all heads.
 
-    The rows are examples or variants; ``source`` may have one row for all of them.
+    The rows are examples or variants; ``source`` may have one row that serves for all.
     """
 
     def write(value: Tensor, hook: HookPoint) -> Tensor:
@@ -130,12 +130,12 @@ def _for_heads(where: Bool[Tensor, "batch pos"], heads: Sequence[int] | None, co
 
 @dataclass(eq=False)
 class Wavefront:
-    """The cells of one example, by a single pass through the layers for each group of them.
+    """The cells of one example, in one pass through the layers for each group of cells.
 
     Attributes:
-        row: the example of the run that is patched into.
+        row: this example in the run that is patched into.
         point: a point of the text stack in ``ENTRY``, ``BEHIND_ATTENTION``, ``QUERIES`` or ``KEYS``.
-        source: what is written, by full name of the point; ``[1 ...]``, this example's.
+        source: the values to write for this example, ``[1 ...]``, by the full name of the point.
         regions: the patched positions of each region, on the CPU.
     """
 
@@ -150,8 +150,9 @@ class Wavefront:
         """The metric of every cell. Memory: as much as there is room for, or one column of cells.
 
         Raises:
-            NotResumable: ``check``, and running on an unchanged variant is not the cached run. Before any cell.
-            ExperimentError: not even one cell fits into memory; where fewer than usual do, that is said once.
+            NotResumable: with ``check``, an unchanged variant does not reproduce the cached run. Raised before any cell
+                is measured.
+            ExperimentError: not even one cell fits into memory. If fewer fit than usual, there is one warning.
         """
         values: dict[int, Tensor] = {}
         groups = self._groups(cells)
@@ -182,7 +183,7 @@ class Wavefront:
         return int(region.int().argmax()) if region.any() else len(region) - 1
 
     def _groups(self, cells: Sequence[Cell]) -> list[list[int]]:
-        """Cells that go through the layers together: those that begin at about the same row, in any layer."""
+        """Cells that pass through the layers together: those that start at about the same row, in any layer."""
         firsts = [self._first(region) for region in self.regions]
         columns: dict[tuple[int, int, int], list[int]] = {}
         for index, cell in enumerate(cells):
@@ -201,10 +202,10 @@ class Wavefront:
         return [sorted(group, key=lambda i: cells[i].layers) for group in groups]
 
     def _pass(self, cells: Sequence[Cell], group: Sequence[int], along: bool) -> Float[Tensor, "cell read d_model"]:
-        """What leaves the last layer at the read rows, by one pass through the layers.
+        """The output of the last layer at the read rows, from one pass through the layers.
 
-        ``group`` is in the order of its layers, so births are at the end.
-        With ``along`` an unchanged variant goes before them.
+        ``group`` is ordered by layer, so new cells are appended at the end. With ``along``, an unchanged variant comes
+        first.
         """
         row = self.row
         shift = ENTRY.get(self.point, 0)
@@ -222,18 +223,18 @@ class Wavefront:
                 x = self._born(layer, x, chosen[born], [cells[group[i]].head for i in born], rows)
             elif x is not None and layer <= last:
                 x = self._behind(layer, x, rows)
-        assert x is not None  # every group holds a cell
+        assert x is not None  # every group has at least one cell
         return x
 
     def _entering(self, layer: int, chosen: Bool[Tensor, "cell pos"], rows: Tensor, read: bool) -> Tensor:
-        """The stream that enters a layer with the source's written into it."""
+        """The stream that enters a layer, with the source's stream written into it at the chosen positions."""
         name = point_name(self.point, layer - ENTRY[self.point])
         places, stream = stretch(self.row.reads if read else rows), self.row.stream(layer)
         chosen = chosen[:, places, None].to(stream.device, non_blocking=True)
         return torch.where(chosen, self.source[name][:, places].to(stream.device), stream[places])
 
     def _behind(self, layer: int, x: Tensor, rows: Tensor) -> Tensor:
-        """The stream behind a layer, of variants that entered it; behind the last one at the read rows only."""
+        """The stream after a layer for variants already in the batch; after the last layer, only at the read rows."""
         return self.row.finish(x, rows) if layer == len(self.row) - 1 else self.row.run(layer, x, rows)
 
     def _born(
@@ -244,11 +245,11 @@ class Wavefront:
         heads: Sequence[int | None],
         rows: Tensor,
     ) -> Float[Tensor, "variant row d_model"]:
-        """The stream behind the layer in which these cells are patched, after that of variants born before."""
+        """The stream after the layer in which these cells are patched, appended to that of the earlier variants."""
         row, name, n = self.row, point_name(self.point, layer), len(chosen)
         local, last = self.point not in KEYS, layer == len(row) - 1
         reach = chosen.any(0)
-        reach[int(rows[-1]) + 1 :] = False  # rows that no read row depends on
+        reach[int(rows[-1]) + 1 :] = False  # no read row depends on these rows
         places = reach.nonzero()[:, 0] if local else rows
         some = None if heads[0] is None else [int(head) for head in heads if head is not None]
         cut = stretch(places) if len(places) else places
@@ -262,7 +263,7 @@ class Wavefront:
             and not last
             and len(places) == len(rows)
             and len(x) + n <= row.at_once(rows)
-        ):  # few rows: a layer's weights are read once for old and new variants
+        ):  # few rows: read the layer's weights once for old and new variants
             chosen = torch.nn.functional.pad(chosen, (0, 0, len(x), 0))
             edit = _edit(source, chosen, some if some is None else [0] * len(x) + some, name)
             return row.run(layer, torch.cat((x, entering)), rows, n_unchanged=n, hooks=[(name, edit)])
