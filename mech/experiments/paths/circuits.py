@@ -1,4 +1,4 @@
-"""From the logits back to the picture: the heads, MLPs and inputs through which an answer comes about.
+"""From the logits back to the picture: the heads, MLPs and inputs that produce an answer.
 
     circuit = trace_circuit(model, samples, LogitDiff(answers, wrong), threshold=0.02)
     circuit.heads                                   # (L1H0, L0H3)
@@ -6,12 +6,12 @@
     circuit.faithfulness(model, samples, metric)    # what is kept when everything else is switched off
     circuit.graph                                   # a networkx.DiGraph: embed:evidence -> L0H3 -> L1H0 -> logits
 
-Which parts write what the logits read? Those of which the direct path carries enough, in every example and not by
-chance, become receivers: what feeds their queries, keys and values? And so on, down to the embeddings of the evidence,
-of the rest of the picture, of the question and of the template.
+Which parts write what the logits read? Parts whose direct path carries enough, and not by chance over examples, become
+receivers in turn: what feeds their queries, keys and values? The walk ends at the embeddings of the evidence, the rest
+of the picture, the question and the template.
 
-What it does not do: find paths of which only a set matters (two heads that do the same work, each dispensable, are
-missed when noising and found when denoising); draw.
+It does not find paths that matter only as a set: two heads that do the same work, each dispensable, are missed when
+noising and found when denoising. It does not draw.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ from mech.results.store import read_json, write_json
 
 LEAVES = ("evidence", "picture", "question", "template")
 DIRECT = frozenset(("attention", "mlp"))
-ATTENDING = 0.05  # RAM below which a head is said not to attend to the evidence
+ATTENDING = 0.05  # below this RAM a head counts as not attending to the evidence
 _READS = {"q": "queries come", "k": "keys come", "v": "values come", "": "input comes"}
 
 
@@ -59,11 +59,11 @@ class Edge:
     Attributes:
         sender: ``"L0H3"``, ``"mlp.1"`` or ``"embed:evidence"``.
         receiver: ``"logits"``, ``"L4H0.q"``, ``"L4K0.v"`` or ``"mlp.1"``.
-        effect: mean share of the gap between the runs that switching this path alone moves; positive: it carries what
-            makes the clean answer.
-        low, high: its 95% interval; both the effect where there is one example.
-        p_value: two-sided, corrected for all senders that were tried; nan where none was asked for.
-        at: region at which the sender's writing matters most; "" where it is the position that is read.
+        effect: mean share of the gap between the runs that patching this path alone moves; positive: the path carries
+            what produces the clean answer.
+        low, high: 95% interval of the effect; with a single example, both equal the effect.
+        p_value: two-sided, corrected for all senders tried; nan with ``alpha=None``.
+        at: the region where the sender's output matters most; "" if the receiver is the logits or the sender "embed".
     """
 
     sender: str
@@ -76,14 +76,14 @@ class Edge:
 
     @property
     def through(self) -> str:
-        """q, k, v, or "" for an MLP and the logits."""
+        """``"q"``, ``"k"`` or ``"v"``; ``""`` for an MLP and the logits."""
         return self.receiver.split(".")[1] if self.receiver.startswith("L") else ""
 
 
 @checked
 @dataclass(frozen=True)
 class Circuit(Shown):
-    """What ``trace_circuit`` found. ``groups`` counts the query heads to a key/value head of each layer."""
+    """The result of ``trace_circuit``. ``groups`` is the number of query heads per key/value head in each layer."""
 
     model: str
     start: str
@@ -95,7 +95,7 @@ class Circuit(Shown):
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def edges(self, receiver: str | None = None) -> tuple[Edge, ...]:
-        """All edges, the strongest first; or those into one part, such as ``"L4H0"`` or ``"logits"``."""
+        """All edges, strongest first, or only those into one part such as ``"L4H0"`` or ``"logits"``."""
         chosen = [e for e in self.found if receiver is None or receiver in self._targets(e)]
         return tuple(sorted(chosen, key=lambda edge: -abs(edge.effect)))
 
@@ -116,16 +116,16 @@ class Circuit(Shown):
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """The heads in it, by layer."""
+        """The heads of the circuit, by layer."""
         return tuple(sorted(_head(name) for name in {edge.sender for edge in self.found} if name.startswith("L")))
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """All senders, the strongest first."""
+        """All senders, strongest first."""
         return tuple(dict.fromkeys(edge.sender for edge in self.edges()))
 
     def _targets(self, edge: Edge) -> tuple[str, ...]:
-        """The parts that read what an edge carries: under shared keys all heads of the group that are here."""
+        """The parts that read what an edge carries; for keys and values, all of the circuit's heads in the KV group."""
         name = edge.receiver.split(".")[0] if edge.receiver.startswith("L") else edge.receiver
         if "K" not in name:
             return (name,)
@@ -133,7 +133,7 @@ class Circuit(Shown):
         return tuple(str(head) for head in self.heads if head.layer == layer and head.head // self.groups[layer] == kv)
 
     def describe(self, ranking: Ranking | None = None) -> str:
-        """A sentence for each part, from the one that is read last; with a ranking also its RAM."""
+        """One sentence per head or MLP, last layer first; with a ranking, also the RAM of each head."""
         lines = []
         parts = [name for name in self.nodes if not name.startswith("embed")]
         for name in sorted(parts, key=lambda name: -_drawn(name)["layer"]):
@@ -154,10 +154,10 @@ class Circuit(Shown):
     def faithfulness(
         self, model: HookedMLLM, clean: Given, metric: AnyMetric, *, corrupted: Given | None = None
     ) -> Float[xr.DataArray, " example"]:
-        """The share of the clean run's metric that is left when every other head and MLP puts out the corrupted run's.
+        """The share of the gap that the circuit keeps when all other heads and MLPs take their corrupted outputs.
 
-        ``(metric - corrupted) / (clean - corrupted)``: 1 is a circuit that does the whole work, 0 one that does none.
-        Unit: share of the gap. Cost: three forwards for each pair.
+        ``(metric - corrupted) / (clean - corrupted)``: 1 means that the circuit does all the work, 0 none of it.
+        Unit: share of the gap. Cost: three forwards per pair.
         """
         kept = {node: str(node) in self.nodes for node in heads_and_mlps(model)}
         values, example = [], 0
@@ -170,7 +170,7 @@ class Circuit(Shown):
         return xr.DataArray(share, dims=(EXAMPLE,), attrs={"unit": "share of the gap between the runs"})
 
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
-        """Everything in plain values; with ``path`` it is written as well."""
+        """Everything as plain values; if ``path`` is given, also written there."""
         value = {**asdict(self), "found": [asdict(edge) for edge in self.found]}
         value = {key: jsonable(part) for key, part in value.items()}
         if path is not None:
@@ -179,10 +179,10 @@ class Circuit(Shown):
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> "Circuit":
-        """A circuit from what ``to_json`` gave: a path or the dict."""
+        """A circuit from the output of ``to_json``, as a path or a dict."""
         try:
             given = source if isinstance(source, Mapping) else read_json(source)
-            numbers = ("effect", "low", "high", "p_value")  # json has no nan
+            numbers = ("effect", "low", "high", "p_value")  # JSON has no nan
             found = tuple(Edge(**{**edge, **{key: _number(edge[key]) for key in numbers}}) for edge in given["found"])
             return cls(
                 **{**given, "found": found, "unfollowed": tuple(given["unfollowed"]), "groups": tuple(given["groups"])}
@@ -206,34 +206,35 @@ def trace_circuit(
     direction: one_of(DIRECTIONS) = "noise",
     seed: Seed = 0,
 ) -> Circuit:
-    """Walk back from what the metric reads, over the direct paths that carry enough, to the inputs.
+    """Walk back from what the metric reads to the inputs, along the direct paths that carry enough.
 
-    Direct: attention and MLPs between the ends keep their value; behind the receiver all is computed anew. An edge is
-    kept when its mean effect is at least ``threshold`` (either sign) and differs from zero over examples: sign-flip
-    permutation, two-sided, corrected over all senders into this receiver (Benjamini-Hochberg).
+    Direct: attention and MLPs between the ends are frozen; everything after the receiver is recomputed. An edge is kept
+    if its mean effect is at least ``threshold`` (either sign) and differs from zero over examples: two-sided sign-flip
+    permutation test, corrected over all senders into this receiver (Benjamini-Hochberg).
 
-    Sign: positive carries what makes the clean answer, in both directions. Unit: share of the gap.
+    Sign: positive edges carry what produces the clean answer, in both directions. Unit: share of the gap.
 
     Args:
         model: a hooked model.
-        clean: ``Samples`` (their counterfactuals are the corrupted runs, their evidence is a leaf of its own), inputs,
-            or a list of them.
+        clean: ``Samples`` (their counterfactuals are the corrupted runs, their evidence is a separate leaf), inputs, or
+            a list of them.
         metric: see ``mech.experiments.metrics``.
         corrupted: as in ``path_patching``.
         start: the first receiver.
-        threshold: the least share of the gap.
-        heads: the heads that may be in the circuit; all by default. MLPs always may.
-        max_nodes: how many heads and MLPs are followed, the strongest first; the others are in ``unfollowed``.
-        alpha: of the corrected p-values; None for the threshold alone.
-        direction: ``"noise"`` (what the clean run needs) or ``"denoise"`` (what the corrupted one lacks).
-        seed: of the permutations and the intervals.
+        threshold: the smallest share of the gap that counts.
+        heads: the heads that may be in the circuit; all by default. MLPs are always allowed.
+        max_nodes: how many heads and MLPs are followed, strongest first; the others are listed in ``unfollowed``.
+        alpha: level for the corrected p-values; None to use the threshold alone.
+        direction: ``"noise"`` (what the clean run needs) or ``"denoise"`` (what the corrupted run lacks).
+        seed: seed of the permutations and the intervals.
 
     Raises:
-        ExperimentError: too few examples for ``alpha`` (the message says how many it takes), a start that does not
-            exist, or whatever ``path_patching`` refuses, before any forward; an example whose two runs score alike.
+        ExperimentError: before any forward: too few examples for ``alpha`` (the message says how many are needed), a
+            start that does not exist, or anything that ``path_patching`` refuses. Later: an example whose runs score
+            the same.
 
-    Cost: two forwards for each pair, and those of ``path_patching`` from all heads to each receiver: keys and values
-    of every position are the dear ones. Memory: the cached runs of all pairs (a KV cache and some streams each).
+    Cost: two forwards per pair, plus ``path_patching`` from all heads to each receiver; keys and values at every
+    position are the expensive ones. Memory: the cached runs of all pairs (a KV cache and some streams each).
 
     References: Wang et al. 2022, arXiv 2211.00593 (by hand); Conmy et al. 2023, arXiv 2304.14997 (automatic, by
     removing edges from the whole graph; here edges are added, and tested over examples).
@@ -264,7 +265,7 @@ def trace_circuit(
 
 @dataclass(frozen=True)
 class _Rule:
-    """Which edges belong to a circuit: the least share of the gap, and the level of the test over examples."""
+    """Which edges belong to a circuit: the smallest share of the gap, and the level of the test over examples."""
 
     threshold: float
     alpha: float | None
@@ -274,7 +275,7 @@ class _Rule:
 def _walked(
     first: Node, every: Sequence[Node], runs: "Sequence[_Run]", rule: _Rule, max_nodes: int
 ) -> tuple[tuple[Edge, ...], tuple[str, ...]]:
-    """The edges from the first receiver back to the inputs, and the nodes that were too many to be followed."""
+    """The edges from the first receiver back to the inputs, and the nodes beyond ``max_nodes``."""
     model = runs[0].pair.model
     edges: list[Edge] = []
     queue, seen, followed, unfollowed = [(first, 1.0)], {first}, set(), []
@@ -298,7 +299,7 @@ def _walked(
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A pair of runs, and the leaves of the circuit in it."""
+    """A pair of runs, and the circuit's leaves in it."""
 
     pair: Pair
     leaves: Mapping[str, Tensor]
@@ -318,7 +319,7 @@ class _Run:
 
 
 def _into(receiver: Node, every: Sequence[Node], runs: Sequence[_Run], rule: _Rule) -> list[tuple[Edge, Node | None]]:
-    """The edges into a receiver that are kept, the strongest first, each with the node it comes from."""
+    """The edges kept into a receiver, strongest first, each with its sender."""
     alpha, seed = rule.alpha, rule.seed
     nodes = [node for node in every if node.stage < receiver.stage]
     leaves = [name for name in LEAVES if any(name in run.leaves for run in runs)]
@@ -331,7 +332,7 @@ def _into(receiver: Node, every: Sequence[Node], runs: Sequence[_Run], rule: _Ru
     effects = np.concatenate(rows)
     mean = effects.mean(0)
     large = [int(i) for i in np.argsort(-abs(mean)) if abs(mean[i]) >= rule.threshold]
-    p_values = np.ones(len(mean))  # the others were tested too, and count in the correction
+    p_values = np.ones(len(mean))  # small effects count as tests in the correction too
     if alpha is not None:
         for i in large:
             p_values[i] = _p_value(effects[:, i], len(mean), alpha, seed)
@@ -353,7 +354,7 @@ def _into(receiver: Node, every: Sequence[Node], runs: Sequence[_Run], rule: _Ru
 
 
 def _at(node: Node, receiver: Node, runs: Sequence[_Run]) -> str:
-    """The region at which most of what an edge carries is written."""
+    """The region where the sender writes most of what the edge carries."""
     if receiver.kind == "logits":
         return ""
     names = [name for name in LEAVES if any(name in run.leaves for run in runs)]
@@ -366,7 +367,7 @@ def _at(node: Node, receiver: Node, runs: Sequence[_Run]) -> str:
 
 
 def _leaves(inputs: Inputs, sample: Sample | None) -> dict[str, Tensor]:
-    """The parts of the prompt, which share no position: evidence, rest of the picture, question, template."""
+    """The disjoint parts of the prompt: evidence, rest of the picture, question, template."""
     kinds = torch.stack([torch.as_tensor(layout.kind) for layout in inputs.layouts])
     picture = (kinds == IMAGE) | (kinds == VIDEO)
     question = torch.zeros_like(picture)
@@ -381,12 +382,12 @@ def _leaves(inputs: Inputs, sample: Sample | None) -> dict[str, Tensor]:
 
 
 def _readers(model: HookedMLLM, node: Node) -> list[Node]:
-    """What a part of the circuit reads with."""
+    """The receivers through which a part of the circuit reads."""
     if node.kind == "mlp":
         return [node]
     kv, live = node.index // _groups(model)[node.layer], set(model.points())
     readers = [Node(letter, node.layer, node.index if letter == "q" else kv) for letter in LETTERS]
-    return [reader for reader in readers if reader.point in live]  # a layer may have another's keys
+    return [reader for reader in readers if reader.point in live]  # a layer may use another layer's keys
 
 
 def _groups(model: HookedMLLM) -> tuple[int, ...]:
@@ -394,7 +395,7 @@ def _groups(model: HookedMLLM) -> tuple[int, ...]:
 
 
 def _p_value(values: Float[np.ndarray, " example"], tests: int, alpha: float, seed: int) -> float:
-    """Two-sided, by sign flips; as many of them as the correction over ``tests`` needs."""
+    """Two-sided, by sign flips, with enough of them for the correction over ``tests``."""
     flips = max(10_000, int(4 * tests / alpha))
     nothing = np.zeros((1, len(values)))
     sides = [permutation_test(side, nothing, n_permutations=flips, seed=seed).p_value for side in (values, -values)]
@@ -402,7 +403,7 @@ def _p_value(values: Float[np.ndarray, " example"], tests: int, alpha: float, se
 
 
 def _check_power(examples: int, tests: int, alpha: float | None) -> None:
-    """Refuse a test that could not find a single edge: flips of n signs give no p below 2 / 2^n."""
+    """Refuse a test that could not find a single edge: flipping n signs gives no p-value below 2 / 2^n."""
     if alpha is None:
         return
     needed = int(np.ceil(1 + np.log2(tests / alpha)))

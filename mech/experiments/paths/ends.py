@@ -1,4 +1,4 @@
-"""The ends of paths, by label, and where they are: what ``path_patching`` is asked for, checked before any forward.
+"""The ends of paths by label, and their positions: the request to ``path_patching``, checked before any forward.
 
 Senders write to the residual stream: ``embed``, ``L2H5`` (a head), ``mlp.2``. Receivers read it: ``L4H0.q``,
 ``L4K0.k``, ``L4K0.v`` (queries by head, keys and values by key/value head), ``mlp.4`` and ``logits``.
@@ -29,9 +29,9 @@ Ends = Sequence[End] | Mapping[str, End | Sequence[End]]
 
 @dataclass(frozen=True)
 class Node:
-    """A part of the model that writes to the stream or reads it.
+    """A part of the model that writes to the residual stream or reads it.
 
-    ``kind`` is "embed", "head", "mlp", "q", "k", "v" or "logits"; ``index`` counts heads or key/value heads.
+    ``kind`` is "embed", "head", "mlp", "q", "k", "v" or "logits"; ``index`` is the head or key/value head.
     """
 
     kind: str
@@ -48,12 +48,12 @@ class Node:
 
     @property
     def stage(self) -> int:
-        """Its place in the order of the stream: a receiver reads what was written at earlier stages."""
+        """Its place along the residual stream: a receiver reads what is written at earlier stages."""
         return -1 if self.kind == "embed" else 2 * self.layer + (self.kind == "mlp")
 
     @property
     def point(self) -> str:
-        """The activation point at which it is switched, "" for the logits."""
+        """The activation point at which it is patched, "" for the logits."""
         points = {"embed": "hook_resid_pre", "head": "attn.hook_z", "mlp": "hook_mlp_out", "logits": ""}
         point = points.get(self.kind, f"attn.hook_{self.kind}")
         return point and point_name(point, self.layer)
@@ -61,14 +61,14 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Nodes that are switched together, at some positions of every example."""
+    """Nodes that are patched together, at some positions of every example."""
 
     nodes: tuple[Node, ...]
     where: Bool[Tensor, "batch pos"]
 
     @property
     def layer(self) -> int:
-        """The first layer that it touches."""
+        """The first layer of its nodes."""
         return min(node.layer for node in self.nodes)
 
     def reaches(self, receiver: "Part") -> bool:
@@ -77,10 +77,10 @@ class Part:
 
 
 def ends_of(model: HookedMLLM, what: str, given: Ends) -> dict[str, tuple[Node, ...]]:
-    """Senders or receivers by name: each alone, or the groups that a mapping names.
+    """Senders or receivers by name: each one alone, or the groups of a mapping.
 
     Raises:
-        ExperimentError: no such part, or logits together with others.
+        ExperimentError: no such part, or the logits grouped with others.
         PointError: its activation point is not live in this model.
     """
     if isinstance(given, Mapping):
@@ -140,7 +140,7 @@ def _node(model: HookedMLLM, what: str, end: End) -> Node:
 
 
 def mask_of(inputs: Inputs, where: Where) -> Bool[Tensor, "batch pos"]:
-    """Some positions of every row."""
+    """A mask of the given positions in every row."""
     chosen = torch.zeros(len(inputs), len(inputs.layouts[0]), dtype=torch.bool)
     for row, layout in enumerate(inputs.layouts):
         chosen[row, torch.as_tensor(layout.positions(where))] = True
@@ -148,7 +148,7 @@ def mask_of(inputs: Inputs, where: Where) -> Bool[Tensor, "batch pos"]:
 
 
 def frozen_of(freeze: Sequence[str]) -> frozenset[str]:
-    """The parts that keep their value, checked."""
+    """The frozen parts, checked."""
     listed = [freeze] if isinstance(freeze, str) else list(freeze)
     if wrong := [name for name in listed if name not in FREEZE]:
         raise ExperimentError(f"freeze names {wrong[0]!r}", f"any of {', '.join(FREEZE)}", "use freeze=('attention',)")

@@ -1,4 +1,4 @@
-"""Path patching: not whether a head matters, but through what.
+"""Path patching: not whether a head matters, but through which paths.
 
     clean, corrupted = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
     metric = LogitDiff(sample.answer, sample.counterfactual.answer)
@@ -7,18 +7,18 @@
                             regions={"picture": "image", "question": "question"})
     queries.effect.mean("example")                                   # sender, receiver, region
 
-A path leads from what a sender writes to what a receiver reads. Two runs decide what it carries (arXiv 2211.00593,
-2304.05969): in the first the sender puts out what it does in the other run, what is frozen keeps its value, the rest
-is computed anew, and the receiver's input is recorded; in the second the receiver has that input and nothing else is
-different before it. What is frozen is an argument, because the answer depends on it:
+A path leads from what a sender writes to what a receiver reads. Its effect is measured in two forwards (arXiv
+2211.00593, 2304.05969). In the first, the sender outputs its value from the other run, frozen parts keep their values,
+everything else is recomputed, and the receiver's input is recorded. In the second, the receiver gets that input, and
+nothing else before it changes. What is frozen is an argument, because the result depends on it:
 
-* ``("attention", "mlp")``: the *direct* edge. Nothing between the ends answers.
+* ``("attention", "mlp")``: only the *direct* edge. Nothing between the ends reacts.
 * ``("attention",)``: paths through MLPs count, paths through other heads do not.
-* ``()``: every way there is; to the logits this is activation patching.
-* with ``"norm"`` also the scales of all norms on the way are held, so that parts are additive.
+* ``()``: all paths count; with the logits as receiver this is activation patching.
+* With ``"norm"``, the scales of all norms on the way are frozen too, which makes contributions additive.
 
-What it does not do: find which paths to ask for (``circuits.trace_circuit``), nor estimate
-(``attribution_edges.edge_attribution``).
+To find the paths that matter see ``circuits.trace_circuit``; to estimate effects see
+``mech.experiments.attribution.edges.edge_attribution``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,41 +72,42 @@ def path_patching(
     method: one_of(METHODS) = "auto",
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The metric after each path is switched, and how far it went from the run it is switched in (0) to the other (1).
+    """The metric after each path is patched, and how far that moves it from the run patched into (0) to the other (1).
 
-    ``effect = (metric - corrupted) / (clean - corrupted)`` denoising, ``(clean - metric) / (clean - corrupted)``
-    noising; nan where the two runs score alike or the receiver does not lie behind the sender.
+    ``effect = (metric - corrupted) / (clean - corrupted)`` when denoising, ``(clean - metric) / (clean - corrupted)``
+    when noising; nan where both runs score the same or the receiver does not come after the sender.
 
     Sign: more is more sufficient (denoising), more necessary (noising); 0 is no effect. Unit: share of the gap.
 
     Args:
         model, clean, corrupted, metric: as in ``activation_patching``.
         senders: heads (pairs, or ``"L2H5"``), ``"mlp.2"``, ``"embed"`` (the stream that enters the first layer). A
-            mapping names groups that are switched together: ``{"movers": [(4, 0), (4, 3)]}``.
-        receivers: ``"logits"``, or some of ``"L4H0.q"``, ``"L4K0.k"``, ``"L4K0.v"`` (by key/value head: all query
+            mapping names groups that are patched together: ``{"movers": [(4, 0), (4, 3)]}``.
+        receivers: ``"logits"``, or any of ``"L4H0.q"``, ``"L4K0.k"``, ``"L4K0.v"`` (by key/value head: all query
             heads of the group see the change), ``"mlp.4"``; groups as for senders.
-        freeze: what keeps its value on the way: any of ``"attention"``, ``"mlp"`` (their outputs) and ``"norm"``
-            (scales of the norms at the stream). Behind the receiver nothing is frozen.
-        positions, receiver_positions: where sender and receiver are switched, in words of ``TokenLayout.positions``.
+        freeze: what keeps its value between the ends: any of ``"attention"``, ``"mlp"`` (their outputs) and ``"norm"``
+            (the scales of norms at the residual stream). Nothing is frozen after the receiver.
+        positions, receiver_positions: where sender and receiver are patched, as ``TokenLayout.positions`` takes it.
         regions, receiver_regions: several such places by name: dimensions ``region`` and ``receiver_region``.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
-        method: ``"walk"`` and ``"literal"`` force an algorithm; both give the same.
-        progress: called with (pairs of runs done, pairs in all).
+        method: ``"walk"`` and ``"literal"`` force an algorithm; both give the same result.
+        progress: called with (pairs of runs done, pairs in total).
 
     Returns:
-        ``effect`` and ``metric`` over (example, sender, receiver), then the regions asked for; ``clean`` and
-        ``corrupted`` over example. Attributes: what was frozen, the algorithm and why, the cost in forwards.
+        ``effect`` and ``metric`` over (example, sender, receiver) and any named regions; ``clean`` and ``corrupted``
+        over example. Attributes: what was frozen, the algorithm and why, the cost in forwards.
 
     Raises:
         ExperimentError: an end that does not exist, layouts that differ, or an answer that cannot be read off the
-            inputs. Before any forward.
+            inputs. Raised before any forward.
         PointError: a point that an end needs is not live in this model.
 
-    Cost: two forwards and, for the walk, ``attrs["forwards"]``: with attention frozen next to nothing for the logits
-    and for queries of few positions; literally, a forward for each sender and for each pair with another receiver.
+    Cost: two forwards and the paths. For the walk see ``attrs["forwards"]``: with attention frozen, the logits and
+    queries at few positions cost next to nothing. Literally, one forward per sender and one per pair of a sender and a
+    receiver other than the logits.
 
     References: Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969. Wang et al. freeze
-    attention and let MLPs answer, as the default here does.
+    attention and let MLPs react, which is the default here.
     """
     held = frozen_of(freeze)
     if "norm" in held:
@@ -147,7 +148,7 @@ def path_patching(
 
 
 def _parts(inputs: Inputs, groups: Mapping[str, tuple[Node, ...]], regions: Mapping[str, Where]) -> list[Part]:
-    """Every group in every region of these inputs."""
+    """Each group in each region of these inputs."""
     masks = [mask_of(inputs, where) for where in regions.values()]
     return [Part(group, mask) for group in groups.values() for mask in masks]
 
@@ -161,7 +162,7 @@ def _dataset(
     metric: Metric,
     direction: str,
 ) -> xr.Dataset:
-    """Metrics and effects with their labels: nan where no path exists, without the axes of a single region."""
+    """Labelled metrics and effects: nan where no path exists; axes of a single region are dropped."""
     raw = metrics.double().cpu().numpy()
     exists = np.array([[sender.reaches(receiver) for receiver in ends[1]] for sender in ends[0]])
     raw = np.where(exists, raw, np.nan).reshape(-1, *map(len, axes.values()))
@@ -183,9 +184,9 @@ def _dataset(
 
 @dataclass(eq=False)
 class Pair:
-    """A clean and a corrupted run of the same layout between which paths are switched.
+    """A clean and a corrupted run of the same layout, between which paths are patched.
 
-    Made by ``of`` without running anything; ``run`` keeps both runs, ``metric`` may then be asked any number of times.
+    ``of`` makes a pair without running anything. ``run`` runs and keeps both; ``metric`` can then be called repeatedly.
     """
 
     model: HookedMLLM
@@ -201,16 +202,16 @@ class Pair:
     def of(
         cls, model: HookedMLLM, clean: Inputs, corrupted: Inputs, metric: Metric, direction: str, example: int
     ) -> "Pair":
-        """A pair whose metric can be read; ``example`` counts the rows before it."""
+        """A pair whose metric can be read; ``example`` is the number of rows before it."""
         plan = Plan.of(model, clean, corrupted, metric, Sweep("hook_resid_pre", (), layers=[0]), example)
         return cls(model, plan, direction)
 
     @torch.no_grad()
     def run(self, senders: Sequence[Node], method: str = "auto") -> None:
-        """Run both, and keep what these senders put out in the source.
+        """Run both, and keep the outputs of these senders in the source run.
 
         Raises:
-            ExperimentError: ``method="walk"`` where the model cannot be run on from the middle.
+            ExperimentError: ``method="walk"``, but the model cannot be run from the middle.
         """
         model, plan = self.model, self.plan
         base, source = plan.corrupted, plan.clean
@@ -246,7 +247,7 @@ class Pair:
     def metric(
         self, senders: Sequence[Part], receivers: Sequence[Part], freeze: frozenset[str]
     ) -> Float[Tensor, "batch sender receiver"]:
-        """The metric with each path switched; that of the base run where there is no path."""
+        """The metric with each path patched; the base run's metric where there is no path."""
         model, plan = self.model, self.plan
         if not self._rows:
             at = torch.as_tensor(plan.reads, device=model.device)
@@ -271,7 +272,7 @@ class Pair:
 
     @torch.no_grad()
     def without(self, nodes: Sequence[Node]) -> Float[Tensor, " batch"]:
-        """The share of the gap that is left when all of these put out what they do in the other run."""
+        """``(metric - corrupted) / gap`` when all of these nodes output their values from the other run."""
         everywhere = torch.ones(len(self._base), len(self._base.layouts[0]), dtype=torch.bool)
         hooks = []
         for node in nodes:
@@ -286,13 +287,13 @@ class Pair:
 
     @property
     def gap(self) -> Float[Tensor, " batch"]:
-        """Metric of the clean run less that of the corrupted one."""
+        """The clean run's metric minus the corrupted run's."""
         assert self.clean is not None and self.corrupted is not None
         return self.clean - self.corrupted
 
 
 def heads_and_mlps(model: HookedMLLM) -> list[Node]:
-    """Every head and every MLP of the text stack that can be a sender."""
+    """All heads and MLPs of the text stack that can be senders."""
     live, found = set(model.points()), []
     for layer in range(model.cfg.n_layers):
         if point_name("attn.hook_z", layer) in live:

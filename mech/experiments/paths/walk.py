@@ -1,17 +1,18 @@
-"""How paths are switched: a walk over the rows of the path, and its literal twin. ``paths.path_patching`` chooses.
+"""Two ways to patch paths: ``Walk`` over the rows of the path, and ``literal``. ``path_patching`` chooses one.
 
-Both do the same two runs for a sender and a receiver. The *path run* is the base run with the sender's output of the
-source; what is frozen keeps the base's value, the rest is computed anew, and the receiver's input is recorded. The
-*receiving run* is the base run with that input in place, and all behind it computed anew. For the logits the first run
-is all there is.
+Both do the same two runs for a sender and a receiver. The *path run* is the base run with the sender's output from the
+source run; frozen parts keep their base values, the rest is recomputed, and the receiver's input is recorded. The
+*receiving run* is the base run with that input in place and everything after it recomputed. If the receiver is the
+logits, there is only the path run.
 
-With attention and MLPs frozen what a sender adds to the stream arrives as it left. ``Walk`` then computes it once, and
-adds it to the base run's stream before each receiver (where a layer does scale the stream, it walks through).
+With attention and MLPs frozen, what a sender adds to the stream reaches every receiver unchanged. ``Walk`` then
+computes it once and adds it to the base run's stream before each receiver (if a layer scales the stream, it walks
+through the layers instead).
 
-``literal`` runs the whole model for each. ``Walk`` runs on from a cached run (``mech.model.partial``). With attention
-frozen nothing moves between positions on the way, so that the path run of all senders is one growing batch of the few
-rows at which sender and receiver meet, and no attention is computed. The first row of that batch is the base run
-itself: it is what frozen parts are read off.
+``literal`` runs the whole model for each path. ``Walk`` continues from a cached run (``mech.model.partial``). With
+attention frozen, nothing moves between positions on the way, so the path run of all senders is one growing batch of the
+few rows that sender and receiver have in common, and no attention is computed. The first row of that batch is the base
+run itself, from which the values of frozen parts are read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,32 +36,32 @@ from mech.model.partial.room import fitting
 from mech.model.points import point_name
 
 Hooks = list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]]
-CARRIED = 2**25  # numbers that are kept of what senders add to one example's stream
+CARRIED = 2**25  # how many numbers are kept of what senders add to one example's stream
 Score = Callable[[Float[Tensor, "variant read vocab"]], Float[Tensor, " variant"]]
 
 
 def norms_of(model: HookedMLLM) -> list[nn.Module]:
-    """The norms that read the residual stream or stand between a part and the stream, the final one included."""
+    """The norms that read the residual stream or lie between a part and the stream, including the final norm."""
     stack, found = model.family.text, [module_at(model.hf_model, model.family.final_norm)]
     for layer, block in enumerate(layers_of(model.hf_model, stack)):
         found.append(model.norm(layer))
-        # Without a path between attention and MLP they read one norm's output (Cohere).
+        # If there is no norm between attention and MLP, both read the output of one norm (Cohere).
         found += [module_at(block, path) for path in (stack.mid, stack.attn_out, stack.mlp_out) if path]
     return list({id(norm): norm for norm in found}.values())
 
 
 @contextmanager
 def frozen_norms(norms: Iterable[nn.Module], held: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """While open, norms have the scale that they have at ``held``; what is missing there is read off the first row.
+    """Within this context norms keep the scale they have at ``held``; missing entries are read off the first row.
 
-    Their ``forward`` is replaced: a hook would come behind those that write what a norm puts out (Gemma's post-norms).
+    Replaces their ``forward``: a hook would run after the hooks that write a norm's output (Gemma's post-norms).
     """
     own = {norm: (norm.forward, vars(norm).get("forward")) for norm in norms}
 
     def linear(norm: nn.Module, stream: Tensor) -> Tensor:
         plain, at = own[norm][0], held.setdefault(norm, stream[:1].detach())
         change = stream - at
-        # Rows of padding may be zero, where a norm has no scale.
+        # Rows of padding may be zero, and a norm has no scale there.
         return plain(at) + torch.where(change == 0, 0, frozen_norm(plain, at)(change))
 
     try:
@@ -80,10 +81,10 @@ class Walk:
     """The paths of one example.
 
     Attributes:
-        row: the example of the run that is patched into.
-        source: what senders put out in the other run, by full name of their point; ``[1 ...]``.
-        example: which row of the parts' positions this is.
-        freeze: "attention", "mlp", "norm": what keeps its value on the way.
+        row: this example in the run that is patched into.
+        source: the senders' outputs in the other run, ``[1 ...]``, by the full name of their point.
+        example: which row of the parts' position masks this example is.
+        freeze: what keeps its value between the ends: "attention", "mlp", "norm".
         score: the metric of variants, from their logits.
         before: the metric of the base run.
     """
@@ -103,10 +104,10 @@ class Walk:
 
     @torch.no_grad()
     def scores(self, senders: Sequence[Part], receivers: Sequence[Part]) -> Float[Tensor, "sender receiver"]:
-        """The metric with each path switched. Memory: as much as there is room for, or two variants.
+        """The metric with each path patched. Memory: as much as there is room for, or two variants.
 
         Raises:
-            ExperimentError: not even two variants fit into memory; where fewer than usual do, that is said once.
+            ExperimentError: not even two variants fit into memory. If fewer fit than usual, there is one warning.
         """
         found = self.before.repeat(len(senders), len(receivers))
         groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -133,7 +134,7 @@ class Walk:
         return found
 
     def _of_paths(self, senders: Sequence[Part], receivers: Sequence[Part], rows: Tensor) -> list[Tensor]:
-        """For each receiver the metric with its path from every sender switched."""
+        """For each receiver, the metric with its path from every sender patched."""
         seen, stream = self._path_run(senders, receivers, rows)
         found = []
         for receiver in receivers:
@@ -145,7 +146,7 @@ class Walk:
         return found
 
     def _rows(self, sender: Part, receiver: Part) -> tuple[int, ...]:
-        """The positions that the path run computes: none where nothing of the sender arrives."""
+        """The positions that the path run computes; none if nothing from the sender reaches the receiver."""
         sent = sender.where[self.example].nonzero()[:, 0]
         if not len(sent):
             return ()
@@ -159,9 +160,9 @@ class Walk:
     def _path_run(
         self, senders: Sequence[Part], receivers: Sequence[Part], rows: Int[Tensor, " row"]
     ) -> tuple[dict[Node, Tensor], Tensor | None]:
-        """What every receiving node reads, by sender; and the stream behind the last layer if the logits read it.
+        """What every receiving node reads, by sender, and the stream after the last layer if the logits read it.
 
-        The senders are in the order of their layers. The first row of all is the base run.
+        The senders are ordered by layer. The first row is the base run.
         """
         row, layers = self.row, len(self.row)
         nodes = {node for receiver in receivers for node in receiver.nodes}
@@ -183,7 +184,7 @@ class Walk:
 
     @cached_property
     def _unchanged(self) -> bool:
-        """Whether all is frozen, and every layer then passes on what was added to the stream as it is."""
+        """Whether everything is frozen and every layer then passes on unchanged what was added to the stream."""
         if not {"attention", "mlp"} <= self.freeze:
             return False
         row, rows = self.row, self.row.reads[-1:]
@@ -199,7 +200,7 @@ class Walk:
     def _direct_run(
         self, senders: Sequence[Part], nodes: set[Node], rows: Int[Tensor, " row"]
     ) -> tuple[dict[Node, Tensor], Tensor | None]:
-        """``_path_run`` of single senders where ``_unchanged``."""
+        """``_path_run`` for single senders if ``_unchanged``."""
         row, added, seen = self.row, self._carried(senders, rows), {}
         from_layer = torch.tensor([s.layer - (s.nodes[0].kind == "embed") for s in senders], device=rows.device)
         for layer in sorted({node.layer for node in nodes} - {len(row)}):
@@ -219,7 +220,7 @@ class Walk:
         return _for_all(seen, len(senders)), stream
 
     def _carried(self, senders: Sequence[Part], rows: Int[Tensor, " row"]) -> Float[Tensor, "sender row d_model"]:
-        """What each of these single senders adds to the stream where it is switched."""
+        """What each of these single senders adds to the stream at its patched positions."""
         row, missing = self.row, {}
         for sender in senders:
             (node,) = sender.nodes
@@ -256,7 +257,7 @@ class Walk:
     def _path_hooks(
         self, layer: int, senders: Sequence[Part], rows: Tensor, receivers: set[Node], seen: dict[Node, Tensor]
     ) -> Hooks:
-        """Write what senders put out, hold what is frozen, and record what receivers read, in one layer."""
+        """Hooks of one layer that write the senders' outputs, hold what is frozen, and record what receivers read."""
         sent: dict[str, list[tuple[int, Node, Tensor]]] = {}
         for variant, sender in enumerate(senders, 1):
             chosen = sender.where[self.example].to(rows.device)[rows]
@@ -284,7 +285,7 @@ class Walk:
         return hooks + _recording([node for node in receivers if node.layer == layer], seen)
 
     def _read(self, stream: Float[Tensor, "variant row d_model"], rows: Tensor) -> Float[Tensor, " variant"]:
-        """The metric of streams behind the last layer; what is not among ``rows`` is as in the base run."""
+        """The metric of streams after the last layer; positions outside ``rows`` are as in the base run."""
         row = self.row
         behind = row.stream(len(row))[row.reads].repeat(len(stream), 1, 1)
         for place, read in enumerate(row.reads.tolist()):
@@ -296,10 +297,10 @@ class Walk:
     def _receiving_runs(
         self, receiver: Part, seen: Mapping[Node, Tensor], count: int, rows: Tensor
     ) -> Float[Tensor, " variant"]:
-        """The metric with what a receiver reads on each path in place."""
+        """The metric when the receiver reads what was recorded on each path."""
         row, layer, last = self.row, receiver.layer, len(self.row) - 1
         kinds = {node.kind for node in receiver.nodes if node.layer == layer}
-        # What reads keys and values, or comes behind attention, changes in this layer nothing but its own rows.
+        # In this layer queries and MLPs change only their own rows; keys and values change later rows too.
         keys = "z" if kinds == {"mlp"} else "kept" if kinds <= {"q", "mlp"} else "own"
         at = receiver.where[self.example].to(rows.device)[rows].nonzero()[:, 0]
         if layer == last and keys != "own":
@@ -337,12 +338,12 @@ class Walk:
 
 
 def _for_all(seen: Mapping[Node, Tensor], count: int) -> dict[Node, Tensor]:
-    """What receivers read, by sender: those that come behind them leave them as they are."""
+    """What receivers read, by sender; senders that come after a receiver leave its input unchanged."""
     return {node: torch.cat((v[1:], v[:1].expand(count + 1 - len(v), *v.shape[1:]))) for node, v in seen.items()}
 
 
 def _recording(receivers: Sequence[Node], seen: dict[Node, Tensor]) -> Hooks:
-    """Keep what queries, keys and values are."""
+    """Hooks that record queries, keys and values."""
 
     def hook_of(node: Node) -> Callable[[Tensor, HookPoint], None]:
         return lambda value, hook: seen.update({node: value[:, :, node.index].clone()})
@@ -351,7 +352,7 @@ def _recording(receivers: Sequence[Node], seen: dict[Node, Tensor]) -> Hooks:
 
 
 def _writing(node: Node, values: Tensor, at: Tensor) -> tuple[str, Callable[[Tensor, HookPoint], Tensor]]:
-    """Put recorded values in place, at some rows of every variant."""
+    """A hook that writes recorded values at some rows of every variant."""
 
     def write(value: Tensor, hook: HookPoint) -> Tensor:
         value = value.clone()
@@ -371,13 +372,13 @@ def literal(
     receivers: Sequence[Part],
     score: Callable[[Inputs], Float[Tensor, " batch"]],
 ) -> tuple[Float[Tensor, "batch sender receiver"], int]:
-    """Every path by forwards of the whole model: one for each sender, and one more for each receiver but the logits.
+    """Every path by forwards of the whole model: one per sender, plus one for each of its receivers but the logits.
 
     Returns:
-        the metrics, and how many forwards they took.
+        The metrics, and how many forwards they took.
     """
     live, layers = set(model.points()), range(model.cfg.n_layers)
-    # Frozen at z, so that a sender's head can be switched in a layer that is held.
+    # Freeze at z, so that a sending head can be patched in a frozen layer.
     points = [next(p for p in ("attn.hook_z", "hook_attn_out") if point_name(p, layer) in live) for layer in layers]
     held_names = [point_name(p, layer) for layer, p in enumerate(points)] if "attention" in freeze else []
     held_names += [point_name("hook_mlp_out", layer) for layer in layers] if "mlp" in freeze else []
@@ -423,7 +424,7 @@ def _whole_path_hooks(
     receivers: set[Node],
     seen: dict[Node, Tensor],
 ) -> Hooks:
-    """Hold what is frozen; behind that write what the sender puts out. Receivers are recorded before both."""
+    """Hooks that record receivers, then hold what is frozen, then write the sender's output."""
     hooks = _recording(list(receivers), seen)
     hooks += [(node.point, lambda out, hook, node=node: seen.update({node: out.clone()}))
               for node in receivers if node.kind == "mlp"]  # fmt: skip
@@ -435,7 +436,7 @@ def _whole_path_hooks(
 
 
 def put(node: Node, where: Tensor, values: Tensor) -> tuple[str, Callable[[Tensor, HookPoint], Tensor]]:
-    """Write values at some positions of every row, for one head where the point has heads."""
+    """A hook that writes values at some positions of every row, for one head if the point has heads."""
 
     def write(value: Tensor, hook: HookPoint) -> Tensor:
         value = value.clone()
