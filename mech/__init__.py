@@ -127,7 +127,7 @@ _NAMES = {
     "write_samples": "mech.data.jsonl_writing",
 }
 
-# name of the version before -> its name now
+# name in the previous version -> its name now
 _RENAMED = {"asking": "with_question", "looks": "attention_maps"}
 
 __all__ = ["__version__", *sorted(_NAMES)]

@@ -1,6 +1,6 @@
-"""Interventions as data: frozen specs that say what is changed, and the one place that runs them on a model.
+"""Interventions as data: frozen specs that say what to change, and the one place that runs them on a model.
 
-Knows models, inputs and samples (for reference activations). Knows nothing of bands, metrics, statistics or pictures.
+Depends on models, inputs and samples (for reference activations), not on bands, metrics, statistics or figures.
 """
 
 from mech.interventions.reference import Reference, reference_activations

@@ -1,16 +1,16 @@
-"""Corrupted samples for patching: the same question about the same layout, without the evidence or with another.
+"""Corrupted samples for patching: the same layout, with the evidence removed or another question asked.
 
     corrupted = without_evidence(sample, by="mean")        # or "blur", "removed"
     corrupted = with_question(sample, other.question, other.answer)
     scores = activation_patching(model, model.inputs_of(sample), model.inputs_of(corrupted), metric)
-    blind = without_pictures(model, model.inputs_of(sample))     # every visual token is the mean one
+    blind = without_pictures(model, model.inputs_of(sample))     # every visual token becomes their mean
 
-Pixels are changed before the processor sees them, so that the layout stays what it was. A ``counterfactual`` of the
-sample itself, with other evidence of the same kind, is the least off-distribution corruption and is to be preferred
-where there is one: grey patches and blur are seen as what they are.
+Pixels are changed before the processor sees them, so the layout stays the same. The sample's own ``counterfactual``,
+with other evidence of the same kind, is the least off-distribution corruption; prefer it where there is one, since the
+model sees grey patches and blur for what they are.
 
-What it does not do: noise on embeddings (arXiv 2309.16042: off-distribution). Some visual tokens alone are replaced by
-an ablation, ``Ablate("hook_embed", positions=box)``.
+This module adds no noise to embeddings (arXiv 2309.16042: off-distribution). To replace only some visual tokens, use an
+ablation: ``Ablate("hook_embed", positions=box)``.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from mech.inputs import Inputs
 from mech.model import HookedMLLM
 
 WAYS = ("mean", "blur", "removed")
-MARGIN = 2  # pixels around the evidence whose colour fills its place
+MARGIN = 2  # pixels around the evidence whose mean colour replaces it
 
 
 @checked
@@ -40,8 +40,9 @@ def without_evidence(sample: Sample, by: one_of(WAYS) = "mean") -> Sample:
 
     Args:
         sample: with evidence.
-        by: ``"mean"``: the mean colour of the picture; ``"blur"``: a Gaussian blur of a quarter of the evidence's
-            shorter side; ``"removed"``: the mean colour just around the evidence, as if there were nothing.
+        by: ``"mean"``: the mean colour of the picture; ``"blur"``: a Gaussian blur with a radius of a quarter of
+            the evidence's shorter side; ``"removed"``: the mean colour just around the evidence, as if nothing were
+            there.
 
     Raises:
         ExperimentError: an unknown way, or a sample without evidence.
@@ -61,7 +62,7 @@ def without_evidence(sample: Sample, by: one_of(WAYS) = "mean") -> Sample:
 
 @checked
 def with_question(sample: Sample, question: Text, answer: str) -> Sample:
-    """The sample with another question. Patching refuses it where it has another number of tokens.
+    """The sample with another question. Patching refuses it if the number of tokens differs.
 
     Raises:
         ExperimentError: the question is the same.
@@ -73,23 +74,23 @@ def with_question(sample: Sample, question: Text, answer: str) -> Sample:
 
 @checked
 def without_pictures(model: HookedMLLM, inputs: Inputs, reference: Sequence[Inputs] = ()) -> Inputs:
-    """Inputs whose visual tokens all are their mean, where the vision stack hands them over.
+    """Inputs with every visual token replaced by the mean visual token, at the output of the vision stack.
 
-    What enters between layers (DeepStack) is averaged too. For forwards: generation and points before the text stack
-    want the pictures.
+    Features that enter between layers (DeepStack) are averaged too. Only for forward passes: generation and points
+    before the text stack need the pictures.
 
     Args:
-        model: whose tokens they are.
+        model: encodes the pictures.
         inputs: with pictures.
-        reference: other inputs with pictures to take the mean over; these themselves if there are none.
+        reference: other inputs with pictures to take the mean over; ``inputs`` itself if there are none.
 
     Raises:
-        ExperimentError: nothing to replace, or to average.
+        ExperimentError: nothing to replace or to average.
         UnsupportedModel: the architecture has no way to run its vision stack alone.
 
-    Cost: the vision stack of all inputs.
+    Cost: one run of the vision stack on all inputs.
 
-    References: mean-embedding ablation of visual tokens, arXiv 2410.07149 (over a data set; here as you give it).
+    References: mean-embedding ablation of visual tokens, arXiv 2410.07149 (there over a data set, here over these).
     """
     blind, seen = model.encode_pictures(inputs)
     known = [model.encode_pictures(other)[1] for other in reference] or [seen]
@@ -101,7 +102,7 @@ def without_pictures(model: HookedMLLM, inputs: Inputs, reference: Sequence[Inpu
 
 
 def _averaged(output: Any, known: Sequence[Any]) -> Any:
-    """What a vision stack puts out, with the mean of ``known`` in place of each token."""
+    """The output of a vision stack, with each token replaced by the mean over ``known``."""
     if isinstance(output, Tensor):
         return _filled(output, known)
     handed = "last_hidden_state" if output.get("pooler_output") is None else "pooler_output"
@@ -113,7 +114,7 @@ def _averaged(output: Any, known: Sequence[Any]) -> Any:
 
 
 def _filled(tokens: Any, known: Sequence[Any]) -> Any:
-    """A tensor of tokens, or one for each picture, with the mean over ``known`` in every place."""
+    """A tensor of tokens, or one for each picture, with every token replaced by the mean over ``known``."""
     flat = [part for output in known for part in ([output] if isinstance(output, Tensor) else output)]
     mean = torch.cat([part.flatten(0, -2) for part in flat]).mean(0)
     return mean.expand_as(tokens) if isinstance(tokens, Tensor) else [mean.expand_as(part) for part in tokens]
@@ -160,7 +161,7 @@ def _replaced(picture: Image.Image, inside: Bool[np.ndarray, "height width"], by
             True
         )
         around &= ~inside
-        # Where the evidence is the whole picture there is nothing around it.
+        # Evidence that fills the whole picture has nothing around it.
         source = colours[around] if by == "removed" and around.any() else colours.reshape(-1, 3)
         filled = np.broadcast_to(source.mean(axis=0).round().astype(np.uint8), colours.shape)
     return Image.fromarray(np.where(inside[..., None], filled, colours))

@@ -1,6 +1,6 @@
-"""What heads put out instead: the arithmetic of ``Ablate``, ``Knockout`` and ``Redirect`` inside one attention call.
+"""Changed head outputs: the arithmetic of ``Ablate``, ``Knockout`` and ``Redirect`` inside one attention call.
 
-It works on an ``AttentionCall`` and never makes a query x key tensor of all rows at once.
+It works on an ``AttentionCall`` and never builds a query x key tensor for all rows at once.
 """
 
 from dataclasses import replace
@@ -16,16 +16,16 @@ from mech.interventions.specs import Ablate
 from mech.interventions.where import Plan, for_beams
 from mech.model import AttentionCall
 
-ROWS = 512  # query rows at once where attention is computed: bounds memory at 512 x S
+ROWS = 512  # query rows per block when attention is computed: bounds memory at 512 x S
 
 
 def span(call: AttentionCall) -> tuple[int, int]:
-    """The positions of the sequence that the call's query rows are."""
+    """The first position of the call's query rows in the sequence, and the one after the last."""
     return call.query_start, call.query_start + call.q.shape[2]
 
 
 def replacement(spec: Ablate, call: AttentionCall, plan: Plan) -> Float[Tensor, "batch pos head d_head"]:
-    """What the heads put out under an ablation."""
+    """The heads' output under an ablation."""
     if spec.to == "zero":
         return torch.zeros_like(call.z)
     if spec.to == "uniform":
@@ -36,7 +36,7 @@ def replacement(spec: Ablate, call: AttentionCall, plan: Plan) -> Float[Tensor, 
 
 
 def drawn(spec: Ablate, layer: int, plan: Plan, start: int, stop: int, batch: int) -> Float[Tensor, "batch pos ..."]:
-    """The values from reference samples that ``mean`` and ``resample`` put in place."""
+    """The values from reference samples that ``mean`` and ``resample`` put in."""
     reference = spec.reference
     if not isinstance(reference, Reference):
         raise ExperimentError(f"{spec!r} without reference activations", "a Reference", "run it through intervene")
@@ -54,9 +54,9 @@ def knocked_out(
     key: Bool[Tensor, "batch key_pos"],
     heads: Bool[Tensor, " head"],
 ) -> tuple[Float[Tensor, "batch pos head d_head"], bool]:
-    """z where the rows of ``query`` cannot attend to ``key``, and whether any of them could.
+    """z with the rows of ``query`` cut off from ``key``, and whether any of them attended to it.
 
-    A row that could attend to nothing else puts out zero.
+    A row that could attend to nothing else outputs zero.
     """
     z, cut = z.clone(), False
     rows = query.any(0).nonzero().flatten()
@@ -78,7 +78,7 @@ def redirected(
     bias: float,
     heads: Bool[Tensor, " head"],
 ) -> tuple[Float[Tensor, "batch pos head d_head"], bool]:
-    """z where the rows of ``query`` are pulled towards ``key``, and whether any of them can see it."""
+    """z with the rows of ``query`` pulled towards ``key``, and whether any of them can see it."""
     z, pulled = z.clone(), False
     rows = query.any(0).nonzero().flatten()
     for part in rows.split(ROWS):
@@ -94,14 +94,14 @@ def redirected(
 def _mixed(
     pattern: Float[Tensor, "batch head row key_pos"], call: AttentionCall, z: Tensor
 ) -> Float[Tensor, "batch row head d_head"]:
-    """What heads put out under a pattern."""
+    """The heads' output under an attention pattern."""
     batch, n_heads, n_rows, keys = pattern.shape
     grouped = pattern.reshape(batch, call.v.shape[1], -1, keys) @ call.v.to(pattern)
     return grouped.reshape(batch, n_heads, n_rows, -1).transpose(1, 2).to(z)
 
 
 def _wide(values: Tensor) -> Tensor:
-    """Values in which sums over many keys stay exact: at least float32, and float64 where they are."""
+    """Values in a dtype wide enough for sums over many keys: at least float32; float64 stays float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -120,7 +120,7 @@ def _mean_of_visible(call: AttentionCall) -> Float[Tensor, "batch kv_head pos d_
         rows = torch.arange(first, min(first + ROWS, stop - start), device=v.device)
         weight = call.visible(rows).to(v)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-        if weight.shape[1] > 1:  # narrowed heads: each has keys of its own
+        if weight.shape[1] > 1:  # narrowed heads: each sees its own keys
             own = repeat(v, "batch kv key d -> batch (kv group) key d", group=weight.shape[1] // v.shape[1])
             means.append(weight @ own)
             continue
@@ -130,14 +130,14 @@ def _mean_of_visible(call: AttentionCall) -> Float[Tensor, "batch kv_head pos d_
 
 
 def _mean_of_all(call: AttentionCall, prompt_end: Int[Tensor, " batch"]) -> Float[Tensor, "batch kv_head pos d_head"]:
-    """Every row of the prompt sees the whole prompt; a row behind it sees what has been written by then."""
+    """Every row of the prompt sees the whole prompt; a later row sees everything up to itself."""
     start, stop = span(call)
     # The last row sees every key that is not padding.
     v = _wide(call.v)
     real = replace(call, head_mask=None).visible([call.q.shape[2] - 1])[..., 0, :, None].to(v)
     mean = (v * real).cumsum(2) / real.cumsum(2).clamp(min=1)
     rows = torch.arange(start, stop, device=mean.device)
-    if call.cross:  # all of a memory is there from the first row on
+    if call.cross:  # the first row already sees the whole memory
         return mean[:, :, -1:].expand(-1, -1, stop - start, -1)
     seen = torch.maximum(rows[None], prompt_end.to(mean.device)[:, None] - 1).clamp(max=mean.shape[2] - 1)
     return mean.gather(2, seen[:, None, :, None].expand(-1, mean.shape[1], -1, mean.shape[3]))

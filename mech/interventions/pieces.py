@@ -1,10 +1,10 @@
-"""A prompt that is read in pieces, one behind the other into a KV cache, and what specs mean there.
+"""Chunked prefill: a prompt that is read into a KV cache piece by piece, and what specs mean there.
 
     run.generate(inputs, prefill_chunk_size=512)          # positions are those of the whole prompt, in every piece
 
-So a prompt in pieces gives what it gives in one run. Refused is what an early piece would have to know of later ones:
-``Ablate(to="paper")`` and prompts that look ahead; and a cache that was filled before, as nobody knows what was done
-to the positions in it.
+So a prompt in pieces gives the same result as in one run. Refused are cases in which an early piece depends on later
+ones (``Ablate(to="paper")``, prompts that look ahead), and a cache that was filled before, because what was done to its
+positions is unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ from mech.model.generation import looks_ahead
 
 
 def check_pieces(model: HookedMLLM, specs: Sequence[Spec], inputs: Inputs, options: Mapping[str, Any]) -> None:
-    """Refuse pieces of a prompt that would not give what the whole gives.
+    """Refuse a prompt in pieces that would not give the same result as the whole.
 
     Raises:
-        ExperimentError: a cache that has read something, a spec or a prompt of which a piece needs later ones.
+        ExperimentError: a cache that holds positions already; a spec or prompt for which a piece needs later ones.
     """
     cache, chunk = options.get("past_key_values"), options.get("prefill_chunk_size")
     if cache is not None and (read := int(cache.get_seq_length())):
@@ -47,12 +47,12 @@ def check_pieces(model: HookedMLLM, specs: Sequence[Spec], inputs: Inputs, optio
 
 
 def counterpart(source: Tensor, value: Tensor, start: int, stop: int, square: bool) -> Tensor:
-    """Another run's activation at the positions of ``value``; what has no counterpart there stays as it is.
+    """Another run's activation at the positions of ``value``; positions without a counterpart keep their value.
 
     Args:
-        source: the activation of a run of the whole prompt.
-        value: that of positions ``start`` to ``stop``: a piece of the prompt, or the prompt and what is written.
-        square: both are scores or a pattern, with query rows before keys, which a cache holds up to ``stop``.
+        source: the activation from a run on the whole prompt.
+        value: the activation at positions ``start`` to ``stop``: a piece of the prompt, or prompt and generated tokens.
+        square: both are scores or a pattern, with query rows before keys; the cache holds keys up to ``stop``.
     """
     if source.shape[1:] == value.shape[1:] and start == 0:
         return source

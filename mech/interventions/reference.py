@@ -1,7 +1,6 @@
-"""What a point puts out on other samples: the means and the draws that ablation puts in its place.
+"""Activations of a point on other samples: the means and draws that ablation puts in its place.
 
-Positions with a visual token and positions with text are kept apart: a head's mean over the picture is not a value it
-ever takes at a word.
+Visual and text positions are kept apart: a head's mean over the picture is not a value it ever takes at a word.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,14 +33,14 @@ def kinds(layout: TokenLayout) -> Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """Values of one point on reference samples, in every layer: of every text head, or of the residual stream's width.
+    """Values of one point on reference samples, in every layer: one per text head, or as wide as the residual stream.
 
     Attributes:
         mean: over all positions of a kind; layers without the point are zero.
         draws: at random positions of a kind, the same positions for every layer and head.
         digest: of the samples.
-        point: which values these are.
-        model, weights: name and digest of the weights of the model they are of; "" where not known.
+        point: the point that the values come from.
+        model, weights: name and weight digest of the model that they come from; "" where unknown.
     """
 
     mean: Float[Tensor, "kind layer ..."] = field(repr=False)
@@ -52,14 +51,14 @@ class Reference:
     weights: str = ""
 
     def to(self, device: torch.device | str) -> "Reference":
-        """The same values on a device."""
+        """The same values on another device."""
         return replace(self, mean=self.mean.to(device), draws=self.draws.to(device))
 
     def check(self, model: HookedMLLM, point: str, allow_other_model: bool = False) -> str:
-        """Refuse a model or a point that these values are not of.
+        """Refuse a model or a point other than the one these values come from.
 
         Returns:
-            The other model in words, where one is allowed and these are of one; else "".
+            The other model in words, if another is allowed and the values come from one; else "".
         """
         cfg = model.cfg
         layers = 1 if point == "hook_embed" else cfg.n_layers
@@ -89,7 +88,7 @@ def reference_activations(
 
     Args:
         model: a hooked model.
-        samples: other samples than those that are tested.
+        samples: samples other than those tested.
         point: ``"attn.hook_z"``, ``"hook_attn_out"``, ``"hook_mlp_out"`` or ``"hook_embed"``.
         n_draws: values kept for ``resample``.
         batch_size: samples per forward.
@@ -106,7 +105,7 @@ def reference_activations(
     found = _Found(-(-n_draws // len(samples)), {layer: ([], []) for layer in layers.values()})
     for start in range(0, len(samples), batch_size):
         inputs = model.collate([model.inputs_of(sample) for sample in samples[start : start + batch_size]])
-        # Seeded sample by sample: what is drawn does not depend on the batches.
+        # Seeded per sample, so that the draws do not depend on the batches.
         seeds = [seed * 1_000_003 + start + row for row in range(len(inputs.layouts))]
         with _reading(model, point, layers, found.reader(inputs, seeds)):
             model(inputs, logits_to_keep=1)
@@ -122,7 +121,7 @@ class _Found:
     """Sums and drawn values of a point, for each kind of position.
 
     Attributes:
-        each: values drawn of each sample and kind.
+        each: values drawn per sample and kind.
         drawn: by layer and kind.
         total: by layer, ``[kind ...]``.
         count: positions of each kind.
@@ -134,7 +133,7 @@ class _Found:
     count: Tensor = field(default_factory=lambda: torch.zeros(2))
 
     def reader(self, inputs: Inputs, seeds: Sequence[int]) -> Callable[[int, Tensor], None]:
-        """What adds the values of one batch, layer by layer."""
+        """A function that adds the values of one batch, layer by layer."""
         kind = torch.stack([kinds(layout) for layout in inputs.layouts])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         picked = [
@@ -156,7 +155,7 @@ class _Found:
 
     def filled(self, n_layers: int, n_draws: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
         """Means ``[kind layer ...]`` and draws ``[kind draw layer ...]`` of all layers."""
-        # Heads may be wider in some layers than in others (Gemma 4): the narrower ones are filled up.
+        # Heads may be wider in some layers than in others (Gemma 4): narrower ones are padded with zeros.
         rest = [max(sizes) for sizes in zip(*(sums.shape[1:] for sums in self.total.values()), strict=True)]
         mean, draws = (torch.zeros(*shape, n_layers, *rest, dtype=dtype) for shape in ((2,), (2, n_draws)))
         for layer, sums in self.total.items():
@@ -173,7 +172,7 @@ def _is_text(name: str, point: str) -> bool:
 
 
 def _reading(model: HookedMLLM, point: str, layers: dict[str, int], read: Any) -> AbstractContextManager:
-    """Heads are read by an observer, which sees them before any hook has changed them; the rest by hooks."""
+    """Read heads with an observer, which sees them before any hook changes them, and other points with hooks."""
     if point != Z:
         return model.hooks([(name, lambda value, hook: read(layers[hook.name], value)) for name in layers])
 

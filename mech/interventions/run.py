@@ -1,12 +1,12 @@
-"""Specs -> a model that runs with them.
+"""Run a model with interventions.
 
     with intervene(model, Ablate(heads=ranking.top(0.05), to="mean", reference=train)) as ablated:
         logits = ablated(inputs)
         text   = ablated.generate_text(inputs)      # the KV cache is on, the heads stay ablated
 
-``Ablate``, ``Scale``, ``Knockout`` and ``Redirect`` of heads act where a head's output leaves attention, before
-``hook_z`` fires, so hooks and caches see what they made; the others write their points as hooks do. Specs that meet at
-one place act in the order in which they were given. Leaving the block leaves nothing behind.
+On heads, ``Ablate``, ``Scale``, ``Knockout`` and ``Redirect`` act where a head's output leaves attention, before
+``hook_z`` fires, so hooks and caches see the changed values; other specs write to their points as hooks do. Specs at
+the same place act in the order given. Leaving the block removes them all.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,14 +33,14 @@ from mech.model import AttentionCall, HookedMLLM
 @checked
 @contextmanager
 def intervene(model: HookedMLLM, *specs: Spec) -> Iterator["Intervened"]:
-    """A view of ``model`` whose runs all pass through ``specs``.
+    """A view of ``model`` that applies ``specs`` in every run.
 
     Raises:
         ExperimentError: a spec that does not fit the model or the inputs (before any forward); a spec that changed
             nothing in a run.
 
-    Cost: of the forward alone; samples given as ``reference`` cost one forward each, inputs given as ``source`` one,
-    once.
+    Cost: that of the forward alone; samples given as ``reference`` cost one forward each, and inputs given as
+    ``source`` one forward, once.
     """
     if not specs:
         raise ExperimentError("no intervention", "at least one", "pass mech.Ablate(heads=..., to='mean', ...)")
@@ -56,7 +56,7 @@ def intervene(model: HookedMLLM, *specs: Spec) -> Iterator["Intervened"]:
 
 
 def _ready(spec: Spec, model: HookedMLLM) -> Spec:
-    """The spec with activations in place of the samples or inputs they come from."""
+    """The spec with reference activations in place of the samples they come from."""
     if isinstance(spec, Ablate) and spec.to in ("mean", "resample") and not isinstance(spec.reference, Reference):
         assert spec.reference is not None  # check() has refused it
         activations = reference_activations(model, spec.reference, point=spec.point)
@@ -65,7 +65,7 @@ def _ready(spec: Spec, model: HookedMLLM) -> Spec:
 
 
 class Intervened:
-    """What ``intervene`` yields: call it, or let it generate, as the model itself."""
+    """What ``intervene`` yields: call it, or generate with it, like the model itself."""
 
     def __init__(self, model: HookedMLLM, specs: tuple[Spec, ...]):
         self.model, self.specs = model, specs
@@ -122,7 +122,7 @@ class Intervened:
     @contextmanager
     def _running(self, inputs: Inputs, options: Mapping[str, Any]) -> Iterator[None]:
         check_pieces(self.model, self.specs, inputs, options)
-        with self.model.turns.taken(running=True):  # the plan is this run's, also where threads share the block
+        with self.model.turns.taken(running=True):  # the plan belongs to this run, even if threads share the block
             yield from self._planned(inputs)
 
     def _planned(self, inputs: Inputs) -> Iterator[None]:
@@ -157,14 +157,14 @@ class Intervened:
         if id(spec.source) not in (held := self._sources.setdefault(-1, {})):
             names = [name for other in self.specs if isinstance(other, Patch) and other.source is spec.source
                      for name in names_of(other)]  # fmt: skip
-            with torch.no_grad():  # no plan is set yet: the source is a run without interventions
+            with torch.no_grad():  # no plan is set yet, so the source run has no interventions
                 held[id(spec.source)] = self.model.run_with_cache(spec.source, names_filter=names)[1]
         return held[id(spec.source)]
 
     # -- what the hooks do --
 
     def _edit(self, call: AttentionCall) -> Tensor | None:
-        if self._plan is None:  # the model is run directly inside the block: it is not intervened on
+        if self._plan is None:  # the model itself is run inside the block: no interventions
             return None
         z, batch = None, call.q.shape[0]
         for index, (spec, heads) in enumerate(zip(self.specs, self._heads, strict=True)):
@@ -213,7 +213,7 @@ class Intervened:
         if self._plan is None:
             return None
         start, stop = self.model.step.start, self.model.step.stop
-        if isinstance(spec, Patch) and start >= self._plan.length:  # written tokens have no counterpart
+        if isinstance(spec, Patch) and start >= self._plan.length:  # generated tokens have no counterpart
             return None
         where = self._rows(spec, start, stop, len(value)).to(value.device)
         if not where.any():

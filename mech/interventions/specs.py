@@ -1,4 +1,4 @@
-"""Interventions as frozen values: what is changed, where and when. Nothing happens until ``intervene``.
+"""Interventions as frozen values: what to change, where and when. Nothing happens until ``intervene``.
 
     Ablate(heads=ranking.top(0.05), to="mean", reference=train)              # what is it needed for?
     Ablate("hook_mlp_out", layers=[3], to="zero")                            # MLPs, attention layers, visual tokens
@@ -8,16 +8,16 @@
     Scale(heads=[(3, 2)], factor=2.0)                                        # steering
     Custom("blocks.3.hook_resid_post", fn)                                   # anything
 
-"Ablating a head" names five different operations in the literature, and they can disagree. Each has its name here, and
-the name travels into every result:
+"Ablating a head" means five different operations in the literature, and they can disagree. Each has its own name here,
+which every result records:
 
 ==============  =================================================================================================
-``mean``        the head's output becomes its mean over reference samples, visual and text positions apart
+``mean``        the head's output becomes its mean over reference samples, visual and text positions separately
 ``zero``        the head's output becomes 0 (off-distribution where the mean is not near 0)
-``resample``    the head's output becomes that at a random position of the reference samples, of the same kind
-``uniform``     the head attends alike to every key it may see; its values stay (uniform over the *causal* mask)
-``paper``       the logits are set to 0 after the causal mask, as arXiv 2606.05843 does: the head attends alike to
-                every key of the prompt, *future ones included* (a written token: to all up to itself)
+``resample``    the head's output becomes its output at a random reference position of the same kind
+``uniform``     the head attends equally to every key it may see; values unchanged (uniform over the *causal* mask)
+``paper``       the logits are set to 0 after the causal mask, as arXiv 2606.05843 does: the head attends equally to
+                every key of the prompt, *future ones included* (a generated token: to all up to itself)
 ==============  =================================================================================================
 """
 
@@ -57,7 +57,7 @@ Bias = Annotated[
 
 
 def _positions(name: str, given: Any) -> Any:
-    """Positions as a frozen value; those of a name are checked at once, the others when the inputs are there."""
+    """Positions as a frozen value; names are checked at once, the rest once the inputs are known."""
     if isinstance(given, PerRow):
         return given
     read = where(name, given)
@@ -81,7 +81,7 @@ Phase = one_of(PHASES)
 
 
 class Spec:
-    """What all interventions have: a check before any forward, and a description for the record."""
+    """The base of all interventions: a check before any forward, and a description for the record."""
 
     def check(self, model: Any) -> None:
         """Refuse what cannot be run on this model. No forward pass is made.
@@ -99,10 +99,10 @@ class Spec:
 
 
 def digest_of(*specs: Spec) -> str:
-    """SHA-256 of what interventions say, in their order: part of every key under which answers are kept.
+    """SHA-256 of the interventions' descriptions, in order: part of every key under which answers are cached.
 
-    A cache that knows the model's name alone replays the answers of the model as it is. What ``Custom`` does is known
-    by the name of its function, and a region by its numbers.
+    A cache that knows only the model's name would replay the answers of the unmodified model. ``Custom`` is identified
+    by the name of its function, a region by its numbers.
     """
     return hashlib.sha256(json.dumps([spec.describe() for spec in specs], sort_keys=True).encode()).hexdigest()
 
@@ -117,15 +117,15 @@ class Ablate(Spec):
             (layers) or ``"hook_embed"`` (tokens, as the text stack receives them; name them by ``positions``).
         heads: (layer, head) pairs, or a boolean mask over (layer, head), at ``"attn.hook_z"``.
         layers: layers, or a mask of them, at ``"hook_attn_out"`` and ``"hook_mlp_out"``.
-        to: the method, see the module; away from heads ``mean``, ``zero`` or ``resample``.
-        positions: ``"all"``, or only the positions of the ``"question"``, the ``"last"`` one of the prompt, those of
-            the ``"image"`` or of the ``"text"``; or a region, positions of the prompt, or a boolean mask of it.
-            Generated tokens belong to ``"all"`` and ``"text"``.
+        to: the method (see the module); at points other than heads, ``mean``, ``zero`` or ``resample``.
+        positions: ``"all"``, or only those of the ``"question"``, the ``"image"`` or the ``"text"``, or the ``"last"``
+            one of the prompt; or a region, positions of the prompt, or a boolean mask of it. Generated tokens belong
+            to ``"all"`` and ``"text"``.
         phase: while the prompt is read (``"prefill"``), while the answer is written (``"decode"``), or ``"both"``.
         reference: samples, or their ``reference_activations``, that ``mean`` and ``resample`` draw from. They should
-            not be the samples that are tested.
+            not be the samples under test.
         seed: of ``resample``.
-        allow_other_model: take a ``Reference`` made on another model of this shape.
+        allow_other_model: accept a ``Reference`` made on another model of the same shape.
     """
 
     point: one_of(ABLATED) = Z
@@ -171,15 +171,15 @@ class Ablate(Spec):
 @checked
 @dataclass(frozen=True)
 class Patch(Spec):
-    """Replace activations by those of another run, position by position.
+    """Replace activations with those of another run, position by position.
 
     Attributes:
         point: a point of the text stack without its layer (``"attn.hook_z"``, ``"hook_resid_post"``, ...).
-        source: ``Inputs`` of the other run (one forward), or the ``ActivationCache`` of it. Its layout must be the
-            same: position 17 is replaced by position 17.
-        heads: (layer, head) pairs where the point has heads; keys and values count key/value heads.
-        layers: layers where it has none, or for all heads of them.
-        positions: as in ``Ablate``, of the prompt. At ``"attn.hook_pattern"`` they are query positions.
+        source: ``Inputs`` of the other run (one forward), or its ``ActivationCache``. Its layout must be the same:
+            position 17 replaces position 17.
+        heads: (layer, head) pairs, if the point has heads; at keys and values these are key/value heads.
+        layers: layers, if the point has no heads, or to patch all heads of them.
+        positions: as in ``Ablate``, within the prompt. At ``"attn.hook_pattern"`` they are query positions.
     """
 
     point: one_of(PATCHED) = Z
@@ -221,10 +221,10 @@ class Knockout(Spec):
     minus infinity before the softmax (Geva et al. 2023, arXiv 2304.14767; for MLLMs 2411.18620).
 
     Attributes:
-        query: who is cut off, as ``positions`` of ``Ablate``; written tokens belong to "all", "text" and "last".
-        key: what is not seen any more, positions of the prompt.
+        query: the positions cut off, as in ``Ablate``; generated tokens belong to "all", "text" and "last".
+        key: what they can no longer see, positions of the prompt.
         layers: a window of layers; all when neither layers nor heads are given.
-        heads: single heads in place of layers.
+        heads: single heads instead of layers.
         phase: as in ``Ablate``.
     """
 
@@ -247,10 +247,10 @@ class Knockout(Spec):
 @checked
 @dataclass(frozen=True)
 class PerRow:
-    """Other positions for each row of a batch: ``PerRow((Box(...), Box(...)))`` for two rows.
+    """Different positions for each row of a batch: ``PerRow((Box(...), Box(...)))`` for two rows.
 
     Attributes:
-        rows: what ``positions`` would be of each row, in order.
+        rows: the ``positions`` of each row, in order.
     """
 
     rows: Annotated[tuple[Where, ...], Reading(_rows, "positions for each row")]
@@ -259,7 +259,7 @@ class PerRow:
 @checked
 @dataclass(frozen=True)
 class Redirect(Spec):
-    """Pull heads towards a region: a bias on their scores before the softmax, all else of the layer as it is.
+    """Pull heads towards a region: a bias on their scores before the softmax; the rest of the layer is unchanged.
 
     ``pattern'[q, k] = softmax over k of (score[q, k] + bias [k in to])``. Where ablation asks whether an answer needs a
     head, this asks whether the head decides *where the answer comes from*: if the answer turns into that of the region,
@@ -268,9 +268,9 @@ class Redirect(Spec):
     Attributes:
         heads: (layer, head) pairs.
         to: what they are pulled towards, positions of the prompt: a region, ``"image"``, or ``PerRow`` of them.
-        bias: in units of the scores (logits of attention); negative pushes away. At most 65,504 in size, so that it
-            means the same in every precision.
-        query: which rows are pulled, as ``positions`` of ``Ablate``; written tokens belong to "all", "text" and "last".
+        bias: in units of the scores (attention logits); negative pushes away. At most 65,504 in absolute value, so that
+            it means the same in every precision.
+        query: the positions pulled, as in ``Ablate``; generated tokens belong to "all", "text" and "last".
         phase: as in ``Ablate``.
     """
 
@@ -309,10 +309,10 @@ class Scale(Spec):
 @checked
 @dataclass(frozen=True)
 class Custom(Spec):
-    """Any hook at any point: ``fn(value, hook)`` returns the new value, or None to leave it.
+    """Any hook at any point: ``fn(value, hook)`` returns the new value, or None to leave it unchanged.
 
     Attributes:
-        point: full names, a name or a list (``"blocks.3.hook_resid_post"``), of text or vision points.
+        point: one or several full names (``"blocks.3.hook_resid_post"``) of text or vision points.
         fn: TransformerLens' hook function.
     """
 
@@ -327,7 +327,7 @@ class Custom(Spec):
 
 
 def names_of(spec: Ablate | Patch) -> list[str]:
-    """The full names of the points a spec writes, in order."""
+    """The full names of the points a spec writes to, in order."""
     if spec.point == "hook_embed":
         return [spec.point]
     layers = sorted({layer for layer, _ in spec.heads} | set(spec.layers))

@@ -1,7 +1,7 @@
 """Where and when a spec acts in one run: worked out from the layouts of the inputs, before the run.
 
-Rows of a prompt are chosen by name, region or position; a token that is written while generating belongs to the
-positions "all" and "text". A teacher-forced answer is what decoding would have written, and is treated so.
+Rows of a prompt are chosen by name, region or position; a generated token belongs to the positions "all" and "text". A
+teacher-forced answer stands for what decoding would have generated, and is treated the same way.
 """
 
 import zlib
@@ -22,13 +22,13 @@ N_DRAWS = 4096  # positions after which the sequence of draws repeats
 
 
 class Plan:
-    """One run's positions. ``start`` and ``stop`` count the sequence, what has been generated included."""
+    """One run's positions. ``start`` and ``stop`` index the sequence, generated tokens included."""
 
     def __init__(self, inputs: Inputs):
         self.layouts = inputs.layouts
         self.length = len(inputs.layouts[0].kind)
         self.kind = torch.stack([kinds(layout) for layout in inputs.layouts])
-        # A teacher-forced answer is not part of the prompt: it must not be seen by it, nor decide its draws.
+        # A teacher-forced answer is not part of the prompt: the prompt must not see it, nor its draws depend on it.
         self.prompt_end = torch.tensor([min(layout.spans.get("answer") or [self.length]) for layout in inputs.layouts])
         self.seeds = [
             zlib.crc32(row[:end][row_kind[:end] >= 0].numpy().tobytes())
@@ -38,7 +38,7 @@ class Plan:
         self._chosen: dict[tuple[str, str], Bool[Tensor, "batch pos"]] = {}
 
     def prepare(self, where: Where, phase: str = "both") -> None:
-        """Work a choice of positions out, so that a wrong one is refused before the run."""
+        """Work out a choice of positions, so that a wrong one is refused before the run."""
         wanted = zip(self._by_row(where), self.layouts, strict=True)
         self._chosen[repr(where), phase] = torch.stack([_chosen(part, phase, layout) for part, layout in wanted])
 
@@ -55,7 +55,7 @@ class Plan:
     def rows(
         self, where: Where, phase: str, start: int, stop: int, written: Sequence[str] = ("all", "text")
     ) -> Bool[Tensor, "batch pos"]:
-        """Which of the positions from ``start`` to ``stop`` are meant; those in ``written`` mean generated ones too."""
+        """Which positions from ``start`` to ``stop`` are meant; the names in ``written`` include generated ones."""
         known = self._chosen[repr(where), phase][:, start : min(stop, self.length)]
         if stop <= self.length:
             return known
@@ -63,7 +63,7 @@ class Plan:
         return torch.cat([known, torch.full((len(known), stop - max(start, self.length)), generated)], dim=1)
 
     def keys(self, where: Where, call: AttentionCall) -> Bool[Tensor, "batch key_pos"]:
-        """Which keys of an attention call are meant; of its memory where the layer attends to one."""
+        """Which keys of an attention call are meant: keys of the memory, if the layer attends to one."""
         count = call.k.shape[2]
         if call.cross:
             wanted = zip(self._by_row(where), self.layouts, strict=True)
@@ -73,12 +73,12 @@ class Plan:
         return self.rows(where, "both", start, start + count)
 
     def kinds(self, start: int, stop: int) -> Int[Tensor, "batch pos"]:
-        """Visual or text; padding counts as text, and so does what is generated."""
+        """Visual or text; padding and generated tokens count as text."""
         kind = torch.nn.functional.pad(self.kind, (0, max(0, stop - self.length)), value=TEXT_KIND)
         return kind[:, start:stop].clamp(min=0)
 
     def draw(self, seed: int, n: int, start: int, stop: int) -> Int[Tensor, "batch pos"]:
-        """Which draw each position takes: the same in every layer, whatever else is in the batch."""
+        """Which draw each position takes: the same in every layer and in any batch."""
         rows = []
         for row, of_prompt in enumerate(self.seeds):
             if (seed, row) not in self._draws:
@@ -93,7 +93,7 @@ def check_positions(inputs: Inputs, where: Where, phase: str = "both") -> None:
     """Refuse positions that these inputs do not have.
 
     Raises:
-        RegionError: nothing is there, or a mask is of another length.
+        RegionError: there are none, or a mask has another length.
     """
     Plan(inputs).prepare(where, phase)
 
@@ -131,6 +131,6 @@ def _is_region(where: Where) -> bool:
 
 
 def for_beams(rows: Tensor, batch: int) -> Tensor:
-    """Generation may run several continuations of each row, one after the other."""
+    """Each row repeated, for generation that runs several continuations of it side by side."""
     times = batch // len(rows)
     return rows.repeat_interleave(times, dim=0) if times > 1 else rows
