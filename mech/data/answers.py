@@ -1,4 +1,4 @@
-"""What a haystack's question asks for: a digit, a number of three digits, a name, or a sentence that holds a number.
+"""What a haystack's question asks for: a digit, a number of three digits, a name, or a sentence with a number.
 
 ===========  =================================  =============================  ==================================
 answer       what the picture holds             grounding, video               documents, pages
@@ -9,8 +9,8 @@ answer       what the picture holds             grounding, video               d
 ``sentence`` the same                           ``The red number is 417``      ``Anna scored 417``
 ===========  =================================  =============================  ==================================
 
-All but the first are several tokens long for most tokenizers, and each token has evidence of its own: a digit its cell,
-a name the place where it is written. Nothing here draws pixels or knows of tokens.
+All but the first are several tokens long for most tokenizers, and each token has its own evidence: a digit its cell,
+a name the place where it is written. Nothing here draws pixels or depends on tokens.
 """
 
 from mech.errors import InputError, suggestion
@@ -61,7 +61,7 @@ SENTENCES = {"grounding": _FRAMED, "documents": _LINE, "pages": _LINE, "video": 
 
 
 def digits_of(answer: str) -> int:
-    """How many digits are in every frame or line of a scene that is asked about in this way.
+    """How many digits every frame or line of a scene holds for this kind of answer.
 
     Raises:
         InputError: no such kind of answer.
@@ -72,7 +72,7 @@ def digits_of(answer: str) -> int:
 
 
 def answer_to(answer: str, domain: str, key: str, number: str) -> str:
-    """The answer's words: what is written of ``key``, whose digits are ``number``."""
+    """The words of the answer about ``key``, whose digits are ``number``."""
     if answer == "sentence":
         return SENTENCES[domain].format(key=key, number=number)
     return key if answer == "name" else number

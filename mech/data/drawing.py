@@ -57,7 +57,7 @@ def glyphs(split: str) -> tuple[tuple[int, ...], ...]:
 def _photographs() -> tuple[Picture, ...]:
     from sklearn.datasets import load_sample_images
 
-    # Reduced threefold: a crop then shows a piece of the scene and not a patch of one texture.
+    # Reduced threefold, so that a crop shows a piece of the scene and not a patch of one texture.
     return tuple(np.asarray(Image.fromarray(photo).reduce(3)) for photo in load_sample_images().images)
 
 
@@ -69,7 +69,7 @@ def photo_crop(rng: random.Random, side: int) -> Picture:
 
 
 def frame_digits(picture: Picture, key: str, drawn: Sequence[int], x: int, y: int) -> None:
-    """A frame in the colour ``key`` around handwritten digits, given by their index; each of them fills a cell."""
+    """Draw a frame in the colour ``key`` around handwritten digits, given by index; each digit fills a cell."""
     right = x + CELL * len(drawn) - 2
     picture[y : y + 14, x:right] = COLOURS[key]
     picture[y + 2 : y + 12, x + 2 : right - 2] = 255
@@ -78,7 +78,7 @@ def frame_digits(picture: Picture, key: str, drawn: Sequence[int], x: int, y: in
 
 
 def clutter(picture: Picture, x: int, y: int, rng: random.Random, split: str) -> None:
-    """A loose digit without a frame, or a coloured blob without a digit: neither answers a question."""
+    """Draw a loose digit without a frame, or a coloured blob without a digit: neither answers a question."""
     if rng.random() < 0.5:
         loose = picture[y + 3 : y + 11, x + 3 : x + 11]
         np.minimum(loose, handwriting()[0][rng.choice(glyphs(split)[rng.randrange(10)])][..., None], out=loose)
@@ -100,7 +100,7 @@ def _printed(name: str) -> UInt8[np.ndarray, "16 32"]:
 
 
 def write_line(picture: Picture, key: str, drawn: Sequence[int], x: int, y: int) -> None:
-    """A line of a score sheet: the name ``key``, dots, and handwritten digits from ``x`` on, a cell each."""
+    """Write a line of a score sheet: the name ``key``, dots, and handwritten digits from ``x`` on, a cell each."""
     name = picture[y : y + CELL, : 2 * CELL]
     np.minimum(name, _printed(key)[..., None], out=name)
     picture[y + 12, 2 * CELL + 4 : x - 4 if len(drawn) > 1 else 62 : 3] = 150

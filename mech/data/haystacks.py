@@ -1,4 +1,4 @@
-"""Visual haystacks: generated questions whose evidence is known, in four domains that mirror the literature's.
+"""Visual haystacks: generated questions with known evidence, in four domains that mirror those of the literature.
 
 =============  ==========================================================  ==================  ===================
 domain         what is shown                                               evidence            stands for
@@ -6,16 +6,16 @@ domain         what is shown                                               evide
 ``grounding``  handwritten digits in coloured frames on a photograph,      the frame's `Box`   RefCOCOg
                among loose digits and coloured blobs
 ``documents``  a score sheet: printed names, handwritten scores            the line's `Box`    MMDocIR
-``pages``      three score sheets, the asked name on one of them           the page (`Pages`)  MMLongBench
+``pages``      three score sheets, one with the name asked about           the page (`Pages`)  MMLongBench
 ``video``      framed digits that come and go over a moving photograph     the `Frames`        VidSTG
 =============  ==========================================================  ==================  ===================
 
-``pages`` and ``video`` can be as long as one likes, with ``n_pictures``: sixty-four pages or two hundred frames are
-some thousand visual tokens. What is asked about stays as much; the added room is half filled with lines (or framed
-digits) of names (or colours) that occur again and again and are never asked about.
+``pages`` and ``video`` can be of any length (``n_pictures``): sixty-four pages or two hundred frames come to a thousand
+visual tokens or more. The number of items asked about stays the same; half of the added room is filled with lines (or
+framed digits) of names (or colours) that recur again and again and are never asked about.
 
-The pixels are real where they can be had offline: handwriting from scikit-learn's ``load_digits`` (UCI, 1998) and its
-two photographs; names are set in Pillow's own font. Every sample carries its *counterfactual partner*: the same
+Real pixels are used where they are available offline: handwriting from scikit-learn's ``load_digits`` (UCI, 1998) and
+its two photographs; names are set in Pillow's own font. Every sample carries its *counterfactual partner*: the same
 pictures with only the evidence's digit rewritten, so that the answer changes and no position moves.
 
     >>> samples = haystacks("grounding", n=2, seed=0)
@@ -110,8 +110,8 @@ class Scene:
         return Box(item.x, item.y, item.x + CELL * len(item.digits) - 2, item.y + 14, **where)
 
     def distractors(self, item: Item, answer: str, form: str) -> tuple[Distractor, ...]:
-        """The other items that lie outside of this one's evidence and would be answered in another way."""
-        # The evidence of pages and frames is all of a picture, but not that of a line of text.
+        """The other items that lie outside this one's evidence and have another answer."""
+        # In pages and frames the evidence is the whole picture, in text only one line.
         whole = self.domain in ("pages", "video") and form == "pictures"
         others = [
             other for other in self.items
@@ -143,7 +143,7 @@ class Scene:
         return replace(self, items=tuple(items))
 
     def sample(self, index: int, question: str, id: str, answer: str = "digit", form: str = "pictures") -> Sample:
-        """The question about one item, of the pictures or of the scene written out."""
+        """The question about one item, over the pictures or over the scene written out."""
         item, pictures, context = self.items[index], (), ""
         answered = answers.answer_to(answer, self.domain, item.key, item.number)
         evidence, where = self.evidence(item), functools.partial(self.shown, item)
@@ -168,7 +168,7 @@ class Scene:
         )  # fmt: skip
 
     def written(self, item: Item) -> tuple[str, Passage]:
-        """The scene written out, a line for each item in the order of reading; and the line of one of them."""
+        """The scene written out, one line per item in reading order, and the line of this item."""
         line = "{}: {}" if self.domain in ("documents", "pages") else "{} frame: {}"
         order = sorted(self.items, key=lambda item: (item.picture, item.y, item.x))
         lines = [line.format(entry.key, entry.number) for entry in order]
@@ -183,7 +183,7 @@ def _passage(item: Item, line: Passage, part: int | None) -> tuple[Region, ...]:
 
 
 def _parts(item: Item, answer: str) -> Iterator[tuple[int, int, int | None]]:
-    """(first character, length, digit) of each part of an answer that stands in the scene; None is the key."""
+    """(first character, length, digit) of each part of an answer that appears in the scene; None is the key."""
     if item.key in answer:
         yield answer.index(item.key), len(item.key), None
     if item.number in answer:
@@ -208,19 +208,19 @@ def haystacks(
     Args:
         domain: ``grounding``, ``documents``, ``pages`` or ``video``.
         n: how many samples; sample ``i`` does not depend on ``n``.
-        seed: another seed, other scenes.
-        n_items: how many items that can be asked about a scene holds; the hardest setting by default.
+        seed: a different seed gives different scenes.
+        n_items: how many items in a scene can be asked about; the hardest setting by default.
         n_pictures: how many pages (by default 3) or frames (by default 8, always even) are shown.
         split: ``"test"`` draws handwriting that the reference models never saw, ``"train"`` what they learned from.
         answer: what is asked for: a ``digit``, a ``number`` of three digits, the ``name`` (or colour) that a number
-            belongs to, or a ``sentence`` that holds name and number (see ``mech.data.answers``). Partners of numbers
-            and sentences fork late: only the last digit differs.
+            belongs to, or a ``sentence`` with name and number (see ``mech.data.answers``). For numbers and sentences,
+            the counterfactual's answer diverges late: only the last digit differs.
         form: ``"pictures"``, or ``"text"``: the same scenes written out as the ``context`` of the question, under the
-            same ids, in domains called ``grounding-text`` and so on. What a model does with words, beside what it does
-            with pixels.
+            same ids, in domains called ``grounding-text`` and so on. Shows what a model does with words, compared with
+            pixels.
 
     Raises:
-        InputError: an unknown domain, split, answer or form, more items than there is room for, too few pictures.
+        InputError: an unknown domain, split, answer or form, more items than fit, too few pictures.
     """
     most = (MOST if answers.digits_of(answer) == 1 else MOST_NUMBERS)[domain]
     items = most if n_items is None else n_items
@@ -252,7 +252,7 @@ def _sample(domain: str, id: str, *, n_items: int, n_pictures: int, split: str, 
         partner = scene.rewritten(index, digits=(*item.digits[:-1], other), glyphs=(*item.glyphs[:-1], drawn))
     sample = scene.sample(index, question, id, answer, form)
     theirs = partner.sample(index, question, f"{id}/counterfactual", answer, form)
-    # Pictures that do not differ are held once: a long sample has hundreds of them.
+    # Identical pictures are stored once: a long sample has hundreds of them.
     shared = {
         kind: tuple(
             a if a.tobytes() == b.tobytes() else b for a, b in zip(getattr(sample, kind), pictures, strict=True)
@@ -265,9 +265,9 @@ def _sample(domain: str, id: str, *, n_items: int, n_pictures: int, split: str, 
 def draw_scene(
     domain: str, rng: random.Random, n_items: int, split: str, n_pictures: int | None = None, n_digits: int = 1
 ) -> Scene:
-    """A random scene of one domain with ``n_items`` items of ``n_digits``, everything decided by ``rng``.
+    """A random scene of one domain with ``n_items`` items of ``n_digits``, fully determined by ``rng``.
 
-    No two of its numbers are the same where they have several digits, so that a number names its item.
+    Numbers of several digits are all different, so that a number identifies its item.
     """
     scene = _DRAW[domain](rng, n_items, n_pictures or PICTURES[domain], split, n_digits)
     known: set[str] = set()
@@ -355,7 +355,7 @@ def _video(rng: random.Random, n_items: int, n_pictures: int, split: str, n_digi
 def _filling(
     rng: random.Random, keys: Sequence[str], asked: Sequence[str], places: Sequence[Place], taken: Sequence[Place]
 ) -> list[tuple[str, Place]]:
-    """What fills half of the places that are left: keys that nobody asks about, each many times."""
+    """Fill half of the free places with keys that are never asked about, each many times."""
     others = [key for key in keys if key not in asked]
     free = [place for place in places if place not in set(taken)]
     return [(rng.choice(others), place) for place in free if rng.random() < 0.5]
@@ -375,7 +375,7 @@ def _item(rng: random.Random, key: str, split: str, picture: int, x: int, y: int
 
 
 def _digits(rng: random.Random, split: str, n_digits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Digits, of which the first of several is not 0, and the handwritten ones that show them."""
+    """Digits, the first of several never 0, and the handwritten glyphs that show them."""
     pairs = [(value := rng.randrange(n_digits > 1 and not place, 10), rng.choice(glyphs(split)[value]))
              for place in range(n_digits)]  # fmt: skip
     return tuple(value for value, _ in pairs), tuple(glyph for _, glyph in pairs)

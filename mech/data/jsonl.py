@@ -1,19 +1,19 @@
-"""Samples of your own: one JSON object a line, pictures beside it.
+"""Your own samples: one JSON object per line, with pictures beside the file.
 
     {"id": "p1", "question": "Which digit is in the red frame?", "answer": "7", "images": ["images/p1.png"],
      "evidence": [{"box": [34, 18, 48, 32]}], "domain": "signs"}
 
     samples = read_samples("mine/samples.jsonl")
-    write_samples(samples, "copy")        # of jsonl_writing; read again: the same samples
+    write_samples(samples, "copy")        # from jsonl_writing; reading it gives the same samples
 
-``docs/data.md`` has the whole format. Everything is checked while it is read: a line that cannot be used is named with
-its number, its field and what was expected, and nothing is returned unless all lines are good.
+``docs/data.md`` describes the whole format. Everything is checked on reading: the error for an unusable line gives its
+number, the field and what was expected, and nothing is returned unless all lines are good.
 
 Paths are relative to the file and stay in its folder: ``..`` and symbolic links out of it are refused, so that a file
-from elsewhere cannot reach around. An absolute path, or another ``root``, is taken as it is. Pictures become upright
-RGB, as everywhere.
+from elsewhere cannot reach other files. An absolute path, or another ``root``, is used as given. Pictures become
+upright RGB, as everywhere.
 
-What it does not do: read videos (give their frames), or leave pictures on disk until they are needed.
+This module does not read video files (give their frames) or leave pictures on disk until they are needed.
 """
 
 import os
@@ -35,7 +35,7 @@ from mech.files import is_below, parse_json, read_text
 
 FIELDS = tuple(known.name for known in fields(Sample))
 REGIONS = ("box", "xywh", "mask", "frames", "pages")
-SHOWN = 8  # bad lines that are told apart
+SHOWN = 8  # bad lines listed one by one
 
 
 @checking(InputError)
@@ -45,11 +45,11 @@ def read_samples(
     """The samples of a JSON-lines file.
 
     Args:
-        path: the file. A sample without ``id`` is called after it and its line, one without ``domain`` after it.
+        path: the file. Its name is the default ``domain`` and, with the line number, the default ``id`` of a sample.
         root: where relative paths begin; the file's folder by default.
-        n: at most that many of each domain, the same as ``read_samples(path).draw(n, seed)`` gives. Pictures of the
-            others are not opened, and only that they are JSON is checked.
-        seed: which.
+        n: at most this many of each domain, the same as ``read_samples(path).draw(n, seed)`` gives. The pictures of
+            other lines are not opened, and these lines only have to be valid JSON.
+        seed: of the draw.
 
     Raises:
         InputError: lines that cannot be used, each with its number, its field and what was expected.
@@ -57,7 +57,7 @@ def read_samples(
     """
     path = Path(path).expanduser()
     try:
-        # Not splitlines(): a text may hold other line separators than the line break.
+        # Not splitlines(): a text may contain line separators other than the line break.
         lines = read_text(path, "utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read", "a UTF-8 text file, one JSON object a line", str(error)) from error
@@ -106,7 +106,7 @@ class _Wrong(Exception):
 
 @contextmanager
 def _at(name: str) -> Iterator[None]:
-    """Errors inside are about this field."""
+    """Errors raised inside concern this field."""
     try:
         yield
     except _Wrong as wrong:
@@ -205,7 +205,7 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
 
 
 def _check_texts(record: Mapping[str, Any]) -> None:
-    """Refuse fields that nobody knows, and a sample without question and answer."""
+    """Refuse unknown fields, and a sample without question or answer."""
     for name in record:
         if name not in (*FIELDS, "meta"):
             with _at(name):
@@ -218,7 +218,7 @@ def _check_texts(record: Mapping[str, Any]) -> None:
 
 
 def _partner(record: Mapping[str, Any], sample: Sample, folder: _Folder) -> Sample:
-    """The counterfactual: the record with what differs."""
+    """The counterfactual: the record, updated with the fields that differ."""
     with _at("counterfactual"):
         other = record["counterfactual"]
         if not isinstance(other, dict) or "counterfactual" in other:
@@ -247,7 +247,7 @@ def _distractors(given: Any, pictures: Sequence[Image.Image], video: bool, folde
 
 
 def _check_partner(sample: Sample, partner: Sample) -> None:
-    """Patching goes position by position: the pictures must be of the same sizes."""
+    """Refuse the same answer, and pictures of other sizes, since patching goes position by position."""
     if partner.answer == sample.answer:
         raise InputError(f"the same answer {sample.answer!r}", "another answer", "say what is right on its pictures")
     ours, theirs = ([picture.size for picture in (s.images or s.video)] for s in (sample, partner))
@@ -256,10 +256,10 @@ def _check_partner(sample: Sample, partner: Sample) -> None:
 
 
 def check_domain(name: str) -> None:
-    """Refuse what cannot be a folder's name: results of a domain have a folder. Nor may it rewrite a terminal.
+    """Refuse a name that cannot be a folder's (each domain's results have one) or that holds control characters.
 
     Raises:
-        InputError: it cannot.
+        InputError: such a name.
     """
     if set(name) & set("/\\") or name.startswith("."):
         raise InputError(f"the domain {name!r}", "a name that can be a folder's", "leave out '/', '\\' and a first '.'")

@@ -1,8 +1,9 @@
-"""Samples as JSON lines, with their pictures beside them: what ``mech.data.jsonl`` reads.
+"""Write samples as JSON lines with their pictures beside them, for ``mech.data.jsonl`` to read.
 
     write_samples(haystacks("pages", n=40), "pages")        # pages/samples.jsonl, pages/images/*.png, pages/masks/*.png
 
-Any samples can be written, so that a draw of a published set is kept as it was, or a generated one is edited by hand.
+This keeps a draw of a published set, or lets generated samples be edited by hand. Samples with a context or with spans
+cannot be written.
 """
 
 import json
@@ -26,13 +27,14 @@ from mech.files import unwritable, write
 def write_samples(samples: SomeSamples, folder: str | Path, name: Text = "samples.jsonl") -> Path:
     """Write samples so that ``read_samples`` gives them back: the file, and its pictures and masks as PNG.
 
-    A picture that several samples show is written once. Pictures become upright RGB; samples without an id get one.
+    A picture that several samples share is written once. Pictures become upright RGB; samples without an id get one.
 
     Returns:
         The path of the file.
 
     Raises:
-        InputError: what could not be read again: an id twice, an empty question or answer, a domain with a slash.
+        InputError: samples that could not be read back: a repeated id, an empty question or answer, a domain with a
+            slash, a context, spans.
         OutputError: the file exists, or cannot be written.
     """
     ids = Samples(samples).names
@@ -82,7 +84,7 @@ def _record(sample: Sample, id: str, folder: Path) -> dict[str, Any]:
 def _written(region: Region, folder: Path) -> dict[str, Any]:
     if isinstance(region, Frames | Pages):
         return {"frames" if isinstance(region, Frames) else "pages": [int(index) for index in region.indices]}
-    assert isinstance(region, Box | Mask)  # a passage has a context, which was refused, a partner's too
+    assert isinstance(region, Box | Mask)  # a passage needs a context, which was refused, a partner's too
     where = {"image": region.image} if region.frame is None else {"frame": region.frame}
     if isinstance(region, Mask):
         white = Image.fromarray(region.pixels.astype(bool).astype(np.uint8) * 255)
@@ -92,7 +94,7 @@ def _written(region: Region, folder: Path) -> dict[str, Any]:
 
 
 def _saved(image: Image.Image, folder: Path, kind: str) -> str:
-    """The picture's path below ``folder``; its name is what it shows, so that it is written once."""
+    """Save a picture and return its path below ``folder``; named by its pixels' digest, it is written only once."""
     path = folder / kind / f"{pixel_digest(image)[:20]}.png"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

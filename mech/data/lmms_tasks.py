@@ -1,13 +1,13 @@
-"""Tasks of lmms-eval as samples: the question, the pictures and the answer of each document.
+"""lmms-eval tasks as samples: the question, the pictures and the answer of each document.
 
     from lmms_eval.tasks import TaskManager, get_task_dict
 
     task = get_task_dict(["mmbench_en_dev"], TaskManager())["mmbench_en_dev"]
     samples = lmms_samples(task, n=200)
-    located = lmms_samples(task, n=200, evidence=lambda doc: (Box(*doc["bbox"]),))      # what RAM asks for
+    located = lmms_samples(task, n=200, evidence=lambda doc: (Box(*doc["bbox"]),))      # evidence, for RAM
 
-Nothing is imported from lmms-eval: any object with its ``eval_docs``, ``doc_to_text``, ``doc_to_visual`` and
-``doc_to_target`` will do. Documents that show a video or a sound by its path are refused.
+Nothing is imported from lmms-eval: any object with ``eval_docs``, ``doc_to_text``, ``doc_to_visual`` and
+``doc_to_target`` will do. Documents that give a video or a sound as a path are refused.
 """
 
 import re
@@ -22,9 +22,7 @@ from mech.data.regions import Region
 from mech.data.samples import Sample, Samples
 from mech.errors import InputError
 
-PLACE = re.compile(
-    r"<(image|video)(\s*\d+)?>\s*"
-)  # where a prompt says that a picture stands; templates place them here
+PLACE = re.compile(r"<(image|video)(\s*\d+)?>\s*")  # where a prompt places its pictures; here templates place them
 
 
 @checking(InputError)
@@ -34,18 +32,18 @@ def lmms_samples(
     """The first ``n`` documents of a task, all of them if None.
 
     Args:
-        task: of lmms-eval.
+        task: an lmms-eval task.
         n: how many.
-        evidence: the regions of a document that hold its answer; tasks do not say.
+        evidence: gives the regions of a document that hold its answer, since tasks do not.
 
     Raises:
-        InputError: no task, a document without a picture, or without one answer.
+        InputError: not a task, or a document without a picture or without one answer.
     """
     return Samples(islice(each_sample(task, evidence), n))
 
 
 def each_sample(task: Any, evidence: Callable[[Any], Iterable[Region]] | None = None) -> Iterator[Sample]:
-    """The documents of a task one by one, for ``mech.scale.stream``; else as ``lmms_samples``."""
+    """The documents of a task one by one, for ``mech.scale.stream``; otherwise like ``lmms_samples``."""
     lacking = [
         name for name in ("eval_docs", "doc_to_text", "doc_to_visual", "doc_to_target") if not hasattr(task, name)
     ]
@@ -77,7 +75,7 @@ def _pictures(shown: Any, where: str) -> tuple[Image.Image, ...]:
 
 
 def _answer(said: Any, where: str) -> str:
-    """The answer, the first of several that count as right."""
+    """The answer; the first, if several count as right."""
     first = said[0] if isinstance(said, list | tuple) and said else said
     if not isinstance(first, str | int | float) or not str(first).strip():
         raise InputError(f"{where} has the answer {first!r}", "a text", "leave out tasks without one answer")

@@ -1,9 +1,9 @@
-"""Whatever a picture comes as - a path, an array, a PIL image - to upright RGB.
+"""Any picture - a path, an array, a PIL image - as upright RGB.
 
 A photograph's EXIF rotation is applied first: boxes and layouts are in pixels of the *upright* picture, as viewers show
-it. Transparency is laid on white, as the Hugging Face processors do. What PIL would reduce in silence is refused: the
-first frame of an animation, the upper byte of 16 bits. So is a picture with more pixels than ``Image.MAX_IMAGE_PIXELS``
-(89 million): image processors hold it several times over as floating point numbers before they shrink it.
+it. Transparent pictures are laid on white, as the Hugging Face processors do. What PIL would silently reduce is
+refused: an animation (to its first frame), 16 bits per channel (to the upper byte). So is a picture with more pixels
+than ``Image.MAX_IMAGE_PIXELS`` (89 million): image processors hold several floating-point copies before shrinking it.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mech.errors import InputError, MechError
 from mech.files import opened
 
-SENT = ["PNG", "JPEG", "WEBP"]  # formats that are decoded for somebody else
+SENT = ["PNG", "JPEG", "WEBP"]  # formats accepted in uploads
 
 
 def picture(given: Any) -> Image.Image:
@@ -29,7 +29,7 @@ def picture(given: Any) -> Image.Image:
         given: a PIL image, a path, or a uint8 array ``[height, width]`` or ``[height, width, 3 or 4]``.
 
     Raises:
-        InputError: it is no picture, has no pixel or too many, several frames, or more than 8 bits a channel.
+        InputError: not a picture, no pixels or too many, several frames, or more than 8 bits per channel.
     """
     if isinstance(given, str | Path):
         scheme = str(given)[:8].partition(":")[0].lower()
@@ -53,7 +53,7 @@ def picture(given: Any) -> Image.Image:
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """SHA-256 of what a picture shows, whatever the file it comes in."""
+    """SHA-256 of a picture's pixels, whatever file it comes in."""
     return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
 
 
@@ -65,7 +65,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def shows(path: str | Path, digest: str) -> bool:
-    """Whether a file shows the upright RGB picture of this ``pixel_digest``; False when it is missing or damaged."""
+    """Whether a file shows the upright RGB picture with this ``pixel_digest``; False when it is missing or damaged."""
     try:
         return pixel_digest(picture(path)) == digest
     except InputError:
@@ -73,12 +73,12 @@ def shows(path: str | Path, digest: str) -> bool:
 
 
 def decoded(raw: bytes, name: str, most_pixels: int) -> Image.Image:
-    """An upright RGB image from a file that somebody sent: PNG, JPEG or WebP, told by its bytes and not by its name.
+    """An upright RGB image from an uploaded file: PNG, JPEG or WebP, recognised by its bytes and not by its name.
 
     Args:
         raw: the content of the file.
-        name: what the file is called, for messages.
-        most_pixels: a picture with more is refused before any of them is read.
+        name: the file's name, for messages.
+        most_pixels: a picture with more pixels is refused before any of them is read.
 
     Raises:
         InputError: another format, a broken file, or too many pixels.
@@ -99,7 +99,7 @@ def _read(
 ) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Only a warning up to twice the limit, and an error beyond; both come before a pixel is read.
+            # PIL warns up to twice the limit and raises beyond it, both before a pixel is read.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=formats) as image:
                 if most_pixels is not None and image.width * image.height > most_pixels:
@@ -109,7 +109,7 @@ def _read(
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _too_large(f"{str(name)!r}") from error
-    except Exception as error:  # a broken file is a SyntaxError, a ValueError or worse: every format has its own
+    except Exception as error:  # a broken file raises SyntaxError, ValueError or worse, depending on its format
         raise _unreadable(name, error) from error
 
 
@@ -131,14 +131,14 @@ def _upright(given: Image.Image) -> Image.Image:
         raise InputError(
             f"a picture of mode {given.mode!r}", "8 bits a channel", "scale values to 0-255 and convert to 'L' or 'RGB'"
         )
-    # Small a: the colours are multiplied by it already.
+    # A lower-case a: the colours are premultiplied by it.
     transparent = bool({"A", "a"} & set(given.getbands())) or "transparency" in given.info
     if given.mode == "RGB" and not transparent and not given.getexif():
         given.load()
         return given
     given = ImageOps.exif_transpose(given)
     if transparent:
-        # PIL knows no way from La to RGBA.
+        # PIL cannot convert La to RGBA.
         given = given.convert("LA") if given.mode == "La" else given
         ground = Image.new("RGBA", given.size, (255, 255, 255, 255))
         given = Image.alpha_composite(ground, given.convert("RGBA"))
@@ -160,7 +160,7 @@ def _unreadable(path: str | Path, error: Exception) -> InputError:
 
 
 def pictures(given: Any, name: str = "images") -> list[Image.Image]:
-    """Several pictures; a single one in place of a list is refused, since an array of four could be either."""
+    """Several pictures; a single one instead of a list is refused, since an array of four could be either."""
     if isinstance(given, str | Path | np.ndarray | Image.Image) or not isinstance(given, Sequence):
         raise InputError(f"{name} of type {type(given).__name__}", "a list of pictures", f"pass {name}=[...]")
     return [picture(image) for image in given]

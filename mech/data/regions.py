@@ -1,8 +1,8 @@
-"""Where evidence is: in pixels, frames, pages, or a text. Nothing here knows about tokens (``mech.inputs`` maps them).
+"""Where evidence is: in pixels, frames, pages, or a text. Tokens do not appear here (``mech.inputs`` maps regions).
 
 A region is a frozen value. Boxes are half-open pixel rectangles of the *original* image, ``x`` to the right and ``y``
-down: ``Box(0, 0, 16, 16)`` holds the 256 pixels of the upper left corner. In a video a box or a mask names its frame,
-and a tube is one box for each frame:
+down: ``Box(0, 0, 16, 16)`` holds the 256 pixels in the upper left corner. In a video a box or a mask names its frame,
+and a tube is one box per frame:
 
     Sample(question, answer, video=frames, evidence=tuple(Box(*corners, frame=k) for k, corners in tube.items()))
 """
@@ -59,7 +59,7 @@ class Mask:
     frame: int | None = None
 
     def __post_init__(self):
-        # Numbers with a fraction are probabilities more often than masks, and nan would count as inside.
+        # Floats are more often probabilities than masks, and nan would count as inside.
         if not isinstance(self.pixels, np.ndarray) or self.pixels.ndim != 2 or self.pixels.dtype.kind not in "bui":
             given = getattr(self.pixels, "dtype", type(self.pixels).__name__), getattr(self.pixels, "shape", "unknown")
             raise RegionError(
@@ -83,7 +83,7 @@ class Mask:
 @checking(RegionError)
 @dataclass(frozen=True)
 class Frames:
-    """Whole frames of the video, by their index in the frames that were given."""
+    """Whole frames of the video, by their index among the frames given."""
 
     indices: tuple[int, ...]
 
@@ -116,7 +116,7 @@ class Passage:
 
     @property
     def span(self) -> str:
-        """What a layout calls its positions."""
+        """The name of its positions in a layout."""
         return f"passage {self.start}:{self.stop}"
 
 
@@ -124,8 +124,9 @@ Region = Box | Mask | Frames | Pages | Passage
 
 
 def where(name: str, given: Any) -> str | Region | tuple[Region, ...] | Indices:
-    """What names positions, as a frozen value: a name, a region, several regions, or positions (of a boolean mask,
-    those where it is True).
+    """A choice of positions as a frozen value: a name, a region, several regions, or positions.
+
+    A boolean mask means the positions where it is True.
 
     Raises:
         RegionError: anything else.
@@ -138,7 +139,7 @@ def where(name: str, given: Any) -> str | Region | tuple[Region, ...] | Indices:
 
 
 def where_in_words(given: Any) -> str:
-    """What names positions as a text, for a coordinate or an attribute."""
+    """A choice of positions as text, for a coordinate or an attribute."""
     read = where("positions", given)
     return read if isinstance(read, str) else repr(list(read) if isinstance(read, tuple) else read)
 

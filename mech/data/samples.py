@@ -1,7 +1,7 @@
 """``Sample``: a question about images, a video or a text, its answer, and where the evidence is.
 
-Samples are frozen values. ``Samples`` is a list of them that can be split into disjoint halves (those that find heads
-never test them), filtered by domain, and named by a digest so that a result says which data made it.
+Samples are frozen values. ``Samples`` is a list of them that can be split into disjoint parts (samples that find heads
+never test them), filtered by domain, and identified by a digest, so that a result records the data behind it.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from mech.notebook import Shown
 @checking(InputError)
 @dataclass(frozen=True)
 class Distractor:
-    """A region that looks like evidence and is not: the answer to the same question asked of it."""
+    """A region that looks like evidence but is not, and the answer to the same question asked about it."""
 
     region: Region
     answer: str
@@ -32,7 +32,7 @@ class Distractor:
 @checking(InputError)
 @dataclass(frozen=True)
 class Span:
-    """The evidence of a part of an answer: ``answer[start:stop]`` is to be seen in ``evidence``."""
+    """The evidence for a part of an answer: ``evidence`` shows ``answer[start:stop]``."""
 
     start: int
     stop: int
@@ -44,12 +44,12 @@ class Span:
 class Sample(Shown):
     """One question with its evidence.
 
-    ``distractors`` are regions of the same pictures that answer the question asked of something else, each with another
-    answer: what heads are redirected to (``mech.redirection``), and what a contrastive score subtracts.
-    ``counterfactual`` is the same layout with the evidence changed so that ``answer`` changes: the corrupted run of
-    activation patching, and the wrong answer of a logit difference. ``spans`` says where parts of a longer answer are
-    to be seen; the parts that have none rest on all of the evidence. A ``context`` is a text that stands before the
-    question, beside pictures or in their place; evidence in it is a ``Passage``.
+    ``distractors`` are regions of the same pictures that answer the question about something else, each with another
+    answer: heads are redirected to them (``mech.redirection``), and a contrastive score subtracts them.
+    ``counterfactual`` has the same layout with the evidence changed so that ``answer`` changes: it provides the
+    corrupted run of activation patching and the wrong answer of a logit difference. ``spans`` say where the parts of a
+    longer answer are shown; parts without a span rest on all of the evidence. A ``context`` is a text before the
+    question, with or without pictures; evidence in it is a ``Passage``.
     """
 
     question: str
@@ -78,7 +78,7 @@ class Sample(Shown):
                 )  # fmt: skip
 
     def passages(self) -> tuple[Passage, ...]:
-        """The stretches of the context that are evidence, of the answer or of a part of it, or distractors."""
+        """The passages of the context that are evidence, for the answer or a part of it, or distractors."""
         parts = [
             *(region for span in self.spans for region in span.evidence),
             *(distractor.region for distractor in self.distractors),
@@ -134,7 +134,7 @@ class Samples(Shown, Sequence[Sample]):
 
     @property
     def names(self) -> list[str]:
-        """The id of every sample, or its place where it has none."""
+        """The id of every sample, or its index if it has none."""
         return [sample.id or str(i) for i, sample in enumerate(self)]
 
     @checking(InputError)
@@ -143,7 +143,7 @@ class Samples(Shown, Sequence[Sample]):
 
     @checking(InputError)
     def split(self, fraction: Share = 0.5, seed: Seed = 0) -> tuple["Samples", "Samples"]:
-        """Two disjoint parts, the first with ``fraction`` of the samples; every domain is split alike."""
+        """Two disjoint parts, the first with ``fraction`` of the samples; every domain is split in this proportion."""
         chosen: set[int] = set()
         for domain in self.domains:
             indices = [i for i, sample in enumerate(self) if sample.domain == domain]
@@ -154,12 +154,12 @@ class Samples(Shown, Sequence[Sample]):
 
     @checking(InputError)
     def draw(self, n: Count, seed: Seed = 0) -> "Samples":
-        """At most ``n`` samples of each domain, drawn at random, in their order."""
+        """At most ``n`` samples of each domain, drawn at random and kept in order."""
         chosen = drawn([sample.domain for sample in self], n, seed)
         return Samples([sample for i, sample in enumerate(self) if i in chosen])
 
     def digest(self) -> str:
-        """One SHA-256 for the whole list, in its order."""
+        """One SHA-256 for the whole list, order included."""
         return hashlib.sha256("".join(sample.digest() for sample in self).encode()).hexdigest()
 
 
@@ -167,7 +167,7 @@ SomeSamples = Annotated[Samples | Sequence[Sample], NOT_EMPTY]
 
 
 def drawn(domains: Sequence[str], n: int, seed: int = 0) -> set[int]:
-    """Which of the samples of these domains are drawn, ``n`` of each at most."""
+    """The indices of the samples drawn, at most ``n`` per domain, given the domain of every sample."""
     chosen: set[int] = set()
     for domain in dict.fromkeys(domains):
         indices = [i for i, own in enumerate(domains) if own == domain]
@@ -176,12 +176,12 @@ def drawn(domains: Sequence[str], n: int, seed: int = 0) -> set[int]:
 
 
 def pictures_of(sample: Sample, frames_per_token: int = 1) -> tuple[Image.Image, ...]:
-    """What there is to draw of a sample: its images, or the frames of its video that visual tokens begin with."""
+    """The pictures to show for a sample: its images, or the first frame of each temporal patch of its video."""
     return sample.video[::frames_per_token] or sample.images
 
 
 def outlines(sample: Sample, frames_per_token: int = 1) -> list[list[float]]:
-    """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` over ``pictures_of``; of a mask, the box around it."""
+    """The evidence as rectangles ``[picture, x0, y0, x1, y1]`` over ``pictures_of``; for a mask, its bounding box."""
     boxes: list[list[Any]] = []
 
     def shown(region: Box | Mask) -> int:

@@ -3,9 +3,9 @@
     args = write_recipe("few.json", "reference:llava-s", policy=Policy(ranking.top(0.05)))
     # lmms-eval --model mech --model_args "$args" --tasks mmbench_en_dev
 
-It takes a recipe (which heads are dense, or ablated) and gives a model of lmms-eval. The recipe's content is in
-``model_args`` as a hash, because lmms-eval replays answers that it has cached for the same arguments: two recipes of
-one name must not share answers. lmms-eval is imported only where it asked for the model.
+It turns a recipe (which heads are dense, or ablated) into an lmms-eval model. ``model_args`` contains a hash of the
+recipe, because lmms-eval replays answers that it has cached for the same arguments: two recipes with the same name must
+not share answers. lmms-eval is imported only when it asks for the model.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["Recipe", "manifest", "read_recipe", "write_recipe"]
 
 
 def manifest() -> Any:
-    """What lmms-eval finds under its entry points ``lmms_eval.models``."""
+    """What lmms-eval finds in its entry point group ``lmms_eval.models``."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     return ModelManifest(model_id="mech", simple_class_path="mech.lmms.model.Mech")

@@ -1,4 +1,4 @@
-"""The model that lmms-eval asks: a hooked model under a recipe. Only lmms-eval imports this file."""
+"""The model that lmms-eval runs: a hooked model under a recipe. Only lmms-eval imports this file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ class Mech(lmms):
 
     Args:
         pretrained: a reference model, a folder or a hub id.
-        recipe: a file of ``mech.lmms.write_recipe``; the model as it is without.
-        recipe_sha: the hash of what the file says.
-        device: where the model is.
-        batch_size: has no effect: requests are asked one by one.
-        max_new_tokens: where a task does not say.
+        recipe: a file written by ``mech.lmms.write_recipe``; without one the model is unchanged.
+        recipe_sha: the hash of the recipe in the file.
+        device: where the model runs.
+        batch_size: has no effect: requests run one by one.
+        max_new_tokens: the limit for tasks that set none.
 
     Raises:
-        OutputError: the file is another recipe than the hash names.
+        OutputError: the file holds a recipe with another hash.
     """
 
     is_simple = True
@@ -45,7 +45,7 @@ class Mech(lmms):
         self._longest = int(max_new_tokens)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What the model says to every request, cut off where the task says."""
+        """The model's answer to every request, cut off at the task's stop strings."""
         said = []
         with self._changed() as model:
             for request in requests:
@@ -76,7 +76,7 @@ class Mech(lmms):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refused: answers of earlier rounds would have to be asked again under the recipe."""
+        """Refused: answers of earlier rounds would have to be generated again under the recipe."""
         raise InputError(f"{len(requests)} requests of several rounds", "tasks of one round", "choose other tasks")
 
     @contextmanager

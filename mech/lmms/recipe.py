@@ -1,8 +1,10 @@
-"""What is done to a model before lmms-eval asks it: a small file, named by the hash of what it says.
+"""Recipes: how to change a model before lmms-eval runs it.
 
-args = write_recipe("few.json", "reference:llava-s", ablate=Ablate(heads=[(0, 1)], to="zero"))
-args                                   # "pretrained=reference:llava-s,recipe=/.../few.json,recipe_sha=sha-1f3c..."
-read_recipe("few.json", "sha-1f3c...")
+    args = write_recipe("few.json", "reference:llava-s", ablate=Ablate(heads=[(0, 1)], to="zero"))
+    args                               # "pretrained=reference:llava-s,recipe=/.../few.json,recipe_sha=sha-1f3c..."
+    read_recipe("few.json", "sha-1f3c...")
+
+A recipe is a small file, identified by the hash of its content.
 """
 
 import hashlib
@@ -17,12 +19,12 @@ from mech.interventions import Ablate
 from mech.results.store import read_json, write_json
 from mech.sparse.policy import Policy
 
-UNREFERENCED = ("zero", "uniform", "paper")  # how heads can be ablated without samples to refer to
+UNREFERENCED = ("zero", "uniform", "paper")  # ablation methods that need no reference samples
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A head policy, or heads that are ablated; neither is the model as it is."""
+    """A head policy, or heads to ablate; with neither, the model is unchanged."""
 
     policy: Policy | None = None
     ablate: Ablate | None = None
@@ -43,17 +45,17 @@ class Recipe:
 
 @checked
 def write_recipe(path: str | Path, model: Text, *, policy: Policy | None = None, ablate: Ablate | None = None) -> str:
-    """Write a recipe, and give the ``--model_args`` that name it.
+    """Write a recipe, and return the ``--model_args`` that name it.
 
     Args:
         path: of the file.
         model: a reference model, a folder or a hub id.
-        policy: of sparse inference, or
-        ablate: of whole heads, by a method that needs no reference samples.
+        policy: a policy of sparse inference, or
+        ablate: an ablation of whole heads, by a method that needs no reference samples.
 
     Raises:
-        ExperimentError: both, or an ablation that refers to samples, or to some positions only.
-        OutputError: it cannot be written, or its path has signs that separate arguments.
+        ExperimentError: both, or an ablation that needs reference samples or covers only some positions.
+        OutputError: the file cannot be written, or path or model contain a comma or an equals sign.
     """
     if policy is not None and ablate is not None:
         raise ExperimentError("a policy and an ablation", "one of the two", "write a recipe for each")
@@ -70,10 +72,10 @@ def write_recipe(path: str | Path, model: Text, *, policy: Policy | None = None,
 
 
 def read_recipe(path: str | Path, sha: str) -> Recipe:
-    """The recipe of a file, which must be the one that the hash names.
+    """The recipe in a file, which must have the given hash.
 
     Raises:
-        OutputError: it cannot be read, or is another one.
+        OutputError: it cannot be read, or has another hash.
     """
     try:
         record = read_json(path)

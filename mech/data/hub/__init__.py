@@ -1,18 +1,18 @@
-"""Published sets with evidence, as samples: RefCOCO, VidSTG, SlideVQA, Visual-CoT, MM-NIAH, ... (``names()``).
+"""Published data sets with evidence, as samples: RefCOCO, VidSTG, SlideVQA, Visual-CoT, MM-NIAH, ... (``names()``).
 
     samples = hub_samples("refcocog", n=200)              # from the hub, streamed
     samples = hub_samples("slidevqa", n=50, most=8)       # eight slides each, the evidence among them
     samples = hub_samples("vidstg", records="test_annotations.json", root="frames")
-    print(source("visual-cot").evidence)                  # what it is; .verified, .assumed, .terms
+    print(source("visual-cot").evidence)                  # what the evidence is; also .verified, .assumed, .terms
 
-Conventions differ from set to set (boxes as x, y, width, height or as corners, in pixels, points or shares; pages from
-0 or 1, as numbers or as text; whole pictures where there are no boxes) and each adapter brings its own to
+Conventions differ from set to set (boxes as x, y, width, height or as corners, in pixels, points or fractions; pages
+from 0 or 1, as numbers or as text; whole pictures where there are no boxes). Each adapter converts its own to
 ``mech.data.regions``: pixels of the original picture, everything counted from 0. An adapter is one row and one small
-function in ``grounding``, ``documents``, ``needles`` or ``reading``; a row says what was looked up and what is assumed.
+function in ``grounding``, ``documents``, ``needles`` or ``reading``; a row says what was verified and what is assumed.
 
-Nothing is loaded before ``hub_samples`` is called, and code from the hub is never run. Where a set does not hold its
-pictures, ``root`` is the folder that does. None of these sets was downloaded where this was written: the adapters are
-tested on records made by hand after the published schemas.
+Nothing is loaded before ``hub_samples`` is called, and code from the hub is never run. If a set does not contain its
+pictures, ``root`` is the folder that does. None of these sets was downloaded during development: the adapters are
+tested on records written by hand after the published schemas.
 """
 
 import random
@@ -30,16 +30,16 @@ from mech.errors import InputError, MechError, OutputError
 from mech.files import parse_json, read_text
 
 SOURCES = {known.name: known for part in (grounding, documents, needles, reading) for known in part.SOURCES}
-BUFFER = 200  # records that a stream is shuffled in, at most: a record may hold twenty slides
+BUFFER = 200  # maximum size of a stream's shuffle buffer: a record may hold twenty slides
 
 
 def names() -> tuple[str, ...]:
-    """The sets that are known."""
+    """The names of the known sets."""
     return tuple(SOURCES)
 
 
 def source(name: str) -> Source:
-    """What is known of a set: where it is, its evidence, its terms, what was verified and what is assumed.
+    """What is known about a set: where it is, its evidence, its terms, what was verified and what is assumed.
 
     Raises:
         InputError: an unknown name.
@@ -64,23 +64,23 @@ def hub_samples(
 ) -> Samples:
     """``n`` samples of a published set, each with its evidence.
 
-    Records whose evidence is not there (unanswerable questions, words that were not read) are passed over, and a
-    warning says how many.
+    Records without evidence (unanswerable questions, words that were not read) are skipped, and a warning says how
+    many.
 
     Args:
         name: one of ``names()``.
-        n: how many samples; fewer where the set has fewer.
-        seed: which; a stream is shuffled in a buffer of at most 200 records. It also draws pages and places.
-        root: the folder with the pictures, for sets that do not hold them.
-        records: the records themselves, or a .json or .jsonl file of them, in place of the hub's.
-        split: in place of the usual one.
-        files: data files of the hub's repository, in place of the usual ones.
-        most: pages or frames that a sample shows at most; those of the evidence always.
-        skip_bad: pass over records that cannot be read, and say how many, instead of stopping at the first.
+        n: how many samples; fewer if the set has fewer.
+        seed: of the draw of records, pages and places; a stream is shuffled in a buffer of at most 200 records.
+        root: the folder with the pictures, for sets that do not contain them.
+        records: the records themselves, or a .json or .jsonl file of them, instead of the hub's.
+        split: instead of the default one.
+        files: data files of the hub's repository, instead of the default ones.
+        most: the largest number of pages or frames in a sample; those with evidence are always shown.
+        skip_bad: skip records that cannot be read, and say how many, instead of stopping at the first.
 
     Raises:
         InputError: an unknown set, no root, a bad record (set, record and field are named), or no sample at all.
-        OutputError: the records cannot be had.
+        OutputError: the records cannot be loaded.
     """
     row = source(name)
     if n < 1 or (most is not None and most < 1):
@@ -115,7 +115,7 @@ def hub_samples(
 
 
 def _folder_of(row: Source, root: str | Path | None) -> Path | None:
-    """The folder with the pictures, where the set needs one or one was given."""
+    """The folder with the pictures, if the set needs one or one was given."""
     folder = Path(root).expanduser() if root is not None else None
     if (folder is None and row.root) or (folder is not None and not folder.is_dir()):
         absent = f"root={str(root)!r} for {row.name}, which is no folder"
@@ -125,7 +125,7 @@ def _folder_of(row: Source, root: str | Path | None) -> Path | None:
 
 
 def _named(record: Record, error: Exception) -> MechError:
-    """The error itself, or, where no adapter foresaw it, one that names the record."""
+    """The error itself, or, if no adapter foresaw it, one that names the record."""
     if isinstance(error, MechError):
         return error
     return record.wrong("the record", f"{type(error).__name__}: {error}", "the published schema")
@@ -148,10 +148,10 @@ def _records(
         stream = datasets.load_dataset(
             row.hub, row.config, split=split or row.split, data_files=files or row.files, streaming=True
         )
-        # Pictures wait undecoded, for the records that are chosen.
+        # Pictures stay undecoded until their record is chosen.
         stream = stream.decode(False).shuffle(seed=seed, buffer_size=min(BUFFER, 4 * n))
         yield from enumerate(stream)
-    except Exception as error:  # whatever the network, the hub or a moved file ends in
+    except Exception as error:  # whatever the network, the hub or a moved file raises
         raise OutputError(
             f"{row.hub} could not be read: {type(error).__name__}: {error}", "a network, and accepted terms if gated",
             f"see https://huggingface.co/datasets/{row.hub}, or pass records= of your copy",
@@ -171,7 +171,7 @@ def _in_file(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _told_apart(samples: list[Sample]) -> list[Sample]:
-    """Ids that are used twice get a number: samples that find heads and samples that test them go by their ids."""
+    """Number repeated ids: samples that find heads and samples that test them are told apart by id."""
     seen: dict[str, int] = {}
     told = []
     for sample in samples:

@@ -18,7 +18,7 @@ from mech.data.samples import Sample
 def _pages(
     record: Record, count: int, evidence: Sequence[int], open_page: Callable[[int], Image.Image]
 ) -> tuple[tuple[Image.Image, ...], dict[int, int]]:
-    """The pages that are shown, and where each of them stands; evidence is always among them."""
+    """The pages shown, and the place of each; pages with evidence are always among them."""
     kept = record.kept(count, evidence)
     return tuple(open_page(k) for k in kept), {page: place for place, page in enumerate(kept)}
 
@@ -35,14 +35,14 @@ def _sample(
 
 
 def _from_one(record: Record, name: str, numbers: Sequence[Any], count: int) -> list[int]:
-    """Page numbers that count from 1, as places that count from 0."""
+    """Page numbers counted from 1, as indices from 0."""
     if not all(isinstance(n, int) and 1 <= n <= count for n in numbers):
         raise record.wrong(name, f"{list(numbers)}", f"page numbers from 1 to {count}")
     return sorted({n - 1 for n in numbers})
 
 
 def _answer(given: str) -> str:
-    """A list that is stored as text, ``"['White', '10%']"``, as a person would say it: ``White, 10%``."""
+    """A list stored as text, ``"['White', '10%']"``, as a person would say it: ``White, 10%``."""
     if given.startswith("[") and given.endswith("]"):
         try:
             read = ast.literal_eval(given)
@@ -132,7 +132,7 @@ def mmdocir(record: Record) -> Iterator[Sample]:
 
 @functools.lru_cache(maxsize=2)
 def _page_table(path: Path, changed: int) -> Any:
-    """The pages, on disk: the file is one row group of gigabytes, and is never held in memory."""
+    """The page table, left on disk: the file is one row group of gigabytes and is never held in memory."""
     import datasets
 
     return datasets.Dataset.from_parquet(str(path))

@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"-?\d*\.?\d+(?:[eE]-?\d+)?")
 
 
 def box_of(record: Record, name: str, corners: list[float], size: tuple[int, int]) -> Box:
-    """A box in pixels, cut at the picture's edge where it leaves it by no more than a pixel or two."""
+    """A box in pixels, clipped to the picture if it leaves it by at most 2 pixels and 0.5% of the longer side."""
     width, height = size
     x0, y0, x1, y1 = corners
     slack = 2 + 0.005 * max(size)  # annotations are rounded, and some were made on a copy
@@ -36,7 +36,7 @@ def _xywh(record: Record, name: str, given: list[float], size: tuple[int, int]) 
 
 
 def refcoco(record: Record) -> Iterator[Sample]:
-    """The first expression of an object, asked for its box."""
+    """The first expression for an object; the question asks for its box."""
     picture = record.image("image")
     box = _xywh(record, "bbox", record.numbers("bbox", record.listed("bbox"), 4), picture.size)
     phrases = record.listed("answer")
@@ -49,7 +49,7 @@ def refcoco(record: Record) -> Iterator[Sample]:
 
 
 def visual_cot(record: Record) -> Iterator[Sample]:
-    """The question itself, without its request for a box; the box is that of the path, in pixels."""
+    """The question without its request for a box; the box comes from the path, in pixels."""
     paths = record.listed("image")
     if len(paths) != 2 or not (match := _SUFFIX.match(str(paths[1]))):
         raise record.wrong("image", f"{paths!r:.120}", "two paths, the second with ###[x0, y0, x1, y1]")
@@ -63,7 +63,7 @@ def visual_cot(record: Record) -> Iterator[Sample]:
         raise record.wrong("image", f"{match.group(0)!r}", "###[x0, y0, x1, y1] in pixels") from error
     box = box_of(record, "image", corners, picture.size)
     said = [float(number) for number in _NUMBER.findall(turns[1]["value"])]
-    if len(said) == 4:  # the same box once more, as a share of the padded square: a wrong picture is noticed here
+    if len(said) == 4:  # the same box again, as fractions of the padded square: reveals a wrong picture
         other = without_padding(said, picture.size)
         far = max(abs(a - b) for a, b in zip(corners, other, strict=True))
         if far > 3 + 0.005 * max(picture.size):
@@ -79,9 +79,9 @@ def visual_cot(record: Record) -> Iterator[Sample]:
 
 
 def without_padding(share: list[float], size: tuple[int, int]) -> list[float]:
-    """From shares of a picture padded to a centred square to pixels of the picture.
+    """Fractions of a picture padded to a centred square, converted to pixels of the picture.
 
-    ``x = share * side - (side - width) // 2`` with ``side`` the longer edge, and so for y.
+    ``x = share * side - (side - width) // 2`` with ``side`` the longer edge, and likewise for y.
     """
     width, height = size
     side = max(size)
@@ -90,7 +90,7 @@ def without_padding(share: list[float], size: tuple[int, int]) -> list[float]:
 
 
 def vstar(record: Record) -> Iterator[Sample]:
-    """A multiple choice; the boxes are in the annotation beside the picture."""
+    """A multiple-choice question; the boxes are in the annotation beside the picture."""
     relative = record.text("image")
     picture = record.opened("image", relative)
     beside = record.path("image", str(Path(relative).with_suffix(".json")))
@@ -107,7 +107,7 @@ def vstar(record: Record) -> Iterator[Sample]:
 
 
 def vidstg(record: Record) -> Iterator[Sample]:
-    """One sample for each interrogative sentence: frames of the used segment, those of the relation are evidence."""
+    """One sample per interrogative sentence: frames of the used segment; those of the relation are evidence."""
     first, behind = (record.integer(f"used_segment.{name}") for name in ("begin_fid", "end_fid"))
     begin, end = (record.integer(f"temporal_gt.{name}") for name in ("begin_fid", "end_fid"))
     if not first <= begin < end <= behind:

@@ -8,12 +8,12 @@ from mech.data.regions import Pages
 from mech.data.samples import Sample
 
 ANSWER_LETTER = "Answer with the option's letter from the given choices directly."
-# Folders of MM-NIAH that only needles come from.
+# Folders of MM-NIAH that hold only needles.
 _NEEDLE_FOLDERS = ("find-image", "abnormal_pic")
 
 
 def mm_niah(record: Record) -> Iterator[Sample]:
-    """Image needles with choices; the pictures of the document, then the choices that are pictures."""
+    """Image needles with choices: the pictures of the document, then the choices that are pictures."""
     paths = [str(path) for path in record.listed("images_list")]
     choices = record.get("meta", dict, "the meta record")
     texts, pictures = (list(choices.get(name) or []) for name in ("choices", "choices_image_path"))
@@ -47,7 +47,7 @@ def _needles(record: Record, paths: list[str]) -> list[int]:
 
 
 def visual_haystacks(record: Record) -> Iterator[Sample]:
-    """Yes or no about the pictures that hold the anchor object; their places are drawn."""
+    """A yes-or-no question about the pictures with the anchor object, which stand at random places."""
     positive, negative = ([str(path) for path in record.listed(name)] for name in ("pos_image", "neg_image"))
     if not positive:
         raise record.wrong("pos_image", "[]", "at least one picture")

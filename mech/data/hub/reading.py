@@ -57,7 +57,7 @@ def _words(path: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def synthdog(record: Record) -> Iterator[Sample]:
-    """The first piece of text, which a reader says first."""
+    """The first piece of text, which a reader reads out first."""
     picture = record.image("image")
     pieces = record.listed("2_coord")
     if not pieces:  # pages without text

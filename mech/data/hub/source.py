@@ -1,8 +1,8 @@
-"""A published set as a row of data, and its records read with care.
+"""A published set as a row of data, and checked access to its records.
 
-An adapter is a ``Source`` (where the set is, what its evidence is, what was looked up and what is assumed) and a pure
-function ``record -> samples``. The function asks the ``Record`` for fields by name and kind; what is missing or wrong
-ends in an error that names the set, the record and the field, so that adapters are written in straight lines.
+An adapter is a ``Source`` (where the set is, what its evidence is, what was verified and what is assumed) and a pure
+function ``record -> samples``. The function asks the ``Record`` for fields by name and kind; a missing or wrong field
+raises an error that names the set, the record and the field, so that adapters need few checks of their own.
 """
 
 import ast
@@ -28,18 +28,18 @@ class Source:
     """One published set.
 
     Attributes:
-        name: what it is called here.
-        hub: its dataset id on the Hugging Face hub; empty where it is not there.
-        files: data files in it, where the default ones are not what is meant.
+        name: its name here.
+        hub: its dataset id on the Hugging Face hub; empty if it is not there.
+        files: data files in it, if not the default ones.
         config, split: as ``datasets.load_dataset`` takes them.
-        fetch: how to get the records where ``load_dataset`` cannot; then ``records=`` must be given.
-        root: what the folder ``root=`` must hold; empty where the records hold the pictures.
-        read: a record to its samples.
-        key: the field that names a record.
+        fetch: how to get the records if ``load_dataset`` cannot; then ``records=`` must be given.
+        root: what the folder ``root=`` must hold; empty if the records hold the pictures.
+        read: turns a record into its samples.
+        key: the field that identifies a record.
         evidence: what evidence is, and which records have none.
         answer: what the answer is, and what its accuracy means (teacher-forced, see ``mech.experiments.metrics``).
         verified: the facts that were looked up, and where.
-        assumed: what could not be; check it on your copy.
+        assumed: what could not be looked up; check it on your copy.
         terms: licence or terms of use, as its card states them.
         paper: the paper that describes it.
     """
@@ -63,10 +63,10 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One record of a set, with what the caller wants of its pictures.
+    """One record of a set, with the caller's choice of its pictures.
 
-    ``most`` is how many pages or frames a sample may show; ``rng`` decides which. ``place`` is where the fields are in
-    the record, where they are a part of it.
+    ``most`` is the largest number of pages or frames in a sample; ``rng`` decides which. ``place`` says where in the
+    record the fields are, if they are only a part of it.
     """
 
     source: Source
@@ -79,26 +79,26 @@ class Record:
 
     @property
     def id(self) -> str:
-        """The set's name and the record's own, or its number."""
+        """The set's name and the record's own key, or its number."""
         key = self.fields.get(self.source.key)
         return f"{self.source.name}/{self.index if key is None else key}"
 
     def wrong(self, name: str, given: str, expected: str, do: str = "") -> InputError:
-        """The error of one field."""
+        """The error for one field."""
         own = self.fields.get(self.source.key)
         called = f" ({self.source.key} = {own!r})" if own is not None else ""
         do = do or "look at the record; pass skip_bad=True to go on without such records"
         return InputError(f"{self.source.name}, record {self.index}{called}, {self.place}{name}: {given}", expected, do)
 
     def inside(self, name: str, fields: Any) -> "Record":
-        """A part of the record, read like one."""
+        """A part of the record, read like a record."""
         if not isinstance(fields, Mapping):
             raise self.wrong(name, f"{fields!r:.80}", "an object")
         own = {self.source.key: self.fields.get(self.source.key)}
         return replace(self, fields={**own, **fields}, place=f"{self.place}{name}.")
 
     def get(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        """A field of one kind; ``"meta.needles"`` is a field of a field."""
+        """A field, checked for its type; ``"meta.needles"`` is a field of a field."""
         value: Any = self.fields
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -109,7 +109,7 @@ class Record:
         return value
 
     def text(self, name: str) -> str:
-        """A text with something in it; numbers are written out."""
+        """A text that is not empty; numbers become text."""
         value = str(self.get(name, (str, int, float), "a text")).strip()
         if not value:
             raise self.wrong(name, "empty", "a text")
@@ -119,7 +119,7 @@ class Record:
         return self.get(name, int, "a whole number")
 
     def listed(self, name: str) -> list[Any]:
-        """A list; one that is stored as a string ("[3, 5]") is read."""
+        """A list; one stored as a string ("[3, 5]") is parsed."""
         value = _plain(self.fields.get(name)) if "." not in name else self.get(name, object, "a list")
         if isinstance(value, str):
             try:
@@ -131,7 +131,7 @@ class Record:
         return list(value)
 
     def numbers(self, name: str, value: Any, count: int) -> list[float]:
-        """``count`` numbers; ``value`` is what stands at ``name``."""
+        """``count`` numbers; ``value`` is the content of field ``name``."""
         value = _plain(value)
         value = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
         if len(value) != count or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
@@ -139,7 +139,7 @@ class Record:
         return value
 
     def image(self, name: str) -> Image.Image:
-        """A picture that the record holds: decoded, or as bytes."""
+        """A picture stored in the record, decoded or as bytes."""
         value = self.fields.get(name)
         if isinstance(value, Mapping):
             value = value.get("bytes")
@@ -163,7 +163,7 @@ class Record:
         return file
 
     def numbered(self, name: str, relative: str) -> dict[int, str]:
-        """The files of a folder below ``root``, by the number their names end in; paths are below ``root``."""
+        """The files of a folder below ``root``, by the number their names end in; paths are relative to ``root``."""
         folder = self.path(name, relative)
         return _numbered(folder, relative, folder.stat().st_mtime_ns)
 
@@ -177,7 +177,7 @@ class Record:
             raise self.wrong(name, error.given, error.expected, error.do) from error
 
     def kept(self, count: int, needed: Sequence[int]) -> list[int]:
-        """Which of ``count`` pictures are shown, in their order: those needed, and others by chance up to ``most``."""
+        """Which of ``count`` pictures are shown, in order: those needed, and random others up to ``most``."""
         if self.most is None or count <= self.most:
             return list(range(count))
         others = [k for k in range(count) if k not in needed]
@@ -186,12 +186,12 @@ class Record:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and their numbers, as tables give them, as lists and numbers."""
+    """Arrays and array scalars, as tables give them, converted to lists and numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 @functools.lru_cache(maxsize=64)
 def _numbered(folder: Path, relative: str, changed: int) -> dict[int, str]:
-    """Listed anew when the folder has ``changed``."""
+    """The folder is listed again when it has ``changed``."""
     numbers = ((re.search(r"(\d+)$", path.stem), path.name) for path in folder.iterdir())
     return {int(match.group(1)): f"{relative}/{name}" for match, name in numbers if match}
