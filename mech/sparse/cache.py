@@ -1,14 +1,13 @@
-"""A KV cache that is really smaller: dense groups keep every key, the others sinks and a ring of the window.
+"""A KV cache that is really smaller: dense groups keep every key, the others keep sinks and a ring of the window.
 
     cache = fast.cache()                                        # generate makes its own
     fast.model(inputs, past_key_values=cache, use_cache=True)
-    cache.nbytes                                                # bytes of keys and values that are held
+    cache.nbytes                                                # bytes of the keys and values held
 
-For each layer a ``SplitLayer``: one store (``stores.py``) for the KV groups that a dense head reads, with every key (or
+Each layer has a ``SplitLayer``: one store (``stores.py``) for the KV groups that a dense head reads, with every key (or
 the layer's own sliding window), and one for the other groups, with the pinned keys and the last ``window``. A layer
-takes new keys, hands them back as they are, and when attention's turn comes computes it from what it holds
-(``attend``). So a family must pass keys and values on as the cache returned them; one that does not is refused when it
-happens.
+takes new keys, returns them unchanged, and then computes attention from what it holds (``attend``). So a family must
+pass keys and values on as the cache returned them; one that does not is refused when it happens.
 """
 
 from dataclasses import replace
@@ -49,7 +48,7 @@ class WholeLayer(CacheLayerMixin):
         return [self.whole]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0  # masks count every position, whatever is held of them
+        return self.seen + query_length, 0  # masks count every position, held or not
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -73,7 +72,7 @@ class WholeLayer(CacheLayerMixin):
             store.select(torch.arange(store.rows).repeat_interleave(repeats))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Stores are made when the first keys come; ``keys`` and ``values`` hold nothing, but Mllama asks for them."""
+        """Stores are made when the first keys come; ``keys`` and ``values`` are empty, but Mllama reads them."""
         self.is_initialized, self.keys, self.values = True, key_states.new_empty(0), value_states.new_empty(0)
 
     def _refuse(self, *args: Any) -> None:
@@ -88,7 +87,7 @@ class WholeLayer(CacheLayerMixin):
 class SplitLayer(WholeLayer):
     """A layer that keeps every key of some KV groups, and pinned keys and a window of the others.
 
-    While the prompt is read and the policy's phase is "decode", all groups are kept whole; then the layer splits.
+    If the policy's phase is "decode", all groups are kept whole while the prompt is read; then the layer splits.
     """
 
     def __init__(self, cache: "SplitCache", plan: Plan, sliding_window: int | None):
@@ -97,11 +96,11 @@ class SplitLayer(WholeLayer):
         self.split = False
         self.dense: Store = FullStore()
         self.local: RingStore | None = None
-        self.given: Tensor | None = None  # the keys of this step, as they were handed back
-        self.linear: dict[str, tuple[Tensor, Tensor, int]] = {}  # of a step of several tokens: everything in order
+        self.given: Tensor | None = None  # the keys of this step, as ``update`` returned them
+        self.linear: dict[str, tuple[Tensor, Tensor, int]] = {}  # in a step of several tokens: everything in order
 
     def empty(self) -> None:
-        """Let go of what is held: it has moved elsewhere."""
+        """Drop what is held: it has moved elsewhere."""
         self.dense, self.local = FullStore(), None
 
     def stores(self) -> list[Store]:
@@ -136,7 +135,7 @@ class SplitLayer(WholeLayer):
         """z of all heads over what is held, after ``update``; None where the call itself holds every key.
 
         Raises:
-            UnsupportedModel: the model made other keys of those that ``update`` handed back.
+            UnsupportedModel: the model changed the keys that ``update`` returned.
         """
         given, self.given = self.given, None
         if given is None or self.seen == given.shape[2]:
@@ -169,7 +168,7 @@ class SplitLayer(WholeLayer):
     def _row(
         self, call: AttentionCall, near: Near, plan: Plan, dropout: float
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """z of a single query row: what generation does for every token, so as few calls as can be."""
+        """z of a single query row: generation runs it for every token, so it makes as few calls as possible."""
         parts, q, dense = [], call.q.index_select(1, plan.row), plan.packed.numel()
         for store, heads in ((self.dense if dense else None, slice(dense)), (self.local, slice(dense, None))):
             if store is not None:
@@ -182,7 +181,7 @@ class SplitLayer(WholeLayer):
     def _beside(
         self, call: AttentionCall, near: Near, plan: Plan, dropout: float
     ) -> Float[Tensor, "batch head pos d_head"]:
-        """All heads of groups that are kept whole, as local ones."""
+        """All heads of the groups that are kept whole, computed as local ones."""
         mine, policy = take(call, plan.whole_heads), near.policy
         plain = call.mask is None and not policy.keep_text
         if plain and isinstance(self.dense, FullStore) and self.seen >= policy.sinks + policy.window:
@@ -215,10 +214,10 @@ class SplitLayer(WholeLayer):
 
 
 class SplitCache(DynamicCache):
-    """The cache of a localized model, for ``past_key_values=``; layers without such heads are Hugging Face's own.
+    """The cache of a localized model, for ``past_key_values=``; layers without a plan are Hugging Face's own.
 
     Attributes:
-        near: what the policy means for the rows of this run; set when it begins.
+        near: what the policy means for the rows of this run; set when the run begins.
     """
 
     def __init__(self, config: Any, plans: dict[int, Plan], split: bool):
@@ -233,7 +232,7 @@ class SplitCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values that are held, what is reserved included."""
+        """Bytes of the keys and values held, including what is reserved."""
         held = 0
         for layer in self.layers:
             if isinstance(layer, WholeLayer):

@@ -4,13 +4,13 @@
     fast.generate_text(inputs, max_new_tokens=8)
     fast.policy(inputs)                                    # the heads this input gets
 
-``reach`` is the score: how far a head's output at the rows of the question would move if it saw sinks and window only.
-It needs one dense pass and the question's rows of the attention, no annotation and no training. Averaged over samples
-it is a static ranking like any other (``mech.rank_heads(reach(model, samples))``); taken of one input it is a choice
-for that input. With ``layers=n`` only the first ``n`` layers are read, and no more than those are run.
+The score is ``reach``: how far a head's output at the question's rows would move if the head saw only sinks and window.
+It takes one dense pass and the question's rows of the attention, with no annotation and no training. Averaged over
+samples it is a static ranking like any other (``mech.rank_heads(reach(model, samples))``); computed on one input it
+chooses the heads for that input. With ``layers=n`` only the first ``n`` layers are run and read.
 
-What it costs: the pass that chooses is dense, so prefill gains nothing unless ``layers`` is small; what is saved is
-the cache, and every token that is generated. Rows of a batch would need sets of their own, so one row is run at a time.
+The pass that chooses is dense, so prefill gains nothing unless ``layers`` is small; the savings are in the cache and in
+every generated token. Each row of a batch would need its own set of heads, so one row is run at a time.
 """
 
 from collections.abc import Sequence
@@ -55,9 +55,9 @@ def reach(
 
     Args:
         model: a hooked model with weights in floating point.
-        samples: they need no evidence.
+        samples: samples; they need no evidence.
         sinks, window: what a local head sees, as in ``Policy``.
-        layers: read, and run, only so many layers from the first on; the others score 0.
+        layers: run and read only this many layers, from the first on; the others score 0.
         progress: called with (samples done, samples in all).
 
     Returns:
@@ -67,9 +67,9 @@ def reach(
         ExperimentError: no samples, or ``layers`` that the model does not have.
         UnsupportedModel: quantized weights.
 
-    Cost: one dense forward of each sample (of its first ``layers``), and the question's rows of the attention.
+    Cost: one dense forward per sample (through the first ``layers``), and the question's rows of the attention.
 
-    References: the open wish of arXiv 2606.05843 (heads chosen by input); the score is ours.
+    References: arXiv 2606.05843 leaves choosing heads per input open; the score is ours.
     """
     samples = Samples(samples)
     if not len(samples):
@@ -96,7 +96,7 @@ def per_sample_reach(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The numbers of ``reach``, one sample after the other."""
+    """The values of ``reach``, sample by sample."""
     found = []
     for i, sample in enumerate(samples, start=1):
         found.append(reach_of(model, model.inputs_of(sample), sinks=sinks, window=window, layers=layers).cpu().numpy())
@@ -110,7 +110,7 @@ def per_sample_reach(
 def reach_of(
     model: HookedMLLM, inputs: Inputs, *, sinks: int = 4, window: int = 256, layers: int | None = None, **options: Any
 ) -> Float[Tensor, "layer head"]:
-    """``reach`` of one row of inputs; ``options`` go to the forward. Layers are ``cfg.attention_layers``."""
+    """``reach`` for one row of inputs; ``options`` go to the forward. Layers are ``cfg.attention_layers``."""
     cfg = model.cfg
     if len(inputs) != 1:
         raise InputError(f"a batch of {len(inputs)} rows", "one row: heads are chosen for each input", "run one by one")
@@ -128,7 +128,7 @@ def reach_of(
         weight = weights[call.layer]
         if weight is None:
             raise UnsupportedModel(f"quantized weights in layer {call.layer}", "weights in floating point")
-        if not call.cross:  # a memory of visual tokens has no window
+        if not call.cross:  # cross-attention to visual tokens has no window
             found[cfg.attention_layers.index(call.layer)] = _moved(call, near, rows, weight)
 
     try:
@@ -148,7 +148,7 @@ def _moved(
     seen = near.seen(rows, torch.arange(pattern.shape[-1], device=rows.device))[:, None]
     local = pattern * seen
     kept = local.sum(-1, keepdim=True)
-    if call.sinks is not None:  # a sink of the layer's own keeps its share
+    if call.sinks is not None:  # the layer's own sink keeps its share
         kept = kept + 1 - pattern.sum(-1, keepdim=True)
     local = local / kept.clamp(min=torch.finfo(kept.dtype).tiny)
     change = (pattern - local).reshape(1, call.v.shape[1], -1, pattern.shape[-1]) @ call.v.to(pattern)
@@ -157,7 +157,7 @@ def _moved(
 
 
 class _Enough(Exception):
-    """The last layer that is read has been passed."""
+    """Raised once the last layer to be read has been passed."""
 
 
 @checked
@@ -171,18 +171,18 @@ def localize_dynamic(
     keep_text: bool = False,
     phase: one_of(PHASES) = "both",
 ) -> "Dynamic":
-    """A model that chooses its dense heads for every input, by ``reach``.
+    """A model that chooses its dense heads anew for every input, by ``reach``.
 
     Args:
         model: a hooked model.
-        n: how many KV heads stay dense, or a share of all of them (see ``Ranking.count``); all their query heads do.
-        layers: of how many layers the heads are chosen; see ``reach``.
+        n: how many KV heads stay dense with all their query heads, or a share of all (see ``Ranking.count``).
+        layers: how many layers the heads are chosen from; see ``reach``.
         sinks, window, keep_text, phase: see ``Policy``.
 
     Raises:
-        ExperimentError: settings that fit no policy.
+        ExperimentError: settings that no policy allows.
 
-    Cost: of every input one dense pass through ``layers`` beside the run itself.
+    Cost: for every input one dense pass through ``layers``, in addition to the run itself.
     """
     policy = Policy((), sinks, window, keep_text, phase)
     count = head_count(n, len(model.cfg.attention_layers) * model.cfg.n_kv_heads)
@@ -190,7 +190,7 @@ def localize_dynamic(
 
 
 class Dynamic:
-    """What ``localize_dynamic`` returns: call it, or let it generate, with one row of inputs at a time."""
+    """What ``localize_dynamic`` returns: call it, or generate with it, one row of inputs at a time."""
 
     def __init__(self, model: HookedMLLM, policy: Policy, n: int, layers: int | None = None):
         self.model, self.n, self.layers = model, n, layers
@@ -201,7 +201,7 @@ class Dynamic:
         return f"Dynamic({self.model.name}, {self.n} KV heads{where}, window={self._base.window})"
 
     def policy(self, inputs: Inputs, **options: Any) -> Policy:
-        """The policy that an input gets; ``options`` go to the forward that chooses."""
+        """The policy for one input; ``options`` go to the forward that chooses."""
         base = self._base
         found = reach_of(self.model, inputs, sinks=base.sinks, window=base.window, layers=self.layers, **options)
         return chosen(self.model, found, self.n, base)
@@ -228,7 +228,7 @@ class Dynamic:
 
 
 def chosen(model: HookedMLLM, scores: Float[Tensor, "layer head"] | np.ndarray, n: int, base: Policy) -> Policy:
-    """The policy whose dense heads are the ``n`` best KV heads of a map of scores."""
+    """The policy whose dense heads are the ``n`` highest-scoring KV heads."""
     of_one = Ranking(np.asarray(torch.as_tensor(scores).cpu().double()), layers=model.cfg.attention_layers)
     heads = expanded(grouped(of_one, model.cfg).heads[:n], model.cfg)
     return Policy(heads, base.sinks, base.window, base.keep_text, base.phase)

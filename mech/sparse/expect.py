@@ -1,10 +1,10 @@
-"""Whether a policy gains at a length, predicted: counted FLOPs and bytes over what a machine does of them in a second.
+"""Predicts whether a policy gains at a length: counted FLOPs and bytes, divided by what a machine does per second.
 
     fast.expects(32768, new_tokens=64)     # Expected(length=32768, prefill=1.3, decode=1.1, runs='sparse')
 
-Only the text stack is counted; a vision tower costs the same either way, and of experts all are counted, so what is
-predicted for mixtures of experts is too little. ``MACHINES`` holds the speeds. They are rough, and of one card and one
-CPU: ratios between them decide, and those differ less from machine to machine than the speeds do.
+Only the text stack is counted; a vision tower costs the same either way. All experts are counted, so the gain predicted
+for mixtures of experts is too small. ``MACHINES`` holds the speeds. They are rough, and those of one GPU and one CPU:
+the ratios between them decide, and these differ less from machine to machine than the speeds do.
 """
 
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ from mech.model import HookedMLLM
 from mech.model.architectures.families import module_at
 from mech.sparse.policy import Policy, seen_pairs
 
-GAIN = 1.01  # what a run has to gain to be sparse
+GAIN = 1.01  # the least predicted gain at which a run is sparse
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine does in a second, and what it costs to start it.
+    """What a machine does per second, and its overheads in seconds.
 
     Attributes:
         matrices: FLOPs of linear layers.
         dense: FLOPs of attention over everything.
-        local: FLOPs of attention of local heads, merging included.
-        bytes: read of weights, keys and values.
-        layer: seconds that local attention of a layer costs beside its FLOPs.
-        token: seconds that a layer costs for each token where steps are not captured, dense and sparse.
+        local: FLOPs of the attention of local heads, merging included.
+        bytes: bytes of weights, keys and values read.
+        layer: seconds that a layer's local attention costs in addition to its FLOPs.
+        token: seconds that a layer costs per token when steps are not captured: dense, and sparse.
     """
 
     matrices: float
@@ -51,13 +51,13 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What is predicted at one length: times as fast as dense, above 1 for a gain.
+    """The prediction at one length: speeds relative to dense, above 1 for a gain.
 
     Attributes:
-        length: tokens of the context.
-        prefill: of reading the prompt, linear layers included.
-        decode: of one more token.
-        runs: what ``localize(..., auto=True)`` runs then: "sparse", or "dense" where nothing is gained in all.
+        length: tokens in the context.
+        prefill: speed of reading the prompt, linear layers included.
+        decode: speed of one more token.
+        runs: what ``localize(..., auto=True)`` then runs: "sparse", or "dense" where there is no gain overall.
     """
 
     length: int
@@ -76,13 +76,13 @@ def expected(
     captured: bool = False,
     windows: Mapping[int, int] | None = None,
 ) -> Expected:
-    """Predict a run of a prompt and some new tokens under a policy, beside the dense model.
+    """Predict the speed of a prompt and some new tokens under a policy, relative to the dense model.
 
     Args:
-        model: a hooked model: its sizes, precision and device.
+        model: a hooked model, for its sizes, precision and device.
         policy: which heads are local.
         length: tokens of the prompt.
-        new_tokens: that are generated.
+        new_tokens: how many tokens are generated.
         batch: rows.
         captured: whether the step of a token is captured in a CUDA graph.
         windows: layer -> its own sliding window, where it has one.
@@ -117,7 +117,7 @@ def expected(
 def _attention(
     model: HookedMLLM, policy: Policy, length: int, windows: Mapping[int, int]
 ) -> tuple[float, float, float]:
-    """FLOPs of a prompt's attention: of dense heads, of local ones, and of all heads if they were dense."""
+    """FLOPs of a prompt's attention: of dense heads, of local ones, and of all heads if all were dense."""
     cfg, found = model.cfg, [0.0, 0.0, 0.0]
     for layer in set(cfg.attention_layers) - set(cfg.cross_layers):
         own = min(windows.get(layer, length), length)
@@ -132,7 +132,7 @@ def _attention(
 
 
 def _weights(model: HookedMLLM) -> tuple[int, int]:
-    """Weights of the text stack that every token passes: of its layers, and with the unembedding."""
+    """Number of weights of the text stack: of its layers, and of its layers with the unembedding."""
     root = module_at(model.hf_model, model.family.text.root)
     embedded = sum(
         p.numel() for module in root.modules() if isinstance(module, nn.Embedding) for p in module.parameters()

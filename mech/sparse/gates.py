@@ -1,16 +1,16 @@
-"""Learned gates: which key/value heads need the whole context, found by training one number for each (DuoAttention).
+"""Learned gates: which key/value heads need the whole context, found by training one number per head (DuoAttention).
 
     ranking = mech.learned_gates(model, find, sinks=4, window=64, steps=40)
     mech.localize(model, dense_heads=ranking.top(0.05), sinks=4, window=64)
 
-Every KV head gets a gate ``a`` between 0 and 1, and puts out ``a full + (1 - a) local``: its own attention, mixed with
-what it would see as a local head (sinks and window). The model is frozen and taught by itself: the final hidden states
-at the answer have to stay what they were, while the sum of the gates is pressed towards 0. Heads that can be local
-without harm close; those that stay open are the ones to keep dense. Nothing is asked about evidence, so samples need
-none; the answer's positions are all that is read of them.
+Every KV head gets a gate ``a`` between 0 and 1 and outputs ``a full + (1 - a) local``: its own attention, mixed with
+its attention as a local head (sinks and window). The model is frozen and is its own teacher: the final hidden states
+at the answer must stay the same while the mean of the gates is pushed towards 0. Heads that can be local without harm
+close; those that stay open are the ones to keep dense. Samples need no evidence: only the positions of their answers
+are used.
 
-What it is not: a test. Gates show what a *joint* relaxation of all heads can spare; of two redundant heads one
-closes, and which is up to the seed.
+This is not a test. Gates show what a *joint* relaxation of all heads can spare; of two redundant heads one closes, and
+which one depends on the seed.
 """
 
 from typing import Annotated
@@ -45,34 +45,34 @@ def learned_gates(
     seed: Seed = 0,
     progress: Progress | None = None,
 ) -> Ranking:
-    """Rank heads by gates that were trained to close where the model can spare it.
+    """Rank heads by gates trained to close where the model does not need the whole context.
 
-    ``loss = |H(a) - H|^2 / |H|^2 + sparsity * mean over heads of a`` with H the final hidden states at the rows that
-    predict the answer, of the dense model and of the gated one; Adam on the gates alone, which start at 1 and are held
-    between 0 and 1. The score of a head is its KV head's gate, averaged over the steps: a gate that closes early scores
-    lower than one that closes late, where the last values of both are 0.
+    ``loss = |H(a) - H|^2 / |H|^2 + sparsity * mean over heads of a``, where ``H`` and ``H(a)`` are the final hidden
+    states of the dense and the gated model at the rows that predict the answer. Adam updates the gates alone, which
+    start at 1 and are clamped between 0 and 1. A head's score is its KV head's gate averaged over the steps, so a gate
+    that closes early scores lower than one that closes late, even if both end at 0.
 
     Sign: the higher, the more the answer needs the whole context in this head. Unit: gate, 0 to 1.
 
     Args:
-        model: a hooked model; it is left as it was.
-        samples: other samples than those that test the heads.
+        model: a hooked model; it is left unchanged.
+        samples: samples other than those that test the heads.
         sinks, window: what a local head sees, as in ``Policy``.
-        steps: of the optimiser.
-        batch_size: samples of each step.
-        rate: of the optimiser.
+        steps: optimiser steps.
+        batch_size: samples per step.
+        rate: the optimiser's learning rate.
         sparsity: weight of the gates' mean.
-        seed: of the order of samples.
+        seed: seed of the order of samples.
         progress: called with (steps done, steps in all).
 
     Raises:
-        ExperimentError: no samples, no steps, or inputs that lie within sinks and window.
+        ExperimentError: no samples, no steps, or inputs that fit within sinks and window.
 
-    Cost: for each step ``batch_size`` dense forwards, and as many gated ones forward and back. A gated forward looks
-    at every pair of positions twice and keeps them for the way back: train on a few thousand tokens.
+    Cost: per step ``batch_size`` dense forwards, and as many gated forward and backward passes. A gated forward
+    computes every pair of positions twice and keeps them for the backward pass: train on a few thousand tokens.
 
-    References: DuoAttention, arXiv 2410.10819. There the loss is the squared distance itself and 2,000 steps are
-    made; here it is taken relative to the states, so that one ``sparsity`` fits models of every width.
+    References: DuoAttention, arXiv 2410.10819. There the loss is the plain squared distance and training takes 2,000
+    steps; here the distance is relative to the states, so that one ``sparsity`` fits models of every width.
     """
     samples = Samples(samples)
     policy = Policy((), sinks=sinks, window=window)
@@ -113,7 +113,7 @@ def learned_gates(
 
 
 def _asked(inputs: Inputs) -> Tensor:
-    """The rows that predict the tokens of the answer, ``[batch pos]``."""
+    """The rows that predict the answer's tokens, ``[batch pos]``."""
     chosen = torch.zeros(inputs.tensors["input_ids"].shape, dtype=torch.bool)
     for row, layout in enumerate(inputs.layouts):
         chosen[row, [position - 1 for position in layout.spans["answer"]]] = True

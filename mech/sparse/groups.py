@@ -1,4 +1,4 @@
-"""Sets of heads by KV group, so that sets of one size cost the same compute *and* the same cache.
+"""Sets of heads by KV group, so that sets of equal size cost the same compute *and* the same cache.
 
     groups = grouped(ranking, model.cfg)              # a Ranking whose "heads" are key/value heads
     heads  = expanded(groups.top(0.1), model.cfg)     # all query heads of the best tenth of the KV heads

@@ -1,14 +1,14 @@
-"""Attention in which some heads attend to everything and the others nearby: what a layer's heads cost where they are.
+"""Attention in which some heads attend to everything and the others to nearby keys only.
 
-    z = split_heads(call, near, plan)        # dense heads in one call, local ones nearby
-    z = by_definition(call, near, dense)     # every head over every key, under a mask of its own: the slow twin
+    z = split_heads(call, near, plan)        # dense heads in one call, local ones over nearby keys
+    z = by_definition(call, near, dense)     # every head over every key, each under its own mask: the slow reference
 
-Nothing of size S x S is made, and the work of a local head is linear in S. On a CPU without padding, its rows beyond
-the first window take the fused kernel over overlapping views of the keys, ``BLOCK`` rows to a view and no key copied,
-and once more over the sinks; the two are merged by their log-sum-exp (``_by_views``). On a card the flash kernel's own
-window does that (``mech.sparse.card.flash``), and flex attention what flash cannot. Everything else (padding, sliding
-windows, images that see themselves both ways, a softcap, text that is kept, gradients) goes block by block through the
-fused kernel, under a mask of the block. ``NEAR`` is that choice.
+No S x S tensor is made, and the work of a local head is linear in S. On a CPU without padding, its rows beyond the
+first window run through the fused kernel over overlapping views of the keys, ``BLOCK`` rows per view and no key copied,
+and once more over the sinks; the two are merged by their log-sum-exp (``_by_views``). On a GPU the flash kernel's own
+window does that (``mech.sparse.card.flash``), and flex attention does what flash cannot. Everything else (padding,
+sliding windows, bidirectional attention within an image, a softcap, kept text, gradients) goes block by block through
+the fused kernel, with a mask per block. ``NEAR`` holds these ways in order.
 """
 
 from dataclasses import replace
@@ -25,14 +25,14 @@ from mech.sparse.card.choice import Way, anything, first_of, nothing
 from mech.sparse.masks import Near
 from mech.sparse.plan import Keys, Plan, start_of, take
 
-BLOCK = {"cpu": 64, "cuda": 1024}  # query rows at once: a small block wastes less, a large one starts fewer kernels
+BLOCK = {"cpu": 64, "cuda": 1024}  # query rows at once: a small block wastes less, a large one launches fewer kernels
 _SILENT = LayerRecord.idle()
 
 
 def by_definition(
     call: AttentionCall, near: Near, dense: Bool[Tensor, " head"], dropout: float = 0.0
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Every head over every key, under a mask of its own, some rows at a time."""
+    """Every head over every key, each under its own mask, some rows at a time."""
     near, dense = near.to(call.q.device), dense.to(call.q.device)
     keys = start_of(call) + torch.arange(call.k.shape[2], device=call.q.device)
     plain, parts = replace(call, head_mask=None), []
@@ -47,7 +47,7 @@ def by_definition(
 def split_heads(
     call: AttentionCall, near: Near, plan: Plan, dropout: float = 0.0
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Dense heads in one call, local ones nearby; the call holds every key."""
+    """Dense heads in one call, local ones over nearby keys; the call holds every key."""
     near, plan = near.to(call.q.device), plan.to(call.q.device)
     if flash.on_card(call.q):
         return _split_by_runs(call, near, plan, dropout)
@@ -69,7 +69,7 @@ def split_heads(
 def _split_by_runs(
     call: AttentionCall, near: Near, plan: Plan, dropout: float
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """The same without a copy of keys or values: heads side by side are computed together."""
+    """The same without a copy of keys or values: adjacent heads are computed together."""
     z = call.q.new_empty(len(call.q), call.q.shape[2], call.q.shape[1], call.v.shape[3])
     out, keys = z.transpose(1, 2), Keys.of(call.k, call.v, start_of(call), near, start_of(call))
     for run in plan.near_runs:
@@ -84,9 +84,9 @@ def dense_heads(
     call: AttentionCall, k: Tensor, v: Tensor, dropout: float = 0.0
 ) -> Float[Tensor, "batch head pos d_head"]:
     """The call's heads over all of these keys, under the layer's own mask."""
-    if call.mask is None and call.causal:  # a static cache has room behind what was read
+    if call.mask is None and call.causal:  # a static cache has room beyond what was read
         k, v = k[:, :, : call.q.shape[2]], v[:, :, : call.q.shape[2]]
-    elif flash.takes_causal(call, k, dropout):  # a chunk of a prompt behind others
+    elif flash.takes_causal(call, k, dropout):  # a later chunk of a prompt
         return flash.forward(call.q, k, v, call.scale, causal=True)[0]
     mask = None if call.mask is None else call.mask[..., : k.shape[2]]
     return fused(call, call.q, k, v, mask, causal=call.causal, dropout=dropout)
@@ -99,13 +99,13 @@ def near_heads(
     out: Float[Tensor, "batch head pos d_head"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """The call's heads as local ones over these keys, written into ``out``."""
+    """The call's heads, computed as local ones over these keys and written into ``out``."""
     out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3]) if out is None else out
     return first_of(NEAR, call, keys, near, out, dropout)
 
 
 def _takes_views(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> bool:
-    """Causal, unpadded, no softcap, no gradient, and so many rows that some see all sinks and a whole window."""
+    """Causal, unpadded, no softcap, no gradient, and enough rows that some see all sinks and a whole window."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
         return False
     plain = call.mask is None and call.causal and call.fused and not near.policy.keep_text and not dropout
@@ -113,7 +113,7 @@ def _takes_views(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropo
 
 
 def _by_views(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> Tensor:
-    """Rows that see all sinks and a whole window over views of the keys; those before and a rest behind by blocks."""
+    """Rows that see all sinks and a whole window: over views of the keys; earlier and leftover rows: by blocks."""
     rows, block, window = call.q.shape[2], BLOCK["cpu"], near.policy.window
     first = window + near.policy.sinks
     stop = first + (rows - first) // block * block
@@ -142,7 +142,7 @@ def _steps(first: int, stop: int, size: int) -> list[tuple[int, int]]:
 
 
 def _block(call: AttentionCall, keys: Keys, window: int, begin: int, end: int, out: Tensor, dropout: float) -> None:
-    """Some rows over pinned keys and a window of the others, under a mask of their own."""
+    """Some rows over pinned keys and a window of the others, under their own mask."""
     ahead = 0 if call.mask is None and call.causal else window - 1
     low = max(keys.start, call.query_start + begin - window + 1)
     high = min(keys.start + keys.k.shape[2], call.query_start + end + ahead)
@@ -165,7 +165,7 @@ def _block_mask(
     at = call.query_start + torch.arange(*rows, device=call.q.device)[:, None]
     places, pins = torch.arange(*cols, device=call.q.device), keys.pins[:, None, None, :]
     inside = ((at - places).abs() < window)[None, None]
-    # In the window a pinned key is there already.
+    # A pinned key within the window is there already.
     pinned = ((at - pins).abs() >= window) & (pins >= 0)
     if call.mask is None:
         if call.causal:
@@ -179,12 +179,12 @@ def _block_mask(
 
 
 def _windowed(call: AttentionCall, keys: Keys, window: int, first: int, stop: int, out: Tensor) -> None:
-    """Rows that see every pinned key and a whole window: without padding, causal."""
+    """Rows that see every pinned key and a whole window: causal, without padding."""
     block = BLOCK["cpu"]
     row, col = torch.arange(block)[:, None], torch.arange(window + block - 1)
     mask = call.q.new_zeros(block, len(col)).masked_fill((col < row) | (col >= row + window), float("-inf"))
     for one in range(len(out)):
-        for begin, end in _steps(first, stop, 4 * block):  # what is made on the way stays in the processor's cache
+        for begin, end in _steps(first, stop, 4 * block):  # intermediate results stay in the processor's cache
             # Row i of a block sees its keys i to i + window - 1; blocks are a batch, their keys overlapping views.
             blocks = call.q[one, :, begin:end].unflatten(1, (-1, block)).transpose(0, 1)
             k, v = (
@@ -204,12 +204,12 @@ def _windowed(call: AttentionCall, keys: Keys, window: int, first: int, stop: in
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None
 ) -> tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos"]]:
-    """z and log-sum-exp on a CPU: torch's kernel, by the name that returns the latter."""
+    """z and log-sum-exp on a CPU: torch's kernel, called by the name that returns both."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
 
 
 def of_heads(call: AttentionCall, heads: Int[Tensor, " head"]) -> AttentionCall:
-    """The call with what belongs to some query heads; its queries are picked elsewhere."""
+    """The call with the sinks of some query heads; its queries are picked elsewhere."""
     return call if call.sinks is None else replace(call, sinks=call.sinks[heads])
 
 

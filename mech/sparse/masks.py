@@ -1,16 +1,16 @@
-"""What a local head may attend to: the definition that the kernels and the cache are measured by.
+"""What a local head may attend to: the definition that the kernels and the cache are checked against.
 
     near = Near(policy, attention_mask, prompt)
     near.seen(rows, keys)            # batch x row x key: sinks, window, text; the layer's own mask comes on top
     near.heads(rows, keys, dense)    # batch x head x row x key
 
-A key is in the window of a row if it is less than ``window`` positions away: the row itself and ``window - 1`` before
-it. Layers that attend ahead (an image that sees itself both ways) see as far to the other side; the layer's mask
-decides whether they do. Sinks and, with ``keep_text``, text tokens are *pinned*: seen from everywhere. All of it is
+A key is in the window of a row if it is less than ``window`` positions away: the row itself and the ``window - 1``
+before it. Layers that attend ahead (bidirectional attention within an image) see equally far ahead; the layer's mask
+decides whether they do. Sinks and, with ``keep_text``, text tokens are *pinned*: seen from everywhere. All of this is
 intersected with the layer's own mask (padding, causality, sliding windows, image blocks), so a head never sees more
-than it did.
+than before.
 
-Positions count the row of the batch, padding included: under padding on the left a row's sinks come behind it.
+Positions count along the row of the batch, padding included: with left padding, a row's sinks come after the padding.
 """
 
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ class Near:
     """What a policy means for the rows of one run.
 
     Attributes:
-        policy: whose sinks, window and phase.
+        policy: the policy, which gives sinks, window and phase.
         first: position of each row's first token.
-        prompt: where each row's prompt ends; what comes then is decoding, a teacher-forced answer too.
-        text: which positions are text, for ``keep_text``; those behind them are, because they are written.
-        free: whether no head is kept from anything in this run: it is no longer than the window, or runs dense.
+        prompt: where each row's prompt ends; what follows is decoding, including a teacher-forced answer.
+        text: which positions are text, for ``keep_text``; later positions are text too, since they are generated.
+        free: whether no head is restricted in this run: it is no longer than the window, or runs dense.
     """
 
     policy: Policy
@@ -44,7 +44,7 @@ class Near:
     _pins: dict[int, Int[Tensor, "batch pin"]] = field(default_factory=dict, repr=False)
 
     def of_batch(self, batch: int) -> "Near":
-        """The same with every row ``batch / rows`` times in succession: generation may go on in several ways."""
+        """The same with every row repeated ``batch / rows`` times: generation may continue a prompt in several ways."""
         times = batch // len(self.first)
         if times <= 1:
             return self
@@ -68,7 +68,7 @@ class Near:
         return sinks | (keys >= known) | self.text[:, keys.clamp(max=known - 1)]
 
     def pins(self, stop: int) -> Int[Tensor, "batch pin"]:
-        """The pinned positions before ``stop`` of every row, in order; -1 fills up."""
+        """The pinned positions before ``stop`` of every row, in order, padded with -1."""
         if stop not in self._pins:
             self._pins.clear()  # the layers of one step ask for the same
             if not self.policy.keep_text:
@@ -79,13 +79,13 @@ class Near:
         return self._pins[stop]
 
     def listed(self, start: int, stop: int) -> Int[Tensor, "batch pin"]:
-        """The pinned positions from ``start`` to ``stop`` of every row, in order; -1 fills up."""
+        """The pinned positions from ``start`` to ``stop`` of every row, in order, padded with -1."""
         found = _listed(self.pinned(torch.arange(start, stop, device=self.first.device)))
         return torch.where(found >= 0, found + start, found)
 
     @cached_property
     def sinks_end(self) -> int:
-        """From which position on there are no sinks."""
+        """The position from which on no row has sinks."""
         return int(self.first.max()) + self.policy.sinks
 
     def seen(self, rows: Int[Tensor, " row"], keys: Int[Tensor, " key"]) -> Bool[Tensor, "batch row key"]:
@@ -113,7 +113,7 @@ class Near:
 
 
 def _listed(chosen: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pin"]:
-    """The chosen positions of every row, in order; -1 fills up."""
+    """The chosen positions of every row, in order, padded with -1."""
     most = int(chosen.sum(1).max()) if chosen.numel() else 0
     order = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)[:, :most]
     return order.masked_fill(~chosen.gather(1, order), -1)

@@ -1,13 +1,13 @@
-"""A head policy as a pattern of whole layers: what stock ``transformers`` and serving engines run, with its memory.
+"""A head policy as a pattern of whole layers, which stock ``transformers`` and serving engines run, memory savings too.
 
-    pattern = LayerPattern.of(policy, model)      # refused if no pattern of layers says the same
+    pattern = LayerPattern.of(policy, model)      # refused if no pattern of layers is equivalent
     near    = nearest_layers(policy, model)       # the policy of whole layers with as many dense KV groups
     LayerPattern.of(near, model).apply(config)    # for from_pretrained(..., config=config); or .save(folder) as JSON
 
-Engines hold one KV length per layer, so a policy by heads saves memory only in a cache of its own (``localize``). Many
+Engines hold one KV length per layer, so a policy by heads saves memory only in its own cache (``localize``). Many
 configs have ``layer_types`` and ``sliding_window``: layers that see everything and layers that see a window. A pattern
-is exact: the stock model under it gives the logits that ``localize`` gives. What it costs in accuracy to keep whole
-layers in place of the best heads is for ``mech.acceleration`` to say (its choice ``"layers"``).
+is exact: the stock model under it gives the same logits as ``localize``. ``mech.acceleration`` measures what keeping
+whole layers instead of the best heads costs in accuracy (its choice ``"layers"``).
 """
 
 import json
@@ -29,8 +29,8 @@ class LayerPattern:
     """Which layers see everything and which a window.
 
     Attributes:
-        layer_types: ``"full_attention"`` or ``"sliding_attention"`` of every text layer.
-        sliding_window: how many positions a sliding layer sees, its own included.
+        layer_types: ``"full_attention"`` or ``"sliding_attention"`` for every text layer.
+        sliding_window: how many positions a sliding layer sees, including its own.
     """
 
     layer_types: tuple[str, ...]
@@ -38,11 +38,11 @@ class LayerPattern:
 
     @classmethod
     def of(cls, policy: Policy, model: HookedMLLM) -> "LayerPattern":
-        """The pattern that says what a policy says.
+        """The pattern equivalent to a policy.
 
         Raises:
-            ExperimentError: sinks or text that every head keeps, one phase only, or a layer that is dense in part.
-            UnsupportedModel: an architecture that has no such pattern, or layers with windows of their own.
+            ExperimentError: a policy that keeps sinks or text, covers one phase only, or has a partly dense layer.
+            UnsupportedModel: an architecture that has no such pattern, or layers with their own windows.
         """
         refuse_fixed_layers(model)
         policy.check(model)
@@ -67,7 +67,7 @@ class LayerPattern:
         return cls(tuple(FULL if heads.any() else SLIDING for heads in dense.values()), policy.window)
 
     def settings(self) -> dict[str, Any]:
-        """What differs in the text part of the config."""
+        """The entries to set in the text part of the config."""
         return {
             "layer_types": list(self.layer_types),
             "sliding_window": self.sliding_window,
@@ -93,10 +93,10 @@ class LayerPattern:
 
 
 def nearest_layers(policy: Policy, model: HookedMLLM) -> Policy:
-    """The policy of whole layers nearest to one by heads, at its KV bytes: sinks and text are given up.
+    """The policy of whole layers nearest to a policy by heads, at its KV bytes; kept sinks and text are dropped.
 
-    Layers with the most dense KV groups stay (of equally many those with more dense heads, then the lower ones), as
-    many as hold the same number of groups, rounded.
+    The layers with the most dense KV groups stay dense (ties: more dense heads, then lower layers), as many as hold the
+    same number of groups, rounded.
 
     Raises:
         ExperimentError: heads that the model does not have.

@@ -1,9 +1,9 @@
-"""In which order a layer's heads are computed, and the keys they are given.
+"""The order in which a layer's heads are computed, and the keys they are given.
 
     plan = Plan.of(policy.dense(layer, n_heads), n_kv_heads)
-    call = take(call, plan.dense)                # the call of some query heads
+    call = take(call, plan.dense)                # the call for some query heads
 
-Picking heads by index copies them; ``Run``s are heads and groups side by side, which are read where they lie.
+Picking heads by index copies them; a ``Run`` is a stretch of adjacent heads and groups, which are read in place.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from mech.sparse.masks import Near
 
 @dataclass(frozen=True)
 class Run:
-    """Query heads side by side, and the key/value heads they read.
+    """Adjacent query heads, and the key/value heads they read.
 
     Attributes:
         heads: the query heads.
         groups: the key/value heads.
-        held: where these stand in ``Plan.whole``; nowhere, if some are local alone.
+        held: where these stand in ``Plan.whole``, for dense runs; empty for others.
     """
 
     heads: slice
@@ -35,26 +35,25 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The heads of a layer in the order in which they are computed. Worked out once.
+    """The heads of a layer in the order in which they are computed. Worked out once per layer.
 
     Attributes:
         dense: query heads that attend to everything.
         dense_groups: the key/value head that each of them reads.
         whole: key/value heads that some dense head reads.
         whole_heads: all query heads of these.
-        packed: dense heads by key/value head in ``whole``, filled up by repeating one: for a single query row, where
-            the heads of a group are rows of one call and no key is copied.
-        slots: where each dense head stands in ``packed``.
+        packed: dense heads by key/value head in ``whole``, padded by repeating one: for a single query row, where the
+            heads of a group are rows of one call and no key is copied.
         local: key/value heads that only local heads read.
         local_heads: all query heads of these.
         inside: where each dense head stands in ``whole_heads``; the others there are local.
-        near: key/value heads whose query heads are computed as local in a prompt: all of them unless many are dense
-            throughout, for picking copies keys.
+        near: key/value heads whose query heads are computed as local in a prompt: all of them unless many are entirely
+            dense, because picking copies keys.
         near_heads: all query heads of these.
-        inverse: where each query head stands in ``whole_heads`` and ``local_heads``.
+        inverse: where each query head stands in ``whole_heads`` followed by ``local_heads``.
         groups: key/value heads in the order ``whole``, ``local``.
         row: query heads in the order ``packed``, ``local_heads``: for a single query row.
-        back: where each query head stands first in ``row`` and, behind it, ``whole_heads``.
+        back: where each query head first stands in ``row`` followed by ``whole_heads``.
         dense_runs: the dense heads, in their order.
         near_runs: all query heads of key/value heads that some local head reads.
     """
@@ -78,7 +77,7 @@ class Plan:
 
     @classmethod
     def of(cls, dense: Bool[Tensor, " head"], n_groups: int) -> "Plan":
-        """The plan of a layer's heads, of which some are dense."""
+        """The plan for a layer's heads, given which are dense."""
         by_group = dense.reshape(n_groups, -1)
         heads = torch.arange(len(dense)).reshape(n_groups, -1)
         whole, throughout = by_group.any(1), by_group.all(1)
@@ -119,11 +118,11 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """Keys and values in the order of their positions, from ``start`` on, and pinned ones wherever they are.
+    """Keys and values in order of position, from ``start`` on, and pinned ones at any position.
 
     Attributes:
         pins: positions of the pinned keys of every row, -1 where there is none.
-        mask_start: the position that the first column of the layer's mask is for.
+        mask_start: the position that the layer mask's first column stands for.
     """
 
     k: Float[Tensor, "batch kv_head key d_head"]
@@ -136,14 +135,14 @@ class Keys:
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, start: int, near: Near, mask_start: int = 0) -> "Keys":
-        """Those of tensors that hold every pinned key that is still seen."""
+        """From tensors that hold every pinned key that is still seen."""
         pins = near.pins(start + k.shape[2])
         at = (pins - start).clamp(min=0)[:, None, :, None]
         pinned_k, pinned_v = (x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v))
         return cls(k, v, start, pins.masked_fill(pins < start, -1), pinned_k, pinned_v, mask_start)
 
     def of_groups(self, groups: slice) -> "Keys":
-        """Those of some key/value heads, where they lie."""
+        """Those of some key/value heads, without a copy."""
         names = ("k", "v", "pinned_k", "pinned_v")
         return replace(self, **{name: getattr(self, name)[:, groups] for name in names})
 
@@ -155,7 +154,7 @@ def _near_runs(by_group: Bool[Tensor, "kv_head head"]) -> Iterator[Run]:
 
 
 def _dense_runs(by_group: Bool[Tensor, "kv_head head"]) -> Iterator[Run]:
-    """Whole groups together; in a group that is dense in part, its dense heads side by side."""
+    """Fully dense groups together; in a partly dense group, its adjacent dense heads."""
     each, place = by_group.shape[1], (by_group.any(1).cumsum(0) - 1).tolist()
     full, group = by_group.all(1), 0
     ends = dict(_stretches(full))
@@ -169,7 +168,7 @@ def _dense_runs(by_group: Bool[Tensor, "kv_head head"]) -> Iterator[Run]:
 
 
 def _stretches(chosen: Bool[Tensor, " n"]) -> list[tuple[int, int]]:
-    """Beginnings and ends of the places side by side that are chosen."""
+    """Start and end of every stretch of adjacent chosen places."""
     edges = torch.cat([chosen.new_zeros(1), chosen, chosen.new_zeros(1)]).int().diff().nonzero().flatten().tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
@@ -180,7 +179,7 @@ def start_of(call: AttentionCall) -> int:
 
 
 def take(call: AttentionCall, heads: Int[Tensor, " head"] | slice) -> AttentionCall:
-    """The call of some query heads; its keys and values are still those of all."""
+    """The call for some query heads; its keys and values are still those of all heads."""
     mask = call.mask
     return replace(
         call,

@@ -2,13 +2,13 @@
 
     policy = Policy(ranking.top(0.05), sinks=4, window=256)
     policy = Policy.fit(ranking, model.cfg, 8192, kv_bytes=0.2)     # as many top heads as a fifth of the KV bytes holds
-    policy.budgets(model.cfg, 8192)                                 # what it costs: shares of dense, and their bounds
+    policy.budgets(model.cfg, 8192)                                 # its cost as shares of dense, and their bounds
 
 Compute is saved query head by query head. Memory is saved key/value head by key/value head: under grouped-query
 attention a KV group is kept whole as soon as one of its query heads is dense, so heads that share groups are cheaper.
 
-A policy knows sizes and not speed: how near a machine comes to the bounds is for ``benchmarks/sparse_inference.py``.
-Nor does it know what the heads are for: accuracy has to be measured beside it.
+A policy counts sizes, not speed: ``benchmarks/sparse_inference.py`` measures how close a machine comes to the bounds.
+Nor does it predict accuracy, which has to be measured separately.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ class StillDense(UserWarning):
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a policy costs at one length, as shares of the dense model: 1 is no saving.
+    """What a policy costs at one length, as shares of the dense model: 1 means no saving.
 
     Attributes:
-        length: tokens of the context.
-        flops: of the pairs (query, key) that attention attends to while a prompt of this length is read.
-        kv_bytes: of the bytes of keys and values that are held at this length, and read for the next token.
+        length: tokens in the context.
+        flops: share of the (query, key) pairs that attention computes while reading a prompt of this length.
+        kv_bytes: share of the key and value bytes that are held at this length, and read for the next token.
     """
 
     length: int
@@ -54,12 +54,12 @@ class Budgets:
 
     @property
     def prefill_bound(self) -> float:
-        """How many times faster prefill attention can be at best: it is bound by arithmetic."""
+        """How many times faster prefill attention can be at best: it is compute-bound."""
         return 1 / self.flops
 
     @property
     def decode_bound(self) -> float:
-        """How many times faster decode attention, and smaller the cache, can be at best: it is bound by bytes."""
+        """How many times faster decode attention (memory-bound), and smaller the cache, can be at best."""
         return 1 / self.kv_bytes
 
     def __str__(self) -> str:
@@ -80,17 +80,17 @@ def _heads(name: str, given: Any) -> Indices:
 @checked
 @dataclass(frozen=True)
 class Policy:
-    """A few heads attend to everything, the others to the first tokens and to those nearby.
+    """A few heads attend to everything, the others to the first tokens and to nearby ones.
 
-    A local head sees, of what its layer lets it see, each row's first ``sinks`` tokens and the keys less than
-    ``window`` positions away: itself and ``window - 1`` before it (and after it, where a layer attends ahead).
+    Within its layer's own mask, a local head sees each row's first ``sinks`` tokens and the keys less than ``window``
+    positions away: itself and the ``window - 1`` before it (and after it, where a layer attends ahead).
 
     Attributes:
-        dense_heads: (layer, query head) pairs; any iterable is taken. None at all is the window-only baseline.
-        sinks: first tokens of each row that every head keeps, counted behind the padding.
-        window: how many positions a local head sees, its own included.
-        keep_text: whether local heads also see every text token, however far: the prompt's and those they write.
-        phase: where heads are local: while the prompt is read ("prefill": the KV cache stays whole and decoding
+        dense_heads: (layer, query head) pairs, as any iterable. An empty one gives the window-only baseline.
+        sinks: first tokens of each row that every head keeps, counted after the padding.
+        window: how many positions a local head sees, including its own.
+        keep_text: whether local heads also see every text token, however far, in the prompt and in the answer.
+        phase: when heads are local: while the prompt is read ("prefill": the KV cache stays whole and decoding
             dense, as in the papers), while the answer is written ("decode"), or in "both".
     """
 
@@ -112,18 +112,18 @@ class Policy:
         flops: float | None = None,
         **options: Any,
     ) -> "Policy":
-        """The policy with as many top heads of a ranking as a budget holds at a length.
+        """The policy with as many of a ranking's top heads as fit a budget at a length.
 
         Args:
-            ranking: of the heads of this model.
+            ranking: a ranking of this model's heads.
             cfg: the model's sizes (``model.cfg``).
-            length: tokens of the context the budget is for.
+            length: tokens in the context the budget is for.
             kv_bytes: the largest share of the dense KV bytes, or
             flops: the largest share of the dense FLOPs of prefill attention; one of the two, between 0 and 1.
             options: ``sinks``, ``window``, ``keep_text``, ``phase`` of the policy.
 
         Raises:
-            ExperimentError: a ranking of another model, no budget or two, or one that even no dense head keeps to.
+            ExperimentError: a ranking of another model, no budget or two, or one exceeded even without dense heads.
         """
         refuse_other_ranking(ranking, cfg)
         if (kv_bytes is None) == (flops is None):
@@ -162,11 +162,11 @@ class Policy:
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> "Policy":
-        """A policy from what ``to_json`` gave: a path or the dict.
+        """A policy from the output of ``to_json``: a path or the dict.
 
         Raises:
-            OutputError: a file that cannot be read, or something else in it.
-            ExperimentError: heads, sinks, a window or a phase that cannot be.
+            OutputError: a file that cannot be read, or that holds no policy.
+            ExperimentError: invalid heads, sinks, window or phase.
         """
         value: Any = source
         if not isinstance(source, Mapping):
@@ -182,9 +182,9 @@ class Policy:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the policy says, in whatever order its heads were given.
+        """SHA-256 of what the policy says, whatever the order its heads were given in.
 
-        Part of every key under which answers are kept: a cache that knows the model's name alone replays the answers of
+        It belongs in the key of every cache of answers: a cache keyed by the model's name alone replays the answers of
         the dense model, or of another policy.
         """
         heads = sorted([int(layer), int(head)] for layer, head in self.dense_heads)
@@ -213,15 +213,15 @@ class Policy:
     def budgets(
         self, cfg: ModelConfig, length: int, *, text: int = 0, windows: Mapping[int, int] | None = None
     ) -> Budgets:
-        """What the policy costs beside the dense model at a length, over the attention layers of the text stack.
+        """The policy's cost relative to the dense model at a length, over the attention layers of the text stack.
 
-        A local head attends to ``min(t, s + W)`` of the ``t`` keys of a causal row. So with ``p`` the share of dense
-        heads and S tokens, prefill costs about ``p + (1 - p) 2 (s + W) / S``, and with ``p`` that of whole KV groups
-        the cache ``p + (1 - p) (s + W) / S``; the figures here count every pair.
+        A local head attends to ``min(t, s + W)`` of the ``t`` keys of a causal row. With S tokens and a share ``p`` of
+        dense heads, prefill therefore costs about ``p + (1 - p) 2 (s + W) / S``; with ``p`` the share of KV groups kept
+        whole, the cache costs ``p + (1 - p) (s + W) / S``. The figures returned count every pair.
 
         Args:
             cfg: the model's sizes.
-            length: tokens of the context.
+            length: tokens in the context.
             text: how many of them are text, for ``keep_text``.
             windows: layer -> its own sliding window, where it has one (``fast.windows``).
         """
@@ -247,7 +247,7 @@ class Policy:
 
     def __repr__(self) -> str:
         shown = ", ".join(map(str, self.dense_heads[:4]))
-        # Those that are not shown are told by the digest: texts of different policies differ.
+        # The digest stands for the heads not shown, so that the texts of different policies differ.
         more = f", ... {len(self.dense_heads)}, {self.digest[:12]}" if len(self.dense_heads) > 4 else ""
         text = ", keep_text=True" if self.keep_text else ""
         return f"Policy([{shown}{more}], sinks={self.sinks}, window={self.window}{text}, phase={self.phase!r})"
@@ -266,9 +266,9 @@ def refuse_other_ranking(ranking: Ranking, cfg: ModelConfig) -> None:
 
 @lru_cache
 def seen_pairs(length: int, own: int, window: int, kept: int = 0) -> float:
-    """Pairs (row, key) of a causal prompt: ``window`` keys behind each row, and ``kept`` ones before those.
+    """Number of (row, key) pairs in a causal prompt: each row's last ``window`` keys, and ``kept`` ones before those.
 
-    ``own`` is the layer's window: what lies behind it is seen by nobody. Kept tokens count as if they came first.
+    ``own`` is the layer's own window: no head sees beyond it. Kept tokens count as if they came first.
     """
     rows = torch.arange(1, length + 1, dtype=torch.float64)
     near = rows.clamp(max=window)

@@ -1,12 +1,12 @@
-"""What a cache layer holds of some KV groups: every key, or the pinned ones and a ring of the last ``window``.
+"""What a cache layer holds for some KV groups: every key, or the pinned ones and a ring of the last ``window``.
 
     store = RingStore(window, near)
     store.append(k, v)                   # the keys of the next positions
     k, v, mask = store.now(mask)         # all that the newest position sees
-    k, v, start = store.extend(k, v)     # the same for several tokens: what they see, in order, they included
+    k, v, start = store.extend(k, v)     # the same for several tokens: what they see, in order, themselves included
 
-Both take and give the same, so a layer need not know which it has. ``FullStore`` has a reserve of a sixteenth, so that
-a token costs no copy of what is held; what is reserved counts as held.
+Both stores have the same methods, so a layer need not know which it has. ``FullStore`` has a reserve of a sixteenth, so
+that a token does not copy what is held; the reserve counts as held.
 """
 
 import torch
@@ -17,7 +17,7 @@ from mech.sparse.masks import Near
 
 
 class FullStore:
-    """Keys and values of some KV groups, as long as what was appended, in a larger reserve."""
+    """Keys and values of some KV groups, as many as were appended, in a larger buffer."""
 
     def __init__(self, reserve: int = 64):
         self.length, self._reserve = 0, reserve
@@ -44,7 +44,7 @@ class FullStore:
             setattr(self, name, grown)
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Take the keys of the next positions; all of them in order, and the position of the first."""
+        """Append the keys of the next positions; returns everything held, in order, and the first position."""
         self.append(k, v)
         return self.k, self.v, 0
 
@@ -82,7 +82,7 @@ class FullStore:
 
 
 class RingStore:
-    """The last ``window`` keys of some KV groups in a ring, and behind it the pinned ones."""
+    """The last ``window`` keys of some KV groups in a ring, followed by the pinned ones."""
 
     def __init__(self, window: int, near: Near | None):
         self.window, self.near, self.seen = window, near, 0
@@ -92,7 +92,7 @@ class RingStore:
         self._last_pin, self._padded = -1, False
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Take the keys of the next positions."""
+        """Append the keys of the next positions."""
         new = k.shape[2]
         if not self._held.length:
             self._held.append(k.new_zeros(*k.shape[:2], self.window, k.shape[3]),
@@ -124,7 +124,7 @@ class RingStore:
         self._last_pin, self._padded = int(at.max()), self._padded or bool((at < 0).any())
 
     def positions(self) -> Int[Tensor, "batch key"]:
-        """The position of every key that is held, -1 for an empty place."""
+        """The position of every key held, -1 for an empty slot."""
         assert self.pins is not None
         slots = torch.arange(self.window, device=self.pins.device)
         last = self.seen - 1
@@ -134,7 +134,7 @@ class RingStore:
     def now(self, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask of everything the newest position sees."""
         k, v = self._held.k, self._held.v
-        if self.seen <= self.window:  # the ring has not come round: all of it in order, pinned keys included
+        if self.seen <= self.window:  # the ring has not wrapped around: all of it in order, pinned keys included
             here = slice(self.seen)
             return k[:, :, here], v[:, :, here], mask if mask is None else mask[..., here]
         full = self._last_pin <= self.seen - 1 - self.window and not self._padded
@@ -153,7 +153,7 @@ class RingStore:
         return k, v, seen
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Take the keys of the next positions; what a window before them still sees, in order, and them behind it."""
+        """Append the keys of the next positions; returns the window before them and then them, and its start."""
         held = self.ordered() if self.seen else (k[:, :, :0], v[:, :, :0], 0)
         self.append(k, v)
         return torch.cat([held[0], k], dim=2), torch.cat([held[1], v], dim=2), held[2]
@@ -166,13 +166,13 @@ class RingStore:
 
     @property
     def pinned(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, keys and values of the pinned."""
+        """Positions, keys and values of the pinned tokens."""
         assert self.pins is not None
         return self.pins, self._held.k[:, :, self.window :], self._held.v[:, :, self.window :]
 
     @property
     def k(self) -> Float[Tensor, "batch kv_head slot d_head"]:
-        """The ring, and behind it the pinned ones."""
+        """The ring, followed by the pinned keys."""
         return self._held.k
 
     @property

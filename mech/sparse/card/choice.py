@@ -1,9 +1,9 @@
-"""Several ways to compute the same, as a table: the first that takes a call computes it.
+"""Several ways to compute the same result, as a table: the first that takes a call computes it.
 
     WAYS = (Way("flash", flash.takes, flash.missing, flash.local), Way("blocks", anything, nothing, blocks))
     z = first_of(WAYS, call, keys, near, out, dropout)
 
-A way that would take the call but is missing on this machine, or fails in it, is passed over, and that is said once.
+A way that would take the call but is missing on this machine, or fails there, is skipped, with one warning.
 """
 
 import warnings
@@ -15,15 +15,15 @@ import torch
 
 
 class Fallback(UserWarning):
-    """A faster kernel that is missing here: the result is the same, and comes later."""
+    """A faster kernel is missing here: the result is the same, but takes longer."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way.
+    """One way to compute a call.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         takes: whether it computes calls like this one.
         missing: what it lacks on this machine for a call that it takes; "" for nothing.
         run: computes the call.
@@ -35,7 +35,7 @@ class Way:
     run: Callable[..., Any]
 
 
-_failed: dict[str, str] = {}  # name -> what it said when it failed
+_failed: dict[str, str] = {}  # name -> its message when it failed
 _said: set[tuple[str, str]] = set()
 
 
@@ -48,9 +48,9 @@ def nothing(*call: Any) -> str:
 
 
 def first_of(ways: tuple[Way, ...], *call: Any) -> Any:
-    """What the first way makes of a call that takes it and is not missing; the last one has to.
+    """The result of the first way that takes a call and is not missing; the last way has to take every call.
 
-    Warns (``Fallback``) once of each way and reason.
+    Warns (``Fallback``) once per way and reason.
     """
     for way in ways[:-1]:
         if not way.takes(*call):
@@ -68,7 +68,7 @@ def first_of(ways: tuple[Way, ...], *call: Any) -> Any:
 
 
 def say_once(name: str, why: str) -> None:
-    """Warn of a way and a reason, the first time."""
+    """Warn about a way and a reason, the first time only."""
     if (name, why) not in _said:
         _said.add((name, why))
         warnings.warn(f"{name} is not used ({why}): a slower way computes the same", Fallback, stacklevel=3)

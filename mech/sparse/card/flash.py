@@ -1,13 +1,13 @@
 """Torch's flash kernels by the names that return the log-sum-exp: a window, lengths on the device, no copy, no mask.
 
-    z, share = forward(q, k, v, scale, window=256)         # the last row of q stands at the last key
+    z, share = forward(q, k, v, scale, window=256)         # the last row of q is at the last key
     z = merged(z, share, *forward(q, sinks_k, sinks_v, scale))
     z = row(q, k, v, used, rows, begins, scale)            # one query row over the first ``used`` keys of each store
 
-``local`` is attention of local heads. With sinks s and window W the rows before s + W see everything before them, so a
+``local`` computes local heads. With s sinks and a window W the rows before s + W see everything before them, so a
 causal call computes them; every later row sees its window and, disjoint from it, the sinks: two calls, merged.
 
-The kernels count rows from the end: with fewer rows than keys, the last row stands at the last key.
+The kernels align rows with the end of the keys: with fewer rows than keys, the last row is at the last key.
 """
 
 from weakref import ref
@@ -26,7 +26,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def on_card(x: Tensor) -> bool:
-    """Whether a tensor lies where these kernels run."""
+    """Whether a tensor is on a GPU, where these kernels run."""
     return x.is_cuda
 
 
@@ -36,7 +36,7 @@ def missing(call: AttentionCall, *rest: object) -> str:
 
 
 def lacking(q: Tensor) -> str:
-    """The same of queries."""
+    """The same for queries."""
     if q.dtype not in _HALF:
         return f"{str(q.dtype).removeprefix('torch.')}, and flash kernels take bfloat16 or float16"
     capability = torch.cuda.get_device_capability(q.device)
@@ -50,7 +50,7 @@ def lacking(q: Tensor) -> str:
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels are built for heads of such a size."""
+    """Whether the kernels are built for heads of this size."""
     return q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
@@ -65,7 +65,7 @@ def takes(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: flo
 
 
 def takes_causal(call: AttentionCall, k: Tensor, dropout: float) -> bool:
-    """Whether heads that see everything before them are for ``forward``: under a mask that says no more than that."""
+    """Whether ``forward`` computes heads that see everything before them, under a mask that is plainly causal."""
     if call.mask is None or not on_card(call.q) or not fits(call.q, call.v) or dropout or not call.fused:
         return False
     grads = torch.is_grad_enabled() and (call.q.requires_grad or k.requires_grad)
@@ -73,10 +73,10 @@ def takes_causal(call: AttentionCall, k: Tensor, dropout: float) -> bool:
 
 
 def takes_row(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether one query row over all of these keys is for ``forward``.
+    """Whether ``forward`` computes one query row over all of these keys.
 
-    For cards of capability 9 and 10 SDPA would choose cuDNN, which plans anew for every number of keys, and in a
-    growing cache each token has another.
+    On GPUs of capability 9 and 10 SDPA would choose cuDNN, which plans anew for every number of keys, and in a growing
+    cache each token has a new one.
     """
     if not on_card(q) or not fits(q, v) or lacking(q):
         return False
@@ -84,7 +84,7 @@ def takes_row(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def local(call: AttentionCall, keys: Keys, near: Near, out: Float[Tensor, "batch head pos d_head"], _: float) -> Tensor:
-    """The call's heads as local ones over these keys, written into ``out``."""
+    """The call's heads, computed as local ones over these keys and written into ``out``."""
     rows, window, start = call.q.shape[2], near.policy.window, call.query_start
     first = min(rows, max(0, window + keys.pins.shape[1] - start))
     stop = start + rows - keys.start
@@ -109,7 +109,7 @@ def forward(
     causal: bool = False,
     window: int = 0,
 ) -> tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos"]]:
-    """z and log-sum-exp; ``window`` counts the row itself. Query heads that share keys read them where they are."""
+    """z and log-sum-exp; ``window`` counts the row itself. Query heads that share keys read them in place."""
     sides = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
     rows = [x.transpose(1, 2) for x in (q, k, v)]
     z, share, *_ = _kernel(*rows, None, None, q.shape[2], k.shape[2], 0.0, causal, False, scale=scale, **sides)
@@ -125,7 +125,7 @@ def row(
     begins: Int[Tensor, " batch_and_1"],
     scale: float,
 ) -> Float[Tensor, "batch head 1 d_head"]:
-    """z of one query row over the first ``used`` keys of each row, which lie as ``FixedStore`` lays them.
+    """z of one query row over the first ``used`` keys of each row, in the memory layout of ``FixedStore``.
 
     Args:
         q: queries.
@@ -133,7 +133,7 @@ def row(
         v: values.
         used: how many of them each row sees.
         rows: 0, 1, 2, ...
-        begins: where the keys of each row begin among those of all, and the last end.
+        begins: where the keys of each row begin among those of all rows, and where the last end.
         scale: what q times k is multiplied by.
     """
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (k, v)]
@@ -147,7 +147,7 @@ _last: tuple[ref, int, bool] | None = None  # the mask that was read last: the l
 
 
 def causal(call: AttentionCall) -> bool:
-    """Whether the layer's own mask is plain causality; a mask that says no more than that is read once."""
+    """Whether the layer's own mask is plainly causal; the layers of a forward share a mask, which is read once."""
     global _last
     if call.mask is None:
         return call.causal

@@ -1,11 +1,11 @@
-"""Local attention of every kind as one compiled flex attention: padding, softcaps, images that look ahead, kept text.
+"""Local attention of every kind as one compiled flex attention: padding, softcaps, images that attend ahead, kept text.
 
     out = local(call, keys, near, out, dropout)
 
-The mask and the scores' bound are functions of this module that read ``_data``, so there is one function to compile and
-it stays compiled when lengths, padding or policies change; a closure for each call would be compiled anew each time.
-Which blocks of keys a block of rows can see at all is worked out from positions: a window of blocks, and those that
-hold pinned keys. Nothing of size S x S is made beside the layer's own mask, where it has one.
+The mask and the softcap are functions of this module that read ``_data``, so there is one function to compile, and it
+stays compiled when lengths, padding or policies change; a closure per call would be compiled anew each time. Which
+blocks of keys a block of rows can see at all is computed from positions: a window of blocks, and those that hold pinned
+keys. No S x S tensor is made besides the layer's own mask, where it has one.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ class Data:
 
     Attributes:
         at: position of every key, -1 for none.
-        aside: which keys are pinned ones beside the window's: they count only outside it.
+        aside: which keys are pinned ones held apart from the window's: they count only outside it.
         pinned: which of the others are pinned.
         own: the layer's own mask, one column for every key, or one element for none.
         masked: whether ``own`` is a mask.
         start: position of the first row.
-        window: of the policy.
+        window: the policy's window.
         ahead: whether rows may see later keys.
         softcap: bound of the scores; infinity for none.
     """
@@ -71,7 +71,7 @@ def _bounded(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tens
 
 @cache
 def compiled() -> Callable[..., Any]:
-    """Torch's flex attention, compiled at its first call; importing it loads the compiler, so it waits until then."""
+    """Torch's flex attention, compiled at its first call; its import loads the compiler, so it waits until then."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
@@ -85,7 +85,7 @@ def takes(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: flo
 
 
 def local(call: AttentionCall, keys: Keys, near: Near, out: Float[Tensor, "batch head pos d_head"], _: float) -> Tensor:
-    """The call's heads as local ones over these keys, written into ``out``."""
+    """The call's heads, computed as local ones over these keys and written into ``out``."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     global _data
@@ -98,14 +98,14 @@ def local(call: AttentionCall, keys: Keys, near: Near, out: Float[Tensor, "batch
         call.q, k, v, score_mod=score, block_mask=blocks, scale=call.scale, enable_gqa=call.q.shape[1] != k.shape[1],
         return_aux=aux,
     )  # fmt: skip
-    if call.sinks is not None:  # a sink of the layer's own takes its share of the softmax, and no value
+    if call.sinks is not None:  # the layer's own sink takes its share of the softmax, but has no value
         z, aux = z
         z = z * torch.sigmoid(aux.lse - call.sinks.to(aux.lse)[:, None])[..., None].to(z)
     return out.copy_(z)
 
 
 def _of(call: AttentionCall, keys: Keys, near: Near) -> tuple[Data, Tensor, Tensor]:
-    """What a call depends on, and its keys and values: where the first is held, pinned ones lie among the others."""
+    """A call's ``Data``, keys and values; where the first key is held, pinned keys lie among the others."""
     device, whole = call.q.device, keys.start == 0
     places = torch.arange(keys.start, keys.start + keys.k.shape[2], device=device).expand(len(call.q), -1)
     at, k, v = places, keys.k, keys.v
@@ -123,7 +123,7 @@ def _of(call: AttentionCall, keys: Keys, near: Near) -> tuple[Data, Tensor, Tens
         columns = (at - keys.mask_start).clamp(0, own.shape[-1] - 1)
         if not whole or keys.mask_start or own.shape[-1] != at.shape[1]:
             own = own.gather(2, columns[:, None].expand(-1, own.shape[1], -1))
-    given = Data(  # written by the device: what is copied to it, the host waits for
+    given = Data(  # filled on the device: the host would wait for a copy
         at, aside, pinned, own,
         masked=torch.full((), call.mask is not None, device=device),
         start=torch.full((), call.query_start, device=device),
@@ -138,9 +138,9 @@ def blocks_of(given: Data, rows: int, window: int) -> Any:
     """A ``BlockMask``: which blocks of keys a block of rows can see, those near it and those that hold pinned keys.
 
     Args:
-        given: of the call.
+        given: the call's data.
         rows: its query rows.
-        window: of the policy.
+        window: the policy's window.
     """
     from torch.nn.attention.flex_attention import BlockMask
 

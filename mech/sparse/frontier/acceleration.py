@@ -4,23 +4,23 @@
     mech.view(found)                                       # accuracy, cache and speed against the heads that are kept
     mech.experiments.findings.acceleration.summarise(found)         # numbers, tests, the recommended setting
 
-The dense heads are whole KV groups, so at one *share* every ranking costs the same attention FLOPs and the same bytes
-of cache. What is compared is only *which* groups stay dense:
+The dense heads are whole KV groups, so at one *share* every ranking costs the same attention FLOPs and the same cache
+bytes. The choices differ only in *which* groups stay dense:
 
 =============  =====================================================================================================
 ``ram``        those that attend to the evidence (CoRe heads)
 ``bottom``     those with the lowest RAM
 ``random``     several random sets
 ``vision``     those that attend to visual tokens of any kind
-``causal``     those that cost most of the answer when noised, that is patched from the counterfactual
+``causal``     those whose noising (patching from the counterfactual) costs the answer most
 ``gates``      those whose learned gate stays open (DuoAttention)
-``reach``      those whose output at the question depends on what is far, averaged over samples; no evidence asked
-``dynamic``    the same, chosen for every input anew; its set differs from input to input, its size does not
+``reach``      those whose output at the question depends most on distant keys, on average; needs no evidence
+``dynamic``    the same score, with the heads chosen anew for every input; their number stays the same
 ``layers``     whole layers, those with the highest RAM, as far as the budget goes: what stock engines can run
 =============  =====================================================================================================
 
-``window`` keeps no head dense, ``dense`` all. Samples that rank the heads never test them. What a share saves is
-counted (``flops``, ``kv_bytes``: shares of the dense model) and, apart from it, measured (``speed``).
+``window`` keeps no head dense, ``dense`` keeps all. Samples that rank the heads never test them. What a share saves is
+counted (``flops``, ``kv_bytes``: shares of the dense model) and, separately, measured (``speed``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ class Local:
         sinks, window: as in ``Policy``.
         n_causal: samples of ``find`` that are patched for ``causal``.
         gate_steps: optimiser steps for ``gates``.
-        layers: layers ``dynamic`` and ``reach`` read; all if None.
+        layers: how many layers ``dynamic`` and ``reach`` read; all if None.
     """
 
     sinks: int = 4
@@ -94,9 +94,9 @@ class Grid:
 
     Attributes:
         choices: which of ``CHOICES``.
-        shares: of the KV groups that stay dense; an int is a number of groups.
+        shares: shares of the KV groups to keep dense; an int is a number of groups.
         n_random: random sets at every share.
-        seed: of random sets and gates.
+        seed: seed of the random sets and the gates.
         batch_size: samples per forward.
     """
 
@@ -125,30 +125,32 @@ def acceleration(
     progress: NamedProgress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
-    """Accuracy of every sample under every way to choose dense heads, at equal budgets; speed and cache beside it.
+    """Accuracy of every sample under every way to choose dense heads, at equal budgets, with speed and cache size.
 
-    Sign: higher is better. Unit: accuracy is 0 or 1 per sample, the logit difference in logits; speeds are how many
+    Sign: higher is better. Unit: accuracy is 0 or 1 per sample, the logit difference is in logits; speeds are how many
     times faster than dense on this machine.
 
     Args:
         model: a hooked model.
-        samples: they test.
-        find: other samples, with evidence and counterfactuals, that rank the heads.
-        window, sinks: what local heads see; by default the window of ``local_for``.
+        samples: held-out samples, which test the heads.
+        find: other samples, with evidence and counterfactuals, which rank the heads.
+        window, sinks: what local heads see; by default the window that ``local_for`` chooses.
         choices: which of ``CHOICES``.
-        shares: of the KV groups that stay dense; an int is a number of groups.
-        n_random: random sets at every share, of other groups than those by RAM where there are enough.
-        rankings: rankings that are there already, by their name in ``CHOICES``; the others are made on ``find``.
+        shares: shares of the KV groups to keep dense; an int is a number of groups.
+        n_random: random sets at every share, drawn from groups outside the RAM set where there are enough.
+        rankings: existing rankings by their name in ``CHOICES``; the others are computed on ``find``.
         batch_size: samples per forward.
-        turns: how often everything is timed; 0 leaves speed out.
-        seed, allow_other_model: as in ``ablation``; the seed is also that of the gates.
+        turns: how often everything is timed; 0 skips the timing.
+        seed, allow_other_model: as in ``ablation``; the seed is also used for the gates.
         progress: called with (what, done, in all).
 
     Raises:
-        ExperimentError: a sample that ranks and tests, a ranking of another model, or a window that covers a sample.
+        ExperimentError: a sample that both ranks and tests, a ranking of another model, or a window that covers a
+            sample.
 
-    Cost: one (sparse) forward per test sample and setting; for the rankings on ``find`` one forward a sample each for
-    RAM and reach, for ``causal`` what ``activation_patching`` costs, for ``gates`` about 160 forwards and as many back.
+    Cost: one (sparse) forward per test sample and setting. The rankings on ``find`` take one forward per sample for RAM
+    and one for reach; ``causal`` costs what ``activation_patching`` costs, ``gates`` about 160 forwards and as many
+    backward passes.
 
     References: arXiv 2606.05843 (dense heads from RAM), 2410.10819 (gates; sinks and window by KV head).
     """
@@ -179,12 +181,12 @@ def local_for(
     """What local heads see of these samples.
 
     Args:
-        window: by default the smallest multiple of 8 that holds the question, all behind it, and a sixteenth of the
-            longest sample.
+        window: by default the smallest multiple of 8 that covers the question and everything after it, and also a
+            sixteenth of the longest sample.
         options: the other attributes of ``Local``.
 
     Raises:
-        ExperimentError: a sample within sinks and window: nothing would be left out.
+        ExperimentError: a sample that fits within sinks and window, so that nothing would be left out.
     """
     layouts = [model.inputs_of(sample, answer=True).layout for sample in samples]
     if window is None:
@@ -206,7 +208,7 @@ def ranked(
     known: set[str],
     say: NamedProgress,
 ) -> Iterator[tuple[str, Ranking]]:
-    """The rankings that the choices need and that are not ``known``, each as soon as it is there."""
+    """The rankings that the choices need and that are not ``known``, each as soon as it is computed."""
     wanted = set(grid.choices) - known
     if wanted & {"ram", "bottom", "vision", "random", "layers"} and not {"ram", "vision"} <= known:
         masses = retrieval_attention_mass(
@@ -228,7 +230,7 @@ def ranked(
 
 
 def causal_ranking(model: HookedMLLM, samples: Samples, say: NamedProgress = lambda *_: None) -> Ranking:
-    """Heads by what the answer loses when one head is noised from the question on."""
+    """Heads ranked by what the answer loses when one head is noised from the question on."""
     if lacking := [sample.id for sample in samples if sample.counterfactual is None]:
         raise ExperimentError(f"sample {lacking[0]!r} without a counterfactual", "one for each", "leave out 'causal'")
     found = per_sample_lost(model, samples, batch_size=1, progress=lambda i, n: say("causal", i, n))
@@ -249,7 +251,7 @@ def causal_ranking(model: HookedMLLM, samples: Samples, say: NamedProgress = lam
 def per_sample_lost(
     model: HookedMLLM, samples: Samples, *, batch_size: int = 1, progress: Progress | None = None
 ) -> xr.Dataset:
-    """The numbers of ``causal_ranking``, one sample after the other."""
+    """The values behind ``causal_ranking``, sample by sample."""
     lost = []
     for i, sample in enumerate(samples, start=1):
         layout = model.inputs_of(sample).layout
@@ -273,7 +275,7 @@ def gates_of(
 
 
 def settings(model: HookedMLLM, rankings: dict[str, Ranking], grid: Grid) -> list[Setting]:
-    """Every choice at every share, the dense model and the window alone first."""
+    """Every choice at every share, after the dense model and the window alone."""
     cfg = model.cfg
     groups = {name: grouped(ranking, cfg) for name, ranking in rankings.items()}
     total = len(cfg.attention_layers) * cfg.n_kv_heads
@@ -297,13 +299,13 @@ def settings(model: HookedMLLM, rankings: dict[str, Ranking], grid: Grid) -> lis
 
 
 def layers_first(groups: Ranking, n: int) -> Heads:
-    """``n`` KV groups, layer by layer: those of the layer with the highest mean first, the best of the last one."""
+    """``n`` KV groups, layer by layer from the highest mean down; of the last layer, the best groups."""
     layers = [groups.layers[i] for i in np.argsort(-groups.mean.mean(1), kind="stable")]
     return tuple(group for layer in layers for group in groups.heads if group.layer == layer)[:n]
 
 
 def timed(todo: Sequence[Setting]) -> dict[float, Heads]:
-    """One set for each share, whose speed stands for all of them: by RAM where there is one."""
+    """One set per share, whose speed stands for all sets of that share: the RAM set where there is one."""
     static = [setting for setting in todo if setting.choice not in ("dense", "dynamic")]
     static.sort(key=lambda setting: setting.choice != "ram")
     shares = sorted({setting.share for setting in static})
@@ -321,7 +323,7 @@ def asked_sparsely(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The numbers of ``acceleration``, without what is known of all samples together."""
+    """The per-sample values of ``acceleration``; ``length``, which depends on all samples, is given."""
     return xr.concat(list(measured(model, samples, todo, local, batch_size, length)), dim=CONDITION)
 
 
@@ -333,11 +335,11 @@ def measured(
     batch_size: int = 4,
     length: int | None = None,
 ) -> Iterator[xr.Dataset]:
-    """The settings one by one, each a dataset of its own: what a study saves as it goes.
+    """The settings one by one, each as its own dataset, which a study saves as it goes.
 
-    ``length`` is that of the sample that budgets are given for; the median one if None.
+    Budgets are counted at ``length`` tokens; the median length of the samples if None.
     """
-    if running() is not None:  # elsewhere, all at once
+    if running() is not None:  # on workers, all at once
         length = int(np.median([len(model.inputs_of(sample, answer=True).layout) for sample in samples]))
         whole = asked_sparsely(model, samples, todo=list(todo), local=local, length=length, batch_size=batch_size)
         yield from (whole.isel({CONDITION: [i]}) for i in range(len(todo)))
@@ -356,7 +358,7 @@ def measured(
                 singles = quiz(model, samples, 1)
             policies = [chosen(model, scored, setting.n_kv_heads, local.policy) for scored in maps]
             scores = _one_by_one(model, singles, policies)
-            policy = policies[0]  # all have as many groups
+            policy = policies[0]  # all have the same number of groups
         else:
             with localize(model, policy) as fast:
                 scores = ask(fast, questions)
@@ -365,7 +367,7 @@ def measured(
 
 
 def _one_by_one(model: HookedMLLM, questions: Quiz, policies: Sequence[Policy]) -> dict[str, np.ndarray]:
-    """Every sample under a policy of its own."""
+    """Every sample under its own policy."""
     found = []
     for i, policy in enumerate(policies):
         with localize(model, policy) as fast:
@@ -389,7 +391,7 @@ def _dataset(
 
 
 def about(model: HookedMLLM, samples: Samples, find: Samples, local: Local, seed: int) -> dict[str, Any]:
-    """What belongs to a whole result."""
+    """The attributes of a whole result."""
     cfg = model.cfg
     return {
         "kind": "acceleration", "model": model.name, "domain": ", ".join(samples.domains), "sinks": local.sinks,

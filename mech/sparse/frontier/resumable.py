@@ -1,10 +1,10 @@
-"""``acceleration`` inside a study: every ranking, setting and timing is saved as soon as it is there.
+"""``acceleration`` inside a study: every ranking, setting and timing is saved as soon as it is done.
 
     {key}/rankings.nc       choice x layer x head: the scores the dense heads were chosen by
     {key}/settings.nc       condition x example: accuracy and logit difference of every setting
     {key}/speed.nc          timed x turn: measured once, on the machine and at the moment of the study
 
-What is there is not computed again, so that a study that was killed ends in the same numbers.
+Saved results are not computed again, so a killed study, when resumed, ends with the same numbers.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ def acceleration_in(
     grid: Grid,
     say: NamedProgress,
 ) -> xr.Dataset:
-    """What ``acceleration`` returns, computed or found in a study; ``split`` are samples that rank, and that test."""
+    """The result of ``acceleration``, computed or read from a study; ``split``: samples that rank, and that test."""
     find, test = split
     if not all(sample.counterfactual for sample in find):
         grid = replace(grid, choices=tuple(choice for choice in grid.choices if choice != "causal"))
@@ -63,5 +63,5 @@ def acceleration_in(
 
 
 def joined(results: Study, key: str) -> xr.Dataset:
-    """The settings of a study with their speed beside them."""
+    """The settings of a study, merged with their speed."""
     return xr.merge([results.get(f"{key}/settings"), results.get(f"{key}/speed")], combine_attrs="no_conflicts")

@@ -1,11 +1,12 @@
-"""What sparse inference gains on this machine: time of prefill and of a token, bytes of cache, beside the bounds.
+"""What sparse inference gains on this machine: prefill time, time per token and cache bytes, with their bounds.
 
     speed_dataset(model, sample, {0.0: (), 0.1: ranking.top(0.1)}, policy)
 
-One sample, its pictures encoded once, so that only the text stack is timed. Dense and localized runs take turns in one
-process, and a speed is the ratio within a turn. Decoding is compared with two dense caches: Hugging Face's default,
-which copies itself at every token, and one with a reserve, which does not (``against="reserved"``): only the second
-says what *sparsity* gains. These are measurements of one moment, so they are saved and not made again.
+The pictures of one sample are encoded once, so that only the text stack is timed. Dense and localized runs take turns
+in one process, and a speed is the ratio within a turn. Decoding is compared with two dense caches: Hugging Face's
+default, which copies itself at every token (``decode_speed_default``), and one with a reserve, which does not
+(``decode_speed``): only the second shows what *sparsity* gains. Timings describe one moment, so they are saved and not
+repeated.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,15 +37,16 @@ def speed_dataset(
 
     Args:
         model: a hooked model.
-        sample: what is run.
+        sample: the sample to run.
         sets: share -> the heads that stay dense.
-        base: sinks and window.
+        base: the policy whose sinks and window are used.
         turns: how often everything is timed.
 
     Returns:
-        ``prefill_speed``, ``decode_speed`` (over a cache with a reserve), ``decode_speed_default`` (over Hugging
-        Face's), dims (timed, turn); ``kv_measured``: bytes of cache over those of the default, dim timed; and the
-        analytic bounds ``prefill_bound`` and ``decode_bound`` of attention alone. ``timed`` is the share.
+        ``prefill_speed``, ``decode_speed`` (relative to a dense cache with a reserve), ``decode_speed_default``
+        (relative to Hugging Face's), dims (timed, turn); ``kv_measured``: cache bytes divided by those of the default,
+        dim timed; and the analytic bounds ``prefill_bound`` and ``decode_bound`` of attention alone. ``timed`` is the
+        share.
 
     Cost: ``1 + turns`` prefills and a few tokens for each set and the dense model.
     """
@@ -56,7 +58,7 @@ def speed_dataset(
 def timed_in_turns(
     model: HookedMLLM, samples: Samples, *, sets: Mapping[float, Heads], base: Policy, turns: int
 ) -> xr.Dataset:
-    """``speed_dataset`` of the first of the samples."""
+    """``speed_dataset`` for the first of the samples."""
     whole = model.inputs_of(samples[0])
     inputs, seen = model.encode_pictures(whole)
     every = expanded(
@@ -109,7 +111,7 @@ def _localized(model: HookedMLLM, policy: Policy, run: Callable[[], Any]) -> Cal
 def _decoding(
     model: HookedMLLM, inputs: Inputs, seen: dict[str, Any], policy: Policy | None
 ) -> tuple[Callable[[], Any], int]:
-    """A run of ``TOKENS`` more tokens behind a prompt that is read here, and the bytes the cache holds then."""
+    """Read the prompt; return a run of ``TOKENS`` more tokens, and the bytes the cache holds after the prompt."""
     cache: Any = DynamicCache(config=model.hf_model.config.get_text_config(decoder=True))
     if policy is not None:
         with localize(model, policy) as fast:
@@ -124,7 +126,7 @@ def _decoding(
 
     def tokens() -> None:
         for _ in range(TOKENS):
-            # Without a mask: given one, Qwen-VL takes the positions of all of it for those of the new token.
+            # No mask: given one, Qwen-VL uses the positions of the whole mask for the new token.
             model({"input_ids": token}, past_key_values=cache, use_cache=True)
 
     return (tokens if policy is None else _localized(model, policy, tokens)), held

@@ -3,8 +3,8 @@
     times = taking_turns({"dense": lambda: model(inputs), "sparse": lambda: fast(inputs)}, turns=5)
     speed(times, "dense", "sparse")            # how many times faster, {"mean", "low", "high"}
 
-A machine that slows down half way slows both, so a ratio says more than seconds do. It is a measurement on this machine
-at this moment all the same: it is saved with the result and not made again.
+A machine that slows down halfway slows both, so a ratio says more than seconds do. It is still a measurement on this
+machine at this moment: it is saved with the result and not repeated.
 """
 
 import time
@@ -20,7 +20,7 @@ Times = dict[str, Float[np.ndarray, " turn"]]
 
 @torch.no_grad()
 def taking_turns(runs: Mapping[str, Callable[[], Any]], turns: int = 5) -> Times:
-    """Seconds of every run in every turn, after one turn to warm up."""
+    """Seconds of every run in every turn, after one warm-up turn."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()

@@ -8,17 +8,17 @@
 A head writes ``z W_O`` to the residual stream. ``to="zero"`` drops it; ``to="mean"`` leaves its mean output over the
 reference's *text* positions as a constant in the bias of the output projection. That is mean ablation with one mean for
 all positions; ``Ablate(to="mean")`` has one for text and one for visual tokens, which no bias can hold. (On the
-reference models the mean of text cost less than that of all positions: answers are made at text positions.)
+reference models the mean over text cost less than that over all positions: answers are made at text positions.)
 
-A config says one number of heads for all layers, so the file shrinks by what *every* layer can give up: the layer that
-keeps most KV groups, and the group that keeps most query heads, set the shape. What a layer could give up beyond that
-is ``silent``: its weights are zero; what those heads did is gone all the same, only their place is still there. Under
-grouped-query attention a KV head goes with the last of its query heads. What a class can express is tried and not
-looked up: the new config is laid out without weights, and every shape is compared. Refused are classes that derive the
-size of a head from the number of heads (Qwen2-VL, Qwen2.5-VL, GLM-4.1V, Mllama), and ``to="mean"`` where the output
+A config holds one number of heads for all layers, so the file shrinks by what *every* layer can give up: the layer that
+keeps the most KV groups, and the group that keeps the most query heads, set the shape. Heads that a layer gives up
+beyond that are ``silent``: they no longer do anything, but keep their place, with zero weights. Under grouped-query
+attention a KV head is removed with the last of its query heads. Whether a class can express a shape is tried, not
+looked up: the new config is built without weights, and every shape is compared. Classes that derive the size of a head
+from the number of heads (Qwen2-VL, Qwen2.5-VL, GLM-4.1V, Mllama) are refused, as is ``to="mean"`` where the output
 projection has no bias and no config gives it one (Mistral, Qwen2, Phi3).
 
-What this does not do: retrain. The vision stack is left as it is.
+The model is not retrained. The vision stack is left unchanged.
 """
 
 import copy
@@ -48,12 +48,12 @@ from mech.model.loading import no_bars
 from mech.model.named.projections import is_stock
 from mech.results import write_json
 
-Slots = tuple[tuple[int | None, ...], ...]  # by new KV group the old query heads that it holds, None for an empty place
+Slots = tuple[tuple[int | None, ...], ...]  # per new KV group the original query heads, None for an empty place
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of one layer, the same in all: query heads, KV heads, size of a head."""
+    """The heads of a layer, the same in all layers: query heads, KV heads, size of a head."""
 
     n_heads: int
     n_kv_heads: int
@@ -65,13 +65,13 @@ class Pruned:
     """A model with fewer heads.
 
     Attributes:
-        model: the smaller model, wrapped; its Hugging Face model is of the class it came from.
-        heads: all heads that are gone, as the original model counts them.
-        silent: how many of them still have a place, with weights of zero.
+        model: the smaller model, wrapped; its Hugging Face model has the class of the original.
+        heads: all removed heads, numbered as in the original model.
+        silent: how many of them keep a place, with zero weights.
         to: what they were replaced by.
-        shape: heads of a layer now.
+        shape: the heads of a layer after pruning.
         slots: layer -> new KV group -> the original query heads in it.
-        other_model: the model that the mean is of, where it is another one.
+        other_model: the model that the mean was taken from, if it was another one.
     """
 
     model: HookedMLLM
@@ -115,7 +115,7 @@ def prune_heads(
     reference: Samples | Sequence[Sample] | Reference | None = None,
     allow_other_model: bool = False,
 ) -> Pruned:
-    """A copy of the model without some of its text heads; the model itself is left as it is.
+    """A copy of the model without some of its text heads; the model itself is left unchanged.
 
     ``b_O' = b_O + sum over removed heads h of mean(z_h) W_O[h]`` for ``to="mean"``; nothing is added for ``"zero"``.
 
@@ -123,12 +123,12 @@ def prune_heads(
         model: a hooked model with weights in floating point.
         heads: (layer, head) pairs. The file shrinks by what every layer gives up: see ``lowest_groups``.
         to: ``"mean"`` or ``"zero"``.
-        reference: samples (or their activations) the mean is taken of.
-        allow_other_model: take activations of another model of this shape; ``Pruned.other_model`` says so.
+        reference: samples (or their activations) over which the mean is taken.
+        allow_other_model: accept activations of another model of this shape; ``Pruned.other_model`` records it.
 
     Raises:
-        ExperimentError: heads the model does not have, no reference, or heads that let no config become smaller.
-        UnsupportedModel: its class cannot have this shape, or no bias to hold a mean.
+        ExperimentError: heads the model does not have, no reference, or heads whose removal makes no config smaller.
+        UnsupportedModel: its class cannot have this shape, or has no bias to hold a mean.
 
     Cost: one forward for each reference sample; the memory of a second, smaller model.
 
@@ -149,14 +149,14 @@ def prune_heads(
     silent = sum(head is None for groups in slots.values() for group in groups for head in group)
     try:
         processor = model.processor
-    except MechError:  # a model without one is a model all the same
+    except MechError:  # a model may have none
         processor = None
     wrapped = HookedMLLM.from_hf(small, processor, name=f"{model.name} without {len(gone)} heads")
     return Pruned(wrapped, gone, silent, to, shape, slots, other)
 
 
 def _fitted(model: HookedMLLM, gone: Heads) -> tuple[Shape, dict[int, Slots]]:
-    """The smallest shape that all layers fit into, and what every place of it holds."""
+    """The smallest shape that all layers fit into, and which head each of its places holds."""
     cfg = model.cfg
     layers = cfg.attention_layers
     sizes = {(cfg.kv_heads[layer], cfg.d_heads[layer]) for layer in layers}
@@ -189,7 +189,7 @@ def _fitted(model: HookedMLLM, gone: Heads) -> tuple[Shape, dict[int, Slots]]:
 
 
 def _config(model: HookedMLLM, shape: Shape, with_bias: bool) -> Any:
-    """The config of the smaller model, laid out without weights to see that its class really has that shape."""
+    """The config of the smaller model, built without weights to check that its class really has that shape."""
     config = copy.deepcopy(model.hf_model.config)
     text = config.get_text_config()
     text.num_attention_heads, text.num_key_value_heads = shape.n_heads, shape.n_kv_heads
@@ -287,7 +287,7 @@ def _taken(heads: Float[Tensor, "head ..."], places: Sequence[int | None]) -> Fl
 
 
 def _built(model: HookedMLLM, config: Any, state: dict[str, Tensor]) -> Any:
-    """The Hugging Face model of these weights, through transformers' own loading."""
+    """The Hugging Face model with these weights, loaded by transformers itself."""
     kind = type(model.hf_model)
     with torch.device("meta"):
         wanted = {name: tuple(value.shape) for name, value in kind._from_config(config).state_dict().items()}

@@ -15,18 +15,18 @@ from mech.sparse.pruning.prune import Pruned
 
 @dataclass(frozen=True)
 class PruningReport:
-    """A smaller model beside the one it came from; pairs are (before, after).
+    """A pruned model compared with the original; pairs are (before, after).
 
     Attributes:
-        heads: text heads that are gone, of how many.
-        silent: how many of them still have a place.
-        parameters: of the whole model.
-        weight_bytes: of all weights, as they are held.
-        kv_bytes: of keys and values, for each token in the cache.
-        prefill_speed: how many times faster a forward over the samples is; the range is over turns.
-        accuracy: shares of right answers, with Wilson's interval.
-        drop: what is lost of them, paired by sample, with its 95% interval over samples.
-        n: samples.
+        heads: text heads removed, and how many there were.
+        silent: how many of the removed heads keep a place.
+        parameters: parameters of the whole model.
+        weight_bytes: bytes of all weights, as they are held.
+        kv_bytes: bytes of keys and values per token in the cache.
+        prefill_speed: how many times faster a forward of the first batch is; the range is over turns.
+        accuracy: shares of right answers, with Wilson intervals.
+        drop: the loss of accuracy, paired by sample, with its 95% interval over samples.
+        n: number of samples.
     """
 
     heads: tuple[int, int]
@@ -64,16 +64,16 @@ def pruning_report(
     batch_size: Count = 16,
     turns: Count = 5,
 ) -> PruningReport:
-    """Size, speed and accuracy of a pruned model beside the original.
+    """Size, speed and accuracy of a pruned model compared with the original.
 
     Args:
-        model: the model it came from.
+        model: the original model.
         pruned: what ``prune_heads`` returned.
-        samples: they should neither have ranked the heads nor been the reference of the mean.
+        samples: samples that neither ranked the heads nor served as the reference of the mean.
         batch_size: samples per forward.
         turns: how often each model is timed.
 
-    Cost: ``2 + 2 turns`` forwards of the first batch, and one of all samples for each model.
+    Cost: ``2 + 2 turns`` forwards of the first batch, and one forward of all samples for each model.
     """
     small, samples = pruned.model, Samples(samples)
     right = [ask(asked, quiz(asked, samples, batch_size))["accuracy"] for asked in (model, small)]

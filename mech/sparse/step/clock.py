@@ -1,15 +1,15 @@
 """Where generation is, as tensors on the device: which position comes next, and which keys it sees.
 
-    clock.begin()                 # of a step: what the last one worked out is forgotten
+    clock.begin()                 # starts a step: what the last one computed is forgotten
     clock.slot(kind)              # where the new key of a store of this kind goes
     clock.seen(kind)              # which of its slots the new token sees
     clock.advance()
 
-Positions count from each row's first token, so padding on the left is nowhere: whatever the lengths of the rows, what a
-row sees of a store are its first slots, and a kernel that counts keys needs no mask.
+Positions count from each row's first token, so left padding has no position: whatever the lengths of the rows, a row
+sees the first slots of a store, and a kernel that is given a number of keys needs no mask.
 
-Nothing here reads a number back from the device, and every tensor keeps its shape and its place, so a CUDA graph that
-was captured at one position is right at all later ones. A store of every key is a ring that never comes round.
+Nothing here reads a number back from the device, and every tensor keeps its shape and address, so a CUDA graph captured
+at one position is correct at all later ones. A store of every key is a ring that never wraps around.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ from mech.sparse.policy import Policy
 
 @dataclass(frozen=True)
 class Kind:
-    """Which keys a store holds: those of the last ``ring`` positions, and pinned ones behind them.
+    """Which keys a store holds: those of the last ``ring`` positions, followed by pinned ones.
 
     Attributes:
-        ring: slots of the ring; the position p lies in slot ``p % ring``.
+        ring: slots of the ring; position p lies in slot ``p % ring``.
         pinned: whether the pinned keys follow.
         own: the layer's own sliding window, or the length of its chunks.
         chunked: whether the layer sees its own chunk instead of a window.
@@ -42,20 +42,20 @@ class Kind:
 
     @property
     def in_front(self) -> bool:
-        """Whether what is seen are its first slots: not where a layer's own window lets go of pinned keys."""
+        """Whether the slots that are seen come first: not where a layer's own window drops pinned keys."""
         return not self.pinned or self.own is None or (self.ring == self.own and not self.chunked)
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What the new token of every row sees of some slots.
+    """Which slots of a store the new token of every row sees.
 
     Attributes:
-        mask: which of them.
-        counts: whether these are each row's first ones.
-        used: how many they are.
-        rows: 0, 1, 2, ...: where the queries of each row begin, and the last end.
-        begins: the same of the slots of each row.
+        mask: which slots.
+        counts: whether these are each row's first slots.
+        used: how many there are.
+        rows: 0, 1, 2, ...: where the queries of each row begin, and where the last end.
+        begins: the same for the slots of each row.
     """
 
     mask: Bool[Tensor, "batch 1 1 slot"]
@@ -70,11 +70,11 @@ class Shape:
     """What a step is made for; another run of the same shape can use it.
 
     Attributes:
-        rows: of the batch.
-        room: positions, prompt and new tokens together.
+        rows: rows of the batch.
+        room: positions, for prompt and new tokens together.
         pins: places for pinned keys.
-        pinning: whether tokens that are still to be written will be pinned.
-        padded: whether there is padding behind the first token of a row.
+        pinning: whether tokens yet to be generated will be pinned.
+        padded: whether there is padding after the first token of a row.
         uneven: whether rows pin different numbers of keys.
     """
 
@@ -87,12 +87,12 @@ class Shape:
 
 
 class Clock:
-    """The position of the token that is being fed, and what it sees of the stores.
+    """The position of the token being fed, and what it sees of the stores.
 
     Attributes:
-        position: of that token, in each row.
+        position: position of that token, in each row.
         first: where each row's first token stands in the batch: padding comes before it.
-        real: which positions are no padding; None where all are.
+        real: which positions are not padding; None if there is no padding.
         pins: positions of the pinned keys, -1 for an empty place.
         next_pin: where the next pinned key goes; the last place takes what is not pinned.
     """
@@ -107,7 +107,7 @@ class Clock:
         self._known: dict[object, Any] = {}
 
     def load(self, near: Near, seen: int, pins: Int[Tensor, "batch pin"] | None, mask: Tensor | None) -> None:
-        """Set it behind a prompt of ``seen`` positions, with these pinned and this padding mask."""
+        """Set the clock to the end of a prompt of ``seen`` positions, with these pinned and this padding mask."""
         self.first.copy_(near.first)
         self.position.copy_(seen - near.first)
         self.pins.fill_(-1)
@@ -139,20 +139,20 @@ class Clock:
         return self._once(("slot", kind.ring), lambda: self.position % kind.ring)
 
     def seen(self, kind: Kind) -> Seen:
-        """What the new token sees of the slots of a store."""
+        """Which slots of a store the new token sees."""
 
         def work_out() -> Seen:
             now = self.position[:, None]
             ring = now - (now - torch.arange(kind.ring, device=now.device)) % kind.ring
             parts = [self._visible(ring, kind)]
-            if kind.pinned:  # in the window a pinned key is there already
+            if kind.pinned:  # a pinned key within the window is there already
                 parts.append(self._visible(self.pins, kind) & (self.pins <= now - kind.ring))
             return self._of(torch.cat(parts, dim=1), kind)
 
         return self._once(("seen", kind), work_out)
 
     def nearby(self, whole: Kind, kind: Kind) -> tuple[Int[Tensor, "batch slot"], Seen]:
-        """What a local head sees of a store that keeps more: slots in it, and which of them count.
+        """What a local head sees of a store that keeps more: slots of it, and which of them count.
 
         Args:
             whole: the store.
@@ -186,7 +186,7 @@ class Clock:
         return seen
 
     def _once(self, name: object, work_out: Callable[[], Any]) -> Any:
-        """What the layers of one step share."""
+        """Computed once, shared by the layers of one step."""
         if name not in self._known:
             self._known[name] = work_out()
         return self._known[name]

@@ -1,11 +1,11 @@
-"""A KV cache of fixed shapes: what a step of generation writes to and reads from, always at the same place.
+"""A KV cache of fixed shapes: a generation step always writes to and reads from the same addresses.
 
-    cache = FixedCache(config, plans, policy, shape)     # allocated for a shape once
-    cache.load(split, near, mask)                        # what a prompt left in a ``SplitCache`` moves in
-    hf_model(token, past_key_values=cache)               # one token, again and again
+    cache = FixedCache(split, near, shape, device, chunked)     # allocated once per shape
+    cache.load(split, near, mask)                               # moves in what a prompt left in a ``SplitCache``
+    hf_model(token, past_key_values=cache)                      # one token, again and again
 
 Dense KV groups have a store with room for every position, the others a ring of the window and the pinned keys
-(``mech.sparse.stores``). Which slots count is worked out from positions on the device (``clock``).
+(``mech.sparse.stores``). Which slots count is computed from positions on the device (``clock``).
 """
 
 from typing import Any
@@ -28,19 +28,19 @@ from mech.sparse.stores import FullStore, Store
 
 
 class FixedStore:
-    """Keys and values of some KV groups: a ring, and the pinned ones behind it. Positions lie in succession."""
+    """Keys and values of some KV groups: a ring, followed by the pinned ones. Memory is laid out by position."""
 
     def __init__(self, kind: Kind, clock: Clock, like: tuple[Tensor, Tensor]):
         self.kind, self.clock = kind, clock
         slots = kind.ring + (clock.shape.pins if kind.pinned else 0)
-        # Heads of a position side by side: so the rows of a batch are one row of positions to a flash kernel.
+        # The heads of a position are adjacent, so a flash kernel sees the rows of a batch as one row of positions.
         self.k, self.v = (x.new_zeros(len(x), slots, x.shape[1], x.shape[3]).transpose(1, 2) for x in like)
 
     def load(self, held: Store, shifted: bool) -> None:
-        """Take over what a growing store holds.
+        """Copy what a growing store holds.
 
         Args:
-            held: that store.
+            held: the growing store.
             shifted: whether some row begins with padding: its keys move to the front.
         """
         count = held.length if isinstance(held, FullStore) else held.window
@@ -52,7 +52,7 @@ class FixedStore:
                 mine[:, :, self.kind.ring : self.kind.ring + pins.shape[2]] = pins
 
     def write(self, k: Float[Tensor, "batch kv_head 1 d_head"], v: Float[Tensor, "batch kv_head 1 d_head"]) -> None:
-        """The key of the position at which the clock stands."""
+        """Write the key and value of the clock's position."""
         for mine, new in ((self.k, k), (self.v, v)):
             mine.scatter_(2, _places(self.clock.slot(self.kind)[:, None], new), new)
             if self.kind.pinned and self.clock.shape.pinning:
@@ -79,7 +79,7 @@ class FixedLayer(WholeLayer):
         self.given: Tensor | None = None
 
     def load(self, layer: SplitLayer, shifted: bool) -> None:
-        """What a layer holds behind the prompt moves here (``FixedStore.load``); it is left empty."""
+        """Move here what a layer holds after the prompt (``FixedStore.load``); that layer is left empty."""
         for mine, theirs in ((self.dense, layer.dense), (self.local, layer.local)):
             if mine is not None and theirs is not None:
                 mine.load(theirs, shifted)
@@ -107,7 +107,7 @@ class FixedLayer(WholeLayer):
         """z of all heads of one token, after ``update``.
 
         Raises:
-            UnsupportedModel: the model made other keys of those that ``update`` handed back.
+            UnsupportedModel: the model changed the keys that ``update`` returned.
         """
         given, self.given = self.given, None
         if given is None or call.k.data_ptr() != given.data_ptr() or call.k.shape != given.shape:
@@ -127,7 +127,7 @@ class FixedLayer(WholeLayer):
         return (z if self._in_order else z.index_select(1, plan.back)).transpose(1, 2)
 
     def _beside(self, call: AttentionCall) -> Float[Tensor, "batch head pos d_head"]:
-        """All heads of groups that are kept whole, as local ones."""
+        """All heads of the groups that are kept whole, computed as local ones."""
         assert self.dense is not None
         at, seen = self.clock.nearby(self.dense.kind, self._near)
         k, v = (x.gather(2, _places(at, x)) for x in (self.dense.k, self.dense.v))
@@ -135,7 +135,7 @@ class FixedLayer(WholeLayer):
 
 
 class FixedCache(Cache):
-    """The cache of a captured generation, for ``past_key_values=``: it cannot grow, and one token comes at a time."""
+    """The cache of a captured generation, for ``past_key_values=``: it cannot grow, and takes one token at a time."""
 
     def __init__(self, split: SplitCache, near: Near, shape: Shape, device: torch.device, chunked: set[int]):
         self.clock = Clock(shape, near.policy, device)
@@ -149,9 +149,9 @@ class FixedCache(Cache):
         """Move in what a prompt left; the other cache is empty afterwards.
 
         Args:
-            split: its cache.
+            split: the prompt's cache.
             near: the policy for the rows of this run.
-            mask: which of its positions are no padding; None for all.
+            mask: which of the prompt's positions are not padding; None for all.
         """
         self.clock.load(near, split.get_seq_length(), pins_of(split, near), mask)
         shifted = bool(near.first.any())
@@ -170,7 +170,7 @@ def split_layers(split: SplitCache) -> list[SplitLayer]:
 
 
 def pins_of(split: SplitCache, near: Near) -> Int[Tensor, "batch pin"] | None:
-    """Positions of the pinned keys behind a prompt, in the order of every layer; None where no head is local."""
+    """Positions of the keys pinned in a prompt, in the order that all layers share; None if no head is local."""
     held = [layer.local.pins for layer in split_layers(split) if layer.local is not None]
     if held:
         return held[0]
@@ -189,7 +189,7 @@ def _places(at: Int[Tensor, "batch slot"], x: Float[Tensor, "batch kv_head pos d
 def _masked(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Float[Tensor, "batch head 1 d_head"]:
     if call.fused:
         return fused(call, q, k, v, seen.mask)
-    # As ``stepwise``, without its look at rows that see nothing: reading it would wait for the card.
+    # Like ``stepwise``, without its check for rows that see nothing: reading that would wait for the GPU.
     scores = (q.float().unflatten(1, (k.shape[1], -1))[:, :, :, 0] @ k.float().transpose(-1, -2)) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

@@ -1,11 +1,11 @@
-"""Generation by a step of fixed shapes, in place of Hugging Face's loop: the host only launches, and looks up rarely.
+"""Generation by a step of fixed shapes, in place of Hugging Face's loop: the host only launches, and rarely waits.
 
     given["custom_generate"] = Loop(owner)          # what Hugging Face's generate then runs, everything prepared
 
-The prompt is read as always, in one forward or in chunks, into a ``SplitCache``; what it left moves into stores of
-fixed size, and from there on every token is the same ``Step``, on a card one CUDA graph. Tokens are chosen on the
-device, by the processors of the generation; whether every row has ended is asked for each ``LOOK`` tokens, and what was
-written too much is cut off.
+The prompt is read as usual, in one forward or in chunks, into a ``SplitCache``; what it leaves moves into stores of
+fixed size, and from there on every token is the same ``Step``, one CUDA graph on a GPU. Tokens are chosen on the
+device, by the generation's logits processors; every ``LOOK`` tokens the host checks whether all rows have ended, and
+surplus tokens are cut off.
 """
 
 import warnings
@@ -27,22 +27,22 @@ from mech.sparse.step.clock import Shape
 from mech.sparse.step.fixed import FixedCache, pins_of
 from mech.sparse.step.graph import Captured
 
-LOOK = 8  # tokens between two looks at whether all rows have ended
+LOOK = 8  # tokens between two checks whether all rows have ended
 ROUND = 256  # room is a multiple of it, so that prompts of nearby lengths share a step
 
 
 class Uncaptured(UserWarning):
-    """Why a generation on a card runs without a CUDA graph, or one does not take the step that was asked for."""
+    """Why a generation on a GPU runs without a CUDA graph, or does not take the step that was requested."""
 
 
 class Step:
-    """One token through the model: its inputs, stores and logits keep their places from token to token.
+    """One token through the model: its inputs, stores and logits keep their addresses from token to token.
 
     Args:
-        hf_model: the model inside.
-        inputs: what it takes for the token behind the prompt.
+        hf_model: the Hugging Face model.
+        inputs: its inputs for the token after the prompt.
         cache: the stores.
-        capture: whether to hold the step in a CUDA graph.
+        capture: whether to capture the step in a CUDA graph.
     """
 
     def __init__(self, hf_model: Any, inputs: dict[str, Any], cache: FixedCache, capture: bool):
@@ -59,12 +59,12 @@ class Step:
             self._run, self.captured = Captured(self.forward), True
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # an operation that no graph can hold: of a family, or of quantized weights
+        except RuntimeError as error:  # an operation that no graph can capture: a family's, or quantized weights'
             said = str(error).strip().splitlines()[0]
             warnings.warn(f"the step could not be captured ({said}): it runs uncaptured", Uncaptured, stacklevel=2)
 
     def fits(self, hf_model: Any, inputs: dict[str, Any], shape: Shape) -> bool:
-        """Whether another run can use it: the same shape, inputs alike, and weights where they were."""
+        """Whether another run can use it: the same shape, matching inputs, and weights at the same addresses."""
         alike = inputs.keys() == self.inputs.keys() and all(
             value.shape == self.inputs[name].shape if isinstance(value, Tensor) else value == self.inputs[name]
             for name, value in inputs.items()
@@ -72,7 +72,7 @@ class Step:
         return alike and shape == self.cache.clock.shape and _addresses(hf_model) == self.addresses
 
     def load(self, inputs: dict[str, Any], split: SplitCache, near: Near, mask: Tensor | None) -> None:
-        """Set it behind a prompt; see ``FixedCache.load``."""
+        """Set the step to the end of a prompt; see ``FixedCache.load``."""
         self.left = self.cache.clock.shape.room - split.get_seq_length()
         self.cache.load(split, near, mask)
         for name, value in inputs.items():
@@ -80,7 +80,7 @@ class Step:
                 self.inputs[name].copy_(value)
 
     def __call__(self, token: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch vocab"]:
-        """The logits behind one more token of every row; they lie where the last ones lay.
+        """The logits after one more token of every row; they overwrite the last ones.
 
         Raises:
             ExperimentError: the stores are full.
@@ -95,7 +95,7 @@ class Step:
         return self._run()
 
     def forward(self) -> Float[Tensor, "batch vocab"]:
-        """What is captured."""
+        """The forward that is captured."""
         self.cache.clock.begin()
         out = self.hf_model(**self.inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
         self.inputs["position_ids"] += 1
@@ -105,7 +105,7 @@ class Step:
 
 @dataclass
 class Written:
-    """The tokens of a generation so far, and which rows go on; all of it on the device."""
+    """The tokens of a generation so far, and which rows continue; all of it on the device."""
 
     ids: Int[Tensor, "batch pos"]
     length: int
@@ -117,7 +117,7 @@ class Written:
 
     @classmethod
     def behind(cls, ids: Int[Tensor, "batch pos"], settings: Any, processors: Any, criteria: Any) -> "Written":
-        """Those of a prompt."""
+        """Start from a prompt."""
         room = ids.new_zeros(len(ids), criteria.max_length)
         room[:, : ids.shape[1]] = ids
         made = cls(room, ids.shape[1], settings, processors, criteria)
@@ -177,7 +177,7 @@ class Loop:
         written = Written.behind(input_ids, generation_config, logits_processor, stopping_criteria)
         token = written.choose(outputs.logits[:, -1])
         del outputs
-        # A card chooses other kernels for experts when there is one token.
+        # On a GPU, experts use other kernels when there is one token.
         quick = getattr(hf_model, "_optimize_model_for_decode", nullcontext)
         with quick():
             step = None if written.full else self._step(hf_model, written, given)
@@ -188,7 +188,7 @@ class Loop:
         return written.sequences(input_ids.shape[1])
 
     def _step(self, hf_model: Any, written: Written, given: dict[str, Any]) -> Step:
-        """The owner's step, made anew if this run has another shape, behind the prompt."""
+        """The owner's step, set to the end of the prompt; it is rebuilt if this run has another shape."""
         split, mask = given["past_key_values"], given.get("attention_mask")
         near = self.owner.near.to(written.ids.device).of_batch(len(written.ids))
         shape = shape_of(near, split, written.ids.shape, mask)
@@ -206,25 +206,25 @@ class Loop:
         return step
 
     def _inputs(self, hf_model: Any, written: Written, given: dict[str, Any]) -> dict[str, Any]:
-        """What the model takes for the token behind the prompt, as Hugging Face's loop prepares it."""
+        """The model's inputs for the token after the prompt, as Hugging Face's loop prepares them."""
         ids = written.ids[:, : written.length]
         inputs = hf_model.prepare_inputs_for_generation(ids, next_sequence_length=1, **given)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         for name in ("past_key_values", "use_cache", "return_dict"):
             inputs.pop(name, None)
-        # Stores know what is seen; a mask of this form is handed on as it is, and none is made.
+        # The stores know what is seen; a mask of this form is passed on unchanged, and none is made.
         inputs["attention_mask"] = torch.ones(len(ids), 1, 1, 1, dtype=torch.bool, device=ids.device)
         return inputs
 
 
 def shape_of(near: Near, split: SplitCache, sizes: torch.Size, mask: Tensor | None) -> Shape:
-    """What a step behind this prompt is made for.
+    """The shape of a step that follows this prompt.
 
     Args:
-        near: the policy for its rows.
-        split: what it left.
-        sizes: rows, and positions with the new tokens.
-        mask: which positions of the prompt are no padding; None for all.
+        near: the policy for the prompt's rows.
+        split: the prompt's cache.
+        sizes: rows, and positions including the new tokens.
+        mask: which positions of the prompt are not padding; None for all.
     """
     rows, stop = sizes
     seen, pins = split.get_seq_length(), pins_of(split, near)
@@ -239,13 +239,13 @@ def shape_of(near: Near, split: SplitCache, sizes: torch.Size, mask: Tensor | No
 
 
 def why_not(model: Any, cache: SplitCache, given: dict[str, Any], config: Any) -> str:
-    """Why a generation cannot be a step of fixed shapes; "" if it can.
+    """Why a generation cannot use a step of fixed shapes; "" if it can.
 
     Args:
         model: the hooked model.
         cache: the empty cache that its prompt would be read into.
         given: the arguments of Hugging Face's ``generate``.
-        config: its settings.
+        config: the generation's settings.
     """
     if any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()) or any(
         record.has_listeners() for record in model.text_attention()
