@@ -1,10 +1,10 @@
-"""How much of the evidence the most attended keys hold: KeyTokenRatio of a head, and Coverage of a set of heads.
+"""How much of the evidence is among the most attended keys: KeyTokenRatio of a head, Coverage of a set of heads.
 
     found = key_coverage(model, samples, {"top": ranking.top(15), "bottom": ranking.bottom(15)})
     found["key_token_ratio"], found["coverage"].sel(set="top")
 
-Unlike RAM these count tokens, not mass: a head that reads one token of a large box with all its attention has a high
-RAM and a low ratio.
+Unlike RAM these count tokens, not mass: a head with all its attention on one token of a large box has a high RAM and a
+low ratio.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,25 +42,25 @@ def key_coverage(
 ) -> xr.Dataset:
     """``KeyTokenRatio = |T n E| / |E|`` of every head, and ``Coverage(G) = |union over G of T n E| / |E|`` of sets.
 
-    ``T`` are the keys, of the whole sequence, to which a head pays most attention, averaged over the question's rows;
-    ``E`` the evidence.
+    ``T`` are the keys of the whole sequence to which a head attends most, averaged over the question's rows; ``E`` is
+    the evidence.
 
     Sign: the higher, the more of the evidence is among the most attended keys. Unit: share of evidence tokens. Chance
-    is about ``keys`` for one head; of a set it grows with its size, so compare sets of one size.
+    is about ``keys`` for one head; for a set it grows with its size, so compare sets of the same size.
 
     Args:
-        samples: with evidence.
+        samples: samples with evidence.
         sets: name -> heads.
-        keys: how many keys T holds: a share of the sequence, or a number.
+        keys: size of T: a share of the sequence, or a number.
         batch_size: samples per forward.
 
     Returns:
         ``key_token_ratio`` over example, layer, head; ``coverage`` over example, set.
 
     Raises:
-        ExperimentError: no samples, one without evidence, or a head that the model does not have.
+        ExperimentError: no samples, a sample without evidence, or a head that the model does not have.
 
-    Cost: one forward per sample, and the question's rows.
+    Cost: one forward per sample, plus the question's rows.
 
     References: arXiv 2606.05843 (top 5% of the keys).
     """
@@ -106,7 +106,7 @@ def _checked_sets(model: HookedMLLM, sets: Mapping[str, Pairs]) -> dict[str, lis
 def _hits(
     model: HookedMLLM, inputs: Inputs, evidence: Sequence[np.ndarray], keys: float
 ) -> Float[np.ndarray, "batch layer head token"]:
-    """1 where a token of the evidence is among the keys that a head attends to most."""
+    """1 if an evidence token is among the keys that a head attends to most."""
     weight = row_weights(inputs, "question").to(model.device)
     at = weight.sum(0).nonzero().flatten()
     real = [int((layout.visual.kind != PADDING).sum()) for layout in inputs.layouts]

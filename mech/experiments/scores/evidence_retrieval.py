@@ -1,15 +1,15 @@
-"""Evidence retrieval: can a few heads find the right page, frame or part of a picture by what they attend to?
+"""Evidence retrieval: can a few heads find the right page, frame or part of a picture by their attention?
 
     found = evidence_retrieval(model, test, ranking, over="pages")
     retrieval_table(found)                          # hit@k, recall@k and MRR of every band, with intervals and tests
     evidence_retrieval(model, test, ranking, over="cells", grid=(4, 4))
 
-Every candidate (a page, a frame, a cell of the picture) is scored by the attention that a set of heads pays to it under
-the question, and the candidates are put in order. Nothing is trained: a good order says that the heads point at the
-evidence, not only that they attend to it more than others do. Top heads stand beside as many bottom heads, random
-heads, vision heads and all heads, and beside the order of chance, on samples that did not find them.
+Every candidate (a page, a frame, a cell of the picture) is scored by how much a set of heads attends to it from the
+question, and the candidates are ranked. Nothing is trained. A good ranking says that the heads point at the evidence,
+not only that they attend to it more than other heads do. The top heads are compared with the same number of bottom
+heads, random heads and vision heads, with all heads, and with a random order, on samples that did not find them.
 
-What it does not say: that the model *uses* what these heads see (``mech.ablation``).
+It does not say that the model *uses* what these heads see (``mech.ablation``).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,40 +59,41 @@ def evidence_retrieval(
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
-    """How high heads put the candidates that hold the evidence, sample by sample and set by set.
+    """How high sets of heads rank the candidates that hold the evidence, sample by sample.
 
-    ``score(c) = sum over heads of mean over question rows of mean (or sum) over tokens y of c of A[x, y]``; candidates
-    are ordered by it, those of equal score share their places. ``hit@k`` is 1 if one of the first k holds evidence,
-    ``recall@k`` the share of the evidence's candidates among them, ``reciprocal_rank`` one over the place of the first.
+    ``score(c) = sum over heads of mean over question rows of mean (or sum) over tokens y of c of A[x, y]``. Candidates
+    are ranked by it; for ties, expected values over all orders are given. ``hit@k`` is 1 if one of the first k holds
+    evidence, ``recall@k`` the share of evidence candidates among the first k, ``reciprocal_rank`` 1 over the rank of
+    the first evidence candidate.
 
     Sign: higher is better. Unit: shares.
 
     Args:
         model: a hooked model.
-        samples: with evidence, other ones than those that found the heads.
-        ranking: its top, bottom and random ``heads`` are compared with vision heads (as many, by attention to all
-            visual tokens of the tested samples: a control that sees more than it should) and all heads. Or sets of
+        samples: samples with evidence that were not used to find the heads.
+        ranking: its top, bottom and random ``heads`` are compared with vision heads (the same number, by attention to
+            all visual tokens of the tested samples: a control that sees more than it should) and all heads. Or sets of
             heads by name.
-        over: ``"pages"`` (whole pictures), ``"frames"`` (of a video) or ``"cells"`` of the picture; by default pages
-            where there are several, frames of a video, and cells else.
+        over: ``"pages"`` (whole pictures), ``"frames"`` (of a video) or ``"cells"`` of the picture; by default frames
+            for videos, pages if every sample has several pictures, else cells.
         grid: rows and columns of the cells.
         heads: how many heads a set holds, see ``Ranking.count``.
-        ks: how many of the first candidates count.
+        ks: the values of k for ``hit@k`` and ``recall@k``.
         reduce: ``"mean"`` per token, or ``"sum"``, which favours large candidates.
-        n_random, seed: random sets, of other heads than the top; they cost no forward.
-        batch_size, progress: samples per forward; called with (samples done, samples in all).
-        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
+        n_random, seed: number and seed of the random sets, which contain no top heads; they cost no forward.
+        batch_size, progress: samples per forward; called with (samples done, samples in total).
+        allow_other_model: accept a ranking made on another model of this shape; the attribute ``other_model`` says so.
 
     Returns:
         ``reciprocal_rank`` (set, example), ``hit`` and ``recall`` (set, k, example), with the band and the draw of
-        each set; of an order by chance ``chance_rr`` (example), ``chance_hit`` and ``chance_recall`` (k, example);
+        each set; for a random order ``chance_rr`` (example), ``chance_hit`` and ``chance_recall`` (k, example);
         ``n_candidates`` and ``n_right`` (example).
 
     Raises:
         ExperimentError: no evidence, fewer than two candidates or none without evidence, heads of another model or
-            found on these samples, unknown words.
+            found on these samples, unknown options.
 
-    Cost: one forward per sample, and the question's rows.
+    Cost: one forward per sample, plus the question's rows.
 
     References: arXiv 2506.09944 (QRHead); 2503.06287 (localization heads).
     """
@@ -124,7 +125,7 @@ def evidence_retrieval(
 def _of_candidates(
     model: HookedMLLM, rows: Sequence[Inputs], candidates: Sequence[Sequence[np.ndarray]], reduce: str
 ) -> list[Float[np.ndarray, "layer head candidate"]]:
-    """The attention of each row's question on each of its candidates."""
+    """The attention from each row's question to each of its candidates."""
     inputs = model.collate(rows)
     weight = row_weights(inputs, "question").to(model.device)
     at = weight.sum(0).nonzero().flatten()
@@ -147,11 +148,10 @@ def _of_candidates(
 def retrieval_table(
     result: given_by("evidence_retrieval", BAND, RANK_K, "reciprocal_rank"),
 ) -> list[dict[str, float | str | int]]:
-    """Every band of ``evidence_retrieval`` as a row: means with intervals over samples (and random sets), and p-values.
+    """Each band of ``evidence_retrieval`` as a row: means with intervals over samples (and random sets), and p-values.
 
-    ``p_value`` is of the top band's reciprocal rank against the random sets: the larger of ``p_samples`` (sign flips)
-    and ``p_sets`` (its rank among the sets); of other bands it is the same test, and ``p_adjusted`` is Holm's over all
-    of them. Chance is the last row.
+    ``p_value`` tests a band's reciprocal rank against the random sets: the larger of ``p_samples`` (sign flips) and
+    ``p_sets`` (its rank among the sets). ``p_adjusted`` is Holm's correction over all bands. Chance is the last row.
     """
     random = result["reciprocal_rank"].values[result[BAND].values == "random"]
     table: list[dict[str, float | str | int]] = []
@@ -219,7 +219,7 @@ def _natural(samples: Samples) -> str:
 
 
 def _candidates(layout: TokenLayout, over: str, grid: tuple[int, int]) -> list[np.ndarray]:
-    """The tokens of each candidate. A token of several frames is one candidate."""
+    """The tokens of each candidate. Frames that share their tokens are one candidate."""
     if over == "frames":
         starts = range(0, len(layout.images), layout.frames_per_token) if layout.has_video else ()
         candidates = [layout.positions(Frames(start)) for start in starts]
@@ -238,7 +238,7 @@ def _candidates(layout: TokenLayout, over: str, grid: tuple[int, int]) -> list[n
 
 
 def _right(layout: TokenLayout, sample: Sample, candidates: list[np.ndarray]) -> Bool[np.ndarray, " candidate"]:
-    """Which candidates hold evidence; of a box over several cells those that hold most of it."""
+    """Which candidates hold evidence; for a box or mask over several candidates, those that hold the most of it."""
     evidence = layout.positions(sample.evidence)
     shared = np.array([np.isin(tokens, evidence).sum() for tokens in candidates])
     whole = any(isinstance(region, Pages | Frames) for region in sample.evidence)
@@ -254,14 +254,14 @@ def _right(layout: TokenLayout, sample: Sample, candidates: list[np.ndarray]) ->
 def _by_vision(
     ranking: Ranking, attention: list[np.ndarray], candidates: list[list[np.ndarray]], reduce: str
 ) -> Ranking:
-    """The same heads by their attention on all candidates together."""
+    """The same heads ranked by their attention to all candidates together."""
     sizes = [[len(tokens) if reduce == "mean" else 1 for tokens in groups] for groups in candidates]
     seen = np.mean([(mass * size).sum(-1) for mass, size in zip(attention, sizes, strict=True)], axis=0)
     return Ranking(seen, score="vision_mass", layers=ranking.layers)
 
 
 def _sets(ranking: Ranking, vision: Ranking, heads: int | float, n_random: int, seed: int) -> list[HeadSet]:
-    """Every set that is tried beside the top heads."""
+    """The top heads and all sets they are compared with."""
     top, bottom, *others = head_sets(ranking, ("top", "bottom", "random", "all"), heads, n_random, seed)
     return [top, bottom, HeadSet("vision", 0, vision.top(len(top.heads))), *others]
 
@@ -309,14 +309,14 @@ def _dataset(
 def _judged(
     score: Float[np.ndarray, " candidate"], right: Bool[np.ndarray, " candidate"], ks: Sequence[int]
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Reciprocal rank, hit@k and recall@k: the expected ones, where candidates of equal score come in any order."""
+    """Expected reciprocal rank, hit@k and recall@k, with tied candidates in random order."""
     n = len(score)
     rr, none_yet, hit, recall = 0.0, 1.0, np.zeros(n), np.zeros(n)
     done, found = 0, 0.0
     for value in np.unique(score)[::-1]:
         tied = score == value
         size, good = int(tied.sum()), int((tied & right).sum())
-        none = 1.0  # that none of the first j of these holds evidence
+        none = 1.0  # probability that none of the first j of these holds evidence
         for j in range(1, size + 1):
             bad_left = size - good - (j - 1)
             here = 1 - max(bad_left, 0) / (size - (j - 1)) if none > 0 else 1.0

@@ -1,15 +1,16 @@
-"""Causal head gating: gates fitted with pressure to stay open, and to close, tell which heads help, which hinder.
+"""Causal head gating: gates fitted under pressure to open or to close show which heads help and which hinder.
 
     found = mech.causal_head_gating(model, find)
     found["facilitating"], found["interfering"], found["irrelevant"]
     ranking = mech.rank_heads(found, "gating")          # facilitating minus interfering
 
-Every head's output is multiplied by a gate between 0 and 1; the model is frozen, and gates are fitted so that the right
-answer is likely. Twice: pressed open, only gates of heads that *interfere* close; pressed shut, only gates of heads
-that *facilitate* stay open. What is open under the one and shut under the other is *irrelevant*. Unlike scores of
-attention this asks for no evidence, and unlike ablation it fits all heads together.
+Every head's output is multiplied by a gate between 0 and 1. The model is frozen, and the gates are fitted to make the
+right answer likely. This is done twice: under pressure to open, only gates of heads that *interfere* close; under
+pressure to close, only gates of heads that *facilitate* stay open. A head whose gate is open in the first fit and shut
+in the second is *irrelevant*. Unlike attention scores this needs no evidence, and unlike ablation it fits all heads
+together.
 
-What it is not: a test. Of two redundant heads either may be called irrelevant.
+This is not a test. Of two redundant heads, either may be called irrelevant.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,30 +53,31 @@ def causal_head_gating(
 ) -> xr.Dataset:
     """Which heads facilitate the right answer, which interfere with it, and which do neither.
 
-    ``loss = NLL of the answer - sign * pressure * mean over heads of g``, with z of every head times its gate ``g``,
-    fitted by Adam from ``g = 0.5``, for sign +1 (open, ``g+``) and -1 (shut, ``g-``). ``facilitating = g-``,
-    ``interfering = 1 - g+``, ``irrelevant = g+ (1 - g-)`` and ``gating = facilitating - interfering``.
+    ``loss = NLL of the answer - sign * pressure * mean over heads of g``, where z of every head is multiplied by its
+    gate ``g``. Fitted by Adam from ``g = 0.5``, for sign +1 (open, ``g+``) and -1 (shut, ``g-``).
+    ``facilitating = g-``, ``interfering = 1 - g+``, ``irrelevant = g+ (1 - g-)`` and
+    ``gating = facilitating - interfering``.
 
-    Sign: ``gating`` is positive where the head helps, negative where it hinders. Unit: gate, 0 to 1.
+    Sign: ``gating`` is positive if the head helps, negative if it hinders. Unit: gate, 0 to 1.
 
     Args:
-        model: a hooked model; it is left as it was.
-        samples: with answers; other samples than those that test the heads.
-        pressure: weight of the gates' mean: a head that is worth less than ``pressure`` over the number of heads, in
-            nats of the answer, is irrelevant.
-        steps, rate: of the optimiser, on the logits of the gates, for each fit.
-        n_fits, seed: disjoint parts of the samples that are fitted apart, so that there is an interval.
+        model: a hooked model; it is left unchanged.
+        samples: samples with answers, other than those that test the heads.
+        pressure: weight of the mean gate: a head worth less than ``pressure`` divided by the number of heads, in nats
+            of the answer, is irrelevant.
+        steps, rate: steps and learning rate of the optimiser for each fit; it optimises the logits of the gates.
+        n_fits, seed: the samples are split into this many disjoint parts, fitted separately to give an interval.
         batch_size: samples per forward.
-        progress: called with (steps done, steps in all).
+        progress: called with (steps done, steps in total).
 
     Returns:
-        ``facilitating``, ``interfering``, ``irrelevant`` and ``gating`` over (example, layer, head), an example being
-        one fit; their means are the scores. ``attrs["samples"]`` are the ids of all samples.
+        ``facilitating``, ``interfering``, ``irrelevant`` and ``gating`` over (example, layer, head), where each example
+        is one fit; their means are the scores. ``attrs["samples"]`` has the ids of all samples.
 
     Raises:
         ExperimentError: no samples, or a sample without an answer.
 
-    Cost: for each sample two times ``steps`` forwards and backwards; the vision stack once.
+    Cost: for each sample, twice ``steps`` forwards and backwards; the vision stack runs once.
 
     References: arXiv 2505.13737.
     """
@@ -115,7 +117,7 @@ def causal_head_gating(
 def _fitted(
     model: HookedMLLM, questions: Quiz, pressure: float, steps: int, rate: float, tick: Callable[[], None]
 ) -> Float[np.ndarray, "layer head"]:
-    """The gates of one fit: pressed open where ``pressure`` is positive, shut where it is negative."""
+    """The gates of one fit: pressure to open if ``pressure`` is positive, to close if it is negative."""
     layers = model.cfg.attention_layers
     logits = torch.zeros(len(layers), model.cfg.n_heads, device=model.device, requires_grad=True)
     optimiser = torch.optim.Adam([logits], lr=rate)
@@ -145,6 +147,6 @@ def _surprise(model: HookedMLLM, questions: Quiz) -> Float[Tensor, ""]:
 
 
 def _of_answer(said: Float[Tensor, "kept vocab"], answer: Sequence[int]) -> Float[Tensor, ""]:
-    # Rows end with the answer; the token at place j is predicted one row earlier.
+    # Rows end with the answer; each token is predicted one row earlier.
     rows = said[len(said) - len(answer) - 1 : len(said) - 1]
     return rows[range(len(answer)), list(answer)].sum()

@@ -1,8 +1,8 @@
-"""Localization heads: heads that attend to the picture, and to few places of it (arXiv 2503.06287).
+"""Localization heads: heads that attend to the picture, and to few places in it (arXiv 2503.06287).
 
-Three steps: keep the heads whose mean image mass reaches the elbow of its sorted curve; in each example order them by
-the spatial entropy of what they attend to; count how often a head is among the first. ``head_scores`` does it under the
-name ``localization``. No evidence is asked for, so that it is a control for scores that use it.
+Three steps: keep the heads with a mean image mass above the elbow of the sorted curve; in each example rank them by the
+spatial entropy of their attention; count how often a head is among the first. ``head_scores`` computes it under the
+name ``localization``. It needs no evidence, so it is a control for scores that do.
 """
 
 import numpy as np
@@ -14,16 +14,17 @@ from mech.experiments.ranking.selection import elbow_count
 from mech.inputs import TokenLayout
 
 _BESIDE = np.zeros((3, 3, 3), dtype=bool)
-_BESIDE[1] = True  # eight neighbours in the same picture, none in another
+_BESIDE[1] = True  # eight neighbours in the same picture, none across pictures
 
 
 def spatial_entropy(attention: Float[np.ndarray, "head visual"], layout: TokenLayout) -> Float[np.ndarray, " head"]:
     """``- sum_c P(c) log P(c)`` over connected components c of the tokens above the mean; P is their attention share.
 
-    Unit: nats. Sign: the lower, the fewer places. Every view of every picture or frame is a grid of its own.
+    Unit: nats. Sign: lower means fewer places. For each picture or frame, the whole view is one grid and the tiles are
+    another.
 
     Args:
-        attention: on the visual tokens, in the order of ``layout.positions("image")``.
+        attention: attention to the visual tokens, in the order of ``layout.positions("image")``.
     """
     visual = layout.positions("image")
     shown = layout.row[visual] >= 0
@@ -45,13 +46,13 @@ def spatial_entropy(attention: Float[np.ndarray, "head visual"], layout: TokenLa
 def localized(
     entropy: Float[np.ndarray, "example layer head"], mass: Float[np.ndarray, "example layer head"], top: int | float
 ) -> Float[np.ndarray, "example layer head"]:
-    """1 for the ``top`` heads of lowest entropy in each example, among those with mean mass up to the elbow."""
+    """1 for the ``top`` heads of lowest entropy in each example, among heads with mean mass above the elbow."""
     mean = mass.mean(axis=0).ravel()
     candidates = np.argsort(-mean, kind="stable")[: elbow_count(mean)]
     count = min(head_count(top, mean.size), len(candidates))
     flat = entropy.reshape(len(entropy), -1)
     chosen = np.zeros_like(flat)
-    candidates = np.sort(candidates)  # equal entropies come in (layer, head) order
+    candidates = np.sort(candidates)  # equal entropies stay in (layer, head) order
     best = candidates[np.argsort(flat[:, candidates], axis=1, kind="stable")[:, :count]]
     np.put_along_axis(chosen, best, 1, axis=1)
     return chosen.reshape(entropy.shape)

@@ -1,4 +1,4 @@
-"""The scores by which the literature ranks heads, side by side: RAM and its relatives, from as few passes as possible.
+"""The scores by which the literature ranks heads: RAM and related scores, from as few passes as possible.
 
     found = head_scores(model, samples, ("ram", "mm_retrieval", "retrieval_head"))
     found["mm_retrieval"]                            # example, layer, head; attrs say unit, definition and source
@@ -7,12 +7,11 @@
 
     head_scores(model, samples, {"mine": Score("last", "share", calibrate="shifted")})
 
-A score is one frozen ``Score``: which query rows attend (``queries``), what becomes of a row's attention (``reduce``),
-what it is compared with (``calibrate``), and what becomes of an example (``aggregate``); the mean over rows, then over
-examples, is the score of a head. ``PUBLISHED`` names those of the papers, each with its source and where it differs
-here.
+A score is a frozen ``Score``. It says which query rows are read (``queries``), how a row's attention becomes a number
+(``reduce``), what is subtracted (``calibrate``), and how an example counts (``aggregate``). A head's score is the mean
+over rows, then over examples. ``PUBLISHED`` has the scores of the papers, each with its source and how it differs here.
 
-What scores do not say is whether a head matters (``mech.ablation``), or beats chance (``mech.retrieval_test``).
+Scores do not say whether a head matters (``mech.ablation``) or beats chance (``mech.retrieval_test``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,33 +53,33 @@ def head_scores(
     max_new_tokens: Count = 8,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Any scores of every text head, sample by sample, from shared passes.
+    """One or more scores of every text head, sample by sample, from shared passes.
 
     ``score[i, l, h] = mean over rows x of reduce(A[l, h, x, :], E_i) - null``; see ``Score``.
 
     Sign: the higher, the more the head retrieves. Unit: ``attrs["unit"]`` of each variable.
 
     Args:
-        samples: with evidence, distractors or, for ``"answer"`` rows, answers where a score asks for them.
+        samples: with what the scores need: evidence, distractors or, for ``"answer"`` rows, answers.
         scores: names of ``PUBLISHED``, or name -> ``Score``.
         batch_size: samples per forward.
-        seed: of the random regions.
+        seed: seed of the random regions.
         sink_tau: a key is a sink of a layer if the largest entry of its RMS-normed state is at least this.
-        max_new_tokens: of ``"generated"``, greedy; the text it gives is teacher-forced.
-        progress: called with (samples done, samples in all).
+        max_new_tokens: for ``"generated"`` rows: length of the greedy generation, which is then teacher-forced.
+        progress: called with (samples done, samples in total).
 
     Returns:
-        One variable for each score, with dims example, layer, head; layers with no visual token in reach score 0.
+        One variable for each score, with dims example, layer, head; layers that cannot reach visual tokens score 0.
 
     Raises:
-        ExperimentError: an unknown score; no evidence, no answer, nothing generated, no room for a region elsewhere.
-        RegionError: evidence outside its image, or that covers no token.
+        ExperimentError: an unknown score; no evidence, no answer, nothing generated, or no room for a region elsewhere.
+        RegionError: evidence that lies outside its image or covers no token.
 
-    Cost: ``len(passes(scores))`` forwards per sample (``attrs["passes"]``), the vision stack in the first of them only,
+    Cost: ``len(passes(scores))`` forwards per sample (``attrs["passes"]``; the vision stack runs only in the first),
     plus the query rows of the attention.
 
-    References: ``attrs["source"]`` of each variable; sinks: arXiv 2503.03321 (tau = 20), where sink dimensions are
-    fixed per model and any dimension counts here.
+    References: ``attrs["source"]`` of each variable; sinks: arXiv 2503.03321 (tau = 20), which fixes the sink
+    dimensions per model; here any dimension counts.
     """
     named, samples = named_scores(scores), Samples(samples)
     _check(named, samples)
@@ -96,7 +95,7 @@ def head_scores(
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What the options of ``head_scores`` say of every pass."""
+    """The options of ``head_scores`` that apply to every pass."""
 
     seed: int = 0
     sink_tau: float = 20.0
@@ -116,10 +115,10 @@ def per_sample_scores(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The numbers of ``head_scores``, without what is known of all samples together.
+    """The numbers of ``head_scores``, without what depends on all samples together.
 
-    ``others`` are questions that ask something else than each sample does, and ``first`` is the place of the first
-    sample among all: regions are drawn by it.
+    ``others`` has for each sample a question that asks something else. ``first`` is the index of the first sample among
+    all samples; it seeds the random regions.
     """
     plan = passes(scores)
     rows = _prepared(model, samples, others, scores, how, batch_size, first)
@@ -131,7 +130,7 @@ def per_sample_scores(
         for step, names in plan.items():
             here = [rows[step][i] for i in batch]
             inputs = model.collate([row.inputs for row in here])
-            if pictures is not None:  # every pass shows the same pictures: they are read once
+            if pictures is not None:  # every pass shows the same pictures: encode them once
                 text = {key: value for key, value in inputs.tensors.items() if not key.startswith("pixel_values")}
                 inputs = replace(inputs, tensors=text)
             elif len(plan) > 1:
@@ -160,14 +159,14 @@ def _prepared(
     batch_size: int,
     first: int,
 ) -> dict[Pass, list[Prepared]]:
-    """The rows of every pass. All that can be refused is refused before the first forward.
+    """The rows of every pass. Everything that can be refused is refused before the first forward.
 
-    ``first`` is the place of the first sample among all.
+    ``first`` is the index of the first sample among all samples.
     """
     plan = passes(named)
     rows: dict[Pass, list[Prepared]] = {}
     texts: list[str] = []
-    for step in sorted(plan, key=lambda step: step.text == "generated"):  # known only behind a forward, so last
+    for step in sorted(plan, key=lambda step: step.text == "generated"):  # generating costs forwards, so last
         scores = [named[name] for name in plan[step]]
         draws = REGION_DRAWS if any(score.calibrate in ("random", "shifted") for score in scores) else 0
         if step.text == "generated" and not texts:
@@ -191,7 +190,7 @@ def _prepared(
 
 
 def _another(samples: Samples, i: int) -> str:
-    """The question of the next sample, all around, that asks something else than sample ``i``."""
+    """The question of the next sample after ``i`` (cyclically) that asks something else."""
     listed = list(samples)
     others = (sample.question for sample in (*listed[i + 1 :], *listed[:i]))
     return next((question for question in others if question.strip() != listed[i].question.strip()), "")
@@ -224,7 +223,7 @@ def _generated(model: HookedMLLM, samples: Samples, batch_size: int, max_new_tok
     rows = [model.inputs_of(sample).to("cpu") for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
         if sample.evidence:
-            row.layout.visual.positions(sample.evidence)  # refuses what covers no token before anything is generated
+            row.layout.visual.positions(sample.evidence)  # refuses evidence that covers no token before generating
     for batch, _ in in_batches(rows, batch_size):
         texts += model.generate_text(model.collate(batch), max_new_tokens=max_new_tokens)
     if silent := [sample.id or str(i) for i, (sample, text) in enumerate(zip(samples, texts, strict=True)) if not text]:
@@ -276,7 +275,7 @@ def _dataset(
 
 
 def _among_the_top(value: np.ndarray, count: int) -> np.ndarray:
-    # Heads that tie for the last place are all out: where no head hits, the first heads of layer 0 must not count.
+    # Heads that tie for the last place are all excluded: if no head hits, the first heads of layer 0 must not count.
     ordered = np.sort(value.reshape(len(value), -1), axis=1)[:, ::-1]
     best_outside = ordered[:, count] if count < ordered.shape[1] else np.full(len(value), -np.inf)
     return (value > best_outside[:, None, None]).astype(np.float64)

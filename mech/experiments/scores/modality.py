@@ -1,15 +1,15 @@
-"""Do heads retrieve from pictures that retrieve from text? The same scenes, shown and written out.
+"""Do the heads that retrieve from text also retrieve from pictures? The same scenes, shown and written out.
 
     pictures, text = (haystacks("documents", 60, form=form) for form in ("pictures", "text"))
     found = modality_transfer(model, pictures, text, base)     # ``base``: the model before it was tuned
     found["shared"].sel(reading="pictures", other="base text"), modality_table(found)
 
-A head's score is read on the pictures and on the text, in the model and, where one is given, in the model as it was
-before it was tuned. Then: do the top heads coincide, beyond what layers explain? Which of those that attend to the
-evidence of pictures did so with text already, before any picture was seen, and which were recruited?
+Every head is scored on the pictures and on the text, in the model and, if given, in the base model before tuning. Do
+the top heads coincide more than their layers explain? Of the heads that attend to the evidence in pictures, which
+attended to it in text before the model saw any picture, and which were recruited?
 
-That two sets coincide does not say that they matter, let alone for the other form: ``transfer`` with
-``{"pictures": pictures, "text": text}`` ablates the heads of each on both.
+That two sets coincide does not mean that they matter, least of all for the other form: ``transfer`` with
+``{"pictures": pictures, "text": text}`` ablates the heads of each form on both.
 """
 
 from typing import Any
@@ -50,31 +50,32 @@ def modality_transfer(
     batch_size: Count = 8,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Where the heads attend in pictures, and in the same scenes as text; now, and before the model was tuned.
+    """Where heads attend in pictures and in the same scenes as text, in the model and in its base before tuning.
 
-    ``shared(A, B) = |top k of A, and of B|``, beside ``expected``: what sets with as many heads in each layer share
-    when heads are exchanged within their layers. Unit: heads.
+    ``shared(A, B) = |top k of A, and of B|`` is compared with ``expected``: what sets with the same number of heads in
+    each layer share when heads are permuted within layers. Unit: heads.
 
     Args:
         model: a hooked model.
         pictures: samples with pictures.
-        text: the same samples written out (a ``context``, evidence as passages), under the same ids and in the same
-            order; ``haystacks(..., form="text")`` makes them.
-        base: the model with the weights it had before it was tuned, such as a revision of it.
-        score: of ``PUBLISHED``, or a ``Score``; one that takes no region of a picture.
-        k: heads of the top sets: a number, or a share of all.
-        n_resamples, seed: draws of the examples, for intervals.
+        text: the same samples written out (a ``context``, evidence as passages), with the same ids in the same order;
+            ``haystacks(..., form="text")`` makes them.
+        base: the model with its weights before tuning, for instance an earlier revision.
+        score: a name of ``PUBLISHED`` or a ``Score``, one that needs no region of a picture.
+        k: size of the top sets: a number, or a share of all heads.
+        n_resamples, seed: resamples of the examples, for intervals.
         batch_size: samples per forward.
-        progress: called with (readings done, readings in all).
+        progress: called with (readings done, readings in total).
 
     Returns:
-        ``score`` over (reading, example, layer, head), readings being ``pictures`` and ``text``, and with a base ``base
-        text`` and ``base pictures``. Over (reading, other): ``shared`` with ``_low`` and ``_high`` (95%, bootstrap over
-        examples), ``expected``, ``p`` (of sharing at least as many by chance) and ``within`` (correlation of mean
-        scores less their layer's mean). ``origin`` over (layer, head): in which top sets a head is.
+        ``score`` over (reading, example, layer, head). The readings are ``pictures`` and ``text`` and, with a base,
+        ``base text`` and ``base pictures``. Over (reading, other): ``shared`` with ``_low`` and ``_high`` (95%,
+        bootstrap over examples), ``expected``, ``p`` (of sharing at least as many by chance) and ``within``
+        (correlation of mean scores after subtracting each layer's mean). ``origin`` over (layer, head): the top sets
+        that a head is in.
 
     Raises:
-        ExperimentError: samples that are not the same in both forms, or a base of another shape.
+        ExperimentError: samples that differ between the forms, or a base of another shape.
 
     Cost: the passes of ``score`` for every sample and reading: 2 forwards, 4 with a base, for ``ram``.
 
@@ -111,7 +112,7 @@ def modality_transfer(
 
 
 def _origin(means: xr.DataArray, count: int) -> xr.DataArray:
-    """Of which top sets every head is: of pictures and of text (before tuning, where there is a base)."""
+    """Which top sets each head is in: that of pictures and that of text (before tuning, if there is a base)."""
     before = f"{BASE}{TEXT}" if f"{BASE}{TEXT}" in means["reading"].values else TEXT
     on, had = (top_heads(means.sel(reading=reading).values, count) for reading in (PICTURES, before))
     origin = np.select([on & had, on & ~had, ~on & had], [KEPT, RECRUITED, TEXT_ONLY], NEITHER)
@@ -120,7 +121,7 @@ def _origin(means: xr.DataArray, count: int) -> xr.DataArray:
 
 @checked
 def modality_table(result: given_by("modality_transfer", "score", "origin")) -> list[dict[str, Any]]:
-    """Every head that is at the top on pictures or on text, best on pictures first: its origin, scores and ranks."""
+    """Every head in the top set of pictures or text, best on pictures first, with its origin, scores and ranks."""
     means = result["score"].mean(EXAMPLE)
     ranks = {
         str(reading): stats.rankdata(-means.sel(reading=reading).values, method="min", axis=None).reshape(
@@ -138,16 +139,16 @@ def modality_table(result: given_by("modality_transfer", "score", "origin")) -> 
 
 
 def top_heads(mean: Map, count: int) -> Bool[np.ndarray, "layer head"]:
-    """The ``count`` heads of the highest score; those of equal score in the order of (layer, head), as in a ranking."""
+    """The ``count`` heads with the highest scores; equal scores are in (layer, head) order, as in a ranking."""
     top = np.zeros(mean.size, dtype=bool)
     top[np.argsort(-mean, axis=None, kind="stable")[:count]] = True
     return top.reshape(mean.shape)
 
 
 def matched_overlap(a: Bool[np.ndarray, "layer head"], b: Bool[np.ndarray, "layer head"]) -> tuple[float, float]:
-    """(expected, p) of the heads that two sets share, if each layer's heads were exchanged: exact.
+    """(expected, p) of the number of heads two sets share if heads are permuted within each layer; exact.
 
-    The number shared is a sum of hypergeometric ones, one for each layer; ``p`` is the probability of at least as many.
+    The number shared is a sum of hypergeometric variables, one per layer; ``p`` is the probability of at least as many.
     """
     total = np.ones(1)
     for mine, theirs in zip(a, b, strict=True):
@@ -160,7 +161,7 @@ def _compared(scores: np.ndarray, count: int, n_resamples: int, seed: int) -> di
     n = len(scores)
     tops = [top_heads(reading.mean(0), count) for reading in scores]
     drawn = []
-    for reading in scores:  # the same examples are drawn for every reading
+    for reading in scores:  # every reading gets the same draws of examples
         means = bootstrap_means(reading, n_resamples, seed)
         drawn.append(np.stack([top_heads(mean, count) for mean in means]))
     centred = [(reading.mean(0) - reading.mean(0).mean(-1, keepdims=True)).ravel() for reading in scores]
@@ -172,7 +173,7 @@ def _compared(scores: np.ndarray, count: int, n_resamples: int, seed: int) -> di
             expected, p = matched_overlap(tops[i], tops[j])
             size = np.linalg.norm(centred[i]) * np.linalg.norm(centred[j])
             within = centred[i] @ centred[j] / size if size else np.nan
-            # Means of fewer distinct examples are noisier, so that draws share fewer heads than the whole does.
+            # Means of fewer distinct examples are noisier, so resamples share fewer heads than the full samples do.
             values = (shared, min(low, shared), max(high, shared), expected, p, within)
             for name, value in zip(columns, values, strict=True):
                 columns[name][i, j] = value

@@ -1,25 +1,25 @@
-"""Are there retrieval heads at all? A test that says no, at the rate it claims, where there can be none.
+"""Are there retrieval heads at all? A test that finds none where there are none, at the error rate it claims.
 
     found = retrieval_test(model, samples)              # or score="vera", or any Score of the question's rows
     found["p_value"].sel(layer=3, head=5)               # corrected over all heads
     found.attrs["heads"]                                # [[layer, head], ...] beyond chance; [] for none
 
-Every ranking has a first head, also that of random weights. A head above its size null is no answer: a random head may
-prefer pictures to text, or near tokens to far ones, and beats even attention by that alone. Nor is a region elsewhere:
-a head that attends to every object, whatever is asked, prefers evidence to background. What makes a head *retrieve* is
-that its attention to the evidence depends on the question that asks for it. So samples are paired, the questions of a
-pair are exchanged, and the two sums are compared; where attention does not follow the question, either is as likely the
-larger.
+Every ranking has a first head, even with random weights. That a head exceeds its size null proves nothing: a random
+head may prefer pictures to text, or near tokens to far ones, and this alone beats even attention. A region elsewhere is
+no sufficient control either: a head that attends to every object, whatever the question, prefers evidence to
+background. A head *retrieves* if its attention to the evidence depends on the question that asks for it. So samples are
+paired, the questions of each pair are exchanged, and the two sums are compared. If attention does not follow the
+question, either sum is equally likely to be the larger.
 
-Samples that ask the same are one draw and not several: a random head that happens to match the word "red" with red
-pixels does so in every picture. Pairs are therefore pairs of *questions*, and all that two questions say counts once.
+Samples with the same question count as one draw: a random head that happens to match the word "red" with red pixels
+does so in every picture. Pairs are therefore pairs of *questions*, and all samples of two questions count once.
 
-Labels are shuffled between pictures, not within one. A box moved to where another picture has its evidence meets the
-right place now and then, and its own question gains by that: heads that retrieve are named, and rightly. Where it may
-never meet it, only other questions gain, and none of them ever is. Neither is a null. A question that goes with its
-box into another picture is one: there it is as wrong as any other.
+To check the test with shuffled labels, shuffle them between pictures, not within one. If a box moves to where another
+picture has its evidence, it sometimes lands on the right place, and its own question gains: heads that retrieve are
+named, and rightly. If it is never allowed to land there, only other questions gain, and no head is ever named. Neither
+is a valid null. Moving a question with its box into another picture is: there it is as wrong as any other question.
 
-What it does not say: whether the head is needed (``mech.ablation``), or how strong it is (``mech.rank_heads``).
+The test does not say whether a head is needed (``mech.ablation``) or how strong it is (``mech.rank_heads``).
 """
 
 import random
@@ -39,7 +39,7 @@ from mech.experiments.scores.published import Score, score_called
 from mech.model import HookedMLLM
 
 MOST_ENUMERATED = 12  # pairs of questions: 4,096 ways to exchange them
-ROUNDING = 1e-6  # of float32 sums, as a share of the highest score
+ROUNDING = 1e-6  # error of float32 sums, as a share of the highest score
 
 
 @checked
@@ -54,30 +54,31 @@ def retrieval_test(
     seed: Seed = 0,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Which heads attend to the evidence *because* it was asked for, corrected over all heads.
+    """Which heads attend to the evidence *because* the question asks for it, corrected over all heads.
 
-    For a pair of samples (1, 2), ``D = s(q1, E1) + s(q2, E2) - s(q2, E1) - s(q1, E2)`` with ``s(q, E)`` the score of a
-    head on evidence E, in E's own picture, under question q; summed over samples that ask the same two questions. Where
-    attention to evidence does not depend on the question, exchanging the two only changes the sign of D: signs are
-    flipped, and the largest ``sum D / sqrt(sum D^2)`` over heads is compared (max-T). The probability of naming *any*
-    head where there is none is at most ``alpha``, exactly, whatever the dependence between heads.
+    For a pair of samples (1, 2), ``D = s(q1, E1) + s(q2, E2) - s(q2, E1) - s(q1, E2)``, where ``s(q, E)`` is the score
+    of a head on evidence E, in E's own picture, under question q. D is summed over samples with the same two questions.
+    If attention to evidence does not depend on the question, exchanging the questions only changes the sign of D. Signs
+    are flipped, and the largest ``sum D / sqrt(sum D^2)`` over heads is compared (max-T). If there is no retrieval
+    head, the probability of naming *any* is at most ``alpha``, exactly, whatever the dependence between heads.
 
-    Sign: ``difference`` is positive when the right question makes the head attend. Unit: that of the score.
+    Sign: ``difference`` is positive if the right question makes the head attend. Unit: that of the score.
 
     Args:
-        samples: with evidence, asking many different things; questions are paired at random, and with them samples.
+        samples: samples with evidence and many different questions; questions, and so samples, are paired at random.
         score: a name of ``PUBLISHED`` or a ``Score``, read at the question's rows or the last one, on evidence.
-        alpha: below it a head is named.
-        n_permutations, seed: sign flips drawn beyond 12 pairs of questions; up to there all are enumerated.
+        alpha: heads with an adjusted p-value of at most this are named.
+        n_permutations, seed: sign flips to draw for more than 12 pairs of questions; up to 12, all are enumerated.
         batch_size: samples per forward.
-        progress: called with (samples done, samples in all), for each of the two readings.
+        progress: called with (samples done, samples in total), for each of the two readings.
 
     Returns:
-        ``difference`` (mean of D / 2) and ``p_value`` (adjusted, one-sided) over layer, head; ``attrs``: ``heads``
-        named, best first, ``n_pairs`` (of samples), ``n_questions`` (pairs of them), ``smallest_p``, ``alpha``.
+        ``difference`` (mean of D / 2) and ``p_value`` (adjusted, one-sided) over layer, head; ``attrs``: ``heads`` (the
+        named ones, best first), ``n_pairs`` (of samples), ``n_questions`` (pairs of them), ``smallest_p``, ``alpha``.
 
     Raises:
-        ExperimentError: a score that cannot depend on the question so; too few different questions for ``alpha``.
+        ExperimentError: a score that cannot depend on the question in this way, or too few different questions for
+            ``alpha``.
 
     Cost: two passes of the score.
 
@@ -130,26 +131,26 @@ def _tested(
     n_permutations: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, "pair layer head"], Float[np.ndarray, "layer head"]]:
-    """The difference of every pair of samples, and the p-value of every head; signs are flipped by questions."""
+    """The difference of every pair of samples, and the p-value of every head; signs are flipped per question pair."""
     gain = asked - swapped
     difference = gain.reshape(len(asked_by), 2, *gain.shape[1:]).sum(axis=1)
     draws = list(dict.fromkeys(asked_by))
     together = np.stack([difference[[draw == by for by in asked_by]].sum(axis=0) for draw in draws])
-    # t has no scale: what is within rounding of the scores would count as much as a head that attends elsewhere.
+    # t is scale-free, so differences within rounding error would count as much as real ones.
     together[np.abs(together) < ROUNDING * np.abs(asked).max()] = 0
     p_value = max_t(together.reshape(len(draws), -1), n_permutations, seed)
     return difference, p_value.reshape(difference.shape[1:])
 
 
 def question_pairs(samples: Samples | Sequence[Sample], seed: int = 0) -> list[tuple[Sample, Sample]]:
-    """Disjoint pairs of samples that ask different things, each question with one other; the rest is left out.
+    """Disjoint pairs of samples with different questions, each question paired with one other; the rest is left out.
 
-    Questions are paired at random among those that are asked as often, so that few samples find no partner.
+    Questions are paired at random with questions that are asked equally often, so that few samples have no partner.
     """
     rng, asking = random.Random(seed), {}
     for sample in rng.sample(list(samples), len(samples)):
         asking.setdefault(sample.question.strip(), []).append(sample)
-    groups = sorted(asking.values(), key=len, reverse=True)  # stable: at random among those of one size
+    groups = sorted(asking.values(), key=len, reverse=True)  # stable sort: random order among groups of one size
     return [
         pair
         for ones, others in zip(groups[::2], groups[1::2], strict=False)
@@ -162,9 +163,9 @@ def max_t(
 ) -> Float[np.ndarray, " head"]:
     """One-sided p-values of every head's mean difference under sign flips, adjusted by the largest over heads.
 
-    ``p_h = share of flips f with max_g t_g(f) >= t_h``, the flips that changes nothing included, so that it is never 0.
+    ``p_h = share of flips f with max_g t_g(f) >= t_h``, including the identity, so that it is never 0.
     """
-    # A flip leaves the sum of squares as it is, so that t is its own standard error away from nothing.
+    # Flips leave the sum of squares unchanged, so it serves as the scale of t for every flip.
     size = np.sqrt((difference**2).sum(axis=0))
     scaled = np.divide(difference, size, out=np.zeros_like(difference, dtype=float), where=size > 0)
     n = len(difference)

@@ -1,9 +1,9 @@
-"""What a head score is: one frozen ``Score``, those of the papers by name, and the forwards that a set of them costs.
+"""What a head score is: the frozen ``Score``, the papers' scores by name, and the forwards that a set of scores costs.
 
     PUBLISHED["mm_retrieval"].source            # the paper, and what differs from it here
     passes(("ram", "mm_retrieval"))             # {question: both, null question: mm_retrieval}
 
-``scores.py`` measures them; nothing here knows of models.
+``measure.py`` measures them; this module does not need a model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from mech.errors import ExperimentError, suggestion
 from mech.experiments.ranking.ranking import head_count
 
 OUTPUT = ("answer", "generated")
-QUESTION, NULL, OTHER = "question", "null question", "other question"  # what a pass asks
-NULLS = {"even": "size", "elsewhere": "random"}  # null of a score -> the calibration that takes it away
+QUESTION, NULL, OTHER = "question", "null question", "other question"  # the question of a pass
+NULLS = {"even": "size", "elsewhere": "random"}  # null of a score -> the calibration that subtracts it
 NULLED = ("sum", "mean", "hit", "share")  # reductions that have a value for even attention
-SUBTRACTED = {"null_question": NULL, "other_question": OTHER}  # calibrations that cost a pass of their own
+SUBTRACTED = {"null_question": NULL, "other_question": OTHER}  # calibrations that cost an extra pass
 WORDS: dict[str, tuple[str, ...]] = {
     "queries": ("question", "last", *OUTPUT),
     "reduce": ("sum", "mean", "hit", "hit_size", "share", "value_norm", "trimmed", "entropy"),
@@ -43,30 +43,30 @@ UNITS = {
 class Score:
     """One way to score a head by its attention ``A`` [query x, key y]; ``E`` are the tokens it is scored on.
 
-    Sign: the higher, the more the head retrieves. Unit: ``UNITS[reduce]``; of a calibrated score a difference of it;
-    of ``frequency`` a share of examples.
+    Sign: the higher, the more the head retrieves. Unit: ``UNITS[reduce]``; for a calibrated score a difference in that
+    unit; for ``frequency`` a share of examples.
 
     Attributes:
-        queries: rows x: ``"question"``; ``"last"`` token of the prompt; ``"answer"``, the rows that *predict* each
-            token of the right answer (teacher-forced); ``"generated"``, those that predict the model's own answer.
-        reduce: of a row: ``"sum"`` of A over E; ``"mean"`` (sum / |E|); ``"hit"``, 1 if the argmax over all keys lies
-            in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens, 0 where a window holds
+        queries: rows x: ``"question"``; ``"last"``, the last token of the prompt; ``"answer"``, the rows that *predict*
+            each token of the right answer (teacher-forced); ``"generated"``, those that predict the model's own answer.
+        reduce: the value of a row: ``"sum"`` of A over E; ``"mean"`` (sum / |E|); ``"hit"``, 1 if the argmax over all
+            keys is in E; ``"hit_size"`` (hit / |E|); ``"share"`` (sum / sum over all visual tokens, 0 if a window holds
             none); ``"value_norm"`` (A times the norm of the value, sum over E / sum over all keys); ``"trimmed"``, the
-            sum over E without tokens more than two deviations below E's mean; ``"entropy"``, low entropy in space (see
-            ``localization.py``).
-        aggregate: ``"mean"``: an example counts by its value; ``"frequency"``: by 1 if the head is among the ``top`` of
-            this example, else 0; heads that tie for the last place are out.
-        calibrate: what is subtracted: nothing; the same under ``"null_question"`` ("N/A") or ``"other_question"`` (that
-            of the next sample that asks something else, of this one's picture); ``"size"``, what attention
-            spread evenly over visible keys gives (for a hit: an argmax at random); ``"random"``, the mean of regions of
-            the same size and shape elsewhere; ``"shifted"``, that of E moved half way through the visual tokens;
-            ``"distractors"``, the mean of the sample's distractors. Or ``"no_sinks"``: keys with massive activations
-            get no attention.
-        on: ``"evidence"``; ``"parts"``, of each ``"answer"`` row the evidence of the token that it predicts, where the
-            sample says so (``Sample.spans``), and all evidence where it does not; or ``"image"``: all visual tokens
-            (then evidence is not asked for).
-        top: heads that count in ``frequency``, a number (all where there are fewer) or a share.
-        source: paper, and what differs from it.
+            sum over E without tokens more than two standard deviations below E's mean; ``"entropy"``, low spatial
+            entropy (see ``localization.py``).
+        aggregate: ``"mean"``: an example counts with its value; ``"frequency"``: it counts 1 if the head is among the
+            ``top`` of this example, else 0; heads that tie for the last place are excluded.
+        calibrate: what is subtracted. ``"none"``: nothing. ``"null_question"``: the score under the question "N/A".
+            ``"other_question"``: the score under the next sample's different question, on the same picture. ``"size"``:
+            the value for attention spread evenly over visible keys (for a hit: a random argmax). ``"random"``: the mean
+            over regions of the same size and shape elsewhere. ``"shifted"``: the value on E moved half way through the
+            visual tokens. ``"distractors"``: the mean over the sample's distractors. Or ``"no_sinks"``: keys with
+            massive activations get no attention.
+        on: ``"evidence"``; ``"parts"``: each ``"answer"`` row is scored on the evidence of the token it predicts if the
+            sample has it (``Sample.spans``), else on all evidence; or ``"image"``: all visual tokens (no evidence
+            needed).
+        top: heads that count in ``frequency``: a number (all heads if there are fewer) or a share.
+        source: the paper, and what differs from it here.
     """
 
     queries: str = "question"
@@ -110,7 +110,7 @@ class Score:
 
     @property
     def definition(self) -> str:
-        """The four words in one line."""
+        """The score's settings in one line."""
         return f"{self.queries} rows, {self.reduce} on {self.on}, {self.aggregate} of examples, null: {self.calibrate}"
 
 
@@ -158,7 +158,7 @@ def score_called(name: str) -> Score:
     """A published score by its name.
 
     Raises:
-        ExperimentError: there is none.
+        ExperimentError: no score has this name.
     """
     if name not in PUBLISHED:
         raise ExperimentError.unknown("score", name, PUBLISHED)
@@ -166,7 +166,7 @@ def score_called(name: str) -> Score:
 
 
 class Pass(NamedTuple):
-    """One forward per sample: what is asked, and which text stands behind the prompt."""
+    """One forward per sample: what it asks, and which text follows the prompt."""
 
     asked: str
     text: str
@@ -178,8 +178,8 @@ class Pass(NamedTuple):
 def passes(scores: Sequence[str] | Mapping[str, Score]) -> dict[Pass, tuple[str, ...]]:
     """The forwards per sample that a set of scores costs, and which scores read each of them.
 
-    What follows a prompt does not change what its rows see, so that rows of the prompt are read from the pass with the
-    answer where there is one. ``"generated"`` also costs the generation itself.
+    Text after the prompt does not change what the prompt's rows see, so if there is a pass with an answer, rows of the
+    prompt are read from it too. ``"generated"`` also costs the generation itself.
     """
     named = named_scores(scores)
     plan: dict[Pass, list[str]] = {}
@@ -196,10 +196,10 @@ def passes(scores: Sequence[str] | Mapping[str, Score]) -> dict[Pass, tuple[str,
 
 
 def named_scores(scores: str | Sequence[str] | Mapping[str, Score]) -> dict[str, Score]:
-    """Scores by name: of ``PUBLISHED``, or as given.
+    """Scores by name: from ``PUBLISHED``, or as given.
 
     Raises:
-        ExperimentError: none, or an unknown name.
+        ExperimentError: no scores, or an unknown name.
     """
     names = [scores] if isinstance(scores, str) else list(scores)
     if not names:
@@ -208,9 +208,9 @@ def named_scores(scores: str | Sequence[str] | Mapping[str, Score]) -> dict[str,
 
 
 def nulls(names: Sequence[str], word: str) -> dict[str, Score]:
-    """The scores of ``names`` that have such a null, beyond it: ``word`` is one of ``NULLS``.
+    """The scores among ``names`` that have the null ``word`` (a key of ``NULLS``), with this null subtracted.
 
-    They need no forward of their own: ``head_scores`` reads them from the same ones.
+    They need no extra forward: ``head_scores`` reads them from the same forwards.
     """
     plain = {name: score for name in names if (score := PUBLISHED[name]).calibrate == "none" and score.reduce in NULLED
              and score.aggregate == "mean" and score.on == "evidence"}  # fmt: skip
@@ -218,5 +218,5 @@ def nulls(names: Sequence[str], word: str) -> dict[str, Score]:
 
 
 def is_null(name: str) -> bool:
-    """Whether a measured score is there for the null of another one."""
+    """Whether a score is measured only to give the null of another one."""
     return name.rpartition(" ")[2] in NULLS

@@ -1,12 +1,12 @@
 """Where every head attends: Retrieval Attention Mass.
 
 A head *retrieves* when the tokens of the question attend to the visual tokens that hold the answer. Retrieval Attention
-Mass measures just that, for every head of every layer, from one ordinary forward pass per sample: the fused kernel
-computes the forward, and only the question's rows of the attention matrix are computed once more beside it. No head's
-``S x S`` attention is ever made.
+Mass measures exactly this for every head of every layer, from one ordinary forward pass per sample: the fused kernel
+computes the forward, and only the question's rows of the attention matrix are recomputed. The ``S x S`` attention of a
+head is never formed.
 
-Other scores of the literature, and controls, are variants of the same reading: ``mech.head_scores``. What RAM does not
-say is whether the head matters: that is ``mech.experiments.ablation.ablation``.
+Other scores from the literature, and controls, are variants of the same measurement: see ``mech.head_scores``. RAM does
+not say whether a head matters; for that see ``mech.experiments.ablation.ablation``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,25 +39,25 @@ def retrieval_attention_mass(
 ) -> xr.Dataset:
     """Retrieval Attention Mass of every text head, sample by sample.
 
-    ``RAM = mean over x in queries of ( sum over y in evidence of A[x, y] )`` with ``A`` the head's attention after the
-    softmax, in the layer's own mask.
+    ``RAM = mean over x in queries of ( sum over y in evidence of A[x, y] )``, where ``A`` is the head's attention after
+    the softmax, with the layer's own mask.
 
     Sign: the higher, the more the question attends to the evidence. Unit: attention mass, between 0 and 1.
 
     Args:
-        samples: each with evidence; its tokens are found through the layout, any overlap counts.
-        queries: which rows attend: ``"question"`` (the published definition), ``"last"``, ``"text"``.
+        samples: samples with evidence; a visual token counts as evidence if it overlaps the region at all.
+        queries: which rows are read: ``"question"`` (the published definition), ``"last"``, ``"text"``.
         batch_size: samples per forward.
-        progress: called with (samples done, samples in all).
+        progress: called with (samples done, samples in total).
 
     Returns:
         ``ram`` and ``vision_mass`` (the same sum over *all* visual tokens) with dims example, layer, head;
-        ``size_null`` (what a head would score that attends to everything alike: the mean over the query rows of
-        evidence keys over visible keys) and ``n_evidence`` (tokens) with dim example.
+        ``size_null`` (the score of a head that attends evenly: the mean over query rows of evidence keys over visible
+        keys) and ``n_evidence`` (tokens) with dim example.
 
     Raises:
         ExperimentError: a sample without evidence.
-        RegionError: evidence outside its image, or that covers no token.
+        RegionError: evidence that lies outside its image or covers no token.
 
     Cost: one forward per sample, plus the query rows of the attention: O(|queries| x S) per head.
 
@@ -81,7 +81,7 @@ def retrieval_attention_mass(
 def per_sample_masses(
     model: HookedMLLM, samples: Samples, *, queries: str, batch_size: int = 8, progress: Progress | None = None
 ) -> xr.Dataset:
-    """The numbers of ``retrieval_attention_mass``, without what is known of all samples together."""
+    """The numbers of ``retrieval_attention_mass``, without what depends on all samples together."""
     parts: dict[str, list[np.ndarray]] = {"ram": [], "vision_mass": [], "size_null": [], "n_evidence": []}
     for inputs, keys, done in evidence_batches(model, samples, batch_size):
         masses, sizes = evidence_mass(model, inputs, keys, queries)
@@ -99,15 +99,15 @@ def per_sample_masses(
 def evidence_batches(
     model: HookedMLLM, samples: Samples, batch_size: int
 ) -> Iterator[tuple[Inputs, list[Int[np.ndarray, " key"]], int]]:
-    """The samples in batches, with the keys of each row's evidence, and how many samples are done then.
+    """The samples in batches, with the evidence keys of each row and the number of samples done after the batch.
 
-    All evidence is looked up before the first batch; pixels wait on the CPU for theirs.
+    All evidence is looked up before the first batch; pixels stay on the CPU until their batch.
     """
     prepared = [model.inputs_of(sample).to("cpu") for sample in samples]
     evidence = [row.layout.visual.positions(sample.evidence) for row, sample in zip(prepared, samples, strict=True)]
     for batch, rows in in_batches(prepared, batch_size):
         inputs = model.collate(batch)
-        # Left padding moves the sequence; a memory of visual tokens is as it was.
+        # Left padding moves the sequence; a memory of visual tokens is not moved.
         shift = [len(a.visual) - len(b.layout.visual) for a, b in zip(inputs.layouts, batch, strict=True)]
         yield inputs, [evidence[row] + left for row, left in zip(rows, shift, strict=True)], rows[-1] + 1
 
@@ -118,9 +118,9 @@ def evidence_mass(
 ) -> tuple[Float[torch.Tensor, "batch 2 layer head"], Float[torch.Tensor, " batch"]]:
     """One batch of ``retrieval_attention_mass``: the mass on ``keys[row]`` and on all visual tokens; the size null.
 
-    For evidence given as positions, or inputs that were not made from samples. Layers are ``cfg.attention_layers``.
-    Where visual tokens are in a memory that some layers attend to, ``keys`` count it, and the other layers score 0: no
-    visual token is in their reach. Cost: as there.
+    Use it for evidence given as positions, or for inputs that were not made from samples. Layers are
+    ``cfg.attention_layers``. If visual tokens are in a memory that only some layers attend to, ``keys`` are positions
+    in the memory, and the other layers score 0 because they cannot reach visual tokens. Cost: as there.
     """
     weight = row_weights(inputs, queries).to(model.device)
     rows = weight.sum(0).nonzero().flatten()

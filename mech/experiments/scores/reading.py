@@ -1,7 +1,7 @@
 """How one pass of a batch becomes numbers: the query rows, the token sets they are scored on, and the reductions.
 
-``head_scores`` (``scores.py``) plans passes and combines them; here is what happens inside one. Each reduction is
-written once, for any attention: applied to attention spread evenly over visible keys it gives its own size null.
+``head_scores`` (``measure.py``) plans and combines passes; this module computes one pass. Each reduction is written
+once, for any attention; applied to attention spread evenly over visible keys, it gives its own size null.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One example of a pass: its inputs; as positions its evidence, regions of the same size elsewhere, distractors,
-    and the evidence of each token of the answer.
+    """One example of a pass: its inputs and, as positions, its evidence, the regions of the same size elsewhere, the
+    distractors, and the evidence of each answer token.
     """
 
     inputs: Inputs
@@ -44,15 +44,15 @@ class Prepared:
 def prepared(
     inputs: Inputs, evidence: Sequence[Region], draws: int, seed: list[int], sample: Sample | None = None
 ) -> Prepared:
-    """Find the evidence of one row and, if asked for, where else a region of its shape fits.
+    """Find the evidence of one row and, with ``draws``, where else a region of its shape fits.
 
-    With a ``sample`` that of each token of its answer is found as well.
+    With a ``sample``, also find the evidence of each token of its answer.
 
-    The visual tokens are taken as a ring in reading order, on which the evidence is moved: a box stays a box but at the
-    border, frames stay frames, pages pages. Where pictures are cut, whole views and tiles are a ring each.
+    The evidence is moved along the visual tokens, taken as a ring in reading order: a box stays a box except at the
+    border, frames stay frames, and pages stay pages. If pictures are tiled, whole views and tiles are separate rings.
 
     Raises:
-        ExperimentError: evidence for which there is no room elsewhere.
+        ExperimentError: there is no room for the evidence elsewhere.
     """
     layout = inputs.layouts[0].visual
     positions = layout.positions(evidence) if len(evidence) else np.empty(0, dtype=int)
@@ -82,10 +82,10 @@ def prepared(
 
 
 def _parts(layout: TokenLayout, sample: Sample, evidence: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The evidence of each token of the answer: that of the spans it shares characters with, or all of it."""
+    """The evidence of each answer token: that of the spans that it overlaps, or all evidence."""
     at = layout.spans["answer"]
     ends = np.cumsum([0, *(len(layout.tokens[position]) for position in at)])
-    # The tokens may begin with a space that belongs to the template.
+    # The tokens may start with a space that belongs to the template.
     ends -= "".join(layout.tokens[position] for position in at).index(sample.answer)
     parts = []
     for start, stop in pairwise(ends):
@@ -105,8 +105,8 @@ def read_pass(
 ) -> dict[str, Float[Tensor, "batch layer head *rest"]]:
     """One forward of a batch (``inputs`` are its collated rows): every score, averaged over its rows, null subtracted.
 
-    ``trimmed`` gives the attention on each evidence token instead ([... token], padded with zeros); ``entropy`` also
-    gives the image mass, under ``name/mass``.
+    ``trimmed`` instead gives the attention to each evidence token ([... token], padded with zeros); ``entropy`` also
+    gives the image mass, as ``name/mass``.
     """
     reading = _Reading.of(inputs, rows, scores, model.device)
     sinks: dict[int, Bool[Tensor, "batch key_pos"]] = {}
@@ -137,7 +137,7 @@ def read_pass(
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """What a pass reads: rows and their weights by score, sets of keys, and regions that a score is compared with."""
+    """What a pass reads: rows and their weights for each score, sets of keys, and the regions to compare with."""
 
     at: Tensor  # the query rows that any score reads
     weights: Mapping[str, Float[Tensor, "batch pos"]]
@@ -171,14 +171,14 @@ class _Reading:
             targets["parts"] = _of_parts(inputs.layouts, rows, shift, targets["evidence"])[:, at]
         regions = {"shifted": [marked([row.shifted for row in rows])]}
         regions["random"] = [marked(drawn) for drawn in zip(*(row.random for row in rows), strict=True)]
-        if any(row.distractors for row in rows):  # masses are sums over tokens: the mean of the regions is a region
+        if any(row.distractors for row in rows):  # masses are sums: the mean over regions is one weighted region
             each = [np.concatenate(row.distractors) for row in rows]
             counts = torch.tensor([len(row.distractors) for row in rows], device=device)
             regions["distractors"] = [marked(each) / counts[:, None]]
         return cls(at, weights, moved([row.evidence for row in rows]), targets, regions)
 
     def score(self, score: Score, call: AttentionCall, attended: Tensor) -> Float[Tensor, "batch head row"]:
-        """A score of every head at every row that is read, its null subtracted."""
+        """A score of every head at every row read, with its null subtracted."""
         norms = None
         if score.reduce == "value_norm":
             norms = torch.linalg.vector_norm(call.v, dim=-1, dtype=attended.dtype)
@@ -199,7 +199,7 @@ class _Reading:
 def _of_parts(
     layouts: Sequence[TokenLayout], rows: Sequence[Prepared], shift: Sequence[int], evidence: Float[Tensor, "batch key"]
 ) -> Float[Tensor, "batch query_pos key_pos"]:
-    """What each query row is scored on: the row that predicts a token of the answer on that token's evidence."""
+    """What each query row is scored on; a row that predicts an answer token is scored on that token's evidence."""
     mask = evidence[:, None].repeat(1, len(layouts[0]), 1)
     for row, (own, layout, left) in enumerate(zip(rows, layouts, shift, strict=True)):
         for position, part in zip(layout.spans["answer"], own.parts, strict=True):
@@ -211,7 +211,7 @@ def _of_parts(
 def trimmed(
     each: Float[Tensor, "batch layer head token"], evidence: Sequence[np.ndarray]
 ) -> Float[Tensor, "batch layer head"]:
-    """The sum over evidence tokens but those more than two deviations below their mean (ICR, arXiv 2410.02642)."""
+    """The sum over evidence tokens except those over two standard deviations below the mean (ICR, arXiv 2410.02642)."""
     left = []
     for values, tokens in zip(each, evidence, strict=True):
         values = values[..., : len(tokens)]
@@ -221,7 +221,7 @@ def trimmed(
 
 
 def _weight(layouts: Sequence[TokenLayout], queries: str) -> Float[Tensor, "batch pos"]:
-    """1 / |rows| on the rows of each example. A token is predicted one row before its own."""
+    """1 / |rows| on the rows of each example. A token is predicted one row before its own position."""
     weight = torch.zeros(len(layouts), len(layouts[0]))
     for row, layout in enumerate(layouts):
         answer = np.asarray(layout.spans.get("answer", ()), dtype=int)
@@ -243,7 +243,7 @@ def _reduced(
     norms: Float[Tensor, "batch head key_pos"] | None,
     even: bool = False,
 ) -> Float[Tensor, "batch head row"]:
-    which = "bhrk,bk->bhr" if on.ndim == 2 else "bhrk,brk->bhr"  # the same for all rows, or one for each
+    which = "bhrk,bk->bhr" if on.ndim == 2 else "bhrk,brk->bhr"  # one mask for all rows, or one per row
     size = on.sum(-1)[:, None, None] if on.ndim == 2 else on.sum(-1)[:, None]
     if norms is not None:
         weighted = pattern * norms[:, :, None]
@@ -252,7 +252,7 @@ def _reduced(
     if reduce == "share":
         return mass / torch.einsum("bhrk,bk->bhr", pattern, image.to(pattern)).clamp(min=_TINY)
     if reduce in ("hit", "hit_size"):
-        # Of even attention every visible key is the largest: a hit is as likely as the mass.
+        # With even attention every visible key is a maximum, so the probability of a hit equals the mass.
         best = pattern.argmax(-1)
         rows = on[:, None].expand(*best.shape, -1) if on.ndim == 3 else on[:, None, None].expand(*best.shape, -1)
         hit = mass if even else rows.gather(-1, best[..., None])[..., 0]
@@ -276,7 +276,7 @@ def _entropies(mean: Float[Tensor, "batch head key_pos"], layouts: Sequence[Toke
 
 
 def _watching(model: HookedMLLM, inputs: Inputs, sinks: dict[int, Tensor], tau: float) -> list[tuple[str, Any]]:
-    """Hooks that note which keys of each layer are sinks: their state has one entry far above its root mean square."""
+    """Hooks that note each layer's sinks: keys whose state has an entry far above its root mean square."""
     if inputs.layouts[0].memory is not None:
         raise ExperimentError(
             "sinks in a memory of visual tokens", "visual tokens in the sequence", "choose another calibration"

@@ -1,12 +1,12 @@
-"""Heads of one model by every score, in one file: what others can load, compare with, and hold against their own.
+"""The heads of one model by several scores, in one file that others can load and compare with their own.
 
     record = mech.head_record(model, samples, ("ram", "gaze", "contrastive", "gating"))
     record.to_json("heads.json")                         # or: mech rank --score ram,gaze --export heads.json
     ranking = mech.HeadRecord.from_json("heads.json").ranking("gaze")
     mech.ablation(model, test, ranking)                  # refused for another model, and on samples that found heads
 
-Each score stands beside its nulls and a 95% interval, with the model, the digest of its weights and the samples it was
-measured on. Of single samples only the ids are kept.
+Each score comes with its nulls and a 95% interval, and with the model, the digest of its weights and the samples it was
+measured on. Only the ids of the samples are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,14 +41,14 @@ Map = Float[np.ndarray, "layer head"]
 
 @dataclass(frozen=True, eq=False)
 class HeadScore:
-    """One score of every head: the ranking by it, its 95% interval, and what it is where nothing is retrieved.
+    """One score of every head: its ranking, its 95% interval, and its value if nothing is retrieved.
 
     Attributes:
         ranking: heads by the mean over samples.
-        low, high: 95% over samples (of ``gating`` over fits).
-        null: ``even`` (attention spread evenly over the visible keys), ``elsewhere`` (the same head on regions as large
-            in other places), of ``gating`` ``exchanged`` (fitted to other samples' answers); none where a score is
-            calibrated already.
+        low, high: 95% interval over samples (for ``gating`` over fits).
+        null: ``even`` (attention spread evenly over the visible keys), ``elsewhere`` (the same head on regions of the
+            same size elsewhere); for ``gating`` ``exchanged`` (fitted to other samples' answers); empty if the score
+            has none, for instance because it is already calibrated.
         about: unit, sign, definition and source in words.
     """
 
@@ -64,8 +64,8 @@ class HeadRecord(Shown):
     """All scores of one model on some samples. Made by ``head_record``.
 
     Attributes:
-        scores: by name.
-        n_top: how many heads count as the first.
+        scores: the scores by name.
+        n_top: size of the top set.
         data: digest, number and domains of the samples.
         version: of ``mech``.
     """
@@ -79,7 +79,7 @@ class HeadRecord(Shown):
         """The ranking by one score.
 
         Raises:
-            ExperimentError: it is not in the record.
+            ExperimentError: the score is not in the record.
         """
         if name not in self.scores:
             raise ExperimentError(
@@ -89,14 +89,14 @@ class HeadRecord(Shown):
 
     @property
     def dataset(self) -> xr.Dataset:
-        """Every score as a map over (layer, head): what ``mech.view`` draws."""
+        """Every score over (layer, head), as ``mech.view`` draws it."""
         found = xr.Dataset({name: one.ranking.scores() for name, one in self.scores.items()})
         for name, one in self.scores.items():
             found[name].attrs.update(one.about)
         return found.assign_attrs(model=next(iter(self.scores.values())).ranking.model)
 
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
-        """The record in plain values; with ``path`` it is written as well."""
+        """The record as plain values; if ``path`` is given, also written there."""
         first = next(iter(self.scores.values())).ranking
         value = {
             "kind": KIND, "schema": SCHEMA, "mech": self.version,
@@ -118,10 +118,10 @@ class HeadRecord(Shown):
 
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> "HeadRecord":
-        """A record from what ``to_json`` gave: a path or the dict.
+        """A record from the output of ``to_json``, as a path or a dict.
 
         Raises:
-            OutputError: it cannot be read, is of a later schema, or has maps of another shape or without numbers.
+            OutputError: it cannot be read, has another schema, or has maps of another shape or with missing numbers.
         """
         where = "this record" if isinstance(source, Mapping) else str(source)
         try:
@@ -162,23 +162,23 @@ def head_record(
     seed: Seed = 0,
     progress: Progress | None = None,
 ) -> HeadRecord:
-    """Every head by several scores, each with its interval and its nulls, from shared forwards.
+    """Every head by several scores, each with its interval and nulls, from shared forwards.
 
-    Sign and unit: ``about`` of each score.
+    Sign and unit: see ``about`` of each score.
 
     Args:
         model: a hooked model.
-        samples: that find heads; with what the scores ask for (evidence, distractors, answers).
+        samples: the samples to find heads on, with what the scores need (evidence, distractors, answers).
         scores: names of ``PUBLISHED``, and ``"gating"``.
-        top: how many heads count as the first.
+        top: size of the top set.
         batch_size: samples per forward.
-        seed: of regions elsewhere, and of the parts that gates are fitted on.
-        progress: called with (done, in all).
+        seed: seed of the regions elsewhere, and of the parts that gates are fitted on.
+        progress: called with (done, total).
 
     Raises:
-        ExperimentError: an unknown score, or samples without what it asks for. Before any forward.
+        ExperimentError: an unknown score, or samples without what it needs. Raised before any forward.
 
-    Cost: see ``head_scores``; with ``"gating"`` twice ``causal_head_gating``.
+    Cost: that of ``head_scores``; with ``"gating"`` also twice ``causal_head_gating``.
     """
     names, samples = [scores] if isinstance(scores, str) else list(dict.fromkeys(scores)), Samples(samples)
     check_names(names)
@@ -197,13 +197,13 @@ def head_record(
 def record_of(
     samples: SomeSamples, found: xr.Dataset, gated: xr.Dataset | None = None, top: Amount = 0.05
 ) -> HeadRecord:
-    """A record of scores that were measured already.
+    """A record of scores that are already measured.
 
     Args:
-        samples: those that ``found`` was measured on.
-        found: of ``head_scores``; ``nulls`` in it stand beside their scores.
-        gated: of ``causal_head_gating``.
-        top: how many heads count as the first.
+        samples: the samples that ``found`` was measured on.
+        found: the result of ``head_scores``; any ``nulls`` in it are attached to their scores.
+        gated: the result of ``causal_head_gating``.
+        top: size of the top set.
     """
     scores = _scored(found, [str(name) for name in found if not is_null(str(name))])
     if gated is not None:
@@ -221,7 +221,7 @@ def check_names(names: Sequence[str]) -> None:
     """Refuse scores that a record cannot have.
 
     Raises:
-        ExperimentError: none, or an unknown one.
+        ExperimentError: no scores, or an unknown one.
     """
     if unknown := [name for name in names if name not in SCORES]:
         raise ExperimentError.unknown("score", unknown[0], SCORES)
@@ -230,18 +230,18 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def _attended(model: HookedMLLM, samples: Samples, names: Sequence[str], **options: Any) -> dict[str, HeadScore]:
-    """Scores of attention, and what each would be without retrieval, from the same forwards."""
+    """Attention scores and their nulls, from the same forwards."""
     asked = {name: PUBLISHED[name] for name in names}
     even, elsewhere = (nulls(names, word) for word in NULLS)
     try:
         found = head_scores(model, samples, asked | even | elsewhere, **options)
-    except ExperimentError:  # evidence that leaves no room for a region elsewhere
+    except ExperimentError:  # the evidence leaves no room for a region elsewhere
         found = head_scores(model, samples, asked | even, **options)
     return _scored(found, names)
 
 
 def _scored(found: xr.Dataset, names: Sequence[str]) -> dict[str, HeadScore]:
-    """Scores, with the nulls that were measured beside them."""
+    """Scores, with the nulls that were measured with them."""
     scored = {}
     for name in names:
         null = {word: (found[name] - found[f"{name} {word}"]).mean("example").values
@@ -251,7 +251,7 @@ def _scored(found: xr.Dataset, names: Sequence[str]) -> dict[str, HeadScore]:
 
 
 def _gated(model: HookedMLLM, samples: Samples, **options: Any) -> HeadScore:
-    """Causal head gating, and the same fitted to the answers of other samples."""
+    """Causal head gating, and its null: gates fitted to other samples' answers."""
     found, null = causal_head_gating(model, samples, **options), {}
     listed = list(samples)
     others = [next((o.answer for o in (*listed[i + 1 :], *listed[:i]) if o.answer != sample.answer), None)

@@ -1,24 +1,24 @@
-"""Attention sinks: which tokens they are, how much of RAM sits on them, and what the ranking is without them.
+"""Attention sinks: which tokens they are, how much RAM falls on them, and how heads rank without them.
 
     found = attention_sinks(model, find)
-    found["ram_on_sinks"].mean("example")                       # of every head: the part of its RAM that is on sinks
+    found["ram_on_sinks"].mean("example")                       # the part of each head's RAM that is on sinks
     rank_heads(found, "ram"), rank_heads(found, "ram_without")  # do they name the same heads?
     print(*sink_tokens(found), sep="\\n")                        # "first position: a sink in 100% of the examples ..."
 
-A few tokens take attention that nobody needs elsewhere: the first one nearly always, in multimodal models some visual
-tokens of plain background as well. A head whose evidence holds such a token has a high RAM without reading anything.
-Two definitions are offered, because they do not always agree:
+A few tokens absorb attention that is not needed elsewhere: nearly always the first token, and in multimodal models also
+some visual tokens of plain background. If the evidence contains such a token, a head can have a high RAM without
+reading anything. There are two definitions, because they do not always agree:
 
 * ``by="state"``: the token's residual stream, divided by its root mean square, reaches ``tau`` in some dimension
   (massive activations; arXiv 2503.03321 with tau = 20);
-* ``by="attention"``: the question's attention on the token, averaged over the heads of the layer, exceeds ``share``
+* ``by="attention"``: the question's attention to the token, averaged over the heads of the layer, exceeds ``share``
   (arXiv 2410.10781 counts heads by a threshold of 0.3).
 
-``definition_for(model)`` names the first where the model can meet it. ``with_sinks`` marks sinks in maps of attention,
-so that a view shows and hides them; ``without_sinks`` takes them out.
+``definition_for(model)`` names the first if the model can meet it. ``with_sinks`` marks sinks in attention maps so that
+a view can show and hide them; ``without_sinks`` removes them.
 
-What it does not say: whether sinks are needed. They are, for many models: removing one from a score is bookkeeping,
-and removing it from the model an intervention (``mech.Knockout(key=...)``).
+It does not say whether sinks are needed; in many models they are. Removing a sink from a score is bookkeeping, removing
+it from the model is an intervention (``mech.Knockout(key=...)``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,9 +43,9 @@ from mech.results import provenance
 from mech.scale.measures import in_one_piece
 
 BY = ("state", "attention")
-TAU, SHARE = 20.0, 0.3  # the thresholds of the two
+TAU, SHARE = 20.0, 0.3  # thresholds of the two definitions
 POS = "pos"
-KINDS = ("first", "text", "visual", "evidence")  # of a sink, the last that holds
+KINDS = ("first", "text", "visual", "evidence")  # kinds of sinks; the last that applies counts
 DIMS = {
     "strength": (EXAMPLE, LAYER, POS),
     "sink": (EXAMPLE, LAYER, POS),
@@ -70,32 +70,32 @@ def attention_sinks(
 ) -> xr.Dataset:
     """Sinks of every layer, and RAM with and without the evidence tokens that are sinks.
 
-    ``ram = ram_without + ram_on_sinks``; ``sink_mass`` is the question's attention on all sinks, wherever they are.
+    ``ram = ram_without + ram_on_sinks``; ``sink_mass`` is the question's attention to all sinks, wherever they are.
 
-    Sign: the higher, the more sits on sinks. Unit: attention mass, between 0 and 1.
+    Sign: the higher, the more attention is on sinks. Unit: attention mass, between 0 and 1.
 
     Args:
         model: a hooked model.
-        samples: with evidence.
+        samples: samples with evidence.
         by: ``"state"`` or ``"attention"``, see the module.
-        tau: of ``"state"``: the least ``|x_d| / rms(x)``. A stream of d dimensions cannot exceed ``sqrt(d)``: small
-            models have no sinks at 20.
-        dims: of ``"state"``: the sink dimensions of the model, where they are known; any dimension counts without.
-        share: of ``"attention"``: attention a sink takes more than.
+        tau: for ``"state"``: the smallest ``|x_d| / rms(x)`` of a sink. A stream of d dimensions cannot exceed
+            ``sqrt(d)``, so small models have no sinks at 20.
+        dims: for ``"state"``: the model's sink dimensions, if known; by default any dimension counts.
+        share: for ``"attention"``: a sink gets more attention than this.
         batch_size: samples per forward.
-        progress: called with (samples done, samples in all).
+        progress: called with (samples done, samples in total).
 
     Returns:
         ``ram``, ``ram_on_sinks``, ``ram_without``, ``sink_mass`` over (example, layer, head); ``strength`` (example,
-        layer, pos), what is compared with the threshold, nan behind a row's end; ``sink`` (the same dims); ``peak_dim``
-        (layer), the dimension in which most sinks of a layer peak, -1 where there are none or by attention; ``kind``
-        (example, pos): 0 padding, else 1 + the place in ``KINDS``; ``border`` (example, pos): whether it is a visual
-        token on the border of its picture, tile or frame.
+        layer, pos), which is compared with the threshold, nan after a row's end; ``sink`` (the same dims);
+        ``peak_dim`` (layer), the dimension in which most sinks of a layer peak, -1 if there are none or with
+        ``by="attention"``; ``kind`` (example, pos): 0 for padding, else 1 + the index in ``KINDS``; ``border``
+        (example, pos): whether it is a visual token on the border of its picture, tile or frame.
 
     Raises:
-        ExperimentError: an unknown definition, a threshold that nothing can reach, no evidence, pictures in a memory.
+        ExperimentError: an unknown definition or sink dimension, no evidence, or pictures in a memory.
 
-    Cost: one forward per sample, and the question's rows.
+    Cost: one forward per sample, plus the question's rows.
 
     References: Kang et al. 2025, arXiv 2503.03321; Gu et al. 2024, arXiv 2410.10781; Sun et al. 2024, arXiv 2402.17762.
     """
@@ -127,7 +127,7 @@ def attention_sinks(
 def _of_rows(
     model: HookedMLLM, inputs: Inputs, evidence: Sequence[np.ndarray], strength: torch.Tensor, sink: torch.Tensor
 ) -> list[dict[str, np.ndarray]]:
-    """What is known of each row: attention masses, and its positions without the padding on their left."""
+    """The results of each row: attention masses, and values per position without the left padding."""
     masks = torch.zeros(len(inputs), len(inputs.layouts[0]))
     for row, tokens in enumerate(evidence):
         masks[row, torch.as_tensor(tokens)] = 1
@@ -144,7 +144,7 @@ def _of_rows(
 
 
 def _dataset(model: HookedMLLM, samples: Samples, rows: Sequence[Mapping[str, np.ndarray]]) -> xr.Dataset:
-    """The rows side by side, the shorter ones padded."""
+    """The rows stacked, shorter ones padded."""
     length = max(len(row["kind"]) for row in rows)
     value = {name: np.stack([_padded(row[name], length) if name in DIMS else row[name] for row in rows])
              for name in rows[0]}  # fmt: skip
@@ -165,9 +165,9 @@ def _dataset(model: HookedMLLM, samples: Samples, rows: Sequence[Mapping[str, np
 
 @checked
 def sink_tokens(result: given_by("attention_sinks", "sink", "kind", "strength")) -> list[str]:
-    """Which tokens the sinks of ``attention_sinks`` are, and how much RAM is on them, in sentences.
+    """Sentences that say which tokens are sinks in ``attention_sinks``, and how much RAM is on them.
 
-    A token counts as a sink of an example if it is one in any layer.
+    A token counts as a sink of an example if it is a sink in any layer.
     """
     sink, kind = result["sink"].values.any(axis=1), result["kind"].values
     names = {"first": "The first position", "text": "Another text token", "visual": "A visual token without evidence",
@@ -193,7 +193,7 @@ def sink_tokens(result: given_by("attention_sinks", "sink", "kind", "strength"))
 
 
 def definition_for(model: HookedMLLM, tau: float = TAU) -> str:
-    """The definition that can find a sink in this model: "state", or "attention" where the stream is too narrow."""
+    """The definition that can find sinks in this model: "state", or "attention" if the stream is too narrow."""
     return "state" if model.cfg.d_model > tau**2 else "attention"
 
 
@@ -202,21 +202,21 @@ def without_sinks(
     maps: given_by("attention_maps", "attention", "rect", "token_image"), model: HookedMLLM, samples: SomeSamples,
     found: given_by("attention_sinks", "sink", "kind", "strength"),
 ) -> xr.Dataset:  # fmt: skip
-    """Maps of attention in which sinks get none: where a head attends beside them. The attribute ``sinks`` says so.
+    """Attention maps with the attention to sinks set to 0, which show where else a head attends.
 
-    Maps often show tokens on the border of a picture that hold nothing: they are sinks. This is bookkeeping for the
-    eye; the model is as it was.
+    Maps often highlight empty tokens on the border of a picture; these are sinks. This changes only the maps, not the
+    model. The attribute ``sinks`` records it.
 
     Args:
-        maps: of ``attention_maps``.
-        model: the model of both.
-        samples: those of the maps, in their order.
-        found: of ``attention_sinks`` on them.
+        maps: the result of ``attention_maps``.
+        model: the model of both results.
+        samples: the samples of the maps, in the same order.
+        found: the result of ``attention_sinks`` on these samples.
 
     Raises:
         ExperimentError: maps or sinks of other samples.
 
-    Cost: none; inputs are built once more for their layouts.
+    Cost: none; inputs are rebuilt for their layouts.
     """
     sinks = _drawn_sinks(maps, model, samples, found)
     drawn = maps.copy()
@@ -230,21 +230,21 @@ def with_sinks(
     maps: given_by("attention_maps", "attention", "rect", "token_image"), model: HookedMLLM, samples: SomeSamples,
     found: given_by("attention_sinks", "sink", "kind", "strength"),
 ) -> xr.Dataset:  # fmt: skip
-    """Maps of attention that say which tokens are sinks of each head's layer: a view of them shows and hides these.
+    """Attention maps that mark the sinks of each head's layer, so that a view can show and hide them.
 
     Args:
-        maps: of ``attention_maps``.
-        model: the model of both.
-        samples: those of the maps, in their order.
-        found: of ``attention_sinks`` on them.
+        maps: the result of ``attention_maps``.
+        model: the model of both results.
+        samples: the samples of the maps, in the same order.
+        found: the result of ``attention_sinks`` on these samples.
 
     Returns:
-        The maps with ``sink`` over (example, shown, token), 1 for a sink; ``attrs["sinks"]`` says by which definition.
+        The maps with ``sink`` over (example, shown, token), 1 for a sink; ``attrs["sinks"]`` names the definition.
 
     Raises:
         ExperimentError: maps or sinks of other samples.
 
-    Cost: none; inputs are built once more for their layouts.
+    Cost: none; inputs are rebuilt for their layouts.
     """
     by = f"by {found.attrs['by']}, threshold {found.attrs['threshold']:g}"
     sinks = _drawn_sinks(maps, model, samples, found).astype(np.int8)
@@ -254,7 +254,7 @@ def with_sinks(
 def _drawn_sinks(
     maps: xr.Dataset, model: HookedMLLM, samples: SomeSamples, found: xr.Dataset
 ) -> Bool[np.ndarray, "example shown token"]:
-    """Which tokens of the maps are sinks of the layer whose head is drawn."""
+    """Which tokens of the maps are sinks in the layer of the head shown."""
     samples = Samples(samples)
     if not len(samples) == maps.sizes[EXAMPLE] == found.sizes[EXAMPLE]:
         raise ExperimentError(
@@ -283,7 +283,7 @@ def _check(model: HookedMLLM, samples: Samples, dims: Sequence[int] | None) -> N
 def _strength(
     model: HookedMLLM, inputs: Inputs, by: str, dims: Sequence[int] | None
 ) -> tuple[Float[Tensor, "batch layer pos"], Tensor | None]:
-    """How much of a sink each position is for each layer; by state also in which dimension."""
+    """The sink strength of each position in each layer; with ``by="state"`` also the dimension of the peak."""
     if by == "attention":
         weight = row_weights(inputs, "question").to(model.device)
         at = weight.sum(0).nonzero().flatten()
@@ -310,7 +310,7 @@ def _strength(
 def state_strength(
     stream: Float[Tensor, "*pos d_model"], dims: Tensor | None = None
 ) -> tuple[Float[Tensor, "*pos"], Tensor]:
-    """``max over d of |x_d| / rms(x)`` of each position, and which of ``dims`` (all, if None) it is."""
+    """``max over d of |x_d| / rms(x)`` at each position, and the index of that d in ``dims`` (all d if None)."""
     wide = stream.float()
     size = wide.abs() / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
     best = (size if dims is None else size[..., dims.to(size.device)]).max(-1)
@@ -320,7 +320,7 @@ def state_strength(
 def _masses(
     model: HookedMLLM, inputs: Inputs, sink: Bool[Tensor, "batch layer pos"], evidence: Float[Tensor, "batch pos"]
 ) -> dict[str, np.ndarray]:
-    """RAM, its part on sinks, and the mass on all sinks, of every head."""
+    """Every head's RAM, the part of it on sinks, and its mass on all sinks."""
     weight = row_weights(inputs, "question").to(model.device)
     at, index_of = weight.sum(0).nonzero().flatten(), {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
     evidence = evidence.to(model.device)
@@ -335,7 +335,7 @@ def _masses(
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    """Values over positions behind whose end there is nothing: nan, no sink, kind 0."""
+    """Values over positions, padded at the end with nan, no sink, or kind 0."""
     fill = np.nan if values.dtype.kind == "f" else 0
     return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, length - values.shape[-1])], constant_values=fill)
 
