@@ -1,12 +1,12 @@
-"""What public functions take: said once, in their signatures, and checked before any work is done.
+"""What public functions take: declared once, in their signatures, and checked before any work is done.
 
     @checked
     def ablation(model: HookedMLLM, samples: SampleList, *, n_random: Count = 20, seed: Seed = 0): ...
 
-``checked`` holds every argument against its annotation. A plain ``int`` means a whole number and no bool, a plain
-``float`` a finite number; the types of this file (``Annotated`` ones) say more. What does not fit is refused with a
-``MechError``: what was given, what was expected, one thing to do. This is for the public door, not for inner loops, and
-it looks at one argument at a time: what several must have in common is for the function to say.
+``checked`` compares every argument with its annotation. A plain ``int`` means a whole number and not a bool, a plain
+``float`` a finite number; the ``Annotated`` types of this file say more. An argument that does not fit is refused with
+a ``MechError``: what was given, what was expected, one thing to do. This is for public functions, not for inner loops,
+and it checks one argument at a time: conditions on several of them are up to the function.
 """
 
 import collections.abc
@@ -26,8 +26,8 @@ import numpy as np
 
 from mech.errors import ExperimentError, MechError, suggestion
 
-Progress = Callable[[int, int], None]  # called with (done, in all)
-NamedProgress = Callable[[str, int, int], None]  # called with (what, done, in all)
+Progress = Callable[[int, int], None]  # called with (done, total)
+NamedProgress = Callable[[str, int, int], None]  # called with (what, done, total)
 F, C = TypeVar("F", bound=Callable[..., Any]), TypeVar("C", bound=type)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -35,7 +35,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be beyond its type: in words, and as a test."""
+    """What a value must satisfy beyond its type: in words, and as a test."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a value is read, in place of a test of its type: ``read(name, value)`` gives what the function gets."""
+    """How to read a value, instead of testing its type: ``read(name, value)`` returns what the function gets."""
 
     read: Callable[[str, Any], Any]
     expected: str
@@ -56,17 +56,17 @@ class Reading:
 
 
 def one_of(words: Iterable[str]) -> Any:
-    """One out of a list of words."""
+    """One of a list of words."""
     return Literal[tuple(words)]
 
 
 def some_of(words: Iterable[str]) -> Any:
-    """A list of words out of a list, not empty."""
+    """A non-empty list of words, all from a given list."""
     return Annotated[collections.abc.Sequence[one_of(words)], NOT_EMPTY]
 
 
 def at_least(least: int) -> Rule:
-    """Not too small a whole number: ``Annotated[int, at_least(2)]``."""
+    """A whole number that is not too small: ``Annotated[int, at_least(2)]``."""
     return Rule(f"a whole number of at least {least}", lambda value: value >= least)
 
 
@@ -88,7 +88,7 @@ Amount = Annotated[
 
 
 def given_by(function: str, *variables: str) -> Any:
-    """The dataset that a function gave, told by its variables."""
+    """A dataset returned by a function, recognised by its variables."""
     return Annotated[
         Any,
         Rule(
@@ -99,11 +99,11 @@ def given_by(function: str, *variables: str) -> Any:
 
 
 def checked(function: F, error: type[MechError] = ExperimentError) -> F:
-    """The function, which refuses arguments that do not fit its annotations; of a class, its constructor does.
+    """Make a function refuse arguments that do not fit its annotations; for a class, its constructor.
 
     Args:
         function: a function, a method or a class.
-        error: the ``MechError`` that is raised; ``checking(InputError)`` is the decorator with another.
+        error: the ``MechError`` to raise; ``checking(InputError)`` is the decorator with another one.
     """
     if isinstance(function, type):
         function.__init__ = checked(function.__init__, error)  # type: ignore[misc]
@@ -154,12 +154,12 @@ def _taken(
     error: type[MechError],
     free: Iterable[inspect.Parameter] = (),
 ) -> Any:
-    """The value as the function gets it, or the refusal; ``free`` are parameters that may have been meant."""
+    """The value as the function gets it, or an error; ``free`` are parameters that may have been meant."""
     name, hint, default = parameter.name, parameter.annotation, parameter.default
-    if value is default:  # given as it would be if it were left out
+    if value is default:  # the default, given explicitly
         return value
     if isinstance(value, Iterator) and not fits(value, hint):
-        value = list(value)  # to be looked at, it has to be kept
+        value = list(value)  # an iterator has to be kept to be checked
     if (reading := _reading(hint)) is not None:
         if value is None and fits(None, hint):
             return value
@@ -171,7 +171,7 @@ def _taken(
 
 
 def _advice(parameter: inspect.Parameter, value: Any, free: Iterable[inspect.Parameter]) -> str:
-    """One thing to do about a value that does not fit: say it right, name what was meant, or leave it out."""
+    """One thing to do about a value that does not fit: spell it right, name what was meant, or leave it out."""
     name, hint, default = parameter.name, parameter.annotation, parameter.default
     several = isinstance(value, list | tuple)
     if words := _words_of(hint):
@@ -182,7 +182,7 @@ def _advice(parameter: inspect.Parameter, value: Any, free: Iterable[inspect.Par
         return f"pass {name}=[...]"
     if value and several and all(fits(item, hint) for item in value):
         return "call it once for each"
-    # Numbers and texts fit too many parameters to tell anything.
+    # Numbers and texts fit too many parameters to be a clue.
     if not isinstance(value, str | numbers.Number):
         for other in free:
             if other.annotation not in (Any, inspect.Parameter.empty) and fits(value, other.annotation):
@@ -209,7 +209,7 @@ def _unbound(
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation says."""
+    """Whether a value fits an annotation."""
     if hint in (Any, inspect.Parameter.empty) or isinstance(hint, TypeVar):
         return True
     if hint is None or hint is types.NoneType:
@@ -234,23 +234,23 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, array)
     try:
         return isinstance(value, origin or hint)
-    except TypeError:  # a protocol that cannot be asked
+    except TypeError:  # a protocol that cannot be checked at run time
         return True
 
 
 def _listed(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
-    """Whether a value is a mapping, a list or a tuple of what it should hold."""
+    """Whether a value is a mapping, a list or a tuple with the right contents."""
     if issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
             fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
         )
     array = callable(getattr(value, "tolist", None))  # numpy, torch
-    # A list does where a tuple is wanted, an array for a list of numbers; a text is no list of its letters.
+    # A list will do for a tuple, an array for a list of numbers; a text is not a list of its letters.
     allowed = collections.abc.Sequence if issubclass(origin, tuple | list) else origin
     if isinstance(value, str | bytes | Mapping) or not (array or isinstance(value, allowed)):
         return False
     if isinstance(value, Iterator):
-        return False  # cannot be looked at twice
+        return False  # cannot be iterated twice
     items = value.tolist() if array else value
     if not isinstance(items, collections.abc.Iterable):
         return False
@@ -282,7 +282,7 @@ def wanted(hint: Any) -> str:
 
 
 def _reading(hint: Any) -> Reading | None:
-    """How a value of this annotation is read, if it says so; ``None`` may stand beside it."""
+    """The ``Reading`` of an annotation, if it has one; ``None`` may be allowed as well."""
     for option in typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]:
         for extra in getattr(option, "__metadata__", ()):
             if isinstance(extra, Reading):
@@ -299,7 +299,7 @@ def _can_be_read(value: Any, reading: Reading) -> bool:
 
 
 def _words_of(hint: Any) -> list[str]:
-    """The words among which a value is to be chosen."""
+    """The words to choose from."""
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
     return [word for option in typing.get_args(hint) for word in _words_of(option)]

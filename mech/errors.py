@@ -1,7 +1,7 @@
 """The errors a user can cause, and how they are worded.
 
-Every message says three things: what was given, what was expected, and one thing to do. All of them are raised before
-a forward pass. Nothing here knows about models, tensors or files.
+Every message says three things: what was given, what was expected, and one thing to do. Whatever can be checked before
+a forward pass is. Nothing here knows about models, tensors or files.
 """
 
 import difflib
@@ -9,20 +9,20 @@ import re
 from collections.abc import Iterable
 from typing import Self
 
-LONGEST = 800  # characters of what was given that a message shows
-# All but line breaks and tabs; those that turn text round; and halves of a character, which cannot be printed.
+LONGEST = 800  # most characters of the given value in a message
+# Control characters except line breaks and tabs; those that reverse text; and lone surrogates, which cannot be printed.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object) -> str:
-    """``text`` as it may reach a terminal: control characters, which could rewrite the screen, are spelled out."""
+    """``text`` made safe for a terminal: control characters, which could rewrite the screen, are spelled out."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 class MechError(ValueError):
     """Something the user gave cannot be used. The message names it and says what to do.
 
-    Names in it may come from files of others: the message is ``printable``.
+    Names in it may come from other people's files, so the message is ``printable``.
 
     Args:
         given: what was given, as a statement ("no point is called 'blocks.0.hook_zz'").
@@ -31,7 +31,7 @@ class MechError(ValueError):
     """
 
     def __init__(self, given: str, expected: str = "", do: str = ""):
-        # What was given may be a whole file; its beginning and end are enough to know it by.
+        # The given value may be a whole file; its beginning and end are enough to recognise it.
         given = given if len(given) <= LONGEST else f"{given[: LONGEST // 2]} [...] {given[-LONGEST // 4 :]}"
         self.given, self.expected, self.do = given, expected, do
         parts = [given, expected and f"Expected: {expected}", do and f"Try: {do}"]
@@ -39,7 +39,7 @@ class MechError(ValueError):
 
     @classmethod
     def unknown(cls, what: str, name: str, known: Iterable[str]) -> Self:
-        """No ``what`` is called so; the known ones are listed, and the nearest is suggested."""
+        """No ``what`` has this name; the known ones are listed, and the nearest is suggested."""
         known = list(known)
         return cls(f"no {what} is called {name!r}", ", ".join(known), suggestion(name, known))
 
@@ -49,7 +49,7 @@ class PointError(MechError):
 
 
 class InputError(MechError):
-    """A question, image or video that the model cannot be given."""
+    """A question, image or video that the model cannot take."""
 
 
 class RegionError(MechError):

@@ -1,11 +1,11 @@
-"""Files that somebody else may have made: read without trust, written whole or not at all.
+"""Files: untrusted ones read safely, our own written whole or not at all.
 
     read(path)                 # the bytes of a regular file; a pipe or a device is refused, not waited for
     parse_json(text)           # JSON that is not nested deeper than DEEPEST
     is_below(path, folder)     # whether a path stays in a folder, symbolic links followed
     write(path, content)       # from memory to the disk in one step: a reader never sees half a file
 
-What is read raises ``OSError`` or ``ValueError``: only the caller knows which file was expected. What is written raises
+Reading raises ``OSError`` or ``ValueError``, since only the caller knows which file was expected. Writing raises
 ``OutputError``. Nothing here knows what the bytes mean.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from mech.errors import OutputError
 
-DEEPEST = 64  # levels of JSON; what mech writes has ten at most, and Python's own limit is a RecursionError
+DEEPEST = 64  # levels of JSON; mech writes at most ten, and Python's own limit is a RecursionError
 
 
 def opened(path: str | Path) -> BinaryIO:
@@ -39,15 +39,15 @@ def read(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
-    """The text of a regular file; ``UnicodeDecodeError`` (a ``ValueError``) when it is none."""
+    """The text of a regular file; ``UnicodeDecodeError`` (a ``ValueError``) if it is not text."""
     return read(path).decode(encoding)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """The content of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or nested deeper than ``DEEPEST``: code that walks over it would not return.
+        ValueError: not JSON, or nested deeper than ``DEEPEST``: code that walks over it would not return.
     """
     try:
         value = json.loads(text)
@@ -71,7 +71,7 @@ def is_below(path: str | Path, folder: str | Path) -> bool:
 
     A snapshot of the Hugging Face cache consists of links into the ``blobs`` beside it, which count as its own.
     """
-    home, real = (Path(os.path.realpath(p)) for p in (folder, path))  # Path.resolve() raises where links go round
+    home, real = (Path(os.path.realpath(p)) for p in (folder, path))  # Path.resolve() raises on circular links
     blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
     return any(real.is_relative_to(root) for root in (home, *blobs))
 
@@ -85,7 +85,7 @@ def write(path: str | Path, *content: bytes | memoryview | str) -> Path:
     path, target = Path(path), Path(os.path.realpath(path))
     part = target.parent / f".{target.name}.{os.getpid()}-{threading.get_ident()}.part"
     try:
-        if target.exists() and not target.is_file():  # to be replaced, /dev/null above all
+        if target.exists() and not target.is_file():  # it would be replaced, /dev/null above all
             raise OSError(errno.EINVAL, "it is a folder" if target.is_dir() else "it is no regular file")
         with part.open("wb") as file:
             for piece in content:

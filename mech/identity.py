@@ -1,8 +1,8 @@
-"""Which model a number was made on: a digest of its weights, and the refusal of what another model made.
+"""Which model a number comes from: a digest of its weights, and the refusal of results from another model.
 
-A head is a place in one training: L3H5 of another model is another thing, even where the two have one shape. What is
-carried from one measurement to the next (a ``Ranking``, a ``Reference``) therefore remembers the weights it was made
-with, and is refused on others unless that is asked for by name.
+A head belongs to one trained model: L3H5 of another model is a different head, even if both have the same shape. What
+is carried from one measurement to the next (a ``Ranking``, a ``Reference``) therefore records the weights it was made
+with, and is refused on others unless explicitly allowed.
 """
 
 import hashlib
@@ -13,25 +13,25 @@ from typing import Any
 
 from mech.errors import ExperimentError
 
-# The digest of a model that has not changed since it was last asked for. Weak: it keeps no model alive.
+# The digest of every model that has not changed since the last call. Weak: it keeps no model alive.
 _digests: "weakref.WeakKeyDictionary[Any, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
-LARGE = 2**30  # bytes of weights from which on sums stand for them: of 17 GB, SHA-256 alone takes half a minute
-SUMS = ".sums"  # ends such a digest
-_BLOCK, _AT_ONCE = 2**17, 2**6  # eight-byte words of a sum, and sums at once on a card
+LARGE = 2**30  # bytes of weights from which on sums stand in for them: SHA-256 of 17 GB takes half a minute
+SUMS = ".sums"  # the end of such a digest
+_BLOCK, _AT_ONCE = 2**17, 2**6  # eight-byte words per sum, and sums at once on a GPU
 
 
 def weight_digest(model: Any, *, by_bytes: bool = False) -> str | None:
     """SHA-256 over the names, shapes, dtypes and bytes of all weights; None when they cannot be read.
 
-    Of a model of ``LARGE`` bytes or more, sums made where the weights lie stand for their bytes (``_sums``), so that it
-    takes the time of reading them there once; unless ``by_bytes``, as earlier versions had it.
+    For a model of ``LARGE`` bytes or more, sums computed on the weights' device stand in for their bytes (``_sums``),
+    so that the digest takes as long as reading the weights there once; not with ``by_bytes``, as in earlier versions.
 
-    The digest is remembered per model and made anew when a weight was replaced or written in place (through torch;
-    writes through ``.data`` or a numpy view are not seen). Weights that lie on no device (``meta``: offloaded to disk)
-    cannot be read, and None says so. The digest does not depend on the wrapper or on the device.
+    The digest is cached per model and computed anew when a weight has been replaced or written in place (through torch;
+    writes through ``.data`` or a numpy view go unnoticed). Weights on no device (``meta``: offloaded to disk) cannot be
+    read, which gives None. The digest does not depend on the wrapper or on the device.
     """
-    if (record := getattr(model, "elsewhere", None)) is not None:  # laid out here, without weights
+    if (record := getattr(model, "elsewhere", None)) is not None:  # no weights here
         return record.get("weights")
     hf = inner_model(model)
     if not hasattr(hf, "state_dict"):
@@ -46,7 +46,7 @@ def weight_digest(model: Any, *, by_bytes: bool = False) -> str | None:
         return None
     summed = not by_bytes and sum(weight.nbytes for weight in state.values()) >= LARGE
 
-    import torch  # only here: results are read without it
+    import torch  # only here: reading results does not need it
 
     sha = hashlib.sha256()
     for name in sorted(state):
@@ -60,9 +60,9 @@ def weight_digest(model: Any, *, by_bytes: bool = False) -> str | None:
 
 
 def _sums(flat: Any) -> Any:
-    """Of each block of 2**17 words of eight bytes: the sum of word times an odd number of its place, modulo 2**64.
+    """For each block of 2**17 eight-byte words: the sum of word times an odd number of its place, modulo 2**64.
 
-    Integers, so the same on every device. Any change of one word changes its sum; it is no cryptographic digest.
+    Integers, so the same on every device. Any change of one word changes its sum; this is not a cryptographic digest.
     """
     import torch
 
@@ -74,7 +74,7 @@ def _sums(flat: Any) -> Any:
 
 
 def _filled(flat: Any, size: int) -> Any:
-    """With zeros behind it, up to a multiple of a size."""
+    """Padded with zeros at the end to a multiple of ``size``."""
     import torch
 
     rest = -len(flat) % size
@@ -82,7 +82,7 @@ def _filled(flat: Any, size: int) -> Any:
 
 
 def _tensors(hf: Any) -> Iterator[tuple[str, Any]]:
-    """Everything of a model that a weight can be, by name: quicker than its ``state_dict``, which copies."""
+    """All parameters and buffers of a model, by name: quicker than its ``state_dict``, which copies."""
     for prefix, module in hf.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -90,20 +90,20 @@ def _tensors(hf: Any) -> Iterator[tuple[str, Any]]:
 
 
 def weights_in(attrs: Mapping[str, Any]) -> str:
-    """The digest of weights in the provenance of a result; "" where it says none."""
+    """The weight digest in the provenance of a result; "" if it has none."""
     record = attrs.get("provenance")
     try:
         record = json.loads(record) if isinstance(record, str) else record
         return str(record["model"]["weights"] or "")  # type: ignore[index]
-    except (ValueError, TypeError, KeyError):  # no provenance, or that of no model
+    except (ValueError, TypeError, KeyError):  # no provenance, or one without a model
         return ""
 
 
 def made_elsewhere(what: str, name: str, weights: str, model: Any, allow_other_model: bool = False) -> str:
-    """The other model that something was made on, in words; "" where it is this one, or where that is not known.
+    """The other model that something was made on, in words; "" if it is this one, or if that is not known.
 
     Args:
-        what: what it is ("a ranking").
+        what: what was made ("a ranking").
         name, weights: of the model it was made on.
         model: the model it is used on.
         allow_other_model: do not refuse it.
@@ -126,7 +126,7 @@ def made_elsewhere(what: str, name: str, weights: str, model: Any, allow_other_m
 
 def inner_model(model: Any) -> Any:
     """The Hugging Face model inside a wrapper, or the model itself."""
-    # Not `unwrap()`: that gives the model back, and a record must not change what it records.
+    # Not `unwrap()`: it takes the wrapper off, and a record must not change what it records.
     for name in ("hf_model", "hf", "_hf_model", "_hf"):
         if (inner := getattr(model, name, None)) is not None and hasattr(inner, "state_dict"):
             return inner

@@ -1,10 +1,10 @@
-"""The one reading of a set of positions, layers or heads: whole numbers, or a boolean mask.
+"""How sets of positions, layers or heads are read everywhere: as whole numbers, or as a boolean mask.
 
     indices("positions", layout.kind == 1)        # a mask means the places where it is True
     indices("layers", range(4, 9))                # (4, 5, 6, 7, 8)
     pairs("heads", ranking.mean > 0.1)            # a mask over (layer, head), or (layer, head) pairs
 
-Masks may be numpy arrays, tensors, xarray arrays or lists. What is neither is refused: floats, which would be cut off,
+Masks may be numpy arrays, tensors, xarray arrays or lists. Anything else is refused: floats, which would be truncated,
 strings, and bools among numbers, which would count as 0 and 1.
 """
 
@@ -18,12 +18,12 @@ from mech.errors import ExperimentError, MechError
 
 
 class Indices(tuple):
-    """Indices, or (layer, head) pairs; ``of`` is the shape of the mask they were read from, where there was one."""
+    """Indices, or (layer, head) pairs; ``of`` is the shape of the mask they were read from, if there was one."""
 
     of: tuple[int, ...] | None = None
 
     def check_mask(self, name: str, shape: tuple[int, ...], error: type[MechError] = ExperimentError) -> "Indices":
-        """Itself; or the refusal of a mask of another shape than what it chooses from."""
+        """Return self; refuse a mask whose shape differs from that of what it chooses from."""
         if self.of not in (None, shape):
             raise error(
                 f"{name} as a mask of {' x '.join(map(str, self.of or ()))}",
@@ -34,10 +34,10 @@ class Indices(tuple):
 
 
 def indices(name: str, given: Any, error: type[MechError] = ExperimentError) -> Indices:
-    """The whole numbers that were given, or the places where a mask is True.
+    """The whole numbers given, or the places where a mask is True.
 
     Raises:
-        MechError: of the kind ``error``: anything else.
+        MechError: anything else; ``error`` is its class.
     """
     if isinstance(given, Indices):
         return given
@@ -52,10 +52,10 @@ def indices(name: str, given: Any, error: type[MechError] = ExperimentError) -> 
 
 
 def pairs(name: str, given: Any, error: type[MechError] = ExperimentError) -> Indices:
-    """The (layer, head) pairs that were given, or those where a mask over (layer, head) is True.
+    """The (layer, head) pairs given, or those where a mask over (layer, head) is True.
 
     Raises:
-        MechError: of the kind ``error``: anything else.
+        MechError: anything else; ``error`` is its class.
     """
     if isinstance(given, Indices):
         return given
@@ -71,7 +71,7 @@ def pairs(name: str, given: Any, error: type[MechError] = ExperimentError) -> In
     return _read(array)
 
 
-# For signatures: what `checked` hands on is read already.
+# For signatures: `checked` reads the values before it passes them on.
 Layers = Annotated[Sequence[int], Reading(indices, "whole numbers, or a mask")]
 Pairs = Annotated[Sequence[tuple[int, int]], Reading(pairs, "(layer, head) pairs")]
 
@@ -89,7 +89,7 @@ def _array(given: Any) -> np.ndarray | None:
     """Whole numbers or bools as an array; None for everything else."""
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         return None
-    if callable(getattr(given, "detach", None)):  # a tensor, wherever it lies
+    if callable(getattr(given, "detach", None)):  # a tensor, on any device
         given = given.detach().cpu()  # type: ignore[attr-defined]
     elif not hasattr(given, "dtype"):
         given = list(given)

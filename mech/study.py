@@ -1,6 +1,6 @@
-"""The main job, end to end: which heads retrieve the evidence, are they needed, how sure is that.
+"""A study, end to end: which heads retrieve the evidence, whether they are needed, and how sure that is.
 
-For every model and domain a study makes five results and saves each as soon as it is there:
+For every model and domain a study makes these results and saves each as soon as it is there:
 
     ram        RAM of every head, on the samples that find heads
     scores     the scores of the literature, on the samples that find heads: do they name the same ones?
@@ -11,14 +11,14 @@ For every model and domain a study makes five results and saves each as soon as 
 
 and for every model, on the domain with the longest prompts,
 
-    acceleration   a few heads dense, the others local: accuracy, speed and cache, beside other choices of heads
+    acceleration   a few heads dense, the others local: accuracy, speed and cache, compared with other choices of heads
 
-and for a model that was tuned from a language model which can still be opened,
+and for a model tuned from a language model that can still be opened,
 
-    forms          which heads pictures and text share, before and after tuning, and what they are worth for both
+    forms          which heads pictures and text share, before and after tuning, and how much they matter for both
 
-From those come ``summary.json`` (numbers and findings) and ``report.html``. A study that is killed goes on where it
-was when the same command is given again, and ends in the same numbers.
+These give ``summary.json`` (numbers and findings) and ``report.html``. A study that is killed continues where it
+stopped when the same command is run again, and ends with the same numbers.
 """
 
 from collections.abc import Sequence
@@ -71,9 +71,9 @@ from mech.sparse.frontier.resumable import acceleration_in
 from mech.sparse.localize import localize
 
 DEFAULT_MODELS = ("reference:llava-s", "reference:llava-m", "reference:qwen-s")
-LONG = {"reference:qwen-long": 16}  # models of long contexts, and the pages they are accelerated on
+LONG = {"reference:qwen-long": 16}  # long-context models, and the number of pages they are accelerated on
 GATES: dict[str, Any] = {"n_fits": 2, "steps": 12, "rate": 1.0}  # of causal head gating: few, large steps
-RANKING = 0.375  # of the samples choose the dense heads, the others test them
+RANKING = 0.375  # the share of samples that choose the dense heads; the others test them
 
 
 def study(
@@ -90,16 +90,17 @@ def study(
     Args:
         folder: where everything is saved.
         models: reference models, folders or hub ids; ``NAME@REVISION`` for a checkpoint of one.
-        domains: haystack domains; by default those a reference model was trained for, all that take images otherwise.
-        data: samples of your own in place of the haystacks.
+        domains: haystack domains; by default those a reference model was trained for, otherwise all that the model
+            takes.
+        data: your own samples instead of the haystacks.
         settings: see ``Settings``; by default those of ``default_settings``.
-        progress: called with (what, done, in all).
+        progress: called with (what, done, total).
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        OutputError: the folder cannot be written, is in use, or holds a study of other settings or weights.
+        OutputError: the folder cannot be written, is in use, or holds a study with other settings or weights.
         ExperimentError: an unknown domain, two models of one name, or too few samples.
         BlocksFailed: inside ``mech.on_folder`` or ``mech.on_ray``, blocks failed; everything else is done.
 
@@ -116,7 +117,7 @@ def study(
     with Study(folder, given) as results:
         summary: dict[str, Any] = {"schema": 1, "models": {}, "acceleration": {}}
         failed: list[BlocksFailed] = []
-        for name, short in shorts.items():  # a model is gone before the next one is opened
+        for name, short in shorts.items():  # each model is released before the next one is opened
             studied = StudiedModel(results, model_here(name), short, settings, progress or _silent)
             _of_model(studied, summary, domains, data, failed)
             del studied
@@ -133,10 +134,10 @@ def _folders(models: Sequence[str]) -> dict[str, str]:
     """Models -> the names of their folders.
 
     Raises:
-        ExperimentError: no models, a name that cannot be one, or two of one folder.
+        ExperimentError: no models, an invalid name, or two models with the same folder.
     """
     for name in models:
-        split_revision(name)  # refuses a bad one before anything is opened
+        split_revision(name)  # refuses a bad name before anything is opened
     shorts = {name: short_name(name) for name in models}
     if len(set(shorts.values())) < len(models) or not models:
         raise ExperimentError(f"models {list(models)}", "at least one, each with a name of its own", "rename a folder")
@@ -144,7 +145,7 @@ def _folders(models: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse(domains: Sequence[str] | None, data: Samples | None) -> None:
-    """Raise for a domain that nobody knows, and for samples without evidence."""
+    """Refuse unknown domains and samples without evidence."""
     for domain in domains or ():
         known = data.domains if data is not None else DOMAINS
         if domain not in known:
@@ -184,7 +185,7 @@ def _of_model(
 
 
 def _written(results: Study, summary: dict[str, Any]) -> Path:
-    """The summary with what all models say together, and the report, both written."""
+    """Complete the summary across all models, and write it and the report."""
     from mech.views import report
 
     rams = {(s, d): results.get(f"{s}/{d}/ram") for s, facts in summary["models"].items() for d in facts["domains"]}
@@ -205,13 +206,13 @@ def _written(results: Study, summary: dict[str, Any]) -> Path:
 
 
 def _silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 def short_name(name: str) -> str:
     """A model's name as a folder: ``reference:llava-m`` -> ``llava-m``, ``Qwen/Qwen3-VL`` -> ``Qwen--Qwen3-VL``.
 
-    A local folder is known by its last part.
+    A local folder is named by its last part.
     """
     if name.startswith(reference.PREFIX):
         return name.removeprefix(reference.PREFIX)
@@ -221,14 +222,14 @@ def short_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class StudiedModel:
-    """One model in a study: what is measured of it, computed or found in the folder.
+    """One model in a study: what is measured on it, computed or found in the folder.
 
     Attributes:
         results: the study.
         model: a hooked model.
         short: the model's folder.
         settings: those of the study.
-        say: called with (what, done, in all).
+        say: called with (what, done, total).
     """
 
     results: Study
@@ -255,7 +256,7 @@ class StudiedModel:
             )
 
     def samples(self, domains: Sequence[str] | None, data: Samples | None) -> dict[str, Samples]:
-        """The samples of each domain: the user's, or haystacks; without video where the model takes none.
+        """The samples of each domain: the user's, or haystacks; without video if the model takes none.
 
         Raises:
             ExperimentError: too few samples of a domain.
@@ -306,9 +307,9 @@ class StudiedModel:
         return facts | ({} if causal is None else {"causal": causal}), ranking
 
     def ablations(self, key: str, find: Samples, test: Samples, todo: list[Condition]) -> None:
-        """Measure the conditions that are missing, and save each as soon as it is there.
+        """Measure the missing conditions, and save each as soon as it is there.
 
-        Methods after the first are asked of the first ``n_other`` test samples; what they were not asked is nan.
+        Methods after the first run only on the first ``n_other`` test samples; their other values are nan.
         """
         settings, missing = self.settings, self.results.missing(f"{key}/ablation", len(todo))
         done = count(len(todo) - len(missing) + 1)
@@ -327,7 +328,7 @@ class StudiedModel:
             self.results.finish(f"{key}/ablation", len(todo), **facts, provenance=record)
 
     def every_score(self, key: str, find: Samples) -> dict[str, Any]:
-        """How far the scores of the literature agree on one model and domain; they are written to ``heads.json``."""
+        """How far the scores of the literature agree on one model and domain; the scores go to ``heads.json``."""
         results, settings = self.results, self.settings
         options: dict[str, Any] = dict(batch_size=settings.batch_size, seed=settings.seed)
         if not results.done(f"{key}/scores"):
@@ -349,7 +350,7 @@ class StudiedModel:
         return summarise_scores(found, gated)
 
     def causality(self, key: str, find: Samples, test: Samples, ranking: Ranking) -> dict[str, Any]:
-        """The causal report of one model on one domain, computed or found; the reason where there can be none.
+        """The causal report of one model on one domain, computed or found; the reason if there can be none.
 
         Samples without a counterfactual get one by blanking their evidence.
         """
@@ -372,7 +373,7 @@ class StudiedModel:
         return CausalReport(self.results.get(f"{key}/causal")).facts()
 
     def accelerated(self, samples: Samples) -> dict[str, Any]:
-        """Sparse inference, computed or found; nothing where it cannot be tried."""
+        """Sparse inference, computed or found; nothing if it cannot be tried."""
         settings, key = self.settings, f"{self.short}/acceleration"
         split = samples[: settings.n_long].split(RANKING, settings.seed)
         grid = Grid(settings.choices, settings.shares, settings.n_sets, settings.seed, settings.batch_size)
@@ -396,9 +397,9 @@ class StudiedModel:
 
 
 def longest(model: HookedMLLM, wanted: dict[str, Samples], settings: Settings, own: bool = False) -> Samples:
-    """The samples of sparse inference: so many pages, or those of the domain with the longest prompts.
+    """The samples of sparse inference: haystacks of many pages, or those of the domain with the longest prompts.
 
-    Which domain that is is told by the first sample of each. A user's ``own`` samples stay as they are.
+    The first sample of each domain decides which one that is. A user's ``own`` samples are used unchanged.
     """
     if settings.pages and not own:
         return haystacks("pages", settings.n_long, settings.seed, n_pictures=settings.pages)
@@ -408,7 +409,7 @@ def longest(model: HookedMLLM, wanted: dict[str, Samples], settings: Settings, o
 def _accelerated_long(
     results: Study, domains: Sequence[str] | None, settings: Settings, say: NamedProgress
 ) -> dict[str, Any]:
-    """Sparse inference of the models of long contexts that are installed, where a window matters most."""
+    """Sparse inference of the installed long-context models, where a window matters most."""
     found: dict[str, Any] = {}
     smaller = replace(settings, batch_size=max(1, settings.batch_size // 4))
     for name, pages in LONG.items():
@@ -420,7 +421,7 @@ def _accelerated_long(
 
 
 def keep_pictures(results: Study, key: str, samples: Samples) -> None:
-    """Write the pictures that the maps of these samples name, those that are missing or damaged."""
+    """Write those pictures named in the maps of these samples that are missing or damaged."""
     folder = results.file(f"{key}/maps").parent
     make_folder(folder)
     for sample, facts in zip(samples, map_facts(results.get(f"{key}/maps")), strict=True):

@@ -1,8 +1,8 @@
 """Results as labelled arrays with a record of what made them: the kinds, the record, and the folder they live in.
 
-Takes arrays and attributes, gives checked ``xarray`` datasets (``schema``), files written whole (``store``) and a study
-folder that is only added to (``study``). Files of earlier versions are read with the names of this one (``older``). The
-folder does not know how a number was measured.
+Arrays and attributes become checked ``xarray`` datasets (``schema``), files written whole or not at all (``store``) and
+a study folder that is only added to (``study``). Files of earlier versions are read with the names of this one
+(``older``). Nothing here knows how a number was measured.
 """
 
 from mech.results.provenance import provenance

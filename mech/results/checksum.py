@@ -1,16 +1,16 @@
-"""Checksums over all that a file holds, so that damage is refused and never read as a result.
+"""Checksums over a file's whole content, so that damage is refused and never read as a result.
 
-A binary file ends in a line of its own. It lies behind what other readers read (HDF5 and zip say where they end), so
+A binary file ends in a checksum line. It comes after what other readers read (HDF5 and zip record where they end), so
 xarray and numpy open the file as if it were not there:
 
-    content, whole = unsealed(content + seal(content))      # ValueError when a bit of either is another one
+    content, whole = unsealed(content + seal(content))      # ValueError if a bit of either has changed
 
-A JSON object carries one more entry, over what it says and not over how it is laid out: it may be indented anew.
+A JSON object carries one more entry, over its content and not its layout: it may be indented anew.
 
     record = unsealed_record(sealed_record({"heads": [[3, 5, 0.4]]}))
 
-Files from before there were checksums, and those of other programs, have none and are read as they are. For a file that
-says inside that it was sealed, a missing checksum is damage too.
+Files older than the checksums, and those of other programs, have none and are read without. In a file marked as sealed,
+a missing checksum is damage too.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-NAME = "mech_checksum"  # of the entry in a JSON object, and of the attribute that says: this file was sealed
+NAME = "mech_checksum"  # of the entry in a JSON object, and of the attribute that marks a file as sealed
 SEALED = "sha256, at the end of the file"
 _MARK = b"\nmech sha256 "
 _LENGTH = len(_MARK) + 64 + 1
@@ -27,7 +27,7 @@ _ENTRY = re.compile("sha256:[0-9a-f]{64}")
 
 
 def seal(content: bytes | memoryview) -> bytes:
-    """What is written behind the content of a binary file."""
+    """The bytes written after the content of a binary file."""
     return _MARK + hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
@@ -35,7 +35,7 @@ def unsealed(content: bytes) -> tuple[bytes, bool]:
     """The content without its checksum, and whether it had one.
 
     Raises:
-        ValueError: content and checksum do not belong together.
+        ValueError: content and checksum do not match.
     """
     body, end = content[:-_LENGTH], content[-_LENGTH:]
     if not end.startswith(_MARK):
@@ -54,7 +54,7 @@ def unsealed_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object without its checksum, if it has one.
 
     Raises:
-        ValueError: the checksum is not that of the object, or stands under a damaged name.
+        ValueError: the checksum does not match the object, or its name is damaged.
     """
     named = [name for name, value in record.items() if isinstance(value, str) and _ENTRY.fullmatch(value)]
     plain = {name: value for name, value in record.items() if name != NAME}

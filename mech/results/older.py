@@ -1,4 +1,4 @@
-"""Results that earlier versions wrote: what is read of them has the names of this version."""
+"""Results written by earlier versions, read with the names of this version."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ FILES = {"maps.nc": "looks.nc"}  # name now -> name in an earlier version
 
 
 def renewed(dataset: xr.Dataset) -> xr.Dataset:
-    """A dataset of an earlier version as this one would have written it; any other as it is."""
+    """A dataset of an earlier version as this one would have written it; any other unchanged."""
     if dataset.attrs.get("kind") == "looks" and "look" in dataset.dims:
         facts = dataset.attrs.pop("looks")
         dataset = dataset.rename(look="example").assign_attrs(kind="maps", facts=facts)
@@ -29,7 +29,7 @@ def renewed(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def renewed_record(value: Any) -> Any:
-    """The same of what a JSON file held."""
+    """The same for the content of a JSON file."""
     if isinstance(value, Mapping):
         names = LABELS | SETTINGS
         return {names.get(name, name): renewed_record(part) for name, part in value.items()}
@@ -37,6 +37,6 @@ def renewed_record(value: Any) -> Any:
 
 
 def older_file(path: Any) -> Any:
-    """``path``, or the file in its place that an earlier version wrote under another name."""
+    """``path``, or the file that an earlier version wrote in its place under another name."""
     older = path.with_name(FILES.get(path.name, path.name))
     return older if older.exists() and not path.exists() else path

@@ -1,14 +1,14 @@
-"""Who made a number: the record that is saved beside every result.
+"""How a number was made: the record that is saved with every result.
 
     >>> record = provenance(model, samples, metric="logit difference", seed=0)     # doctest: +SKIP
     >>> record["model"]["weights"], record["data"]["digest"], record["versions"]["transformers"]  # doctest: +SKIP
 
-The record is plain JSON. It names the model by revision *and* by a digest of its weights, because a name can be
+The record is plain JSON. It names the model by revision *and* by a digest of its weights, because a model can be
 retrained under the same name; the data by a digest of its pixels; and everything that is known to move a number in
 its third decimal: processor settings, dtype, attention implementation, device and package versions.
 
-``model`` is looked at, never run: any object with ``.hf_model`` (or a Hugging Face model itself) will do, and what it
-does not say is recorded as None. Two records of the same run differ only in ``date``.
+``model`` is inspected, never run: any object with ``.hf_model`` (or a Hugging Face model itself) will do, and what it
+does not provide is recorded as None. Two records of the same run differ only in ``date``.
 """
 
 import dataclasses
@@ -67,13 +67,13 @@ def provenance(
 
 def model_record(model: Any) -> dict[str, Any]:
     """Name, revision, weight digest, dtype, device, attention implementation and processor settings of a model."""
-    if known := getattr(model, "elsewhere", None):  # laid out here; where its weights are this was recorded
+    if known := getattr(model, "elsewhere", None):  # no weights here: the record was made where they are
         return dict(known)
     hf = inner_model(model)
     config = _first(getattr(hf, "config", None), getattr(model, "config", None))
     try:
         processor = getattr(model, "processor", None)
-    except (MechError, OSError):  # a model without one is a model all the same
+    except (MechError, OSError):  # a model without a processor is recorded all the same
         processor = None
     image_processor = _first(getattr(processor, "image_processor", None), processor)
     return {
@@ -94,7 +94,7 @@ def model_record(model: Any) -> dict[str, Any]:
 
 
 def data_record(data: Any) -> dict[str, Any]:
-    """Digest, number and domains of a list of samples; of each, for a dict such as ``{"find": ..., "test": ...}``."""
+    """Digest, number and domains of a list of samples, or of each list in a dict: ``{"find": ..., "test": ...}``."""
     if isinstance(data, Mapping):
         return {str(name): data_record(part) for name, part in data.items()}
     digest = getattr(data, "digest", None)
@@ -106,10 +106,10 @@ def data_record(data: Any) -> dict[str, Any]:
 
 
 def jsonable(value: Any) -> Any:
-    """The same value in dicts, lists, strings, numbers, booleans and None.
+    """The same value as dicts, lists, strings, numbers, booleans and None.
 
     Dataclasses become a dict with their class under ``"type"``; numbers that JSON does not have (nan, inf) become
-    None; what nothing is known about becomes its ``str``.
+    None; anything unknown becomes its ``str``.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -145,7 +145,7 @@ def _accelerator(device: Any) -> str | None:
 
 
 def software_versions(packages: Sequence[str]) -> dict[str, Any]:
-    """Version by package; None where it is not there."""
+    """Version by package; None if it is not installed."""
     return {name: _version(name) for name in packages}
 
 

@@ -1,16 +1,16 @@
-"""What the files of a study folder hold: kinds of ``xarray.Dataset``, built and checked here.
+"""The contents of a study folder's files: kinds of ``xarray.Dataset``, built and checked here.
 
 A study folder is
 
     study.json                              settings and provenance
     {model}/{domain}/ram.nc                 kind "ram":      RAM of every head, per example
     {model}/{domain}/ablation.nc            kind "ablation": what happens without some heads, per condition and example
-    {model}/{domain}/maps.nc               kind "maps":    attention of a few heads over a few pictures
-    {model}/{domain}/map{i}_{k}.png        those pictures
+    {model}/{domain}/maps.nc                kind "maps":     attention of a few heads over a few pictures
+    {model}/{domain}/map{i}_{k}.png         those pictures
     {model}/{domain}/causal.nc              kind "causal":   what every head does to the answer (mech.causal_report)
 
-Dimensions are words of ``mech.axes``; units and signs are attributes of each variable, so a figure can label its axes
-from the file alone. The example axis is kept everywhere: intervals and paired tests need it. ``check`` refuses a
+Dimensions are named as in ``mech.axes``; units and signs are attributes of each variable, so a figure can label its
+axes from the file alone. The example axis is kept everywhere: intervals and paired tests need it. ``check`` refuses a
 dataset that a reader would misread (a missing variable, dimensions in another order, a condition without its name).
 
     >>> dataset = ram_dataset(scores, vision_mass, size_null, n_evidence)      # doctest: +SKIP
@@ -35,7 +35,7 @@ from mech.files import parse_json
 VERSION = 1
 METHODS = ("none", "mean", "zero", "resample", "uniform", "paper")
 BANDS = ("none", "top", "bottom", "middle", "random", "unneeded", "unrestricted", "layer_matched", "by SCORE")
-WITH_TOP = "unrestricted, with top"  # sets of the unrestricted control that hold a tested head: shown apart
+WITH_TOP = "unrestricted, with top"  # sets of the unrestricted control that contain a tested head: shown separately
 MAP_FACTS = ("question", "answer", "prediction", "pictures", "evidence")
 
 Kind = Literal["ram", "ablation", "maps", "causal"]
@@ -113,16 +113,16 @@ def ram_dataset(
     examples: Sequence[str] | None = None,
     **attrs: Any,
 ) -> xr.Dataset:
-    """Retrieval attention mass of every head on every example, beside its two controls.
+    """Retrieval attention mass of every head on every example, with its two controls.
 
     Args:
-        ram: attention of the question's tokens that lies on the evidence.
+        ram: attention of the question's tokens on the evidence.
         vision_mass: the same over all visual tokens (a "vision head" score).
         size_null: the share of visible keys that are evidence: what even attention would score.
         n_evidence: visual tokens of the evidence.
-        layers: which layers of the model these are, where some have no heads.
+        layers: which layers of the model these are, if some have no heads.
         examples: ids of the examples.
-        attrs: ``provenance``, ``model``, ``domain`` and whatever else belongs to the whole dataset.
+        attrs: ``provenance``, ``model``, ``domain`` and other attributes of the whole dataset.
     """
     values = {"ram": ram, "vision_mass": vision_mass, "size_null": size_null, "n_evidence": n_evidence}
     coords = {EXAMPLE: (EXAMPLE, _names(examples))} if examples is not None else {}
@@ -151,7 +151,7 @@ def ablation_dataset(
     A condition is one set of heads ablated in one way; the unablated baseline is the condition ``method="none"``,
     ``band="none"``, ``fraction=0``. ``draw`` numbers the random sets of one size and method and is 0 for the others.
     ``heads`` says which heads a condition ablated (as text: ``"L0H2 L3H1"``; files of earlier versions do not have it).
-    One condition alone is a valid dataset: that is how conditions are saved while a study runs.
+    A single condition is a valid dataset: that is how conditions are saved while a study runs.
     """
     coords = {
         "method": (CONDITION, _names(method)),
@@ -169,12 +169,12 @@ def ablation_dataset(
 
 
 def heads_text(heads: Sequence[tuple[int, int]]) -> str:
-    """Heads as results hold them: ``"L0H2 L3H1"``."""
+    """Heads as text, as results store them: ``"L0H2 L3H1"``."""
     return " ".join(f"L{layer}H{head}" for layer, head in heads)
 
 
 def with_top_apart(effects: xr.Dataset) -> xr.Dataset:
-    """The sets of the unrestricted control that hold a head of the top band of their size, in a band of their own."""
+    """Give unrestricted control sets that contain a head of the top band of their size a band of their own."""
     if "heads" not in effects.coords or "unrestricted" not in effects["band"].values:
         return effects
     columns = [effects[name].values for name in ("method", "n_heads", "band", "heads")]
@@ -206,14 +206,14 @@ def maps_dataset(
     """What a few heads attend to in a few examples.
 
     Args:
-        attention: mean attention of the question's tokens on each visual token; nan where an example has fewer tokens.
+        attention: mean attention of the question's tokens on each visual token; nan if an example has fewer tokens.
         rect: pixel rectangle of each visual token in its original picture.
         token_image: index of the picture a token lies in, -1 for padding.
         facts: for each example a dict with ``question, answer, prediction, pictures`` (file names beside the dataset)
-            and ``evidence`` (lists ``[picture, x0, y0, x1, y1]``), with ``digests`` (of the pictures' pixels) if the
-            files are to be checked, and perhaps ``queries``: for each head shown ``"question"`` (the mean over its
-            tokens) or the one token that attends, with the share of the answer that is lost there. Kept as one JSON
-            string in ``attrs["facts"]``.
+            and ``evidence`` (lists ``[picture, x0, y0, x1, y1]``); optionally ``digests`` (of the pictures' pixels), to
+            check the files, and ``queries``: for each head shown ``"question"`` (the mean over its tokens) or the one
+            token that attends, with the share of the answer that is lost there. Stored as one JSON string in
+            ``attrs["facts"]``.
         shown: which heads are shown, and why.
     """
     layer, head, band, ram = zip(*shown, strict=True)
@@ -228,7 +228,7 @@ def maps_dataset(
 
 
 def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
-    """The dataset itself if it is what ``kind`` promises, otherwise an ``OutputError`` that names what is wrong."""
+    """Return the dataset if it is a valid ``kind``, otherwise raise an ``OutputError`` that names what is wrong."""
     if kind not in KINDS:
         raise OutputError.unknown("kind of result", kind, KINDS)
     layout = KINDS[kind]
@@ -264,7 +264,7 @@ def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
 
 
 def map_facts(dataset: xr.Dataset) -> list[dict[str, Any]]:
-    """What is known about each example of a "maps" dataset: its question, answer, prediction, pictures and evidence.
+    """The facts about each example of a "maps" dataset: its question, answer, prediction, pictures and evidence.
 
     Raises:
         OutputError: ``attrs["facts"]`` is damaged.

@@ -1,19 +1,19 @@
 """Saving and loading labelled arrays: netCDF files without pickle, written whole or not at all.
 
-``save`` and ``load`` keep an ``xarray.Dataset`` as it is: dimensions, string coordinates, nan, and attributes that are
-dicts, lists or None (written as JSON). A file is made in memory and takes its place on the disk in one step, so a
-reader never sees half a file, and a full disk is an error and no crash inside HDF5. It ends in a checksum over all
-that is in it (``mech.results.checksum``): damage is refused before HDF5 reads a byte.
+``save`` and ``load`` preserve an ``xarray.Dataset``: dimensions, string coordinates, nan, and attributes that are
+dicts, lists or None (written as JSON). A file is built in memory and put in place on the disk in one step, so a reader
+never sees half a file, and a full disk is an error rather than a crash inside HDF5. It ends in a checksum over its
+whole content (``mech.results.checksum``): damage is refused before HDF5 reads a byte.
 
     >>> save(scores, "ram.nc")                     # doctest: +SKIP
     >>> load("ram.nc").sel(layer=3, head=5)        # doctest: +SKIP
 
 ``save_part`` and ``load_part`` do the same for the many small pieces of an unfinished result, as ``.npz``: opening a
-netCDF file takes 60 ms, which over a thousand pieces is a minute. ``write_json`` and ``read_json`` do it for plain
-values. Nothing here knows what the numbers mean.
+netCDF file takes 60 ms, which adds up to a minute over a thousand pieces. ``write_json`` and ``read_json`` do it for
+plain values. Nothing here knows what the numbers mean.
 
-A file from elsewhere is read without trust: HDF5 can point into other files of the machine (external storage, external
-links, virtual datasets) and announce arrays that it does not hold; both are refused.
+A file from elsewhere is not trusted: HDF5 can point into other files of the machine (external storage, external links,
+virtual datasets) and announce arrays that it does not hold; both are refused.
 """
 
 import io
@@ -31,9 +31,9 @@ from mech.results.checksum import NAME, SEALED, seal, sealed_record, unsealed, u
 from mech.results.older import renewed, renewed_record
 from mech.results.provenance import jsonable
 
-_JSON = "json_attributes"  # names, in one attribute, of those attributes that were written as JSON
-_HEADER = "header"  # in a part: what npz does not say, dimensions and attributes
-_PACKED = 5000  # bytes of an array for one byte of its file; zlib can do 1032, and names of dimensions four times that
+_JSON = "json_attributes"  # the attribute that names those written as JSON
+_HEADER = "header"  # in a part: dimensions and attributes, which npz does not store
+_PACKED = 5000  # bytes of an array per byte of its file; zlib reaches 1032, and names of dimensions four times that
 
 
 def save(dataset: xr.Dataset, path: str | Path) -> Path:
@@ -62,7 +62,7 @@ def save(dataset: xr.Dataset, path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> xr.Dataset:
-    """Read a file of ``save`` into memory, leaving no handle open.
+    """Read a file written by ``save`` into memory, leaving no handle open.
 
     Raises:
         OutputError: there is no such file, it is damaged, or it points into other files.
@@ -78,7 +78,7 @@ def load(path: str | Path) -> xr.Dataset:
     try:
         content, whole = unsealed(read(path))
         _check_inside(content)
-        # Units are attributes of ours, not instructions for xarray to turn numbers into dates.
+        # Units are our own attributes, not instructions for xarray to turn numbers into dates.
         with xr.open_dataset(
             io.BytesIO(content), engine="h5netcdf", decode_times=False, decode_timedelta=False
         ) as opened:
@@ -88,7 +88,7 @@ def load(path: str | Path) -> xr.Dataset:
         dataset.attrs = _decoded(dataset.attrs)
         for name in dataset.variables:
             dataset[name].attrs = _decoded(dataset[name].attrs)
-    except Exception as error:  # h5py, h5netcdf and xarray have no common error; all of them mean: not readable
+    except Exception as error:  # h5py, h5netcdf and xarray have no common error; any error means: not readable
         raise OutputError(
             f"{path} cannot be read ({type(error).__name__}: {error})",
             "a whole netCDF file",
@@ -103,7 +103,7 @@ def save_part(dataset: xr.Dataset, path: str | Path) -> Path:
 
 
 def part_bytes(dataset: xr.Dataset) -> bytes:
-    """What ``save_part`` writes, checksum and all."""
+    """The bytes that ``save_part`` writes, checksum included."""
     header = {
         "dims": {str(name): variable.dims for name, variable in dataset.variables.items()},
         "attrs": {str(name): jsonable(variable.attrs) for name, variable in dataset.variables.items()},
@@ -119,16 +119,16 @@ def part_bytes(dataset: xr.Dataset) -> bytes:
 
 
 def load_part(path: str | Path) -> xr.Dataset:
-    """Read a file of ``save_part``; ``OutputError`` when it is missing or damaged."""
+    """Read a file written by ``save_part``; ``OutputError`` if it is missing or damaged."""
     path = Path(path)
     try:
         return part_of_bytes(read(path))
-    except Exception as error:  # zipfile, zlib, numpy and xarray have no common error; all of them mean: not readable
+    except Exception as error:  # zipfile, zlib, numpy and xarray have no common error; any error means: not readable
         raise OutputError(f"{path} cannot be read ({error})", "a whole part", "delete it and run again") from error
 
 
 def part_of_bytes(content: bytes) -> xr.Dataset:
-    """What ``part_bytes`` wrote; an error of zipfile, zlib, numpy or xarray when it is damaged."""
+    """Read what ``part_bytes`` wrote; raises an error of zipfile, zlib, numpy or xarray if it is damaged."""
     content, whole = unsealed(content)
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         header = parse_json(str(arrays[_HEADER]))
@@ -146,23 +146,23 @@ def write_json(value: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a file of ``write_json``, or any other JSON file.
+    """Read a file written by ``write_json``, or any other JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no path, no JSON, nested too deep, or damaged.
+        ValueError: not a path, not JSON, nested too deep, or damaged.
     """
-    if not isinstance(path, str | Path):  # a number would be a file descriptor, which is closed behind reading
+    if not isinstance(path, str | Path):  # a number would be a file descriptor, which reading would close
         raise ValueError(f"{path!r} is no path")
     value = parse_json(read(path))
     return renewed_record(unsealed_record(value) if isinstance(value, dict) else value)
 
 
 def _check_inside(content: bytes) -> None:
-    """Refuse an HDF5 file whose values lie elsewhere, or are more than it can hold."""
+    """Refuse an HDF5 file whose values lie in other files, or are more than it can hold."""
     import h5py
 
-    def problem(name: str, link: Any) -> str | None:  # returned, as h5py cannot pass an error on
+    def problem(name: str, link: Any) -> str | None:  # returned, since h5py cannot pass on an error
         if isinstance(link, h5py.ExternalLink):
             return f"{name!r} lies in another file, {link.filename}"
         part = None if isinstance(link, h5py.SoftLink) else opened[name]

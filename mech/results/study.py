@@ -1,7 +1,7 @@
 """The study folder: results that are only ever added to, and that survive being killed.
 
-The same command run again computes what is missing and nothing else. A long result is appended in parts, so a kill
-loses at most the part in flight; a damaged file counts as missing.
+Running the same command again computes only what is missing. A long result is appended in parts, so a kill loses at
+most the part in progress; a damaged file counts as missing.
 
     >>> study = Study("study", settings={"n_test": 100, "seed": 0})      # doctest: +SKIP
     >>> if not study.done("llava-m/grounding/ram"):                      # doctest: +SKIP
@@ -10,9 +10,9 @@ loses at most the part in flight; a damaged file counts as missing.
     ...     study.append("llava-m/grounding/ablation", measured(plan[i]), i)
     >>> study.finish("llava-m/grounding/ablation", len(plan))            # doctest: +SKIP
 
-``settings`` are what changes the numbers of a file that exists; a folder made with other settings is refused. What
+``settings`` hold whatever changes the numbers in an existing file; a folder made with other settings is refused. What
 only *adds* files (one more model or domain) belongs in the keys, not in the settings. A study that ends in an error
-before its first result leaves nothing behind: a call that was refused must not keep out the next one.
+before its first result leaves nothing behind, so that a refused call does not block the next one.
 
 One process writes at a time. A key that ends in "ram", "ablation", "maps" or "causal" must hold that kind of dataset;
 beyond that nothing here knows what the numbers mean.
@@ -42,7 +42,7 @@ BLOCKS = "blocks"  # a folder of `mech.scale` inside the study, which many proce
 
 try:
     import fcntl
-except ImportError:  # no file locks on this system: two writers are then not noticed
+except ImportError:  # no file locks on this system: two writers go unnoticed
     fcntl = None
 
 
@@ -51,8 +51,8 @@ class Study:
     """A folder of results that is only ever added to.
 
     Args:
-        path: the folder; made when it does not exist.
-        settings: what decides the numbers, JSON-able. The same settings open the folder again; without settings the
+        path: the folder; created if it does not exist.
+        settings: what determines the numbers, JSON-able. The same settings open the folder again; without settings the
             folder is opened for reading only, and nothing is locked.
 
     Raises:
@@ -64,15 +64,15 @@ class Study:
         self.path = Path(path)
         self.writes = settings is not None
         self._lock: _Lock | None = None
-        self._made: tuple[bool, bool] = False, False  # whether the folder and its study.json are of this opening
+        self._made: tuple[bool, bool] = False, False  # whether this opening made the folder and its study.json
         if settings is None:
             self._record = _read_record(self.path / "study.json")
             return
         there = self.path.exists()
         make_folder(self.path)
         self._lock = _Lock.of(self.path / ".lock")
-        for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
-            if BLOCKS not in left.parts:  # there others may be writing
+        for left in self.path.rglob(".*.part"):  # left by a process that was killed while writing
+            if BLOCKS not in left.parts:  # others may be writing there
                 left.unlink(missing_ok=True)
         wanted = jsonable(dict(settings))
         if (self.path / "study.json").exists():
@@ -101,7 +101,7 @@ class Study:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What was recorded, oldest first."""
+        """The recorded entries, oldest first."""
         return list(self._record.get("records", []))
 
     def record(self, entry: Mapping[str, Any]) -> None:
@@ -135,7 +135,7 @@ class Study:
         return _checked(load(older_file(self.file(key))), key)
 
     def put(self, key: str, dataset: xr.Dataset) -> None:
-        """Add a finished result. What is there and whole is not overwritten."""
+        """Add a finished result. One that is there and whole is not overwritten."""
         self._must_write()
         path = self.file(key)
         _checked(dataset, key)
@@ -145,7 +145,7 @@ class Study:
         save(dataset, path)
 
     def append(self, key: str, part: xr.Dataset, index: int) -> None:
-        """Save part number ``index`` of a result at once, so that a kill loses at most the part in flight."""
+        """Save part number ``index`` of a result at once, so that a kill loses at most the part in progress."""
         self._must_write()
         path = self._part(key, index)
         _checked(part, key)
@@ -153,7 +153,7 @@ class Study:
         save_part(part, path)
 
     def missing(self, key: str, n: int) -> list[int]:
-        """Which of the parts 0 to n-1 still have to be computed: none when the result is finished."""
+        """Which of the parts 0 to n-1 still have to be computed; none if the result is finished."""
         if self.done(key):
             return []
         return [i for i in range(n) if not self._has_part(key, i)]
@@ -161,7 +161,7 @@ class Study:
     def finish(self, key: str, n: int, dim: str = CONDITION, **attrs: Any) -> xr.Dataset:
         """Join parts 0 to n-1 along ``dim`` in the order of their numbers, and put the result.
 
-        ``attrs`` (``provenance`` for instance) are set on the whole; those of the first part are kept.
+        ``attrs`` (such as ``provenance``) are set on the whole; those of the first part are kept.
         """
         self._must_write()
         if not self.done(key):
@@ -169,7 +169,7 @@ class Study:
         folder = self._part(key, 0).parent
         for path in folder.glob("*.npz"):  # also those of a run that was killed right here
             path.unlink()
-        with contextlib.suppress(OSError):  # not there, or a stray file of the user's keeps it
+        with contextlib.suppress(OSError):  # not there, or kept by a stray file of the user's
             folder.rmdir()
         return self.get(key)
 
@@ -200,7 +200,7 @@ class Study:
         if of_folder:
             inner = sorted(filter(Path.is_dir, self.path.rglob("*")), key=lambda path: -len(path.parts))
             for folder in (*inner, self.path):
-                with contextlib.suppress(OSError):  # a file of the user's keeps it
+                with contextlib.suppress(OSError):  # kept by a file of the user's
                     folder.rmdir()
 
     def _must_write(self) -> None:
@@ -272,9 +272,9 @@ class _Lock:
                 "one writer at a time",
                 "wait for it, stop it, or give another folder",
             ) from error
-        except OSError:  # some network drives know no locks: go on without
+        except OSError:  # some network drives have no locks: go on without
             return
-        with contextlib.suppress(OSError):  # of a full disk: what is written only makes a message clearer
+        with contextlib.suppress(OSError):  # a full disk: the number only makes a message clearer
             os.ftruncate(handle, 0)
             os.write(handle, f"process {self.pid} on {os.uname().nodename}".encode())
 
