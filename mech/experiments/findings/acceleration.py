@@ -1,17 +1,17 @@
-"""What an acceleration result says: losses at equal budget, tests, the recommended setting; and sentences from them.
+"""What an acceleration result says: losses at equal budget, tests, the recommended setting, and sentences about them.
 
     facts = summarise(found)                      # ``found`` is what ``mech.acceleration`` returned
     facts["recommended"]                          # the smallest budget that keeps accuracy, or None
     for kind, text, against in sentences(facts): print(text)
 
-Losses are dense minus sparse, paired by sample. Three questions have a test each. Does the ranking by RAM keep more
-answers than as many random KV groups (the larger of two p-values, sign flips over samples and its rank among the
-random sets, Holm over the shares)? Does another choice keep more, or fewer, than RAM (two-sided, Holm over choices and
-shares)? Does the window alone keep them, so that no ranking is needed?
+Losses are dense minus sparse, paired by sample. There is a test for each of three questions. Does the ranking by RAM
+keep more answers than the same number of random KV groups (the larger of two p-values, sign flips over samples and its
+rank among the random sets; Holm over the shares)? Does another choice keep more, or fewer, than RAM (two-sided, Holm
+over choices and shares)? Does the window alone keep them, so that no ranking is needed?
 
 **The recommended setting** is the smallest share of dense KV groups chosen by RAM, or none at all, for which the 95%
-interval of the loss ends below ``margin``. The rule is fixed before the numbers are seen and no choice is picked by
-its result; that some other choice could do with less is said apart.
+interval of the loss ends below ``margin``. The rule is fixed before the numbers are seen, and no choice is picked by
+its result. If another choice needs fewer dense groups, that is reported separately.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from mech.experiments.findings.words import FLOOR
 from mech.experiments.power import ALPHA
 from mech.experiments.statistics import accuracy_interval, holm, proportion_interval, sign_flip_test
 
-MARGIN = 0.1  # of accuracy: a loss that is surely smaller is accepted
+MARGIN = 0.1  # a loss of accuracy that is surely smaller is accepted
 NAMES = {
     "ram": "RAM", "bottom": "the lowest RAM", "random": "chance", "vision": "attention on all visual tokens",
     "causal": "causal effect", "gates": "learned gates", "reach": "reach", "dynamic": "reach, for each input anew",
@@ -50,21 +50,21 @@ Said = Iterator[tuple[str, str, bool]]
 
 
 def summarise(found: xr.Dataset, margin: float = MARGIN) -> Facts:
-    """The numbers of an acceleration result, in plain values.
+    """The numbers of an acceleration result, as plain values.
 
         {"n_test", "domain", "length", "sinks", "window", "n_kv_heads", "margin",
          "dense": I, "window_only": {"accuracy": I, "loss": I, "flops", "kv_bytes"},
          "curve": [{"choice", "share", "n_kv_heads", "draws", "accuracy": I, "loss": I, "flops", "kv_bytes",
-                    "heads": the dense ones, of a single set}, ...],
+                    "heads": the dense ones, for a single set}, ...],
          "against_random": [{"choice", "share", "n_kv_heads", "p_adjusted", and those of ``against_random``}, ...],
          "against_ram": [{"choice", "share", "n_kv_heads", "difference": I, "p_value", "p_adjusted"}, ...],
-         "against_reach": the same for "dynamic" against its own score averaged over samples,
+         "against_reach": the same for "dynamic" against one set by the same score averaged over samples,
          "speed": [{"share", "prefill": I, "decode": I, "decode_default": I, "kv_measured", "prefill_bound",
                     "decode_bound"}, ...],
          "recommended": an entry of ``curve`` with its "speed", or None,
          "enough": {choice: the smallest share that would be recommended, or None}}             I = mean, low, high
 
-    A difference is the other choice minus RAM: positive where RAM keeps fewer answers.
+    A difference is the other choice minus RAM: positive if RAM keeps fewer answers.
     """
     right = found["accuracy"].transpose(CONDITION, EXAMPLE)
     dense = _rows(found, "dense", 1.0)[0]
@@ -93,7 +93,7 @@ def summarise(found: xr.Dataset, margin: float = MARGIN) -> Facts:
 
 
 def sentences(facts: Facts) -> Said:
-    """What the numbers show, as (kind, text, whether it speaks against arXiv 2606.05843); nothing of a weak model."""
+    """What the numbers show, as (kind, text, whether it disagrees with arXiv 2606.05843); nothing for a weak model."""
     if facts["dense"]["low"] < FLOOR:
         return
     for rule in (_keeping, _random, _others, _input, _fast):
@@ -160,7 +160,7 @@ def _others(facts: Facts) -> Said:
 
 
 def _input(facts: Facts) -> Said:
-    """At the size where choosing for each input changes most against one set by the same score."""
+    """Dense heads chosen for each input against one set by the same score, at the size where they gain most."""
     tests = facts["against_reach"]
     if not tests:
         return

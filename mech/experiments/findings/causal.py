@@ -1,5 +1,4 @@
-"""What the causal report of a study says: heads that matter without attending, that attend without mattering,
-that repair.
+"""What the causal report of a study says about heads that matter without attending, the reverse, and self-repair.
 
 Each rule reads the numbers of one model on one domain and yields (kind, text, whether it differs from the paper).
 """
@@ -23,7 +22,7 @@ KINDS = {
 
 
 def _causal(numbers: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What patching found; nothing where it could not be asked or the model is too weak."""
+    """What patching found; None if it was not possible or the model is too weak."""
     found = numbers.get("causal")
     return found if found and "quadrants" in found and not too_weak(numbers) else None
 

@@ -1,8 +1,8 @@
-"""What must be said before any finding: top sets that other samples would not name, and too few samples or random sets.
+"""Warnings to give before any finding: top sets that other samples would not name, too few samples or random sets.
 
     for kind, text in cautions(numbers): print(text)        # of ``summarise_domain`` or ``summarise_effects``
 
-Commands print these lines first, and a study's headlines and report begin with them.
+Commands print these lines first, and a study's headlines and report start with them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from mech.experiments.effects import points
 from mech.experiments.power import ALPHA, POWER, detectable_loss
 
-STABLE = 0.8  # of bootstrap resamples in which a head of the top set must be in it
+STABLE = 0.8  # share of bootstrap resamples in which a head of the top set must stay in it
 KINDS = {
     "unstable": "The top set is not stable: drawn anew, the samples would name other heads",
     "few samples": "The test samples are too few to detect a loss as small as the one that is measured",
@@ -20,7 +20,7 @@ KINDS = {
 
 
 def cautions(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(kind, text) of everything that limits what these numbers can say; nothing where nothing does."""
+    """(kind, text) of everything that limits what these numbers can say; empty if nothing does."""
     if numbers.get("stability"):
         yield from unstable(numbers["stability"])
     test = next((test for test in numbers.get("tests", ()) if test.get("primary")), None)
@@ -33,7 +33,7 @@ def cautions(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def unstable(stability: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Heads of the top set that are not in it in enough resamples of the samples that found it."""
+    """Heads of the top set that stay in it in too few resamples of the samples that found it."""
     loose = [(share, f"L{layer}H{head} {share:.0%}") for layer, head, share in stability["inclusion"] if share < STABLE]
     if loose:
         named = ", ".join(name for _, name in sorted(loose)[:6])
@@ -46,7 +46,7 @@ def unstable(stability: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def few_samples(n: int, loss: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Too few samples for a loss of this size."""
+    """Too few samples to detect a loss of this size."""
     least = detectable_loss(n)
     if least != least:
         yield "few samples", f"Too few samples: with {n} no loss of accuracy can be significant; it takes at least 5."
@@ -59,7 +59,7 @@ def few_samples(n: int, loss: Mapping[str, float]) -> Iterator[tuple[str, str]]:
 
 
 def few_sets(draws: int) -> Iterator[tuple[str, str]]:
-    """Too few random sets for a p-value over sets below 0.05."""
+    """Too few random sets for the p-value over sets to fall below 0.05."""
     if 1 / (1 + draws) >= ALPHA:
         yield (
             "few sets",

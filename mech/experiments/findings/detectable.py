@@ -1,10 +1,10 @@
-"""Which loss of accuracy each setting of a study could have detected: said before its findings.
+"""Which loss of accuracy each setting of a study could have detected; stated before its findings.
 
     found = detectable(summary)
     print(found["text"])
 
-It follows from the number of test samples alone, beside it how much larger the loss has to be where answers are gained
-as often as they were here without the top heads. That a smaller effect was not found says nothing of it.
+The loss follows from the number of test samples alone. Also given is how large it has to be if answers are gained as
+often as here without the top heads. Not finding a smaller effect says nothing about it.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from mech.experiments.power import ALPHA, POWER, detectable_loss
 
 
 def detectable(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The least loss that each setting detects four times in five, and the sentence for all of them.
+    """The smallest loss that each setting detects with 80% power, and one sentence for all of them.
 
     Returns:
         ``{"power", "alpha", "settings": [{"model", "domain", "n_test", "loss", "gained", "loss_with_gains", "draws",
-        "smallest_p_sets"}, ...], "text"}``; losses are shares of answers, None where no loss can be detected.
-        ``gained`` is the share of answers that are right without the top heads only.
+        "smallest_p_sets"}, ...], "text"}``; losses are shares of answers, None if no loss can be detected. ``gained``
+        is the share of answers that are right only without the top heads.
     """
     rows = [
         {"model": model, "domain": domain, **_of(numbers)}
@@ -38,7 +38,7 @@ def _of(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "n_test": n, "loss": _known(detectable_loss(n)), "gained": gained,
         "loss_with_gains": _known(detectable_loss(n, min(gained, 0.5))),
-        "draws": test.get("draws"), "smallest_p_sets": test.get("smallest_p_sets"),  # earlier versions have neither
+        "draws": test.get("draws"), "smallest_p_sets": test.get("smallest_p_sets"),  # older summaries have neither
     }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Pictures against text in a study: which heads they share, which were recruited, what each is worth for the other.
+"""Pictures against text in a study: the heads they share, the heads recruited, and what each is worth for the other.
 
     facts = summarise(forms_in(results, key, model, base, Scenes(domain, n, ...), say))
     for kind, text, against in sentences(facts): print(text)
 
-The claim that is tested: visual questions are answered as textual ones in context are (arXiv 2411.10950).
+The claim tested: visual questions are answered like textual questions about a context (arXiv 2411.10950).
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def summarise(found: Mapping[str, xr.Dataset]) -> Facts:
-    """The numbers of ``forms_in``, in plain values.
+    """The numbers of ``forms_in``, as plain values.
 
     {"domain", "n_find", "n_test", "n_top", "n_heads",
      "rows": {"question" | "answer": {"score": what was scored,
@@ -69,7 +69,7 @@ def sentences(facts: Facts) -> Iterator[tuple[str, str, bool]]:
 
 
 def pair(facts: Facts, rows: str, reading: str, other: str) -> Mapping[str, Any]:
-    """Two readings compared."""
+    """The comparison of two readings."""
     return next(p for p in facts["rows"][rows]["pairs"] if (p["reading"], p["other"]) == (reading, other))
 
 
@@ -105,7 +105,7 @@ def _recruited(facts: Facts) -> Iterator[tuple[str, str, bool]]:
 
 def _worth(facts: Facts) -> Iterator[tuple[str, str, bool]]:
     own, other = (cell(facts, found_on, "pictures") for found_on in ("pictures", BASE_TEXT))
-    if own["lost"]["low"] <= MATTERS:  # nothing to be shared
+    if own["lost"]["low"] <= MATTERS:  # no loss to share
         return
     as_much = other["lost"]["low"] > 0.5 * own["lost"]["mean"]
     text = (

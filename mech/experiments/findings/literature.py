@@ -1,7 +1,7 @@
-"""On which models the literature made its claims: the other half of every comparison with it.
+"""The models on which the literature made its claims: the other half of every comparison with it.
 
-A claim is about the models that it was made on. Measured on other models it can be found again, or not; a small model
-on which it fails shows that it is not universal, not that it is wrong of a large one.
+A claim is about the models it was made on. On other models it may or may not be found again. A small model on which it
+fails shows that the claim is not universal, not that it is wrong for a large one.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ STUDIED = {
     "2608.27417": "Qwen3-VL 8B",
     "2411.10950": "LLaVA 7B",
 }
-ABLATED = "Qwen3-VL 4B, LLaVA-OneVision 7B"  # of arXiv 2606.05843, where heads were ablated
-FASTER = "Qwen3-VL 8B and 32B, LLaVA-OneVision 7B"  # where they were kept dense
+ABLATED = "Qwen3-VL 4B, LLaVA-OneVision 7B"  # models whose heads arXiv 2606.05843 ablates
+FASTER = "Qwen3-VL 8B and 32B, LLaVA-OneVision 7B"  # models in which it keeps them dense
 
 
 def published(paper: str, models: str = "") -> str:
-    """``arXiv 2608.27417, on Qwen3-VL 8B``; "" for what no paper claims."""
+    """``arXiv 2608.27417, on Qwen3-VL 8B``; "" if no paper makes the claim."""
     studied = models or STUDIED.get(paper, "")
     return "" if not paper else f"arXiv {paper}, on {studied}" if studied else f"arXiv {paper}"
 
 
 def in_all(verdicts: Sequence[str], agrees: str, differs: str, unit: str = "setting") -> str:
-    """What the verdicts of several settings come to, no more than they can."""
+    """The overall verdict over several settings, as far as they allow one."""
     n, yes, no = len(verdicts), verdicts.count(agrees), verdicts.count(differs)
     if n == 1:
         where = f"in the one {unit} that was tried"

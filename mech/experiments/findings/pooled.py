@@ -1,15 +1,15 @@
-"""What a study says at a glance: three answers and one curve, all settings (models x domains) taken together.
+"""What a study says at a glance: three answers and one curve, pooled over all settings (models x domains).
 
     found = pooled(summary, rams)
     for answer in found["answers"]: print(answer["question"], answer["verdict"], answer["text"])
 
-Every setting weighs the same. The interval of a mean over settings is put together from the interval of each
+Every setting has the same weight. The interval of a mean over settings is combined from the settings' intervals
 (MOVER: Zou and Donner 2008, Statistics in Medicine 27): with means ``m_i`` in ``[l_i, u_i]``
 
     low = mean(m) - sqrt(sum_i (m_i - l_i)^2) / k,    high = mean(m) + sqrt(sum_i (u_i - m_i)^2) / k
 
-so it is about new samples of *these* settings, not about other settings, and takes the settings to be independent.
-Settings in which the model is too weak to lose anything are left out of the ablation and named.
+It therefore covers new samples of *these* settings, not other settings, and assumes that settings are independent.
+Settings in which the model is too weak to lose anything are left out of the ablation and listed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,20 @@ from mech.experiments.findings.cautions import ALPHA
 from mech.experiments.findings.words import FLOOR, TOP
 from mech.experiments.statistics import bootstrap_interval
 
-STEPS = {"prefill": "prefill", "decoding": "decode"}  # what is timed, in words and in the summary
+STEPS = {"prefill": "prefill", "decoding": "decode"}  # what is timed: in words, in the summary
 Bounds = dict[str, float]
 Setting = tuple[str, str]
 LINES = ("top", "random", "bottom")
-ALIKE = 1.5  # sizes of two settings are the same point of the curve if their shares differ by less than this factor
+ALIKE = 1.5  # two settings' sizes are one point of the curve if their shares differ by less than this factor
 
 
 def pooled(summary: Mapping[str, Any], rams: Mapping[Setting, xr.Dataset]) -> dict[str, Any]:
     """The three answers of a study with their numbers.
 
     Args:
-        summary: its ``models`` and ``acceleration``.
+        summary: the summary; its ``models`` and ``acceleration`` are used.
         rams: the saved RAM of every (model, domain): top heads are found on half of the samples and measured on the
-            other, which a ranking alone cannot give.
+            other half, which a ranking alone does not allow.
 
     Returns:
         ``{"scope", "weak": [[model, domain], ...], "retrieval": {"top": I, "bottom": I, "even", "share"},
@@ -72,7 +72,7 @@ def pooled(summary: Mapping[str, Any], rams: Mapping[Setting, xr.Dataset]) -> di
 
 
 def over_settings(bounds: Sequence[Mapping[str, float] | None]) -> Bounds | None:
-    """The mean of several means with its interval (MOVER); None where there are none, or one is not known."""
+    """The mean of several means with its interval (MOVER); None if there are none or one is unknown."""
     if not bounds or any(one is None or None in one.values() for one in bounds):
         return None
     mean, low, high = (np.array([one[name] for one in bounds if one]) for name in ("mean", "low", "high"))
@@ -85,9 +85,9 @@ def over_settings(bounds: Sequence[Mapping[str, float] | None]) -> Bounds | None
 
 
 def attention_of_top(ram: xr.Dataset, share: float = TOP) -> dict[str, Bounds | None]:
-    """The mean RAM of the top and bottom heads, each half of the samples measured on the heads of the other half.
+    """The mean RAM of the top and bottom heads, chosen on one half of the samples and measured on the other half.
 
-    Heads that are chosen and measured on the same samples seem better than they are.
+    Heads chosen and measured on the same samples look better than they are.
     """
     values = ram["ram"].transpose("example", "layer", "head").values.astype(float)
     values = values.reshape(len(values), -1)
@@ -119,7 +119,7 @@ def _scope(names: Sequence[Setting], settings: Mapping[Setting, Mapping[str, Any
 
 
 def _curve(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracy against the share of heads, for the bands and sizes that all settings have."""
+    """Accuracy against the share of heads, for the bands and sizes that all settings have in common."""
     if not settings:
         return []
     fewest = min(settings, key=lambda numbers: len(_shares(numbers)))
@@ -141,7 +141,7 @@ def _shares(numbers: Mapping[str, Any]) -> list[float]:
 
 
 def _method(numbers: Mapping[str, Any]) -> str:
-    """Mean ablation where it was done, or the first method."""
+    """Mean ablation if it was used, else the first method."""
     there = dict.fromkeys(entry["method"] for entry in numbers["ablation"])
     return "mean" if "mean" in there or not there else next(iter(there))
 
@@ -229,12 +229,12 @@ def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_faster(speed: Mapping[str, Any] | None) -> bool:
-    """Whether prefill and decoding are both surely faster than dense, at the length of the study."""
+    """Whether prefill and decoding are both surely faster than dense at the study's length."""
     return bool(speed) and min(speed["prefill"]["low"], speed["decode"]["low"]) > 1
 
 
 def _kept(accelerated: Mapping[str, Any]) -> str:
-    """What stays dense in each model and what that costs; the largest set that was tried where none is enough."""
+    """What stays dense in each model and what it costs; the largest set tried if none is enough."""
     best = {model: facts["recommended"] for model, facts in accelerated.items() if facts["recommended"] is not None}
     said = []
     if best:
@@ -259,7 +259,7 @@ def _kept(accelerated: Mapping[str, Any]) -> str:
 
 
 def _times(timed: Sequence[Mapping[str, Any]], kind: str) -> str:
-    """How many times as fast, over models."""
+    """The speed relative to dense, as a range over models."""
     low, high = (end(speed[kind]["mean"] for speed in timed) for end in (min, max))
     return f"{low:.1f}x" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}x"
 

@@ -1,10 +1,10 @@
 """What a study found, in sentences. Every sentence is computed from the summary, whichever way the numbers fall.
 
-Each rule below reads the numbers of one model on one domain (a *setting*), of one model, or of all, and says what they
-show, with the interval; where that differs from what arXiv 2606.05843 reports the finding is flagged. A small model
-cannot contradict an 8B one: a flag means that a claim is not universal, within the ``scope`` of the study. A rule that
-has nothing to say says nothing. No rule knows which model it reads. What limits the findings (``cautions``) comes
-first. ``headlines`` counts in how many settings each kind of finding was made.
+Each rule below reads the numbers of one model on one domain (a *setting*), of one model, or of all models, and says
+what they show, with the interval. If that differs from what arXiv 2606.05843 reports, the finding is flagged. A small
+model cannot contradict an 8B one: a flag means that a claim is not universal, within the ``scope`` of the study. A rule
+may yield nothing. No rule knows which model it reads. What limits the findings (``cautions``) comes first.
+``headlines`` counts the settings in which each kind of finding was made.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from mech.experiments.findings.cautions import ALPHA, cautions
 from mech.experiments.findings.cautions import KINDS as CAUTIONS
 from mech.experiments.findings.words import MATTERS, TOP, Said, are, too_weak
 
-CONTROLS = ("vision_mass", "localization")  # scores that ask for no evidence
-SIGNS = ("facilitating", "interfering")  # of causal head gating: scores of effect, not of attention
+CONTROLS = ("vision_mass", "localization")  # scores that need no evidence
+SIGNS = ("facilitating", "interfering")  # from causal head gating: scores of effect, not of attention
 
 Finding = dict[str, Any]
 
 
 def findings(summary: Mapping[str, Any]) -> list[Finding]:
-    """All sentences, models in their order, what holds across domains and models last."""
+    """All sentences, model by model; those across domains come after each model's, those across models last."""
     said = []
     for model, facts in summary["models"].items():
         for domain, numbers in facts["domains"].items():
@@ -52,14 +52,14 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
 
 
 def headlines(found: list[Finding]) -> list[Finding]:
-    """One sentence for each kind of finding, saying in how many settings (a model on a domain) it was made, and where.
+    """One sentence per kind of finding, saying in how many settings (a model on a domain) it was made, and where.
 
-    What limits the findings comes first. What is said of a whole model or of all models is kept as it is.
+    What limits the findings comes first. Findings about a whole model or all models are kept unchanged.
     """
     said = []
     for kind, phrase in KINDS.items():
         made = [f for f in found if f["kind"] == kind]
-        # Sparse inference is tried in a few settings only, and so is patching.
+        # Sparse inference and patching are tried in a few settings only.
         tried = [f for f in found if all((f["kind"] in some) == (kind in some) for some in FEW)]
         settings = list(dict.fromkeys((f["model"], f["domain"]) for f in tried if f["domain"]))
         if made and made[0]["domain"]:
@@ -73,7 +73,7 @@ def headlines(found: list[Finding]) -> list[Finding]:
 
 
 def scope(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """On what the findings are made, in words: the models by their size, and the domains."""
+    """The basis of the findings in words: how many models, of which sizes, and the domains."""
     heads = sorted({facts["n_layers"] * facts["n_heads"] for facts in models.values()})
     sizes = f"{heads[0]} to {heads[-1]}" if len(heads) > 1 else str(heads[0])
     domains = dict.fromkeys(domain for facts in models.values() for domain in facts["domains"])
@@ -94,7 +94,7 @@ def _finding(model: str | None, domain: str | None, kind: str, text: str, agains
     return {"kind": kind, "text": text, "model": model, "domain": domain, "against_papers": against}
 
 
-# What each kind of finding says, without its numbers; the order is that of the headlines.
+# What each kind of finding says, without numbers, in the order of the headlines.
 KINDS = {
     **CAUTIONS,
     "needed": "The heads with the highest RAM are needed more than random other heads (over samples and over sets)",
@@ -117,7 +117,7 @@ KINDS = {
     "domains": "",
     "scales": "",
 }
-FEW = (acceleration.KINDS, causal.KINDS)  # what is not asked in every setting
+FEW = (acceleration.KINDS, causal.KINDS)  # kinds that are not tested in every setting
 
 
 def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
@@ -130,7 +130,7 @@ def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
         f"{half} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; the first is "
         f"L{layer}H{head} with RAM {best:.2g}, where a head that attends to everything alike would have {null:.2g}."
     )
-    # The papers find 4-10% of the heads with half of the mass.
+    # The papers find half of the mass in 4-10% of the heads.
     spread = share > 0.25
     yield "spread" if spread else "concentrated", text, spread
 
@@ -177,7 +177,7 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 
 def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    """Is it the evidence, or would heads do that attend to anything visual?"""
+    """Is it the evidence, or would heads do as well that attend to anything visual?"""
     top = _at(numbers, "mean", "top", TOP)
     vision = _at(numbers, "mean", "by vision_mass", TOP)
     if top is None or vision is None or vision["n_heads"] != top["n_heads"] or too_weak(numbers):
@@ -205,7 +205,7 @@ def _shared(numbers: Mapping[str, Any], one: str, other: str) -> int | None:
 
 
 def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    """Together they cost more than k times the first: single effects do not add up to that of the set."""
+    """The set costs more than k times its first head: single effects do not add up to the effect of the set."""
     tops = _sizes(numbers, "mean", "top")
     if not tops or tops[0]["n_heads"] != 1 or too_weak(numbers):
         return
@@ -281,7 +281,7 @@ def _methods(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 
 def _scores(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    """Published scores whose top set surely shares less than half with that of RAM; controls are no such scores."""
+    """Published scores whose top set surely overlaps with RAM's by less than half; controls are left out."""
     found = numbers.get("scores")
     if not found or "ram" not in found["names"]:
         return
@@ -305,7 +305,7 @@ def _domains(facts: Mapping[str, Any]) -> Said:
         return
     pairs = [(i, j) for i in range(len(found["domains"])) for j in range(i)]
     rank = [found["spearman"][i][j] for i, j in pairs]
-    if any(value is None or value != value for value in rank):  # a ranking without any order
+    if any(value is None or value != value for value in rank):  # a ranking with no order
         return
     shared = [found["jaccard"][i][j] for i, j in pairs]
     null = sum(found["jaccard_null"][i][j] for i, j in pairs) / len(pairs)
@@ -336,13 +336,13 @@ def _scales(summary: Mapping[str, Any]) -> Said:
 
 
 def _sizes(numbers: Mapping[str, Any], method: str, band: str) -> list[Mapping[str, Any]]:
-    """The entries of a band, smallest first."""
+    """The entries of a band, smallest set first."""
     entries = [e for e in numbers["ablation"] if e["method"] == method and e["band"] == band]
     return sorted(entries, key=lambda e: e["n_heads"])
 
 
 def _at(numbers: Mapping[str, Any], method: str, band: str, fraction: float) -> Mapping[str, Any] | None:
-    """The entry of a band whose size is nearest to ``fraction``; sentences name the size they speak of."""
+    """The entry of a band whose size is nearest to ``fraction``; sentences state the actual size."""
     return min(_sizes(numbers, method, band), key=lambda e: abs(e["fraction"] - fraction), default=None)
 
 

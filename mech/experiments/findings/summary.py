@@ -1,13 +1,14 @@
 """A study's results in numbers: ``summary.json``.
 
-Effects are *drops*: baseline minus ablated, paired by sample, so that a positive number means the heads were needed.
-Intervals of accuracy are ``accuracy_interval``, those of logit differences bootstrap intervals: over samples, and for
-bands with several random sets over samples crossed with sets. The tests ask whether the top heads cost more than random
-sets of as many *other* heads. ``p_samples`` is about new samples (sign flips), ``p_sets`` about new sets (the rank of
-the top set among the random ones, which cannot fall below ``smallest_p_sets`` = 1 / (1 + sets)), and ``p_value`` is the
-larger of the two. One test is *primary*: the first method, the size nearest to a twentieth of the heads, fixed before
-anything is measured; findings rest on it, and its ``p_adjusted`` is its p. The others are corrected (Holm) over all
-other sizes and methods of one model on one domain.
+Effects are *drops*: baseline minus ablated, paired by sample, so a positive number means that the heads are needed.
+Drops in accuracy have ``accuracy_interval``, accuracies of a single set Wilson's interval, and logit differences
+bootstrap intervals: over samples, and for bands with several random sets over samples crossed with sets. The tests ask
+whether the top heads cost more than random sets of the same number of *other* heads. ``p_samples`` generalises to new
+samples (sign flips), ``p_sets`` to new sets (the rank of the top set among the random ones, which cannot fall below
+``smallest_p_sets`` = 1 / (1 + sets)); ``p_value`` is the larger of the two. One test is *primary*: the first method, at
+the size nearest to a twentieth of the heads, fixed before anything is measured. Findings rest on it, and its
+``p_adjusted`` is its p. The other tests are corrected (Holm) over all other sizes and methods of one model on one
+domain.
 
     {"schema": 1,
      "models": {MODEL: {"n_layers", "n_heads", "family",
@@ -15,27 +16,27 @@ other sizes and methods of one model on one domain.
            "baseline": {"accuracy": I, "logit_diff": I},
            "ranking": [[layer, head, score], ...],                       best first
            "half_mass_share": share of the heads that hold half of all RAM,
-           "size_null": what a head scores that attends to everything alike,
+           "size_null": the RAM of a head that attends evenly,
            "stability": {"n_top", "n_find", "inclusion": [[layer, head, share of resamples in the top set], ...]},
-           "ablation": [{"method", "band", "fraction", "n_heads", "n_test", "draws", "heads": of a named set,
+           "ablation": [{"method", "band", "fraction", "n_heads", "n_test", "draws", "heads": of a single set,
                          "accuracy": I, "gained": share of answers right only without the heads,
                          "accuracy_drop": I, "logit_diff_drop": I or null}, ...],
            "tests": [{"method", "fraction", "n_heads", "primary", "statistic", "p_value", "p_samples", "p_sets",
                       "smallest_p_sets", "p_adjusted", "draws", "sets_as_costly"}, ...],
-           "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices of every pair of scores;
-                     ``_low`` and ``_high`` are 95% intervals over samples; with heads patched one by one also the
-                     two signs of causal head gating (over fits),
+           "scores": {"names", "n_top", "spearman", "jaccard", "jaccard_null", ...}: matrices over pairs of scores;
+                     ``_low`` and ``_high`` are 95% intervals over samples; if heads are patched one by one, also
+                     the two signs of causal head gating (intervals over fits),
            "causal": ``CausalReport.facts()``, or {"reason": why there is none}}},
         "agreement": {"domains", "spearman", "jaccard", "jaccard_null"},
-        "forms": ``forms.summarise``, pictures against text, for a model that was tuned from a language model}},
+        "forms": ``forms.summarise``, pictures against text, for a model tuned from a language model}},
      "acceleration": {MODEL: ``acceleration.summarise``},   sparse inference, on one domain each
      "scales": {"pairs": [{"a", "b", "domain", "overlap", "overlap_null", "pearson", "centre_a", "centre_b"}, ...]},
-     "detectable": ``detectable.detectable``, which losses could have been found,
-     "scope": on what the findings are made, in words,
+     "detectable": ``detectable.detectable``, the losses that could have been found,
+     "scope": the models and domains of the findings, in words,
      "findings": [{"kind", "text", "model", "domain", "against_papers": differs from the paper (within scope)}, ...],
-     "headlines": the same, one for each kind; what limits the others (unstable top sets, too few samples) first,
-     "verdicts": [{"claim", "cells": [{"model", "domain", "verdict", "text"}, ...]}, ...]: of ``verdicts``,
-     "pooled": three answers and a curve over all settings, of ``pooled``,
+     "headlines": one per kind of finding; what limits the others (unstable top sets, too few samples) first,
+     "verdicts": [{"claim", "cells": [{"model", "domain", "verdict", "text"}, ...]}, ...]: from ``verdicts``,
+     "pooled": three answers and a curve over all settings, from ``pooled``,
      "provenance": {...}}                                                 I = {"mean", "low", "high"}
 """
 
@@ -56,7 +57,7 @@ from mech.results import with_top_apart
 
 
 def summarise_domain(ranking: Ranking, ram: xr.Dataset, effects: xr.Dataset) -> dict[str, Any]:
-    """One model on one domain: the ranking, the effect of every band, the tests."""
+    """One model on one domain: the ranking, the effect of every band, and the tests."""
     return {
         "n_find": ram.sizes["example"],
         "ranking": [[layer, head, round(score, 6)] for layer, head, score in ranking.table],
@@ -68,7 +69,7 @@ def summarise_domain(ranking: Ranking, ram: xr.Dataset, effects: xr.Dataset) -> 
 
 
 def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
-    """What an ablation found: ``n_test``, ``baseline``, ``ablation`` and ``tests`` of the schema above."""
+    """The results of an ablation: ``n_test``, ``baseline``, ``ablation`` and ``tests`` of the schema above."""
     effects = with_top_apart(effects)
     baseline = effects.isel({CONDITION: 0})
     right, margin = baseline["accuracy"].values, baseline["logit_diff"].values
@@ -110,7 +111,7 @@ def summarise_effects(effects: xr.Dataset) -> dict[str, Any]:
 
 
 def _asked(group: xr.Dataset) -> np.ndarray:
-    """The examples that these conditions were asked of: a study asks some methods of a part of them."""
+    """The examples measured under these conditions; a study measures some methods on only part of them."""
     return np.flatnonzero(~np.isnan(group["accuracy"].values).any(axis=0))
 
 
@@ -126,7 +127,7 @@ def _adjust(tests: list[dict[str, Any]]) -> None:
 
 
 def stability(ranking: Ranking, k: int | float = TOP, n_resamples: int = 1000) -> dict[str, Any] | None:
-    """How often each of the top heads stays there when the samples that found it are drawn anew; None if unknown."""
+    """How often each top head stays in the top set when the samples that found it are resampled; None if unknown."""
     if ranking.n_examples is None or ranking.n_examples < 2:
         return None
     share = ranking.stability(n_resamples, k)
@@ -136,7 +137,7 @@ def stability(ranking: Ranking, k: int | float = TOP, n_resamples: int = 1000) -
 
 
 def bands(effects: xr.Dataset) -> Iterator[tuple[tuple[str, str, int], xr.Dataset]]:
-    """The conditions of an ablation result, those that differ only in their draw together."""
+    """The conditions of an ablation result, grouped so that a group differs only in the draw."""
     keys = zip(effects["method"].values, effects["band"].values, effects["n_heads"].values, strict=True)
     for method, band, n_heads in dict.fromkeys((str(m), str(b), int(n)) for m, b, n in keys if b != "none"):
         yield (method, band, n_heads), _select(effects, method, band, n_heads)
@@ -148,16 +149,17 @@ def _select(effects: xr.Dataset, method: str, band: str, n_heads: int) -> xr.Dat
 
 
 def summarise_agreement(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
-    """How far the rankings of one model agree across domains, whole maps and top sets."""
+    """How well the rankings of one model agree across domains: whole maps and top sets."""
     found = agreement(rankings, TOP)
     matrices = {name: found[name].values.tolist() for name in ("spearman", "jaccard", "jaccard_null", "overlap_p")}
     return {"domains": list(rankings), "n_top": int(found.attrs["n_top"]), **matrices}
 
 
 def summarise_scores(scores: xr.Dataset, gated: xr.Dataset | None = None, n_resamples: int = 500) -> dict[str, Any]:
-    """How far the rankings by several scores agree, on one model and domain; intervals over samples.
+    """How well rankings by several scores agree, for one model and domain; intervals over samples.
 
-    What only serves as a null is left out; ``gated`` (of ``causal_head_gating``) adds both signs, intervals over fits.
+    Scores that only serve as nulls are left out. ``gated`` (from ``causal_head_gating``) adds both signs, with
+    intervals over fits.
     """
     rankings = {str(name): rank_heads(scores, str(name)) for name in scores if not is_null(str(name))}
     if gated is not None:
@@ -168,13 +170,13 @@ def summarise_scores(scores: xr.Dataset, gated: xr.Dataset | None = None, n_resa
 
 
 def above_null(ram: xr.Dataset) -> Ranking:
-    """The ranking by RAM beyond what even attention would give: summed over many heads that floor would dominate."""
+    """The ranking by RAM above that of even attention; summed over many heads, that floor would dominate."""
     score = (ram["ram"] - ram["size_null"]).mean("example").clip(min=0)
     return rank_heads(score.rename("ram_above_null"), model=str(ram.attrs.get("model", "")))
 
 
 def summarise_scales(rankings: Mapping[str, Mapping[str, Ranking]]) -> dict[str, Any]:
-    """How far models agree on the relative depth of retrieval (of ``above_null``), pair by pair, domain by domain."""
+    """How well models agree on the relative depth of retrieval (by ``above_null``), for each pair and domain."""
     pairs = []
     names = list(rankings)
     for i, a in enumerate(names):

@@ -1,11 +1,11 @@
-"""The claims of the literature beside what was measured: a verdict on each in each setting, from a study's numbers.
+"""The claims of the literature compared with a study's numbers: a verdict on each claim in each setting.
 
     for claim in verdicts(summary): print(claim["claim"], claim["cells"])
 
-A setting is a model on a domain. A cell says ``agrees`` or ``differs`` where the numbers are sure of it (the rule of
-the finding fired), ``cannot tell`` where it was tested and the numbers allow both, and is missing where nothing was
-tested. "Not shown to be needed" is thus no disagreement: only an interval that excludes the claim is one. Each claim
-names the paper and the models that it was made on; what all settings come to is said within the models of the study.
+A setting is a model on a domain. A cell says ``agrees`` or ``differs`` if the numbers settle it (the rule of the
+finding fired), ``cannot tell`` if the claim was tested and the numbers allow both, and is missing if nothing was
+tested. "Not shown to be needed" is therefore not a disagreement; only an interval that excludes the claim is. Each
+claim names its paper and the models it was made on. The overall verdict is limited to the models of the study.
 """
 
 import math
@@ -21,23 +21,23 @@ from mech.experiments.findings.words import FLOOR, MATTERS
 AGREES, DIFFERS, CANNOT_TELL = "agrees", "differs", "cannot tell"
 Numbers = Mapping[str, Any]
 Setting = tuple[str, str]
-Verdict = tuple[str, str]  # one of the three, and the numbers behind it
+Verdict = tuple[str, str]  # one of the three, and its numbers in words
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A published statement, the kinds of findings that decide it, and what tells whether it was tested at all.
+    """A published statement, the kinds of findings that decide it, and whether it was tested at all.
 
     Attributes:
         text: the statement, as the literature makes it.
         agrees: kinds of findings that agree with it.
-        differs: kinds that do not.
-        tested: whether the numbers of a setting can speak of it.
-        silent: the verdict where no finding was made.
-        whole_model: it is about a model, not about one domain of it.
-        sparse: it is about sparse inference.
-        paper: arXiv number of who claims it; "" for a control that no paper made.
-        models: on which it was claimed, where not on all models of that paper.
+        differs: kinds of findings that disagree with it.
+        tested: whether the numbers of a setting bear on it.
+        silent: the verdict if no such finding was made.
+        whole_model: whether it is about a model rather than one of its domains.
+        sparse: whether it is about sparse inference.
+        paper: arXiv number of the paper that claims it; "" for a control that no paper made.
+        models: the models it was claimed for, if not all models of that paper.
     """
 
     text: str
@@ -55,11 +55,11 @@ def verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every claim that was tested somewhere, with its verdicts.
 
     Args:
-        summary: of a study, with its ``findings``.
+        summary: the summary of a study, with its ``findings``.
 
     Returns:
         ``{"claim", "published": paper and models, "cells": [{"model", "domain", "verdict", "text"}, ...], "in_all"}``
-        for each; ``domain`` is None where the verdict is about a whole model.
+        for each; ``domain`` is None if the verdict is about a whole model.
     """
     rows = []
     for claim in CLAIMS:
@@ -122,7 +122,7 @@ def _verdict(claim: Claim, summary: Mapping[str, Any], model: str, domain: str |
 
 
 def _excludes(numbers: Numbers) -> bool:
-    """Whether the largest cost that the interval of the top twentieth allows is not worth a sentence."""
+    """Whether the interval of the top twentieth excludes any cost that matters."""
     top = _near(numbers, "top", 0.05) if "ablation" in numbers else None
     return top is not None and top["accuracy_drop"]["high"] < MATTERS
 
@@ -141,7 +141,7 @@ def _near(numbers: Numbers, band: str, fraction: float) -> Mapping[str, Any] | N
 
 
 def _control(band: str, name: str) -> Callable[[Numbers], Verdict]:
-    """A control agrees with "these heads, not such heads" if what it surely costs is less than half of the top's."""
+    """A control agrees with "these heads, not just such heads" if it surely costs less than half of the top's mean."""
 
     def silent(numbers: Numbers) -> Verdict:
         top, control = _near(numbers, "top", 0.05), _near(numbers, band, 0.05)
@@ -170,7 +170,7 @@ def _attending(numbers: Numbers) -> Verdict:
 
 
 def _no_blind(numbers: Numbers) -> Verdict:
-    """That none was found says something only where the tests could have found one."""
+    """Finding none says something only if the tests could have found one."""
     found = numbers["causal"]
     n, heads = found["n_test"], sum(map(len, found["quadrants"].values()))
     text = f"On {n} samples no head is necessary that does not attend to the evidence."
@@ -178,7 +178,7 @@ def _no_blind(numbers: Numbers) -> Verdict:
 
 
 def _dense(facts: Numbers) -> Verdict:
-    """The largest share of dense heads that was tried: is it sure to lose too much, or only not sure to keep enough?"""
+    """The largest share of dense heads tried: does it surely lose too much, or just not surely keep enough?"""
     tried = [entry for entry in facts["curve"] if entry["choice"] == "ram"]
     if not tried:
         return CANNOT_TELL, "No set of dense heads was chosen by RAM."
@@ -192,7 +192,7 @@ def _dense(facts: Numbers) -> Verdict:
 
 NEEDED = "Ablating the heads of the highest RAM costs more than random heads"
 RANKED = "RAM chooses dense heads better than chance"
-UNSURE = {"not needed": NEEDED, "dense draws": RANKED}  # not shown is not refuted
+UNSURE = {"not needed": NEEDED, "dense draws": RANKED}  # not shown does not mean refuted
 CLAIMS = (
     Claim("A few heads hold half of the retrieval attention", ("concentrated",), ("spread",)),
     Claim(NEEDED, ("needed",), tested=_bands("top", "random"), models=ABLATED),

@@ -1,10 +1,10 @@
-"""What every rule for sentences shares: thresholds, a few words, and whether a model is too weak to say anything of."""
+"""What all sentence rules share: thresholds, wording helpers, and whether a model is too weak to say anything about."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MATTERS = 0.05  # a drop in accuracy that is worth a sentence
-FLOOR = 0.2  # below this accuracy nothing can be lost
+MATTERS = 0.05  # a drop in accuracy that is worth reporting
+FLOOR = 0.2  # below this accuracy there is nothing to lose
 TOP = 0.05  # the share of heads that the literature calls CoRe
 Said = Iterator[tuple[str, str, bool]]  # kind, text, whether it differs from arXiv 2606.05843
 
@@ -15,7 +15,7 @@ def too_weak(numbers: Mapping[str, Any]) -> bool:
 
 
 def names_of(heads: list[list[int]]) -> str:
-    """``L0H2, L3H1``, six of them at most."""
+    """``L0H2, L3H1``, at most six heads."""
     shown = [f"L{layer}H{head}" for layer, head in heads[:6]]
     return ", ".join(shown) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
 
