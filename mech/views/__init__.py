@@ -1,13 +1,13 @@
 """Pictures of results: single views for notebooks and papers, and the report of a study. No model is needed.
 
     from mech.views import view, report
-    view(result)                       # the picture that fits; shows itself in Jupyter
-    view(grid, on=sample)              # over the picture, where the result has a place in it
+    view(result)                       # the fitting picture; shows itself in Jupyter
+    view(grid, on=sample)              # drawn over the picture, where the result has a place in it
     view(result).save("figure.pdf")    # or .html (complete, offline), .png, .svg
     report("study")                    # study/report.html
 
-What fits is seen from the result: its variables and dimensions. Samples, layouts, inputs, rankings and circuits are
-shown as well, and show themselves in Jupyter by asking ``view``.
+The view is chosen by the result's variables and dimensions. Samples, layouts, inputs, rankings and circuits are shown
+as well; in Jupyter they show themselves through ``view``.
 """
 
 from inspect import signature
@@ -70,17 +70,17 @@ def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **opt
     """The picture that fits a result.
 
     Args:
-        result: what a measurement returned (see the gallery in the docs), a ``Circuit``, ``Ranking``, ``CausalReport``,
-            ``Sample``, ``Samples``, ``Inputs`` or ``TokenLayout``.
+        result: what a measurement returned (see the gallery in the docs), or a ``Circuit``, ``Ranking``,
+            ``CausalReport``, ``Sample``, ``Samples``, ``Inputs`` or ``TokenLayout``.
         on: the picture to draw over: a ``Sample`` (its evidence is outlined), an image, an array or a path; or several.
-        folder: where the pictures of a saved "maps" dataset lie.
-        options: of the view: ``title``; ``layout`` (of the inputs, where cells are positions) for patching and
-            attributions; ``ranking`` and ``maps`` for circuits; ``measure`` for ablation.
+        folder: the folder with the pictures of a saved "maps" dataset.
+        options: options of the view: ``title``; ``layout`` (the inputs' layout, where cells are positions) for patching
+            and attributions; ``ranking`` and ``maps`` for circuits; ``measure`` for ablation.
 
     Raises:
-        OutputError: nothing fits, or the picture is missing or does not fit.
+        OutputError: no view fits, or the picture is missing or does not fit.
     """
-    result = getattr(result, "dataset", result)  # of a causal report
+    result = getattr(result, "dataset", result)  # a causal report has one
     if hasattr(result, "cache_dict") or (hasattr(result, "__array__") and not hasattr(result, "dims")):
         what = f"a tensor of shape {tuple(result.shape)}" if hasattr(result, "shape") else "an activation cache"
         raise OutputError(
@@ -100,7 +100,7 @@ def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **opt
 
 
 def _dataset_view(result: xr.Dataset) -> Any:
-    """How a dataset is drawn, by what is in it."""
+    """The view that draws a dataset, chosen by what is in it."""
     names, dims = set(map(str, result.data_vars)), set(map(str, result.dims))
     if "shown" in dims:
         return maps_view
@@ -136,7 +136,7 @@ def _dataset_view(result: xr.Dataset) -> Any:
 
 
 def _object_view(result: Any) -> Any:
-    """How anything else is drawn, by what it can be asked."""
+    """The view that draws anything else, chosen by its attributes."""
     if isinstance(result, xr.DataArray):
         if {"query", "key"} <= set(map(str, result.dims)):
             return attention_view

@@ -1,7 +1,7 @@
 """Agreement: do two scores, two domains, pictures and text, or two sizes of a model, find the same heads?
 
-Matrices are tables, so that they can be read, copied and heard; their shade is mixed by the browser from the colours of
-the page. The depth profile lays models of different size over each other: the share of all RAM in each layer, against
+Matrices are tables, so that they can be read, copied and read aloud; the browser mixes their shades from the page's
+colours. The depth profile lays models of different size over each other: the share of all RAM in each layer, against
 relative depth. The sample curve says how many samples a ranking needs.
 """
 
@@ -14,17 +14,17 @@ import xarray as xr
 
 from mech.views.drawing.page import View, chart, escape, table, tabs, tabular
 
-BESIDE = 5  # names up to which two matrices stand side by side
+BESIDE = 5  # up to this many names two matrices stand side by side
 LINES = ("@top", "@bottom", "@middle", "@matched", "@random", "@accent")
 SYMBOLS = ("diamond", "square", "triangle-up", "circle", "x", "star")
-# Where ``modality_transfer`` found heads to be at the top.
+# On which forms ``modality_transfer`` found heads at the top.
 ORIGINS = {
     "on text before, and on pictures": ("@top", "diamond"),
     "on pictures only": ("@matched", "triangle-up"),
     "on text only": ("@bottom", "square"),
     "neither": ("@random", "circle"),
 }
-LABELLED = 12  # heads with their name beside them
+LABELLED = 12  # heads labelled with their name
 
 
 def matrix(
@@ -35,9 +35,9 @@ def matrix(
     interval: Any = None,
     columns: Sequence[str] | None = None,
 ) -> str:
-    """A matrix as a shaded table; without ``columns`` it is symmetric, and its diagonal needs no comment.
+    """A matrix as a shaded table; without ``columns`` it is symmetric, and its diagonal has no small print.
 
-    Small under each value stand its ``interval`` (low and high, as matrices) and ``null``, what chance would give.
+    In small print under each value: its ``interval`` (low and high, as matrices) and ``null``, the value by chance.
     """
     head = "".join(f"<th>{escape(name)}</th>" for name in columns or names)
     rows = []
@@ -62,7 +62,7 @@ def matrix(
 
 
 def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
-    """Rank correlation and overlap of the top heads: of the domains of one model, or of several scores ("names")."""
+    """Rank correlation and overlap of the top heads, for the domains of one model or for several scores ("names")."""
     names = agreement.get("domains") or agreement["names"]
     between = {name: [agreement[f"{name}_{end}"] for end in ("low", "high")] if f"{name}_low" in agreement else None
                for name in ("spearman", "jaccard")}  # fmt: skip
@@ -71,7 +71,7 @@ def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
     null, top = agreement.get("jaccard_null"), agreement.get("n_top")
     caption = f"Jaccard overlap of the top {'' if top is None else f'{top} '}heads"
     wide = len(names) > BESIDE
-    if wide and null is not None:  # all pairs have one chance: it is said once
+    if wide and null is not None:  # chance is the same for all pairs: it is stated once
         null, caption = None, f"{caption}; by chance {null[0][1]:.2f}"
     jaccard = matrix(names, agreement["jaccard"], caption, null, between["jaccard"])
     if wide:
@@ -80,11 +80,11 @@ def domain_agreement(agreement: Mapping[str, Any], what: str = "RAM") -> str:
 
 
 def agreement_view(result: xr.Dataset, title: str = "Agreement of rankings") -> View:
-    """What ``mech.agreement`` found: how far scores, domains or seeds name the same heads.
+    """The result of ``mech.agreement``: how far scores, domains or seeds name the same heads.
 
     Args:
-        found: of ``mech.agreement``.
-        title: stands above a saved page.
+        result: the result of ``mech.agreement``.
+        title: heading of the view, and title of a saved page.
     """
     names = [str(name) for name in result["ranking"].values]
     facts = {"names": names, "n_top": result.attrs["n_top"], **{str(n): v.values.tolist() for n, v in result.items()}}
@@ -93,11 +93,11 @@ def agreement_view(result: xr.Dataset, title: str = "Agreement of rankings") -> 
 
 
 def transfer_view(result: xr.Dataset, title: str = "Transfer of heads") -> View:
-    """What ``mech.transfer`` found: what is lost on each task (columns) without the top heads of each (rows).
+    """The result of ``mech.transfer``: what is lost on each task (columns) without the top heads of each (rows).
 
     Args:
-        found: of ``mech.transfer``.
-        title: stands above a saved page.
+        result: the result of ``mech.transfer``.
+        title: heading of the view, and title of a saved page.
     """
     rows, columns = ([str(name) for name in result[dim].values] for dim in ("found_on", "tested_on"))
     chance = np.broadcast_to(result["random_lost"].values, (len(rows), len(columns)))
@@ -114,8 +114,8 @@ def modality_view(result: xr.Dataset, title: str = "Pictures and text") -> View:
     """Every head's score on pictures against that on text, and how many top heads the readings share.
 
     Args:
-        found: of ``mech.modality_transfer``.
-        title: stands above a saved page.
+        result: the result of ``mech.modality_transfer``.
+        title: heading of the view, and title of a saved page.
     """
     before = "base text" if "base text" in result["reading"].values else "text"
     of_base = f" of {escape(result.attrs['base'])}, before it was tuned" if before == "base text" else ""
@@ -170,7 +170,7 @@ def _forms(result: xr.Dataset, before: str) -> str:
 
 
 def _apart(x: np.ndarray, y: np.ndarray) -> set[int]:
-    """The highest points whose names have room: none lies where the name of a higher one stands."""
+    """The highest points whose names have room: none overlaps the name of a higher one."""
     named: list[tuple[int, float, float]] = []
     places = x / (np.abs(x).max() or 1.0), y / (np.abs(y).max() or 1.0)
     for i in np.argsort(-np.maximum(x, y), axis=None)[:LABELLED].tolist():
@@ -181,7 +181,7 @@ def _apart(x: np.ndarray, y: np.ndarray) -> set[int]:
 
 
 def _shared(result: xr.Dataset) -> str:
-    """What the top heads of pictures share with every other reading, beside what layers explain."""
+    """What the top heads for pictures share with every other reading, and how much of that layers explain."""
     rows = []
     for other in result["other"].values[1:]:
         row = result.sel(reading="pictures", other=other)
@@ -206,8 +206,8 @@ def sample_curve_view(result: xr.Dataset, title: str = "How many samples does a 
     """How well two rankings from disjoint samples agree, as their number grows: mean and 95% range over the splits.
 
     Args:
-        found: of ``mech.sample_curve``.
-        title: stands above a saved page.
+        result: the result of ``mech.sample_curve``.
+        title: heading of the view, and title of a saved page.
     """
     traces: list[dict[str, Any]] = []
     for (name, called), colour in zip(
@@ -252,7 +252,7 @@ def depth_profile(rankings: Mapping[str, Sequence[Sequence[float]]], n_layers: M
 
     Args:
         rankings: name -> ``[[layer, head, score], ...]``, all heads.
-        n_layers: name -> layers of that model.
+        n_layers: name -> number of layers of that model.
     """
     traces = []
     for i, (name, heads) in enumerate(rankings.items()):
@@ -260,7 +260,7 @@ def depth_profile(rankings: Mapping[str, Sequence[Sequence[float]]], n_layers: M
         mass = np.zeros(depth)
         for layer, _, score in heads:
             mass[int(layer)] += max(score, 0.0)
-        # Density, not share: 4 layers and 8 layers of the same profile must lie on each other.
+        # Density, not share: 4 layers and 8 layers with the same profile must coincide.
         density = mass / (mass.sum() or 1.0) * depth
         colour, symbol = LINES[i % len(LINES)], SYMBOLS[i % len(SYMBOLS)]
         traces.append(

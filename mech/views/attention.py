@@ -2,9 +2,9 @@
 
     view(token_attention(model, inputs, layers=[3]))     # at most 64 groups of tokens: text, and cells of the picture
 
-The viewer shows the heads of a layer small; the one that is pointed at or chosen large, and for every query the keys
-it attends to. circuitsvis' own notebook code asks the network which copy of its script to take; here its local script
-goes into the page, so nothing is asked and the page is complete. It is drawn on white, also on a dark page.
+The viewer shows all heads of a layer small and the one pointed at or chosen large, with the keys that each query
+attends to. circuitsvis' own notebook code asks the network which copy of its script to use; here its local script is
+put into the page, so there is no request and the page is complete. It is drawn on white, even on a dark page.
 """
 
 import re
@@ -23,11 +23,11 @@ def attention_view(result: xr.DataArray, title: str = "Attention between tokens"
     """Attention patterns over (layer, head, query, key), a panel for each layer.
 
     Args:
-        result: of ``mech.token_attention``.
-        title: stands above a saved page.
+        result: the result of ``mech.token_attention``.
+        title: heading of the view, and title of a saved page.
 
     Raises:
-        OutputError: other dimensions, or more groups than can be looked at.
+        OutputError: other dimensions, or more groups than can be shown.
     """
     dims = (LAYER, HEAD, "query", "key")
     if set(result.dims) != set(dims) or result.sizes["key"] > MOST or result.sizes["query"] != result.sizes["key"]:
@@ -52,8 +52,8 @@ def attention_view(result: xr.DataArray, title: str = "Attention between tokens"
 
 
 def _viewer(values: np.ndarray, names: list[str], heads: list[str]) -> tuple[str, str, str]:
-    """Of circuitsvis' local source the element, the script (the same for all), and the call that draws into it."""
-    from circuitsvis.attention import attention_heads  # takes torch along
+    """From circuitsvis' local source: the element, the script (the same for all), and the call that draws into it."""
+    from circuitsvis.attention import attention_heads  # imports torch
 
     source = attention_heads(
         attention=np.round(values, 4), tokens=names, attention_head_names=heads, max_value=float(values.max()),
@@ -64,6 +64,6 @@ def _viewer(values: np.ndarray, names: list[str], heads: list[str]) -> tuple[str
     if match is None or not draws:
         raise OutputError("a circuitsvis whose pages look otherwise", "circuitsvis 1.43", "install that version")
     code = re.sub(r"//# sourceMappingURL=\S+", "", code[match.end() :])
-    # Tokens of users stand in the call: "<" would end the script, or open a comment in it.
+    # The call contains users' tokens: "<" would end the script, or open a comment in it.
     call = draws + call.rpartition("</script>")[0].replace("<", "\\u003c") + ";"
     return f'<div class="viewer" id="{match[1]}"></div>', code, call

@@ -2,9 +2,9 @@
 
     view = causal_view(report)             # a ``CausalReport``, or its dataset
 
-In the scatter every head is a point: to the right it attends to the evidence, above it is necessary. Lines divide it
-into the four quadrants; heads that matter are labelled. Beside it what sets of heads cost together and as the sum of
-single effects: where the two part, heads stand in for one another (or need one another).
+In the scatter every head is a point: heads on the right attend to the evidence, heads at the top are necessary. Lines
+divide it into the four quadrants; heads that matter are labelled. Next to it is what sets of heads cost together and as
+the sum of single effects: where the two differ, heads stand in for one another (or need one another).
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ QUADRANTS = {
     "causal, not attending": ("@matched", "triangle-up"),
     "neither": ("@random", "circle"),
 }
-LABELLED = 8  # heads with their name beside them
+LABELLED = 8  # heads labelled with their name
 APART = 0.06  # of the largest effect: smaller ones have no name
 ORDERS = {
     "effect": ("greedy, by what is lost", "@top", "solid"),
@@ -39,13 +39,13 @@ def causal_view(result: Any, title: str = "Does attention imply causal effect?")
 
     Args:
         result: a ``CausalReport`` or its dataset.
-        title: stands above a saved page.
+        title: heading of the view, and title of a saved page.
     """
     return View(title, f"<h3>{escape(title)}</h3>{causal_card(getattr(result, 'dataset', result))}", height=900)
 
 
 def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str:
-    """The pictures of one report; ``facts`` are those of the summary and add its sentences and its table."""
+    """The pictures of one report; ``facts``, from the summary, add its sentences and its table."""
     even = float(data["even"])
     caption = (
         f"Every point is a head, means over {data.sizes['example']} test samples with 95% intervals; the corrupted "
@@ -92,20 +92,20 @@ def _scatter(data: xr.Dataset) -> str:
 
 
 def _label_sides(data: xr.Dataset) -> dict[tuple[int, ...], str]:
-    """Where the names of the heads with the largest effects stand; heads with like RAM take turns above and below."""
+    """Where to put the names of the heads with the largest effects; those of similar RAM alternate above and below."""
     ram, size = data["ram"].values, np.abs(data["lost"].values)
     best = np.argsort(-size, axis=None)[:LABELLED]
     best = best[size.ravel()[best] > APART * size.max()]  # names of points at the line hide each other
     sides = {}
     for turn, flat in enumerate(sorted(best, key=lambda i: ram.ravel()[i])):
         at = tuple(map(int, np.unravel_index(flat, ram.shape)))
-        # Beside the interval, into the picture.
+        # Next to the interval, inside the picture.
         sides[at] = f"{('top', 'bottom')[turn % 2]} {'left' if ram[at] > 0.8 * ram.max() else 'right'}"
     return sides
 
 
 def _points(data: xr.Dataset, name: str, sides: dict[tuple[int, ...], str]) -> dict:
-    """The heads of one quadrant, with intervals; those that have a side are labelled."""
+    """The heads of one quadrant, with intervals; those listed in ``sides`` are labelled."""
     heads = [tuple(map(int, at)) for at in np.argwhere(data["quadrant"].values == name)]
     columns = ("ram", "ram_rank", "lost", "lost_low", "lost_high", "recovered")
     ram, rank, lost, low, high, back = (np.array([data[c].values[at] for at in heads]) for c in columns)
@@ -217,7 +217,7 @@ def _curves(data: xr.Dataset, name: str, title: str) -> str:
 
 
 def _both_ways(data: xr.Dataset) -> str:
-    """Necessity beside sufficiency of the first heads, with their controls, and the dose curves of the pull."""
+    """Necessity and sufficiency of the top heads, with their controls, and the dose curves of the pull."""
     facts, found = facts_of(data), redirection_of(data)
     if facts is None or found is None:
         return ""

@@ -1,4 +1,4 @@
-"""Circuits: from regions of the image over heads and MLPs to the logits, drawn as layers of a graph.
+"""Circuits: from regions of the image through heads and MLPs to the logits, drawn as a layered graph.
 
     circuit_view(trace_circuit(model, samples, metric))                  # or what ``path_patching`` returned
     circuit_view(edge_attribution(model, clean, corrupted, metric))      # its strongest edges
@@ -6,13 +6,13 @@
     circuit_view(circuit, on=sample, ranking=ranking, maps=maps)
 
 Height is depth: inputs at the bottom, logits on top. The width of an edge is the size of its effect, its colour the
-sign: blue carries what makes the clean answer, orange works against it. Edges enter a head on the left if they feed its
-queries, in the middle for keys, on the right for values. Pointing at an edge gives effect, interval and p; a click on a
-part shows what it reads and writes, what the ranking says of it, and what it attends to.
+sign: blue supports the clean answer, orange works against it. Edges enter a head on the left if they feed its queries,
+in the middle for keys, on the right for values. Pointing at an edge shows effect, interval and p; a click on a part
+shows what it reads and writes, what the ranking says about it, and what it attends to.
 
     circuit_scores_view(circuit_scores(task))                            # faithfulness against size, CPR, CMD, AUROC
 
-Nothing is computed here: which edges there are was decided by what made the circuit.
+Nothing is computed here: the edges are those of the measurement that made the circuit.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from mech.views.drawing.page import View, chart, escape, table, tabs
 from mech.views.overlay import map_of_head
 from mech.views.patching import effects_from_zero
 
-STRONGEST = 30  # paths that are drawn of a result that has all of them
+STRONGEST = 30  # paths drawn from a result that has all of them
 LEAST = 0.005  # share of the gap: below it nothing is drawn
 COLOURS = ("@top", "@bottom", "@matched", "@middle", "@accent")
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
@@ -46,10 +46,10 @@ def circuit_view(
 
     Args:
         result: a ``Circuit``, or what ``path_patching`` or ``edge_attribution`` returned.
-        title: stands above a saved page.
+        title: heading of the view, and title of a saved page.
         on: a ``Sample``, whose evidence and pictures stand for the inputs (or its picture).
-        ranking: says of each head whether it attends to the evidence.
-        maps: of ``mech.attention_maps`` on that sample with the circuit's heads: shows what a head attends to.
+        ranking: says for each head whether it attends to the evidence.
+        maps: ``mech.attention_maps`` on that sample with the circuit's heads: shows what a head attends to.
 
     Raises:
         OutputError: no edge has an effect, or ``maps`` without the sample.
@@ -82,8 +82,8 @@ def circuit_scores_view(result: xr.Dataset, title: str = "Who finds a faithful c
     """Faithfulness against the share of edges, a curve for each entry, and CPR, CMD and AUROC in a table.
 
     Args:
-        result: of ``circuit_scores``.
-        title: stands above a saved page.
+        result: the result of ``circuit_scores``.
+        title: heading of the view, and title of a saved page.
     """
     panels = {
         name: _faithfulness(result["faithfulness"].sel(order=order))
@@ -151,14 +151,14 @@ def _arrows(result: Any) -> list[Arrow]:
 
 
 def _measured(result: xr.Dataset) -> list[Arrow]:
-    """The strongest paths of a dataset over sender and receiver; of several regions the strongest."""
+    """The strongest paths of a dataset over sender and receiver; for several regions, the strongest region."""
     effect = effects_from_zero(result).transpose(EXAMPLE, "sender", "receiver", ...)
     values = effect.values.reshape(*effect.shape[:3], -1)
     mean, low, high = mean_interval(values)
     places = [" at ".join(map(str, at)) for at in _product([effect[dim].values.tolist() for dim in effect.dims[3:]])]
     senders, receivers = (list(map(str, effect[axis].values)) for axis in ("sender", "receiver"))
     named = [receiver.partition(".") for receiver in receivers]
-    if _counts(receivers, "H") == _counts(receivers, "K"):  # no sharing: keys and values are their head's own
+    if _counts(receivers, "H") == _counts(receivers, "K"):  # no sharing: each head has its own keys and values
         named = [(name.replace("K", "H"), dot, through) for name, dot, through in named]
     edges = []
     for i, j in np.argwhere(np.isfinite(mean).any(-1)):
@@ -179,7 +179,7 @@ def _product(axes: Sequence[Sequence[Any]]) -> list[tuple]:
 
 
 def _panel(name: str, key: str, arrows: Sequence[Arrow], ranking: Any, seen: str) -> str:
-    """What is said of a part when it is chosen."""
+    """The panel shown when a part is chosen."""
     rank_line = ""
     match = NODE.fullmatch(name)
     if ranking is not None and match is not None and match[5] == "H":
@@ -202,7 +202,7 @@ def _panel(name: str, key: str, arrows: Sequence[Arrow], ranking: Any, seen: str
 
 
 def _seen(name: str, maps: xr.Dataset | None, on: Any) -> str:
-    """What a head attends to in the first of the examples."""
+    """What a head attends to in the first example."""
     match = NODE.fullmatch(name)
     if maps is None or match is None or match[5] != "H":
         return ""
@@ -214,7 +214,7 @@ def _seen(name: str, maps: xr.Dataset | None, on: Any) -> str:
 
 
 def _source(result: Any, arrows: Sequence[Arrow]) -> str:
-    """What the graph was made from, in a line."""
+    """What the graph was made from, in one line."""
     measured = isinstance(result, xr.Dataset)
     n = result.sizes[EXAMPLE] if measured else result.n_examples
     facts = result.attrs if measured else {"model": result.model, "direction": result.direction}

@@ -4,10 +4,10 @@
     ablation_curves(dataset, "logit_diff")
 
 Lines are the named bands (top, bottom, middle of the ranking, tops by other scores; bars: 95% interval over the
-samples). Shaded is where random sets of as many other heads fall, from the lowest to the highest draw: an effect inside
-the shade is no effect of the *ranking*. Layer-matched random sets have as many heads in each layer as the top set, so
-they also rule out "those layers matter". Pointing at a set says which heads it holds. The dotted line is the model as
-it is.
+samples). The shade is where random sets of the same number of other heads fall, from the lowest to the highest draw: an
+effect inside the shade is no effect of the *ranking*. Layer-matched random sets have as many heads in each layer as the
+top set, so they also rule out "those layers matter". Pointing at a set shows which heads it holds. The dotted line is
+the unablated model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,9 +44,9 @@ BANDS = {
     "by sink_mass": ("sink heads", "x", "longdashdot"),
 }
 DRAWN = ("random", "unneeded", "unrestricted", WITH_TOP, "layer_matched")
-OVERVIEW = ("top", "random", "layer_matched", "bottom")  # what the overview has room for, each in a lane of its own
+OVERVIEW = ("top", "random", "layer_matched", "bottom")  # what the overview has room for, each in its own lane
 LANE = 15  # pixels
-NEAR = 4  # rows from which on the overview has ticks above as well
+NEAR = 4  # with more rows than this the overview has ticks above as well
 COLOURS = {
     "unneeded": "random",
     "unrestricted": "random",
@@ -69,7 +69,7 @@ class Effect:
     mean: float
     low: float
     high: float
-    heads: str = ""  # which were ablated; of random sets, those of the lowest and of the highest draw
+    heads: str = ""  # which were ablated; for random sets, those of the lowest and of the highest draw
 
 
 def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablation of heads") -> View:
@@ -77,8 +77,8 @@ def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablatio
 
     Args:
         result: the dataset of ``ablation``: ``accuracy`` and ``logit_diff`` [condition, example].
-        measure: one of the two; empty for both, to switch between.
-        title: stands above a saved page.
+        measure: one of the two; empty for both, with a switch.
+        title: heading of the view, and title of a saved page.
     """
     known = [name for name in MEASURES if name in result]
     if measure and measure not in known:
@@ -91,7 +91,7 @@ def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablatio
 
 
 def effects(result: xr.Dataset, measure: str) -> list[Effect]:
-    """Every (method, band, share) of the dataset once, draws of a random band taken together; the baseline first."""
+    """Every (method, band, share) of the dataset once, with the draws of a random band merged; the baseline first."""
     missing = [name for name in (measure, "method", "band", "fraction", "n_heads") if name not in result.variables]
     if missing or not {CONDITION, EXAMPLE} <= set(result[measure].dims):
         raise OutputError(
@@ -121,7 +121,7 @@ def effects(result: xr.Dataset, measure: str) -> list[Effect]:
 
 
 def wrapped(heads: str, a_line: int = 8) -> str:
-    """Names of heads for a tip, some on each line."""
+    """Names of heads for a tooltip, several per line."""
     names = escape(heads).split()
     return "<br>".join(", ".join(names[i : i + a_line]) for i in range(0, len(names), a_line))
 
@@ -131,19 +131,19 @@ def baseline(effects: Sequence[Effect]) -> Effect | None:
 
 
 def methods(effects: Sequence[Effect]) -> list[str]:
-    """The methods there are, in the order of METHODS."""
+    """The methods present, in the order of METHODS."""
     there = dict.fromkeys(effect.method for effect in effects if effect.method != "none")
     return [m for m in METHODS if m in there] + [m for m in there if m not in METHODS]
 
 
 def in_order(bands: Iterable[str]) -> list[str]:
-    """The bands there are, each once, in the order of BANDS; the unablated model is none."""
+    """The bands present, each once, in the order of BANDS; the unablated model is not one."""
     there = dict.fromkeys(band for band in bands if band != "none")
     return [band for band in BANDS if band in there] + [band for band in there if band not in BANDS]
 
 
 def looks_like(band: str) -> tuple[str, str, str]:
-    """Name, marker and dash of a band; rankings by any score can be one."""
+    """Name, marker and dash of a band; a ranking by any score can be one."""
     return BANDS.get(band, (f"top {band}", "star", "longdash"))
 
 
@@ -162,7 +162,7 @@ def method_panels(effects: Sequence[Effect], measure: str) -> str:
 
 
 def overview(settings: Mapping[str, Sequence[Effect]], method: str, fraction: float) -> str:
-    """One row for each setting (a model on a domain): the whole model, and without top, random and bottom heads."""
+    """One row per setting (a model on a domain): the whole model, and without its top, random and bottom heads."""
     lanes = [
         band for band in OVERVIEW if any(effect.band == band for effects in settings.values() for effect in effects)
     ]
@@ -186,7 +186,7 @@ def overview(settings: Mapping[str, Sequence[Effect]], method: str, fraction: fl
         },
         "shapes": [line | {"line": {"color": "@rule", "width": 1}} for line in lines],
     }
-    if len(settings) > NEAR:  # ticks above as well: those below are too far from the first rows
+    if len(settings) > NEAR:  # ticks above as well: the ones below are too far from the first rows
         layout["xaxis2"] = {"overlaying": "x", "side": "top", "range": axis["range"], "tickformat": ".0%",
                             "showgrid": False, "zeroline": False, "fixedrange": True}  # fmt: skip
         traces.append({"type": "scatter", "x": [None], "y": [None], "xaxis": "x2", "hoverinfo": "skip"})
@@ -195,7 +195,7 @@ def overview(settings: Mapping[str, Sequence[Effect]], method: str, fraction: fl
 
 
 def overview_legend(effects: Sequence[Effect]) -> str:
-    """What the rows of the overview hold, each drawn as it is there."""
+    """The legend of the overview's rows, drawn with their symbols."""
     there = {effect.band for effect in effects}
     bar = '<svg viewBox="0 0 30 14" aria-hidden="true"><path d="M15 0V14" stroke="var(--none)" stroke-width="2"/></svg>'
     items = [f"<li>{bar}unablated model</li>"] if baseline(effects) else []
@@ -257,7 +257,7 @@ def _panel(effects: Sequence[Effect], method: str, measure: str, span: tuple[flo
                 "hovertemplate": f"{_says(base, measure)}<extra></extra>",
             }
         )
-    # Shades first, so that the lines lie over them; the top of the ranking over all.
+    # Shades first, so that the lines lie over them; the top of the ranking last, over everything.
     for band in sorted(in_order(effect.band for effect in effects)[::-1], key=lambda band: band not in DRAWN):
         line = sorted((e for e in effects if e.method == method and e.band == band), key=lambda e: e.fraction)
         if line:
@@ -291,7 +291,7 @@ def _line(line: list[Effect], band: str, measure: str) -> dict:
     trace = {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": escape(name),  # for a legend of matplotlib; the page has one for all panels
+        "name": escape(name),  # for matplotlib's legend; the page has one for all panels
         "x": [effect.fraction for effect in line],
         "y": [effect.mean for effect in line],
         "text": [_says(effect, measure) for effect in line],
@@ -321,7 +321,7 @@ def _shade(line: list[Effect], band: str) -> list[dict]:
 
 
 def _says(effect: Effect, measure: str) -> str:
-    """What pointing at an effect says."""
+    """The tooltip of an effect."""
     shown = (lambda v: f"{v:.1%}") if measure == "accuracy" else (lambda v: f"{v:.2f}")
     span = f"{shown(effect.low)} to {shown(effect.high)}" if np.isfinite(effect.low) else "one sample"
     if effect.method == "none":
@@ -345,7 +345,7 @@ def _span(effects: Sequence[Effect], measure: str) -> tuple[float, float]:
 
 
 def _ticks(shares: Sequence[float]) -> list[float]:
-    """The shares that were tried, without those whose labels would touch the one to the right."""
+    """The shares that were measured, without those whose labels would touch the next one on the right."""
     ticks: list[float] = []
     span = np.log10(shares[-1] / shares[0]) if len(shares) > 1 else 1.0
     for share in reversed(shares):
@@ -359,7 +359,7 @@ def _percent(share: float) -> str:
 
 
 def _colour(band: str) -> str:
-    """The variable of page.css."""
+    """The band's variable in page.css."""
     return COLOURS.get(band, band) if band in BANDS or band == "none" else "ink"
 
 

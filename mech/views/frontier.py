@@ -3,10 +3,11 @@
     view = frontier_view(found)               # what ``mech.acceleration`` returned
     view = sparsity_view(runs)                # what ``mech.reference.sparsity_runs`` returned
 
-On the left accuracy against the share of KV heads that stay dense, a line for each choice; shaded is where random sets
-of the same size fall, dotted the dense model, dashed the window alone. A line matters where it leaves the shade. In the
-middle what those shares cost: the cache as counted and as measured. On the right how many times faster than dense, as
-measured, beside the bound. The star is the recommended setting, with the interval of its accuracy.
+The first chart shows accuracy against the share of KV heads that stay dense, a line for each choice; the shade is where
+random sets of the same size fall, the dotted line the dense model, the dashed line the window alone. A line matters
+where it leaves the shade. The second shows what those shares cost: the cache as counted and as measured. The third
+shows how many times faster than dense they are, as measured, with the bound. The star is the recommended setting; the
+interval of its loss is in its tooltip.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,16 +32,16 @@ LINES = {
     "vision": ("@soft", "cross", "dot"),
     "bottom": ("@soft", "x", "dot"),
 }
-NAMED, A_LINE = 16, 4  # heads that are named under the mouse, and in one line of that
-WINDOW_AT = 0.5  # the window alone stands at half of the smallest share: a log scale has no zero
+NAMED, A_LINE = 16, 4  # heads named in a tooltip, and on one line of it
+WINDOW_AT = 0.5  # the axis begins at half of the smallest share: a log scale has no zero
 
 
 def frontier_view(result: xr.Dataset, title: str = "How few heads can see everything?", margin: float = MARGIN) -> View:
     """The pictures of one acceleration result.
 
     Args:
-        result: what ``mech.acceleration`` returned, or a study saved.
-        title: stands above a saved page.
+        result: what ``mech.acceleration`` returned or a study saved.
+        title: heading of the view, and title of a saved page.
         margin: the loss of accuracy that the recommended setting stays below.
     """
     facts = summarise(result, margin)
@@ -49,7 +50,7 @@ def frontier_view(result: xr.Dataset, title: str = "How few heads can see everyt
 
 
 def frontier_card(facts: Mapping[str, Any]) -> str:
-    """The pictures and the table of one place, from the numbers of the summary."""
+    """The pictures and the table of one model, from the numbers of the summary."""
     curve, n = facts["curve"], facts["n_kv_heads"]
     local = f"{facts['sinks']} + {facts['window']} of {facts['length']} tokens"
     caption = (
@@ -112,7 +113,7 @@ def _accuracy(facts: Mapping[str, Any]) -> str:
 
 
 def _random(facts: Mapping[str, Any], shares: Sequence[float]) -> list[dict]:
-    """Where random sets fall: the interval over samples and sets, shaded."""
+    """The shade where random sets fall: the interval over samples and sets."""
     line = sorted((point for point in facts["curve"] if point["choice"] == "random"), key=lambda point: point["share"])
     if not line:
         return []
@@ -139,7 +140,7 @@ def _line(line: Sequence[Mapping[str, Any]], name: str, colour: str, symbol: str
         "line": {"color": colour, "width": 2.5 if symbol == "diamond" else 1.5, "dash": dash},
         "marker": {"symbol": symbol, "size": 9 if bars else 4, "color": colour},
     }  # fmt: skip
-    if symbol == "diamond":  # one line with bars: seven would hide each other, and the table has them all
+    if symbol == "diamond":  # only one line has bars: seven would hide each other, and the table has all intervals
         trace["error_y"] = {
             "type": "data", "symmetric": False, "color": colour, "thickness": 1, "width": 3,
             "array": np.array([point["accuracy"]["high"] - point["accuracy"]["mean"] for point in line]),
@@ -149,7 +150,7 @@ def _line(line: Sequence[Mapping[str, Any]], name: str, colour: str, symbol: str
 
 
 def _named(heads: str) -> str:
-    """The first heads of a set, a few to a line, and how many more there are."""
+    """The first heads of a set, a few per line, and how many more there are."""
     names = heads.split()
     lines = [", ".join(names[i : i + A_LINE]) for i in range(0, min(len(names), NAMED), A_LINE)]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -294,12 +295,12 @@ PANELS = (
 def sparsity_view(
     runs: Mapping[str, Mapping[str, Any]], size: str = "llava-s", title: str = "Does training for sparsity buy both?"
 ) -> View:
-    """Efficiency against interpretability: a point for each seed of each objective, and every measure as a table.
+    """Efficiency against interpretability: a point for each seed of each objective, and every measure in a table.
 
     Args:
         runs: what ``mech.reference.sparsity_runs`` returned.
-        size: which of the sizes in it.
-        title: stands above a saved page.
+        size: which of the model sizes in it to show.
+        title: heading of the view, and title of a saved page.
     """
     mine = [run for run in runs.values() if run["size"] == size]
     rows = [row for row in compared(runs) if row.size == size and row.values]

@@ -4,9 +4,9 @@
     ram_map(ranking)      # anything with ``.scores()``: a DataArray over layer and head
     head_maps(scores)     # all scores of ``head_scores``; what heads add to the logits (``logit_attribution``)
 
-Every cell is one head; its colour is the mean over samples. Pointing at it gives layer, head, value with a 95%
-bootstrap interval over the samples, and rank. The heads of the top 5% are outlined. Beside the map the same values in
-order of rank, with the value uniform attention would give as a dotted line: only what stands above it is retrieval.
+Every cell is one head; its colour is the mean over samples. Pointing at it shows layer, head, value with a 95%
+bootstrap interval over the samples, and rank. The heads of the top 5% are outlined. Next to the map are the same values
+in order of rank; a dotted line marks what uniform attention would give: only values above it are retrieval.
 """
 
 from dataclasses import dataclass
@@ -26,24 +26,24 @@ OUTLINED = 0.05
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What is known about the heads of one model: a score of each on each example, and how to call it."""
+    """A score of every head of one model on each example, with its name and unit."""
 
     values: Float[np.ndarray, "example layer head"]
     name: str = "RAM"
     unit: str = "attention mass"
     null: float | None = None  # what uniform attention would score
-    layers: tuple[int, ...] = ()  # which layers of the model the rows are, where some have no heads
+    layers: tuple[int, ...] = ()  # the model's layer for each row, where some layers have no heads
 
     def layer(self, row: int) -> int:
         return self.layers[row] if self.layers else row
 
 
 def ram_map(result: Any, title: str = "") -> View:
-    """The layer x head map of a score of heads and the ranked values beside it.
+    """The layer x head map of a score, with the ranked values next to it.
 
     Args:
         result: a RAM ``Dataset`` or ``DataArray`` with dimensions layer and head (example optional), or a ranking.
-        title: stands above a saved page.
+        title: heading of the view, and title of a saved page.
     """
     scores = head_scores(result)
     title = title or ("Retrieval attention mass" if scores.name == "RAM" else f"Heads by {scores.name}")
@@ -55,9 +55,9 @@ def head_maps(result: xr.Dataset | xr.DataArray, title: str = "") -> View:
     """A map for every variable over layer and head: several scores, or what every head adds to the logits.
 
     Args:
-        result: a dataset of which some variables have the dimensions layer and head, or such an array; of one more
-            dimension (a set of tokens, say) every value gets a panel.
-        title: stands above a saved page.
+        result: a dataset in which some variables have the dimensions layer and head, or such an array; if there is one
+            more dimension (a set of tokens, say), every value of it gets a panel.
+        title: heading of the view, and title of a saved page.
     """
     dataset = result if isinstance(result, xr.Dataset) else result.to_dataset(name=str(result.name or "score"))
     panels: dict[str, HeadScores] = {}
@@ -84,7 +84,7 @@ def head_maps(result: xr.Dataset | xr.DataArray, title: str = "") -> View:
 
 
 def head_scores(result: Any) -> HeadScores:
-    """The scores in a dataset, an array or a ranking; one example where only the mean is known."""
+    """The scores in a dataset, an array or a ranking; as one example where only the mean is known."""
     null = None
     array, name = result, getattr(result, "name", None)
     if isinstance(result, xr.Dataset):
@@ -129,7 +129,7 @@ def map_height(n_layers: int) -> int:
 
 
 def ranks(mean: np.ndarray) -> np.ndarray:
-    """1 for the highest; ties by (layer, head), as rankings are."""
+    """1 for the highest; ties are broken by (layer, head), as in rankings."""
     order = np.argsort(-np.nan_to_num(mean.ravel(), nan=-np.inf), kind="stable")
     places = np.empty(mean.size, dtype=int)
     places[order] = np.arange(1, mean.size + 1)
@@ -137,7 +137,7 @@ def ranks(mean: np.ndarray) -> np.ndarray:
 
 
 def _hover(scores: HeadScores, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[str]]:
-    """What pointing at a head says."""
+    """The tooltip of every head."""
     rank, name = ranks(mean), escape(scores.name)
     lines = []
     for row in range(mean.shape[0]):
@@ -154,7 +154,7 @@ def _hover(scores: HeadScores, mean: np.ndarray, low: np.ndarray, high: np.ndarr
 def _map(scores: HeadScores) -> str:
     mean, low, high = mean_interval(scores.values)
     n_layers, n_heads = mean.shape
-    signed = bool(np.nanmin(mean) < 0)  # centred on zero, so that the colour says the sign
+    signed = bool(np.nanmin(mean) < 0)  # centred on zero, so that the colour shows the sign
     reach = max(float(np.nanmax(np.abs(mean))), 1e-9)
     label = escape(f"{scores.name} ({scores.unit})" if scores.unit else scores.name)
     heat = {
@@ -197,7 +197,7 @@ def _map(scores: HeadScores) -> str:
 
 
 def _layer_ticks(scores: HeadScores) -> dict[str, Any]:
-    """Every layer, or every second or fourth one; by name where the rows are not the first layers of the model."""
+    """Every layer, or every second, fourth or so; by name where the rows are not the first layers of the model."""
     n = scores.values.shape[1]
     if scores.layers in ((), tuple(range(n))):
         return {"dtick": step(n)}
@@ -255,5 +255,5 @@ def _decades(n: int) -> list[int]:
 
 
 def step(n: int) -> int:
-    """Between the ticks of an axis that counts to n: at most sixteen of them."""
+    """Distance between the ticks of an axis that counts to n: at most sixteen ticks up to n = 512."""
     return next(step for step in (1, 2, 4, 8, 16, 32) if n / step <= 16 or step == 32)

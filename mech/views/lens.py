@@ -1,12 +1,12 @@
-"""The logit lens over the picture: which word stands at every visual token, layer by layer.
+"""The logit lens over the picture: which word can be read at every visual token, layer by layer.
 
     lens_view(logit_lens(model, sample, track=sample.answer), on=sample)    # where can the answer be read?
-    lens_view(ov_reading(model, heads, sample), on=sample)                  # what would a head say of each token?
+    lens_view(ov_reading(model, heads, sample), on=sample)                  # what would a head say for each token?
 
-In each cell stands the likeliest word; the other panels show one tracked word each. Colour is its probability (square
-root, so that faint readings stay visible) or, of a head's reading, its logit: blue speaks for the word, orange against.
-Pointing at a cell gives the first words with their numbers. Without a picture the grid alone is drawn. Words cannot be
-averaged: what is shown is one example.
+Each cell shows the likeliest word; the other panels show one tracked word each. Colour is its probability (square root,
+so that faint readings stay visible) or, for a head's reading, its logit: blue speaks for the word, orange against.
+Pointing at a cell shows the likeliest words with their numbers. Without a picture only the grid is drawn. Words cannot
+be averaged, so one example is shown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,8 @@ from mech.views.patching import diverging_bar
 if TYPE_CHECKING:
     from mech.inputs import TokenLayout
 
-CELL = 48  # pixels of a token where no picture is given
-LETTERS = 7  # of a word, in a cell
+CELL = 48  # pixels per token where no picture is given
+LETTERS = 7  # letters of a word that fit in a cell
 
 
 def lens_view(
@@ -36,10 +36,10 @@ def lens_view(
     """Words over the picture, a picture for each layer (or head).
 
     Args:
-        result: of ``logit_lens`` or ``ov_reading``.
-        title: stands above a saved page.
+        result: the result of ``logit_lens`` or ``ov_reading``.
+        title: heading of the view, and title of a saved page.
         on: the ``Sample`` or the picture.
-        layout: of the inputs; without it tokens are equal cells of the picture.
+        layout: the inputs' layout; without it tokens are equal cells of the picture.
         example: which of several examples.
 
     Raises:
@@ -75,7 +75,7 @@ class _Lens:
     """One example, ready to draw: the positions that lie in pictures, and where."""
 
     drawn: xr.Dataset
-    series: str  # the axis of which each entry is a picture
+    series: str  # the axis that has a picture per entry
     measure: str
     placed: np.ndarray
     rects: Sequence[tuple[int, list[float]]]
@@ -97,7 +97,7 @@ class _Lens:
         most = max(float(np.abs(values[:, self.placed]).max()), 1e-9)
         figures = []
         for i, name in enumerate(self.drawn[self.series].values.tolist()):
-            for k in sorted({home for home, _ in self.rects}):  # frames without a token of their own are left out
+            for k in sorted({home for home, _ in self.rects}):  # frames without their own token are left out
                 marks = "".join(self._marks(i, k, values[i] / most, signed, written))
                 outlined = [rect for home, *rect in self.evidence if home == k]
                 caption = f"{'layer ' if self.series == LAYER else ''}{name}"
@@ -109,7 +109,7 @@ class _Lens:
         return f'<div class="cells wide">{"".join(figures)}</div>{bar}'
 
     def _marks(self, i: int, k: int, shares: np.ndarray, signed: bool, written: bool) -> Iterator[str]:
-        """The cells of picture ``k``, each as strong as its share of the largest value."""
+        """The cells of picture ``k``, each coloured by its share of the largest value."""
         for p, (home, rect) in zip(self.placed.tolist(), self.rects, strict=True):
             if home != k:
                 continue
@@ -118,12 +118,12 @@ class _Lens:
             opacity = 0.82 * abs(share) if signed else 0.1 + 0.75 * abs(share) ** 0.5
             yield mark(rect, colour, opacity, _says(self.drawn, self.series, i, p))
             word = str(self.drawn["word"].values[i, p, 0])
-            if written and "\ufffd" not in word:  # a part of a letter is no word; pointing at it still says it
+            if written and "\ufffd" not in word:  # part of a letter is not a word; the tooltip still shows it
                 yield _written(rect, word)
 
 
 def _blank(shown: xr.Dataset, placed: np.ndarray) -> list[Picture]:
-    """Empty pictures with the grids of the tokens."""
+    """Empty pictures with the tokens' grids."""
     if not len(placed):
         return []
     owner, pages = owners(shown["image"].values, shown["frame"].values)[placed], []
@@ -134,7 +134,7 @@ def _blank(shown: xr.Dataset, placed: np.ndarray) -> list[Picture]:
 
 
 def _rect(shown: xr.Dataset, p: int, pictures: Sequence[Picture], layout: Any) -> tuple[int, list[float]]:
-    """In which picture a position lies, and where."""
+    """The picture that a position lies in, and where."""
     owner = owners(shown["image"].values, shown["frame"].values)
     home, position = int(owner[p]), int(shown["position"].values[p])
     if home >= len(pictures):
@@ -146,7 +146,7 @@ def _rect(shown: xr.Dataset, p: int, pictures: Sequence[Picture], layout: Any) -
 
 
 def _says(shown: xr.Dataset, series: str, i: int, p: int) -> str:
-    """What pointing at a cell says."""
+    """The tooltip of a cell."""
     measure = "probability" if "probability" in shown else "logit"
     where = f"row {int(shown['row'].values[p])}, column {int(shown['col'].values[p])}"
     head = f"{series} {shown[series].values[i]}, {where} (position {int(shown['position'].values[p])})"
@@ -164,7 +164,7 @@ def _says(shown: xr.Dataset, series: str, i: int, p: int) -> str:
 
 
 def _written(rect: Sequence[float], word: str) -> str:
-    """A word in its cell, as large as fits."""
+    """A word in its cell, as large as it fits."""
     x0, y0, x1, y1 = rect
     word = word.strip()
     word = word if len(word) <= LETTERS else word[: LETTERS - 1] + "…"

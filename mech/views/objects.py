@@ -1,8 +1,8 @@
 """Samples, layouts and inputs as pictures: what was asked, where the evidence is, and what every position is.
 
-sample_view(sample)                     # pictures with the evidence outlined; the counterfactual beside
-layout_view(inputs.layout, on=sample)   # every token, and the grid of visual tokens over the picture
-inputs_view(inputs)                     # the same for every row, and the tensors
+    sample_view(sample)                     # pictures with the evidence outlined, and the counterfactual
+    layout_view(inputs.layout, on=sample)   # every token, and the grid of visual tokens over the picture
+    inputs_view(inputs)                     # the same for every row, and the tensors
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ from mech.views.drawing.page import View, escape, table
 if TYPE_CHECKING:
     from mech.inputs import Inputs, TokenLayout
 
-MOST_PICTURES = 12  # of a sample
+MOST_PICTURES = 12  # per sample
 MOST_SAMPLES = 8
-MOST_TOKENS = 400  # of text
+MOST_TOKENS = 400  # text tokens
 MOST_ROWS = 4
 TEXT, IMAGE, VIDEO, PADDING = 0, 1, 2, 3  # as in ``TokenLayout.kind``
 
@@ -64,11 +64,11 @@ def samples_view(samples: Samples, title: str = "") -> View:
 
 
 def layout_view(layout: "TokenLayout", title: str = "", *, on: Any = None) -> View:
-    """What every position of a row is; with ``on`` the visual tokens over their pictures.
+    """What every position of a row is; with ``on`` also the visual tokens over their pictures.
 
     Args:
-        layout: of a row of inputs.
-        title: stands above a saved page.
+        layout: the layout of a row of inputs.
+        title: heading of the view, and title of a saved page.
         on: the sample or the pictures it was made from.
     """
     body = f'<p class="soft">{escape(repr(layout))}</p>{_tokens(layout)}'
@@ -134,7 +134,7 @@ def _tokens(layout: "TokenLayout") -> str:
 
 def _grid(layout: "TokenLayout", k: int) -> str:
     """The rectangles of a picture's visual tokens, tiles over the whole view."""
-    first = k - k % layout.frames_per_token  # of the frames that a token shows together
+    first = k - k % layout.frames_per_token  # the first of the frames that a token shows together
     owner, seen = owners(layout.image, layout.frame), ~np.isnan(layout.rect).any(axis=1)
     here = np.flatnonzero((owner == first) & seen)
     return "".join(

@@ -3,18 +3,18 @@
     maps_view(dataset, folder)      # the "maps" dataset of a study and the folder with its pictures
     maps_view(dataset, on=samples)  # one of ``mech.attention_maps``, and the samples it was made from
 
-For each question: the pictures as they are with the evidence outlined, then for every head the picture in grey with
-its attention over it. Which query attends is said under each head: the question (the mean over its tokens), or the one
-token at which the head decides the answer. All heads of one question share one linear scale, and the colour is as
-strong as the attention: a dark picture means that the head attends elsewhere or spreads thin, not that it was scaled.
-The numbers under a head are sums for this question: over the tokens that touch the evidence, and over all visual tokens
-("visual"). What is left of 1 lies on text.
+For each question: the original pictures with the evidence outlined, then for every head the picture in grey with its
+attention over it. The query is named under each head: the question (the mean over its tokens), or the one token at
+which the head decides the answer. All heads of one question share one linear colour scale: a dark picture means that
+the head attends elsewhere or spreads its attention thin, not that it was scaled. The numbers under a head are sums for
+this question: over the tokens that touch the evidence, and over all visual tokens ("visual"). The rest of 1 lies on
+text.
 
-Maps that know which tokens are sinks (``mech.with_sinks``) have a switch that hides them, and shows the rest on the
-scale that is left. ``tenths`` draws a head from each tenth of a ranking, in one row.
+Maps that know which tokens are sinks (``mech.with_sinks``) have a switch that hides the sinks and rescales the rest.
+``tenths`` draws a head from each tenth of a ranking, in one row.
 
-A visual token of a video may stand for several frames; it is drawn on the first of them, and frames without a token of
-their own are shown only in the original strip.
+A visual token of a video may stand for several frames; it is drawn on the first of them, and frames without their own
+token are shown only in the original strip.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ FAINTEST = 0.02  # of the colour scale; below it nothing is drawn
 
 @dataclass(frozen=True)
 class _Example:
-    """One question, ready to draw: arrays over the tokens that are no padding."""
+    """One question, ready to draw: arrays over the tokens that are not padding."""
 
     facts: Mapping[str, Any]
     pictures: Sequence[Picture]
@@ -58,7 +58,7 @@ class _Example:
     sink: np.ndarray  # shown, token, bool: a sink of that head's layer
 
     def most(self, shown: Sequence[int], without_sinks: bool = False) -> float:
-        """The end of one colour scale for some of the heads."""
+        """The end of a colour scale shared by some of the heads."""
         rows = self.attention[list(shown)]
         return float(np.where(self.sink[list(shown)] & without_sinks, 0.0, rows).max(initial=0.0)) or 1.0
 
@@ -69,13 +69,13 @@ def maps_view(
     """The attention of top and bottom heads over the pictures of a few questions.
 
     Args:
-        result: a "maps" dataset (of ``mech.attention_maps`` or a study).
-        folder: where the picture files named in it lie.
-        title: stands above a saved page.
-        on: in place of the folder, the samples the dataset was made from; or the picture, where there is one.
+        result: a "maps" dataset (from ``mech.attention_maps`` or a study).
+        folder: the folder with the picture files that it names.
+        title: heading of the view, and title of a saved page.
+        on: instead of the folder, the samples the dataset was made from; or the picture, if there is only one.
 
     Raises:
-        OutputError: a picture is missing or unreadable, or the dataset is no "maps" dataset.
+        OutputError: a picture is missing or unreadable, or the dataset is not a "maps" dataset.
     """
     check(result, "maps")
     if folder is None and on is None:
@@ -91,7 +91,7 @@ def maps_view(
 
 
 def map_articles(result: xr.Dataset, folder: Path) -> str:
-    """All questions of the dataset, one under the other, with pictures from a folder."""
+    """All questions of the dataset, one below the other, with pictures from a folder."""
     check(result, "maps")
     return _articles(result, _beside(result, folder))
 
@@ -104,7 +104,7 @@ def map_of_head(result: xr.Dataset, shown: int, on: Any) -> str:
 
 
 def tenths(result: xr.Dataset, folder: Path) -> str:
-    """One head from each tenth of the ranking on the middle sample, as a row of pictures; "" where none were drawn."""
+    """One head from each tenth of the ranking on the middle sample, as a row of pictures; "" if none were drawn."""
     check(result, "maps")
     middle = result.sizes["example"] // 2
     sources = [embedded(source) for source in _beside(result, folder)[middle]]
@@ -116,7 +116,7 @@ def _tenths(example: _Example, shown: list[tuple[str, str, float]]) -> str:
     of_band = [i for i, (band, _, _) in enumerate(shown) if band == TENTH]
     if not of_band or not example.facts["evidence"]:
         return ""
-    # Of several pictures the one with the evidence; a frame without a token is shown by the last one before with some.
+    # Of several pictures the one with the evidence; for a frame without tokens, the last frame before it with some.
     home = max((k for k in example.image.tolist() if k <= example.facts["evidence"][0][0]), default=0)
     most, least = (example.most(of_band, without_sinks=without) for without in (False, True))
     figures = []
@@ -134,7 +134,7 @@ def _tenths(example: _Example, shown: list[tuple[str, str, float]]) -> str:
 
 @dataclass(frozen=True)
 class BandPicture:
-    """The heads of one band together over the pictures of a question: their mean attention."""
+    """The mean attention of one band's heads over the pictures of a question."""
 
     band: str
     heads: int
@@ -144,7 +144,7 @@ class BandPicture:
 
 
 def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, list[BandPicture], float]:
-    """The pictures of example ``i`` as they are, under the mean attention of each band; the end of their scale."""
+    """The pictures of example ``i``: the originals, then under each band's mean attention; and the end of the scale."""
     facts = map_facts(result)[i]
     example = _read(result, i, facts, [embedded(source) for source in _beside(result, folder)[i]])
     bands = np.array([band for band, _, _ in _shown(result)])
@@ -160,7 +160,7 @@ def band_pictures(result: xr.Dataset, folder: Path, i: int = 0) -> tuple[str, li
 
 
 def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
-    """The pictures that a result names: files of its own folder, with the pixels they had."""
+    """The pictures that a result names: files in its own folder, with unchanged pixels."""
     sources = []
     for facts in map_facts(result):
         sources.append([folder / name for name in facts["pictures"]])
@@ -179,7 +179,7 @@ def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
 
 
 def _given(result: xr.Dataset, on: Any) -> list[list[Any]]:
-    """The pictures of each example, of what a user passed as ``on=``."""
+    """The pictures of each example, from what a user passed as ``on=``."""
     facts = map_facts(result)[: result.sizes["example"]]
     given = [on] if isinstance(on, Sample) or not isinstance(on, Sequence) or isinstance(on, str) else list(on)
     if len(facts) == 1 and not any(isinstance(item, Sample) for item in given):
@@ -226,7 +226,7 @@ def _touches(evidence: Sequence[Sequence[float]], rect: np.ndarray, image: np.nd
     """Which tokens share area with the evidence."""
     inside = np.zeros(len(rect), dtype=bool)
     for picture, x0, y0, x1, y1 in evidence:
-        # A frame that is not the first of its patch has no token: the nearest earlier frame with one stands for it.
+        # Frames of a video that share a token have it on the first: the nearest earlier frame with one stands in.
         earlier = image[image <= picture]
         home = earlier.max() if earlier.size else picture
         wide = np.minimum(rect[:, 2], x1) - np.maximum(rect[:, 0], x0)
@@ -236,7 +236,7 @@ def _touches(evidence: Sequence[Sequence[float]], rect: np.ndarray, image: np.nd
 
 
 def _shown(result: xr.Dataset) -> list[tuple[str, str, float]]:
-    """(band, name, mean RAM) of every head that is drawn."""
+    """(band, name, mean RAM) of every head drawn."""
     columns = (result[f"shown_{name}"].values.tolist() for name in ("band", "layer", "head", "ram"))
     return [(str(band), f"L{layer}H{head}", ram) for band, layer, head, ram in zip(*columns, strict=True)]
 
@@ -268,7 +268,7 @@ def _article(example: _Example, shown: list[tuple[str, str, float]]) -> str:
 
 
 def _head(example: _Example, i: int, name: str, ram: float, among: Sequence[int]) -> str:
-    """One head over the pictures, on the scale of those ``among`` which it stands."""
+    """One head over the pictures, on the scale it shares with the heads in ``among``."""
     row = example.attention[i]
     numbers = f"evidence {row[example.on_evidence].sum():.2f} · visual {row.sum():.2f}"
     if example.sink.any():
@@ -291,14 +291,14 @@ def _strip(example: _Example, i: int, among: Sequence[int], columns: int) -> str
 
 
 def _scales(example: _Example, among: Sequence[int]) -> str:
-    """The ends of the scale with sinks and without them, for the switch in ``page.js``."""
+    """The ends of the scale with and without sinks, for the switch in ``page.js``."""
     if not example.sink.any():
         return ""
     return f'data-most="{example.most(among):.4g}" data-most-without="{example.most(among, without_sinks=True):.4g}"'
 
 
 def _scale(example: _Example, among: Sequence[int], note: str) -> str:
-    """The colour scale; where there are sinks, one with them and one without, and the switch between the two."""
+    """The colour scale; if there are sinks, one with and one without them, and the switch between the two."""
     what = "attention on one visual token"
     if not example.sink.any():
         return gradient(what, example.most(among), note, power=1)
@@ -319,13 +319,13 @@ def _stage(
     least: float = 1.0,
     sink: np.ndarray | None = None,
 ) -> str:
-    """One picture: as it is with its evidence (``row`` None), or dimmed under the attention of a head.
+    """One picture: the original with its evidence (``row`` None), or dimmed under the attention of a head.
 
-    ``least`` is the end of the scale without sinks: what shows on that one alone waits in the page, unseen.
+    ``least`` is the end of the scale without sinks: marks visible only on that scale are in the page, but hidden.
     """
     marks = []
     if row is not None:
-        # Line breaks and class tokens of a picture lie nowhere in it.
+        # Line breaks and class tokens of a picture have no place in it.
         for token in np.flatnonzero((example.image == k) & ~np.isnan(example.rect).any(axis=1)):
             strength, is_sink = float(row[token] / most), sink is not None and bool(sink[token])
             if is_sink or row[token] >= FAINTEST * min(least, most):
@@ -337,7 +337,7 @@ def _stage(
 
 
 def heat(strength: float) -> str:
-    """The colour at a place between 0 and 1 of the scale."""
+    """The scale's colour at a value between 0 and 1."""
     at = min(max(strength, 0.0), 1.0) * (len(HEAT) - 1)
     i = min(int(at), len(HEAT) - 2)
     ends = [[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in HEAT[i : i + 2]]
@@ -346,7 +346,7 @@ def heat(strength: float) -> str:
 
 
 def gradient(what: str, most: float, note: str = "", power: int = 2) -> str:
-    """The scale of what is drawn with ``heat((value / most) ** (1 / power))``."""
+    """The colour scale of values drawn with ``heat((value / most) ** (1 / power))``."""
     style = f"background:linear-gradient(90deg,{','.join(HEAT)})"
     return (
         f'<p class="heat-legend">{escape(what)}: 0 <i style="{style}"></i> {most:.2g}'

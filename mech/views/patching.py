@@ -3,13 +3,13 @@
     patching_grid(scores)                                  # any result of ``activation_patching`` or ``attribution``
     patching_grid(grid, on=image)                          # over=(..., "region"), regions=layout.cells(6, 6)
     patching_grid(scores, on=image, layout=inputs.layout)  # over=(..., "position"), or regions that are positions
-    attribution_map(found, on=image)                       # of ``input_attribution``
+    attribution_map(found, on=image)                       # the result of ``input_attribution``
 
-The colour says how far the answer moved, centred on 0, no effect: blue towards the run that was patched from (the
-answer comes back when denoising, is lost when noising), orange away from it. Cells are drawn where they lie; what lies
-nowhere in the picture (the question, the last token) stands in a grid beside. Pointing at a cell gives its value with a
-95% bootstrap interval over the examples. What is measured on several examples is drawn over one of them: cells are
-places, not contents.
+The colour shows how far the answer moved, centred on 0, no effect: blue towards the run that was patched from (the
+answer comes back when denoising, is lost when noising), orange away from it. Cells are drawn at their place in the
+picture; what has none (the question, the last token) is in a separate grid. Pointing at a cell shows its value with a
+95% bootstrap interval over the examples. A result over several examples is drawn over one of them: cells are places,
+not contents.
 """
 
 import base64
@@ -51,7 +51,7 @@ class _Effects:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    start: float  # what no effect is
+    start: float  # the value of no effect
     unit: str
 
     @classmethod
@@ -83,7 +83,7 @@ class _Effects:
         return replace(self, columns=tuple(self.columns[i] for i in at), **parts)
 
     def says(self, row: int, column: int, where: str = "") -> str:
-        """What pointing at a cell says."""
+        """The tooltip of a cell."""
         name = f"{self.axes[-1]} {self.columns[column]}{where}"
         head = name if len(self.axes) == 1 else f"{self.axes[0]} {self.rows[row]}, {name}"
         low, high = self.low[row, column], self.high[row, column]
@@ -93,22 +93,22 @@ class _Effects:
 
 
 def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout: "TokenLayout | None" = None) -> View:
-    """The mean effect of every cell of a sweep over one or two axes, over a picture where it has a place there.
+    """The mean effect of every cell of a sweep over one or two axes; with ``on``, over a picture.
 
     Args:
         result: what ``activation_patching`` or ``attribution`` returned.
-        title: stands above a saved page.
+        title: heading of the view, and title of a saved page.
         on: the picture, a ``Sample`` (its evidence is outlined), or several pictures.
-        layout: of the inputs, where cells are positions.
+        layout: the inputs' layout, if cells are positions.
 
     Raises:
-        OutputError: a sweep over three axes, or a picture and no cell that lies in it.
+        OutputError: a sweep over three axes, or a picture in which no cell lies.
     """
     attrs = result.attrs
     effects = _Effects.of(effects_from_zero(result), 0.0, "share of the gap")
     facts = [str(attrs[name]) for name in ("model", "point", "positions", "direction") if name in attrs]
     note = f"{escape(' · '.join(facts))}. {NOTES.get(str(attrs.get('direction')), '')}"
-    if "rank_correlation" in attrs:  # an estimate says how far it can be trusted
+    if "rank_correlation" in attrs:  # an estimate states how far it can be trusted
         note += f" Rank correlation with exact patching, on a sample of cells: {float(attrs['rank_correlation']):.2f}."
     title = title or ("Attribution patching (estimated)" if "rank_correlation" in attrs else "Activation patching")
     head = f"<h3>{escape(title)}</h3><p class=soft>{note}</p>"
@@ -131,7 +131,7 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
 def effects_from_zero(result: xr.Dataset) -> xr.DataArray:
     """The effects of a patching result with 0 as no effect.
 
-    Results that do not say what zero is were saved when noising counted what was left: 1 was no effect.
+    Results that do not say what zero means were saved when noising reported what was left: 1 was no effect.
     """
     attrs = result.attrs
     left = attrs.get("direction") == "noise" and "zero" not in attrs and "norm" not in attrs  # not edge attribution
@@ -142,10 +142,10 @@ def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "To
     """What every visual token or pixel adds to the metric, over the picture.
 
     Args:
-        result: of ``input_attribution``.
-        title: stands above a saved page.
+        result: the result of ``input_attribution``.
+        title: heading of the view, and title of a saved page.
         on: the picture or the ``Sample``.
-        layout: of the inputs; without it tokens are equal cells of the picture.
+        layout: the inputs' layout; without it tokens are equal cells of the picture.
     """
     values = result["attribution"]
     unit = str(values.attrs.get("unit", ""))
@@ -213,14 +213,14 @@ def _grid(effects: _Effects, reach: float | None = None) -> str:
 
 
 def _consecutive(names: Sequence[str]) -> bool:
-    """Whether an axis counts: then its ticks may be thinned, else each value stands for itself."""
+    """Whether an axis counts up by one: then its ticks may be thinned; otherwise every value has a tick."""
     return all(name.isdigit() for name in names) and len({int(name) - i for i, name in enumerate(names)}) == 1
 
 
 def _places(
     effects: _Effects, pictures: Sequence[Picture], layout: "TokenLayout | None", result: xr.Dataset | None = None
 ) -> Places:
-    """Where in which picture the columns lie: from the layout, or from what they are called."""
+    """Which picture each column lies in, and where: from the layout, or from the columns' names."""
     axis, seen = effects.axes[-1], {}
     at = {name: result[name].values for name in ("image", "frame", "row", "col")} if result is not None else {}
     cells = [tuple(map(int, name.split(","))) if re.fullmatch(r"\d+,\d+", name) else None for name in effects.columns]
@@ -255,10 +255,10 @@ def _places(
 
 
 def _over(effects: _Effects, places: Places, pictures: Sequence[Picture], evidence: Sequence[Sequence[float]]) -> str:
-    """Every row of effects over the pictures, in one scale."""
+    """Every row of effects over the pictures, on one scale."""
     reach, drawn = effects.reach, []
     refuse_many(len(effects.rows) * sum(map(len, places.values())))
-    homes = sorted({home for there in places.values() for home, _ in there})  # frames may have no token of their own
+    homes = sorted({home for there in places.values() for home, _ in there})  # a frame may have no token
     for row, name in enumerate(effects.rows):
         for k in homes:
             picture, marks = pictures[k], []
@@ -283,7 +283,7 @@ def _figure(drawn: str, caption: str) -> str:
 
 
 def diverging_bar(start: float, reach: float, unit: str) -> str:
-    """The scale of what is drawn over pictures."""
+    """The colour scale of what is drawn over pictures."""
     gradient = "background:linear-gradient(90deg,var(--minus),rgba(128,128,128,0.15),var(--plus))"
     ends = (f"{value:.2g}" for value in (start - reach, start + reach))
     low, high = ends
@@ -294,7 +294,7 @@ def diverging_bar(start: float, reach: float, unit: str) -> str:
 
 
 def _veil(values: np.ndarray, reach: float, picture: Picture) -> str:
-    """Values of pixels as a transparent picture in SVG."""
+    """Pixel values as a transparent picture in SVG."""
     from PIL import Image
 
     shade = np.zeros((*values.shape, 4), dtype=np.uint8)

@@ -2,10 +2,10 @@
 
     steering_view(curve)         # accuracy and logit difference against the factor (``mech.steering``)
     redirection_view(found)      # answers that follow the heads, against the bias (``mech.redirection``)
-    retrieval_view(found)        # MRR and hit@k of every set, beside the order of chance (``mech.evidence_retrieval``)
+    retrieval_view(found)        # MRR and hit@k of every set, compared with chance (``mech.evidence_retrieval``)
 
 Named sets have 95% bootstrap intervals over the samples. Random sets are shown as the range from the lowest to the
-highest draw: what lies inside of it is no effect of the *ranking*.
+highest draw: anything inside it is no effect of the *ranking*.
 """
 
 from typing import Any
@@ -22,11 +22,11 @@ COLOURS = {"top": "top", "bottom": "bottom", "random": "random", "vision": "matc
 
 
 def steering_view(result: xr.Dataset, title: str = "Heads turned down and up") -> View:
-    """Curves against the factor, a panel for each measure; the dotted line is the model as it is.
+    """Curves against the factor, a panel for each measure; the dotted line is the unchanged model.
 
     Args:
-        result: of ``steering``.
-        title: stands above a saved page.
+        result: the result of ``steering``.
+        title: heading of the view, and title of a saved page.
     """
     panels = {
         measure.replace("logit_diff", "logit difference"): _curves(
@@ -39,11 +39,11 @@ def steering_view(result: xr.Dataset, title: str = "Heads turned down and up") -
 
 
 def redirection_view(result: xr.Dataset, title: str = "Heads pulled towards a distractor") -> View:
-    """Curves against the bias, a panel for each measure; the dotted line is the model as it is.
+    """Curves against the bias, a panel for each measure; the dotted line is the unchanged model.
 
     Args:
-        result: of ``redirection``.
-        title: stands above a saved page.
+        result: the result of ``redirection``.
+        title: heading of the view, and title of a saved page.
     """
     note = (
         f"Sets of {result.attrs.get('n_heads', '')} heads, and all heads. If the heads choose where the answer comes "
@@ -53,7 +53,7 @@ def redirection_view(result: xr.Dataset, title: str = "Heads pulled towards a di
 
 
 def dose_curves(result: xr.Dataset) -> dict[str, str]:
-    """Of ``redirection``, a chart against the bias for each measure."""
+    """For each measure of ``redirection``, a chart against the bias."""
     names = {
         "redirected": "answers that became the distractor's (share)",
         "kept": "answers that stayed right (share)",
@@ -82,7 +82,7 @@ def _curves(
     vertical: float | None = None,
     horizontal: float | None = None,
 ) -> str:
-    """A curve for every band along an axis; a dotted line where the model is as it is."""
+    """A curve for every band along an axis; a dotted line for the unchanged model."""
     along, traces, heads = measured[axis].values.astype(float), [], _heads_of(measured)
     for band, here in sorted(_by_band(measured), key=lambda named: named[0] != "random"):  # the shade lies below
         mean, low, high = _ends(here)
@@ -117,11 +117,11 @@ def _curves(
 
 
 def retrieval_view(result: xr.Dataset, title: str = "Evidence found by attention") -> View:
-    """A panel for MRR and for every hit@k: a bar for each set, the dotted line is an order by chance.
+    """A panel for MRR and for every hit@k: a bar for each set; the dotted line is a random order.
 
     Args:
-        result: of ``evidence_retrieval``.
-        title: stands above a saved page.
+        result: the result of ``evidence_retrieval``.
+        title: heading of the view, and title of a saved page.
     """
     measures = {"MRR": (result["reciprocal_rank"], result["chance_rr"])}
     measures |= {f"hit@{k}": (result["hit"].sel(k=k), result["chance_hit"].sel(k=k)) for k in result["k"].values}
@@ -150,14 +150,14 @@ def retrieval_view(result: xr.Dataset, title: str = "Evidence found by attention
 
 
 def _by_band(value: xr.DataArray) -> list[tuple[str, np.ndarray]]:
-    """Values [set, ..., example] of every band, in the order in which they come."""
+    """Values [set, ..., example] of every band, in order of appearance."""
     names = value["band"].values.astype(str)
     whole = value.transpose("set", ..., EXAMPLE).values
     return [(band, whole[names == band]) for band in dict.fromkeys(names.tolist())]
 
 
 def _heads_of(value: xr.DataArray) -> dict[str, str]:
-    """What pointing at a band says of its heads: their names, or how many sets of them there are."""
+    """What a band's tooltip says of its heads: their names, or how many sets there are."""
     bands = value["band"].values.astype(str).tolist()
     names = value["heads"].values.astype(str).tolist() if "heads" in value.coords else [""] * len(bands)
     return {
@@ -167,7 +167,7 @@ def _heads_of(value: xr.DataArray) -> dict[str, str]:
 
 
 def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and interval over samples of one set; median, lowest and highest of several."""
+    """For one set, mean and interval over samples; for several, median, lowest and highest."""
     if len(values) > 1:
         drawn = values.mean(-1)
         return np.median(drawn, axis=0), drawn.min(0), drawn.max(0)

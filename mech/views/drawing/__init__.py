@@ -1,5 +1,5 @@
 """What every view is drawn with: pages, charts, tables, graphs, pictures, and figures for papers.
 
-Takes numbers, text and pictures, gives safe HTML that works offline (text of users is escaped), or a file of a figure.
-It does not know any result: the views above do.
+Takes numbers, text and pictures; returns safe HTML that works offline (users' text is escaped), or a figure file. It
+knows nothing about results: the views in the parent folder do.
 """

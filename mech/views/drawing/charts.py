@@ -1,11 +1,11 @@
-"""The charts of a view for other programs: as a figure of plotly, or on the axes of matplotlib.
+"""The charts of a view for other programs: as a plotly figure, or on matplotlib axes.
 
     view(result).charts                            # what each shows
     view(result).figure().update_layout(width=400) # plotly
-    view(result).axes(ax=ax)                       # matplotlib, beside the other panels of a paper's figure
+    view(result).axes(ax=ax)                       # matplotlib, next to the other panels of a paper's figure
 
-Both take the numbers that the page has, in the colours of a white page. Pictures with marks over them are no charts:
-those are saved with ``View.save``.
+Both use the page's numbers, in the colours of a white page. Pictures with marks over them are not charts: save those
+with ``View.save``.
 """
 
 import base64
@@ -43,7 +43,7 @@ Chart = dict[str, Any]
 
 
 def charts_of(body: str) -> dict[str, Chart]:
-    """What the charts in a piece of a page show, and their data and layout as plotly takes them."""
+    """What each chart in a piece of a page shows -> its data and layout for plotly."""
     charts: dict[str, Chart] = {}
     for label, zipped, text in CHART.findall(body):
         plain = gzip.decompress(base64.b64decode(text)).decode() if zipped else text
@@ -53,7 +53,7 @@ def charts_of(body: str) -> dict[str, Chart]:
 
 
 def chosen(charts: Mapping[str, Chart], which: int | str) -> Chart:
-    """One of the charts, by its place or by what it shows.
+    """One of the charts, by its index or by what it shows.
 
     Raises:
         OutputError: there is no such chart.
@@ -68,7 +68,7 @@ def chosen(charts: Mapping[str, Chart], which: int | str) -> Chart:
 
 
 def as_plotly(chart: Chart) -> "Figure":
-    """A figure of plotly, with colours in place of the names of the page's."""
+    """A plotly figure, with colours in place of the page's colour names."""
     from plotly.graph_objects import Figure
 
     painted = _painted(chart, "")
@@ -76,7 +76,7 @@ def as_plotly(chart: Chart) -> "Figure":
 
 
 def on_axes(chart: Chart, ax: "Axes | None" = None) -> "Axes":
-    """The chart on axes of matplotlib, new ones if none are given.
+    """The chart on matplotlib axes, new ones if none are given.
 
     Raises:
         OutputError: matplotlib is not installed.
@@ -202,12 +202,12 @@ def _numbers(values: Sequence[Any] | None) -> np.ndarray:
 
 
 def _plain(text: Any) -> str:
-    """A label of plotly without its tags."""
+    """A plotly label without its tags."""
     return html.unescape(re.sub(r"<(?!br>)[^>]*>", "", str(text)).replace("<br>", "\n"))
 
 
 def _painted(value: Any, key: str) -> Any:
-    """``"@name"`` under a key that is about colour is a variable of the page's sheet."""
+    """A chart with its colours filled in: ``"@name"`` under a colour key is a variable of the page's style sheet."""
     if isinstance(value, Mapping):
         return {name: _painted(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -227,7 +227,7 @@ def _variables() -> dict[str, str]:
 
 
 def _colour(value: str | None) -> Any:
-    """A colour of a sheet as matplotlib takes it."""
+    """A colour of the style sheet in matplotlib's form."""
     if value is None:
         return "black"
     match = re.fullmatch(r"rgba\((\d+), (\d+), (\d+), ([\d.]+)\)", value)

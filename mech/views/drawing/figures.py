@@ -1,12 +1,12 @@
-"""Pages as files for papers: PNG, PDF and SVG, drawn by a Chromium that is installed, without the network.
+"""Pages as files for papers: PNG, PDF and SVG, drawn by an installed Chromium, without the network.
 
     ram_map(ram).save("ram.pdf")                   # one page, cut to the picture, text as text
     ram_map(ram).save("ram.png", scale=3)          # pixels: width x scale
     ram_map(ram).save("ram.svg")                   # shapes and text, to be edited
 
-The page is the same as in HTML, on white, without its title and buttons; what lies in panels stands one under the
-other. Chromium, Google Chrome or Edge is looked for on the path (``MECH_BROWSER`` names another one) and is run
-headless, once to lay the page out and once to draw it. No driver, server or package is needed beside it.
+The page is the same as in HTML, on white, without its title and buttons; panels are placed one below the other.
+Chromium, Google Chrome or Edge is looked for on the path (``MECH_BROWSER`` names another one) and runs headless, once
+to lay the page out and once to draw it. No driver, server or further package is needed.
 """
 
 import html
@@ -30,12 +30,12 @@ PLACES = {
     "win32": (r"C:\Program Files\Google\Chrome\Application\chrome.exe",
               r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe"),
 }  # fmt: skip
-LARGEST = 16_000  # pixels of a side: what a browser can still draw in one piece
+LARGEST = 16_000  # pixels per side: the most that a browser can draw in one piece
 PATIENCE = 120  # seconds
 
 
 def find_browser() -> str | None:
-    """Where a Chromium is, or None."""
+    """The path of a Chromium browser, or None."""
     named = os.environ.get("MECH_BROWSER")
     candidates = [named] if named else [*BROWSERS, *PLACES.get(sys.platform, ())]
     return next((browser for name in candidates if (browser := shutil.which(name))), None)
@@ -45,10 +45,10 @@ def draw(page: str, kind: str, *, width: int, scale: float) -> bytes:
     """A page for papers (``View.html(paper=True)``) as the content of a PNG, PDF or SVG file.
 
     Args:
-        page: the HTML of it.
+        page: its HTML.
         kind: ``.png``, ``.pdf`` or ``.svg``.
-        width: of the page in CSS pixels; the height is what it takes.
-        scale: PNG pixels for a CSS pixel.
+        width: width of the page in CSS pixels; the height follows from the content.
+        scale: PNG pixels per CSS pixel.
 
     Raises:
         OutputError: no browser is installed, or it failed.
@@ -75,7 +75,7 @@ def draw(page: str, kind: str, *, width: int, scale: float) -> bytes:
             raise OutputError(f"a picture of {height} pixels at scale {scale:g}", f"{LARGEST} at most", "lower scale=")
         drawn = folder / f"page{kind}"
         if kind == ".pdf":
-            # A little longer than the page: what a rounding pushes over its end would be a second sheet.
+            # A little longer than the page: content pushed over its end by rounding would make a second sheet.
             sheet = f"<style>@page {{ size: {width}px {height + 4}px; margin: 0 }}</style></head>"
             source.write_text(page.replace("</head>", sheet, 1), encoding="utf-8")
             _run(browser, source, width, height, "--no-pdf-header-footer", f"--print-to-pdf={drawn}")
@@ -86,7 +86,7 @@ def draw(page: str, kind: str, *, width: int, scale: float) -> bytes:
 
 
 def _laid_out(browser: str, source: Path, width: int) -> tuple[int, str]:
-    """The height of a page, and all of it as one SVG: what ``figure.js`` left in it."""
+    """The height of a page, and the whole page as one SVG, both left in it by ``figure.js``."""
     text = _run(browser, source, width, 1000, "--dump-dom")
     match = re.search(r'<pre id="figure" hidden="">(.*?)</pre>', text, re.DOTALL)
     if match is None:
@@ -96,14 +96,14 @@ def _laid_out(browser: str, source: Path, width: int) -> tuple[int, str]:
 
 
 def _run(browser: str, source: Path, width: int, height: int, *options: str) -> str:
-    """Run it headless over a file, every name of a host unknown to it; what it prints."""
+    """Run the browser headless on a file, with no host name resolvable; returns what it prints."""
     words: Sequence[str] = (
         browser, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-extensions",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={source.parent / 'profile'}",
-        # Pages draw in turns of the event loop: time that passes while nothing is to be done costs nothing.
+        # Pages draw in turns of the event loop: virtual time that passes while idle costs nothing.
         "--virtual-time-budget=8000",
-        # The window has a frame that headless browsers count as well; pictures are cut afterwards.
+        # Headless browsers count the window's frame as well; pictures are cropped afterwards.
         f"--window-size={width},{min(height, LARGEST) + 300}",
         *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),
         *options, source.as_uri(),

@@ -1,9 +1,9 @@
-"""A graph in layers, as SVG: parts of a model by depth, and between them paths as wide as their effect.
+"""A layered graph as SVG: parts of a model by depth, and between them paths as wide as their effect.
 
     drawing(arrows, keys, thumbnails(pictures, evidence))     # inputs at the bottom, logits on top
 
 Names are those of ``path_patching``: "embed:evidence", "L2H5", "L4K0", "mlp.1", "logits"; any other is a group.
-Each part opens the panel of its key when it is chosen (``page.js``); each path says what it is.
+Choosing a part opens the panel of its key (``page.js``); each path has a tooltip.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 
 from mech.views.drawing.page import escape
 
-WIDE, HIGH, GAP = 92, 34, 74  # of a part, and between rows, in pixels
+WIDE, HIGH, GAP = 92, 34, 74  # width and height of a part, and gap between rows, in pixels
 READS = {"q": "queries", "k": "keys", "v": "values", "": "input"}
 PORTS = {"q": -0.3, "k": 0.0, "v": 0.3, "": 0.0}  # where a path enters, in widths of a part
 NODE = re.compile(r"(embed|logits)(?::(.+))?|mlp\.(\d+)|L(\d+)([HK])(\d+)")
@@ -23,7 +23,7 @@ NODE = re.compile(r"(embed|logits)(?::(.+))?|mlp\.(\d+)|L(\d+)([HK])(\d+)")
 
 @dataclass(frozen=True)
 class Arrow:
-    """A path from one part to another, with what is known of it."""
+    """A path from one part to another, with its effect, interval, p-value and place."""
 
     sender: str
     target: str
@@ -90,7 +90,7 @@ def key_of(arrows: Sequence[Arrow]) -> str:
 
 
 def _rows(arrows: Sequence[Arrow]) -> list[list[str]]:
-    """Parts by depth from the bottom; in a row those stand near each other that share paths."""
+    """Parts by depth from the bottom; within a row, parts that share paths are placed near each other."""
     depths = sorted({_depth(name) for name in parts_of(arrows)})
     rows = [sorted(name for name in parts_of(arrows) if _depth(name) == depth) for depth in depths]
     beside: dict[str, list[tuple[str, float]]] = {}
@@ -106,7 +106,7 @@ def _rows(arrows: Sequence[Arrow]) -> list[list[str]]:
 
 
 def _depth(name: str) -> float:
-    """Where a part stands: inputs, then attention and MLP of each layer, then the logits."""
+    """The depth of a part: inputs, then attention and MLP of each layer, then the logits."""
     match = NODE.fullmatch(name)
     if match is None:  # a group of parts, named by the user
         return -0.5
@@ -120,7 +120,7 @@ def _edge(
     (x0, y0), (x1, y1) = at[arrow.sender], at[arrow.target]
     x1, y0, y1 = x1 + PORTS[arrow.through] * WIDE, y0 - HIGH / 2, y1 + HIGH / 2
     bend = max(26.0, 0.45 * (y0 - y1))
-    # A path over other rows swings out, so that it does not run behind the parts between.
+    # A path across other rows swings out, so that it does not run behind the parts in between.
     side = 0.0 if y0 - y1 <= GAP + 1 else 0.42 * min(y0 - y1, 320)
     side = min(side, width - max(x0, x1)) if x1 >= x0 else -min(side, min(x0, x1))
     path = f"M{x0:.1f} {y0:.1f}C{x0 + side:.1f} {y0 - bend:.1f} {x1 + side:.1f} {y1 + bend:.1f} {x1:.1f} {y1:.1f}"
@@ -146,7 +146,7 @@ def _node(name: str, key: str, x: float, y: float, thumbnail: str) -> str:
 
 
 def thumbnails(pictures: Sequence[Any], evidence: Sequence[Sequence[float]]) -> dict[str, str]:
-    """What stands for the inputs: the evidence cut out, and the picture it lies in."""
+    """Thumbnails for the inputs: the evidence cut out, and the picture it lies in."""
     if not pictures:
         return {}
     home, rect = (int(evidence[0][0]), evidence[0][1:]) if evidence else (0, None)

@@ -1,10 +1,10 @@
-"""Pictures in pages: encoded once, shown small, grey under what is drawn over them.
+"""Pictures in pages: encoded once, shown small, and grey under anything drawn over them.
 
     picture = embedded(image)                        # a PIL image, an array [height width channel] or a path
     stage(picture, marks, dim=True)                  # marks: SVG in pixels of the original
     styles([picture])                                # the pixels themselves, once for all stages
 
-``pictures_on`` reads what users pass as ``on=``: pictures, a sample, or several.
+``pictures_on`` reads what users pass as ``on=``: pictures, or one or more samples.
 """
 
 import base64
@@ -22,14 +22,14 @@ from mech.errors import OutputError
 from mech.files import read
 from mech.views.drawing.page import PACKED_FROM, escape, packed
 
-LARGEST = 640  # pixels; larger pictures are shown smaller, or a page of scans would weigh 100 MB
+LARGEST = 640  # pixels; larger pictures are scaled down, or a page of scans would weigh 100 MB
 MOST_MARKS = 60_000  # rectangles over the pictures of a page, about 20 MB
 Rectangle = Sequence[float]  # x0, y0, x1, y1 in pixels of the original
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture by the name of its style, with the size of the original."""
+    """A picture, named by its style, with the size of the original."""
 
     name: str
     width: int
@@ -52,7 +52,7 @@ def embedded(source: Any) -> Picture:
             picture.load()
         else:
             raw, picture = b"", source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-    except Exception as error:  # of Pillow, whose formats have no common error
+    except Exception as error:  # Pillow's formats have no common error
         name = source if isinstance(source, str | Path) else f"a {type(source).__name__}"
         raise OutputError(
             f"the picture {name} cannot be read ({type(error).__name__})",
@@ -67,7 +67,7 @@ def embedded(source: Any) -> Picture:
         if large:
             small.thumbnail((LARGEST, LARGEST))
             small.save(buffer, "JPEG", quality=85)
-        else:  # the same pixels as PNG in half of the bytes
+        else:  # the same pixels as PNG in half the bytes
             small.save(buffer, "WEBP", lossless=True)
         raw, kind = buffer.getvalue(), "jpeg" if large else "webp"
     name = hashlib.sha256(raw).hexdigest()[:12]
@@ -75,7 +75,7 @@ def embedded(source: Any) -> Picture:
 
 
 def pictures_on(on: Any) -> list[Picture]:
-    """The pictures of what a user passed as ``on=``."""
+    """The pictures in what a user passed as ``on=``."""
     if isinstance(on, Sample):
         return [embedded(picture) for picture in pictures_of(on)]
     if isinstance(on, Samples | list | tuple):
@@ -84,12 +84,12 @@ def pictures_on(on: Any) -> list[Picture]:
 
 
 def owners(image: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Which of ``pictures_on`` every token lies in: its image or, of a video, the first frame that it shows."""
+    """Which of ``pictures_on`` every token lies in: its image or, for a video, the first frame that it shows."""
     return np.maximum(np.maximum(image, frame), 0)
 
 
 def evidence_on(on: Any) -> list[list[float]]:
-    """The evidence as ``[picture, x0, y0, x1, y1]`` where it is known: of a sample."""
+    """The evidence as ``[picture, x0, y0, x1, y1]``; only a sample has any."""
     return outlines(on) if isinstance(on, Sample) else []
 
 
@@ -103,7 +103,7 @@ def styles(pictures: Iterable[Picture]) -> str:
 def stage(picture: Picture, marks: str = "", *, dim: bool = False, evidence: Iterable[Rectangle] = ()) -> str:
     """A picture with marks over it, and the evidence outlined.
 
-    Marks wait in a template until the picture comes into sight (``page.js``): they are most of what a page holds.
+    Marks stay in a template until the picture scrolls into view (``page.js``): they make up most of a page.
     """
     outlined = "".join(f'<rect class="edge" {place(rect)}/><rect class="evidence" {place(rect)}/>' for rect in evidence)
     size = f"aspect-ratio:{picture.width}/{picture.height}"
@@ -117,7 +117,7 @@ def stage(picture: Picture, marks: str = "", *, dim: bool = False, evidence: Ite
 
 
 def mark(rect: Rectangle, colour: str, opacity: float, tip: str, kind: str = "") -> str:
-    """A coloured rectangle; pointing at it says ``tip``."""
+    """A coloured rectangle with ``tip`` as its tooltip."""
     named = f'class="{kind}" ' if kind else ""
     return f'<rect {named}{place(rect)} fill="{colour}" fill-opacity="{opacity:.2f}" data-tip="{escape(tip)}"/>'
 
@@ -137,7 +137,7 @@ def refuse_many(marks: int) -> None:
 
 
 def place(rect: Rectangle) -> str:
-    """A rectangle as attributes of SVG."""
+    """A rectangle as SVG attributes."""
     x0, y0, x1, y1 = rect
     return f'x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"'
 

@@ -1,4 +1,4 @@
-"""The intervals that pictures show, over examples: Wilson's for shares of right answers, a bootstrap for the rest."""
+"""The intervals in pictures, over examples: Wilson's for shares of right answers, a bootstrap for everything else."""
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from mech.experiments.effects import share
 def accuracy_interval(
     right: Float[np.ndarray, "example *rest"],
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
-    """Share of right answers over the first axis with its 95% interval, the same as in every table; nan: not asked."""
+    """Share of right answers over the first axis with its 95% interval, as in every table; nan: not measured."""
     columns = right.reshape(len(right), -1).T
     intervals = [share(column[None, ~np.isnan(column)]) or {} for column in columns]
     mean, low, high = (np.array([interval[name] for interval in intervals]) for name in ("mean", "low", "high"))
@@ -19,7 +19,7 @@ def accuracy_interval(
 def mean_interval(
     values: Float[np.ndarray, "example *rest"], seed: int = 0
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
-    """Mean over the first axis with its 95% percentile bootstrap interval (1,000 resamples, seeded); nan: not asked."""
+    """Mean over the first axis with its 95% percentile bootstrap interval (1,000 resamples, seeded); nan: no value."""
     asked, known, n = ~np.isnan(values), np.nan_to_num(values), len(values)
 
     def mean_of(weights: Float[np.ndarray, "draw example"]) -> Float[np.ndarray, "draw *rest"]:
@@ -29,7 +29,7 @@ def mean_interval(
     mean = mean_of(np.ones((1, n)))[0]
     if n < 2:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    # How often each sample is drawn, as weights: one matrix product instead of a thousand copies.
+    # The weights are how often each sample is drawn: one matrix product instead of a thousand copies.
     means = mean_of(np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=1000) / n)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     return mean, low, high

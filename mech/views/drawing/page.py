@@ -2,20 +2,20 @@
 
     view = ram_map(dataset)
     view                          # in Jupyter: an isolated frame, no network
-    view.save("ram.html")         # a page that needs nothing beside itself
+    view.save("ram.html")         # a self-contained page
     view.save("ram.pdf")          # for papers; also .png and .svg (see ``figures``)
 
-A chart is a plain plotly dictionary; ``chart`` puts it into the page as JSON and ``page.js`` draws it when it comes
-into sight. Colours in it are names of variables of ``page.css`` (``"@top"``), so a chart turns dark with the page.
-The page forbids every request in its own content security policy: a mistake here cannot become a call to a server.
+A chart is a plain plotly dictionary; ``chart`` puts it into the page as JSON and ``page.js`` draws it when it scrolls
+into view. Its colours are names of variables in ``page.css`` (``"@top"``), so a chart turns dark with the page. The
+page's own content security policy forbids every request: a mistake here cannot become a call to a server.
 
-What draws them is plotly's own "cartesian" bundle, unchanged (``plotly/``, MIT): of all of plotly the views use
-``scatter``, ``bar`` and ``heatmap``, and this is the smallest published bundle with the three. Libraries that are
-smaller (uPlot, Chart.js) have no heatmap or no error bars. It lies in the page compressed, 0.7 MB in place of the
-4.8 MB of plotly's default, and the browser unpacks it after the text is there (``DecompressionStream``: Chrome 80,
-Firefox 113, Safari 16.4).
+Charts are drawn by plotly's own "cartesian" bundle, unchanged (``plotly/``, MIT): the views use only ``scatter``,
+``bar`` and ``heatmap``, and this is the smallest published bundle with all three. Smaller libraries (uPlot, Chart.js)
+have no heatmap or no error bars. The bundle is compressed in the page, 0.7 MB instead of the 4.8 MB of plotly's
+default, and the browser unpacks it after the text is shown (``DecompressionStream``: Chrome 80, Firefox 113, Safari
+16.4).
 
-What is here knows nothing about heads, studies or models. Text of users must come through ``escape``.
+This module knows nothing about heads, studies or models. Users' text must pass through ``escape``.
 """
 
 import base64
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 TALLEST = 1000
-PACKED_FROM = 2000  # characters: below, a page stays as it can be read
+PACKED_FROM = 2000  # characters; shorter text stays readable in the page
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-# A page may be joined from several views: the numbers only have to differ within one page.
+# A page may combine several views: the numbers only have to differ within one page.
 _panel_number = count(1)
 
 
 def escape(text: object) -> str:
-    """``text`` as it may stand in HTML, in an attribute, and in a label of plotly (which reads tags too)."""
+    """``text`` made safe for HTML, for an attribute, and for a plotly label (which reads tags too)."""
     return _escape(str(text), quote=True)
 
 
@@ -59,8 +59,8 @@ def escape(text: object) -> str:
 class View:
     """A picture with its title, ready for Jupyter or for a file.
 
-    ``height`` is that of the frame in Jupyter, in pixels, up to ``TALLEST``, from where on it scrolls; a saved page
-    takes what it needs.
+    ``height`` is the height of the frame in Jupyter, in pixels, up to ``TALLEST``, beyond which it scrolls; a saved
+    page takes the height it needs.
     """
 
     title: str
@@ -68,19 +68,19 @@ class View:
     height: int = 480
 
     def html(self, paper: bool = False) -> str:
-        """The whole page; ``paper`` is how it is drawn for papers: white, no title, no buttons, every panel open."""
+        """The whole page; with ``paper`` as drawn for papers: white, no title, no buttons, every panel open."""
         return page(self.title, self.body, alone=True, paper=paper)
 
     def save(self, path: str | Path, *, width: int = 1000, scale: float = 2) -> Path:
         """Write a complete offline page (``.html``), or a figure (``.png``, ``.pdf``, ``.svg``); the path is returned.
 
         Args:
-            path: its ending says which.
-            width: of a figure, in CSS pixels. What is drawn wide is for two columns; 520 fits one.
-            scale: PNG pixels for a CSS pixel.
+            path: the file; its suffix chooses the format.
+            width: width of a figure in CSS pixels. The default suits two columns; 520 fits one.
+            scale: PNG pixels per CSS pixel.
 
         Raises:
-            OutputError: another ending, a place that cannot be written, or no browser to draw figures with.
+            OutputError: another suffix, a path that cannot be written, or no browser to draw figures with.
         """
         path = Path(path)
         if path.suffix in (".html", ".htm"):
@@ -98,10 +98,10 @@ class View:
         return list(charts_of(self.body))
 
     def figure(self, chart: int | str = 0) -> "Figure":
-        """A chart of the view as a figure of plotly, to go on with.
+        """A chart of the view as a plotly figure, to build on.
 
         Args:
-            chart: its place, or what it shows (see ``charts``).
+            chart: its index, or what it shows (see ``charts``).
 
         Raises:
             OutputError: there is no such chart.
@@ -109,10 +109,10 @@ class View:
         return as_plotly(chosen(charts_of(self.body), chart))
 
     def axes(self, chart: int | str = 0, ax: "Axes | None" = None) -> "Axes":
-        """A chart of the view on axes of matplotlib.
+        """A chart of the view on matplotlib axes.
 
         Args:
-            chart: its place, or what it shows (see ``charts``).
+            chart: its index, or what it shows (see ``charts``).
             ax: where to draw; new axes if None.
 
         Raises:
@@ -121,7 +121,7 @@ class View:
         return on_axes(chosen(charts_of(self.body), chart), ax)
 
     def _repr_html_(self) -> str:
-        # A frame keeps our style and the notebook's apart.
+        # A frame keeps the page's style and the notebook's apart.
         inner = escape(page(self.title, self.body, alone=True))
         style = f"width:100%;height:{min(self.height, TALLEST)}px;border:0;border-radius:8px"
         title = escape(self.title)
@@ -130,7 +130,7 @@ class View:
 
 
 def page(title: str, body: str, *, alone: bool = False, paper: bool = False) -> str:
-    """A complete HTML document around ``body``; plotly comes along only where a chart needs it."""
+    """A complete HTML document around ``body``; plotly is included only if a chart needs it."""
     script = _plotly() if 'class="plot"' in body else ""
     if paper:
         script += f"\n<script>\n{asset('figure.js')}</script>"
@@ -149,8 +149,8 @@ def chart(data: Sequence[Mapping], layout: Mapping, *, height: int, label: str) 
 
     Args:
         data, layout: what plotly takes, colours as ``"@variable"``.
-        height: in pixels; the width is that of the place.
-        label: what the chart shows, for those who do not see it.
+        height: height in pixels; the width is that of its container.
+        label: what the chart shows, for readers who cannot see it.
     """
     axis = {
         "gridcolor": "@rule",
@@ -197,7 +197,7 @@ def embedded_json(value: Any) -> str:
 
 
 def packed(text: str) -> str:
-    """Text as ``page.js`` unpacks it: gzip in base64, for charts and marks a quarter of the bytes or less."""
+    """Text packed for ``page.js``: gzip in base64, a quarter of the bytes or less for charts and marks."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
@@ -213,7 +213,7 @@ def tabs(panels: Mapping[str, str], label: str) -> str:
             f' tabindex="{-1 if i else 0}">{escape(name)}</button>'
         )
         hidden = " hidden" if i else ""
-        # On paper there are no buttons: the name stands above its panel.
+        # On paper there are no buttons: the name is above its panel.
         named = f'<h4 class="on-paper">{escape(name)}</h4>{body}'
         bodies.append(f'<div role="tabpanel" id="{key}" aria-labelledby="{key}-tab"{hidden}>{named}</div>')
     head = f'<div class="bar" role="tablist" aria-label="{escape(label)}">{"".join(bar)}</div>'
@@ -221,7 +221,7 @@ def tabs(panels: Mapping[str, str], label: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", kind: str = "") -> str:
-    """A table whose first column names the row. Cells are HTML already: escape what users wrote."""
+    """A table whose first column names the row. Cells are HTML already: escape users' text."""
     top = "".join(f"<th{'' if i else ' class=left'}>{cell}</th>" for i, cell in enumerate(head))
     lines = "".join(
         "<tr>" + "".join(f"<td>{c}</td>" if i else f"<th>{c}</th>" for i, c in enumerate(row)) + "</tr>" for row in rows
@@ -231,15 +231,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "",
 
 
 def tabular(whole: str, caption: str = "") -> str:
-    """A table, as HTML, with its caption and a button that saves it as CSV (``page.js`` reads what is shown)."""
-    # Above the table and not in it: a caption would scroll away with a wide table.
+    """An HTML table with its caption and a button that saves it as CSV (``page.js`` reads what is shown)."""
+    # Above the table, not in it: a caption would scroll away with a wide table.
     captioned = f'<p class="soft">{caption}</p>' if caption else "<span></span>"
     button = '<button type="button" class="csv" title="Save this table as a CSV file">CSV</button>'
     return f'<div class="tabular"><div class="above">{captioned}{button}</div><div class="scroll">{whole}</div></div>'
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write the file whole or not at all, into a folder that is made if need be."""
+    """Write the file whole or not at all; its folder is made if need be."""
     path = Path(path)
     make_folder(path.parent)
     return write_file(path, content)
@@ -259,7 +259,7 @@ def _plain(value: Any) -> Any:
 
 
 def _pixels_once(body: str) -> str:
-    """Views that show the same picture each bring its pixels (``images.styles``): the first is enough."""
+    """Keep only the first copy of a picture's pixels: views that show it each bring them (``images.styles``)."""
     known: set[str] = set()
 
     def first(rule: re.Match) -> str:
@@ -270,7 +270,7 @@ def _pixels_once(body: str) -> str:
 
 @cache
 def asset(name: str) -> str:
-    """A file that lies beside this one: style or script of the pages."""
+    """A file next to this one: style or script of the pages."""
     return files("mech.views.drawing").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
 """The report of a study: one offline page made from a study folder, without a model.
 
-Takes the saved results and the summary, gives ``report.html``. It computes no number: those are in ``summary.json``.
+Takes the saved results and the summary, writes ``report.html``. The numbers are those of ``summary.json``.
 """

@@ -1,7 +1,7 @@
 """The first screen: one picture of heads that attend, one curve of what removing heads costs, and three answers.
 
-The picture is not chosen by what it shows: it is the middle one of the questions that were drawn, of the first setting
-with the fewest pictures to a question. The curve and the answers are those of ``mech.experiments.findings.pooled``.
+The picture is not chosen by what it shows: it is the middle one of the questions drawn, from the first setting with the
+fewest pictures per question. The curve and the answers come from ``mech.experiments.findings.pooled``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ def first_screen(found: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     """Picture, curve and answers.
 
     Args:
-        found: of ``pooled``.
-        settings: all of the study.
+        found: the result of ``pooled``.
+        settings: all settings of the study.
     """
     return f'<div class="first" id="first">{_picture(settings)}{_curve(found)}{_answers(found["answers"])}</div>'
 

@@ -37,7 +37,7 @@ def read_summary(study: Path) -> dict[str, Any]:
     """``summary.json``.
 
     Raises:
-        OutputError: it is missing, broken, or of no model.
+        OutputError: it is missing or broken, or names no model.
     """
     summary = read_json(study / "summary.json")
     if not summary.get("models"):
@@ -81,7 +81,7 @@ def read_settings(study: Path, summary: Mapping[str, Any]) -> list[Setting]:
 
 
 def read_forms(study: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, xr.Dataset]]:
-    """By model the datasets of pictures against text, of the models that were asked.
+    """Model -> the datasets of pictures against text, for the models that have them.
 
     Raises:
         OutputError: a dataset is missing or cannot be read.
@@ -96,7 +96,7 @@ def read_forms(study: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, x
 
 
 def _folder(study: Path, model: str, domain: str) -> Path:
-    # A model may be named by where it comes from ("reference:llava-m"); its folder then has the last part only.
+    # A model may be named by its source ("reference:llava-m"); its folder then has only the last part.
     names = (model, model.replace(":", "/").rsplit("/", 1)[-1], model.replace("/", "--").replace(":", "--"))
     candidates = [study / name / domain for name in names]
     for folder in candidates:

@@ -1,6 +1,6 @@
 """Pictures against text: which heads a model shares between them, and what the heads of each are worth for the other.
 
-Takes the datasets of a study's ``forms``; the numbers in its sentences are those of the summary.
+Takes the datasets of a study's ``forms``; the numbers in its sentences come from the summary.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ ROWS = {"answer": "rows that write the answer", "question": "rows of the questio
 
 
 def forms_section(found: Mapping[str, Mapping[str, xr.Dataset]], models: Mapping[str, Mapping[str, Any]]) -> str:
-    """A card for each model whose language model was there before it saw pictures.
+    """A card for each model whose language model was trained before it saw pictures.
 
     Args:
-        found: by model, the datasets ``question``, ``answer`` and ``transfer``.
-        models: of the summary.
+        found: model -> the datasets ``question``, ``answer`` and ``transfer``.
+        models: the models of the summary.
     """
     cards = "".join(_card(name, parts, models[name]["forms"]) for name, parts in found.items())
     return (

@@ -1,8 +1,8 @@
 """Heads one by one: the table of a setting's top heads, and what ``page.js`` shows as the page of any head.
 
-A head's page has its RAM with interval beside what even attention gives, its causal effect in both directions, what of
-that it writes to the logits itself and what later parts make of it, and where it attends in the questions that were
-drawn. It is reached from a cell of the map, from the table, and by its address, ``#head=SETTING/LAYER/HEAD``.
+A head's page has its RAM with interval next to the RAM of even attention, its causal effect in both directions, split
+into what it writes to the logits itself and what later parts make of it, and where it attends in the questions drawn.
+It is reached from a cell of the map, from the table, and by its address, ``#head=SETTING/LAYER/HEAD``.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ def head_data(setting: Setting, key: int) -> str:
 
 
 def top_table(setting: Setting, key: int) -> str:
-    """The first heads of the ranking: how much they attend to the evidence, and what is lost without them."""
+    """The top heads of the ranking: how much they attend to the evidence, and what is lost without them."""
     layers, order, columns = _columns(setting)
     values = {label: (unit, *rest) for label, unit, *rest in columns}
     even = float(setting.ram["size_null"].mean())

@@ -1,7 +1,7 @@
-"""What the literature claims, and on which models, beside what was found here: a table of marks, claim by claim.
+"""What the literature claims, and on which models, compared with what was found here: a table of marks, claim by claim.
 
-The verdicts are those of ``mech.experiments.findings.verdicts``; pointing at a mark gives the numbers behind it. All
-findings stand below as sentences, folded.
+The verdicts come from ``mech.experiments.findings.verdicts``; pointing at a mark shows the numbers behind it. All
+findings follow below as sentences, folded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str
 
 
 def claims_table(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each claim, a column for each setting."""
+    """A row per claim, a column per setting."""
     if not verdicts:
         return "<p>The study tested no claim.</p>"
     columns = _columns(verdicts)
@@ -65,7 +65,7 @@ def sentences(findings: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _columns(verdicts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Every setting that has a verdict of its own, models together, in the order of the study."""
+    """Every setting with its own verdict, grouped by model, in the order of the study."""
     there = dict.fromkeys(
         (c["model"], c["domain"]) for row in verdicts for c in row["cells"] if c["domain"] is not None
     )

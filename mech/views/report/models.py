@@ -1,7 +1,7 @@
 """The part of the report about one model: its heads, where they attend, and what happens without them.
 
-For each domain the map of heads and the table of the top ones stand open; the rest is folded, each part under a line
-that says what is in it, and opens with a sentence that says what to see.
+For each domain the map of heads and the table of the top ones are open; the rest is folded, each part under a line that
+says what is in it, and starts with a sentence that says what to look for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from mech.views.report.numbers import in_points, p_value
 
 
 def model_section(i: int, name: str, facts: Mapping[str, Any], settings: Sequence[tuple[int, Setting]]) -> str:
-    """All of one model.
+    """Everything about one model.
 
     Args:
         i: number of the model.
-        name: of it.
+        name: its name.
         facts: its part of the summary.
         settings: its settings, each with its number in the study.
     """
@@ -63,9 +63,9 @@ def _domain(key: int, setting: Setting) -> str:
 
 
 def _tenths(key: int, setting: Setting) -> str:
-    """From the first heads of the ranking to the last, a picture each."""
+    """A row of pictures, from the first heads of the ranking to the last."""
     row = overlay.tenths(setting.maps, setting.folder)
-    if not row:  # of an earlier version
+    if not row:  # a study of an earlier version
         return ""
     facts = map_facts(setting.maps)[setting.maps.sizes["example"] // 2]
     several = ", on the picture that holds the evidence" if len(facts["pictures"]) > 1 else ""
@@ -118,7 +118,7 @@ def _mattering(setting: Setting) -> str:
         "If RAM told what a head does, the points would rise to the right; heads on the left that stand high are "
         "needed without attending to the evidence."
     )
-    assert setting.causal is not None  # asked for where there is one
+    assert setting.causal is not None  # called only where there is one
     return f'<p class="see">{see}</p>{causal.causal_card(setting.causal, setting.facts["causal"])}'
 
 
@@ -131,8 +131,8 @@ def _scores(found: Mapping[str, Any]) -> str:
 
 
 def _both(test: Mapping[str, Any]) -> str:
-    """The p-value of a claim, and those over samples and over sets that it is made of."""
-    if "p_samples" not in test:  # of an earlier version: over samples only
+    """The p-value of a claim, and the two it is made of: over samples and over sets."""
+    if "p_samples" not in test:  # a study of an earlier version: over samples only
         return f"{p_value(test['p_adjusted'])} <small>({p_value(test['p_value'])}, over samples only)</small>"
     star = "*" if test.get("primary") else ""
     return (
@@ -141,7 +141,7 @@ def _both(test: Mapping[str, Any]) -> str:
 
 
 def _effects_table(facts: Mapping[str, Any]) -> str:
-    """Drop of accuracy of every band, with the test of top against random."""
+    """Drop in accuracy for every band, with the test of top against random."""
     rows_of: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
     for entry in facts["ablation"]:
         rows_of.setdefault((entry["method"], entry["fraction"]), {})[entry["band"]] = entry

@@ -16,7 +16,7 @@ def in_points(interval: Bounds | None) -> str:
 
 
 def number(interval: Bounds | None) -> str:
-    """In its own unit."""
+    """A number in its own unit."""
     return with_interval(interval, lambda value: f"{value:z.2f}")
 
 
@@ -33,5 +33,5 @@ def with_interval(interval: Bounds | None, shown: Callable[[float], str]) -> str
 
 
 def p_value(value: float | None) -> str:
-    """Of a test."""
+    """The p-value of a test."""
     return "–" if value is None else "&lt; 0.001" if value < 0.001 else f"{value:.3f}"

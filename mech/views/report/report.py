@@ -2,13 +2,13 @@
 
     path = report("study")        # study/report.html: offline, complete, no model needed
 
-The page reads ``summary.json`` and the datasets and pictures beside it, so it can be made again on any machine. Its
-first screen holds one picture, one curve and three answers; then a matrix of claims and settings (a setting is a model
-on a domain) says where the literature is right. Below stand the settings side by side and each model with its heads,
-at the end agreement of scales, methods and limits, and provenance. Details are folded.
+The page is made from ``summary.json`` and the datasets and pictures next to it, so it can be made again on any machine.
+Its first screen holds one picture, one curve and three answers; then a matrix of claims and settings (a setting is a
+model on a domain) says where the literature is right. Below follow the settings side by side and each model with its
+heads, and finally agreement of scales, methods and limits, and provenance. Details are folded.
 
-It computes no conclusion of its own: findings, verdicts, tests and effects are those of the summary. A summary of an
-older version has no verdicts and no pooled numbers; they are computed from its numbers, as the study would.
+The page draws no conclusions: findings, verdicts, tests and effects come from the summary. A summary of an older
+version has no verdicts and no pooled numbers; they are computed from its numbers, as the study would compute them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def report(study_folder: str | Path) -> Path:
         body = _body(summary, read_settings(study, summary), record, read_forms(study, summary))
     except MechError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # entries that are not there, or others
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # missing or unexpected entries
         raise OutputError(
             f"{study / 'summary.json'} lacks something: {error}", "a summary of schema 1", AGAIN
         ) from error
@@ -125,7 +125,7 @@ def _masthead(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
 
 
 def _limits(summary: Mapping[str, Any]) -> str:
-    """What limits all that follows: its first sentence is said before it, the rest unfolds."""
+    """The limits of all that follows: the first sentence is shown, the rest unfolds."""
     power = (summary.get("detectable") or detectable(summary))["text"]
     said = [*power.replace(". ", ".\n").splitlines()]
     said += [finding["text"] for finding in summary.get("headlines", []) if finding.get("kind") in CAUTIONS]
@@ -185,7 +185,7 @@ def _baselines(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
 
 
 def _sparse(accelerated: Mapping[str, Any]) -> str:
-    """How few heads can see everything, model by model; those of long contexts first."""
+    """How few heads can see everything, model by model, those with the longest contexts first."""
     order = sorted(accelerated.items(), key=lambda one: -one[1]["length"])
     panels = {f"{name} ({facts['length']} tokens)": frontier.frontier_card(facts) for name, facts in order}
     return (
@@ -227,7 +227,7 @@ def _provenance(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _first(record: Any, key: str) -> Any:
-    """The first value under this key, however deep it lies."""
+    """The first value under this key, at any depth."""
     if isinstance(record, Mapping):
         if record.get(key):
             return record[key]
