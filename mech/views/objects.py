@@ -1,8 +1,8 @@
 """Samples, layouts and inputs as pictures: what was asked, where the evidence is, and what every position is.
 
-    sample_view(sample)                     # pictures with the evidence outlined, and the counterfactual
-    layout_view(inputs.layout, on=sample)   # every token, and the grid of visual tokens over the picture
-    inputs_view(inputs)                     # the same for every row, and the tensors
+sample_view(sample)                     # pictures with the evidence outlined, and the counterfactual
+layout_view(inputs.layout, on=sample)   # every token, and the grid of visual tokens over the picture
+inputs_view(inputs)                     # the same for every row, and the tensors
 """
 
 from typing import TYPE_CHECKING, Any
