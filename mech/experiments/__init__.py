@@ -1,4 +1,4 @@
-"""Experiments: scores of heads, rankings, ablations, and the statistics that say how sure they are.
+"""Experiments: head scores, rankings, ablations, and the statistics that say how certain they are.
 
-Knows models, samples and interventions, and hands on labelled results. Knows nothing of pictures and pages.
+Works with models, samples and interventions, and returns labelled results. Knows nothing about figures or pages.
 """

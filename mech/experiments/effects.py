@@ -1,7 +1,7 @@
-"""Shares of right answers, what is lost of them, and the words for it: what every summary and finding is made of.
+"""Shares of right answers, losses of accuracy, and how both are worded in every summary and finding.
 
 Values are ``[draw, example]``: one row for a named set of heads, several for random ones. Intervals are over examples,
-and over draws too where there are several. What is lost has one interval everywhere: ``accuracy_interval``.
+and over draws too if there are several. A loss has the same interval everywhere: ``accuracy_interval``.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ Bounds = dict[str, float]  # {"mean", "low", "high"}
 
 
 def interval(values: Float[np.ndarray, "draw example"]) -> Bounds | None:
-    """Over examples, and over draws too where there are several; None where a value is missing."""
+    """The interval over examples, and over draws too if there are several; None if a value is missing."""
     return None if np.isnan(values).any() else mean_of(values).as_dict()
 
 
 def share(right: Float[np.ndarray, "draw example"]) -> Bounds | None:
-    """The share of right answers: Wilson's interval, and over draws too where there are several."""
+    """The share of right answers with Wilson's interval, or over examples and draws if there are several draws."""
     if np.isnan(right).any():
         return None
     if len(right) == 1:
@@ -30,7 +30,7 @@ def share(right: Float[np.ndarray, "draw example"]) -> Bounds | None:
 
 
 def drop(before: Float[np.ndarray, " example"], after: Float[np.ndarray, "draw example"]) -> Bounds | None:
-    """What is lost, paired by example: positive where there were more right answers before."""
+    """The loss of accuracy, paired by example: positive if more answers were right before."""
     change = before - after
     return None if np.isnan(change).any() else accuracy_interval(change).as_dict()
 
@@ -42,9 +42,9 @@ def against_random(
 
     ``p_samples``: sign flips over samples, given these random sets. ``p_sets``: the rank of the set among the random
     ones, given these samples; never below ``smallest_p_sets``. ``p_value`` is the larger of the two: a claim needs
-    both. ``sets_as_costly``: random sets that cost as much, and something; None where the set itself costs nothing.
+    both. ``sets_as_costly``: how many random sets cost at least as much; None if the set itself costs nothing.
 
-    Sign of ``statistic``: positive where the set costs more. Unit: that of the costs.
+    Sign of ``statistic``: positive if the set costs more. Unit: that of the costs.
     """
     samples, sets = (permutation_test(top, random, over, n_permutations) for over in ("examples", "sets"))  # type: ignore[arg-type]
     as_costly = round(sets.p_value * (len(random) + 1)) - 1

@@ -1,10 +1,11 @@
-"""The gradient of a metric at activation points, in one forward and one backward: what attribution is made of.
+"""The gradient of a metric at activation points, in one forward and one backward: the basis of attribution.
 
     found = differentiate(model, inputs, ["blocks.3.attn.hook_z"], score)
     found.slopes["blocks.3.attn.hook_z"]            # d metric / d activation, in the activation's shape
 
-Parameters ask for no gradient while it runs, so a graph is kept only from the first named point on, without what only
-weights need: memory is about that of the activations behind that point. Afterwards they ask for what they did.
+Parameters require no gradient while it runs, so the graph is kept only from the first named point on, without what only
+weight gradients need: memory is about that of the activations after that point. Afterwards the parameters are as
+before.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,10 +34,10 @@ class Slopes:
     """Activations and their gradients, from one forward and one backward.
 
     Attributes:
-        values: activations by name; of a module, its input.
-        slopes: gradient of the metrics' sum at each name (rows do not mix: it is each row's own); of a module, at
+        values: activations by name; for a module, its input.
+        slopes: gradient of the metrics' sum at each name (rows do not mix, so it is each row's own); for a module, at
             its output.
-        calls: what the attention of each layer saw, where asked for; ``slopes[layer]`` is then the gradient at its z.
+        calls: what the attention of each requested layer saw; ``slopes[layer]`` is then the gradient at its z.
         scores: the metric of every row.
     """
 
@@ -57,16 +58,16 @@ def differentiate(
     modules: Mapping[str, nn.Module] | None = None,
     attention: tuple[str, Sequence[int]] | None = None,
 ) -> Slopes:
-    """Run, and differentiate the metric at some places.
+    """Run the model and differentiate the metric at some places.
 
     Args:
         model: a hooked model.
-        run: what to run.
+        run: the inputs.
         names: activation points.
-        score: runs inputs and gives the metric of every row.
+        score: runs inputs and returns the metric of every row.
         edits: hooks that change activations before they are read.
         modules: label -> a module whose output is differentiated at.
-        attention: "text" or "vision", and layers: differentiate at z inside their attention too.
+        attention: "text" or "vision", and layers: also differentiate at z inside their attention.
 
     Raises:
         ExperimentError: a metric without a gradient.
@@ -90,7 +91,7 @@ def differentiate(
 
 
 class _Watched:
-    """Values that passed in a forward, and leaves of zeros that were added to them."""
+    """Values seen in a forward, and the leaves of zeros that were added to them."""
 
     def __init__(self) -> None:
         self.slopes, self.leaves = Slopes(), dict[Any, Tensor]()
@@ -116,7 +117,7 @@ class _Watched:
 
     def differentiated(self, scores: Tensor) -> Slopes:
         slopes = torch.autograd.grad(scores.sum(), list(self.leaves.values()), allow_unused=True)
-        # What the metric does not depend on (behind the read rows of the last layer) has gradient zero.
+        # What the metric does not depend on (in the last layer, rows that are not read) has gradient zero.
         for (key, leaf), slope in zip(self.leaves.items(), slopes, strict=True):
             self.slopes.slopes[key] = torch.zeros_like(leaf) if slope is None else slope
         self.slopes.scores = scores.detach()
@@ -125,7 +126,7 @@ class _Watched:
 
 @contextmanager
 def still(model: HookedMLLM) -> Iterator[None]:
-    """Gradients on, but for the parameters; both as before afterwards."""
+    """Gradients on, except for the parameters; both are restored afterwards."""
     trained = [parameter for parameter in model.hf_model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -155,11 +156,11 @@ def _without_gradient(metric: str) -> ExperimentError:
 
 
 def between(name: str, ours: Tensor, theirs: Tensor, share: float) -> Edit:
-    """A hook that puts an activation ``share`` of the way from one run's to the other's."""
+    """A hook that sets an activation to ``share`` of the way from one run's value to the other's."""
     mixed = torch.lerp(ours, theirs, share)
     return name, lambda value, hook: mixed.to(value)
 
 
 def midpoints(steps: int) -> list[float]:
-    """Where a path from 0 to 1 is sampled. Midpoints: their error falls with the square of the number of steps."""
+    """Where a path from 0 to 1 is sampled. The error of midpoints falls with the square of the number of steps."""
     return [(step + 0.5) / steps for step in range(steps)]

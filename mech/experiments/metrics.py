@@ -1,11 +1,11 @@
-"""How well an answer is given: accuracy and logit difference, sample by sample; and the metrics of patching.
+"""How well the model answers: accuracy and logit difference, sample by sample; and the metrics for patching.
 
-Answers are *teacher-forced*: the right answer follows the prompt, and the model is asked at each of its tokens. The
-answer is right when every token is the most likely one: when greedy generation would begin with it (without repetition
-penalties), at the cost of a single forward. Whether the model would then stop is not asked.
+Answers are *teacher-forced*: the right answer follows the prompt, and the model's prediction is read at each of its
+tokens. The answer is right when every token is the most likely one, that is, when greedy generation would begin with it
+(without repetition penalties), at the cost of a single forward. Whether the model would then stop is not measured.
 
-Patching asks a ``Metric``: ``LogitDiff("seven", "two")``, ``LogProb``, ``Probability``, ``Rank``, ``KL()``, or a
-function of your own (``OfLogits``). It says which positions it reads, so that only their logits are ever computed.
+Patching takes a ``Metric``: ``LogitDiff("seven", "two")``, ``LogProb``, ``Probability``, ``Rank``, ``KL()``, or a
+function of your own (``OfLogits``). A metric says which positions it reads, so that only their logits are computed.
 """
 
 from abc import ABC, abstractmethod
@@ -29,11 +29,11 @@ from mech.model.partial.beginning import MOST, Beginning, beginning
 
 @dataclass(frozen=True)
 class Quiz:
-    """Samples made ready to be asked again and again: inputs with the answer, and the token each row should say.
+    """Samples prepared for repeated runs: inputs with the answer, and the tokens each row should predict.
 
-    ``pictures`` is what the vision stack made of each batch's pictures: they are read once, however often the text
-    stack is asked. ``wrong`` is the counterfactual's token at the first place where the two answers differ, -1 where
-    there is none; ``forks`` is that place, counted from the answer's first token.
+    ``pictures`` is the vision stack's output for each batch: pictures are encoded once, however often the text stack
+    runs. ``wrong`` is the counterfactual's token at the first place where the two answers differ, -1 if there is none;
+    ``forks`` is that place, counted from the answer's first token.
     """
 
     examples: tuple[str, ...]
@@ -47,7 +47,7 @@ class Quiz:
         return len(self.answers)
 
     def batch(self, index: int) -> "Quiz":
-        """One batch of it, as a quiz of its own."""
+        """One batch as a separate quiz."""
         start = sum(map(len, self.batches[:index]))
         rows = slice(start, start + len(self.batches[index]))
         return Quiz(
@@ -66,7 +66,7 @@ def quiz(
     batch_size: int = 16,
     check: Callable[[Inputs], None] = lambda batch: None,
 ) -> Quiz:
-    """Build the inputs of ``samples`` with their answers, and read their pictures, once.
+    """Build the inputs of ``samples`` with their answers, and encode their pictures once.
 
     ``check`` may refuse a batch before anything is run.
 
@@ -120,9 +120,9 @@ def ask(
 ) -> dict[str, np.ndarray]:
     """``accuracy`` (0 or 1) and ``logit_diff`` (right minus wrong answer, in logits; nan without one) per sample.
 
-    ``forward`` is a model, or one under intervention. With ``runs`` (of ``begun``) it begins at ``layer``, before which
-    nothing may be changed. Cost: one forward of the text stack per sample, or what is left of it; only the answer's
-    rows are unembedded.
+    ``forward`` is a model, or one under intervention. With ``runs`` (from ``begun``) it begins at ``layer``, before
+    which nothing may be changed. Cost: one forward of the text stack per sample, or the part from ``layer`` on; only
+    the answer's rows are unembedded.
     """
     accuracy, difference = [], []
     for row, says in enumerate(answer_logits(forward, questions, runs, layer)):
@@ -136,9 +136,9 @@ def ask(
 def later_tokens(
     forward: Callable[..., Float[torch.Tensor, "batch pos vocab"]], questions: Quiz
 ) -> Float[np.ndarray, " example"]:
-    """The share of right tokens among those after the answer's first; nan for answers of one token.
+    """The share of right tokens after the answer's first; nan for answers of one token.
 
-    The first is written by the last position of the prompt, the later ones in decoding. Cost: that of ``ask``.
+    The first is predicted at the prompt's last position, the later ones in decoding. Cost: that of ``ask``.
     """
     found = []
     for says, answer in zip(answer_logits(forward, questions), questions.answers, strict=True):
@@ -180,7 +180,7 @@ def _answer_ids(row: Inputs) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Reading:
-    """A metric made ready for one example: the positions whose logits it reads, and what it makes of them.
+    """A metric prepared for one example: the positions whose logits it reads, and how it scores them.
 
     ``score`` takes the logits of any number of variants and those of the clean run, all at ``positions``.
     """
@@ -205,15 +205,15 @@ class Metric(ABC):
         clean: Float[torch.Tensor, "batch pos vocab"] | None = None,
         model: HookedMLLM | None = None,
     ) -> Float[torch.Tensor, " batch"]:
-        """The metric of each row, read off logits at the last position, as metrics of TransformerLens' patching do.
+        """The metric of each row, read from logits at the last position, as in TransformerLens' patching.
 
         Args:
             logits: of rows that end where the answer begins (padded on the left).
             clean: those of the clean run, for a metric that compares with it (``KL``).
-            model: its tokenizer, where answers are texts.
+            model: needed for its tokenizer if answers are texts.
 
         Raises:
-            ExperimentError: texts without a model, an answer that is told apart only at a later token, or no clean run.
+            ExperimentError: texts without a model, an answer that differs only at a later token, or no clean run.
         """
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
             raise ExperimentError(f"{type(self).__name__} of {type(logits).__name__}", "logits [batch pos vocab]")
@@ -226,10 +226,10 @@ class Metric(ABC):
 
     @abstractmethod
     def reading(self, model: HookedMLLM, layout: TokenLayout, example: int) -> Reading:
-        """What to read of this example.
+        """What to read for this example.
 
         Raises:
-            ExperimentError: an answer that cannot be read off these inputs.
+            ExperimentError: an answer that cannot be read from these inputs.
         """
 
 
@@ -293,7 +293,7 @@ class Probability(Metric):
 @checked
 @dataclass(frozen=True)
 class Rank(Metric):
-    """How many tokens are likelier than the answer's first token: 0 is what greedy decoding would say."""
+    """How many tokens are likelier than the answer's first token: at 0, greedy decoding would pick it."""
 
     answer: Answer
     unit: ClassVar[str] = "rank, 0 is the likeliest"
@@ -366,7 +366,7 @@ def _ids(model: HookedMLLM | None, answer: Answer, example: int) -> tuple[int, .
             raise ExperimentError(
                 f"{len(answer)} answers for example {example + 1}", "one answer for each", "give as many as examples"
             )
-        for text in answer:  # all of them with the first, so that none is refused behind a forward
+        for text in answer:  # all of them with the first, so that none is refused after a forward
             if not isinstance(text, str):
                 _token(model, text)
         answer = answer[example]
@@ -390,7 +390,7 @@ def _token(model: HookedMLLM | None, token: Any) -> int:
 
 
 class _Last:
-    """The layout of logits alone: nothing is known of them but their last position."""
+    """The layout of logits alone: only their last position is known."""
 
     spans: ClassVar[dict[str, tuple[int, ...]]] = {}
 

@@ -1,21 +1,21 @@
-"""Intervals and tests for effects measured per example: how sure, compared with what, and after how many tests.
+"""Intervals and tests for effects measured per example: how certain, compared with what, and after how many tests.
 
 Three questions come up whenever heads are ablated, and each has its own answer here:
 
-* *How large is the effect, give or take?* ``accuracy_interval`` for what is lost of the right answers, everywhere;
-  for other measures ``bootstrap_interval`` over examples (of the difference, where two runs share them), and
-  ``two_way_bootstrap`` where examples *and* random sets of heads were drawn.
-* *Is it more than random heads would do?* ``permutation_test``. It has two forms because the sentence has two
-  meanings: over examples (these random sets, new examples) and over sets (these examples, new random sets).
+* *How large is the effect, give or take?* ``accuracy_interval`` for every loss of accuracy; for other measures
+  ``bootstrap_interval`` over examples (of the difference, if two runs share them), and ``two_way_bootstrap`` if
+  examples *and* random sets of heads were drawn.
+* *Is it more than random heads would do?* ``permutation_test``. It has two forms because the question has two meanings:
+  over examples (these random sets, new examples) and over sets (these examples, new random sets).
 * *How many of my findings are luck?* ``holm`` and ``benjamini_hochberg`` over everything that was tested, and
   ``jaccard_null`` / ``overlap_p_value`` for two sets of heads that share some by chance.
 
     >>> drop_top, drop_random = accuracy - top, accuracy - random      # [example], [draw example]  # doctest: +SKIP
     >>> permutation_test(drop_top, drop_random, over="sets").p_value   # doctest: +SKIP
 
-Axis 0 of ``values`` is the example; several random sets are ``(draw, example)``, as conditions lie in an ablation
-result. All functions are pure and seeded. They do not know what a head is, and none of them can mend a sample that
-was used to choose what it then tests.
+Axis 0 of ``values`` is the example; several random sets are ``(draw, example)``, as in an ablation result. All
+functions are pure and seeded. They know nothing about heads, and none of them can repair a test on samples that also
+chose what is tested.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ _CHUNK = 4_000_000  # numbers held at once while resampling: 32 MB
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval; arrays when there was more than the example axis."""
+    """A mean with its confidence interval; arrays if there are axes besides the example."""
 
     mean: Any
     low: Any
@@ -65,7 +65,7 @@ def bootstrap_interval(
     Examples are drawn with replacement ``n_resamples`` times. The plain percentile interval is too narrow by
     ``sqrt((n - 1) / n)`` and uses normal tails where t belongs; the percentiles are therefore taken at
     ``Phi(-sqrt(n / (n - 1)) t[(1 - level) / 2, n - 1])`` instead (Hesterberg 2015, arXiv 1411.5279). Every column of
-    ``rest`` sees the same resamples.
+    ``rest`` uses the same resamples.
 
     When all values are equal the interval has no width. For shares near 0 or 1 that claims too much: use
     ``proportion_interval``.
@@ -81,7 +81,7 @@ def bootstrap_interval(
 def bootstrap_means(
     values: Float[np.ndarray, "example *rest"], n_resamples: int = 2000, seed: int | list[int] = 0
 ) -> Float[np.ndarray, "resample *rest"]:
-    """The mean of every resample of the examples: what intervals and stability are read from."""
+    """The mean of every resample of the examples, from which intervals and stability are computed."""
     values = _examples(values)
     flat = values.reshape(len(values), -1)
     means = [weights @ flat for weights in _weights(len(flat), n_resamples, seed, width=flat.shape[1])]
@@ -91,11 +91,11 @@ def bootstrap_means(
 def two_way_bootstrap(
     values: Float[np.ndarray, "draw example"], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """The mean over examples and random sets, with an interval that counts both as samples.
+    """The mean over examples and random sets, with an interval that treats both as samples.
 
     Each resample draws examples and, independently, sets with replacement, and averages the crossing (the pigeonhole
-    bootstrap, Owen 2007, Annals of Applied Statistics 1(2); it errs to the wide side). It is the interval for "random
-    heads cost x": new examples *and* new random heads.
+    bootstrap, Owen 2007, Annals of Applied Statistics 1(2); it errs on the wide side). It is the interval for "random
+    heads cost x" under new examples *and* new random heads.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or len(values) < 2:
@@ -113,7 +113,7 @@ def two_way_bootstrap(
 
 
 def accuracy_interval(change: Float[np.ndarray, "*batch draw example"], level: float = 0.95) -> Interval:
-    """The mean change of accuracy, paired by example: the one interval for what an intervention costs.
+    """The mean change of accuracy, paired by example: the only interval used for what an intervention costs.
 
     ``change`` is right before minus right after, -1, 0 or 1, [..., draw, example]; a named set is one draw. Two
     pseudo-examples, +x and -x, are added to the n real ones, and the mean of all has the interval
@@ -122,11 +122,11 @@ def accuracy_interval(change: Float[np.ndarray, "*batch draw example"], level: f
 
     within -1 and 1. With one draw x is 1: Bonett and Price's adjusted interval (2012, Journal of Educational and
     Behavioral Statistics 37). With several it is a random-effects interval over examples *and* sets (Satterthwaite's
-    degrees of freedom for the sets), x the largest mean change of an example and at least a half. It is never empty:
-    that none of n answers changed does not mean that none ever would, however many sets were tried.
+    degrees of freedom for the sets), x the largest mean change of an example and at least a half. Its width is never
+    zero: if none of n answers changed, that does not mean that none ever would, however many sets were tried.
 
-    Unit of resampling: examples; with several draws examples crossed with sets. Few sets that differ much (under about
-    twenty) are covered less often than the level says.
+    Unit of resampling: examples; with several draws examples crossed with sets. With few sets (under about twenty) that
+    differ much, the coverage is below the level.
 
     Raises:
         ExperimentError: changes beyond -1 to 1, or nan.
@@ -179,13 +179,13 @@ def permutation_test(
     n_permutations: int = 10_000,
     seed: int = 0,
 ) -> Test:
-    """Does ablating the top heads cost more than ablating as many random heads?
+    """Does ablating the top heads cost more than ablating the same number of random heads?
 
-    ``top[i]`` and ``random[d, i]`` are what ablation costs on example i (baseline minus ablated). The statistic is
+    ``top[i]`` and ``random[d, i]`` are the cost of ablation on example i (baseline minus ablated). The statistic is
 
         T = mean_i( top[i] - mean_d random[d, i] )
 
-    and what chance is differs:
+    and the null depends on ``over``:
 
     * ``over="examples"``: *given these random sets*, does the top band cost more on examples in general? The sign of
       every example's difference is flipped at random; p is the share of flips with a mean of at least T (all 2^n of
@@ -194,9 +194,9 @@ def permutation_test(
       (Janssen 1997, Statistics & Probability Letters 36). It gains power with examples and says nothing about
       other random sets.
     * ``over="sets"``: *given these examples*, does the top set cost more than a random set would? p is its rank among
-      the draws, (1 + number of draws that cost at least as much) / (1 + draws), exact when the top set could have
-      been one of the draws (Phipson & Smyth 2010, arXiv 1603.05766). It never falls below 1 / (1 + draws): 19 draws
-      are needed for 0.05, and more when several tests are then corrected for.
+      the draws, (1 + number of draws that cost at least as much) / (1 + draws), exact when the top set could have been
+      one of the draws (Phipson & Smyth 2010, arXiv 1603.05766). It never falls below 1 / (1 + draws): 19 draws are
+      needed for 0.05, and more if several tests are then corrected for.
     * ``over="both"``: the larger of the two, the test of "on new examples and against new sets" (intersection-union,
       Berger 1982, Technometrics 24).
 
@@ -233,7 +233,7 @@ def permutation_test(
 def sign_flip_test(
     values: Float[np.ndarray, "example *rest"], n_permutations: int = 10_000, seed: int = 0
 ) -> Float[np.ndarray, "*rest"]:
-    """Is the mean over examples 0? The two-sided p-value, for every column by itself.
+    """Is the mean over examples 0? The two-sided p-value, for each column separately.
 
     The sign of each example is flipped at random; p is the share of flips whose mean is at least as far from 0 (all
     2^n of them when there are no more than ``n_permutations``, otherwise (1 + hits) / (1 + n_permutations)).
@@ -254,7 +254,7 @@ def sign_flip_test(
 
 
 def holm(p_values: Float[np.ndarray, "*tests"]) -> Float[np.ndarray, "*tests"]:
-    """Adjusted p-values: rejecting those below alpha errs *at all* with probability at most alpha.
+    """Adjusted p-values: rejecting those below alpha makes *any* error with probability at most alpha.
 
     ``max_{j <= i} min(1, (m - j + 1) p_(j))`` over the sorted p-values, under any dependence (Holm 1979, Scandinavian
     Journal of Statistics 6).
@@ -277,7 +277,7 @@ def benjamini_hochberg(p_values: Float[np.ndarray, "*tests"]) -> Float[np.ndarra
 
 
 def jaccard(a: Any, b: Any) -> float:
-    """Shared over all members of two sets; 1 for the same set, 0 for none shared. Two empty sets are an error."""
+    """Shared over all members of two sets; 1 for equal sets, 0 for disjoint ones. Two empty sets are an error."""
     a, b = set(a), set(b)
     if not a | b:
         raise ExperimentError("two empty sets", "at least one member", "choose k of at least 1")
@@ -285,10 +285,10 @@ def jaccard(a: Any, b: Any) -> float:
 
 
 def jaccard_null(n: int, k1: int, k2: int) -> float:
-    """The Jaccard index that two random sets of ``k1`` and ``k2`` out of ``n`` have on average.
+    """The mean Jaccard index of two random sets of ``k1`` and ``k2`` out of ``n``.
 
-    ``E[X / (k1 + k2 - X)]`` with X hypergeometric. It takes all heads as alike; sets that only share their *layers*
-    exceed it too, so compare with layer-matched draws before speaking of the same heads.
+    ``E[X / (k1 + k2 - X)]`` with X hypergeometric. It treats all heads as alike; sets that only share their *layers*
+    exceed it too, so compare with layer-matched draws before claiming that the heads are the same.
     """
     _check_sizes(n, k1, k2)
     shared = np.arange(max(0, k1 + k2 - n), min(k1, k2) + 1)
@@ -355,14 +355,14 @@ def _percentiles(draws: np.ndarray, n: int, level: float) -> tuple[np.ndarray, n
 
 
 def _interval(mean: Any, low: Any, high: Any, level: float) -> Interval:
-    # Resampled means of equal values differ from the mean in the last bit; the interval holds its mean.
+    # Resampled means of equal values differ from the mean in the last bit; the interval contains its mean.
     low, high = np.minimum(low, mean), np.maximum(high, mean)
     mean, low, high = (float(x) if np.ndim(x) == 0 else x for x in (mean, low, high))
     return Interval(mean, low, high, level)
 
 
 def _slack(values: np.ndarray) -> float:
-    """What two means of the same numbers in another order may differ by: ties must count as ties."""
+    """How far two means of the same numbers in another order may differ: ties must count as ties."""
     return 1e-12 * float(np.abs(values).max())
 
 

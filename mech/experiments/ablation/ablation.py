@@ -1,25 +1,25 @@
 """Do the heads matter? Bands of a ranking are ablated, and accuracy and logit difference are measured.
 
-A band says *which* heads: the top of the ranking, its bottom, its middle, random sets of other heads than the top, and
-random sets with as many heads in each layer as the top one. Only against those controls does a drop say anything about
-the *ranking*; a control that holds a tested head would hold the treatment. The method says *how* (see
-``mech.interventions``): results of different methods are never pooled.
+A band says *which* heads: the top of the ranking, its bottom, its middle, random sets of heads outside the top, and
+random sets with the same number of heads in each layer as the top. A drop says something about the *ranking* only when
+compared with these controls, and a control that contains a tested head would contain the treatment. The method says
+*how* (see ``mech.interventions``): results of different methods are never pooled.
 
     ram = retrieval_attention_mass(model, train)
     effects = ablation(model, test, rank_heads(ram), reference=train, to="mean", fractions=(1, 0.05, 0.2))
 
-A band may also be another ranking, and is then its top: heads that attend to any visual token, or to sinks, are
-controls for "it is only that these heads attend to the picture", or "to something".
+A band may also be another ranking; its top heads are then ablated. Heads that attend to any visual token, or to sinks,
+are controls for "these heads merely attend to the picture", or "to something".
 
     others = rank_heads(ram, "vision_mass"), rank_heads(attention_sinks(model, train), "sink_mass")
     effects = ablation(model, test, rank_heads(ram), reference=train, bands=("top", "random", *others))
     effects.isel(condition=effects["band"] == "by vision_mass")
 
-Two more controls on request: ``unneeded``, random sets that also spare heads known to be necessary (``necessary=``:
-from patching on samples that do not test, say), and ``unrestricted``, random sets of all heads; summaries and pictures
-show apart those of them that hold a top head.
+Two more controls are available on request: ``unneeded``, random sets that also exclude heads known to be necessary
+(``necessary=``, for instance from patching on samples outside the test set), and ``unrestricted``, random sets of all
+heads; summaries and figures show the random sets that contain a top head separately.
 
-The samples that found the heads must not be those that test them: they are compared by their ids.
+The samples that found the heads must not be the ones that test them; sample ids are compared to make sure.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,9 +47,9 @@ from mech.scale.measures import per_sample, running
 
 BANDS = ("top", "bottom", "middle", "random", "layer_matched")
 KNOWN = (*BANDS, "unneeded", "unrestricted")  # the last two on request
-CONTROLS = 20  # sets of a control that no p-value is read off, at most
+CONTROLS = 20  # at most this many sets of a control that no p-value is computed from
 FRACTIONS = (1, 0.02, 0.05, 0.1, 0.2)
-KEEPING = 1.5  # forwards that keeping the first layers costs
+KEEPING = 1.5  # cost of keeping the first layers, in forwards
 
 
 @dataclass(frozen=True)
@@ -80,25 +80,25 @@ def conditions(
     necessary: Pairs = (),
     seed: Seed = 0,
 ) -> list[Condition]:
-    """Every combination of method, band and size, as a list that can be joined, cut and counted before it is run.
+    """Every combination of method, band and size, as a list that can be joined, cut and counted before it runs.
 
     Args:
         ranking: which heads are at the top.
         to: one method or several.
-        bands: which of ``top``, ``bottom``, ``middle``, ``random`` (of other heads than the top), ``layer_matched``,
-            ``unneeded``, ``unrestricted``; and rankings by other scores, whose top heads are the band ``by SCORE``,
+        bands: any of ``top``, ``bottom``, ``middle``, ``random`` (heads outside the top), ``layer_matched``,
+            ``unneeded``, ``unrestricted``; and rankings by other scores, whose top heads form the band ``by SCORE``,
             such as ``by vision_mass``.
         fractions: an int is a number of heads, a float a share of all heads (at least one head).
-        n_random: how many random sets of each size (of the other controls at most 20); fewer where there are not so
+        n_random: how many random sets of each size (at most 20 for the other controls); fewer if there are not that
             many. The p-value over sets cannot fall below ``1 / (1 + n_random)``.
-        necessary: heads that ``unneeded`` spares beside the top; not found on the samples to test.
-        seed: of the random sets. The same sets are used for every method.
+        necessary: heads that ``unneeded`` excludes in addition to the top; not found on the test samples.
+        seed: for the random sets. Every method uses the same sets.
 
-    ``layer_matched`` and ``unneeded`` are left out where too few heads remain.
+    ``layer_matched`` and ``unneeded`` are left out if too few heads remain.
 
     Raises:
-        ExperimentError: an unknown method or band; a ranking of other heads, of none above the others, or two by one
-            score; ``unneeded`` without necessary heads; too few other heads for ``random``.
+        ExperimentError: an unknown method or band; a band ranking of other heads, one that scores all heads alike, or
+            two by the same score; ``unneeded`` without necessary heads; too few heads outside the top for ``random``.
     """
     methods = (to,) if isinstance(to, str) else tuple(to)
     others = {f"by {band.score}": band for band in bands if isinstance(band, Ranking)}
@@ -135,7 +135,7 @@ def _comparable(name: str, other: Ranking, ranking: Ranking) -> None:
             f"{ranking.n_layers} x {ranking.n_heads}, as the ranking has",
             "rank the heads of one model",
         )
-    if other.mean.max() == other.mean.min():  # no sinks, for instance: the top would be the first heads there are
+    if other.mean.max() == other.mean.min():  # no sinks, for instance: the top would be just the first heads
         raise ExperimentError(
             f"band {name!r}, where every head scores {other.mean.max():.3g}", "heads that differ", "leave it out"
         )
@@ -161,7 +161,7 @@ def _sets(
     if band == "layer_matched":
         try:
             return ranking.layer_matched(top, few, seed)
-        except ExperimentError:  # the top heads fill their layers: there is nothing to match them with
+        except ExperimentError:  # the top heads fill their layers: no heads are left to match them with
             return []
     return [{"top": ranking.top, "bottom": ranking.bottom, "middle": ranking.middle}[band](count)]
 
@@ -187,26 +187,26 @@ def ablation(
 ) -> xr.Dataset:
     """Accuracy and logit difference of every sample under every condition, the unablated baseline first.
 
-    Sign: higher is better, so what a condition costs is baseline minus condition. Unit: accuracy is 0 or 1 per
-    sample, the logit difference is in logits (right minus counterfactual answer). The coordinate ``heads`` says which
-    heads each condition ablated.
+    Sign: higher is better, so the cost of a condition is baseline minus condition. Unit: accuracy is 0 or 1 per sample,
+    the logit difference is in logits (right minus counterfactual answer). The coordinate ``heads`` says which heads
+    each condition ablated.
 
     Args:
         model: a hooked model.
         samples: the samples to test on.
-        ranking: the heads in order, or a list of ``conditions`` made before.
-        reference: samples (or their activations) that ``mean`` and ``resample`` draw from; not ``samples``.
+        ranking: the heads in order, or a list from ``conditions``.
+        reference: samples (or their activations) that ``mean`` and ``resample`` draw from; none of ``samples``.
         to, bands, fractions, n_random, necessary, seed: see ``conditions``.
         positions, phase: see ``Ablate``.
         batch_size: samples per forward.
         progress: called with (conditions done, conditions in all).
-        allow_other_model: take a ranking, or reference activations, made on another model of this shape; the attribute
-            ``other_model`` says so.
+        allow_other_model: accept a ranking or reference activations made on another model of the same shape; the
+            attribute ``other_model`` records it.
 
     Raises:
-        ExperimentError: a sample found the heads or is in the reference; no reference where one is needed.
+        ExperimentError: a sample that found the heads or is in the reference; no reference where one is needed.
 
-    Cost: one forward per sample and condition; ``reference`` one per sample, once.
+    Cost: one forward per sample and condition; one per sample of ``reference``, once.
 
     References: arXiv 2606.05843 (bands; ``paper``), 2407.08734 (methods disagree), 2309.16042 (logit difference).
     """
@@ -242,7 +242,7 @@ def ablation(
 
 @dataclass(frozen=True)
 class How:
-    """What all conditions of an ablation have in common; see ``Ablate``."""
+    """The options that all conditions of an ablation share; see ``Ablate``."""
 
     reference: Samples | Reference | None = None
     positions: Where = "all"
@@ -264,8 +264,8 @@ def asked_without(
     batch_size: int,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The numbers of ``ablation``, condition by condition or, inside ``mech.on_folder``, in blocks."""
-    if running() is not None and isinstance(how.reference, Samples):  # made once, and not for every block
+    """The results of ``ablation``, condition by condition or, inside ``mech.on_folder``, in blocks."""
+    if running() is not None and isinstance(how.reference, Samples):  # made once, not for every block
         how = replace(how, reference=reference_of(model, how.reference, batch_size=batch_size, seed=how.seed))
     return per_sample_answers(
         model, samples, conditions=list(conditions), how=how, batch_size=batch_size, progress=progress
@@ -282,7 +282,7 @@ def per_sample_answers(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The numbers of ``ablation``, without what is known of all samples together."""
+    """The results of ``ablation`` without the attributes that describe all samples together."""
     parts: list[xr.Dataset] = []
     for part in ablated(model, samples, conditions, how, batch_size):
         parts.append(part)
@@ -294,11 +294,11 @@ def per_sample_answers(
 def ablated(
     model: HookedMLLM, samples: Samples, todo: Sequence[Condition], how: How, batch_size: int = 16
 ) -> Iterator[xr.Dataset]:
-    """The conditions one by one, each a dataset of its own: what a study saves as it goes.
+    """The conditions one by one, each as its own dataset, so that a study can save them as it goes.
 
-    Each begins at the first layer that it changes, if together they save more than keeping the layers before costs.
+    Each run begins at the first layer it changes, if together they save more than keeping the earlier layers costs.
     """
-    if running() is not None:  # elsewhere, all at once
+    if running() is not None:  # workers compute all conditions at once
         whole = asked_without(model, samples, conditions=todo, how=how, batch_size=batch_size)
         yield from (whole.isel({CONDITION: [i]}) for i in range(len(todo)))
         return
@@ -330,5 +330,5 @@ def ablated(
 
 
 def _begins(condition: Condition) -> int:
-    """The first layer that a condition changes; 0 for the baseline, which nothing has to be saved of."""
+    """The first layer that a condition changes; 0 for the baseline, which runs in full."""
     return min((layer for layer, _ in condition.heads), default=0)

@@ -1,4 +1,4 @@
-"""Reference activations of heads as one piece of work: made once, by whoever holds the model, and stored.
+"""Reference activations of heads as one unit of work: computed once, by whichever process has the model, and stored.
 
 bank = reference_of(model, find, batch_size=8, seed=0)      # what reference_activations gives
 """
@@ -15,13 +15,13 @@ from mech.scale.measures import in_one_piece
 
 
 def reference_of(model: HookedMLLM, samples: Samples, *, batch_size: int = 8, seed: int = 0) -> Reference:
-    """``reference_activations`` of the heads; inside ``mech.on_folder`` and ``mech.on_ray`` a worker makes them.
+    """``reference_activations`` of the heads; inside ``mech.on_folder`` and ``mech.on_ray`` a worker computes them.
 
     Args:
         model: a hooked model.
-        samples: other samples than those that are tested.
+        samples: the reference samples; none of the tested ones.
         batch_size: samples per forward.
-        seed: of the draws.
+        seed: for the draws.
 
     Raises:
         ExperimentError: no samples.

@@ -2,8 +2,8 @@
 
     todo = Design(methods=("mean", "zero"), n_random=100).conditions(ranking, vision, necessary)
 
-The claim is made at one size and by one method, both fixed before anything is measured: a twentieth of the heads, by
-the first method. Only there are random sets drawn in a number that lets the p-value over sets be small.
+The claim is made at one size and with one method, both fixed before anything is measured: a twentieth of the heads,
+ablated by the first method. Only there are enough random sets drawn for the p-value over sets to be small.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ class Design:
 
     Attributes:
         methods: the first one makes the claim.
-        fractions, other_fractions: sizes under the first method and under the others.
-        n_random: random sets where the claim is made, and sets of the same layers beside them (at most 20).
-        n_control: random sets of every other size, method and control, at most.
-        seed: of the random sets.
+        fractions, other_fractions: sizes for the first method and for the others.
+        n_random: number of random sets where the claim is made, and of layer-matched sets (at most 20).
+        n_control: at most this many random sets for every other size, method and control.
+        seed: for the random sets.
     """
 
     methods: Sequence[str] = METHODS
@@ -39,12 +39,12 @@ class Design:
     def conditions(
         self, ranking: Ranking, vision: Ranking, necessary: Sequence[tuple[int, int]] = ()
     ) -> list[Condition]:
-        """The conditions, the baseline first: all bands and sizes by the first method, fewer by the others.
+        """The conditions, the baseline first: all bands and sizes with the first method, fewer with the others.
 
         Args:
             ranking: which heads are at the top.
-            vision: heads by their attention on all visual tokens; its top is one more control.
-            necessary: heads that the control ``unneeded`` spares; it is left out without any.
+            vision: heads by their attention to all visual tokens; its top is one more control.
+            necessary: heads that the control ``unneeded`` excludes; without any, that control is left out.
         """
         first, *others = self.methods
         few: dict[str, Any] = dict(n_random=min(self.n_control, self.n_random), seed=self.seed)

@@ -1,10 +1,10 @@
-"""Pictures against text inside a study: the same scenes shown and written out, before and after a model was tuned.
+"""Pictures compared with text in a study: the same scenes shown and written out, before and after tuning a model.
 
-    {key}/question      modality_transfer by RAM: what the rows of the question attend to
-    {key}/answer        the same by the rows that write the answer, each on the evidence of its own token
-    {key}/transfer      heads of pictures, of text, and of text before tuning, ablated on pictures and on text
+    {key}/question      modality_transfer by RAM: what the question's rows attend to
+    {key}/answer        the same for the rows that write the answer, each on the evidence of its own token
+    {key}/transfer      heads found on pictures, on text, and on text before tuning, ablated on pictures and on text
 
-Each is saved as soon as it is there. Answers are numbers of three digits, so that every digit has evidence of its own.
+Each is saved as soon as it is computed. Answers are three-digit numbers, so that every digit has its own evidence.
 """
 
 from collections.abc import Callable
@@ -26,19 +26,19 @@ from mech.results import Study
 ANSWER = Score("answer", on="parts")
 ASKED: dict[str, str | Score] = {"question": "ram", "answer": ANSWER}
 FORMS = ("pictures", "text")
-FOUND_ON = {"pictures": "pictures", "text": "text", "text before tuning": "base text"}  # readings behind the rankings
+FOUND_ON = {"pictures": "pictures", "text": "text", "text before tuning": "base text"}  # ranking -> its reading
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """What pictures and text are compared on.
+    """The scenes on which pictures and text are compared.
 
     Attributes:
         domain: of the haystacks.
-        n: scenes; one half finds heads, the other tests them.
-        k: heads of each top set.
-        n_random: random sets that are ablated beside.
-        seed: of scenes and sets.
+        n: number of scenes; one half finds heads, the other tests them.
+        k: size of each top set.
+        n_random: number of random sets to compare with.
+        seed: for scenes and sets.
         batch_size: samples per forward.
     """
 
@@ -51,7 +51,7 @@ class Scenes:
 
 
 def scenes(domain: str, n: int, seed: int) -> dict[str, Samples]:
-    """The same scenes with numbers of three digits, shown and written out."""
+    """The same scenes, with three-digit numbers, shown and written out."""
     return {form: haystacks(domain, n, seed, answer="number", form=form) for form in FORMS}
 
 
@@ -63,18 +63,18 @@ def forms_in(
     of: Scenes,
     say: NamedProgress,
 ) -> dict[str, xr.Dataset]:
-    """What pictures and text share, and what the heads of each are worth for the other; computed or found.
+    """What pictures and text share, and how much the heads of each matter for the other; computed or read back.
 
     Args:
         results: the study.
-        key: under which it is saved.
+        key: prefix under which the results are saved.
         model: a hooked model.
-        base: opens the same before it was tuned.
-        of: the scenes, and how many heads of them are compared.
+        base: opens the same model before tuning.
+        of: the scenes, and how many heads are compared.
         say: called with (what, done, in all).
 
-    Cost: for each scene that finds heads eight forwards and a reference in both forms; for each that tests them, in
-    both forms, ``4 + n_random`` forwards.
+    Cost: eight forwards and a reference in both forms for each scene that finds heads; ``4 + n_random`` forwards in
+    both forms for each scene that tests them.
     """
     find, test = (scenes(of.domain, of.n // 2, seed) for seed in (of.seed, of.seed + 1))
     missing = [name for name in ASKED if not results.done(f"{key}/{name}")]

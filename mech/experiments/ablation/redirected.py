@@ -1,4 +1,4 @@
-"""Results by band and strength as tables: what became of answers when heads were pulled. No model is needed."""
+"""Tables of results by band and strength: what happened to the answers when heads were pulled. Needs no model."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,7 +15,7 @@ BAND, BIAS = "band", "bias"
 def table(
     result: xr.Dataset, axis: str, cells: Callable[[xr.Dataset], Mapping[str, float]]
 ) -> list[dict[str, float | str]]:
-    """A row for every band and strength: what ``cells`` makes of its sets and samples."""
+    """A row for every band and strength: what ``cells`` computes from its sets and samples."""
     rows: list[dict[str, float | str]] = []
     for band in dict.fromkeys(map(str, result[BAND].values)):
         here = result.isel(set=np.flatnonzero(result[BAND].values == band))
@@ -26,9 +26,9 @@ def table(
 
 @checked
 def redirection_table(result: given_by("redirection", BAND, BIAS, "redirected")) -> list[dict[str, float | str]]:
-    """Of every band and bias the share of redirected and of kept answers, with 95% intervals.
+    """The share of redirected and of kept answers for every band and bias, with 95% intervals.
 
-    Over samples; of random heads over samples and sets.
+    The intervals are over samples; for random heads over samples and sets.
     """
     return table(result, BIAS, _shares)
 

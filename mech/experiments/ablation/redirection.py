@@ -3,11 +3,11 @@
     found = redirection(model, test, ranking, bias=(2, 4, 8))
     redirection_table(found)              # by band and bias: answers that became the distractor's, with intervals
 
-Ablation says that an answer *needs* a set of heads; redirection asks whether these heads decide where the answer comes
-from. Each sample names distractors: regions that would answer the same question asked of something else, with another
-answer. A bias is added to the heads' scores of one distractor's tokens before the softmax. If the answer turns into the
-distractor's, and does not when as many random heads are pulled, the heads are *sufficient* to choose the evidence.
-Pulling all heads is the third control: it shows what the bias does to the model as a whole.
+Ablation shows that an answer *needs* a set of heads; redirection asks whether these heads decide where the answer comes
+from. Each sample names distractors: regions that answer the same question about something else, with another answer. A
+bias is added to the heads' scores for one distractor's tokens before the softmax. If the answer turns into the
+distractor's, and does not when the same number of random heads is pulled, the heads are *sufficient* to choose the
+evidence. Pulling all heads is the third control: it shows what the bias does to the model as a whole.
 """
 
 from collections.abc import Sequence
@@ -58,37 +58,38 @@ def redirection(
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
-    """How often the answer becomes that of a region to which heads are pulled.
+    """How often the answer becomes that of the region towards which heads are pulled.
 
-    ``redirected[set, bias, example] = 1`` if, at the first token in which the two answers differ, the distractor's is
-    the most likely one; ``kept`` the same for the sample's own answer.
+    ``redirected[set, bias, example] = 1`` if the distractor's token is the most likely one where the two answers first
+    differ; ``kept`` is the same for the sample's own answer.
 
-    Sign: ``redirected`` and ``logit_diff``: more, the answer followed the heads. Unit: answers are 0 or 1 per sample;
-    logits, distractor's minus own answer.
+    Sign: higher ``redirected`` and ``logit_diff`` mean that the answer followed the heads. Unit: ``redirected`` and
+    ``kept`` are 0 or 1 per sample; ``logit_diff`` is in logits, the distractor's minus the sample's own answer.
 
     Args:
         model: a hooked model.
-        samples: to test on, with ``distractors``; one of each is drawn by ``seed``. Not those that found the heads.
+        samples: test samples with ``distractors``, one of which is drawn for each by ``seed``; not those that found the
+            heads.
         ranking: which heads are at the top.
-        bias: what is added to the scores of the distractor's tokens; bias 0 is measured once, as ``plain``.
-        heads: how many, see ``Ranking.count``.
-        bands: which of ``"top"``, ``"bottom"``, ``"random"`` (none of them at the top) and ``"all"``.
-        n_random: random sets.
+        bias: what is added to the scores of the distractor's tokens; bias 0 is measured once, as ``plain_...``.
+        heads: how many; see ``Ranking.count``.
+        bands: any of ``"top"``, ``"bottom"``, ``"random"`` (heads outside the top) and ``"all"``.
+        n_random: number of random sets.
         query, phase: which rows are pulled and when, see ``Redirect``.
         seed, batch_size, progress, allow_other_model: as in ``steering``; the seed also draws the distractors.
 
     Returns:
         ``redirected``, ``kept`` and ``logit_diff`` over (set, bias, example), with band, draw and heads of each set;
-        without intervention ``plain_...`` over example: what chance and the model's errors give.
+        ``plain_...`` over example, the same without intervention: what chance and the model's errors give.
 
     Raises:
-        ExperimentError: samples without distractors, an answer that equals the distractor's, unknown words, no bias or
-            one that comes twice, heads of another model or found on these samples.
+        ExperimentError: samples without distractors, an answer that equals the distractor's, unknown names, no bias or
+            a repeated one, heads of another model or found on these samples.
         RegionError: a distractor that covers no token.
 
-    Cost: one forward per sample, set and bias, and one without intervention.
+    Cost: one forward per sample, set and bias, and one per sample without intervention.
 
-    References: Gaze heads, arXiv 2606.14703 (there the last token's rows, the top 100 heads, six panels).
+    References: Gaze heads, arXiv 2606.14703 (there with the last token's rows, the top 100 heads and six panels).
     """
     samples, biases = Samples(samples), different("bias", bias, "(2, 4, 8)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)
@@ -110,7 +111,7 @@ def redirection(
 
 
 def drawn_distractors(model: HookedMLLM, samples: Samples, seed: int = 0) -> list[tuple[Sample, Distractor]]:
-    """A distractor for every sample, drawn by the seed and the sample's place alone.
+    """A distractor for every sample; the draw depends only on the seed and the sample's index.
 
     Raises:
         ExperimentError: samples without distractors, or an answer that equals the distractor's.
@@ -126,7 +127,7 @@ def drawn_distractors(model: HookedMLLM, samples: Samples, seed: int = 0) -> lis
     draws = (np.random.default_rng([seed, i]).integers(len(s.distractors)) for i, s in enumerate(samples))
     chosen = [(sample, sample.distractors[draw]) for sample, draw in zip(samples, draws, strict=True)]
     for sample, target in chosen:
-        model.inputs_of(sample).layout.visual.positions(target.region)  # refuses what covers no token
+        model.inputs_of(sample).layout.visual.positions(target.region)  # refuses a region that covers no token
         own, theirs = (model.processor.answer_ids(text) for text in (sample.answer, target.answer))
         if all(a == b for a, b in zip(own, theirs, strict=False)):
             raise ExperimentError(
@@ -159,7 +160,7 @@ def _pulled(
 
 @torch.no_grad()
 def _answers(forward: object, questions: Quiz) -> dict[str, np.ndarray]:
-    """Of each sample: is the distractor's answer the first, is its own, and by how many logits they differ."""
+    """For each sample: is the distractor's answer the most likely, is its own, and their difference in logits."""
     redirected, unchanged, difference = [], [], []
     for row, says in enumerate(answer_logits(forward, questions)):  # type: ignore[arg-type]
         at, wrong = questions.forks[row], questions.wrong[row]

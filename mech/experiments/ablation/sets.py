@@ -1,4 +1,4 @@
-"""A measurement of sets of heads at several strengths: what steering and redirection share."""
+"""Measuring sets of heads at several strengths: what steering and redirection share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from mech.results import heads_text, provenance
 
 
 def different(name: str, values: Sequence[float], example: str) -> list[float]:
-    """The values as floats; refused if one comes twice."""
+    """The values as floats; a repeated value is refused."""
     numbers = [float(value) for value in values]
     if len(set(numbers)) < len(numbers):
         raise ExperimentError(f"{name}={numbers}", "different numbers", f"use {example}")
@@ -30,7 +30,7 @@ def measured(
     measure: Callable[[HeadSet, float], Mapping[str, np.ndarray]],
     progress: Progress | None,
 ) -> dict[str, np.ndarray]:
-    """What ``measure`` gives of every set at every strength, by name: arrays over (set, strength, example)."""
+    """What ``measure`` returns for every set at every strength, by name: arrays over (set, strength, example)."""
     rows: list[list[Mapping[str, np.ndarray]]] = []
     for chosen in sets:
         rows.append([])
@@ -44,7 +44,7 @@ def measured(
 def about(
     kind: str, model: HookedMLLM, samples: Samples, n_heads: int, seed: int, other: str, **settings: Any
 ) -> dict[str, Any]:
-    """The attributes of a result; ``other`` is what ``refuse_ranking`` said."""
+    """The attributes of a result; ``other`` is what ``refuse_ranking`` returned."""
     return {
         "kind": kind,
         "model": model.name,

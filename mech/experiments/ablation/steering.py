@@ -1,13 +1,13 @@
-"""Steering: turn heads up or down, and see what becomes of the answer.
+"""Steering: turn heads up or down, and see what happens to the answer.
 
     curve = steering(model, test, ranking, factors=(0, 0.5, 1, 2, 4))
-    curve["accuracy"].mean("example")               # (set, factor); factor 1 is the model as it is
+    curve["accuracy"].mean("example")               # (set, factor); factor 1 is the unchanged model
     steering_table(curve)                           # by band and factor, with intervals
 
-The output of a set of heads (z, before W_O) is multiplied by a factor, in every forward alike: 0 is zero ablation, 1
-changes nothing, and more than 1 makes the heads louder. A head that carries evidence should raise the answer's lead as
-it is turned up; random heads of the same number are the control. Far from 1 the stream is one that the model has never
-seen, and every set of heads does harm.
+The output of a set of heads (z, before W_O) is multiplied by the same factor in every forward: 0 is zero ablation, 1
+changes nothing, and a factor above 1 amplifies the heads. Turning up a head that carries evidence should raise the
+answer's lead; the same number of random heads is the control. Far from 1 the residual stream is one that the model has
+never seen, and every set of heads does harm.
 """
 
 from collections.abc import Sequence
@@ -60,18 +60,19 @@ def steering(
     progress: Progress | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
-    """Accuracy and logit difference of every sample while heads are scaled by each factor.
+    """Accuracy and logit difference of every sample with heads scaled by each factor.
 
-    Sign: higher is better. Unit: accuracy is 0 or 1 per sample; logits, right minus counterfactual answer.
+    Sign: higher is better. Unit: accuracy is 0 or 1 per sample; the logit difference is in logits, right minus
+    counterfactual answer.
 
     Args:
         model: a hooked model.
-        samples: to test on, other ones than those that found the heads.
+        samples: test samples; not those that found the heads.
         ranking: which heads are at the top.
-        factors: what their output is multiplied by; 1 is measured once, without any intervention.
-        heads: how many, see ``Ranking.count``.
-        bands: which of ``"top"``, ``"bottom"``, ``"random"``.
-        n_random: random sets, of other heads than the top.
+        factors: what the heads' output is multiplied by; 1 is measured once, without any intervention.
+        heads: how many; see ``Ranking.count``.
+        bands: any of ``"top"``, ``"bottom"``, ``"random"``.
+        n_random: number of random sets of heads outside the top.
         positions, phase: see ``Scale``.
         seed, batch_size, allow_other_model: as in ``ablation``.
         progress: called with (runs done, runs in all).
@@ -80,8 +81,8 @@ def steering(
         ``accuracy`` and ``logit_diff`` over (set, factor, example), with the band and the draw of each set.
 
     Raises:
-        ExperimentError: unknown words, factors that are not finite or come twice, heads that were found on these
-            samples or of another model.
+        ExperimentError: unknown names, factors that are repeated or not finite, heads found on these samples or of
+            another model.
 
     Cost: one forward per sample, set and factor.
     """
@@ -110,7 +111,7 @@ def steering(
 def steering_table(
     curve: given_by("steering", BAND, FACTOR, "accuracy"), measure: str = "logit_diff"
 ) -> list[dict[str, float | str]]:
-    """``{"band", "factor", "mean", "low", "high"}`` of every band and factor: 95% over samples, and random sets."""
+    """``{"band", "factor", "mean", "low", "high"}`` for every band and factor; 95% over samples and random sets."""
     if measure not in curve:
         raise ExperimentError(f"measure={measure!r}", "accuracy or logit_diff", suggestion(measure, map(str, curve)))
     if measure == "accuracy":

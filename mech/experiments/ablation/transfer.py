@@ -1,17 +1,17 @@
-"""Do the heads of one task serve another: heads found on A, ablated on B.
+"""Do the heads of one task serve another? Heads found on A are ablated on B.
 
-    find, test = {...}, {...}                                     # name -> Samples, apart from each other
+    find, test = {...}, {...}                                     # name -> Samples; no sample in both
     found = transfer(model, find, test, k=5)
     found.lost.to_pandas()                                        # rows: found on; columns: tested on
-    found.lost - found.random_lost                                # against random heads of the same number
+    found.lost - found.random_lost                                # compared with the same number of random heads
 
-A row that costs much in every column is a general reading circuit; a diagonal is one circuit for each task. Which of
-them it is cannot be told from rankings that agree: heads can seem alike everywhere and matter in one place only.
+A row with a large loss in every column is a general reading circuit; a diagonal is one circuit for each task. Rankings
+that agree cannot tell which: heads can look alike everywhere and matter in one place only.
 
-Specificity has two sides. *Other tasks*: name some in ``find`` and ``test`` whose samples have no evidence (a text
-question with a blank picture, say): they find no heads, and what is lost on them is no retrieval. *The form of the
-answer*: ``in_form`` says how often a model without the heads still gives one of the answers that occur in this task.
-A model that cannot find the evidence any more names a wrong one; a model that is broken says something else.
+Specificity has two sides. *Other tasks*: include tasks in ``find`` and ``test`` whose samples have no evidence (for
+instance a text question with a blank picture): they find no heads, and a loss on them is not a loss of retrieval. *The
+form of the answer*: ``in_form`` says how often the model without the heads still gives one of the answers that occur in
+this task. A model that can no longer find the evidence gives a wrong one; a broken model says something else.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,32 +62,32 @@ def transfer(
 
     Args:
         model: a hooked model.
-        find: samples by task. Those of a task rank its heads, if they have evidence, and are the reference of its
-            ablation (a head's mean output *on this task*).
-        test: samples by task, none of them in ``find``; the tasks of ``find`` or some of them.
-        rankings: by name, in place of those by RAM on ``find``: of this model, by another score.
-        k: heads of each set: a number or a share.
-        to: the method, see ``Ablate``.
-        n_random: random sets of as many heads, the same for every task; no top head of any task where that leaves
-            enough, see ``attrs["random_of"]``.
+        find: samples by task. A task's samples rank its heads, if they have evidence, and are the reference for
+            ablation on it (a head's mean output *on this task*).
+        test: samples by task, none of them in ``find``; all or some of the tasks of ``find``.
+        rankings: of this model by another score, by name; they replace those by RAM on ``find``.
+        k: size of each set: a number or a share of heads.
+        to: the ablation method, see ``Ablate``.
+        n_random: number of random sets of this size, the same for every task; without the top heads of any task if
+            enough other heads remain, see ``attrs["random_of"]``.
         seed, batch_size, allow_other_model: as in ``ablation``.
         progress: called with (conditions done, conditions in all).
 
     Returns:
-        ``accuracy``, ``logit_diff`` and ``in_form`` (0 or 1) over (tested_on, condition, example), nan behind the end
-        of a task, with ``band`` ("none", a name, "random") and ``heads`` of each condition. Of the accuracy ``lost``
+        ``accuracy``, ``logit_diff`` and ``in_form`` (0 or 1) over (tested_on, condition, example), nan beyond the end
+        of a task, with ``band`` ("none", a name, "random") and ``heads`` of each condition. From the accuracy, ``lost``
         over (found_on, tested_on) and ``random_lost`` over (tested_on), each with ``_low`` and ``_high`` (95%);
         ``p_samples`` (sign flips over samples), ``p_sets`` (rank of the top set among the random ones) and ``p``, the
         larger of the two, not corrected for the number of cells.
 
     Raises:
-        ExperimentError: samples that find and test, a task to test without samples to find, no task with evidence,
-            fewer than two examples or random sets, a ranking of another model.
+        ExperimentError: samples in both ``find`` and ``test``, a task in ``test`` but not in ``find``, no task with
+            evidence, fewer than two examples or random sets, a ranking of another model.
 
-    Cost: one forward of each sample of ``find`` for RAM and one for the reference; ``1 + tasks + n_random`` of each
+    Cost: one forward for each sample of ``find`` for RAM and one for the reference; ``1 + tasks + n_random`` for each
     sample of ``test``.
 
-    References: arXiv 2606.05843 (domains compared by rank correlation only; nothing is transferred there).
+    References: arXiv 2606.05843 (compares domains by rank correlation only; nothing is transferred there).
     """
     _check(find, test)
     rankings = dict(rankings or _ranked(model, find, batch_size))
@@ -123,7 +123,7 @@ def transfer(
 
 
 def _by_task(parts: Mapping[str, xr.Dataset], todo: Sequence[Condition]) -> xr.Dataset:
-    """The answers of all tasks side by side, the shorter ones padded, and whether each is of the right form."""
+    """The answers of all tasks side by side, the shorter ones padded, and whether each has the right form."""
     length, padded = max(part.sizes[EXAMPLE] for part in parts.values()), []
     for part in parts.values():
         in_form = np.isin(part["first_token"], part["right_token"]).astype(float)
@@ -177,7 +177,7 @@ def per_sample_forms(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The numbers of ``transfer`` on one task: ``ask``, the first token of what is answered, and the right one."""
+    """The results of ``transfer`` on one task: ``ask``, the first token of each answer, and the right one."""
     questions, bank = quiz(model, samples, batch_size), reference.to(model.device)
     rows: list[dict[str, np.ndarray]] = []
     for condition in conditions:
@@ -209,7 +209,7 @@ def _asked(
         spec = Ablate(heads=condition.heads, to=condition.method, reference=reference, seed=seed)
         with intervene(model, spec) as without:
             scores = ask(listening(without), questions)
-    # Rows end with the answer: its first token is said one row before it.
+    # Rows end with the answer: its first token is predicted one row earlier.
     begins = [int(row[-len(answer) - 1]) for row, answer in zip(answers, questions.answers, strict=True)]
     return {**scores, "first_token": np.array(begins)}
 

@@ -1,4 +1,4 @@
-"""The attention of every head on every key, and the maps of a few heads over the pictures of a few samples.
+"""The attention of every head to every key, and maps of a few heads over the pictures of a few samples.
 
     found = attention_maps(model, samples[:3], ranking)           # the first four heads and the last four
     mech.view(found, on=samples[:3])                     # drawn over the pictures, side by side
@@ -6,8 +6,8 @@
     known = [mech.deciding_queries(model, sample, ranking.top(4)) for sample in samples[:3]]
     attention_maps(model, samples[:3], ranking, bands={"top": ranking.top(4)}, deciding=known)
 
-The numbers behind the picture are those of RAM: attention after the softmax, averaged over the question's tokens; or
-that of one token, the query at which a head decides the answer. It measures nothing over samples; for that see
+The maps show the same numbers as RAM: attention after the softmax, averaged over the question's tokens; or that of one
+token, the query at which a head decides the answer. Nothing is averaged over samples; for that see
 ``retrieval_attention_mass``.
 """
 
@@ -39,7 +39,8 @@ def attention_from(
 ) -> Float[torch.Tensor, "batch layer head key_pos"]:
     """The attention of every text head, averaged over the query rows; layers are those of ``cfg.attention_layers``.
 
-    Where visual tokens are in a memory (``cfg.cross_layers``), keys are the memory's, and zero in other layers.
+    If visual tokens are in a memory (``cfg.cross_layers``), keys are the memory's, and attention is zero in other
+    layers.
 
     Cost: one forward and the query rows; memory ``layers x heads x S`` per row of the batch.
     """
@@ -61,28 +62,29 @@ def attention_maps(
     deciding: Sequence[Sequence[tuple[int, float] | None]] | None = None,
     allow_other_model: bool = False,
 ) -> xr.Dataset:
-    """The attention of some heads on every visual token of some samples.
+    """The attention of some heads to every visual token of some samples.
 
     ``attention[head, y] = mean over x in queries of A[x, y]``.
 
-    Sign: the higher, the more the question attends to this token. Unit: attention mass, between 0 and 1.
+    Sign: higher means that the question attends more to this token. Unit: attention mass, between 0 and 1.
 
     Args:
         model: a hooked model.
-        samples: a few of them; their pictures are drawn.
-        ranking: names the heads, and their mean RAM.
-        k: heads of the top and of the bottom of the ranking.
-        bands: other heads, by the name they stand under.
+        samples: a few samples, whose pictures are drawn.
+        ranking: gives the heads and their mean RAM.
+        k: how many heads from the top and from the bottom of the ranking.
+        bands: other heads to show instead, by name.
         queries: which rows attend, as in ``retrieval_attention_mass``.
-        deciding: for each sample and head the row to draw instead, or None: what ``deciding_queries`` found.
-        allow_other_model: take a ranking made on another model of this shape; the attribute ``other_model`` says so.
+        deciding: for each sample and head the row to draw instead, as found by ``deciding_queries``, or None.
+        allow_other_model: accept a ranking made on another model of the same shape; the attribute ``other_model``
+            records it.
 
     Returns:
         A dataset of kind "maps" (``mech.results.maps_dataset``): ``attention`` over (example, shown, token), the
-        rectangle of each token, and of each example question, answer, prediction, evidence and each head's query.
+        rectangle of each token, and for each example the question, answer, prediction, evidence and each head's query.
 
     Raises:
-        ExperimentError: no samples or heads, heads the ranking does not know, or a ranking of another model.
+        ExperimentError: no samples or heads, heads that are not in the ranking, or a ranking of another model.
 
     Cost: one forward and one short generation for each sample.
     """
@@ -116,7 +118,7 @@ def _heads_of(bands: Mapping[str, Sequence[tuple[int, int]]], ranking: Ranking) 
     """The heads of all bands.
 
     Raises:
-        ExperimentError: none, or one the ranking does not know.
+        ExperimentError: no heads, or one that is not in the ranking.
     """
     heads, known = [Head(*head) for band in bands.values() for head in band], set(ranking.heads)
     if not heads:
@@ -127,7 +129,7 @@ def _heads_of(bands: Mapping[str, Sequence[tuple[int, int]]], ranking: Ranking) 
 
 
 def _facts(index: int, sample: Sample, drawn: "_Map") -> dict[str, Any]:
-    """What is said of one sample beside its maps."""
+    """What is recorded of one sample besides its maps."""
     shown = pictures_of(sample, drawn.frames_per_token)
     return {
         "question": sample.question,
@@ -146,7 +148,7 @@ class _Map:
 
     attention: Float[np.ndarray, "shown token"]
     rect: Float[np.ndarray, "token 4"]
-    owner: Int[np.ndarray, " token"]  # the picture, or the first frame, that a token is of
+    owner: Int[np.ndarray, " token"]  # the picture, or first frame, that a token belongs to
     queries: list[str]
     prediction: str
     frames_per_token: int
@@ -174,7 +176,7 @@ def _attention(
     queries: str,
     deciding: Sequence[tuple[int, float] | None],
 ) -> tuple[Float[np.ndarray, "head key_pos"], list[str]]:
-    """The attention of each head, and from which query it is."""
+    """The attention of each head, and the query it comes from."""
     layers, asked = list(model.cfg.attention_layers), list(map(int, inputs.layout.positions(queries)))
     rows = sorted({*asked, *(at[0] for at in deciding if at is not None)})
     patterns = read_rows(

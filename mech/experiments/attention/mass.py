@@ -3,10 +3,10 @@
     mass = attention_mass(model, inputs, {"image": "image", "evidence": sample.evidence})
     mass.sel(layer=3, head=5, set="evidence")            # one number for each query position
 
-The sets' indicator vectors ride behind the values through the model's own fused kernel (``mech.model.KeySums``), so no
-``S x S`` attention is made and masks, windows and shared key/value heads are the kernel's own. RAM asks the same of the
-question's rows only (``mech.retrieval_attention_mass``); which single key a query attends to is
-``mech.attention_from``.
+The sets' indicator vectors are appended to the values and pass through the model's own fused kernel
+(``mech.model.KeySums``), so no ``S x S`` attention is built, and masks, windows and shared key/value heads are the
+kernel's own. RAM is the same for the question's rows only (``mech.retrieval_attention_mass``); for the attention to
+single keys see ``mech.attention_from``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,17 +35,17 @@ def attention_mass(
 
     ``mass[l, h, x, s] = sum over y in s of A[l, h, x, y]`` with ``A`` the attention after the softmax.
 
-    Sign: the higher, the more the query attends to the set. Unit: attention mass, between 0 and 1, in the model's own
+    Sign: higher means that the query attends more to the set. Unit: attention mass, between 0 and 1, in the model's own
     precision.
 
     Args:
         inputs: one or more rows; padding queries have mass 0.
         sets: name -> what ``TokenLayout.positions`` takes ("image", "question", a region, several, positions); or
             such a mapping for each row, with the same names.
-        queries: "all" keeps every query position; "question", "last", "text", ... is the mean over these rows.
+        queries: "all" keeps every query position; "question", "last", "text", ... take the mean over these rows.
 
     Returns:
-        dims example, layer (those with attention to the sequence), head, query_pos (not with a mean), set.
+        dims example, layer (those with attention to the sequence), head, query_pos (absent for a mean), set.
 
     Raises:
         ExperimentError: no sets, or not one mapping for each row.
@@ -87,7 +87,7 @@ def attention_mass(
 def _columns(
     inputs: Inputs, sets: Mapping[str, Where] | Sequence[Mapping[str, Where]], queries: str
 ) -> tuple[list[str], Float[torch.Tensor, "batch key_pos set"], Float[torch.Tensor, "batch query_pos"]]:
-    """The names of the sets, which keys are in each, and how much each query counts."""
+    """The names of the sets, which keys are in each, and the weight of each query."""
     named = [sets] * len(inputs) if isinstance(sets, Mapping) else list(sets)
     names = list(named[0]) if named else []
     if not names or len(named) != len(inputs) or any(list(row) != names for row in named):

@@ -1,14 +1,14 @@
-"""The exact attention of a few query rows at every layer, from one ordinary forward: what every head score is made of.
+"""The exact attention of a few query rows at every layer, from one ordinary forward: the basis of every head score.
 
     weight = row_weights(inputs, "question")                     # 1 / |question| on its rows
     rows = weight.sum(0).nonzero().flatten()
     found = read_rows(model, inputs, rows, lambda call, pattern: {"peak": pattern.amax(-1)})
     found["peak"]                                                # [batch layer head row]
 
-The fused kernel computes the forward; only the rows asked for are computed once more beside it, in the layer's own
-mask, at least in float32. RAM (``heads.py``), the score family (``scores.py``) and the nulls (``nulls.py``) are
-readers. What it does not do: no ``S x S`` attention, no generation step (teacher-force what was generated instead: a
-cache with windows forgets where its keys stood).
+The fused kernel computes the forward; only the requested rows are computed a second time, in the layer's own mask and
+at least in float32. Its readers are the scores (``mech.experiments.scores``). It builds no ``S x S`` attention and
+reads no generation step (teacher-force generated text instead: a cache with windows does not record where its keys
+were).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +31,8 @@ def read_rows(
 ) -> dict[str, Float[Tensor, "batch layer *rest"]]:
     """Apply ``read`` to the attention of some query rows, layer by layer; layers are ``cfg.attention_layers``.
 
-    Where visual tokens are in a memory that only some layers attend to, the other layers give zeros: no visual token is
-    in their reach. ``pictures`` is what ``encode_pictures`` saw, for inputs without pixels.
+    If visual tokens are in a memory that only some layers attend to, the other layers give zeros: they cannot see any
+    visual token. ``pictures`` is the output of ``encode_pictures``, for inputs without pixels.
 
     Cost: one forward, and ``rows x S x d_head`` for each head.
     """
@@ -68,7 +68,7 @@ def mean_rows(
 
 
 def in_batches(items: Sequence[Item], batch_size: int) -> Iterator[tuple[list[Item], range]]:
-    """Consecutive items, at most ``batch_size`` at once, with the indices they have."""
+    """Consecutive items, at most ``batch_size`` at once, with their indices."""
     for start in range(0, len(items), batch_size):
         rows = range(start, min(start + batch_size, len(items)))
         yield [items[row] for row in rows], rows

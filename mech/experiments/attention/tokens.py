@@ -1,11 +1,11 @@
-"""Attention between groups of tokens: small enough to be looked at, whatever the length of the sequence.
+"""Attention between groups of tokens: small enough to look at, however long the sequence.
 
     found = token_attention(model, inputs, layers=[2, 3])        # layer, head, query, key; at most 64 groups
     mech.view(found)                                             # circuitsvis: every head, every query
 
-Text stands token by token while there is room, then word by word of the question and the rest in runs; every picture is
-cut into equal cells. Attending to a cell is attending to any of its tokens (the attention is summed), and what a cell
-attends to is the mean over its tokens, so that rows still sum to one. No ``S x S`` attention is kept.
+Text is shown token by token while there is room, then as the words of the question with the rest in runs; every picture
+is cut into equal cells. Attention to a cell is the sum over its tokens, and attention from a cell the mean over its
+tokens, so that rows still sum to one. No ``S x S`` attention is kept.
 """
 
 from collections.abc import Iterator
@@ -34,21 +34,21 @@ def token_attention(
 
     ``attention[l, h, Q, K] = mean over x in Q of ( sum over y in K of A[l, h, x, y] )``, ``A`` after the softmax.
 
-    Sign: the higher, the more the query attends to the key. Unit: attention mass; rows sum to 1.
+    Sign: higher means that the query attends more to the key. Unit: attention mass; rows sum to 1.
 
     Args:
         model: a hooked model.
         inputs: one row.
         layers: which of the layers with attention to the sequence; all by default.
-        groups: how many groups of tokens at most.
+        groups: the largest number of groups.
 
     Returns:
         dims layer, head, query, key; queries and keys are the same groups, by name.
 
     Raises:
-        ExperimentError: several rows, pictures in a memory, a layer that is not there, or more pictures than groups.
+        ExperimentError: several rows, pictures in a memory, a layer that does not exist, or more pictures than groups.
 
-    Cost: one forward, and its attention once more in these layers, ``256 x S`` at a time.
+    Cost: one forward, and the attention of these layers a second time, ``256 x S`` at a time.
     """
     if len(inputs) != 1 or inputs.layout.memory is not None:
         given = f"{len(inputs)} rows" if len(inputs) != 1 else "pictures in a memory, which only some layers attend to"
@@ -88,7 +88,7 @@ def token_attention(
 
 
 def _layers_of(model: HookedMLLM, layers: Layers | None) -> list[int]:
-    """These layers, all with attention to the sequence if None."""
+    """These layers; if None, all with attention to the sequence."""
     known = list(model.cfg.attention_layers)
     if layers is None:
         return known
@@ -99,7 +99,7 @@ def _layers_of(model: HookedMLLM, layers: Layers | None) -> list[int]:
 
 
 def token_groups(layout: TokenLayout, most: int = MOST) -> dict[str, list[int]]:
-    """All positions but padding in at most ``most`` named groups, in the order of the sequence.
+    """All positions except padding in at most ``most`` named groups, in sequence order.
 
     Raises:
         ExperimentError: more pictures and pieces of text than groups.
@@ -135,7 +135,7 @@ def _pictures(layout: TokenLayout) -> dict[str, np.ndarray]:
 
 
 def _text(layout: TokenLayout, fine: bool) -> Iterator[tuple[str, list[int]]]:
-    """Every token of text; or the words of the question, and what stands between in runs."""
+    """Every text token; or the words of the question, and the remaining text in runs."""
     text = np.flatnonzero(layout.kind == TEXT)
     if fine:
         yield from ((layout.tokens[position], [position]) for position in text.tolist())
@@ -150,7 +150,7 @@ def _text(layout: TokenLayout, fine: bool) -> Iterator[tuple[str, list[int]]]:
 
 
 def _cells(layout: TokenLayout, name: str, run: np.ndarray, side: int) -> Iterator[tuple[str, list[int]]]:
-    """A picture's tokens in at most ``side`` x ``side`` equal cells by their middle; apart, what lies nowhere in it."""
+    """A picture's tokens in at most ``side`` x ``side`` equal cells by their centres; those without a place apart."""
     placed = run[~np.isnan(layout.rect[run]).any(1)]
     if len(placed) < len(run):
         yield f"{name}: marks", run[np.isnan(layout.rect[run]).any(1)].tolist()
