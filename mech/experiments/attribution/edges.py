@@ -1,4 +1,4 @@
-"""Edge attribution: an estimate of what every single path from a part of the model into another one carries.
+"""Edge attribution: an estimate of what every single edge from one part of the model to another carries.
 
     found = edge_attribution(model, clean, corrupted, metric)
     found.effect.sel(sender="L1H3", receiver="L4H0.q")
@@ -6,10 +6,10 @@
 
 Senders write to the residual stream: ``embed``, ``L2H5`` (a head), ``mlp.2``. Receivers read it: ``L4H0.q``,
 ``L4K0.k``, ``L4K0.v`` (queries by head, keys and values by key/value head), ``mlp.4`` and ``logits``. An edge is
-direct: what lies between its ends keeps its value, what lies behind the receiver is computed anew.
+direct: everything between its ends keeps its value, everything after the receiver is recomputed.
 
-What it does not do: exact effects of paths (``mech.path_patching``); layers whose attention and feed-forward read the
-same stream, or that have no heads.
+It does not give exact effects of paths (see ``mech.path_patching``), and does not support layers whose attention and
+feed-forward read the same stream, or that have no heads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,37 +65,38 @@ def edge_attribution(
     check: Whole = 8,
     seed: Seed = 0,
 ) -> xr.Dataset:
-    """The estimated effect of switching each edge alone to the other run, with its own check against the exact one.
+    """The estimated effect of switching each edge alone to the other run, checked against exact effects of some edges.
 
     ``change = sum over positions of (sender in the source - in the base) . d metric / d (stream as the receiver reads
     it)``, over the gap between the runs.
 
-    Sign: positive carries what makes the clean answer, in both directions. Unit: share of the gap; 0 is no effect.
+    Sign: positive edges carry what makes the clean answer, in both directions. Unit: share of the gap; 0 is no effect.
 
     Args:
         model, clean, corrupted, metric: as in ``activation_patching``.
         senders, receivers: labels; all by default.
-        ig_steps: midpoints on the path of the embeddings over which slopes are averaged; 0: the slope at the base.
+        ig_steps: number of midpoints on the path of the embeddings over which slopes are averaged; 0: the slope at the
+            base.
         norm: ``"live"``: the receiver's norm is differentiated, so that all edges out of a sender sum to its own
             attribution; ``"frozen"``: its scale is a constant. Norms elsewhere are always live.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
-        check, seed: how many edges are also switched exactly: half of them those with the largest estimates, half
-            random, by ``seed``.
+        check, seed: how many edges are also switched exactly: half of them those with the largest estimates, half drawn
+            at random by ``seed``.
 
     Returns:
-        ``effect`` over (example, sender, receiver), nan where the receiver does not lie behind the sender; ``clean``
+        ``effect`` over (example, sender, receiver), nan where the receiver does not come after the sender; ``clean``
         and ``corrupted``; ``exact`` and ``estimate`` over (example, check), with the coordinate ``cell``. Attributes:
         ``rank_correlation``, ``worst``, ``forwards``, ``backwards``.
 
     Raises:
-        ExperimentError: a label that does not exist, a metric without a gradient, or layers of another shape. Before
-            any forward.
+        ExperimentError: a label that does not exist, a metric without a gradient, or layers that are not supported;
+            raised before any forward.
 
-    Cost: two forwards and one backward for each pair, as many again for each step, and a forward for each checked
-    edge; ``L^2 H^2 positions d_model`` operations a step beside them. Memory: the activations of the text stack.
+    Cost: two forwards and one backward for each pair, as many again for each step, and a forward for each checked edge;
+    ``L^2 H^2 positions d_model`` operations a step in addition. Memory: the activations of the text stack.
 
     References: arXiv 2310.10348 (edge attribution patching), 2403.17806 (with integrated gradients; we take midpoints
-    of the path instead of right ends, and keep keys and values grouped).
+    of the path instead of right endpoints, and keep keys and values grouped).
     """
     graph = _Graph.of(model, senders, receivers)
     runs = []
@@ -132,7 +133,7 @@ def edge_attribution(
 
 
 def _sample(size: np.ndarray, count: int, seed: int) -> list[tuple[int, int]]:
-    """Half of the places with the largest numbers, half random ones; nan where there is no edge."""
+    """Half of the places are those with the largest values, half random ones; nan where there is no edge."""
     order = np.argsort(-np.nan_to_num(size, nan=-1.0), axis=None)[: int((~np.isnan(size)).sum())]
     first, rest = order[: (count + 1) // 2], order[(count + 1) // 2 :]
     chosen = [*first, *np.random.default_rng(seed).permutation(rest)[: count // 2]]
@@ -143,7 +144,7 @@ def _sample(size: np.ndarray, count: int, seed: int) -> list[tuple[int, int]]:
 def top_edges(
     result: given_by("edge_attribution", "effect", "sender", "receiver"), n: Count = 20
 ) -> list[tuple[str, str, float]]:
-    """The edges with the largest mean effect, either way: (sender, receiver, effect)."""
+    """The edges with the largest mean effect of either sign: (sender, receiver, effect)."""
     mean = result.effect.mean("example").values
     order = np.argsort(-np.nan_to_num(abs(mean), nan=-1.0), axis=None)[:n]
     rows = zip(*np.unravel_index(order, mean.shape), strict=True)
@@ -153,7 +154,7 @@ def top_edges(
 
 @dataclass(frozen=True)
 class _Node:
-    """A sender or receiver. Parts of the stream are in order: ``stage`` is where it writes, or what it can read."""
+    """A sender or receiver. ``stage`` is its place in the stream: a receiver reads what earlier stages wrote."""
 
     label: str
     kind: str
@@ -195,7 +196,7 @@ def _chosen(what: str, nodes: Sequence[_Node], labels: Sequence[str] | None) -> 
 
 
 def check_layers(model: HookedMLLM) -> None:
-    """Refuse layers in which a stream is not simply the sum of what was written to it."""
+    """Refuse layers whose stream is not simply the sum of what was written to it."""
     cfg, live = model.cfg, set(model.points())
     needed = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "hook_resid_mid", "hook_mlp_out")
     for layer, block in enumerate(layers_of(model.hf_model, model.family.text)):
@@ -229,7 +230,7 @@ class _Run:
         at = torch.as_tensor(plan.reads, device=model.device)
         sent = ["hook_embed", *(point_name(p, layer) for layer in every for p in ("attn.hook_z", "hook_mlp_out"))]
         streams = [point_name("hook_resid_pre", layer) for layer in every]
-        inner: dict[int, Tensor] = {}  # attention's output before the norm behind it, where there is one
+        inner: dict[int, Tensor] = {}  # attention's output before the norm that follows it, if any
         with torch.no_grad():
             theirs, other = model.run_with_cache(source, names_filter=sent, logits_to_keep=at)
             with self._watched(inner):
@@ -253,7 +254,7 @@ class _Run:
 
     @torch.no_grad()
     def exact(self, sample: Sequence[tuple[str, str]]) -> Float[Tensor, "batch edge"]:
-        """Exact change of the metric by some edges, behind ``estimated``."""
+        """Exact change of the metric by some edges; ``estimated`` must have run first."""
         if not sample:
             return torch.zeros(len(self.plan.clean), 0)
         return torch.stack([self._switched(sender, receiver) for sender, receiver in sample], 1)
@@ -339,7 +340,7 @@ class _Run:
 
 @dataclass(eq=False)
 class _Written:
-    """What senders write into the stream, the source's less the base's."""
+    """What senders write into the stream, the source's minus the base's."""
 
     model: HookedMLLM
     change: dict[str, Tensor]

@@ -4,10 +4,10 @@
     found.attribution                           # one number for each visual token; coordinates image, row, col
     found.attrs["completeness_gap"]             # what the sum misses of metric - baseline: falls with more steps
 
-The sum over tokens is the metric less the metric at the baseline, but for the completeness gap. Without steps it is
-gradient times input, which has no such law.
+The sum over tokens is the metric minus the metric at the baseline, up to the completeness gap. Without steps it is
+gradient times input, which has no such property.
 
-What it does not do: say what is *necessary*. For that knock tokens out, or patch them (``activation_patching``).
+It does not say what is *necessary*. For that, knock tokens out or patch them (``activation_patching``).
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def input_attribution(
     ig_steps: Whole = 16,
     baseline: one_of(BASELINES) | Inputs = "mean",
 ) -> xr.Dataset:
-    """How much of the metric each visual token, or each pixel, makes against a baseline.
+    """How much each visual token, or each pixel, contributes to the metric relative to a baseline.
 
     ``attribution = (x - baseline) . mean over the straight path of d metric / d x``, summed over features or channels.
 
@@ -57,13 +57,13 @@ def input_attribution(
             ``"pixels"``: the tensor the vision stack receives.
         ig_steps: midpoints on the path; 0 for the gradient at the inputs alone.
         baseline: ``"mean"`` (of the visual tokens; of each channel of a picture), ``"zero"``, or inputs of the same
-            layout (the counterfactual). Zero tokens are a poor one: a first norm without centre sees the same picture
-            all along the path, and nothing at its end, so that the gap stays.
+            layout (the counterfactual). Zero tokens are a poor baseline: a first norm without centring sees the same
+            picture all along the path and nothing at its end, so the gap remains.
 
     Returns:
-        ``attribution`` over token (coordinates pos, image, row, col), over (picture, y, x) or, where a processor cuts
-        pictures itself, over patch; ``metric`` and ``baseline``. Attribute ``completeness_gap``: metric - baseline -
-        sum of attributions, ``forwards`` and ``backwards``.
+        ``attribution`` over token (coordinates pos, image, row, col), over (picture, y, x) or, if the processor cuts
+        pictures itself, over patch; ``metric`` and ``baseline``. Attributes: ``completeness_gap`` (metric - baseline -
+        sum of attributions), ``forwards`` and ``backwards``.
 
     Raises:
         ExperimentError: several rows, no pictures, a metric without a gradient, or a baseline of another shape.
@@ -107,7 +107,7 @@ def input_attribution(
 
 
 def _labelled(values: Tensor, layout: TokenLayout, over: str) -> xr.DataArray:
-    """The attribution with its dimensions, and of tokens with what each stands for."""
+    """The attribution with its dimensions; for tokens also what each stands for."""
     array = values.double().cpu().numpy()
     if over != "visual":
         return xr.DataArray(array, dims=("patch",) if array.ndim == 1 else ("picture", "y", "x"))
@@ -151,7 +151,7 @@ def _of_tokens(
 def _of_pixels(
     model: HookedMLLM, inputs: Inputs, score: Score, shares: Sequence[float], baseline: str | Inputs
 ) -> tuple[Tensor, float]:
-    """The same of pixels or patches."""
+    """The same for pixels or patches."""
     name = next((name for name in PIXELS if inputs.tensors.get(name) is not None), None)
     if name is None:
         raise ExperimentError("inputs without pixels", "an image or a video", "build them with model.inputs(...)")

@@ -1,16 +1,16 @@
-"""Reading activations as words: the logit lens of any position, and what each head writes for what it attends to.
+"""Reading activations as words: the logit lens at any position, and what each head writes for what it attends to.
 
     lens = logit_lens(model, sample, track=sample.answer)        # image tokens, layer by layer, as words
     lens["tracked_rank"].sel(layer=4, tracked="7")               # where in the picture can the answer be read?
     words = ov_reading(model, ranking.top(3), sample)            # what L3H4 writes where it attends to this token
     ov_reading(model, [(3, 4)], ["red", "seven"])["own_rank"]    # does the head copy? 0: its own token comes first
 
-The logit lens sends the stream of any layer through the final norm and the unembedding, as if the model ended there;
-in the last layer and at a text position it is the model's own prediction. The OV circuit of a head is ``W_V W_O``: what
-it adds to the stream *if* it attends to a token. How far it attends is another question (``mech.attention_from``).
+The logit lens sends the stream of any layer through the final norm and the unembedding, as if the model ended there; in
+the last layer and at a text position it is the model's own prediction. The OV circuit of a head is ``W_V W_O``: what it
+adds to the stream *if* it attends to a token. How much it attends is another question (``mech.attention_from``).
 
-What they do not show: that later layers read the stream in the basis of the unembedding. Early layers often do not, and
-visual tokens need not stand for words at all; a rank near the top is evidence, a rank far from it is none.
+They do not show that later layers read the stream in the basis of the unembedding. Early layers often do not, and
+visual tokens need not stand for words at all; a rank near the top is evidence, a rank far from it is not.
 """
 
 from collections.abc import Sequence
@@ -50,33 +50,33 @@ def logit_lens(
     track: str | int | Sequence[str | int] = (),
     k: Count = 5,
 ) -> xr.Dataset:
-    """The stream of some positions as words, layer by layer.
+    """The residual stream at some positions as words, layer by layer.
 
-    ``p = softmax(W_U N(x_l))`` with ``N`` the final norm, its scale that of ``x_l`` itself.
+    ``p = softmax(W_U N(x_l))`` with ``N`` the final norm, its scale taken from ``x_l`` itself.
 
     Unit: probability; rank, 0 is the likeliest.
 
     Args:
         model: a hooked model.
-        inputs: a sample, inputs of one row, or several of them whose positions are the same.
+        inputs: a sample, inputs of one row, or several of them with the same positions.
         positions: as ``TokenLayout.positions`` takes them; visual tokens by default.
         layers: the stream that *enters* each of them; ``n_layers`` is what leaves the last. All by default.
-        track: tokens (strings of one token, or ids) whose rank and probability are wanted everywhere.
-        k: how many of the likeliest words are kept.
+        track: tokens (strings of one token, or ids) whose rank and probability are reported everywhere.
+        k: how many of the likeliest words to keep.
 
     Returns:
         ``word`` and ``probability`` (example, layer, position, place); with ``track`` also ``tracked_rank`` and
-        ``tracked_probability`` (example, layer, position, tracked). Of a visual token ``row``, ``col`` and ``image``
-        stand beside its position.
+        ``tracked_probability`` (example, layer, position, tracked). Visual tokens have ``row``, ``col`` and ``image``
+        next to their position.
 
     Raises:
-        ExperimentError: layers the model does not have, k that is no number of words, positions that differ.
-        InputError: a tracked string that is several tokens, an id that is none.
-        RegionError: positions that are not there.
+        ExperimentError: layers the model does not have, a k out of range, positions that differ.
+        InputError: a tracked string of several tokens, an id that is not in the vocabulary.
+        RegionError: positions that do not exist.
 
     Cost: one forward for each example, and the unembedding of every position in every layer.
 
-    References: nostalgebraist 2020 (logit lens); Neo et al. 2024, arXiv 2410.07149 (of visual tokens).
+    References: nostalgebraist 2020 (logit lens); Neo et al. 2024, arXiv 2410.07149 (for visual tokens).
     """
     rows, ids = _rows(model, inputs), _tracked(model, track)
     n = model.cfg.n_layers
@@ -115,28 +115,28 @@ def ov_reading(
     track: str | int | Sequence[str | int] = (),
     k: Count = 5,
 ) -> xr.Dataset:
-    """Which words a head writes for each token it could attend to: its OV circuit, read by the unembedding.
+    """Which words a head writes for each token it could attend to: its OV circuit, read through the unembedding.
 
-    ``logit[y] = W_U N(W_O[h] v[y])`` with ``v[y]`` the head's value of token y, and ``N`` the final norm with its scale
-    frozen where the answer is read: what the head would add to the logits there if all its attention were on y.
-    Weighted by its attention and summed over all keys, it is the head's part in ``logit_attribution``.
+    ``logit[y] = W_U N(W_O[h] v[y])`` with ``v[y]`` the head's value for token y, and ``N`` the final norm with its
+    scale frozen where the answer is read: what the head would add to the logits there if all its attention were on y.
+    Weighted by its attention and summed over all keys, it is the head's contribution in ``logit_attribution``.
 
-    Sign: positive, the token raises the word. Unit: logits; of token strings, where there is no run to take a
+    Sign: positive means that the token raises the word. Unit: logits; for token strings, which have no run to take a
     scale from, logits of the head's output alone.
 
     Args:
         model: a hooked model.
         heads: (layer, head) pairs.
-        of: a sample or inputs (values of that run), several of the same positions; or strings of one token each, whose
-            *embeddings* then enter the head's layer, with nothing that lower layers would have made of them.
+        of: a sample or inputs (values of that run), several with the same positions; or strings of one token each,
+            whose *embeddings* then enter the head's layer directly, without what lower layers would add.
         positions: tokens of the run.
-        track: tokens whose logit is wanted.
-        k: how many words are kept.
+        track: tokens whose logit is reported.
+        k: how many words to keep.
 
     Returns:
         ``word`` and ``logit`` (example, sender, position, place), ``tracked_logit`` (example, sender, position,
-        tracked); of token strings ``own_rank`` (example, sender, position): 0 where a head writes the token it
-        attends to.
+        tracked); for token strings ``own_rank`` (example, sender, position): 0 if the head writes the token it attends
+        to.
 
     Raises:
         ExperimentError: a head the model does not have; positions that differ.
@@ -194,7 +194,7 @@ def _of_run(
 def _of_strings(
     model: HookedMLLM, pairs: Sequence[tuple[int, int]], tokens: list[int], k: int, ids: list[int]
 ) -> list[dict[str, np.ndarray]]:
-    """The same for embeddings that enter the head's layer as they are, each head alone in the stream."""
+    """The same for embeddings that enter the head's layer directly, with each head alone in the stream."""
     values: dict[int, Tensor] = {}
     embedded: list[Tensor] = []
 
@@ -223,7 +223,7 @@ def _of_strings(
 
 
 def _words(model: HookedMLLM, stream: Float[Tensor, "position d_model"], k: int, ids: list[int]) -> dict[str, Any]:
-    """What the final norm and the unembedding make of some states of the stream."""
+    """Some states of the stream as words, through the final norm and the unembedding."""
     norm, cap, pieces = model.norm(model.cfg.n_layers), softcap(model), []
     for part in stream.split(_ROWS):
         logits = _unembedded(model, norm(part))
@@ -245,7 +245,7 @@ def _unembedded(model: HookedMLLM, normed: Tensor) -> Float[Tensor, "position vo
 def _top(
     model: HookedMLLM, value: Float[Tensor, "position vocab"], k: int, ids: list[int], name: str
 ) -> dict[str, np.ndarray]:
-    """The ``k`` largest of each row as words, and how the tracked tokens fare."""
+    """The ``k`` largest of each row as words, and rank and value of the tracked tokens."""
     best = value.float().topk(k, dim=-1)
     words = [[model.tokenizer.decode([token]) for token in row] for row in best.indices.tolist()]
     columns: dict[str, np.ndarray] = {"word": np.array(words, dtype=str), name: best.values.cpu().numpy()}

@@ -1,18 +1,18 @@
-"""Direct logit attribution: what every head, MLP and embedding says to the answer straight away, and from which tokens.
+"""Direct logit attribution: what every head, MLP and embedding writes directly to the answer, and from which tokens.
 
     found = logit_attribution(model, test, sources={"evidence": evidence, "question": "question"})
-    found["heads"].mean("example")                 # logits of the answer's lead that each head writes itself
-    found["by_source"].sel(set="evidence")         # ... and of them those it took from the evidence
-    found["total"], found["logit_diff"]            # all parts together, and what the model said: the same
+    found["heads"].mean("example")                 # logits of the answer's lead that each head writes directly
+    found["by_source"].sel(set="evidence")         # ... and the part of them that comes from the evidence
+    found["total"], found["logit_diff"]            # the sum of all parts, and the model's own: equal
 
-The stream behind the last layer is a sum: the embedding, and what each head and MLP added. At the position where the
+The stream after the last layer is a sum: the embedding, and what each head and MLP added. At the position where the
 answer is read, the final norm is a linear map once its scale is taken from the run (``mech.model.frozen_norm``), and so
-is the unembedding. Sent through both, every part gets its own share of the logit difference, and the shares add up
-exactly. A post-norm (Gemma) or a gate between heads and stream is linear in the same way and is gone through.
+is the unembedding. Sent through both, every part has its own share of the logit difference, and the shares add up
+exactly. A post-norm (Gemma) or a gate between heads and stream is linear in the same way and is included.
 
-What it does not say: what a head does through later layers. A head without any direct part can be the one on which the
-answer hangs (``mech.activation_patching``, ``mech.path_patching``). And the scale of the norm is held: without a part
-it would be another.
+It does not show what a head does through later layers: the answer can depend on a head that has no direct part
+(``mech.activation_patching``, ``mech.path_patching``). And the norm's scale is held fixed, although it would change
+without a part.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,31 +56,31 @@ def logit_attribution(
     sources: Annotated[Mapping[str, Where] | Sequence[Mapping[str, Where]], NOT_EMPTY] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The direct part of every head, MLP and embedding in the logit difference of each example.
+    """The direct contribution of every head, MLP and embedding to the logit difference of each example.
 
     ``part(x) = N(x) . (W_U[answer] - W_U[wrong])`` with ``N`` the final norm, its scale frozen at the position that
     predicts the token; ``sum of all parts + bias = logit difference``, before a softcap of the logits.
 
-    Sign: positive speaks for the answer. Unit: logits.
+    Sign: positive favours the answer. Unit: logits.
 
     Args:
         model: a hooked model.
         clean: samples, or inputs of one row each.
         metric: a ``LogitDiff``; by default each sample's answer against that of its counterfactual.
         sources: name -> key positions (as ``TokenLayout.positions`` takes them), the same for all examples or one
-            mapping for each: then every head's part is also split by the tokens it was taken from. Evidence is
+            mapping for each; every head's part is then also split by the tokens it comes from. For evidence pass
             ``[{"evidence": sample.evidence} for sample in samples]``.
         progress: called with (examples done, examples in all).
 
     Returns:
         ``heads`` (example, layer, head; nan in layers without heads), ``mlps`` and ``attention_rest`` (example, layer;
-        the latter is the bias of W_O, or a layer without heads), ``embed``, ``rest`` (what a model adds between
-        layers, as DeepStack does), ``bias`` (of norm and unembedding), ``total`` (their sum) and ``logit_diff`` (what
-        the model said), over example; with ``sources`` also ``by_source`` (example, layer, head, set).
+        the latter is the bias of W_O, or a layer without heads), ``embed``, ``rest`` (what a model adds between layers,
+        as DeepStack does), ``bias`` (of norm and unembedding), ``total`` (their sum) and ``logit_diff`` (the model's
+        own), over example; with ``sources`` also ``by_source`` (example, layer, head, set).
 
     Raises:
         ExperimentError: another metric, no wrong answer, sources that do not fit.
-        UnsupportedModel: quantized W_O; sources where a gate stands behind the values, or where keys are a memory.
+        UnsupportedModel: quantized W_O; sources if a gate follows the values, or if keys are in a memory.
 
     Cost: one forward for each example.
 
@@ -96,7 +96,7 @@ def logit_attribution(
             'sources=[{"evidence": sample.evidence} for sample in samples]',
         )  # fmt: skip
     check_direct(model, sources is not None)
-    # With the answer behind it, so that a token of it that is not the first can be asked for.
+    # With the answer appended, so that a token of it after the first can be read.
     inputs = [model.inputs_of(row, answer=bool(row.answer.strip())) if isinstance(row, Sample) else row for row in rows]
     readings = [difference.reading(model, row.layout, i) for i, row in enumerate(inputs)]
     asked = [_Question.of(model, *positions) for positions in zip(inputs, readings, named, strict=True)]
@@ -109,7 +109,7 @@ def logit_attribution(
 
 
 def check_direct(model: HookedMLLM, by_source: bool) -> None:
-    """Refuse models in which a head's own words cannot be told.
+    """Refuse models whose heads' direct contributions cannot be computed.
 
     Raises:
         UnsupportedModel: see ``logit_attribution``.
@@ -128,7 +128,7 @@ def check_direct(model: HookedMLLM, by_source: bool) -> None:
 def head_maps(
     model: HookedMLLM, layer: int, z: Float[Tensor, "head d_head"]
 ) -> tuple[Float[Tensor, "head d_head d_model"], Linear]:
-    """W_O of every head of a layer, and what stands between it and the stream as the linear map it is at ``z``."""
+    """W_O of every head of a layer, and what lies between it and the stream, as the linear map it is at ``z``."""
     block, stack, weights = layers_of(model.hf_model, model.family.text)[layer], model.family.text, model.blocks[layer]
     W_O, b_O = weights.attn.W_O.to(z), weights.attn.b_O
     if stack.attn_out:
@@ -143,7 +143,7 @@ def head_maps(
 
 
 def carried_on(model: HookedMLLM) -> list[float]:
-    """What the stream that enters each layer is multiplied by until it has left the last (Gemma 4); 1 elsewhere."""
+    """The factor on the stream from each layer's input to the last layer's output (Gemma 4); 1 elsewhere."""
     scalars = [float(getattr(block, "layer_scalar", 1.0)) for block in layers_of(model.hf_model, model.family.text)]
     return [*np.cumprod(scalars[::-1])[::-1].tolist(), 1.0]
 
@@ -155,7 +155,7 @@ def softcap(model: HookedMLLM) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class _Question:
-    """What one example is asked: at which position, and which logits with which sign make its difference."""
+    """How one example is read: at which position, and which logits with which sign make its difference."""
 
     at: int
     tokens: Tensor
@@ -164,7 +164,7 @@ class _Question:
 
     @classmethod
     def of(cls, model: HookedMLLM, row: Inputs, reading: Reading, sources: Mapping[str, Where] | None) -> "_Question":
-        with torch.enable_grad():  # the difference is linear, so that its slope is its weights
+        with torch.enable_grad():  # the difference is linear, so its slope is its weights
             logits = torch.zeros(1, 1, model.W_U.shape[1], requires_grad=True)
             slope = torch.autograd.grad(reading.score(logits, logits[0].detach()).sum(), logits)[0][0, 0]
         tokens = slope.nonzero().flatten()

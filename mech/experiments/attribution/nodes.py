@@ -3,15 +3,15 @@
     metric = LogitDiff(sample.answer, sample.counterfactual.answer)
     found  = attribution(model, clean, corrupted, metric, over=("layer", "head"))
     found.effect.mean("example")                # like activation_patching's, in the same units
-    found.attrs["rank_correlation"]             # with exact patching, on a sample of cells: is it to be trusted?
+    found.attrs["rank_correlation"]             # with exact patching, on a sample of cells: can it be trusted?
     tokens = input_attribution(model, clean, metric, over="visual")
 
 An estimate is first order: the change of an activation times the metric's slope there. Saturated softmaxes, and sets of
-which any one is enough, have a slope of zero and an effect that is not. Three remedies are here: queries and keys are
-sent through their softmax exactly (``qk_fix``), slopes can be averaged on a path between the two runs (``ig_steps``),
-and every result is compared with exact patching (``check``).
+which any one member is enough, have a slope of zero and an effect that is not zero. There are three remedies: queries
+and keys are sent through their softmax exactly (``qk_fix``), slopes can be averaged along a path between the two runs
+(``ig_steps``), and every result is compared with exact patching (``check``).
 
-What it does not do: edges (``attribution_edges``), exact effects (``patching``).
+For edges see ``edge_attribution``, for exact effects ``patching``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,19 +63,20 @@ def attribution(
     check: Whole = 8,
     seed: Seed = 0,
 ) -> xr.Dataset:
-    """The estimated effect of every patch of ``activation_patching``, with its own check against the exact one.
+    """The estimated effect of every patch of ``activation_patching``, checked against exact effects of some patches.
 
     ``metric = base + sum over the cell's places of (source - base) . d metric / d activation``, with the slope at the
-    run that is patched into, or its mean along a path to the other run; ``effect`` is normalised as there.
+    run that is patched into, or its mean along a path to the other run; ``effect`` is normalised as in
+    ``activation_patching``.
 
-    Sign: more is more sufficient (denoising), more necessary (noising); 0 is no effect. Unit: share of the gap.
+    Sign: higher is more sufficient (denoising) or more necessary (noising); 0 is no effect. Unit: share of the gap.
 
     Args:
         model, clean, corrupted, metric, point, over, positions, regions, layers: as in ``activation_patching``.
         ig_steps: 0 for the slope at the run itself, else the number of midpoints on the path.
-        path: what goes from one run to the other: ``"embed"``, the embeddings (visual ones included); ``"point"``,
-            the point's activations, one layer at a time. Features added between layers (DeepStack) do not.
-        qk_fix: at queries and keys without ``ig_steps``, recompute the attention of what is patched exactly and use
+        path: what moves from one run to the other: ``"embed"``, the embeddings (visual ones included); ``"point"``, the
+            point's activations, one layer at a time. Features added between layers (DeepStack) do not.
+        qk_fix: at queries and keys without ``ig_steps``, recompute the attention of what is patched exactly, and use
             the slope at the pattern.
         direction: ``"denoise"`` (clean into corrupted) or ``"noise"``.
         check, seed: how many random cells are also patched exactly, 0 for none.
@@ -83,10 +84,10 @@ def attribution(
     Returns:
         ``effect`` and ``metric`` over (example, *over); ``clean`` and ``corrupted`` over example; ``exact`` and
         ``estimate``, effects over (example, check), with the coordinate ``cell``. Attributes: ``rank_correlation``
-        (Spearman, over what was checked), ``worst`` (the largest misses), ``forwards`` and ``backwards``.
+        (Spearman, over the checked cells), ``worst`` (the largest errors), ``forwards`` and ``backwards``.
 
     Raises:
-        ExperimentError: as ``activation_patching``; a metric without a gradient. Before any forward.
+        ExperimentError: as ``activation_patching``; a metric without a gradient. Raised before any forward.
 
     Cost: two forwards (noising: three) and one backward for each pair of inputs; with steps as many forwards and
     backwards more (``path="point"``: for each layer), and a forward for each checked cell. ``qk_fix`` adds two explicit
@@ -94,7 +95,8 @@ def attribution(
     Memory: the activations of the text stack from the first point on.
 
     References: Nanda 2023 (attribution patching); arXiv 2310.10348; 2403.00745 (q/k fix: AtP*; keys of a whole region
-    are patched together here); 2403.17806 (integrated gradients; we take midpoints instead of right ends); 2506.09047.
+    are patched together here); 2403.17806 (integrated gradients; we take midpoints instead of right endpoints);
+    2506.09047.
     """
     sweep = Sweep(point, tuple(over), positions, regions, layers)
     plans = sweep.plans(model, clean, corrupted, metric)
@@ -124,7 +126,7 @@ def attribution(
 
 
 def _check(model: HookedMLLM, plan: Plan, metric: Metric) -> None:
-    """Refuse what has no gradient, or where rows cannot be told apart."""
+    """Refuse metrics without a gradient, and points where rows cannot be told apart."""
     check_smooth(model, plan.readings, metric)
     if model.cfg.cross_layers and plan.point in KEYS:
         raise ExperimentError(
@@ -146,7 +148,7 @@ def compared(estimate: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
 
 
 def agreement_of(estimate: np.ndarray, exact: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """How well estimates agree with exact effects: rank correlation, and the largest misses in words."""
+    """How well estimates agree with exact effects: rank correlation, and the largest errors in words."""
     known = ~np.isnan(exact + estimate)
     enough = known.sum() >= 3
     miss = np.where(known, abs(exact - estimate), -1.0)
@@ -170,7 +172,7 @@ def _label(index: int, plan: Plan, coords: dict[str, Any]) -> str:
 class _Slope:
     """Where slopes are taken: at the run itself (no steps), or at midpoints of a path to the other run.
 
-    ``fixed``: at the pattern in place of the query or key.
+    ``fixed``: at the pattern instead of the query or key.
     """
 
     steps: int
@@ -225,7 +227,7 @@ def _estimated(
 def _along_path(
     model: HookedMLLM, base: Inputs, here: Slopes, source: Any, names: Sequence[str], score: Callable, slope: _Slope
 ) -> None:
-    """Put the mean slope on the path in place of the slope at the base."""
+    """Replace the slope at the base by the mean slope along the path."""
     ours = dict(here.values)
     groups = [(["hook_embed"], list(names))] if slope.path == "embed" else [([name], [name]) for name in names]
     for moved, read in groups:
@@ -239,7 +241,7 @@ def _along_path(
 
 
 def _first_order(source: Tensor, here: Slopes, name: str) -> Float[Tensor, "row pos head"]:
-    """Change times slope at every place; points without heads have one."""
+    """Change times slope at every place; points without heads count as one head."""
     wide = torch.promote_types(source.dtype, torch.float32)
     product = ((source.to(wide) - here.values[name].to(wide)) * here.slopes[name].to(wide)).sum(-1)
     if name.endswith(SQUARE):
@@ -258,7 +260,7 @@ def _summed(local: Float[Tensor, "row pos head"], masks: Tensor) -> Float[Tensor
 
 
 def _groups(call: AttentionCall, slope: Float[Tensor, "batch pos head d_head"]) -> Any:
-    """One key head at a time: its attention, which query heads share it, and the slope at their pattern."""
+    """One key/value head at a time: its attention, which query heads share it, and the slope at their pattern."""
     size = call.q.shape[1] // call.k.shape[1]
     for kv in range(call.k.shape[1]):
         heads = slice(kv * size, (kv + 1) * size)
@@ -271,7 +273,7 @@ def _groups(call: AttentionCall, slope: Float[Tensor, "batch pos head d_head"]) 
 
 
 def _of_queries(call: AttentionCall, other: AttentionCall, slope: Tensor) -> Float[Tensor, "batch pos head"]:
-    """What the pattern that each patched query would make, does by the slope of the pattern."""
+    """The effect of the pattern that each patched query would make, by the slope at the pattern."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
     effects = []
     for _, heads, group, slopes in _groups(call, slope):
@@ -283,7 +285,7 @@ def _of_queries(call: AttentionCall, other: AttentionCall, slope: Tensor) -> Flo
 def _of_keys(
     call: AttentionCall, other: AttentionCall, slope: Tensor, masks: Tensor
 ) -> Float[Tensor, "batch region kv_head"]:
-    """The same for keys: all keys of a region are patched together, and every query's softmax is computed anew."""
+    """The same for keys: all keys of a region are patched together, and every query's softmax is recomputed."""
     rows = torch.arange(call.q.shape[2], device=call.q.device)
     where = masks.expand(-1, len(call.q), call.k.shape[2])[:, :, None, :, None].to(call.k.device)
     effects = []
