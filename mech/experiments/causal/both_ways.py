@@ -1,12 +1,12 @@
-"""Necessity and sufficiency of one set of heads, side by side, each beside random heads.
+"""Necessity and sufficiency of one set of heads, side by side, each compared with random heads.
 
     found = both_ways(runs, ranking, Pull(0.05, bias=(4, 16)))
     found.set_noised, found.redirected         # share of the gap lost without the set; answers that follow it elsewhere
 
-Noised together, do these heads take the answer away? Then it *needs* them. Pulled to another region of the same picture
-(``mech.redirection``), do they take the answer along? Then they *choose* where it comes from. Heads that only pass the
-answer on are necessary and choose nothing. Random heads, as many, say what any set does; all heads, what the bias does
-to the model as a whole.
+If noising these heads together takes the answer away, the answer *needs* them. If pulling them to another region of the
+same picture (``mech.redirection``) takes the answer along, they *choose* where it comes from. Heads that only pass the
+answer on are necessary and choose nothing. The same number of random heads shows what any set does; all heads show what
+the bias does to the model as a whole.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ UNIT = {"unit": "share of the gap in logit difference", "sign": "positive: the a
 
 
 def refuse_pull(model: HookedMLLM, samples: Samples, bias: Sequence[float], seed: int) -> str:
-    """Why heads cannot be pulled on these samples, "" where they can.
+    """Why heads cannot be pulled on these samples; "" if they can.
 
     Raises:
-        ExperimentError: a bias beyond every precision, or an answer that equals its distractor's.
+        ExperimentError: a bias that is too large, or an answer that equals its distractor's.
         RegionError: a distractor that covers no token.
     """
     if not len(bias):
@@ -57,7 +57,7 @@ class Pull:
 
 
 def both_ways(runs: Runs, ranking: Ranking, pull: Pull) -> xr.Dataset:
-    """What ``redirection`` measures of the first, random and all heads, and what each set costs when it is noised.
+    """What ``redirection`` measures for top, random and all heads, and what each set costs when it is noised.
 
     Returns:
         The variables of ``redirection``, and ``set_noised`` over (set, example).

@@ -1,4 +1,4 @@
-"""What the causal report measures of single heads: both sweeps, orders of sets, ablation, tests and quadrants."""
+"""What the causal report measures for single heads: both sweeps, orders of sets, ablation, tests and quadrants."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from mech.model import HookedMLLM
 from mech.model.partial.cached_run import NotResumable
 
 QUADRANTS = ("attending and causal", "attending, not causal", "causal, not attending", "neither")
-ATTENDING = 0.05  # a head attends if this much of the attention that even attention puts elsewhere is on the evidence
-HALF, BACK = 0.5, 0.9  # of the gap: lost by the smallest set, and recovered by it
+ATTENDING = 0.05  # how far RAM must exceed that of even attention, as a share of the rest, for a head to attend
+HALF, BACK = 0.5, 0.9  # of the gap: what the smallest set loses, and what it recovers
 DOING = {"noise": "noising", "denoise": "denoising"}
 Sweeps = Mapping[str, np.ndarray]  # direction -> [example, layer, head], in logits
 CANDIDATES = 16  # heads among which the greedy search chooses
@@ -60,7 +60,7 @@ def swept(runs: Runs, direction: str, say: NamedProgress, known: Sweeps | None =
         runs.model, clean, corrupted, runs.metric, direction=direction,
         progress=lambda done, total: say(DOING[direction], done, total),
     )  # fmt: skip
-    return _differences(effects, direction) / runs.gap  # of the *mean* gap, other than effects["effect"]
+    return _differences(effects, direction) / runs.gap  # of the *mean* gap, unlike effects["effect"]
 
 
 def _differences(effects: xr.Dataset, direction: str) -> np.ndarray:
@@ -69,7 +69,7 @@ def _differences(effects: xr.Dataset, direction: str) -> np.ndarray:
 
 
 def single_effects(runs: Runs, say: NamedProgress, known: Sweeps | None = None) -> tuple[dict[str, np.ndarray], str]:
-    """Every head's ``lost`` and ``recovered``, ``direct`` and ``mediated`` where paths can be followed; why not, else.
+    """Every head's ``lost`` and ``recovered``, ``direct`` and ``mediated``; or why paths cannot be followed.
 
     Each [example, layer, head].
     """
@@ -85,7 +85,7 @@ def single_effects(runs: Runs, say: NamedProgress, known: Sweeps | None = None) 
 def ordered(
     runs: Runs, ranking: Ranking, say: NamedProgress, known: Sweeps | None = None
 ) -> tuple[dict[str, list[Head]], np.ndarray]:
-    """All heads in two orders, on the samples that find: first by greedy search, then by single effects.
+    """All heads in two orders, from the samples that find heads: first by greedy search, then by single effects.
 
     Also what is lost without each head on these samples, [layer, head].
     """
@@ -171,7 +171,7 @@ def singles_of(heads: xr.Dataset, ranking: Ranking) -> dict[Head, float]:
 
 
 def _even(runs: Runs) -> float:
-    """The RAM of a head that attends to everything alike: evidence over visible keys, averaged over the question."""
+    """The RAM of a head that attends evenly: evidence over visible keys, averaged over the question."""
     shares = []
     for batch in runs.batches:
         real = sum(mask.int() for mask in batch.regions.values()).cumsum(1)  # type: ignore[union-attr]
@@ -195,7 +195,7 @@ def followed(heads: xr.Dataset, n: int) -> list[Head]:
 
 def agreement_of(ram: np.ndarray, lost: np.ndarray, n_boot: int, seed: int) -> dict[str, float | None]:
     """Spearman correlation of RAM and loss over heads, with its interval over samples; None if undefined."""
-    lost = np.round(lost, 4)  # rounding must not rank heads that do nothing
+    lost = np.round(lost, 4)  # rounding errors must not rank heads that do nothing
     mean = spearman(ram, lost.mean(0))
     if np.isnan(mean):
         return {"mean": None, "low": None, "high": None}

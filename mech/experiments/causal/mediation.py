@@ -1,16 +1,16 @@
-"""How a head acts: at which positions, what it reads there, and which later heads and MLPs carry its effect on.
+"""How a head acts: at which positions, what it reads there, and which later heads and MLPs carry its effect.
 
     path = path_of(runs, (1, 0), attended_regions(runs))
     path.direct, path.through, path.acts, path.reads
     path.carrier                          # "directly", or "through the values of L4H2"
 
-The head is noised (its output becomes that of the corrupted run), and everything behind it is computed anew. A *leg* is
-what one later component's change costs on its own path to the logits, all else clean; of a later head it is then asked
-through which input the change came, by giving that head the noised run's queries, keys or values alone. Keys and values
-are those of its key/value head, which other heads may share. A leg below zero compensates for the head: self-repair.
+The head is noised (its output becomes that of the corrupted run), and everything after it is recomputed. A *leg* is
+what one later component's change costs on its own path to the logits, all else clean; for a later head, giving it only
+the noised run's queries, keys or values shows through which input the change came. Keys and values are those of its
+key/value head, which other heads may share. A negative leg compensates for the head: self-repair.
 
-What this does not do: tell a component that answers at once from one that answers to another in between, or freeze
-anything on the way (``mech.experiments.paths.path_patching``).
+This does not distinguish a component that responds to the head itself from one that responds to another in between, and
+freezes nothing on the way (for that see ``mech.experiments.paths.path_patching``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,11 +48,11 @@ class HeadPath:
     """How one head acts; all numbers but ``reads`` (attention mass) are shares of the gap between the runs.
 
     Attributes:
-        layer, head: which.
+        layer, head: which head.
         direct: what is lost on the direct path to the logits.
-        through: later components with the largest legs, first the largest.
-        acts: region -> what is lost when the head is noised there alone.
-        reads: region -> attention mass, from where the head acts most.
+        through: later components with the largest legs, largest first.
+        acts: region -> what is lost when the head is noised only there.
+        reads: region -> attention mass, from the region where the head acts most.
     """
 
     layer: int
@@ -69,9 +69,9 @@ class HeadPath:
 
     @property
     def carrier(self) -> str:
-        """The largest part of the way, in words."""
+        """The largest part of the path, in words."""
         if not self.through or abs(self.direct) >= abs(self.through[0].effect):
-            # What is lost on no named way went along many, each too small to be named.
+            # A loss on no named path went along many, each too small to be named.
             small = abs(self.direct) < 0.5 * abs(sum(self.acts.values())) and not self.through
             return "along many paths, none of them large" if small else "directly on the logits"
         leg = self.through[0]
@@ -104,7 +104,7 @@ def path_of(runs: Runs, head: tuple[int, int], attended: xr.DataArray | None, th
     """How a head acts. ``attended`` is ``attended_regions(runs)``; legs below ``threshold`` are left out.
 
     Raises:
-        NotResumable: a model whose layers cannot be run on some rows alone.
+        NotResumable: a model whose layers cannot be run on only some rows.
 
     Cost: for each sample two forwards, one for each region, and three for each later head that is named.
     """
@@ -158,7 +158,7 @@ def _inputs(runs: Runs, noised: list[dict[str, Tensor]], layer: int, head: int |
 def attended_regions(runs: Runs) -> xr.DataArray | None:
     """What heads attend to from each region, on average: (query, layer, head, set), queries and sets being regions.
 
-    None where pictures are not in the sequence. Cost: a forward for each sample.
+    None if pictures are not in the sequence. Cost: a forward for each sample.
     """
     if runs.pairs[0][0].layout.memory is not None:
         return None

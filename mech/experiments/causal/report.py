@@ -1,22 +1,22 @@
-"""Does attention imply causal effect? Every head's RAM beside what it does, with intervals, tests, sets and paths.
+"""Does attention imply causal effect? Every head's RAM next to its effect, with intervals, tests, sets and paths.
 
     find, test = samples.split(0.5)
     report = causal_report(model, test, find=find)
     report.heads                        # [layer, head]: ram, lost, recovered, direct, mediated, ablated, quadrant, ...
-    report.smallest                     # heads whose loss halves the answer, by greedy search, by RAM, at random
+    report.smallest                     # how many heads lose half of the gap: by greedy search, by RAM, at random
     report.paths[1, 0].carrier          # "through the values of L4H2"
-    report.redirection                  # answers that follow the first heads to a distractor, by band and bias
+    report.redirection                  # answers that follow the top heads to a distractor, by band and bias
     print(*report.sentences(), sep="\\n")
 
 The samples need counterfactuals: the same layout with other evidence, and so another answer. A head is *necessary* if
-the answer is lost when its output is replaced by that on the counterfactual (noising), and *sufficient* if its clean
-output alone restores the answer in the corrupted run (denoising). Of the ranking's first heads together it is also
-asked whether they choose the evidence: pulled to a distractor, do they take the answer along? Effects are shares of the
-gap between the two runs, in the logit difference. Samples that find heads (``find``: the ranking, the order of sets)
+the answer is lost when its output is replaced by its output on the counterfactual (noising), and *sufficient* if its
+clean output alone restores the answer in the corrupted run (denoising). The ranking's top heads together are also
+tested for whether they choose the evidence: pulled to a distractor, do they take the answer along? Effects are shares
+of the gap in logit difference between the two runs. Samples that find heads (``find``: the ranking, the order of sets)
 never test them.
 
-What this does not show: what a head does on questions of another kind; nor anything about heads whose output is the
-same in both runs (ablation sees those, patching does not).
+This does not show what a head does on other kinds of questions, nor anything about heads whose output is the same in
+both runs (ablation sees those, patching does not).
 """
 
 import json
@@ -93,23 +93,25 @@ def causal_report(
     ``lost = (clean - noised) / gap``, ``recovered = (denoised - corrupted) / gap`` with ``gap`` the mean over samples
     of clean minus corrupted; ``direct`` is ``lost`` when only the final norm sees the head's change, ``mediated`` the
     rest; ``ablated`` the loss under ablation by ``method``. A head *attends* if its RAM exceeds that of even attention
-    by a twentieth of the rest, with its interval; it is *causal* if ``lost`` or ``recovered`` is at least ``threshold``
-    and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all heads and both directions).
+    by a twentieth of the rest, with its interval above even attention; it is *causal* if ``lost`` or ``recovered`` is
+    at least ``threshold`` and differs from 0 (sign-flip test over samples, Benjamini-Hochberg over all heads and both
+    directions).
 
-    Sign: positive if the answer needs it. Unit: share of the gap in logit difference.
+    Sign: positive if the answer needs the head. Unit: share of the gap in logit difference.
 
     Args:
         model: a hooked model.
-        samples: with counterfactuals; they test.
-        ranking: by attention to the evidence, of other samples than ``samples``; by RAM on ``find`` if None.
+        samples: test samples, with counterfactuals.
+        ranking: by attention to the evidence, from samples not in ``samples``; by RAM on ``find`` if None.
         find: samples that rank heads and order sets; half of ``samples`` if None.
-        reference: of the ablation; ``find`` if None.
-        method: of the ablation of single heads, see ``Ablate``; None to leave it out.
+        reference: for the ablation; ``find`` if None.
+        method: for ablating single heads, see ``Ablate``; None to leave it out.
         threshold, alpha: the smallest effect that matters, and the level of the tests.
-        n_random, n_boot: random orders of heads beside the greedy ones, and resamples of each interval.
-        n_paths: heads whose paths are followed: those that matter without attending first.
-        top: how many of the ranking's first heads are noised together, and pulled to a distractor together.
-        bias: of the redirection, see ``Redirect``; none to leave it out, as it is where samples have no distractors.
+        n_random, n_boot: how many random orders of heads to compare with the greedy ones, and resamples per interval.
+        n_paths: how many heads' paths are followed; those that matter without attending come first.
+        top: how many top heads of the ranking are noised together, and pulled to a distractor together.
+        bias: for the redirection, see ``Redirect``; empty to leave it out (always left out if samples lack
+            distractors).
         batch_size, seed, allow_other_model: as in ``ablation``.
         progress: called with (what, done, in all).
 
@@ -117,11 +119,12 @@ def causal_report(
         ExperimentError: samples without a counterfactual, samples that found the heads, or a model that does not tell
             samples from counterfactuals.
 
-    Cost: for each test sample three sweeps over all heads (noising, denoising, ablation) and two for each to find; of
-    redirection one forward for each sample, set (first, random, all heads) and bias, and one more for each set.
+    Cost: three sweeps over all heads for each test sample (noising, denoising, ablation) and two for each sample of
+    ``find``; for the redirection one forward for each sample, set (top, random, all heads) and bias, and one more for
+    each set.
 
-    References: arXiv 2404.15255 (noising and denoising), 2211.00593 (direct effects, faithfulness; completeness is the
-    loss here, not the difference to the whole model's), 2307.15771 (self-repair), 2606.14703 (redirection).
+    References: arXiv 2404.15255 (noising and denoising), 2211.00593 (direct effects, faithfulness; completeness here is
+    the loss, not the difference from the whole model's), 2307.15771 (self-repair), 2606.14703 (redirection).
     """
     say = progress or (lambda what, done, total: None)
     samples = Samples(samples)
@@ -148,7 +151,7 @@ def causal_report(
 
 @dataclass(frozen=True)
 class Asked:
-    """What ``causal_report`` is asked, beside samples: see there; ``unpulled`` says why no heads are pulled."""
+    """The options of ``causal_report`` besides samples, see there; ``unpulled`` says why no heads are pulled."""
 
     method: str | None
     n_paths: int
@@ -209,7 +212,7 @@ def measured(
 
 
 def _joined(samples: Samples, each: dict[str, np.ndarray], parts: list[xr.Dataset]) -> xr.Dataset:
-    """All parts in one dataset, and the effects of every sample beside their means."""
+    """All parts in one dataset, with the effects of every sample next to their means."""
     values = {f"{name}_each": (("example", "layer", "head"), value) for name, value in each.items()}
     ids = [sample.id or str(i) for i, sample in enumerate(samples)]
     return xr.merge([part.assign_coords(example=ids) for part in (*parts, xr.Dataset(values))])
@@ -218,7 +221,7 @@ def _joined(samples: Samples, each: dict[str, np.ndarray], parts: list[xr.Datase
 @checked
 @dataclass(frozen=True, eq=False, repr=False)
 class CausalReport(Shown):
-    """What ``causal_report`` found, all of it in one dataset."""
+    """The result of ``causal_report``, all of it in one dataset."""
 
     dataset: given_by("causal_report", "lost", "recovered")
 
@@ -231,19 +234,19 @@ class CausalReport(Shown):
     def sets(self) -> xr.Dataset:
         """``set_lost``, ``set_recovered``, ``set_singles`` by order and size.
 
-        "effect" is the greedy order of what is lost, "restoring" that of what is recovered.
+        "effect" is the greedy order by what is lost, "restoring" the one by what is recovered.
         """
         return self.dataset[["set_lost", "set_recovered", "set_singles"]]
 
     @cached_property
     def paths(self) -> dict[tuple[int, int], HeadPath]:
-        """How the heads act that were followed."""
+        """How each followed head acts."""
         found = [HeadPath.from_json(value) for value in json.loads(self.dataset.attrs["paths"])]
         return {(path.layer, path.head): path for path in found}
 
     @property
     def redirection(self) -> xr.Dataset | None:
-        """What ``mech.redirection`` measures of the first, random and all heads; None where heads were not pulled."""
+        """What ``mech.redirection`` measures for top, random and all heads; None if heads were not pulled."""
         return redirection_of(self.dataset)
 
     @property
@@ -253,7 +256,7 @@ class CausalReport(Shown):
 
     @property
     def smallest(self) -> dict[str, dict[str, int | None]]:
-        """By order the smallest sets tried that lose half of the gap, and that recover nine tenths of it."""
+        """For each order the smallest set size that loses half of the gap, and that recovers nine tenths of it."""
         return {"lost": smallest(self.sets, "lost", HALF), "recovered": smallest(self.sets, "recovered", BACK)}
 
     def members(self, order: str, size: int) -> list[Head]:
@@ -273,7 +276,7 @@ class CausalReport(Shown):
 
     @property
     def stand_ins(self) -> dict[Head, Head]:
-        """Heads whose answer grows when another is noised -> that other head: self-repair, seen on its path."""
+        """Heads whose contribution grows when another head is noised -> that other head: self-repair on its path."""
         return {
             Head(leg.layer, leg.head): Head(path.layer, path.head)
             for path in self.paths.values()
@@ -305,7 +308,7 @@ class CausalReport(Shown):
         return said
 
     def describe(self, path: HeadPath) -> str:
-        """One head in a sentence: what it attends to, what it is worth, and the way its effect takes."""
+        """One head in a sentence: what it attends to, how large its effect is, and the path it takes."""
         head = self.heads.sel(layer=path.layer, head=path.head)
         lost, low, high = (100 * float(head[name]) + 0.0 for name in ("lost", "lost_low", "lost_high"))
         text = (
@@ -320,7 +323,7 @@ class CausalReport(Shown):
         return f"{text}, from the {PLACES[path.where]}{reading}."
 
     def facts(self) -> dict[str, Any]:
-        """What a study's summary holds of it, in plain numbers."""
+        """What a study's summary records of it, in plain numbers."""
         heads, attrs = self.heads, self.dataset.attrs
         pulled = facts_of(self.dataset)
         together, size = self.sets["set_lost"].sel(order="effect"), self.smallest["lost"]["effect"]

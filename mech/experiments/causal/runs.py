@@ -5,9 +5,9 @@
     runs.recovered([(3, 1)])        # share it recovers when they are denoised, all else corrupted
     runs.direct()                   # [example layer head]: what each head loses along its direct path to the logits
 
-Shares are of the *mean* gap between the two runs, so that a sample without a gap of its own neither counts more than
-others nor divides by zero. Pictures are read once; z of both runs is held in memory, and what enters their layers:
-a set of heads is run from its first layer on.
+Shares are of the *mean* gap between the two runs, so that a sample without a gap neither counts more than others nor
+causes a division by zero. Pictures are encoded once; z of both runs and what enters their layers are held in memory: a
+set of heads is run from its first layer on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ REGIONS = ("last", "evidence", "picture", "question", "template")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some samples at once: inputs, what the vision stack made of them, z and scores, each (clean, corrupted)."""
+    """Some samples at once: inputs, the vision stack's output for them, z and scores, each (clean, corrupted)."""
 
     inputs: tuple[Inputs, Inputs]
     seen: tuple[dict, dict]
@@ -106,7 +106,7 @@ class Runs:
 
     @property
     def gap(self) -> float:
-        """What is shared out: the mean of clean minus corrupted, in logits."""
+        """The gap that shares refer to: the mean of clean minus corrupted, in logits."""
         return float((self.clean - self.corrupted).mean())
 
     def lost(self, heads: Pairs, region: str | None = None) -> Float[np.ndarray, " example"]:
@@ -126,10 +126,10 @@ class Runs:
         return np.concatenate(found)
 
     def direct(self) -> Float[np.ndarray, "example layer head"]:
-        """What the clean runs lose along each head's direct path: only the last norm sees that its output changed.
+        """What the clean runs lose along each head's direct path: only the final norm sees its changed output.
 
         Raises:
-            NotResumable: a model whose layers cannot be run on some rows alone.
+            NotResumable: a model whose layers cannot be run on only some rows.
 
         Cost: a forward for each sample.
         """
@@ -138,10 +138,10 @@ class Runs:
     def legs(
         self, others: Sequence[Cache]
     ) -> tuple[Float[np.ndarray, "example layer head"], Float[np.ndarray, "example layer"]]:
-        """What is lost straight to the logits by each head, and each MLP, that puts out what it does in another run.
+        """What is lost directly at the logits if one head, or one MLP, puts out what it does in another run.
 
-        ``others`` are the activations of that run, batch by batch: z, and ``hook_mlp_out`` where MLPs are asked for
-        (0 elsewhere). Errors and cost are those of ``direct``.
+        ``others`` are the activations of that run, batch by batch: z, and ``hook_mlp_out`` if MLPs are wanted (0
+        otherwise). Errors and cost are those of ``direct``.
         """
         parts = []
         for batch, cache in zip(self.batches, others, strict=True):
@@ -157,7 +157,7 @@ class Runs:
 
 
 def swaps(source: Cache, heads: Pairs, where: Bool[Tensor, "batch pos"] | None = None, point: str = "z") -> Hooks:
-    """Hooks that write some heads' values of another run, everywhere or at some positions of each row."""
+    """Hooks that write some heads' values from another run, everywhere or at some positions of each row."""
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
@@ -192,7 +192,7 @@ def _reads(batch: Batch) -> list[int]:
 
 
 def _options(model: HookedMLLM, batch: Batch, side: int) -> dict[str, Any]:
-    """What a run of one side is given beside its inputs."""
+    """What a run of one side takes besides its inputs."""
     at = torch.as_tensor(_reads(batch), device=model.device)
     return {"logits_to_keep": at, "mm_encoder_outputs": dict(batch.seen[side])}
 
@@ -202,7 +202,7 @@ def points(model: HookedMLLM, names: Sequence[str] = ("z",)) -> list[str]:
 
 
 def watched(cache: dict[str, Tensor], names: Sequence[str]) -> Hooks:
-    """Hooks that keep what passes."""
+    """Hooks that record the named activations."""
 
     def keep(value: Tensor, hook) -> None:
         cache[hook.name] = value.detach()
@@ -227,7 +227,7 @@ def _straight(row: Continuation, other: Cache, example: int, reading: Reading) -
         change: dict[str, Tensor] = {}
 
         def write(value: Tensor, hook: object, z: Tensor = z, n: int = n) -> Tensor:
-            own = torch.eye(n + 1, n, dtype=torch.bool, device=value.device)  # the last variant stays as it was
+            own = torch.eye(n + 1, n, dtype=torch.bool, device=value.device)  # the last variant is unchanged
             return torch.where(own[:, None, :, None], z[None], value)
 
         def heads(value: Tensor, hook: object, change: dict[str, Tensor] = change) -> None:
@@ -241,7 +241,7 @@ def _straight(row: Continuation, other: Cache, example: int, reading: Reading) -
         row.run(layer, x, rows, keys="z", hooks=list(zip(names, (write, heads, behind), strict=True)))
         streams += [last + change["heads"], last + change["mlp"]]
     logits = row.logits(torch.cat(streams))
-    scores = reading.score(logits, logits[0]).double().cpu().numpy()  # this metric does not look at the clean logits
+    scores = reading.score(logits, logits[0]).double().cpu().numpy()  # this metric ignores the clean logits
     return scores.reshape(len(model.cfg.attention_layers), -1)
 
 
@@ -263,7 +263,7 @@ def _regions(layouts: Sequence[TokenLayout], samples: Sequence[Sample]) -> dict[
 
 
 def both_given(model: HookedMLLM, samples: Samples) -> bool:
-    """Whether both runs must be given the right answer, as answers that begin alike are read behind what they share.
+    """Whether both runs must be given the right answer, as answers that begin alike are read where they differ.
 
     Raises:
         ExperimentError: fewer than two samples, or one without a counterfactual.
@@ -291,6 +291,6 @@ def refuse_gap(model: HookedMLLM, gap: float) -> None:
 
 
 def _fork(model: HookedMLLM, answer: str, other: str) -> int:
-    """After how many common tokens two answers part."""
+    """After how many common tokens two answers differ."""
     ids = zip(model.processor.answer_ids(answer), model.processor.answer_ids(other), strict=False)
     return next((i for i, (a, b) in enumerate(ids) if a != b), 0)

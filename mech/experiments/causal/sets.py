@@ -1,6 +1,6 @@
 """Which sets of heads the answer depends on: found on some samples, measured on others.
 
-    order  = greedy(find_runs.lost, candidates, 0.5)        # each head the one that costs most beside those before it
+    order  = greedy(find_runs.lost, candidates, 0.5)        # each head the one that costs most with those before it
     curves = set_curves(test_runs, {"effect": order, "ram": ranking.heads}, sizes_of(48))
     smallest(curves, "lost", 0.5)                           # {"effect": 3, "ram": 8}
 
@@ -26,10 +26,10 @@ def greedy(
     steps: int = 5,
     tie: Callable[[Head], float] = lambda head: 0.0,
 ) -> list[Head]:
-    """Heads one after the other, each the one with which those before it have the largest effect together.
+    """Heads one by one, each the one that has the largest joint effect with those before it.
 
-    ``effect`` is ``runs.lost`` (a set to remove) or ``runs.recovered`` (one to restore). Stops when the effect is
-    ``share`` of the gap, or after ``steps``. Where heads do the same, ``tie`` decides.
+    ``effect`` is ``runs.lost`` (a set to remove) or ``runs.recovered`` (one to restore). Stops when the effect reaches
+    ``share`` of the gap, or after ``steps``. If heads do the same, ``tie`` decides.
 
     Cost: for each step a forward for each candidate and sample.
     """
@@ -56,7 +56,7 @@ def set_curves(
     singles: Mapping[Head, float],
     tick: Callable[[], None] = lambda: None,
 ) -> xr.Dataset:
-    """What the first heads of each order cost together, and bring back together.
+    """What the first heads of each order cost together, and recover together.
 
     Returns:
         ``set_lost`` and ``set_recovered`` over (order, size, example); ``set_singles`` over (order, size): the sum of
@@ -79,7 +79,7 @@ def set_curves(
 
 
 def smallest(curves: xr.Dataset, what: str, share: float) -> dict[str, int | None]:
-    """For each order the smallest size that was tried with at least ``share`` lost or recovered; None for no such.
+    """For each order the smallest size tried with at least ``share`` lost or recovered; None if none is enough.
 
     Random orders are averaged.
     """

@@ -1,4 +1,4 @@
-"""Are the first heads needed, and do they choose the evidence? Read off a causal report's dataset; no model is needed.
+"""Are the top heads needed, and do they choose the evidence? Read from a causal report's dataset; needs no model.
 
 facts = facts_of(report.dataset)
 facts["necessary"], facts["sufficient"]
@@ -18,7 +18,7 @@ NAMES = ("redirected", "kept", "logit_diff")
 
 
 def redirection_of(dataset: xr.Dataset) -> xr.Dataset | None:
-    """What ``redirection`` measured, out of the dataset of a causal report; None where heads were not pulled."""
+    """What ``redirection`` measured, from the dataset of a causal report; None if heads were not pulled."""
     if "redirected" not in dataset:
         return None
     found = dataset[[*NAMES, *(f"plain_{name}" for name in NAMES)]]
@@ -28,11 +28,12 @@ def redirection_of(dataset: xr.Dataset) -> xr.Dataset | None:
 
 
 def facts_of(dataset: xr.Dataset) -> dict[str, Any] | None:
-    """Necessity and sufficiency of the first heads in plain numbers; None where heads were not pulled.
+    """Necessity and sufficiency of the top heads in plain numbers; None if heads were not pulled.
 
     ``lost`` by band, ``redirected`` by band at the largest bias, ``plain`` without a pull, ``dose`` for every bias; and
     whether the set is ``necessary`` (at least the report's threshold is lost, and the interval lies above the mean of
-    random heads) and ``sufficient`` (that of answers lies above the mean of random heads and the interval of no pull).
+    random heads) and ``sufficient`` (the interval of redirected answers lies above the mean of random heads and the
+    interval without a pull).
     """
     found = redirection_of(dataset)
     if found is None:
@@ -61,7 +62,7 @@ def facts_of(dataset: xr.Dataset) -> dict[str, Any] | None:
 
 
 def sentence_of(facts: dict[str, Any]) -> str:
-    """Necessity and sufficiency of the first heads in a sentence."""
+    """Necessity and sufficiency of the top heads in a sentence."""
     lost, answers, n = facts["lost"], facts["redirected"], len(facts["heads"])
     verdict = {
         (True, True): "they are needed, and they choose where the answer comes from",
