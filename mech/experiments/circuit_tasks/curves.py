@@ -1,6 +1,6 @@
-"""What a faithfulness curve is worth: CPR, CMD and the AUROC over edges. Nothing here knows of models.
+"""Summaries of a faithfulness curve: CPR, CMD and the AUROC over edges. Needs no model.
 
-area(faithfulness)           # CPR: the area under the curve, 0.999 of a circuit that is whole from the start
+area(faithfulness)           # CPR: the area under the curve, 0.999 for a circuit that is whole from the start
 area(abs(1 - faithfulness))  # CMD: the area to 1
 auroc(np.abs(scores), truth)
 """
@@ -16,12 +16,12 @@ MEASURES = ("cpr", "cmd", "auroc")
 
 
 def area(values: Float[np.ndarray, "*rest share"]) -> Float[np.ndarray, "*rest"]:
-    """The area under a curve over ``SHARES``, by trapezoids, as MIB takes it: from the first share to all edges."""
+    """The area under a curve over ``SHARES``, by trapezoids, as in MIB: from the first share to all edges."""
     return np.trapezoid(values, SHARES, axis=-1)
 
 
 def auroc(scores: Float[np.ndarray, " edge"], truth: Bool[np.ndarray, " edge"]) -> float:
-    """The probability that a true edge scores higher than another, ties half; nan where all are alike in truth."""
+    """The probability that a true edge scores higher than another, ties counting half; nan if all or none are true."""
     n_true, n_false = int(truth.sum()), int((~truth).sum())
     if not (n_true and n_false):
         return float("nan")
@@ -33,7 +33,7 @@ def auroc(scores: Float[np.ndarray, " edge"], truth: Bool[np.ndarray, " edge"]) 
 def circuit_table(
     result: given_by("circuit_scores", "cpr", "cmd", "faithfulness"),
 ) -> list[dict[str, float | str]]:
-    """Of every entry CPR (more is better), CMD (less is better) and AUROC, with 95% intervals over examples."""
+    """CPR (more is better) and CMD (less is better) of every entry, with 95% intervals over examples, and AUROC."""
     rows: list[dict[str, float | str]] = []
     for entry in map(str, result["entry"].values):
         chosen = result.sel(entry=entry)

@@ -2,14 +2,16 @@
 
     graph = CircuitGraph.of(model, scores)          # over (sender, receiver), as ``edge_attribution`` labels them
     graph.largest(50).to_mib("circuit.json")        # {"cfg": ..., "nodes": ..., "edges": {"input->a1.h0<q>": ...}}
-    CircuitGraph.from_mib("circuit.json", model)    # refused where it is of a model of another shape
+    CircuitGraph.from_mib("circuit.json", model)    # refused for a model of another shape
 
-Nodes are ``embed``, heads, MLPs and ``logits``; a head reads by its query, and by the key and value of its key/value
-head. MIB's file has keys and values for each *query* head. Those of one group are written alike; read, they are one
-edge with the mean of their scores, in the circuit if one of them is: under grouped queries they cannot be parted.
+Nodes are ``embed``, heads, MLPs and ``logits``; a head reads through its query, and through the key and value of its
+key/value head. MIB's file has keys and values for each *query* head. Those of one group are written alike; when read,
+they become one edge with the mean of their scores, in the circuit if one of them is: under grouped queries they cannot
+be separated.
 
-What is read of a file: ``cfg`` (its sizes must be the model's) and ``edges``. Edges that are not listed are outside and
-score 0; what ``nodes`` says follows from the edges. Circuits of nodes or neurons, and ``.pt`` files, are not read.
+Only ``cfg`` (its sizes must be the model's) and ``edges`` are read from a file. Edges that are not listed are outside
+the circuit and score 0; ``nodes`` follows from the edges. Circuits of nodes or neurons, and ``.pt`` files, are not
+read.
 """
 
 import math
@@ -34,7 +36,7 @@ _EDGE = re.compile(r"(input|m(\d+)|a(\d+)\.h(\d+))->(logits|m(\d+)|a(\d+)\.h(\d+
 
 @dataclass(frozen=True)
 class Shape:
-    """What edges a model can have: layers, query heads, and key/value heads of each layer."""
+    """What determines the edges of a model: layers, query heads, and key/value heads of each layer."""
 
     n_layers: int
     n_heads: int
@@ -79,7 +81,7 @@ class CircuitGraph:
     Attributes:
         shape: of the model.
         scores: over (sender, receiver); 0 where there is no edge.
-        inside: which edges are in the circuit; none of a graph that only scores.
+        inside: which edges are in the circuit; none in a graph that only has scores.
     """
 
     shape: Shape
@@ -88,7 +90,7 @@ class CircuitGraph:
 
     @classmethod
     def of(cls, model: HookedMLLM, scores: Float[np.ndarray, "sender receiver"]) -> "CircuitGraph":
-        """A graph of a model's edges; scores where there is no edge are left out.
+        """A graph of a model's edges; scores where there is no edge are ignored.
 
         Raises:
             ExperimentError: scores of another shape, or an edge with nan.
@@ -109,7 +111,7 @@ class CircuitGraph:
         return int(self.shape.exists.sum())
 
     def largest(self, n: Whole, signed: bool = False) -> "CircuitGraph":
-        """The circuit of the ``n`` edges with the largest scores, by size, or ``signed`` as they are."""
+        """The circuit of the ``n`` edges with the largest absolute scores, or largest scores if ``signed``."""
         size = self.scores if signed else np.abs(self.scores)
         order = np.argsort(-np.where(self.shape.exists, size, -np.inf), axis=None, kind="stable")
         inside = np.zeros(self.scores.size, dtype=bool)
@@ -123,7 +125,7 @@ class CircuitGraph:
         return [(names[0][s], names[1][r], float(self.scores[s, r])) for s, r in at]
 
     def to_mib(self, path: str | Path | None = None) -> dict[str, Any]:
-        """MIB's graph in plain values; with ``path`` it is written as well."""
+        """The graph in MIB's format, as plain values; with ``path`` it is written as well."""
         shape, edges, used = self.shape, {}, set()
         for (s, sender), (r, receiver) in (
             (one, other)
@@ -147,11 +149,11 @@ class CircuitGraph:
 
     @classmethod
     def from_mib(cls, source: str | Path | Mapping[str, Any], model: HookedMLLM) -> "CircuitGraph":
-        """A circuit of MIB's JSON, given as such or as a file.
+        """A circuit from MIB's JSON, given as a mapping or as a file.
 
         Raises:
-            OutputError: it cannot be read, has no edges, is of a model of another shape, names an edge that this one
-                does not have, or gives one no finite score.
+            OutputError: it cannot be read, has no edges, is for a model of another shape, names an edge that this model
+                does not have, or has a score that is not finite.
         """
         where = "this circuit" if isinstance(source, Mapping) else str(source)
         try:
@@ -189,7 +191,7 @@ class CircuitGraph:
 
 
 def _called(node: Node) -> str:
-    """A node in MIB's words; of a key or value ``index`` is that of a query head."""
+    """A node in MIB's notation; for a key or value, ``index`` is that of a query head."""
     if node.kind in ("embed", "logits"):
         return {"embed": "input"}.get(node.kind, node.kind)
     if node.kind == "mlp":
@@ -198,7 +200,7 @@ def _called(node: Node) -> str:
 
 
 def _ends(name: str, shape: Shape) -> tuple[Node, Node] | None:
-    """The nodes of an edge in MIB's words; None where these are not its words, or there is no such layer."""
+    """The nodes of an edge in MIB's notation; None if it is not MIB's notation, or there is no such layer."""
     found = _EDGE.fullmatch(name)
     if found is None:
         return None

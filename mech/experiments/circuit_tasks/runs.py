@@ -1,10 +1,10 @@
-"""A model in which only some edges carry the clean run: what faithfulness is measured with.
+"""A model in which only some edges carry the clean run: the basis of faithfulness.
 
     runs = CircuitRuns.of(model, samples, metric)
-    runs.metric(graph.inside)            # of every example: edges outside carry what they do in the corrupted run
+    runs.metric(graph.inside)            # one per example; edges outside carry what they do in the corrupted run
 
-Every receiver reads the stream of *this* run, with what each sender outside its edges writes here exchanged for what
-that sender writes in the corrupted run. With no edge it is the corrupted run, with all of them the clean one.
+Every receiver reads the stream of *this* run, in which the output of every sender without an edge to it is replaced by
+that sender's output in the corrupted run. With no edges this is the corrupted run, with all of them the clean one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,8 +54,8 @@ class CircuitRuns:
         """Run both sides of every sample once.
 
         Raises:
-            ExperimentError: a sample without a counterfactual of the same layout; layers whose stream is not the sum
-                of what heads and MLPs write. Before any forward.
+            ExperimentError: a sample without a counterfactual of the same layout; layers whose stream is not the sum of
+                what heads and MLPs write. Raised before any forward.
 
         Cost: two forwards for each sample. Memory: what heads and MLPs of one batch write in the corrupted run.
         """
@@ -108,7 +108,7 @@ def _run_both(model: HookedMLLM, plan: Plan) -> _Batch:
 
 
 def _added(cache: dict[str, Tensor], n_layers: int) -> Iterator[tuple[int, Tensor]]:
-    """What a model adds to the stream in front of a layer (DeepStack): of the pictures, as the embeddings are."""
+    """What a model adds to the stream before a layer (DeepStack): it comes from the pictures, as the embeddings do."""
     for layer in range(1, n_layers):
         added = cache[point_name("hook_resid_pre", layer)] - cache[point_name("hook_resid_post", layer - 1)]
         if bool(added.any()):
@@ -116,7 +116,7 @@ def _added(cache: dict[str, Tensor], n_layers: int) -> Iterator[tuple[int, Tenso
 
 
 class _Circuit:
-    """One run of one batch with some edges. ``changes`` are what senders write corrupted, less what they write here."""
+    """One run of one batch with some edges. ``changes``: what senders write in the corrupted run minus here."""
 
     def __init__(self, runs: CircuitRuns, batch: _Batch, inside: Bool[np.ndarray, "sender receiver"]):
         self.model, self.batch = runs.model, batch
@@ -173,9 +173,9 @@ class _Circuit:
         return [(point_name(point, layer), hook) for point, hook in found]
 
     def _projected(self, kind: Node, value: Tensor, stream: Tensor) -> Tensor:
-        """Queries, keys or values of a layer, each read off its own stream."""
+        """Queries, keys or values of a layer, each read from its own stream."""
         value, norm = value.clone(), self.model.norm(kind.layer)
-        plain = norm.forward(stream)  # not the module: its hooks are those of the run
+        plain = norm.forward(stream)  # not the module, whose hooks are those of the run
         for index in range(value.shape[2]):
             node = Node(kind.kind, kind.layer, index)
             change = self._change(node)
@@ -192,7 +192,7 @@ class _Circuit:
         return norm.register_forward_pre_hook(write).remove
 
     def _change(self, node: Node) -> Tensor | None:
-        """What edges outside the circuit change in the stream that a receiver reads; None for nothing."""
+        """What edges outside the circuit change in the stream that a receiver reads; None if nothing."""
         cut = self.outside[:, self.receivers[node]]
         if not bool(cut.any()):
             return None

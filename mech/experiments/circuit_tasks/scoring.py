@@ -1,15 +1,15 @@
-"""Entries compared on a task: who scores edges so that few of them make a faithful circuit?
+"""Entries compared on a task: whose scores make a faithful circuit with few edges?
 
     found = circuit_scores(circuit_task("mover"))                       # or entries={"mine": CircuitGraph, ...}
     circuit_table(found)                                                # CPR, CMD, AUROC of every entry
     CircuitGraph.of(task.model, found.score.sel(entry="exact").values).largest(20).to_mib("circuit.json")
 
-An entry gives every edge a score, on samples that find. Its circuits are the largest 0.1% to 100% of all edges; on
-other samples each is run with all other edges as in the corrupted run (``runs``). CPR asks for much of the clean metric
-from few edges (by signed score), CMD for the clean metric itself (by size): a circuit that overshoots is no better than
-one that falls short.
+An entry gives every edge a score, on the samples that find. Its circuits are the largest 0.1% to 100% of all edges; on
+the samples that test, each is run with all other edges as in the corrupted run (``runs``). CPR rewards much of the
+clean metric from few edges (by signed score), CMD the clean metric itself (by absolute score): a circuit that
+overshoots is no better than one that falls short.
 
-What it does not do: search for circuits (``mech.trace_circuit``), or prune: a part of a circuit that leads nowhere
+It does not search for circuits (``mech.trace_circuit``), and it does not prune: a part of a circuit that leads nowhere
 changes nothing.
 """
 
@@ -33,7 +33,7 @@ from mech.results import provenance
 
 Scores = Float[np.ndarray, "sender receiver"]
 ORDERS = ("signed", "size")
-ENSEMBLED = ("eap", "eap_ig")  # of which "ensemble" takes the mean rank
+ENSEMBLED = ("eap", "eap_ig")  # "ensemble" takes their mean rank
 GAP = {"unit": "share of the gap between all edges and none", "sign": "1: as good as the whole model"}
 
 
@@ -63,7 +63,7 @@ def _exact(task: CircuitTask, seed: int) -> Scores:
 
 
 def _ensemble(task: CircuitTask, seed: int) -> Scores:
-    """The mean rank by size of the scores of ``ENSEMBLED``, with the sign of their sum, between -1 and 1."""
+    """The mean rank of the absolute scores of ``ENSEMBLED``, with the sign of their sum, between -1 and 1."""
     parts = [METHODS[name](task, seed) for name in ENSEMBLED]
     ranks = np.mean([rankdata(np.abs(part)).reshape(part.shape) for part in parts], axis=0)
     return np.sign(np.sum(parts, axis=0)) * ranks / ranks.size
@@ -89,39 +89,39 @@ def circuit_scores(
     seed: Seed = 0,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """How faithful the circuits of entries are, how large they must be, and whether they hold the true edges.
+    """How faithful each entry's circuits are, how large they must be, and whether they contain the true edges.
 
     ``faithfulness(k) = (metric of the k largest edges - metric of none) / (metric of all - metric of none)``, means
     over examples; ``CPR = integral of faithfulness`` over k as a share of all edges, ``CMD = integral of
-    |1 - faithfulness|``, by trapezoids over 0.1% to 100%. ``auroc``: the probability that a true edge scores higher, by
-    size, than another.
+    |1 - faithfulness|``, by trapezoids over 0.1% to 100%. ``auroc``: the probability that a true edge has a higher
+    absolute score than another.
 
-    Sign: more CPR and AUROC are better, less CMD is. Unit: areas of shares; 0.999 is the CPR of a circuit that is whole
-    from the start, and its CMD is 0. Chance of AUROC: 0.5.
+    Sign: higher CPR and AUROC are better, lower CMD is better. Unit: areas of shares; a circuit that is whole from the
+    start has CPR 0.999 and CMD 0. AUROC at chance is 0.5.
 
     Args:
         task: see ``circuit_task``.
-        entries: names of ``ENTRIES`` (``"eap"``, ``"eap_ig"``, ``"exact"``, ``"ensemble"``, ``"random"``), or scores of
-            your own by name: graphs, of which the scores are taken.
-        n_boot: resamples of the intervals.
+        entries: names of ``ENTRIES`` (``"eap"``, ``"eap_ig"``, ``"exact"``, ``"ensemble"``, ``"random"``), or your own
+            scores by name: graphs whose scores are used.
+        n_boot: resamples for the intervals.
         batch_size: samples per forward when circuits are run.
-        seed: of the random entry and of resampling.
+        seed: for the random entry and for resampling.
         progress: called with (entries done, entries in all).
 
     Returns:
-        ``score`` (entry, sender, receiver), ``faithfulness`` (entry, order, share, example), of edges by signed score
-        and by size; ``cpr``, ``cmd`` with ``_low`` and ``_high`` and ``auroc`` over entry; ``truth``.
+        ``score`` (entry, sender, receiver), ``faithfulness`` (entry, order, share, example), for edges by signed score
+        and by size (absolute score); ``cpr``, ``cmd`` with ``_low`` and ``_high`` and ``auroc`` over entry; ``truth``.
 
     Raises:
         ExperimentError: an unknown entry, a graph of another model, layers whose stream is not a sum, or a model that
             does not tell samples from counterfactuals.
 
-    Cost: twenty forwards for each test sample and entry (fewer where circuits are alike), and what the entries cost on
-    the samples that find: two forwards and a backward each for ``"eap"``, seven and five for ``"eap_ig"``, path
-    patching of every edge for ``"exact"``.
+    Cost: twenty forwards for each test sample and entry (fewer if circuits are alike), and what the entries cost on the
+    samples that find: two forwards and a backward each for ``"eap"``, seven and five for ``"eap_ig"``, path patching of
+    every edge for ``"exact"``.
 
     References: MIB, arXiv 2504.13151 (tasks for text models); EAP 2310.10348; EAP-IG 2403.17806; ensembles 2510.06811.
-    Other than there: midpoints in integrated gradients, keys and values by key/value head, samples in place of strings.
+    Unlike there: midpoints in integrated gradients, keys and values by key/value head, samples in place of strings.
     """
     check_additive(task.model)
     scored = _entries(task, entries)
@@ -165,7 +165,7 @@ def _entries(
 
 
 def _metric(runs: CircuitRuns, graph: CircuitGraph, known: dict[bytes, np.ndarray]) -> Float[np.ndarray, " example"]:
-    """The metric of a circuit; small models have few different ones."""
+    """The metric of a circuit, kept in ``known``: small models have few different circuits."""
     key = np.packbits(graph.inside).tobytes()
     if key not in known:
         known[key] = runs.metric(graph.inside)
@@ -179,7 +179,7 @@ def _dataset(
     faithfulness = np.array(list(curves.values()))  # entry, order, share, example
     each = np.moveaxis(faithfulness, -1, 0)
     cpr = bootstrap_interval(area(each[:, :, 0]), n_resamples=n_boot, seed=seed)
-    drawn = area(np.abs(1 - bootstrap_means(each[:, :, 1], n_boot, seed)))  # of the mean curve: no mean of areas
+    drawn = area(np.abs(1 - bootstrap_means(each[:, :, 1], n_boot, seed)))  # area of the mean, not mean of areas
     cmd = area(np.abs(1 - each[:, :, 1].mean(0)))
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     truth = np.full(shape.exists.shape, np.nan) if task.truth is None else np.asarray(task.truth, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Tasks of circuit localisation: a model, samples that find and samples that test, and the truth where it is planted.
+"""Circuit localisation tasks: a model, samples that find and samples that test, and the truth if it is planted.
 
 task = circuit_task("mover")                              # a planted circuit, its edges known
 task = CircuitTask("digits", model, find, test)           # any model and samples with counterfactuals; no truth
@@ -23,15 +23,15 @@ from mech.reference import planted
 @checked
 @dataclass(frozen=True, eq=False)
 class CircuitTask:
-    """What entries are compared on.
+    """The task that entries are compared on.
 
     Attributes:
         name: of the task.
         model: a hooked model.
-        find: samples with counterfactuals, of which entries score edges.
-        test: others, on which circuits are measured.
-        truth: 1 for edges that carry the answer, 0 for those that do not, nan where it is not known; over (sender,
-            receiver) as ``CircuitGraph`` has them. None where nothing is known.
+        find: samples with counterfactuals, on which entries score edges.
+        test: other samples, on which circuits are measured.
+        truth: 1 for edges that carry the answer, 0 for those that do not, nan where unknown; over (sender, receiver) as
+            in ``CircuitGraph``. None if nothing is known.
     """
 
     name: Text
@@ -75,17 +75,18 @@ def circuit_task(
 ) -> CircuitTask:
     """A planted circuit as a task: ``n`` pictures that find edges, ``n`` others that test, and the edges that matter.
 
-    True are the edges whose switching alone changes the answer, in either run and with either sign. Known is every
-    edge out of a head; those out of the embeddings and of MLPs have no stated truth and do not count in the AUROC.
+    True edges are those whose switching alone changes the answer, in either run and with either sign. The truth is
+    known for every edge out of a head; edges out of the embeddings and of MLPs have no stated truth and do not count in
+    the AUROC.
 
     Args:
         name: one of ``mech.reference.planted.NAMES``.
         family: the architecture.
         n: samples of each half.
-        seed: of the pictures.
+        seed: for the pictures.
 
     Raises:
-        UnsupportedModel: not in this family.
+        UnsupportedModel: a circuit that this family does not have.
         ExperimentError: fewer than two samples.
     """
     key = planted.circuit(name, family)
@@ -108,7 +109,7 @@ def planted_truth(key: planted.Planted, model: HookedMLLM) -> Float[np.ndarray, 
 
 
 def _read(key: planted.Planted, model: HookedMLLM, receiver: str) -> Node:
-    """A receiver in words of roles (``"retrieval.v"``, ``"mlp.1"``) as a node."""
+    """A receiver named by role (``"retrieval.v"``, ``"mlp.1"``) as a node."""
     role, _, letter = receiver.partition(".")
     if role in key.truth.heads:
         layer, head = key.truth.heads[role]
