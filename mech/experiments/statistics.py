@@ -154,7 +154,7 @@ def accuracy_interval(change: Float[np.ndarray, "*batch draw example"], level: f
 
 
 def mean_of(values: Float[np.ndarray, "draw example"]) -> Interval:
-    """The mean of any measure: bootstrap over examples, and over sets too where there are several draws."""
+    """The mean of any measure: bootstrap over examples, and over sets too if there are several draws."""
     return two_way_bootstrap(values) if len(values) > 1 else bootstrap_interval(values[0])
 
 

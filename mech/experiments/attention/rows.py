@@ -6,9 +6,9 @@
     found["peak"]                                                # [batch layer head row]
 
 The fused kernel computes the forward; only the requested rows are computed a second time, in the layer's own mask and
-at least in float32. Its readers are the scores (``mech.experiments.scores``). It builds no ``S x S`` attention and
-reads no generation step (teacher-force generated text instead: a cache with windows does not record where its keys
-were).
+at least in float32. The scores and their nulls (``mech.experiments.scores``) are built on it. It makes no ``S x S``
+attention and reads no generation step (teacher-force generated text instead: a cache with windows does not record where
+its keys were).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

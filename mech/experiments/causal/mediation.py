@@ -2,7 +2,7 @@
 
     path = path_of(runs, (1, 0), attended_regions(runs))
     path.direct, path.through, path.acts, path.reads
-    path.carrier                          # "directly", or "through the values of L4H2"
+    path.carrier                          # "directly on the logits", or "through the values of L4H2"
 
 The head is noised (its output becomes that of the corrupted run), and everything after it is recomputed. A *leg* is
 what one later component's change costs on its own path to the logits, all else clean; for a later head, giving it only
