@@ -1,19 +1,19 @@
-"""The ``ActivationCache`` that ``run_with_cache`` returns: TransformerLens' own, right for a stock multimodal model.
+"""The ``ActivationCache`` that ``run_with_cache`` returns: TransformerLens', adapted to a stock multimodal model.
 
     _, cache = model.run_with_cache(inputs)
     parts, labels = cache.decompose_resid(return_labels=True)      # sums to the final residual stream
     attributions = cache.logit_attrs(parts, " cat")[:, 0, -1]      # sums to the logit (less the unembedding's bias)
 
 TransformerLens divides by a cached norm scale and expects the norm's weight to be folded into the next matrix. Nothing
-is folded here, so ``apply_ln`` sends every part through the norm as it is at the cached stream, weight included
-(``frozen_norm``). And what a model adds between layers (Qwen3-VL's DeepStack features) is a part of its own, called
+is folded here, so ``apply_ln`` passes every part through the norm, weight included, with the scale fixed at the cached
+stream (``frozen_norm``). Anything a model adds between layers (Qwen3-VL's DeepStack features) is a separate part called
 "remainder".
 
-A cache is kept without its model: ``cache.save("run.safetensors")``, ``ActivationCache.load("run.safetensors")``; it is
-pickled so too. What needs the weights then asks for ``cache.model = model``.
+A cache is stored without its model (``cache.save("run.safetensors")``, ``ActivationCache.load("run.safetensors")``),
+and pickled without it too. Methods that need the weights then ask for ``cache.model = model``.
 
-Refused: parts by head or neuron where a post-norm (Gemma) or a gate stands between them and the stream or some layers
-have no heads, neurons of mixtures of experts, state-space methods, and ``logit_lens``.
+Refused: parts by head or neuron where a post-norm (Gemma) or a gate stands between them and the stream, parts by head
+where some layers have no heads, neurons of mixtures of experts, state-space methods, and ``logit_lens``.
 """
 
 import copy
@@ -56,7 +56,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         return type(self)(copy.deepcopy(self.cache_dict, memo), self.model, self.has_batch_dim)
 
     def save(self, path: str | Path) -> Path:
-        """Write all activations to one safetensors file, whole or not at all; the model is not in it.
+        """Write all activations to one safetensors file, atomically and without the model.
 
         Raises:
             OutputError: the file cannot be written.
@@ -65,7 +65,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         tensors: dict[str, Tensor] = {}
         for name, value in self.items():
             value = value.detach().cpu().contiguous()
-            # Safetensors refuses tensors that share memory, as slices of others do.
+            # Safetensors refuses tensors that share memory, such as slices of one tensor.
             shared = (start := value.untyped_storage().data_ptr()) in seen
             tensors[name] = value.clone() if shared else value
             seen.add(start)
@@ -77,15 +77,15 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> "ActivationCache":
-        """Read a file of ``save``, onto the CPU.
+        """Read a file written by ``save``, onto the CPU.
 
         Args:
-            path: of the file.
-            model: the hooked model that made it, for what needs its weights; it can be set later (``cache.model``).
+            path: path of the file.
+            model: the hooked model that made it, for methods that need its weights; can be set later (``cache.model``).
 
         Raises:
             OutputError: there is no such file, it is damaged, or it holds something else.
-            InputError: ``model`` has other sizes.
+            InputError: ``model`` has different sizes.
         """
         path = Path(path)
         if not path.is_file():
@@ -135,7 +135,7 @@ class ActivationCache(transformer_lens.ActivationCache):
     ) -> Any:  # fmt: skip
         """TransformerLens' ``decompose_resid``; with ``mode="all"`` and embeddings the parts sum to the stream.
 
-        Where the model adds something else to the stream (DeepStack), it is a last part called "remainder".
+        Anything else the model adds to the stream (DeepStack) is a final part called "remainder".
         """
         split: Any = super().decompose_resid(
             layer, mlp_input=mlp_input, mode=mode, pos_slice=pos_slice, incl_embeds=incl_embeds, return_labels=True
@@ -152,10 +152,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         self, residual_stack: Tensor, layer: int | None = None, mlp_input: bool = False, pos_slice: Any = None,
         batch_slice: Any = None, has_batch_dim: bool = True, recompute_ln: bool = False,
     ) -> Tensor:  # fmt: skip
-        """What each part contributes to the input of a layer: through its norm, weight included, the scale frozen.
+        """Each part's contribution to a layer's input: through its norm, weight included, with the scale frozen.
 
         The parts of the stream sum to the norm's output less its bias. ``recompute_ln=True`` applies the norm to each
-        part by itself instead (the logit lens).
+        part separately instead (the logit lens).
         """
         layer = self._top(layer)
         batch = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
@@ -258,7 +258,7 @@ class ActivationCache(transformer_lens.ActivationCache):
 
 
 class _Elsewhere:
-    """What a cache that was stored knows of its model: its name and sizes. All else is asked of the model itself."""
+    """What a stored cache knows about its model: name and sizes. Anything else needs the model itself."""
 
     def __init__(self, name: str, cfg: ModelConfig):
         self.name, self.cfg = name, cfg
@@ -278,14 +278,14 @@ class _Elsewhere:
 
 @dataclasses.dataclass
 class Kept:
-    """What a run leaves at the points that are cached: copies of activations and, if asked for, their gradients.
+    """What a run stores at the cached points: copies of activations and, on request, their gradients.
 
     Attributes:
-        stored: by name; gradients by name and ``_grad``.
-        device: where copies go; None to leave them.
-        positions: those of the text stack that are kept, None for all.
+        stored: copies by name; gradients under the name plus ``_grad``.
+        device: where copies go; None to leave them where they are.
+        positions: which text positions are kept, None for all.
         crossing: the layers whose keys and values are a memory.
-        live: the activations themselves, which are differentiated at; None where no gradient is asked for.
+        live: the activations themselves, at which gradients are taken; None if no gradient is requested.
     """
 
     device: torch.device | str | None
@@ -299,10 +299,10 @@ class Kept:
         cls, model: Any, inputs: Any, tensors: Mapping[str, Any], device: Any, pos_slice: Any, incl_bwd: bool,
         remove_batch_dim: bool,
     ) -> "Kept":  # fmt: skip
-        """Checked before the forward.
+        """Check the options before the forward, and start with nothing stored.
 
         Raises:
-            InputError: positions that are not there, a batch dimension of several rows, a gradient of no number.
+            InputError: positions out of range, a batch dimension of several rows, or no single loss to differentiate.
         """
         given = inputs if isinstance(inputs, Mapping) else getattr(inputs, "tensors", {"input_ids": inputs})
         ids = {**given, **tensors}.get("input_ids")
@@ -330,7 +330,7 @@ class Kept:
             self.live[name] = value
 
     def differentiate(self, returned: Any) -> None:
-        """Store the gradient of what the run returned at every point that it depends on."""
+        """Store the gradient of what the run returned at every point it depends on."""
         if not self.live:
             return
         gradients = torch.autograd.grad(returned, list(self.live.values()), allow_unused=True)
@@ -346,7 +346,7 @@ class Kept:
         self.stored[key] = value.clone() if self.device is None else value.to(self.device, copy=True)
 
     def _counts_positions(self, point: str) -> bool:
-        """Whether a point's rows are the row's own positions: not patches of pictures, nor the keys of a memory."""
+        """Whether a point is indexed by sequence positions, not by patches of pictures or the keys of a memory."""
         parts = point.split(".")
         if parts[0] == "vision":
             return False
@@ -370,10 +370,10 @@ def _positions(pos_slice: Any, length: int) -> Slice | None:
 
 
 def points_until(chosen: Sequence[str], layer: int, by_name: bool) -> list[str]:
-    """Those of some points that a run passes which stops at a layer.
+    """Which of the chosen points a run that stops at ``layer`` passes through.
 
     Raises:
-        PointError: one that was asked for by name is not among them, or none is.
+        PointError: one requested by name is not among them, or none is.
     """
     passed = [name for name in chosen if is_reached(name, layer)]
     if not passed or (by_name and len(passed) < len(chosen)):
@@ -386,7 +386,7 @@ def points_until(chosen: Sequence[str], layer: int, by_name: bool) -> list[str]:
 
 
 class _NotCached(PointError, KeyError):
-    """A KeyError for the code that catches one, with this package's wording."""
+    """A KeyError, for code that catches one, with this package's wording."""
 
     __str__ = PointError.__str__
 

@@ -1,15 +1,16 @@
-"""A Hugging Face model run as its modules are written, for as long as somebody listens inside.
+"""Run a Hugging Face model as its modules are written, for as long as there are hooks or observers.
 
     with uncompiled(), uncheckpointed(hf_model):
         hf_model(**tensors)                  # every hook fires, once
 
-Two things that people switch on would leave hooks out without a word:
+Two common options would silently skip hooks:
 
-* ``torch.compile`` keeps what modules did when they were traced, without the hooks that came later. Whatever was
-  compiled (the model, a layer, a ``forward`` that was replaced) runs the Python it was made from for so long; its
-  compiled code is there again afterwards.
+* ``torch.compile`` keeps what modules did when they were traced, without hooks added later. While hooks are live,
+  whatever was compiled (the model, a layer, a replaced ``forward``) runs its original Python; afterwards its compiled
+  code is used again.
 * Gradient checkpointing runs layers a second time in the backward pass, when the hooks are gone, and drops the KV cache
-  in train mode. The layers keep their activations instead: the same gradients, at the memory of a run without it.
+  in train mode. Layers keep their activations instead: the gradients are the same, at the memory cost of a run without
+  checkpointing.
 """
 
 import threading
@@ -24,14 +25,14 @@ from torch._dynamo.eval_frame import OptimizedModule
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# torch's switch is one for all threads: the first that needs it sets it, the last puts it back.
+# torch's switch is shared by all threads: the first one that needs it sets it, the last one restores it.
 _switch = threading.Lock()
 _open: list[Any] = []
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """While open, whatever was compiled runs the Python it was made from. Several threads may have it open."""
+    """While open, whatever was compiled runs its original Python. Several threads may have it open."""
     with _switch:
         _open.append(torch.compiler.set_stance("force_eager"))
     try:
@@ -46,7 +47,7 @@ def uncompiled() -> Iterator[None]:
 @contextmanager
 def uncheckpointed(model: nn.Module) -> Iterator[None]:
     """While open, no layer below ``model`` is checkpointed."""
-    # Looking through the modules is left out where nothing can be checkpointed: this runs around every forward.
+    # This runs around every forward, so the modules are searched only where something can be checkpointed.
     switches = list(_checkpoints(model)) if model.training or torch.is_grad_enabled() else []
     for module, name, plain, _ in switches:
         setattr(module, name, plain)
@@ -58,7 +59,7 @@ def uncheckpointed(model: nn.Module) -> Iterator[None]:
 
 
 def _checkpoints(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:
-    """Every switch of gradient checkpointing that is on: its module, its name, what turns it off, what it is now."""
+    """Every gradient checkpointing switch that is on: its module, its name, its "off" value and its current value."""
     for module in model.modules():
         if module.__dict__.get("gradient_checkpointing"):
             yield module, "gradient_checkpointing", False, True
@@ -71,10 +72,10 @@ def _called(function: Callable, *args: Any, **options: Any) -> Any:
 
 
 def in_python(method: Callable[P, R]) -> Callable[P, R]:
-    """A method that is run, not traced, where compiled code calls it; what it calls may be compiled itself."""
+    """Make compiled code run this method instead of tracing it; what it calls may itself be compiled."""
     return torch.compiler.disable(method)  # type: ignore[return-value]
 
 
 def original(module: Any) -> Any:
-    """The module that ``torch.compile`` was given, for what it returned; anything else as it is."""
+    """The module behind what ``torch.compile`` returned; anything else unchanged."""
     return module._orig_mod if isinstance(module, OptimizedModule) else module

@@ -1,8 +1,8 @@
-"""Questions and pictures for a hooked model, and the vision stack alone: what it makes of the pictures.
+"""Questions and pictures for a hooked model, and runs of its vision stack alone.
 
-Every current family has ``get_image_features`` (and ``get_video_features``), takes their output back as
-``mm_encoder_outputs``, and differs only in the tensors they ask for beside the pixels. Mllama has neither: its text
-stack is handed the memory that its cross-attention layers attend to.
+Every current family has ``get_image_features`` (and ``get_video_features``) and takes their output back as
+``mm_encoder_outputs``; families differ only in the tensors these need besides the pixels. Mllama has neither: its text
+stack is given the memory that its cross-attention layers attend to.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from mech.inputs.batch import Inputs
 
 
 class Encoding:
-    """What a hooked model makes of questions and pictures before it runs."""
+    """How a hooked model prepares questions and pictures before it runs."""
 
     hf_model: Any
     name: str
@@ -35,13 +35,13 @@ class Encoding:
 
     @torch.no_grad()
     def encode_pictures(self, inputs: Any) -> tuple[Any, dict[str, Any]]:
-        """Run the vision stack alone: the inputs without pixels, and what takes their place in many forwards.
+        """Run the vision stack alone; return the inputs without pixels, and the features that take their place.
 
             blind, seen = model.encode_pictures(inputs)
             logits = model(blind, mm_encoder_outputs=seen)         # equal to model(inputs), the pictures read once
 
-        For whoever asks the same pictures again and again while the *text* stack is changed. Hooks on the vision stack
-        and the projector do not fire in such forwards.
+        Use it to run the same pictures many times while only the *text* stack is changed. Hooks on the vision stack and
+        the projector do not fire in such forwards.
         """
         with self.turns.taken(running=True):
             seen = pictures_seen(self.hf_model, self._tensors(inputs, {}))
@@ -58,7 +58,7 @@ class Encoding:
         answer: str = "",
         **text: Any,
     ) -> Any:
-        """``Inputs`` for a question in the model's chat template; ``text`` is the context of ``mech.inputs.build``."""
+        """``Inputs`` for a question in the model's chat template; ``text``: ``context``, ``passages`` of ``build``."""
         from mech.inputs import build
 
         made = build(self.processor, question, images=images, video=video, fps=fps, answer=answer, **text)
@@ -66,7 +66,7 @@ class Encoding:
 
     @checking(InputError)
     def inputs_of(self, sample: Sample, answer: bool = False) -> Any:
-        """``Inputs`` of a ``Sample``; with ``answer=True`` its answer follows the prompt."""
+        """``Inputs`` for a ``Sample``; with ``answer=True`` its answer follows the prompt."""
         text: dict[str, Any] = dict(
             answer=sample.answer if answer else "", context=sample.context, passages=sample.passages()
         )
@@ -81,7 +81,7 @@ class Encoding:
 
     @property
     def processor(self) -> Any:
-        """The ``mech.inputs.Processor``; opened when it is first needed."""
+        """The ``mech.inputs.Processor``; opened when first needed."""
         from mech import inputs
 
         if self._processor is None:
@@ -97,7 +97,7 @@ class Encoding:
         return self.processor.tokenizer
 
     def _check_made(self, inputs: Any) -> None:
-        """Refuse inputs whose tokens mean something else to this model: another one's processor made them."""
+        """Refuse inputs made by another model's processor: their tokens mean something else to this model."""
         known = self._processor is not None or self._source is not None
         if known and inputs.made_by not in ("", self.processor.mark):
             raise InputError(
@@ -116,10 +116,10 @@ class Encoding:
 
 
 def pictures_seen(hf_model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What takes the place of the pixels in ``given``; empty where there are none.
+    """The features that take the place of the pixels in ``given``; empty if there are none.
 
     Raises:
-        UnsupportedModel: the architecture has no way to run its vision stack alone.
+        UnsupportedModel: the architecture cannot run its vision stack alone.
     """
     base: Any = getattr(hf_model, "model", hf_model)
     inner: Any = base if hasattr(base, "get_image_features") else hf_model

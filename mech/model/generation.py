@@ -1,4 +1,4 @@
-"""Generation: greedy, with a KV cache, and without a word about what greedy decoding does not use."""
+"""Generation: greedy, with a KV cache, and without warnings about settings that greedy decoding does not use."""
 
 import copy
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from mech.model.eager import in_python
 
 # Architectures whose pictures transformers cannot encode before it reads the prompt.
 _WHOLE = ("llama4", "mllama")
-# Values at which transformers keeps quiet about sampling settings. None would not do: it is filled in from the
+# Values at which transformers does not warn about sampling settings. None does not work: it is filled in from the
 # checkpoint, and then warned about.
 _NEUTRAL = {
     "temperature": 1.0,
@@ -51,7 +51,7 @@ def generation_config(stock: GenerationConfig, asked: Mapping[str, Any], pad_tok
     return config
 
 
-# What Hugging Face's generate takes beside settings and tensors. Not ``custom_generate``, which runs code of the hub.
+# What Hugging Face's generate takes besides settings and tensors, except ``custom_generate``, which runs hub code.
 OF_GENERATE = (
     *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),
     *("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "tokenizer", "assistant_tokenizer"),
@@ -71,15 +71,15 @@ _IN_OUTPUT = ("output_scores", "output_logits", "output_hidden_states")
 
 
 def check_generation(stock: GenerationConfig, asked: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse what would have no effect, or another one than its name says.
+    """Refuse options that would have no effect, or a different one than their name says.
 
     Args:
         stock: the checkpoint's settings.
-        asked: the settings that were given.
-        options: what was given besides.
+        asked: the settings given by the caller.
+        options: the caller's other options.
 
     Raises:
-        InputError: such an option, with what to use.
+        InputError: such an option, with what to use instead.
     """
     given = {**asked, **options}
     for name, do in _INSTEAD.items():
@@ -108,11 +108,11 @@ def check_generation(stock: GenerationConfig, asked: Mapping[str, Any], options:
 
 
 def check_way(hf_model: Any, given: Mapping[str, Any], config: GenerationConfig) -> None:
-    """Refuse what transformers cannot do, or would silently do otherwise, before any forward.
+    """Refuse, before any forward, what transformers cannot do or would silently do differently.
 
     Raises:
         InputError: a prompt in chunks that looks ahead, or without a cache; drafts that this prompt cannot have.
-        UnsupportedModel: a kind of cache that this model or machine cannot have.
+        UnsupportedModel: a kind of cache that this model or machine cannot use.
     """
     if config.prefill_chunk_size is not None and config.prefill_chunk_size < given["input_ids"].shape[1]:
         _check_chunks(hf_model, given, config)
@@ -121,7 +121,7 @@ def check_way(hf_model: Any, given: Mapping[str, Any], config: GenerationConfig)
 
 
 def looks_ahead(hf_model: Any, given: Mapping[str, Any]) -> bool:
-    """Whether some position of a prompt sees a later one: in a block of image tokens, or in a prefix."""
+    """Whether some position of a prompt attends to a later one: in a block of image tokens, or in a prefix."""
     make = getattr(hf_model, "create_masks_for_generate", None)
     if make is None:  # then transformers makes causal masks
         return False
@@ -195,7 +195,7 @@ def _check_drafts(hf_model: Any, given: Mapping[str, Any], config: GenerationCon
 
 
 class Generating:
-    """``generate`` of a hooked model, and its answer as text."""
+    """``generate`` for a hooked model, and its answers as text."""
 
     hf_model: Any
     name: str
@@ -212,13 +212,13 @@ class Generating:
     def generate(
         self, inputs: Any = None, *, max_new_tokens: Count = 16, **options: Any
     ) -> Int[Tensor, "batch new_pos"] | Any:
-        """The ids of the *new* tokens only, greedily, hooks live and KV cache on; padded behind a row's end.
+        """Generate greedily, with live hooks and a KV cache: the *new* token ids only, padded after a row's end.
 
         A checkpoint's own ``repetition_penalty`` stays in force, as in Hugging Face's ``generate``.
 
         Args:
             inputs: as in ``forward``.
-            max_new_tokens: at most so many.
+            max_new_tokens: upper limit on the number of new tokens.
             options: those of Hugging Face's ``generate``: ``do_sample=True``, ``num_beams=4``, ``streamer=...``. With
                 ``return_dict_in_generate=True`` its own output is returned, whose ``sequences`` begin with the prompt.
 
@@ -243,9 +243,9 @@ class Generating:
 
     @checking(InputError)
     def generate_text(self, inputs: Any, *, max_new_tokens: Count = 16, **options: Any) -> list[str]:
-        """``generate``, decoded without special tokens: a list with one string for each row, of one row too.
+        """``generate``, decoded without special tokens: a list with one string per row, even for a single row.
 
-        For the text itself ask one row with ``answer``.
+        For one row, ``answer`` returns the string itself.
         """
         if options.get("return_dict_in_generate"):
             raise InputError("return_dict_in_generate in generate_text", "text", "use model.generate")
@@ -255,10 +255,10 @@ class Generating:
 
     @checking(InputError)
     def answer(self, inputs: Any, *, max_new_tokens: Count = 16, **options: Any) -> str:
-        """What the model answers to one row: the string alone.
+        """The model's answer to one row, as a string.
 
         Raises:
-            InputError: several rows, or several answers to one.
+            InputError: several rows, or several answers to one row.
         """
         rows = len(self._tensors(inputs, {})["input_ids"]) * (options.get("num_return_sequences") or 1)
         if rows > 1:

@@ -1,13 +1,13 @@
 """Where each activation point meets the Hugging Face model.
 
-A ``HookSite`` says: this point is the input (or the output) of this module, seen in this shape. Seams are data; a torch
-hook exists only while the wrapped model runs and only for points that somebody hooked, so an idle model carries none
-and nothing can be left behind by an exception.
+A ``HookSite`` says that a point is the input (or the output) of a module, seen in a certain shape. Sites are data; a
+torch hook exists only while the wrapped model runs and only for hooked points, so an idle model carries none and an
+exception leaves none behind.
 
-Hooks are registered with ``prepend=True``: at their first forward, transformers' models install hooks of their own
-that capture outputs, and LLaVA's projector reads what those captured. A hook behind them changes nothing.
+Hooks are registered with ``prepend=True``: at their first forward, transformers' models install their own hooks that
+capture outputs, and LLaVA's projector reads what these captured. A hook that runs after them changes nothing.
 
-``hook_rot_q``, ``hook_rot_k``, ``hook_attn_scores`` and ``hook_pattern`` have no site: they live inside the attention
+``hook_rot_q``, ``hook_rot_k``, ``hook_attn_scores`` and ``hook_pattern`` have no site: they are inside the attention
 function (``attention.py``).
 """
 
@@ -43,8 +43,8 @@ class Step:
     """What the text stack is doing in this forward.
 
     Attributes:
-        start: absolute position of its first query row: 0, or how much a cache has read.
-        stop: that behind its last query row.
+        start: absolute position of its first query row: 0, or how many positions a cache has read.
+        stop: absolute position after its last query row.
         batch: how many rows the batch has.
     """
 
@@ -53,7 +53,7 @@ class Step:
     batch: int = 0
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The pre-hook of the text stack that keeps this true."""
+        """Pre-hook of the text stack that keeps these values current."""
         given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
         past = kwargs.get("past_key_values")
         tokens = next(value for value in given if value is not None)
@@ -63,7 +63,7 @@ class Step:
         self.stop = self.start + tokens.shape[1]
 
     def held(self) -> Iterator[None]:
-        """While open, another forward may run within this one, which then goes on."""
+        """While open, another forward may run inside this one, whose values are restored afterwards."""
         outer = vars(self).copy()
         try:
             yield
@@ -72,16 +72,16 @@ class Step:
 
 
 def all_rows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The pre-hook of a text stack that may run some rows alone.
+    """Pre-hook that makes a text stack run all rows where it might run only some.
 
-    Gemma4 runs only the rows whose logits are kept through layers without keys of their own, and loses causality there
-    under another name of attention than "sdpa".
+    Gemma4 runs layers without their own keys only for the rows whose logits are kept, and loses causality there unless
+    its attention is called "sdpa".
     """
     return args, {**kwargs, "logits_to_keep": 0} if "logits_to_keep" in kwargs else kwargs
 
 
 def cuts_rows(root: nn.Module) -> bool:
-    """Whether a text stack may run some rows alone."""
+    """Whether a text stack may run only some rows."""
     return "logits_to_keep" in signature(root.forward).parameters
 
 
@@ -95,12 +95,12 @@ class HookSite:
         side: "in", "out", "mid" (an input that is also the skip connection), "result" (heads of an output) or
             "features" (what ``get_image_features`` returns).
         heads: number of heads the last dimension is split into, 0 for none.
-        part: which of these heads are the point's, where queries, keys and values are one projection.
-        width: how much of each head is the point's, where a gate follows it; 0 for all.
+        part: which of these heads belong to the point, if queries, keys and values are one projection.
+        width: how much of each head belongs to the point, if a gate follows it; 0 for all.
         gain: what the module's output is multiplied by before it is added to the stream.
-        argument: the keyword of the input, where it is not positional.
-        flat: whether all leading dimensions are one (the projector's tokens).
-        memory: knows how many rows the batch has, where the module sees the tiles of all rows as one batch.
+        argument: the keyword of the input, if it is not positional.
+        flat: whether all leading dimensions are merged (the projector's tokens).
+        memory: knows how many rows the batch has, if the module sees the tiles of all rows as one batch.
     """
 
     point: str
@@ -115,12 +115,12 @@ class HookSite:
     memory: Step | None = None
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The activation as the point's table describes it."""
+        """The activation in the shape that the table of points lists."""
         if self.flat:
             return tensor.reshape(-1, tensor.shape[-1])
         if self.memory is not None:
             tensor = tensor.reshape(self.memory.batch, -1, tensor.shape[-1])
-        if tensor.ndim == 4:  # the norm of values sees heads already
+        if tensor.ndim == 4:  # the value norm already sees heads
             return tensor
         rows = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
         if not self.heads:
@@ -143,13 +143,13 @@ class HookSite:
     def run(self, point: HookPoint, tensor: Tensor) -> Tensor:
         """The tensor with the point's hooks applied.
 
-        What the hooks saw is put back even if they returned nothing: they may have written in place, and a gradient
-        they kept must lie on the way to the logits.
+        What the hooks saw is put back even if they returned nothing: they may have written in place, and a tensor they
+        kept for its gradient must be on the path to the logits.
         """
         gain = None if self.gain is None else self.gain()
         if gain is None:
             return self.restore(fire(point, self.view(tensor)), tensor)
-        # Only the change goes back through the gain, so that what nobody wrote keeps its own rounding. Nothing can be
+        # Only the change goes back through the gain, so that unwritten values keep their own rounding. Nothing can be
         # written through a gate of exactly zero.
         seen, gain = self.view(tensor) * gain.detach(), torch.where(gain == 0, torch.inf, gain.detach())
         written = fire(point, seen.clone())
@@ -177,8 +177,8 @@ class HookSite:
 class _Features:
     """Serves the features of all images of a call at once, for a model that runs its projector image by image.
 
-    They meet in no module's output but in what the model's own ``get_image_features`` returns, so that is wrapped on
-    the instance, until ``remove()``.
+    No module outputs them together; only the model's own ``get_image_features`` returns them so. It is therefore
+    wrapped on the instance, until ``remove()``.
     """
 
     def __init__(self, site: HookSite, point: HookPoint):
@@ -201,14 +201,14 @@ class _Features:
 def _on_input(site: HookSite, point: HookPoint, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if args:
         return (site.run(point, args[0]), *args[1:]), kwargs
-    # The stream comes first, whatever it is called: Llama4's tower says hidden_state.
+    # The stream comes first, whatever its name: Llama4's tower calls it hidden_state.
     name = site.argument if site.argument in kwargs else next(iter(kwargs))
     return args, {**kwargs, name: site.run(point, kwargs[name])}
 
 
 def _on_stream(site: HookSite, point: HookPoint, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    # The layer adds this very tensor back after the MLP. Writing into it is the one way that reaches both branches
-    # without rounding; the hooks get a copy, so that what they keep is not what is overwritten.
+    # The layer adds this same tensor back after the MLP. Only writing into it reaches both branches without rounding;
+    # the hooks get a copy, so that what they keep is not overwritten.
     stream = args[0] if args else kwargs[site.argument]
     stream.copy_(site.run(point, stream.clone()))
 
@@ -230,7 +230,7 @@ def _on_heads(
     weight, bias = of_heads
     z = site.view(args[0])
     result = torch.einsum("bphd,hdm->bphm", z, by_head(weight, site.heads))
-    # A copy: a hook may write in place, and what it wrote must still differ from what was there.
+    # A copy: a hook may write in place, and its change must still be known.
     before = result.detach().clone()
     written = fire(point, result)
     # Only the difference is added, so heads that were not written keep the projection's own rounding. The constants
@@ -242,19 +242,19 @@ def _on_heads(
 def stack_sites(
     model: nn.Module, stack: Stack, kind: str, layers: int, d_head: int, step: Step
 ) -> tuple[list[HookSite | str], dict[str, str]]:
-    """What one stack's first ``layers`` layers offer.
+    """The points that one stack's first ``layers`` layers offer.
 
     Args:
         model: the Hugging Face model.
         stack: its paths.
         kind: "text" or "vision".
         layers: how many layers are live.
-        d_head: size of a head, where the attention module does not say.
+        d_head: size of a head, if the attention module does not say.
         step: what the text stack is doing.
 
     Returns:
         The sites in the order in which they fire (a bare name for a point inside the attention function), and the
-        points that do not exist with the reason.
+        points that do not exist, with the reasons.
     """
     blocks = layers_of(model, stack)
     sites: list[HookSite | str] = []
@@ -331,7 +331,7 @@ def _gain(of_layer: Callable | None, block: nn.Module) -> Callable[[], Tensor | 
 
 
 def attention_of(block: nn.Module, stack: Stack) -> nn.Module | None:
-    """A layer's attention module; None where something without heads stands in its place.
+    """A layer's attention module; None if a module without heads replaces it.
 
     Raises:
         UnsupportedModel: the layer has neither.
@@ -347,7 +347,7 @@ def attention_of(block: nn.Module, stack: Stack) -> nn.Module | None:
 def offered(
     model: nn.Module, family: Family, cfg: ModelConfig, step: Step
 ) -> tuple[list[HookSite | str], dict[str, str], int]:
-    """What a model offers in the order of firing, what is refused and why, and how many vision layers are live."""
+    """A model's sites in the order of firing, the refused points with reasons, and how many vision layers are live."""
     sites: list[HookSite | str] = []
     refused: dict[str, str] = {}
     live = 0
@@ -362,7 +362,7 @@ def offered(
 
 
 def measured(cfg: ModelConfig, layers: list[tuple[nn.Module, Any]], sites: list[HookSite]) -> ModelConfig:
-    """The sizes, with those that only the modules know; ``layers`` are the attention modules with their records."""
+    """The sizes, completed from the modules; ``layers`` are the attention modules with their records."""
     text = {record.layer: (module, record) for module, record in layers if record.stack == "text"}
     groups = cfg.n_heads // cfg.n_kv_heads
     d_heads = {layer: getattr(module, "head_dim", cfg.d_head) for layer, (module, _) in text.items()}
@@ -386,7 +386,7 @@ def measured(cfg: ModelConfig, layers: list[tuple[nn.Module, Any]], sites: list[
 
 
 def joining_seams(model: nn.Module, family: Family) -> tuple[list[HookSite], list[HookSite]]:
-    """The sites between the stacks, and those behind them."""
+    """The sites between the stacks, and those after them."""
     root, embed = family.text.root, family.text.embed
     between = [
         HookSite("hook_embed", module_at(model, f"{root}.{embed}"), "out")
@@ -402,8 +402,8 @@ def joining_seams(model: nn.Module, family: Family) -> tuple[list[HookSite], lis
 def merge_windows(keyword: str, store: Callable[[Tensor], None]) -> Callable:
     """A pre-hook for an attention module that calls attention once per window.
 
-    It makes the module see one window of full length and hands the true boundaries to ``store``; the attention
-    function turns them into a block-diagonal mask. So hooks and observers see the layer once and whole.
+    The module then sees one window of full length, and ``store`` receives the true boundaries, which the attention
+    function turns into a block-diagonal mask. Hooks and observers thus see the whole layer at once.
     """
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

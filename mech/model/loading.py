@@ -1,7 +1,7 @@
-"""Open a checkpoint, or a model that is handed over, or say what is wrong with it.
+"""Open a checkpoint or a given model, or say what is wrong with it.
 
-A folder is looked over before anything is built: is it there, is its architecture one with a family row, are all
-shards there and whole. Weights are safetensors only; code from a checkpoint is never run.
+A folder is checked before weights are loaded: it exists, its architecture is known, and all shards are present and
+complete. Weights are safetensors only; code from a checkpoint is never run.
 """
 
 import re
@@ -27,11 +27,11 @@ from mech.model.named.projections import accelerate_hook
 
 REFERENCE = "reference:"
 INDEX = "model.safetensors.index.json"
-MOST_LAYERS = 10_000  # of a config: before weights are read, a model is laid out layer by layer
+MOST_LAYERS = 10_000  # in a config: before weights are read, the model is laid out layer by layer
 
 
 def resolve(name: str | Path) -> str:
-    """The folder of a reference model, the folder that was given, or a hub id as it is.
+    """The folder of a reference model, the given folder, or a hub id unchanged.
 
     Raises:
         InputError: the name looks like a folder and there is none.
@@ -50,7 +50,7 @@ def resolve(name: str | Path) -> str:
 
 
 def _checkpoint(name: str, revision: str | None) -> Path | None:
-    """The weights that replace those of a reference model's folder: of a revision, or all that it ships itself."""
+    """The weights that replace those in a reference model's folder: a revision's, or those it ships; None if none."""
     if not name.startswith(REFERENCE):
         return None
     from mech.reference import changed, checkpoint
@@ -59,10 +59,10 @@ def _checkpoint(name: str, revision: str | None) -> Path | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose download was cut off, or whose files are not what they are called.
+    """Refuse a folder whose download is incomplete, or whose files are not what their names say.
 
     Raises:
-        UnsupportedModel: no config, no safetensors, a shard missing or shorter than its header says, JSON that is none.
+        UnsupportedModel: no config, no safetensors, a shard missing or shorter than its header says, invalid JSON.
     """
     again = "download it again, for example with `hf download owner/model --local-dir FOLDER`"
     if not (folder / "config.json").is_file():
@@ -105,13 +105,13 @@ def _is_whole(shard: Path) -> bool:
             header = parse_json(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return size == 8 + length + max(ends, default=0)
-    except (AttributeError, LookupError, OSError, TypeError, ValueError, struct.error):  # it is no safetensors file
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, struct.error):  # not a safetensors file
         return False
 
 
 @contextmanager
 def no_bars(local: bool = True) -> Iterator[None]:
-    """Progress bars are for downloads; reading what is here is quick and says nothing."""
+    """Hide progress bars while reading local files, which is quick; downloads show them."""
     shown = transformers_logging.is_progress_bar_enabled()
     if local:
         transformers_logging.disable_progress_bar()
@@ -123,10 +123,10 @@ def no_bars(local: bool = True) -> Iterator[None]:
 
 
 def known_layout(config: Any) -> PreTrainedModel:
-    """A model without weights, on the meta device; an architecture is refused by it before weights are read.
+    """The model without weights, on the meta device; refuses an unknown architecture before weights are read.
 
     Raises:
-        UnsupportedModel: no row has it, and its text layers are not written like known ones.
+        UnsupportedModel: the architecture has no row, and its text layers are not laid out like known ones.
     """
     if (layers := max(_layers(config.to_dict()), default=0)) > MOST_LAYERS:
         raise UnsupportedModel(f"a config with {layers} layers", f"at most {MOST_LAYERS}", "look at config.json")
@@ -139,14 +139,14 @@ def known_layout(config: Any) -> PreTrainedModel:
             "an architecture of AutoModelForImageTextToText",
             RECIPE,
         ) from error
-    with warnings.catch_warnings():  # said once, when the model is wrapped
+    with warnings.catch_warnings():  # shown once, when the model is wrapped
         warnings.simplefilter("ignore", PartialSupport)
         family_of(empty)
     return empty.eval()
 
 
 def _layers(config: Mapping[str, Any]) -> Iterator[int]:
-    """Every number of layers in a config, however deep it lies."""
+    """Every number of layers in a config, however deeply nested."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _layers(value)
@@ -156,7 +156,7 @@ def _layers(config: Mapping[str, Any]) -> Iterator[int]:
 
 @contextmanager
 def _told(what: str, source: str) -> Iterator[None]:
-    """Errors of transformers, which has no common one for a checkpoint that is malformed, as one that names it.
+    """Turn any error of transformers, which has no common type for malformed checkpoints, into one that names it.
 
     Raises:
         UnsupportedModel: whatever went wrong inside.
@@ -177,7 +177,7 @@ def quantized(bits: str, dtype: torch.dtype | str | None) -> BitsAndBytesConfig:
     """How "8bit" or "4bit" weights are read; activations keep ``dtype``.
 
     Raises:
-        InputError: another word, or bitsandbytes is not installed.
+        InputError: another value, or bitsandbytes is not installed.
     """
     if bits not in ("8bit", "4bit"):
         raise InputError(f"quantization={bits!r}", "'8bit', '4bit' or None")
@@ -208,7 +208,7 @@ def open_checkpoint(
 
     Raises:
         InputError: no such folder; options that exclude each other, or need a package that is not installed.
-        UnsupportedModel: no such model, no row for it, weights missing, cut off or of other shapes.
+        UnsupportedModel: no such model, no row for it, or weights missing, truncated or of the wrong shape.
     """
     if device is not None and device_map is not None:
         raise InputError("device and device_map", "one of them: device_map says where every part of the model goes")
@@ -244,20 +244,20 @@ def open_checkpoint(
 
 
 def laid_out(name: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, str]:
-    """A stock model as its config lays it out, on the meta device, and where it came from; weights are not looked at.
+    """A stock model built from its config alone, on the meta device, and where it came from; weights are not read.
 
     Raises:
         InputError: no such folder.
         UnsupportedModel: no config, or no row for it.
     """
     source = resolve(name)
-    _checkpoint(str(name), revision)  # refuses a revision that is not there
+    _checkpoint(str(name), revision)  # refuses a revision that does not exist
     _, empty = _config(source, {"revision": revision or "main", "trust_remote_code": False})
     return empty, source
 
 
 def _config(source: str, options: Mapping[str, Any]) -> tuple[Any, PreTrainedModel]:
-    """The config of a folder or hub id, of an architecture that has a row, and the model that it lays out."""
+    """The config of a folder or hub id, and the weightless model it describes; refuses an unknown architecture."""
     with _told("config", source):
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -272,7 +272,7 @@ def _config(source: str, options: Mapping[str, Any]) -> tuple[Any, PreTrainedMod
 
 
 def _check_weights(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
-    """Refuse a checkpoint that lacks weights, or has some of layers that the config does not count."""
+    """Refuse a checkpoint that lacks weights, or has weights of layers that the config does not count."""
     absent = sorted(report["missing_keys"])
     if absent:
         raise UnsupportedModel(
@@ -301,14 +301,14 @@ def _unopened(source: str, device_map: Any, what: str) -> UnsupportedModel:
 
 
 def stock_model(given: Any, weights: bool = True) -> PreTrainedModel:
-    """The Hugging Face model in what is handed over: compiled, PEFT's and data parallel models are opened.
+    """The Hugging Face model inside the given one: compiled, PEFT and data-parallel models are opened.
 
     Args:
         given: the model.
-        weights: whether it must have some.
+        weights: whether it must have weights.
 
     Raises:
-        UnsupportedModel: something around it changes what it computes, or its weights are spread over processes.
+        UnsupportedModel: a wrapper around it changes what it computes, or its weights are spread over processes.
     """
     given = original(given)
     mro = {kind.__name__ for kind in type(given).__mro__}
@@ -332,7 +332,7 @@ def stock_model(given: Any, weights: bool = True) -> PreTrainedModel:
 
 
 def _nowhere(module: nn.Module, path: str = "") -> str:
-    """The name of a parameter that has no values, and that no hook of accelerate's will give any."""
+    """The name of a parameter that has no values and will get none from accelerate; "" if there is none."""
     brought = accelerate_hook(module)
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.is_meta and not (brought and brought.offload):
@@ -341,10 +341,10 @@ def _nowhere(module: nn.Module, path: str = "") -> str:
 
 
 def _without_prompts(given: Any) -> Any:
-    """The model inside of a ``PeftModel``, whose adapters lie in its layers.
+    """The model inside a ``PeftModel`` whose adapters are in its layers.
 
     Raises:
-        UnsupportedModel: an adapter that is applied around the model, and would be left out inside.
+        UnsupportedModel: an adapter is applied around the model, and would be missing inside.
     """
     from peft.tuners.tuners_utils import BaseTuner
 

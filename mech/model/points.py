@@ -1,36 +1,37 @@
-"""The grammar of activation points: what exists, under which name, in which shape, and how a wrong name is refused.
+"""The activation points: which ones exist, under which names, in which shapes, and how a wrong name is refused.
 
-Names are TransformerLens': ``blocks.{layer}.attn.hook_z`` for the text stack, ``vision.blocks.{layer}.attn.hook_z``
-for the vision stack, and three without a layer. ``LAYER_POINTS`` is the table.
+Names follow TransformerLens: ``blocks.{layer}.attn.hook_z`` for the text stack, ``vision.blocks.{layer}.attn.hook_z``
+for the vision stack, and three names without a layer. ``LAYER_POINTS`` is the table.
 
-What writing a point means where it is not obvious:
+What writing to a point means, where this is not obvious:
 
 * ``hook_resid_mid`` is the residual stream between attention and MLP: the MLP's input *and* the skip connection change.
-  Where both read the same stream (Cohere2) there is none.
-* ``hook_resid_post`` of a text layer is exactly what the next layer receives: what a model adds between layers
+  Where attention and MLP read the same stream (Cohere2), it does not exist.
+* ``hook_resid_post`` of a text layer is exactly what the next layer receives: anything a model adds between layers
   (Qwen3-VL's DeepStack features) is included, so on visual tokens of such layers it is not ``resid_mid + mlp_out``.
 * ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the stream: after a post-norm (Gemma, GLM-4V), a layer
-  scale (InternVL's tower) or a gate (Mllama). There ``hook_result``, which stands before these, does not sum to it.
-* ``hook_rot_k`` sees every key that is attended, so all earlier ones too while generating with a cache (in a layer with
-  a sliding window, those the cache still holds); every other point sees the positions of this step only. ``hook_k``
-  and ``hook_v`` are written before the cache.
+  scale (InternVL's tower) or a gate (Mllama). There ``hook_result``, which precedes these, does not sum to
+  ``hook_attn_out``.
+* ``hook_rot_k`` sees every key that is attended to, so while generating with a cache it also sees all earlier keys (in
+  a sliding-window layer, those the cache still holds); every other point sees only the positions of this step.
+  ``hook_k`` and ``hook_v`` come before the cache.
 * ``hook_attn_scores`` is masked (``-inf`` where the layer may not attend) and at least float32, as is ``hook_pattern``.
-  A softcap is in it; an attention sink is not, and takes from the pattern, whose rows then sum to less than one.
-* ``hook_z`` is what W_O reads: behind the gate where attention is gated (Qwen3.5). ``hook_q`` is the query alone.
-* ``hook_result`` is ``z`` times W_O head by head, without the output bias; it exists only while somebody hooks it.
+  It includes a softcap but not an attention sink, which takes a share of the pattern: rows then sum to less than one.
+* ``hook_z`` is what W_O reads: after the gate where attention is gated (Qwen3.5). ``hook_q`` is the query alone.
+* ``hook_result`` is ``z`` times W_O head by head, without the output bias; it is computed only while it is hooked.
 * Layers with linear attention or a convolution have no heads: their ``attn.`` points are refused with that reason, and
-  ``cfg.attention_layers`` names the others. A mixture of experts has no ``mlp.hook_post``.
+  ``cfg.attention_layers`` lists the layers that do. A mixture of experts has no ``mlp.hook_post``.
 * In layers that attend to a memory (Mllama's, ``cfg.cross_layers``) ``hook_k``, ``hook_v``, ``hook_rot_k`` and every
-  ``key_pos`` count the memory (``layout.memory``). Text that sees no picture drops ``hook_mlp_out`` there.
-* ``hook_v`` of Gemma4 stands behind the norm of values: some layers make keys and values from one projection, which is
-  ``hook_k``. What it adds behind the feed-forward (per-layer inputs) is in ``hook_resid_post`` and has no point.
-* The vision stack of the Qwen family is one row of all patches of all images, in the order the tower keeps them
-  (Qwen2.5-VL sorts them by window), and its scores and pattern are block-diagonal over images and windows. So is
-  Pixtral's, over images.
+  ``key_pos`` index the memory (``layout.memory``). Where text sees no picture, the model drops ``hook_mlp_out`` there.
+* ``hook_v`` of Gemma4 comes after the value norm: some layers compute keys and values with one projection, which is
+  ``hook_k``. What Gemma4 adds after the feed-forward (per-layer inputs) is in ``hook_resid_post`` and has no point.
+* The vision stack of the Qwen family sees one row with all patches of all images, in the tower's own order (Qwen2.5-VL
+  sorts them by window), and its scores and pattern are block-diagonal over images and windows. Pixtral's does the same,
+  block-diagonal over images.
 * ``projector.hook_out`` is ``[visual_pos d_model]``: all visual tokens of the call in the order of their
-  placeholders. DeepStack features enter later and are not part of it, nor are newlines between rows of tiles;
-  LLaVA-NeXT and OneVision drop tokens of the padding behind it, and OneVision interpolates.
-* ``ln_final.hook_normalized`` times ``W_U`` is the logits, before a softcap (Gemma2) or scale of the model's own.
+  placeholders. DeepStack features enter later and are not part of it, nor are newlines between rows of tiles; after
+  it, LLaVA-NeXT and OneVision drop tokens of the padding, and OneVision interpolates.
+* ``ln_final.hook_normalized`` times ``W_U`` gives the logits, before the model's own softcap (Gemma2) or scale.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -85,11 +86,11 @@ def behind_features(live: int, layers: int) -> dict[str, str]:
 def select(names: NamesFilter, live: Sequence[str], refused: Mapping[str, str]) -> list[str]:
     """Turn a name, a list of names or a predicate into names of live points, in the order they fire.
 
-    ``None`` is every point but ``hook_result``, which is as large as all heads' outputs together and is cached only
-    when it is asked for.
+    ``None`` selects every point except ``hook_result``, which is as large as all heads' outputs together and is cached
+    only on request.
 
     Raises:
-        PointError: a name is no point (with the nearest one), a point is not live (with the reason), or a predicate
+        PointError: a name is not a point (with the nearest one), a point is not live (with the reason), or a predicate
             matches nothing.
     """
     if names is None:
@@ -122,10 +123,10 @@ def dims_of(name: str) -> str:
 
 
 def checked(written: object, value: Tensor, name: str, dims: str) -> Tensor:
-    """What a hook returned, if it fits where it is to be written: a broadcast would silently be another experiment.
+    """What a hook returned, if it has the activation's shape: a broadcast would silently be another experiment.
 
     Raises:
-        PointError: it is no tensor, or its shape is another.
+        PointError: it is not a tensor, or has another shape.
     """
     if not isinstance(written, Tensor):
         raise PointError(
@@ -141,11 +142,11 @@ def checked(written: object, value: Tensor, name: str, dims: str) -> Tensor:
 
 
 def fire(point: HookPoint, value: Tensor) -> Tensor:
-    """Run a point's hooks on a value and return what is to be used in its place."""
+    """Run a point's hooks on a value and return the value to use in its place."""
     written = point(value)
     return value if written is value else checked(written, value, str(point.name), dims_of(str(point.name)))
 
 
 def hooked(points: Iterable[HookPoint]) -> bool:
-    """Whether anybody listens at one of the points."""
+    """Whether any of the points has hooks."""
     return any(point.fwd_hooks or point.bwd_hooks for point in points)

@@ -1,14 +1,14 @@
-"""What a run may be given: TransformerLens' keywords, what the Hugging Face model takes, and nothing else.
+"""What a run accepts: TransformerLens' keywords, what the Hugging Face model takes, and nothing else.
 
-A Hugging Face forward swallows a keyword it does not know, and runs on tensors that do not belong together. Both are
-refused here, before any forward. What TransformerLens' users ask of a run means what it means there:
+A Hugging Face forward silently accepts unknown keywords, and tensors that do not belong together. Both are refused
+here, before any forward. TransformerLens' keywords mean what they mean there:
 
-* ``return_type="logits"``, ``"loss"``, ``"both"`` (a pair) or ``None`` (run for the hooks' sake alone);
+* ``return_type="logits"``, ``"loss"``, ``"both"`` (a pair) or ``None`` (run only for the hooks);
 * ``loss_per_token=True``: ``[batch pos-1]``, 0 where nothing is predicted;
 * ``stop_at_layer=k``: the residual stream that enters layer k, which does not run; negative numbers count from the end.
 
-The loss is the cross-entropy of the next token, in nats. Padding is left out, as there, and so are visual tokens, which
-no model predicts.
+The loss is the cross-entropy of the next token, in nats. Padding is left out, as in TransformerLens, and so are visual
+tokens, which no model predicts.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ from mech.model.architectures.stack import Family
 RETURNED = ("logits", "loss", "both", None)
 OF_FORWARD = ("return_type", "stop_at_layer", "loss_per_token")
 OF_CACHE = ("names_filter", "device", "remove_batch_dim", "incl_bwd", "pos_slice", "return_cache_object")
-# What other tools take and a run here does not, with what to expect and what to do instead.
+# Keywords of other tools that a run here does not take, with what is expected and what to do instead.
 _INSTEAD = {
     "prepend_bos": (
         "inputs, whose chat template says how they begin",
@@ -45,7 +45,7 @@ _INSTEAD = {
     "output_hidden_states": ("logits", "use run_with_cache(inputs, names_filter='blocks.K.hook_resid_post')"),
     "return_dict": ("logits", "leave it out"),
 }  # fmt: skip
-# Tensors that are as long as the sequence, and in which dimensions they are [batch, pos].
+# Tensors that are as long as the sequence, and which of their dimensions are [batch, pos].
 _AS_LONG = {
     "attention_mask": slice(None),
     "mm_token_type_ids": slice(None),
@@ -57,16 +57,16 @@ _SEEN_ALREADY = ("mm_encoder_outputs", "cross_attention_states", "inputs_embeds"
 
 
 def check_keywords(given: Mapping[str, Any], hf_model: nn.Module, root: str, also: Iterable[str] = ()) -> None:
-    """Refuse keywords that the model would swallow.
+    """Refuse keywords that the model would silently ignore.
 
     Args:
-        given: all that its forward is to be called with.
+        given: everything its forward is to be called with.
         hf_model: the Hugging Face model.
         root: the path of its text stack.
-        also: what may be given besides.
+        also: other keywords that are allowed.
 
     Raises:
-        InputError: nobody takes it, with the nearest name or what to do instead.
+        InputError: an unknown keyword, with the nearest name or what to do instead.
     """
     parts = root.split(".")
     modules = [hf_model, *(module_at(hf_model, ".".join(parts[: end + 1])) for end in range(len(parts)))]
@@ -86,7 +86,7 @@ def check_keywords(given: Mapping[str, Any], hf_model: nn.Module, root: str, als
 
 @cache
 def _taken(kinds: tuple[type[nn.Module], ...]) -> frozenset[str]:
-    """The names that any of these modules' forward takes, and those that transformers passes on everywhere."""
+    """The names that any of these modules' forwards takes, and those that transformers passes on everywhere."""
     named = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
     names = {
         name
@@ -98,11 +98,11 @@ def _taken(kinds: tuple[type[nn.Module], ...]) -> frozenset[str]:
 
 
 def check_tensors(given: Mapping[str, Any], hf_model: Any, family: Family) -> None:
-    """Refuse tensors that the model would accept and silently take for something else.
+    """Refuse tensors that the model would accept but silently misread.
 
     Raises:
         InputError: no tokens, tokens that the model does not know, tensors of another length; visual tokens without
-            pixels, or pixels without the tensors that give their tokens 2-D positions; pixels that are no numbers.
+            pixels, or pixels without the tensors that give their tokens 2-D positions; pixels that are nan or inf.
     """
     ids = given.get("input_ids")
     if given.get("inputs_embeds") is not None:
@@ -129,7 +129,7 @@ def check_tensors(given: Mapping[str, Any], hf_model: Any, family: Family) -> No
 
 
 def _check_lengths(given: Mapping[str, Any], ids: Int[Tensor, "batch pos"]) -> None:
-    if given.get("past_key_values") is not None:  # masks count what is cached
+    if given.get("past_key_values") is not None:  # masks include what is cached
         return
     for name, dims in _AS_LONG.items():
         tensor = given.get(name)
@@ -173,7 +173,7 @@ def _check_pictures(given: Mapping[str, Any], ids: Int[Tensor, "batch pos"], con
         return
     for field, name in _PIXELS.items():
         token = getattr(config, field, None)
-        # Where images and videos are written with one token, either brings its pixels.
+        # Where images and videos share one token, the pixels of either will do.
         brought = present if token == getattr(config, "image_token_id", None) else [name] if name in present else []
         if token is not None and not brought and (ids == token).any():
             raise InputError(
@@ -188,7 +188,7 @@ def _check_pictures(given: Mapping[str, Any], ids: Int[Tensor, "batch pos"], con
 
 
 def visual_ids(config: Any) -> list[int]:
-    """The tokens that pictures and videos are written with."""
+    """The tokens that stand for pictures and videos."""
     ids = [getattr(config, field, None) for field in _PIXELS]
     return [token for token in ids if token is not None]
 
@@ -204,7 +204,7 @@ def check_returned(
     """Refuse what cannot be returned together.
 
     Raises:
-        InputError: another return type, a loss that nobody asked for or that cannot be computed.
+        InputError: an unknown return type, options that exclude each other, or a loss that cannot be computed.
     """
     if return_type not in RETURNED:
         raise InputError(
@@ -232,7 +232,7 @@ def check_returned(
 
 
 def layer_of(stop_at_layer: Any, n_layers: int) -> int:
-    """The layer that does not run any more, counted from 0; ``n_layers`` for none.
+    """The first layer that does not run, counted from 0; ``n_layers`` if all run.
 
     Raises:
         InputError: there is no such layer.
@@ -252,7 +252,7 @@ def is_reached(point: str, layer: int) -> bool:
 
 
 class _Reached(Exception):
-    """The stream has come to the layer at which a run stops."""
+    """The stream has reached the layer at which a run stops."""
 
     def __init__(self, stream: Tensor):
         super().__init__("a run has come to the layer at which it stops")
@@ -260,13 +260,13 @@ class _Reached(Exception):
 
 
 def stopped(model: Any, layer: int, run: Callable[[], Any]) -> Float[Tensor, "batch pos d_model"]:
-    """The stream that enters a layer of a hooked model, ``run`` no farther than there."""
+    """The stream that enters a layer of a hooked model; ``run`` stops there."""
     point = f"blocks.{layer - 1}.hook_resid_post" if layer else "hook_embed"
 
     def stop(value: Tensor, hook: Any) -> None:
         raise _Reached(value)
 
-    with model.hooks([(point, stop)]):  # behind the hooks that are there
+    with model.hooks([(point, stop)]):  # after existing hooks
         try:
             run()
         except _Reached as reached:
@@ -280,7 +280,7 @@ def stopped(model: Any, layer: int, run: Callable[[], Any]) -> Float[Tensor, "ba
 def next_token_loss(
     logits: Float[Tensor, "batch pos vocab"], given: Mapping[str, Any], config: Any, per_token: bool
 ) -> Float[Tensor, ""] | Float[Tensor, "batch pos-1"]:
-    """TransformerLens' loss: cross-entropy of the next token in nats, over the tokens of text that follow a token."""
+    """TransformerLens' loss: cross-entropy of the next token in nats, over text tokens that follow another token."""
     predicted = _predicted(given, config).to(logits.device)
     following = given["input_ids"][:, 1:].to(logits.device).masked_fill(~predicted, 0)
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
@@ -289,7 +289,7 @@ def next_token_loss(
 
 
 def _predicted(given: Mapping[str, Any], config: Any) -> Bool[Tensor, "batch pos-1"]:
-    """Which tokens after the first are text that stands behind another token."""
+    """Which tokens after the first are text that follows another token."""
     predicted = ~visual(given["input_ids"], config)[:, 1:]
     mask = given.get("attention_mask")
     if mask is None:

@@ -1,9 +1,9 @@
 """One thread at a time: hooks sit on modules that all threads share.
 
-A run holds the model for as long as it takes, a block of hooks (``hooks``, ``attending``, ``intervene``) for as long as
-it is open. Another thread's run waits, so that each gets its own numbers; the same thread may nest as deep as it
-likes. A thread that keeps a block open without running, while another waits, is most likely waiting for that one: after
-``PATIENCE`` seconds the other is refused instead of both standing still.
+A run holds the model until it ends, a block of hooks (``hooks``, ``attending``, ``intervene``) until it closes. Other
+threads' runs wait, so that each gets its own numbers; the same thread may nest blocks and runs to any depth. A thread
+that keeps a block open without running while another waits is most likely waiting for that other one: after
+``PATIENCE`` seconds the waiting thread is refused, so that the two do not deadlock.
 """
 
 import functools
@@ -17,24 +17,24 @@ from mech.errors import ExperimentError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PATIENCE = 30.0  # seconds that a thread waits for another which holds the model and does not run it
+PATIENCE = 30.0  # seconds that a thread waits for another that holds the model without running it
 
 
 class Turns:
-    """Which thread has the model."""
+    """Which thread holds the model."""
 
     def __init__(self):
         self._changed = threading.Condition()
         self._owner: threading.Thread | None = None
-        self._depth = self._runs = 0  # blocks and runs that are open, and runs alone
+        self._depth = self._runs = 0  # open blocks and runs, and open runs alone
         self._idle_since = 0.0
 
     def __reduce__(self):
-        return Turns, ()  # a copy of a model is nobody's
+        return Turns, ()  # no thread holds a copy of a model
 
     @contextmanager
     def taken(self, running: bool = False) -> Iterator[None]:
-        """Have the model to this thread alone; ``running`` when it is about to run, and others have to wait for it.
+        """Hold the model for this thread alone; ``running`` if it is about to run, so that others wait for it.
 
         Raises:
             ExperimentError: another thread has held it without running it for ``PATIENCE`` seconds.
@@ -49,7 +49,7 @@ class Turns:
         try:
             yield
         finally:
-            with self._changed:  # perhaps by another thread: a generator is closed by whoever drops it
+            with self._changed:  # perhaps in another thread: a generator is closed by whoever drops it
                 self._depth -= 1
                 self._runs -= running
                 self._idle_since = time.monotonic()
@@ -74,7 +74,7 @@ class Turns:
 
 
 def alone(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A function of a model that has it for itself from beginning to end, because it touches its modules."""
+    """Make a function hold its model from beginning to end, because it touches the model's modules."""
 
     @functools.wraps(function)
     def call(model: Any, *args: P.args, **kwargs: P.kwargs) -> R:

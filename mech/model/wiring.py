@@ -1,11 +1,11 @@
-"""How a wrapper is tied to the Hugging Face model inside: which modules it listens to, and how it lets go of them.
+"""How a wrapper is tied to the Hugging Face model inside: which modules it listens to, and how it releases them.
 
-Between two runs people rebuild models: they add adapters, quantize, swap layers, resize embeddings. ``rewire`` looks
-before every run whether the modules above the points are still the same, and finds the points anew where they are not;
-a model that has lost a point, or become of another size, is refused. ``tie`` makes sure that the attention
-implementation comes back, by ``unwrap()`` or when a wrapper that nobody holds any more is collected.
+Models may be rebuilt between two runs: adapters added, weights quantized, layers swapped, embeddings resized. Before
+every run ``rewire`` checks whether the modules above the points are still the same, and finds the points again if they
+are not; a model that has lost a point or changed its size is refused. ``tie`` makes sure that the attention
+implementation is restored, by ``unwrap()`` or when the wrapper is garbage-collected.
 
-It does not know what a point is (``hook_sites``) nor what attention does (``attention``).
+This file does not know what a point is (``hook_sites``) or what attention does (``attention``).
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ Branches = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]
 
 
 def attention_layers(model: Any, live: int) -> Layers:
-    """The attention modules of both stacks, ``live`` layers of the vision stack, with what is known of each layer.
+    """The attention modules of both stacks (``live`` layers of the vision stack), each with its layer's record.
 
     Raises:
         UnsupportedModel: another wrapper holds them.
@@ -55,7 +55,7 @@ def attention_layers(model: Any, live: int) -> Layers:
 
 
 def branches(hf_model: nn.Module, modules: Iterable[nn.Module]) -> Branches:
-    """Every module above these, with its children as they are now."""
+    """Every ancestor of these modules, with its current children."""
     wanted, above = set(modules), {}
     for name, module in hf_model.named_modules():
         if module in wanted:
@@ -65,18 +65,18 @@ def branches(hf_model: nn.Module, modules: Iterable[nn.Module]) -> Branches:
     return [(parent, tuple(parent._modules.values())) for parent in parents]
 
 
-# config -> how many wrapped models share it, and their attention before the first was wrapped: models that are made
-# from one config have one attention implementation, and only the last wrapper may switch it back.
+# config -> how many wrapped models share it, and their attention before the first was wrapped: models made from one
+# config share one attention implementation, and only the last wrapper may switch it back.
 _sharing: dict[int, tuple[int, dict[str, Any]]] = {}
 
 
 def tie(model: Any) -> finalize:
-    """Switch the Hugging Face model to the attention of this package; what is returned switches it back once."""
+    """Switch the Hugging Face model to this package's attention; the returned finalizer switches it back once."""
     hf_model, stock = model.hf_model, attention_names(model.hf_model)
     key = id(hf_model.config)
     if key in _sharing:
         stock = _sharing[key][1]
-    elif attention.IMPLEMENTATION in stock.values():  # a copy of a wrapped model: what it was is not known
+    elif attention.IMPLEMENTATION in stock.values():  # a copy of a wrapped model: its own is unknown
         stock = sdpa_names(hf_model)
     _sharing[key] = _sharing.get(key, (0, stock))[0] + 1, stock
     for module, record in model._layers:
@@ -84,14 +84,14 @@ def tie(model: Any) -> finalize:
     model._branches = branches(hf_model, _listened(model))
     hf_model.set_attn_implementation(attention.IMPLEMENTATION)
     model._stock_attention = stock
-    # Holds neither wrapper nor model, so that a wrapper that is dropped leaves the model as it found it.
+    # It holds neither wrapper nor model, so that a dropped wrapper leaves the model as it found it.
     untie = finalize(model, _untie, ref(hf_model), model._layers, stock, key)
     untie.atexit = False
     return untie
 
 
 def _untie(hf_model: ref, layers: Layers, stock: dict[str, Any], key: int) -> bool:
-    """Whether this was the last wrapper of a model with this config."""
+    """Release the modules; returns whether this was the last wrapper of a model with this config."""
     for module, _ in layers:
         attention.forget(module)
     layers.clear()
@@ -99,7 +99,7 @@ def _untie(hf_model: ref, layers: Layers, stock: dict[str, Any], key: int) -> bo
     if others:
         _sharing[key] = others, stock
         return False
-    # What somebody chose in the meantime stays.
+    # An implementation chosen in the meantime stays.
     if (left := hf_model()) is not None and attention.IMPLEMENTATION in attention_names(left).values():
         left.set_attn_implementation(stock)
     return True
@@ -110,20 +110,20 @@ def _listened(model: Any) -> set[nn.Module]:
 
 
 def rewire(model: Any) -> None:
-    """Find the modules of all points anew where the model has been rebuilt since they were found.
+    """Find the modules of all points again if the model has been rebuilt since they were found.
 
     Raises:
-        UnsupportedModel: it has lost a point or got another one, its sizes have changed, or new attention modules run
-            something else.
+        UnsupportedModel: it has lost or gained a point, its sizes have changed, or new attention modules run another
+            implementation.
 
-    Cost: none to speak of, unless something has changed.
+    Cost: negligible unless something has changed.
     """
     if all(tuple(parent._modules.values()) == children for parent, children in model._branches):
         return
     mend = "unwrap() before you rebuild it, and wrap again"
     try:
         offered, refused, live = hook_sites.offered(model.hf_model, model.family, model.cfg, model.step)
-    except (AttributeError, TypeError, IndexError) as error:  # parts of another make
+    except (AttributeError, TypeError, IndexError) as error:  # parts of another kind
         raise UnsupportedModel(f"modules were replaced by others: {error}", "linear projections", mend) from error
     names = [site if isinstance(site, str) else site.point for site in offered]
     if changed := sorted(set(names) ^ set(model.hook_dict)):

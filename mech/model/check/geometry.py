@@ -1,4 +1,4 @@
-"""Laws of geometry: which pixels a visual token shows."""
+"""The law of geometry: which pixels a visual token shows."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,16 +18,16 @@ from mech.model.check.trial import (
     picture,
 )
 
-LEAK = 0.05  # how much of an impulse resizing may carry further than a token; a wrong rectangle gives about 1
+LEAK = 0.05  # how much of an impulse resizing may spread further than a token; a wrong rectangle gives about 1
 
 
 def geometry(model: Any, batches: Batches) -> Iterator[Finding]:
-    """The layout names the visual tokens the model has, and the pixels each of them shows.
+    """The layout lists the visual tokens the model has, and the pixels each of them shows.
 
-    * as many visual tokens as placeholders in the sequence;
+    * there are as many visual tokens as placeholders in the sequence;
     * a box inside a token's rectangle covers that token, for every token;
-    * with the mixing of the vision stack switched off (z = 0), repainting the pixels of a token changes the embeddings
-      of that token, and hardly those that are further from it than a token's width (resizing mixes neighbours).
+    * with the mixing of the vision stack switched off (z = 0), repainting a token's pixels changes that token's
+      embedding, and hardly any embedding further away than a token's width (resizing mixes neighbours).
 
     Forwards: 4 for each of three pictures.
     """
@@ -39,7 +39,7 @@ def geometry(model: Any, batches: Batches) -> Iterator[Finding]:
         row = model.inputs(QUESTION, images=[shot]).layout
         layout = row.visual
         visual = layout.positions("image")
-        # A memory holds empty tiles besides, which the model computes too.
+        # A memory also holds empty tiles, which the model computes too.
         slots = visual if row is layout else np.arange(len(layout))
         count = len(_features(model, shot, []))
         yield Finding(
@@ -78,7 +78,7 @@ def _impulses(
         (x0, y0), (x1, y1) = np.floor(rects[own][:2]).astype(int), np.ceil(rects[own][2:]).astype(int)
         pixels[y0:y1, x0:x1] = 255 - pixels[y0:y1, x0:x1]
         moved = (_features(model, Image.fromarray(pixels), hooks) - clean).abs().amax(-1).cpu().numpy()
-        # Resizing mixes neighbours as far as the larger of the two tokens is wide; what has no rectangle is not far.
+        # Resizing mixes neighbours within the width of the larger token; a slot without a rectangle is never far.
         wide = np.maximum(rects[:, 2] - rects[:, 0], x1 - x0)
         high = np.maximum(rects[:, 3] - rects[:, 1], y1 - y0)
         far = (rects[:, 0] >= x1 + wide) | (rects[:, 2] <= x0 - wide)

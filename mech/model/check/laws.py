@@ -5,14 +5,14 @@
         print(finding.where, finding.ok, finding.deviation)
 
 ``LAWS`` lists them; ``mech.model.check.run`` runs them, on a checkpoint or on tiny random models of every family. The
-oracle is the stock Hugging Face model wherever there is one: run with SDPA, or with a torch hook of these files' own.
-Deviations are the largest difference over real (not padded) positions, relative to the largest value of the clean run
-or to 1.
+oracle, where there is one, is the stock Hugging Face model: run with SDPA, or with a torch hook written here. A
+deviation is the largest difference over real (not padded) positions, relative to the largest value of the clean run or
+to 1, whichever is larger.
 
 Laws look at all layers only with ``full=True``. Otherwise they look at the first and the last layer of every kind (a
-kind is a set of points and a type of attention), which keeps a model of billions of parameters affordable: costs are
-stated with ``s`` for the number of layers looked at in both stacks, and nothing larger than one layer's activations
-is held at a time. What they do not know is whether the weights are right, or what a chat template should say.
+kind is a set of points and a type of attention), which keeps models with billions of parameters affordable. Costs are
+stated with ``s`` for the number of layers looked at in both stacks; nothing larger than one layer's activations is held
+at a time. Laws cannot tell whether the weights are right, or what a chat template should say.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Laws of activation points: every one fires as listed, is live, and means what its table says."""
+"""Laws of activation points: every point fires as listed, is live, and means what the table says."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,7 @@ from mech.model.points import dims_of
 
 
 def names(model: Any, batches: Batches) -> Iterator[Finding]:
-    """Every listed point fires once in a forward, in the shape its table says.
+    """Every listed point fires once in a forward, in the shape that the table lists.
 
     Forwards: 1, on the padded batch.
     """
@@ -51,7 +51,7 @@ def names(model: Any, batches: Batches) -> Iterator[Finding]:
         known = dict(sizes.get(layer_of(name), {}))
         if not name.startswith("vision."):
             known |= {"batch": rows, "d_model": model.cfg.d_model}
-            # Keys and values are made of the memory where a layer attends to one, of the sequence elsewhere.
+            # Keys and values come from the memory if a layer attends to one, otherwise from the sequence.
             known["pos"] = known["key_pos"] if name.endswith(("attn.hook_k", "attn.hook_v")) else length
         fits = len(shapes) == 1 and len(shapes[0]) == len(words)
         fits = fits and all(known.get(word, size) == size for word, size in zip(words, shapes[0], strict=True))
@@ -60,10 +60,10 @@ def names(model: Any, batches: Batches) -> Iterator[Finding]:
 
 
 def liveness(model: Any, batches: Batches) -> Iterator[Finding]:
-    """Every listed point is live after a first forward: writing it changes the logits.
+    """Every listed point is live after a first forward: writing to it changes the logits.
 
     Noise as large as the activation is added, and the logits are compared with those of a run that writes back what
-    was read: both compute alike, so that a dead point changes nothing, not even a rounding.
+    was read: both compute in the same way, so a dead point changes nothing, not even rounding.
     Forwards: 2 + 19 s + 3, on one row with one image.
     """
     row = next(iter(batches.rows.values()))
@@ -80,14 +80,16 @@ def liveness(model: Any, batches: Batches) -> Iterator[Finding]:
 
 
 def meaning(model: Any, batches: Batches) -> Iterator[Finding]:
-    """Writing a point means what its table says.
+    """Writing to a point means what the table says.
 
-    * ``hook_z``: what the attention function returned; an edit is the same edit in the stock model, made by a torch
-      hook at the input of W_O;
-    * ``hook_pattern``: the edit of z that the pattern implies through the values of its key/value head;
-    * ``hook_resid_mid``: the same vector added to ``hook_attn_out``, so that MLP and skip connection both see it;
+    * ``hook_z`` is what the attention function returned; an edit equals the same edit in the stock model, made by a
+      torch hook at the input of W_O;
+    * an edit of ``hook_pattern`` equals the edit of z that it implies through the values of its key/value head;
+    * a vector added to ``hook_resid_mid`` equals the same vector added to ``hook_attn_out``: MLP and skip connection
+      both see it;
     * every row of a pattern sums to one, or to zero where the row may attend to nothing;
-    * ``hook_embed`` at the visual tokens: the same edit at the projector, where a model puts nothing in between.
+    * an edit of ``hook_embed`` at the visual tokens equals the same edit at the projector, if the model puts nothing in
+      between.
 
     Forwards: 8 s + 4, on the padded batch.
     """

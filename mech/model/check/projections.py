@@ -1,4 +1,4 @@
-"""The law of weights: what is read as a weight is what the model multiplies by, adapters included."""
+"""The law of weights: every named weight is what the model multiplies by, adapters included."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,20 +12,20 @@ from mech.model.check.trial import Batches, Finding, apart, layers, reached, spe
 from mech.model.hook_sites import attention_of
 from mech.model.named.projections import linear_map
 
-# Given what a projection read and returned: two ways to say the same.
+# From what a projection read and returned: two values that must agree.
 Claim = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def weights(model: Any, batches: Batches) -> Iterator[Finding]:
-    """What is read as a weight is what the model multiplies by.
+    """Every named weight is what the model multiplies by.
 
-    * ``x W + b`` is what a projection returned for the ``x`` it was given, with W and b of ``model.blocks[layer]``,
+    * ``x W + b`` is what a projection returned for the ``x`` it was given, with W and b from ``model.blocks[layer]``,
       and with ``W_U`` and ``b_U``;
-    * ``hook_q``, ``hook_k``, ``hook_v`` are that too, and ``hook_result`` summed over heads, and the bias, is what the
-      output projection returned;
-    * ``hook_embed`` at a token of the text is its row of ``W_E``.
+    * ``hook_q``, ``hook_k`` and ``hook_v`` are this too, and ``hook_result`` summed over heads, plus the bias, is what
+      the output projection returned;
+    * ``hook_embed`` at a text token is its row of ``W_E``.
 
-    The other side is what the modules that are there now return in this very forward. Forwards: 1, on the padded batch.
+    The other side is what the current modules return in this same forward. Forwards: 1, on the padded batch.
     """
     batch, seen, off = batches.padded, {}, {}
 
@@ -56,7 +56,7 @@ _POINTS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_result")
 def _claims(
     model: Any, batches: Batches, points: list[str], seen: dict[str, Tensor]
 ) -> Iterator[tuple[str, nn.Module, Claim]]:
-    """Where, the module that is asked, and what is claimed of what it reads and returns."""
+    """A point's or weight's name, the module it belongs to, and the claim about what that module reads and returns."""
     blocks = model.blocks
     for kind, layer in layers(model, batches):
         stack, prefix = getattr(model.family, kind), f"{'vision.' if kind == 'vision' else ''}blocks.{layer}."

@@ -7,8 +7,8 @@
     for report in check_families():                     # tiny random models of every family, offline
         print(report)
 
-A model is checked before it is believed: that idle logits are transformers' own, that writing a point reaches the
-logits, that padding, generation and geometry hold. What it does not do: judge weights or prompts.
+Check a model before you trust it: are idle logits transformers' own, does writing to a point reach the logits, do
+padding, generation and geometry hold? The check does not judge weights or prompts.
 ``family_table()`` is the table of families in the documentation.
 """
 
@@ -40,13 +40,13 @@ class Report:
         return not self.failures()
 
     def failures(self) -> list[tuple[str, Finding]]:
-        """(law, finding) of everything that failed."""
+        """(law, finding) for everything that failed."""
         return [
             (law, finding) for law, findings in self.findings.items() for finding in findings if finding.ok is False
         ]
 
     def inapplicable(self) -> list[tuple[str, Finding]]:
-        """(law, finding) of everything that has no meaning for this model; the finding says why."""
+        """(law, finding) for everything that does not apply to this model; the finding says why."""
         return [(law, finding) for law, findings in self.findings.items() for finding in findings if finding.ok is None]
 
     def cell(self, law: str) -> str:
@@ -61,14 +61,14 @@ class Report:
         return f"ok {max(held):.0e}" if max(held) else "ok"
 
     def notes(self) -> list[str]:
-        """Every failure, and what does not apply, a line each."""
+        """Every failure, and everything that does not apply, one line each."""
         lines = [f"{self.model}: {law} FAILED at {finding.where}: {finding.says}" for law, finding in self.failures()]
         return lines + [
             f"{self.model}: {law}, {finding.where}: n/a, {finding.says}" for law, finding in self.inapplicable()
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain values; of what holds only the worst deviation of each law."""
+        """The report as plain values; for laws that hold, only the worst deviation."""
         return {
             "model": self.model,
             "family": self.family,
@@ -92,9 +92,9 @@ def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Named
     """Run every law on one model.
 
     Args:
-        model: a wrapped model, which stays wrapped, or what ``HookedMLLM.from_pretrained`` takes; what is opened here
-            is unwrapped in the end, to see that it comes back as it was.
-        full: all layers; otherwise the first and the last layer of every kind.
+        model: a wrapped model, which stays wrapped, or what ``HookedMLLM.from_pretrained`` takes; a model opened here
+            is unwrapped at the end, to check that it is restored.
+        full: look at all layers; otherwise at the first and the last layer of every kind.
         progress: called with (what, laws done, laws).
 
     Raises:
@@ -111,7 +111,7 @@ def check(model: HookedMLLM | str | Path, *, full: bool = False, progress: Named
 def check_families(progress: NamedProgress = lambda *_: None) -> Iterator[Report]:
     """Run every law, at every layer, on a tiny random model of each variant in ``mech.reference.tiny.NAMES``.
 
-    Cost: about two seconds a variant on one core; no file and no network.
+    Cost: about two seconds per variant on one core; no files and no network.
     """
     from mech.reference import tiny, tiny_processors
 
@@ -134,12 +134,12 @@ def _checked(model: HookedMLLM, full: bool, laws: dict[str, Any], progress: Name
 def _found(law: Any, model: HookedMLLM, batches: Batches) -> Iterator[Finding]:
     try:
         yield from law(model, batches)
-    # Whatever a broken model raises is what was looked for, and must not hide the other laws.
+    # Whatever a broken model raises is a finding, and must not hide the other laws.
     except Exception as error:
         yield Finding("an exception", False, float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-# What the rows are called where checkpoints are published.
+# The names under which the rows' checkpoints are published.
 CALLED = {
     "cohere2_vision": "Command A Vision, Aya Vision 2",
     "gemma3": "Gemma 3",
@@ -168,7 +168,7 @@ CALLED = {
 
 
 def family_rows() -> list[dict[str, Any]]:
-    """The architectures that are known, from the rows of engine, inputs and tiny models."""
+    """The known architectures, from the rows of engine, inputs and tiny models."""
     from mech.inputs.families.family import FAMILIES
     from mech.model.architectures.rows import ROWS
     from mech.reference import tiny

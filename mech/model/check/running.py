@@ -30,10 +30,10 @@ from mech.model.hook_sites import INSIDE_ATTENTION
 
 
 def parity(model: Any, batches: Batches) -> Iterator[Finding]:
-    """Idle logits are those of transformers with SDPA, bit for bit; with every point written back they stay so.
+    """Idle logits are those of transformers with SDPA, bit for bit, and stay so with every point written back.
 
-    With the points inside attention read (rotated q and k, scores, pattern) it is computed step by step, windows of a
-    vision stack in one call, and may round apart (``TOLERANCE``).
+    With the points inside attention hooked (rotated q and k, scores, pattern), attention is computed step by step, a
+    vision stack's windows in one call, and may round differently (``TOLERANCE``).
     Forwards: 4 for each of the rows and the padded batch.
     """
     inside = INSIDE_ATTENTION
@@ -51,7 +51,7 @@ def parity(model: Any, batches: Batches) -> Iterator[Finding]:
 
 
 def padding(model: Any, batches: Batches) -> Iterator[Finding]:
-    """A row alone gives what it gives in a batch, among rows with other pictures, padded on the left or the right.
+    """A row gives the same logits alone and in a batch of rows with other pictures, padded on the left or the right.
 
     Forwards: 1 for each row, 2 for the batch.
     """
@@ -68,10 +68,10 @@ def padding(model: Any, batches: Batches) -> Iterator[Finding]:
 
 
 def generation(model: Any, batches: Batches, steps: int = 4) -> Iterator[Finding]:
-    """Generating with hooks and a KV cache is recomputing everything at each step.
+    """Generating with hooks and a KV cache gives what recomputing everything at each step gives.
 
-    A text head is changed and one pattern row made even, at all positions of prompt and answer. As the model is causal
-    over new tokens, one forward over the finished sequence recomputes every step.
+    One text head is zeroed and one layer's pattern sharpened, at all positions of prompt and answer. As the model is
+    causal over new tokens, one forward over the finished sequence recomputes every step.
     Forwards: ``steps`` + 1, on the padded batch.
     """
     last: list[Tensor] = []
@@ -93,7 +93,7 @@ def generation(model: Any, batches: Batches, steps: int = 4) -> Iterator[Finding
 
     edits = [(first, without), (pattern, sharpened)]
     batch = dict(batches.padded)
-    # Neither an end nor a placeholder: a random model may well say there is a picture, and then there is none.
+    # Neither an end nor a placeholder: a random model may well generate a placeholder, which then has no picture.
     end = model.hf_model.generation_config.eos_token_id
     unwanted = sorted({*special_tokens(model), *([] if end is None else [end] if isinstance(end, int) else end)})
     with model.hooks([*edits, ("ln_final.hook_normalized", keep)]):
@@ -107,7 +107,7 @@ def generation(model: Any, batches: Batches, steps: int = 4) -> Iterator[Finding
     off = apart(stepwise, whole[0])
     ok = off <= batches.rounding
     yield Finding("final states of each step", ok, off, "" if ok else f"{off:.1e} from full recomputation")
-    # Where two tokens are as likely as each other, rounding decides.
+    # Where two tokens are equally likely, rounding decides.
     logits[..., unwanted] = -torch.inf
     chosen = logits.gather(-1, new[..., None].to(logits.device))[..., 0]
     lost = ((logits.amax(-1) - chosen).max() / chosen.abs().max().clamp_min(1)).item()
@@ -116,7 +116,7 @@ def generation(model: Any, batches: Batches, steps: int = 4) -> Iterator[Finding
 
 
 def serving(model: Any, batches: Batches) -> Iterator[Finding]:
-    """Continuous batching, which would run without hooks and masks, is refused under the name it looks for.
+    """Continuous batching, which would run without hooks and masks, is refused under the name it looks up.
 
     Forwards: 0.
     """
@@ -134,7 +134,7 @@ def serving(model: Any, batches: Batches) -> Iterator[Finding]:
 
 
 def encoding(model: Any, batches: Batches) -> Iterator[Finding]:
-    """Pictures encoded once (``encode_pictures``) give the very logits that their pixels give.
+    """Pictures encoded once (``encode_pictures``) give exactly the logits that their pixels give.
 
     Forwards: 2, and the vision stack once more, on two rows with a picture each.
     """
@@ -150,7 +150,7 @@ def encoding(model: Any, batches: Batches) -> Iterator[Finding]:
 
 
 def cleanliness(model: Any, batches: Batches) -> Iterator[Finding]:
-    """After a run, a generation or an exception in a hook the model is as it was: hooks, modes, weights, RNG, logits.
+    """After a run, a generation or an exception in a hook the model is unchanged: hooks, modes, weights, RNG, logits.
 
     Forwards: 3 + 3 tokens, on the padded batch.
     """
@@ -184,7 +184,7 @@ def cleanliness(model: Any, batches: Batches) -> Iterator[Finding]:
 
 
 def unwrapping(model: Any, batches: Batches) -> Iterator[Finding]:
-    """``unwrap()`` gives the model back: same logits, its own attention implementation, no trace in its layers.
+    """``unwrap()`` restores the model: same logits, its own attention implementation, no trace in its layers.
 
     The wrapper cannot run afterwards. Forwards: 2, on the padded batch.
     """

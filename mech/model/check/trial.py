@@ -1,7 +1,7 @@
-"""What the laws are tried on, and how their verdicts are worded.
+"""What the laws are tested on, and how their verdicts are worded.
 
 ``make_batches(model)`` builds one image, two images of other sizes and text alone through ``model.inputs``. Everything
-is seeded: two checks of one model say the same.
+is seeded: two checks of one model agree.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,13 +19,13 @@ from mech.model import attention
 from mech.model.wiring import sdpa_names
 
 QUESTION = "What is shown here?"
-SIZES = ((40, 24), (20, 44), (32, 32))  # (width, height) of the pictures that are asked about
-# Relative to the largest logit: how far two ways to compute the same thing may round apart.
+SIZES = ((40, 24), (20, 44), (32, 32))  # (width, height) of the test pictures
+# Relative to the largest logit: how much two ways of computing the same thing may differ by rounding.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def tolerance(model: Any) -> float:
-    """Of the model's dtype; with weights of 4 or 8 bits bitsandbytes computes in bfloat16, or scales by the batch."""
+    """The tolerance of the model's dtype; with 4- or 8-bit weights, bitsandbytes uses bfloat16 or scales by batch."""
     quantized = getattr(model.hf_model, "is_quantized", False)
     return TOLERANCE[torch.bfloat16] if quantized else TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
 
@@ -42,14 +42,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Batches:
-    """What the laws are tried on.
+    """What the laws are tested on.
 
     Attributes:
         rows: rows to run alone: tensors for the Hugging Face model, by name.
         padded: the same rows as one batch, padded on the left.
         blind: why there are no pictures in them, or "".
-        rounding: how far apart two exact ways may be, see ``make_batches``.
-        of_answer: what the tokens of an answer are in tensors as long as the sequence (PaliGemma's types).
+        rounding: how far apart two exact computations may be, see ``make_batches``.
+        of_answer: the value of answer tokens in tensors as long as the sequence (PaliGemma's token types).
         full: look at every layer.
     """
 
@@ -72,7 +72,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def make_batches(model: Any, full: bool = False) -> Batches:
     """One image, two images of other sizes and text alone, built by ``model.inputs``.
 
-    A model whose inputs cannot be built (no geometry is known for it) is tried on text alone. Two exact ways to
+    A model whose inputs cannot be built (no geometry is known for it) is tested on text alone. Two exact ways to
     compute the logits may differ by ``TOLERANCE``, or by four times what the last digit of the pixels does to them, if
     that is more: deep random models amplify rounding, and transformers' own two ways differ as much. Forwards: 2.
     """
@@ -90,7 +90,7 @@ def make_batches(model: Any, full: bool = False) -> Batches:
         return Batches(rows, padded, blind=error.given, rounding=limit, full=full)
     shots = [picture(*size, seed) for seed, size in enumerate(SIZES)]
     asked = {"one image": shots[:1], "two images": shots[1:], "text": []}
-    if model.cfg.cross_layers:  # all rows of a batch have the same number of pictures there
+    if model.cfg.cross_layers:  # here all rows of a batch have the same number of pictures
         asked = {"one image": shots[:1], "another image": shots[1:2]}
     built = {name: model.inputs(QUESTION, images=images) for name, images in asked.items()}
     joined = model.collate(list(built.values())).tensors
@@ -133,7 +133,7 @@ def noise(like: Tensor) -> Tensor:
 
 
 def spread(value: Tensor) -> Tensor:
-    """How large the finite values of a tensor are; 1 where all are the same."""
+    """Standard deviation of a tensor's finite values; 1 if all are the same."""
     scale = value[torch.isfinite(value)].float().std(correction=0)
     return torch.where(scale > 0, scale, 1.0).to(value.dtype)
 
@@ -156,7 +156,7 @@ def continued(batches: Batches, new: Tensor) -> dict[str, Tensor]:
     longer = {}
     for name, value in batches.padded.items():
         if value.shape[:2] == (rows, length):
-            more = value[:, -1:].expand(rows, steps, *value.shape[2:])  # what attends to the memory goes on doing so
+            more = value[:, -1:].expand(rows, steps, *value.shape[2:])  # new tokens attend to the memory as before
             if value.ndim == 2:
                 more = torch.full_like(more, batches.of_answer.get(name, 1))
             value = torch.cat((value, new.to(value.device) if name == "input_ids" else more), 1)
@@ -166,9 +166,9 @@ def continued(batches: Batches, new: Tensor) -> dict[str, Tensor]:
 
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """The Hugging Face model with SDPA as transformers runs it, and without a word of this package.
+    """While open, the Hugging Face model runs transformers' own SDPA, without this package.
 
-    Where transformers has eager attention only (Gemma2 with its softcap), that part is run so.
+    Where transformers has eager attention only (Gemma2 with its softcap), that part runs eagerly.
     """
     model.hf_model.set_attn_implementation(sdpa_names(model.hf_model))
     try:
@@ -178,7 +178,7 @@ def stock_attention(model: Any) -> Iterator[None]:
 
 
 def special_tokens(model: Any) -> set[int]:
-    """The tokens the model's config knows by name: placeholders and marks, which mean pictures that are not there."""
+    """The tokens that the config names: placeholders and marks, which stand for pictures that are not there."""
     config = model.hf_model.config.to_dict()
     return {value for key, value in config.items() if "_token_i" in key and isinstance(value, int)}
 

@@ -1,6 +1,7 @@
-"""The model under the names TransformerLens gives its weights and tokens: ``model.W_O[3, 5]``, ``to_tokens``.
+"""A model's weights and tokens under the names TransformerLens gives them: ``model.W_O[3, 5]``, ``to_tokens``.
 
-Takes the Hugging Face model inside and gives tensors; nothing is folded, centred or changed. ``projections`` says what
-a module is as a linear map (adapters included), ``weights`` gives the maps their names, ``norms`` says what a norm is
-at one point, ``tokens`` turns texts into tokens and back. The folder knows no hook and runs no forward of the model.
+Tensors are read from the Hugging Face model inside; nothing is folded, centred or changed. ``projections`` reads a
+module as a linear map (adapters included), ``weights`` names these maps, ``norms`` gives a norm as the linear map it is
+at one point, and ``tokens`` turns text into tokens and back. This folder knows no hooks and runs no forward of the
+model.
 """

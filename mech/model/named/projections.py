@@ -1,11 +1,11 @@
-"""What a module is as a linear map: its matrix and its bias, whatever stands around or in place of an ``nn.Linear``.
+"""A module as a linear map: its matrix and its bias, whatever wraps or replaces an ``nn.Linear``.
 
     weight, bias = linear_map(layer.self_attn.o_proj)      # [d_out d_in], [d_out]
 
-A stock ``nn.Linear`` is read: these are views. Anything else (a LoRA or DoRA layer with whatever adapters are active,
-weights that accelerate keeps elsewhere until the module runs, a layer that somebody put there) is asked: its outputs
-for the unit vectors are its matrix, its output for zero is its bias. So a matrix is always the one that the model
-multiplies by, and what is no linear map is refused.
+A stock ``nn.Linear`` is read directly: these are views. Anything else (a LoRA or DoRA layer with its active adapters,
+weights that accelerate keeps elsewhere until the module runs, a replaced layer) is probed: its output for zero is the
+bias, its outputs for the unit vectors give the matrix. So the matrix is always the one that the model multiplies by,
+and a module that is not a linear map is refused.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mech.errors import UnsupportedModel
 
-# How far, relative to its size, the output for another input may be from what matrix and bias say.
+# How far, relative to its size, the output for another input may be from what matrix and bias predict.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
@@ -30,25 +30,25 @@ class LinearMap(NamedTuple):
 
 
 def is_stock(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a module computes what its ``weight`` says, and has it here."""
+    """Whether a module computes what its ``weight`` says, and the weight is in memory."""
     if type(module).forward is not kind.forward or "forward" in vars(module):
         return False
     return type(module.weight) in (Tensor, nn.Parameter) and not module.weight.is_meta  # pyright: ignore
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module keeps its weights in another form than the floating point numbers it multiplies by."""
+    """Whether a module stores its weights in another form than the floating point numbers it multiplies by."""
     weight: Any = getattr(module, "weight", None)
     return not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2
 
 
 def is_random(module: nn.Module) -> bool:
-    """Whether its output is drawn: dropout inside of a module in training mode."""
+    """Whether a module's output is random: dropout inside it, in training mode."""
     return any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in module.modules())
 
 
 def linear_map(module: nn.Module) -> LinearMap:
-    """Matrix and bias of a projection, as it stands; of one with dropout, those without it.
+    """Matrix and bias of a projection as it is now, without any dropout.
 
     Raises:
         UnsupportedModel: quantized weights, or a module that computes something else.
@@ -67,7 +67,7 @@ def linear_map(module: nn.Module) -> LinearMap:
     device = execution_device(module)
     asked = torch.zeros(width + 2, width, dtype=weight.dtype, device=device)
     asked[:width].fill_diagonal_(1)
-    asked[-1] = torch.arange(width, device=device).cos()  # of both signs: a linear map adds them up
+    asked[-1] = torch.arange(width, device=device).cos()  # a test vector of both signs: a linear map adds them up
     with _without_dropout(module):
         output = module.forward(asked[None])[0]
     bias = output[-2]
@@ -89,7 +89,7 @@ def by_head(weight: Float[Tensor, "d_model d_in"], heads: int) -> Float[Tensor, 
 
 
 def embedding(module: nn.Module) -> Float[Tensor, "vocab d_model"]:
-    """What each token's row is when it leaves the embedding: with adapters, and scaled where the module scales it.
+    """Each token's row as it leaves the embedding: with adapters, and scaled if the module scales it.
 
     Cost: none for an ``nn.Embedding``; for others the whole vocabulary through the module.
     """
@@ -101,14 +101,14 @@ def embedding(module: nn.Module) -> Float[Tensor, "vocab d_model"]:
 
 
 def accelerate_hook(module: nn.Module) -> Any:
-    """The hook with which accelerate places a module's weights for its forward, if it does."""
+    """The hook with which accelerate places a module's weights for its forward, or None."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
     return next((candidate for candidate in hooks if getattr(candidate, "execution_device", None) is not None), None)
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where accelerate brings its weights if they are kept elsewhere, else where they are.
+    """Where a module computes: the device accelerate moves its weights to, or else the device they are on.
 
     Raises:
         UnsupportedModel: there are no weights at all (the meta device).
@@ -127,7 +127,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """While open, a module's own parameters are here, where accelerate brings them for its forward alone."""
+    """While open, a module's own parameters are in memory, even if accelerate loads them only for its forward."""
     hook = accelerate_hook(module)
     if hook is None:
         yield

@@ -1,6 +1,6 @@
-"""Texts to tokens and back, under TransformerLens' names.
+"""Text to tokens and back, under TransformerLens' names.
 
-Plain texts only: no chat template, no pictures, no system prompt. For what the model is asked use
+Plain text only: no chat template, no pictures, no system prompt. To ask the model something, use
 ``model.inputs(question, images=...)``.
 """
 
@@ -15,7 +15,7 @@ from mech.errors import InputError
 
 
 class Tokens:
-    """What TransformerLens asks of a model's tokenizer."""
+    """TransformerLens' tokenizer methods."""
 
     tokenizer: Any
     device: Any
@@ -31,12 +31,12 @@ class Tokens:
 
         Args:
             input: one text or several.
-            prepend_bos: put the beginning-of-sequence token before each; None does what the tokenizer does by itself.
+            prepend_bos: put the beginning-of-sequence token before each; None follows the tokenizer's default.
             padding_side: "right" or "left".
-            move_to_device: put them where the model is.
+            move_to_device: put the ids on the model's device.
 
         Raises:
-            InputError: no texts, or a tokenizer without the token that is asked for.
+            InputError: no texts, or a tokenizer that lacks the requested token.
         """
         texts = [input] if isinstance(input, str) else list(input) if isinstance(input, list | tuple) else []
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -68,7 +68,7 @@ class Tokens:
     def to_str_tokens(
         self, input: str | Sequence[str] | Tensor, prepend_bos: bool | None = None
     ) -> list[str] | list[list[str]]:
-        """The text of each token: one list for a text or a row of ids, several for several texts or rows.
+        """The text of each token: one list for a text or a row of ids, a list of lists for several texts or rows.
 
         Raises:
             InputError: neither texts nor token ids.
@@ -87,7 +87,7 @@ class Tokens:
         """The text of a token or of a row of tokens, special ones included; a list of texts for several rows.
 
         Raises:
-            InputError: no token ids.
+            InputError: not token ids.
         """
         rows = _rows(tokens)
         return self.tokenizer.decode(rows.tolist()) if rows.ndim < 2 else self.tokenizer.batch_decode(rows.tolist())
@@ -96,7 +96,7 @@ class Tokens:
         """The id of a string that is one token.
 
         Raises:
-            InputError: it is several, with their texts.
+            InputError: it is several tokens; the message lists their texts.
         """
         if not isinstance(text, str):
             raise InputError(f"to_single_token({text!r:.60})", "a string of one token", "give a string")
@@ -110,7 +110,7 @@ class Tokens:
         """The text of a token.
 
         Raises:
-            InputError: no token id.
+            InputError: not one token id.
         """
         if _rows(token).numel() != 1:
             raise InputError(f"to_single_str_token({token!r:.60})", "one token id", "see to_str_tokens")

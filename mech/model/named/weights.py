@@ -4,7 +4,7 @@
     model.blocks[3].attn.W_O                  # [head d_head d_model], a view of the stock weight
     model.blocks[3].mlp.W_out, model.W_E, model.W_U, model.b_U
 
-What is read is what the model multiplies by, adapters included; nothing is folded or centred. Keys and values have one
+These are the weights the model multiplies by, adapters included; nothing is folded or centred. Keys and values have one
 matrix for each key/value head, not one for each query head.
 """
 
@@ -26,13 +26,13 @@ from mech.model.named.tokens import Tokens
 
 
 def _map_at(module: nn.Module | None, path: str) -> LinearMap | None:
-    """The map at a path below a module; None where there is none, or only quantized weights."""
+    """The map at a path below a module; None if there is none, or its weights are quantized."""
     part = part_at(module, path) if path else None
     return None if part is None or is_quantized(part) else linear_map(part)
 
 
 def _read(what: str, which: int) -> Any:
-    """The property that is the matrix (0) or the bias (1) of a projection."""
+    """A property: the matrix (0) or the bias (1) of a projection."""
     return property(lambda self: None if (pair := self.projection(what)) is None else pair[which])
 
 
@@ -40,7 +40,7 @@ def _read(what: str, which: int) -> Any:
 class AttentionWeights:
     """One layer's attention: ``W_Q``, ``W_K``, ``W_V`` ``[head d_model d_head]``, ``W_O`` ``[head d_head d_model]``.
 
-    Read when they are asked for. None where the layer has none, or not in floating point.
+    Read on access. None where the layer has no such weight, or not in floating point.
     """
 
     module: nn.Module | None
@@ -48,7 +48,7 @@ class AttentionWeights:
     d_head: int
 
     def projection(self, letter: str) -> tuple[Tensor, Tensor | None] | None:
-        """The matrix, by head, and the bias of "Q", "K", "V" or "O"; biases but the last are ``[head d_head]``."""
+        """The matrix, by head, and the bias of "Q", "K", "V" or "O"; all biases but O's are ``[head d_head]``."""
         stack = self.stack
         if letter == "O":
             mapped = _map_at(self.module, stack.o)
@@ -82,7 +82,7 @@ class AttentionWeights:
 class MLPWeights:
     """One layer's feed-forward: ``W_in``, ``W_gate`` ``[d_model d_mlp]``, ``W_out`` ``[d_mlp d_model]``.
 
-    Read when they are asked for. None where the layer has none (experts), or not in floating point.
+    Read on access. None where the layer has no such weight (experts), or not in floating point.
     """
 
     module: nn.Module | None
@@ -106,7 +106,7 @@ class MLPWeights:
 
 
 def _stacked(part: str, name: str, doc: str) -> Any:
-    """The property that stacks one weight over all layers."""
+    """A property that stacks one weight over all layers."""
 
     def of_all(self: "NamedWeights") -> Tensor:
         return self._over_layers(part, name)
@@ -116,7 +116,7 @@ def _stacked(part: str, name: str, doc: str) -> Any:
 
 
 class NamedWeights(Tokens):
-    """What TransformerLens asks of a model's weights, read from the Hugging Face model inside."""
+    """TransformerLens' weight attributes, read from the Hugging Face model inside."""
 
     hf_model: Any
     family: Family
@@ -152,7 +152,7 @@ class NamedWeights(Tokens):
         """One weight of all layers.
 
         Raises:
-            UnsupportedModel: a layer that has none, or another shape.
+            UnsupportedModel: a layer lacks it, or has it in another shape.
         """
         blocks = [getattr(block, part) for block in self.blocks]
         weights = [getattr(block, f"W_{name[2:]}") for block in blocks]
@@ -183,7 +183,7 @@ class NamedWeights(Tokens):
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
-        """What each token adds to the stream; scaled, where the model scales its embeddings."""
+        """What each token adds to the stream; scaled if the model scales its embeddings."""
         return embedding(self.hf_model.get_input_embeddings())
 
     @property
@@ -200,7 +200,7 @@ class NamedWeights(Tokens):
         """The id of a token, given as a string of one token or as an id.
 
         Raises:
-            InputError: a string of several tokens, or no id of the vocabulary: -5 is not counted from its end.
+            InputError: a string of several tokens, or an id outside the vocabulary (-5 does not count from its end).
         """
         if isinstance(token, str):
             return self.to_single_token(token)
@@ -210,7 +210,7 @@ class NamedWeights(Tokens):
         return int(token)
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
-        """The columns of W_U of these tokens; their product with the *normalised* stream is the logit."""
+        """The columns of W_U for these tokens; their product with the *normalised* stream is the logit."""
         if isinstance(tokens, Tensor):
             for token in tokens.flatten().tolist():
                 self.token_id(token)
@@ -220,7 +220,7 @@ class NamedWeights(Tokens):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The sum of the output biases of the layers below ``layer``; with ``mlp_input`` its own attention's too."""
+        """The summed output biases of the layers below ``layer``; with ``mlp_input``, of its own attention too."""
         blocks = self.blocks
         biases = [block.attn.b_O for block in blocks[: layer + mlp_input]]
         if include_mlp_biases:
@@ -229,10 +229,10 @@ class NamedWeights(Tokens):
         return torch.stack([zero, *(bias.detach().to(zero) for bias in biases if bias is not None)]).sum(0)
 
     def set_use_split_qkv_input(self, use: bool) -> None:
-        """TransformerLens' way to let heads read different streams, which a stock model has not.
+        """TransformerLens' switch that lets heads read different streams, which a stock model does not support.
 
         Raises:
-            UnsupportedModel: it is asked for.
+            UnsupportedModel: ``use`` is True.
         """
         if use:
             raise UnsupportedModel(
@@ -241,7 +241,7 @@ class NamedWeights(Tokens):
             )  # fmt: skip
 
     def norm(self, layer: int, mlp_input: bool = False) -> nn.Module:
-        """The norm before attention of a layer, before its MLP, or (``layer=n_layers``) before the unembedding."""
+        """The norm before a layer's attention, before its MLP, or (``layer=n_layers``) before the unembedding."""
         if layer == self.cfg.n_layers:
             return module_at(self.hf_model, self.family.final_norm)
         block = layers_of(self.hf_model, self.family.text)[layer]

@@ -1,12 +1,12 @@
-"""The first layers of a run, kept so that runs which differ from it only later need not repeat them.
+"""The first layers of a run, kept so that runs that differ from it only later need not repeat them.
 
     kept = beginning(model, batch, logits_to_keep=2)     # one forward
     with kept.at(12):                                    # text layers 0 to 11 are passed over
         logits = model(batch, logits_to_keep=2)
 
-An intervention at layer 12 leaves what enters layer 12 as it was, so the run may begin there: same inputs, same
-numbers, a part of the cost. The stream that enters each layer is held, or that of every second, third, ... one where
-all of them would take too much memory.
+An intervention at layer 12 does not change what enters layer 12, so the run may begin there: same inputs, same numbers,
+a part of the cost. The stream that enters each layer is kept, or that of every second, third, ... layer if all of them
+would take too much memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from mech.model.hooked import HookedMLLM
 from mech.model.partial.cached_run import BufferPool, tolerance
 from mech.model.points import hooked
 
-MOST = 2**31  # bytes of streams that are held, at most
+MOST = 2**31  # the most bytes of streams that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Beginning:
     Attributes:
         model: the model that ran.
         logits: of the whole run.
-        streams: by layer; empty for a model whose layers cannot be passed over.
+        streams: by layer; empty for a model whose layers cannot be skipped.
     """
 
     model: HookedMLLM
@@ -42,10 +42,9 @@ class Beginning:
 
     @contextmanager
     def at(self, layer: int) -> Iterator[None]:
-        """While open, the model runs from ``layer`` on, or from the last layer before it whose stream is held.
+        """While open, the model runs from ``layer`` on, or from the last layer before it whose stream is kept.
 
-        The inputs must be those of ``beginning``. Where somebody listens in a layer that would be passed over, all
-        layers run.
+        The inputs must be those of ``beginning``. If a layer that would be skipped has hooks, all layers run.
         """
         layer = max((held for held in self.streams if held <= layer), default=0)
         layers = layers_of(self.model.hf_model, self.model.family.text)
@@ -75,7 +74,7 @@ def _passed_over(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _entered_by(stream: Tensor) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict]]:
-    """What is given to a layer, with a copy of the stream (a layer may write into what it is given)."""
+    """A pre-hook that gives a layer a copy of the stream (a layer may write into its input)."""
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -87,10 +86,10 @@ def _entered_by(stream: Tensor) -> Callable[[nn.Module, tuple, dict], tuple[tupl
 
 @torch.no_grad()
 def beginning(model: HookedMLLM, inputs: Any, *, most: int = MOST, **options: Any) -> Beginning:
-    """Run once and hold what enters the text layers, in ``most`` bytes at most (but one stream at least).
+    """Run once and keep what enters the text layers, in at most ``most`` bytes (but at least one stream).
 
-    A model whose layers hand more to each other than the stream (a tuple, shared keys and values) is found out by
-    running its last layer, and its middle, again: it gets no streams, and ``at`` then runs everything.
+    A model whose layers pass on more than the stream (a tuple, shared keys and values) is detected by running it again
+    from its last layer and from its middle: it gets no streams, and ``at`` then runs everything.
 
     Cost: one forward, and half of one.
     """
@@ -128,10 +127,10 @@ def beginning(model: HookedMLLM, inputs: Any, *, most: int = MOST, **options: An
 
 
 def _same(found: Beginning, layer: int, inputs: Any, options: dict[str, Any]) -> bool:
-    """Whether a run that begins at a layer is the whole one."""
+    """Whether a run that begins at a layer gives the logits of the whole run."""
     try:
         with found.at(layer):
             again = found.model(inputs, **options)
-    except (AttributeError, KeyError, RuntimeError, TypeError):  # a layer misses what another one left for it
+    except (AttributeError, KeyError, RuntimeError, TypeError):  # a layer lacks what another one left for it
         return False
     return float((again - found.logits).abs().max()) <= tolerance(found.logits)

@@ -1,10 +1,10 @@
-"""One forward of a model, kept so that variants of it can be run on from any text layer (``continuation.py``).
+"""One forward of a model, kept so that variants of it can be continued from any text layer (``continuation.py``).
 
     run = cached_run(model, inputs, reads=[last])
     run.layers[3].stream, run.layers[3].call.k       # what entered layer 3, and the keys it made
 
 A layer is kept as it was called: the stream, the other arguments, and what its attention saw. A model whose layers
-could not be called again on some rows alone is refused here, with the reason.
+cannot be called again on some rows alone is refused here, with the reason.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,14 +36,14 @@ class NotResumable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class LayerRun:
-    """What one text layer was given and did.
+    """What one text layer was given and computed.
 
     Attributes:
-        args: positional arguments behind the stream.
+        args: positional arguments after the stream.
         kwargs: keyword arguments.
         stream: the residual stream that entered.
-        call: what its attention saw and produced; of the queries only the shape.
-        added: what the model adds to the stream behind the layer (DeepStack), None for nothing.
+        call: what its attention saw and produced; only the shape of the queries.
+        added: what the model adds to the stream after the layer (DeepStack), None for nothing.
     """
 
     args: tuple
@@ -57,28 +57,29 @@ class LayerRun:
 class CachedRun:
     """One forward of a batch: every text layer, the stream that leaves the last one, and the logits at ``reads``.
 
-    Streams lie where the logits do, also where layers lie on several devices; what attention saw lies with its layer.
+    Streams are on the device of the logits, even if layers are on several devices; what attention saw stays with its
+    layer.
 
-    ``last`` is known at ``reads`` alone and NaN elsewhere, see ``last_mlp_at``.
+    ``last`` is known only at ``reads`` and NaN elsewhere, see ``last_mlp_at``.
     """
 
     layers: tuple[LayerRun, ...]
     last: Float[Tensor, "batch pos d_model"]
     reads: tuple[int, ...]
     logits: Float[Tensor, "batch read vocab"]
-    shaped: Callable[[Tensor], Tensor]  # what becomes of the unembedding's output: most often nothing
+    shaped: Callable[[Tensor], Tensor]  # what the model does to the unembedding's output: usually nothing
     room: Room  # for variants of it
 
 
 class BufferPool:
-    """Copies of what passes in a forward and is wanted behind it, ``count`` of one shape in one block of memory.
+    """Copies of what a forward computes and is needed after it, ``count`` of one shape in one block of memory.
 
         pool = BufferPool(layers)
         z = pool.put(z)
 
-    A tensor that is kept where it was made lies between those that a layer frees. On a CPU memory is then given back
-    to the system and taken anew in every layer: four times the page faults of a copy in a block. Elsewhere each copy is
-    for itself, as layers may lie on several devices.
+    A tensor that is kept where it was made lies between those that a layer frees. On a CPU, memory is then returned to
+    the system and requested again in every layer: four times the page faults of a copy in a block. On other devices
+    each copy is separate, as layers may be on several devices.
     """
 
     def __init__(self, count: int):
@@ -98,12 +99,12 @@ class BufferPool:
 @alone
 @torch.no_grad()
 def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRun:
-    """Run ``inputs`` once and keep what continuing needs: per layer the stream, queries, keys, values and z.
+    """Run ``inputs`` once and keep what continuing needs: per layer the stream, keys, values and z.
 
     Raises:
-        NotResumable: a layer whose work is not its own self-attention and row by row, or hooks on the model.
+        NotResumable: a layer that does more than its own self-attention and row-wise work, or hooks on the model.
 
-    Cost: one forward; memory of a KV cache and of three streams a layer.
+    Cost: one forward; memory for a KV cache and three streams per layer.
     """
     if hooked(model.hook_dict.values()) or any(record.observers for _, record in model._layers):
         raise NotResumable("there are hooks on the model")
@@ -123,7 +124,7 @@ class _Recorder:
 
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers = layers
-        self.streams: list[Tensor] = []  # before each layer, and behind the last
+        self.streams: list[Tensor] = []  # before each layer, and after the last
         self._calls: dict[int, list[AttentionCall]] = {}
         self._arguments: dict[int, tuple[tuple, dict]] = {}
         self._added: dict[int, Tensor | None] = {}  # what is added to the stream between two layers
@@ -132,7 +133,7 @@ class _Recorder:
 
     @contextmanager
     def listening(self, norm: nn.Module) -> Iterator[None]:
-        """While open, everything is recorded; ``norm`` is the one behind the last layer."""
+        """While open, everything is recorded; ``norm`` is the one after the last layer."""
         handles = [norm.register_forward_pre_hook(lambda module, args: (self._keep(args[0]), None)[1])]
         for index, layer in enumerate(self.layers):
             handles.append(layer.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True))
@@ -164,12 +165,12 @@ class _Recorder:
         self._left = stream, stream._version
 
     def read_call(self, call: AttentionCall) -> None:
-        # Queries are made anew while running on; only their shape is asked for.
+        # Queries are recomputed when the run is continued; only their shape is needed.
         kept = {name: self._pool.put(getattr(call, name)) for name in "kvz"}
         self._calls.setdefault(call.layer, []).append(replace(call, q=call.q.new_empty(1).expand(call.q.shape), **kept))
 
     def layer_runs(self, device: torch.device) -> tuple[LayerRun, ...]:
-        """What was recorded of each layer.
+        """What was recorded for each layer.
 
         Raises:
             NotResumable: layers that did not run once each, or cannot be run again from what was recorded.
@@ -189,12 +190,12 @@ class _Recorder:
 
 @contextmanager
 def last_mlp_at(model: HookedMLLM, reads: Sequence[int]) -> Iterator[None]:
-    """While open, the last layer's MLP runs for some rows alone, unless somebody listens there or behind it.
+    """While open, the last layer's MLP runs for the rows ``reads`` only, unless it or anything after it is hooked.
 
-    Hooks of torch's own inside that MLP count as listening: they may count rows.
+    Torch hooks inside that MLP count too: they may count rows.
 
-    For runs of which logits at ``reads`` and what lies before that MLP are wanted: two thirds of a layer are saved. The
-    stream that leaves the layer is NaN in the other rows, so that whatever reads them shows.
+    For runs that need only the logits at ``reads`` and what precedes that MLP: two thirds of a layer are saved. The
+    stream that leaves the layer is NaN in the other rows, so that any use of them shows.
     """
     last = model.cfg.n_layers - 1
     behind = ("ln_final.hook_normalized", *(point_name(p, last) for p in _BEHIND_LAST_MLP))
@@ -231,7 +232,7 @@ def last_mlp_at(model: HookedMLLM, reads: Sequence[int]) -> Iterator[None]:
 
 
 def _shape_of(model: HookedMLLM, unembedded: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """What the model does to the unembedding's output. It is tried: a config may name what its model leaves out."""
+    """What the model does to the unembedding's output, found by trial: a config may name what its model leaves out."""
     config = model.hf_model.config.get_text_config()
     scale, cap = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "final_logit_softcapping"))
     shapes = (lambda x: x, lambda x: x * scale, lambda x: torch.tanh(x / cap) * cap)
@@ -242,7 +243,7 @@ def _shape_of(model: HookedMLLM, unembedded: Tensor, logits: Tensor) -> Callable
 
 
 def tolerance(logits: Tensor) -> float:
-    """What rounding may move logits by."""
+    """How far rounding may move logits."""
     # Norms and rotations compute in single precision in many models, whatever the dtype of the rest.
     eps = max(torch.finfo(kind).eps for kind in (logits.dtype, torch.float32))
     return float(logits.abs().max()) * 32 * eps**0.75

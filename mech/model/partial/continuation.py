@@ -1,4 +1,4 @@
-"""Run on from the middle: one run of the model is kept, and variants of it are continued from any text layer.
+"""Continue from the middle: one run of the model is kept, and variants of it are continued from any text layer.
 
     run = cached_run(model, inputs, reads=[last])              # one forward
     row = Continuation(model, run, example=0)
@@ -11,13 +11,13 @@
 
 Every layer is the stock Hugging Face module, called with the arguments it had in the cached run, cut to the rows that
 are run; so norms, M-RoPE, post-norms and experts are the model's own. Only attention is told where its keys are: the
-keys and values before the first row are those of the cached run, held once for all variants, the others are each
-variant's own (``shared_keys.py``). Masks are the rows of the layer's own mask. Where layers lie on several devices,
-streams are where the first one is.
+keys and values before the first row are those of the cached run, held once for all variants; the others are each
+variant's own (``shared_keys.py``). Masks are rows of the layer's own mask. If layers are on several devices, streams
+are on that of the first layer.
 
-What it does not do: layers whose outputs depend on earlier rows otherwise than through their own self-attention
-(linear attention, keys shared between layers, cross-attention) are refused with ``NotResumable``, as is everything
-that could not be cut to rows. ``Continuation.faithful`` compares an unchanged variant with the cached run.
+Layers whose outputs depend on earlier rows other than through their own self-attention (linear attention, keys shared
+between layers, cross-attention) are refused with ``NotResumable``, as is anything that cannot be cut to rows.
+``Continuation.faithful`` compares an unchanged variant with the cached run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,9 +42,9 @@ Attend = Callable[[AttentionCall], Tensor]
 
 @dataclass(eq=False)
 class Continuation:
-    """One example of a cached run, ready to be run on from any layer.
+    """One example of a cached run, ready to be continued from any layer.
 
-    ``row_layers`` counts the rows that have passed a layer since the beginning: what the continuing cost.
+    ``row_layers`` counts the rows passed through a layer so far: the cost of continuing.
     """
 
     model: HookedMLLM
@@ -68,19 +68,19 @@ class Continuation:
         return len(self.kept.layers)
 
     def stream(self, layer: int) -> Float[Tensor, "pos d_model"]:
-        """The residual stream that enters a layer; that behind the last one for ``layer == len(self)``."""
+        """The residual stream that enters a layer; for ``layer == len(self)``, the one that leaves the last layer."""
         return (self.kept.last if layer == len(self) else self.kept.layers[layer].stream)[self.example]
 
     def added(self, layer: int) -> Float[Tensor, "pos d_model"] | None:
-        """What the model adds to the stream behind a layer."""
+        """What the model adds to the stream after a layer."""
         added = self.kept.layers[layer].added
         return None if added is None else added[self.example]
 
     def span(self, changed: int) -> tuple[int, int]:
-        """First row, and the row behind the last, of what has to be run when ``changed`` is the first changed row.
+        """The rows that must be run, ``(first, stop)``, when ``changed`` is the first changed row.
 
-        Under a causal mask this is from the change to the last row that is read. Where earlier rows may attend ahead
-        (bidirectional image blocks) it begins with the first that sees a changed one.
+        Under a causal mask they go from the change to the last row that is read. Where earlier rows may attend ahead
+        (bidirectional image blocks) they begin with the first row that sees a changed one.
         """
         first = min(changed, int(self.reads.min()))
         if self._needed is None:
@@ -88,7 +88,7 @@ class Continuation:
         else:
             useful = self._needed.any(1)
             stop = int(useful.nonzero().max()) + 1
-            while True:  # rows before `first` that matter and see a row behind it
+            while True:  # rows before `first` that matter and see it or a later row
                 seeing = self._needed[:first, first:].any(1).nonzero()
                 if not len(seeing):
                     break
@@ -97,7 +97,7 @@ class Continuation:
         return (0 if self._causal and first * 16 < stop else first), stop
 
     def _reach(self) -> Tensor:
-        """Which keys each row sees in some layer, for the rows from which a read row can be reached, and no others."""
+        """Which keys each row sees in some layer, for only those rows that can affect a read row."""
         length = self.kept.last.shape[1]
         seen = torch.eye(length, dtype=torch.bool)
         for mask in {id(layer.call.mask): layer.call for layer in self.kept.layers}.values():
@@ -122,16 +122,16 @@ class Continuation:
         n_unchanged: int = 0,
         hooks: Sequence[tuple[str, Callable]] = (),
     ) -> Float[Tensor, "variant row d_model"]:
-        """One stock layer, and what the model adds behind it, for some rows of many variants.
+        """Run one stock layer, and what the model adds after it, for some rows of many variants.
 
         Args:
-            layer: which.
+            layer: which layer.
             x: the stream of the variants at ``rows``.
-            rows: their positions, on the CPU; one stretch without gaps for ``keys="own"``.
+            rows: their positions, on the CPU; contiguous for ``keys="own"``.
             keys: ``"own"``: keys and values of ``rows`` are the variants' own, earlier ones those of the cached run;
-                ``"kept"``: all are those of the cached run; ``"z"``: attention is not computed, heads put out what they
+                ``"kept"``: all are those of the cached run; ``"z"``: attention is not computed, heads output what they
                 did in the cached run.
-            n_unchanged: how many variants at the end are still the cached run, whose heads put out what they did.
+            n_unchanged: how many variants at the end still equal the cached run; their heads output what they did.
             hooks: (point, hook) pairs of this layer; the hooks see variants in place of a batch.
         """
         attend = {"own": self._own, "kept": self._onto_kept, "z": self._z}[keys](layer, rows, int(rows[0]))
@@ -150,7 +150,7 @@ class Continuation:
         rows: Int[Tensor, " row"],
         hooks: Sequence[tuple[str, Callable]] = (),
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values a layer makes of the stream, queries for who hooks them; nothing behind is computed."""
+        """The keys and values a layer makes from the stream; hooks also see queries, nothing later is computed."""
         found = []
 
         def stop(call: AttentionCall) -> Tensor:
@@ -168,7 +168,7 @@ class Continuation:
         rows: Int[Tensor, " row"],
         hooks: Sequence[tuple[str, Callable]] = (),
     ) -> Float[Tensor, "variant read d_model"]:
-        """The last layer for the read rows alone: the others only give their keys and values, which hooks may write."""
+        """Run the last layer for the read rows only; the others give just keys and values, which hooks may write."""
         layer = len(self) - 1
         reads, first = self.reads, int(rows[0])
         if len(reads) == len(rows):
@@ -183,7 +183,7 @@ class Continuation:
 
     @torch.no_grad()
     def logits(self, x: Float[Tensor, "variant read d_model"]) -> Float[Tensor, "variant read vocab"]:
-        """Final norm and unembedding of rows behind the last layer."""
+        """Final norm and unembedding of rows that leave the last layer."""
         model = self.model
         unembed: Any = module_at(model.hf_model, model.family.unembed)
         return self.kept.shaped(unembed(module_at(model.hf_model, model.family.final_norm)(x))).to(x.device)
@@ -254,7 +254,7 @@ class Continuation:
         with self.model.turns.taken(running=True):
             record.resume = attend
             try:
-                # Hooks are taken away by looking at every point: for none, that is not worth it.
+                # Removing hooks looks at every point, which is not worth it for none.
                 with self.model.hooks(list(hooks)) if hooks else nullcontext(), self.model._attached():
                     yield
             finally:
@@ -263,7 +263,7 @@ class Continuation:
     # -- attention ----------------------------------------------------------------------------------------------------
 
     def _call(self, layer: int) -> AttentionCall:
-        """The kept attention of this example."""
+        """The attention call of this example in the cached run."""
         call = self.kept.layers[layer].call
         one = self._one(call.q)
         mask = call.mask if call.mask is None else call.mask[self._one(call.mask)]
@@ -324,10 +324,10 @@ class Continuation:
 
 
 def stretch(rows: Int[Tensor, " row"]) -> slice | Tensor:
-    """Rows as a slice where they have no gaps: a view of what is cut, and nothing to be copied to a device."""
+    """Rows as a slice if they have no gaps: cutting then gives a view, and nothing is copied to a device."""
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 class _Enough(Exception):
-    """The keys and values are known: nothing else of this layer is wanted."""
+    """The keys and values are known: nothing else of this layer is needed."""

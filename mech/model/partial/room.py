@@ -1,11 +1,11 @@
-"""How many rows are run on at once: what fits into free memory, and half of it after what did not.
+"""How many rows are run at once: as many as fit into free memory, and half as many after memory runs out.
 
     room = Room.of(model)
     for part, found in fitting(room, cells, run):       # parts of `cells`, halved where torch runs out of memory
         ...
 
-On a CPU rows are few, so that what a layer computes of them stays in the caches. On a GPU they are as many as fit:
-a layer's kernels are then started once for all of them.
+On a CPU they are few, so that what a layer computes for them stays in the caches. On a GPU they are as many as fit: a
+layer's kernels are then launched once for all of them.
 """
 
 import warnings
@@ -19,26 +19,26 @@ import torch
 from mech.errors import ExperimentError
 from mech.model.hooked import HookedMLLM
 
-ROWS = 16384  # rows of the stream that are held at once on a CPU; a single variant may have more
-CPU_ROWS = 2048  # rows in one call of a layer there
-MOST_HELD, MOST_CALLED = 2**18, 2**15  # on a GPU: more rows to a call make no kernel faster
+ROWS = 16384  # rows of the stream held at once on a CPU; a single variant may have more
+CPU_ROWS = 2048  # rows in one call of a layer on a CPU
+MOST_HELD, MOST_CALLED = 2**18, 2**15  # on a GPU: more rows per call make no kernel faster
 LOGITS = 2**27  # logits held at once
-_SHARE = 0.35  # of the free memory, for each of: streams that are held, and what a layer computes of some
+_SHARE = 0.35  # of the free memory, for each of: held streams, and what a layer computes
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
 class SmallerBatches(UserWarning):
-    """Memory ran out: the result is the same, and comes later."""
+    """Memory ran out: the result is the same, but takes longer."""
 
 
 @dataclass(eq=False)
 class Room:
-    """What may be run at once.
+    """How much may be run at once.
 
     Attributes:
-        held: rows of the stream that are held.
+        held: rows of the stream held in memory.
         called: rows in one call of a layer.
     """
 
@@ -48,7 +48,7 @@ class Room:
 
     @classmethod
     def of(cls, model: HookedMLLM) -> "Room":
-        """That of a model where it lies now."""
+        """The room for a model on its current devices."""
         if model.device.type != "cuda":
             return cls(ROWS, CPU_ROWS)
         free = min(_free(device) for device in {p.device for p in model.hf_model.parameters() if p.is_cuda})
@@ -58,24 +58,24 @@ class Room:
         )
 
     def reserve(self, model: HookedMLLM, rows: int) -> None:
-        """Take the memory of so many rows once and give it back to torch: a batch that grows is then cut out of it.
+        """Allocate memory for ``rows`` rows once and return it to torch, which then serves growing batches from it.
 
-        Otherwise every layer, whose batch is a little larger than the one before, asks the driver for memory anew.
+        Otherwise every layer, whose batch is a little larger than the one before, asks the driver for new memory.
         """
         if model.device.type == "cuda":
             held, called = bytes_of_row(model)
             wanted = min(rows, self.held) * held + min(rows, self.called) * called
             wanted = min(wanted, int(2 * _SHARE * _free(model.device)))
-            with suppress(torch.OutOfMemoryError):  # so much, but not in one piece
+            with suppress(torch.OutOfMemoryError):  # it is free, but not in one piece
                 torch.empty(wanted, dtype=torch.uint8, device=model.device)
 
     def halve(self, count: int) -> None:
-        """Make room for half as much, after so many variants at once were too many.
+        """Halve the room, after ``count`` variants at once were too many.
 
-        Warns (``SmallerBatches``), the first time.
+        Warns (``SmallerBatches``) the first time.
 
         Raises:
-            ExperimentError: it was a single one.
+            ExperimentError: it was a single variant.
         """
         if count < 2:
             raise too_large("a single variant of the run")
@@ -88,7 +88,7 @@ class Room:
 
 
 def too_large(what: str) -> ExperimentError:
-    """The error of something that does not fit into memory even by itself."""
+    """The error for something that does not fit into memory even by itself."""
     return ExperimentError(
         f"{what}, for which memory does not suffice", "room for one forward, and as much again",
         "use a shorter input, fewer rows or later positions, or a dtype of fewer bytes",
@@ -96,7 +96,7 @@ def too_large(what: str) -> ExperimentError:
 
 
 def bytes_of_row(model: HookedMLLM) -> tuple[int, int]:
-    """Bytes of a row that is held, and of one that passes a layer: what is alive there at once, estimated."""
+    """Bytes of a held row, and of a row that passes through a layer: an estimate of what is alive there at once."""
     cfg = model.cfg
     heads = max(cfg.n_heads * cfg.d_head, cfg.d_model)
     size = model.dtype.itemsize
@@ -104,7 +104,7 @@ def bytes_of_row(model: HookedMLLM) -> tuple[int, int]:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that the driver would give, and those that torch holds without a use for them."""
+    """Bytes that the driver has free, plus those that torch holds unused."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -112,7 +112,7 @@ def _free(device: torch.device) -> int:
 def fitting(
     room: Room, items: Sequence[Item], run: Callable[[Sequence[Item]], Found]
 ) -> Iterator[tuple[Sequence[Item], Found]]:
-    """``run`` of all items, or of halves of them, and of halves of those, where memory runs out.
+    """``run`` on all items, or, where memory runs out, on halves of them, and on halves of those.
 
     Raises:
         ExperimentError: one item by itself does not fit.
@@ -124,7 +124,7 @@ def fitting(
             found = run(part)
         except torch.OutOfMemoryError:
             found = None
-        if found is None:  # behind the handler: the error holds what was computed until it is dropped
+        if found is None:  # after the handler: the error holds what was computed until it is dropped
             room.halve(len(part))
             waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
         else:

@@ -1,10 +1,10 @@
-"""Attention of many variants to keys that all of them share, and to keys of their own behind them.
+"""Attention of many variants to keys that all of them share, and to each variant's own keys after these.
 
     z = over_shared(q, k, v, own, scale)     # two fused calls, merged by their log-sum-exp: under causality alone
     z = written_out(q, k, v, own, seen, scale)   # one softmax over both: under any mask, a step of variants at a time
 
-In both the variants are rows of one call over the shared keys, which are never repeated. Takes queries, keys and
-values, gives z; it does not know of layers or models.
+In both, the variants are rows of one call over the shared keys, which are never repeated. From queries, keys and values
+they compute z; this file does not know layers or models.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mech.model.attention import softmax
 
-# Attention scores held at once where they are written out: what stays in a processor's caches, or a gigabyte.
+# Attention scores held at once when written out: as many as stay in a processor's caches, or a gigabyte.
 SCORES = {"cpu": 2**21, "cuda": 2**28}
 _HALF = (torch.float16, torch.bfloat16)
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention  # reads the keys of a group where they lie
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention  # reads a group's keys in place
 Own = tuple[Float[Tensor, "variant kv_head own_pos d_head"], Float[Tensor, "variant kv_head own_pos d_head"]]
 
 
@@ -40,13 +40,14 @@ def over_shared(
         v: their values.
         own: keys and values of each variant.
         scale: what q times k is multiplied by.
-        rows: which of the own positions the queries stand at; by default at all of them.
+        rows: the own positions of the queries; by default all of them.
 
     Returns:
-        z, or None where there is no kernel for these numbers (``written_out`` computes them).
+        z, or None if there is no kernel for such tensors (``written_out`` computes them).
 
-    Cost: two kernels, however many variants there are. They are called by name: on a card of capability 9 or 10, SDPA
-    would choose cuDNN, which plans for every number of variants anew, and those of a sweep grow from layer to layer.
+    Cost: two kernels, however many variants there are. They are called by name: on a GPU of capability 9 or 10, SDPA
+    would choose cuDNN, which makes a new plan for every number of variants, and in a sweep this number grows from layer
+    to layer.
     """
     if (kernel := _kernel(q, v)) is None:
         return None
@@ -60,7 +61,7 @@ def over_shared(
         other, theirs = _at_rows(q, own_k, own_v, scale, rows)
     if not k.shape[1]:
         return other.transpose(1, 2)
-    # Query heads of one key head, and variants, are rows of it.
+    # Query heads that share a key head, and variants, are rows of it.
     grouped = q.reshape(variants, kv_heads, -1, width).transpose(0, 1).reshape(1, kv_heads, -1, width)
     z, share, *_ = kernel(grouped, k[None], v[None], is_causal=False, scale=scale)
     z = z[0].unflatten(1, (variants, -1)).transpose(0, 1).reshape(variants, heads, length, width)
@@ -74,10 +75,10 @@ def merged(
     other: Float[Tensor, "*head row d_head"],
     theirs: Float[Tensor, "*head row"],
 ) -> Float[Tensor, "*head row d_head"]:
-    """z over two disjoint sets of keys, from z and log-sum-exp over each; ``z`` may be written over.
+    """z over two disjoint sets of keys, from z and log-sum-exp over each; ``z`` may be overwritten.
 
-    In half precision the weights stay single: where sinks take 99% of a softmax, a rounded 0.99 would leave the other
-    keys a share that is wrong by a fifth.
+    In half precision the weights stay in single precision: where sinks take 99% of a softmax, a rounded 0.99 would make
+    the other keys' share wrong by a fifth.
     """
     if z.dtype in _HALF:
         return z.mul_(torch.sigmoid(share - theirs)[..., None]).addcmul_(
@@ -87,7 +88,7 @@ def merged(
 
 
 def _kernel(q: Tensor, v: Tensor) -> Callable[..., Any] | None:
-    """torch's fused kernel for such numbers, by the name that returns the log-sum-exp too; None where there is none."""
+    """torch's fused kernel for such tensors, in the form that also returns the log-sum-exp; None if there is none."""
     width = q.shape[-1]
     if width != v.shape[-1]:
         return None
@@ -113,7 +114,7 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float
 
 
 def _at_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The same written out, for few queries."""
+    """z and log-sum-exp written out, for few queries."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) * scale @ k.to(wide).transpose(-1, -2)
     ahead = torch.arange(k.shape[2], device=q.device) > rows.to(q.device, non_blocking=True)[:, None]
@@ -130,17 +131,17 @@ def written_out(
     seen: Bool[Tensor, "row all_pos"],
     scale: float,
 ) -> Float[Tensor, "variant row head d_head"]:
-    """z under any mask, over the shared keys and, behind them, each variant's own.
+    """z under any mask, over the shared keys and, after them, each variant's own.
 
     The variants are folded into the rows of one product per key head, so that shared keys are read once. Memory is
     bounded by ``SCORES``, or by one variant.
     """
     variants, heads, rows, width = q.shape
     kv_heads, shared = k.shape[:2]
-    keys, grouped_rows = seen.shape[-1], heads // kv_heads * rows  # query heads of one key head are rows of it
+    keys, grouped_rows = seen.shape[-1], heads // kv_heads * rows  # query heads that share a key head are its rows
     wide = torch.promote_types(q.dtype, torch.float32)
     hidden = ~seen
-    # A mask over what all may see, and the care for rows that see nothing, would each be another pass over the scores.
+    # Masking what all may see, and handling rows that see nothing, would each be another pass over the scores.
     masked, normalised = bool(hidden[:, :shared].any()), softmax if bool(hidden.all(-1).any()) else _plain_softmax
     parts = []
     step = max(1, SCORES.get(q.device.type, SCORES["cuda"]) // (heads * rows * keys))
