@@ -61,7 +61,7 @@ def summarise(found: xr.Dataset, margin: float = MARGIN) -> Facts:
          "against_reach": the same for "dynamic" against one set by the same score averaged over samples,
          "speed": [{"share", "prefill": I, "decode": I, "decode_default": I, "kv_measured", "prefill_bound",
                     "decode_bound"}, ...],
-         "recommended": an entry of ``curve`` with its "speed", or None,
+         "recommended": an entry of ``curve``, or ``window_only``, with its "speed"; or None,
          "enough": {choice: the smallest share that would be recommended, or None}}             I = mean, low, high
 
     A difference is the other choice minus RAM: positive if RAM keeps fewer answers.

@@ -3,8 +3,8 @@
     found = detectable(summary)
     print(found["text"])
 
-The loss follows from the number of test samples alone. Also given is how large it has to be if answers are gained as
-often as here without the top heads. Not finding a smaller effect says nothing about it.
+The loss follows from the number of test samples alone. It is also given for the case that answers are gained as often
+as here without the top heads. Not finding a smaller effect says nothing about it.
 """
 
 from collections.abc import Mapping

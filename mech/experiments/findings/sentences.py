@@ -177,7 +177,7 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
 
 
 def _vision(numbers: Mapping[str, Any], n_heads: int) -> Said:
-    """Is it the evidence, or would heads do as well that attend to anything visual?"""
+    """Is it the evidence, or do heads that attend to anything visual matter as much?"""
     top = _at(numbers, "mean", "top", TOP)
     vision = _at(numbers, "mean", "by vision_mass", TOP)
     if top is None or vision is None or vision["n_heads"] != top["n_heads"] or too_weak(numbers):

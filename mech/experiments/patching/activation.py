@@ -101,7 +101,7 @@ def activation_patching(
             an answer that cannot be read off the inputs. Raised before any forward.
         PointError: the point is misspelt or not live in this model.
 
-    Cost: two forwards and the sweep: for a wavefront see ``attrs["forwards"]``, literally one forward per cell.
+    Cost: two forwards plus the sweep: for a wavefront see ``attrs["forwards"]``, literally one forward per cell.
     Screening adds two forwards and two backwards (counted as four forwards).
 
     References: arXiv 2202.05262, 2211.00593, 2309.16042 (metrics), 2404.15255 (directions), 2406.16320 (normalisation;

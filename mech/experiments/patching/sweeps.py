@@ -6,10 +6,10 @@ the metric of every cell, with the same result.
 ``literal`` runs the whole model once for each cell. The wavefront caches the run that is patched *into*, and takes each
 group of cells through the layers in a single pass with one growing batch:
 
-* A cell enters the batch at its layer. If the point comes after attention (z, attn_out, resid_mid, the MLP) or affects
-  queries only (q, scores, pattern), only the patched rows can change in that layer. These rows alone are run through
-  the stock layer, with the keys of the cached run. Keys and values affect every later row, so there the layer is run on
-  all later rows. A patch of the residual stream is written directly into it.
+* A cell is *born* (enters the batch) at its layer. If the point comes after attention (z, attn_out, resid_mid, the MLP)
+  or affects queries only (q, scores, pattern), only the patched rows can change in that layer. These rows alone are run
+  through the stock layer, with the keys of the cached run. Keys and values affect every later row, so there the layer
+  is run on all later rows. A patch of the residual stream is written directly into it.
 * Each later layer is run once for all cells in the batch, on the rows that can have changed, with the cached keys and
   values of the rows before them (``mech.model.partial``); the last layer is run only on the rows that are read.
 """

@@ -102,7 +102,7 @@ def path_patching(
             inputs. Raised before any forward.
         PointError: a point that an end needs is not live in this model.
 
-    Cost: two forwards and the paths. For the walk see ``attrs["forwards"]``: with attention frozen, the logits and
+    Cost: two forwards plus the paths. For the walk see ``attrs["forwards"]``: with attention frozen, the logits and
     queries at few positions cost next to nothing. Literally, one forward per sender and one per pair of a sender and a
     receiver other than the logits.
 

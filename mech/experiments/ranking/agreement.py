@@ -13,8 +13,8 @@ gives the same model. Compared head by head, their rankings agree only by chance
 (``scale_agreement``).
 
 Every overlap of sets comes with the overlap of random sets of the same sizes. ``Ranking.stability`` says how often a
-head stays in the top set when samples are resampled. Agreement is not importance: every score can find the same heads,
-and no answer may depend on them (``mech.ablation``).
+head stays in the top set when samples are resampled. Agreement is not importance: all scores can find the same heads
+even if no answer depends on them (``mech.ablation``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

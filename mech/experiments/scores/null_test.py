@@ -17,7 +17,7 @@ does so in every picture. Pairs are therefore pairs of *questions*, and all samp
 To check the test with shuffled labels, shuffle them between pictures, not within one. If a box moves to where another
 picture has its evidence, it sometimes lands on the right place, and its own question gains: heads that retrieve are
 named, and rightly. If it is never allowed to land there, only other questions gain, and no head is ever named. Neither
-is a valid null. Moving a question with its box into another picture is: there it is as wrong as any other question.
+is a valid null. Moving a question with its box into another picture is one: there it is as wrong as any other.
 
 The test does not say whether a head is needed (``mech.ablation``) or how strong it is (``mech.rank_heads``).
 """
