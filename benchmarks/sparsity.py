@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sparsity_measures import N_CAUSAL, measured
+from sparsity_measures import measured
 from sparsity_served import BASE, RANKED_PAGES, TRIALS, rankings, speeds, trial
 from torch import nn
 
@@ -50,7 +50,6 @@ class Size:
         pictures: domain -> how many pictures the scenes have that it is tested on, where it is not the default.
         longer: pages of scenes that are longer than any it was trained on.
         arms: what is run: the name of an objective -> how many of the seeds.
-        causal: seed -> samples of its causal report (to find, and as many to test), where they are fewer than 16.
     """
 
     seeds: dict[str, str]
@@ -64,20 +63,19 @@ class Size:
     longer: int = 9
     pictures: Mapping[str, int] = field(default_factory=dict)
     sinks: int = 4
-    causal: Mapping[str, int] = field(default_factory=dict)
 
 
+PILOTS = {"entropy 0.3": 1, "gates 0.2": 1}  # one seed, to choose the objectives that get three
 SIZES = {
     "llava-s": Size(
         seeds={"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, domains=("documents", "pages"), new="grounding",
-        window=16, steps=60, batch=6, longer=9,
-        arms={"control": 3, "constrained 0.1": 3, "far 10": 3, "constrained 0.02": 3, "far 1": 3},
+        window=16, steps=240, batch=6, longer=9,
+        arms={"control": 3, "constrained 0.1": 3, "far 10": 3, "constrained 0.02": 3, "far 1": 3, **PILOTS},
     ),
     "qwen-long": Size(
         seeds={"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, domains=("pages", "video"), new="documents",
-        window=64, steps=60, batch=4, longest=288, longer=32, pictures={"pages": 8, "video": 36},
-        arms={"control": 3, "constrained 0.1": 3, "far 10": 3},
-        causal={"1": 6, "2": 6},
+        window=64, steps=240, batch=4, longest=288, longer=32, pictures={"pages": 8, "video": 36},
+        arms={"control": 3, "constrained 0.1": 3, "one head": 3, "far 10": 3, "far 1": 3, **PILOTS},
     ),
 }  # fmt: skip
 ARMS: dict[str, Objective] = {
@@ -183,7 +181,7 @@ def measure(folder: Path, out: Path) -> None:
         mean = np.repeat(np.array(record["log_alpha"]), per_group, axis=1)
         gates = Ranking(mean, None, "gate", layers=model.cfg.attention_layers)
     size = SIZES[record["size"]]
-    facts = measured(model, size, gates, size.causal.get(record["seed"], N_CAUSAL))
+    facts = measured(model, size, gates)
     found["runs"][folder.name] = record | facts | {"measured_minutes": round((time.perf_counter() - began) / 60, 1)}
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(folder.name, found["runs"][folder.name]["measured_minutes"], "min", flush=True)
@@ -195,7 +193,7 @@ def smallest(facts: Mapping[str, Any]) -> list[list[int]]:
 
 
 def serve(name: str, out: Path, measures: Path) -> None:
-    """Into the JSON what is not there yet: a run with one open gate, trials of ``mech.sparsify``, rankings, speeds."""
+    """Into the JSON what is not there yet: trials of ``mech.sparsify``, rankings, speeds."""
     found = json.loads(measures.read_text(encoding="utf-8"))
     part = found.setdefault("served", {}).setdefault(name, {"speed": [], "trials": {}, "rankings": {}})
     model = HookedMLLM.from_pretrained(f"reference:{name}")
@@ -203,9 +201,6 @@ def serve(name: str, out: Path, measures: Path) -> None:
     def write() -> None:
         measures.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    train(name, "0", "one head", out)
-    run = json.loads((out / run_name(name, "0", "one head") / "run.json").read_text(encoding="utf-8"))
-    part["one head"] = {key: run[key] for key in ("steps", "settle", "dense_heads", "curve")}
     for what, given in TRIALS.items():
         if what not in part["trials"]:
             part["trials"][what] = trial(model, given, out / f"{name}.{what.replace(' ', '-')}")

@@ -38,14 +38,13 @@ MARGIN = 0.01  # the loss of accuracy that is let pass: one point
 FAITHFUL = 0.8
 
 
-def measured(model: HookedMLLM, size: Any, gates: Ranking | None, n_causal: int = N_CAUSAL) -> dict[str, Any]:
+def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, Any]:
     """Everything that is asked of one model.
 
     Args:
         model: the trained one.
         size: how long its scenes are, and what local heads see.
         gates: what its own training ranked, if it did.
-        n_causal: samples that test in the causal report, and samples that find.
     """
     main = size.domains[0] if "pages" not in size.domains else "pages"
     find = {domain: drawn(size, domain, N_FIND, 50) for domain in size.domains}
@@ -56,7 +55,7 @@ def measured(model: HookedMLLM, size: Any, gates: Ranking | None, n_causal: int 
     }
     ram = {domain: rank_heads(retrieval_attention_mass(model, some)) for domain, some in find.items()}
     report = causal_report(
-        model, test[main][:n_causal], ram[main], find=find[main][:n_causal], method=None, n_random=1, n_paths=0
+        model, test[main][:N_CAUSAL], ram[main], find=find[main][:N_CAUSAL], method=None, n_random=1, n_paths=0
     )
     causal = Ranking(report.heads["lost_find"].values, None, "lost", layers=model.cfg.attention_layers)
     if gates is None:
@@ -70,7 +69,7 @@ def measured(model: HookedMLLM, size: Any, gates: Ranking | None, n_causal: int 
     }
     best = min((one for one in needed.values() if one["n"] is not None), key=lambda one: one["n"])
     return {
-        "samples": {"find": N_FIND, "test": N_TEST, "causal": n_causal, "circuit": N_CIRCUIT},
+        "samples": {"find": N_FIND, "test": N_TEST, "causal": N_CAUSAL, "circuit": N_CIRCUIT},
         "accuracy": {name: interval(values) for name, values in dense.items()},
         "far_mass": far(model, size, find[main]),
         "ram": {domain: sparseness(ranking) for domain, ranking in ram.items()},

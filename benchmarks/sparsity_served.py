@@ -28,7 +28,7 @@ from mech.sparse.frontier.speed import speed_dataset
 from mech.sparse.groups import expanded
 from mech.sparse.policy import Policy
 
-TOKENS = (2048, 8192)
+TOKENS = (2048, 8192, 16384)
 PER_PAGE = 38.5  # tokens of a page, its frame included
 BASE = Policy((), sinks=4, window=64)
 TESTED = {8: 40, 32: 100, 64: 24}  # pages -> samples that are asked

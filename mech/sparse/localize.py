@@ -16,7 +16,7 @@ refused. It chooses no heads: whether these are the right ones, accuracy has to 
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicCache
 from mech.arguments import Count, Whole, checked, one_of
 from mech.errors import ExperimentError, UnsupportedModel
 from mech.indices import Pairs
-from mech.inputs import TEXT, Inputs
+from mech.inputs import TEXT, Inputs, TokenLayout
 from mech.model import AttentionCall, HookedMLLM
 from mech.sparse.cache import SplitCache, SplitLayer
 from mech.sparse.expect import Expected, expected
@@ -293,7 +293,8 @@ class Localized:
                 )  # fmt: skip
             text = None
         else:
-            self._check_question(layouts)
+            if len(self.policy.dense_heads) < self.model.cfg.n_heads * len(self._layers):
+                check_question(self.policy, layouts)
             text = torch.tensor([(layout.kind == TEXT).tolist() for layout in layouts], device=ids.device)
             if new_tokens is None:
                 prompt = torch.tensor(
@@ -315,21 +316,25 @@ class Localized:
                 _notice(f"{longest} tokens gain nothing ({found}): the run is dense", stacklevel=7)
         return Near(self.policy, first, prompt, text if self.policy.keep_text else None, free)
 
-    def _check_question(self, layouts: Any) -> None:
-        if self.policy.keep_text or len(self.policy.dense_heads) == self.model.cfg.n_heads * len(self._layers):
-            return
-        longest = max(len(layout.spans.get("question", ())) for layout in layouts)
-        if longest > self.policy.window:
-            raise ExperimentError(
-                f"a window of {self.policy.window} with a question of {longest} tokens",
-                "a window that holds the question: local heads could not even read it",
-                f"use window={longest} or more, or keep_text=True",
-            )
-
     def _open(self) -> "Localized":
         if self.model.localized is not self:
             raise ExperimentError(f"{self!r} was closed", "one that is open", "call mech.localize again")
         return self
+
+
+def check_question(policy: Policy, layouts: Sequence[TokenLayout]) -> None:
+    """Refuse a window that local heads could not read the question in.
+
+    Raises:
+        ExperimentError: a question that is longer than the window.
+    """
+    longest = max(len(layout.spans.get("question", ())) for layout in layouts)
+    if longest > policy.window and not policy.keep_text:
+        raise ExperimentError(
+            f"a window of {policy.window} with a question of {longest} tokens",
+            "a window that holds the question: local heads could not even read it",
+            f"use window={longest} or more, or keep_text=True",
+        )
 
 
 class LocalLayer:

@@ -60,6 +60,15 @@ def test_a_constant_strength_closes_all_but_what_it_needs(planted):
     assert found.n_kv_heads[0] == 1 and head in found.policy.dense_heads
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("n_few", [64, 0])
+def test_no_more_heads_stay_dense_than_may_whatever_the_gates_say(planted, monkeypatch, rank, n_few):
+    monkeypatch.setattr("mech.sparse.training.loop.ALONE", n_few)
+    model, samples, head = planted
+    found = mech.sparsify(model, samples, target=None, strength=1e-6, at_most=1, rank=rank, **SHORT | {"steps": 4})
+    assert found.n_kv_heads == (1, 4) and (n_few == 0 or head in found.policy.dense_heads)
+
+
 def test_a_target_that_cannot_be_met_says_what_was_reached(planted):
     model, samples, _ = planted
     short = SHORT | {"steps": 4}
@@ -76,6 +85,7 @@ def test_a_target_that_cannot_be_met_says_what_was_reached(planted):
         ({"at_most": 5}, "an int from 1 to 4"),
         ({"rank": -1}, "at least 0"),
         ({"window": 64}, "lies within 1 sinks and a window of 64"),
+        ({"window": 1}, "a window of 1 with a question of"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(planted, monkeypatch, given, says):

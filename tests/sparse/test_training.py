@@ -256,6 +256,18 @@ def test_where_few_may_stay_open_those_stay_that_do_best_with_no_others(monkeypa
     assert run.gates.chosen().nonzero().tolist() == kept and closed(None) == loss
 
 
+def test_where_few_may_stay_open_weights_learn_under_them_from_the_first_step():
+    model = hooked()
+    made = training(model, replace(OBJECTIVES["constrained"], target=1e-9), steps=3)
+    few = SparseTraining(model, made.objective, POLICY, made.batch, made.weights, steps=3, settle=1, most=1)
+    most = SparseTraining(model, made.objective, POLICY, made.batch, made.weights, steps=3, settle=1, most=made.most)
+    assert (few.settle, most.settle) == (3, 1)
+    figures = few.step(0)
+    assert figures["strength"] == 0 and int(few.gates.chosen().sum()) == 1
+    with torch.no_grad(), mech.localize(model, replace(POLICY, dense_heads=few.dense_heads())):
+        assert few.batch(1).loss()[0].item() < figures["task"]
+
+
 def test_gates_that_are_closed_later_stand_above_those_closed_before():
     gates = HardConcrete(1, 4)
     with torch.no_grad():

@@ -47,7 +47,7 @@ from mech.sparse.dynamic import chosen, reach
 from mech.sparse.frontier.speed import speed_dataset
 from mech.sparse.gates import learned_gates
 from mech.sparse.groups import expanded, grouped
-from mech.sparse.localize import localize
+from mech.sparse.localize import check_question, localize
 from mech.sparse.policy import Policy
 
 CHOICES = ("ram", "bottom", "random", "vision", "causal", "gates", "reach", "dynamic", "layers")
@@ -186,7 +186,8 @@ def local_for(
         options: the other attributes of ``Local``.
 
     Raises:
-        ExperimentError: a sample that fits within sinks and window, so that nothing would be left out.
+        ExperimentError: a sample that fits within sinks and window, so that nothing would be left out; a question
+            longer than the window.
     """
     layouts = [model.inputs_of(sample, answer=True).layout for sample in samples]
     if window is None:
@@ -197,6 +198,7 @@ def local_for(
             f"a window of {window} and {sinks} sinks for a sample of {min(map(len, layouts))} tokens",
             "longer samples: here every head sees everything, and the model is dense", "make the window smaller",
         )  # fmt: skip
+    check_question(Policy((), sinks, window), layouts)
     return Local(sinks, window, **options)
 
 

@@ -5,15 +5,17 @@
     training.dense_heads()                  # what its gates chose
 
 With gates there are two stages. First they are drawn at random, and trained with the weights. In the last ``settle``
-steps each is 0 or 1, and the weights learn to work under just the policy that will be served; where an objective has a
-target, gates go on closing while there is room: those that cost least, tried one by one on a batch.
+steps each is 0 or 1, and the weights learn to work under just the policy that will be served, in the attention that
+``localize`` runs; where an objective has a target, gates go on closing while there is room: those that cost least,
+tried one by one on a batch. Where only a few gates may stay open there is no first stage: sets are few enough to be
+tried, and weights that learned beside more open gates have to unlearn it.
 
 Step ``i`` draws the same numbers whoever runs it, so a training that was stopped and resumed gives the same weights as
 one that was not, bit for bit on one machine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -29,6 +31,7 @@ from mech.model import HookedMLLM
 from mech.reference.smol.adapter import Adapters
 from mech.reference.smol.steps import Checkpoint, learning_rate
 from mech.sparse.groups import expanded
+from mech.sparse.localize import Localized, localize
 from mech.sparse.policy import Policy
 from mech.sparse.training.hard_concrete import HardConcrete
 from mech.sparse.training.mixture import far_mass, gated
@@ -64,7 +67,7 @@ class SparseTraining:
         policy: sinks and window of local heads; its dense heads are not read.
         batch: what each step learns from.
         weights: what is trained beside gates.
-        steps, settle: all of them, and how many at the end run with gates of 0 and 1.
+        steps, settle: all of them, and how many at the end run with gates of 0 and 1; all of them if few may stay open.
         rate, gate_rate: of Adam at its peak; that of gates is constant.
         most: the largest number of key/value heads whose gates may stay open in the end.
         seed: of the gates' noise.
@@ -90,6 +93,8 @@ class SparseTraining:
         refuse_without_groups(self.model)
         self.gates = HardConcrete(len(cfg.attention_layers), cfg.n_kv_heads).to(self.model.device)
         self.strength = Strength(self.objective)
+        if self.weights and self.has_gates and self._few():
+            self.settle = self.steps
         groups = [{"params": list(self.weights.values())}, {"params": list(self.gates.parameters())}]
         self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
 
@@ -115,6 +120,8 @@ class SparseTraining:
             if progress:
                 progress(step + 1, self.steps)
         self.curve = kept.curve if kept else self.curve
+        if self.has_gates and not self.settle and self.steps:
+            self._limit(self.steps, self.batch(self.steps))
 
     def step(self, step: int) -> dict[str, float]:
         """One step; returns ``task``, ``figure``, ``penalty`` and ``strength``."""
@@ -140,10 +147,12 @@ class SparseTraining:
 
     def _forward(self, batch: Batch, step: int, searching: bool) -> tuple[Tensor, float, Tensor]:
         """The task's loss under the objective, its figure, and the penalty."""
+        if self.has_gates and not searching:
+            with self._served():
+                return *batch.loss(), self.gates.chosen().float().mean()
         if self.has_gates:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            gates = self.gates.draw(len(batch.inputs), generator) if searching else self.gates.chosen().float()
-            with gated(self.model, batch.inputs, self.policy, gates):
+            with gated(self.model, batch.inputs, self.policy, self.gates.draw(len(batch.inputs), generator)):
                 return *batch.loss(), self.gates.open_probability().mean()
         if self.objective.penalty == "none":
             return *batch.loss(), torch.zeros(())
@@ -155,11 +164,16 @@ class SparseTraining:
     def _limit(self, step: int, batch: Batch) -> None:
         """Where settling begins: no more open gates than there may be, and a mean loss that knows only those steps."""
         self.strength.forget()
-        if self.most is not None and self.most * int(self.gates.chosen().sum()) <= ALONE:
+        if self.most is not None and self._few():
             self._keep(self.most, [batch, *(self.batch(step + i) for i in range(1, PROBES))])
         while self.most is not None and (over := int(self.gates.chosen().sum()) - self.most) > 0:
             places = self._cheapest(batch)
             self.gates.close([place for place, _ in places[: max(1, min(over, len(places) // 2))]])
+
+    def _few(self) -> bool:
+        """Whether so few gates may stay open that the sets of them can be tried."""
+        n_open = int(self.gates.chosen().sum())
+        return self.most is not None and self.most < n_open and self.most * n_open <= ALONE
 
     def _keep(self, most: int, batches: Sequence[Batch]) -> None:
         """Close all but the gates that do best with no others, found one after the other.
@@ -203,16 +217,19 @@ class SparseTraining:
     @torch.no_grad()
     def _closed(self, batch: Batch, places: Sequence[tuple[int, int]] = ()) -> float:
         """The task's loss with gates of 0 and 1, these closed as well."""
-        gates = self.gates.chosen().float()
-        for place in places:
-            gates[place] = 0
-        with gated(self.model, batch.inputs, self.policy, gates):
+        with self._served(places):
             return batch.loss()[0].item()
 
-    def dense_heads(self) -> Heads:
-        """All query heads of the key/value heads whose gates stay open."""
-        layers = self.model.cfg.attention_layers
-        return expanded([(layers[i], group) for i, group in self.gates.chosen().nonzero().tolist()], self.model.cfg)
+    def _served(self, closed: Sequence[tuple[int, int]] = ()) -> Localized:
+        """The model with gates of 0 and 1, some more of them closed."""
+        return localize(self.model, replace(self.policy, dense_heads=self.dense_heads(closed)))
+
+    def dense_heads(self, closed: Sequence[tuple[int, int]] = ()) -> Heads:
+        """All query heads of the key/value heads whose gates stay open, without some that are closed as well."""
+        layers, chosen = self.model.cfg.attention_layers, self.gates.chosen()
+        for place in closed:
+            chosen[place] = False
+        return expanded([(layers[i], group) for i, group in chosen.nonzero().tolist()], self.model.cfg)
 
 
 def refuse_without_groups(model: HookedMLLM) -> None:

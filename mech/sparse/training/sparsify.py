@@ -34,7 +34,7 @@ from mech.files import make_folder
 from mech.identity import weight_digest
 from mech.model import HookedMLLM
 from mech.sparse.groups import expanded
-from mech.sparse.localize import Localized, localize
+from mech.sparse.localize import Localized, check_question, localize
 from mech.sparse.policy import Policy
 from mech.sparse.training.loop import Batch, SparseTraining, refuse_without_groups
 from mech.sparse.training.lora import CONFIG, Lora
@@ -153,9 +153,9 @@ def sparsify(
     refuse_without_groups(model)
     samples, most = Samples(samples), len(model.cfg.attention_layers) * model.cfg.n_kv_heads
     limit = most if at_most is None else head_count(at_most, most)
-    samples = by_length(model, samples, sinks, window)
     with localize(model, Policy((), sinks, window)):  # refuses layers that share keys and values
         pass
+    samples = by_length(model, samples, sinks, window)
     adapter = Lora.fresh(model, rank, seed) if rank else None
     objective = OBJECTIVES["constrained"] if strength is None else replace(OBJECTIVES["gates"], strength=strength)
     objective = replace(objective, target=target, warm_up=min(objective.warm_up, steps // 8))
@@ -175,9 +175,12 @@ def by_length(model: HookedMLLM, samples: Samples, sinks: int, window: int) -> S
     """The samples from the shortest to the longest, so that those of a batch are alike and none is mostly padding.
 
     Raises:
-        ExperimentError: a sample that lies within sinks and window, in which a local head loses nothing.
+        ExperimentError: a sample that lies within sinks and window, in which a local head loses nothing; a question
+            that does not fit into the window.
     """
-    lengths = [len(model.inputs_of(sample, answer=True).layout) for sample in samples]
+    layouts = [model.inputs_of(sample, answer=True).layout for sample in samples]
+    check_question(Policy((), sinks, window), layouts)
+    lengths = [len(layout) for layout in layouts]
     if min(lengths) <= sinks + window:
         raise ExperimentError(
             f"a sample of {min(lengths)} tokens, which lies within {sinks} sinks and a window of {window}",
