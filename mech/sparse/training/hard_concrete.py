@@ -1,9 +1,9 @@
-"""Hard-concrete gates (arXiv 1712.01312): random numbers that are often exactly 0 or 1, with a gradient all the same.
+"""Hard-concrete gates (arXiv 1712.01312): random numbers that are often exactly 0 or 1 and still have a gradient.
 
 gates = HardConcrete(n_layers, n_kv_heads)
 gates.draw(batch, generator)        # [batch layer kv_head], for a training step
-gates.open_probability()            # how likely each is not 0: what an L0 penalty counts
-gates.value()                       # without noise: what the gate has become
+gates.open_probability()            # the probability that each is not 0, which an L0 penalty counts
+gates.value()                       # the gates without noise
 """
 
 import math
@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-SHARPNESS, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the paper: temperature, and how far the interval is stretched
+SHARPNESS, LOW, HIGH = 2 / 3, -0.1, 1.1  # the paper's temperature and the ends of the stretched interval
 START = 3.0  # log alpha of a gate that is open in 99 of 100 draws
 
 
 class HardConcrete(nn.Module):
-    """A gate for each key/value head of each layer, all of them open at first."""
+    """A gate for each key/value head of each layer, all open at the start."""
 
     def __init__(self, n_layers: int, n_kv_heads: int):
         super().__init__()
@@ -39,13 +39,13 @@ class HardConcrete(nn.Module):
 
     @torch.no_grad()
     def close(self, places: Sequence[tuple[int, int]]) -> None:
-        """Close some open gates, one after the other: each comes to stand above all that were closed before it."""
+        """Close some open gates in turn; each ends up above all gates that were closed before it."""
         for place in places:
             closed = self.log_alpha[~self.chosen()]
             self.log_alpha[place] = 0.9 * float(closed.max()) if closed.numel() else -1.0
 
     def chosen(self) -> Bool[Tensor, "layer kv_head"]:
-        """Which gates stay open when all are made 0 or 1: those whose value is at least one half."""
+        """The gates that stay open when all are rounded to 0 or 1: those with a value of at least one half."""
         return self.log_alpha.detach() >= 0
 
 

@@ -1,17 +1,17 @@
-"""The loop that trains for sparsity: whole models from a checkpoint (the experiment), or gates and LoRA (``sparsify``).
+"""The training loop for sparsity: whole models (the experiment), or gates and LoRA on a frozen one (``sparsify``).
 
     training = SparseTraining(model, OBJECTIVES["gates"], Policy((), 4, 16), batch, weights, steps=300)
-    training.run(Path("state.pt"))          # goes on from there if it was stopped
+    training.run(Path("state.pt"))          # resumes from there if it was stopped
     training.dense_heads()                  # what its gates chose
 
-With gates there are two stages. First they are drawn at random, and trained with the weights. In the last ``settle``
-steps each is 0 or 1, and the weights learn to work under just the policy that will be served, in the attention that
-``localize`` runs; where an objective has a target, gates go on closing while there is room: those that cost least,
-tried one by one on a batch. Where only a few gates may stay open there is no first stage: sets are few enough to be
-tried, and weights that learned beside more open gates have to unlearn it.
+With gates there are two stages. In the first, gates are sampled and trained together with the weights. In the final
+``settle`` steps every gate is 0 or 1, and the weights adapt to exactly the policy that will be served, running the
+attention of ``localize``; if the objective has a target, more gates close while the loss leaves room, cheapest first,
+each tried on a batch. If only a few gates may stay open, the first stage is skipped: there are few enough sets to try
+them all, and weights trained with more open gates would have to unlearn what they learned.
 
-Step ``i`` draws the same numbers whoever runs it, so a training that was stopped and resumed gives the same weights as
-one that was not, bit for bit on one machine.
+Every random number depends only on the seed and the step, so a training that was stopped and resumed gives the same
+weights as one that ran through, bit for bit on one machine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,11 +37,11 @@ from mech.sparse.training.hard_concrete import HardConcrete
 from mech.sparse.training.mixture import far_mass, gated
 from mech.sparse.training.objectives import Objective, Strength, spread
 
-EVERY = 20  # steps between two entries of the curve, and two checkpoints
-PATIENCE = 6  # steps that weights have to make up for gates that were closed, before others are
-ALONE, PROBES = 64, 4  # sets that are tried where few gates may stay open, and batches that they are tried on
-TRIED = 16  # open gates, the lowest, that are tried before some close
-REST = 1 / 3  # of the steps that settle: the last ones, in which no gate closes
+EVERY = 20  # steps between entries of the curve, and between checkpoints
+PATIENCE = 6  # steps the weights get to recover from gates that closed, before more gates close
+ALONE, PROBES = 64, 4  # most sets tried when few gates may stay open, and the batches each is tried on
+TRIED = 16  # how many of the lowest open gates are tried before some of them close
+REST = 1 / 3  # final share of the settling steps, in which no gate closes
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ class Batch:
     """What one step learns from.
 
     Attributes:
-        inputs: what runs, for the masks of local heads.
-        loss: runs the model on them, and gives the task's loss in nats and a figure for the curve (accuracy, say).
+        inputs: the inputs, from which the masks of local heads are made.
+        loss: runs the model on them; returns the task loss in nats and a figure for the curve, such as accuracy.
     """
 
     inputs: Inputs
@@ -59,18 +59,19 @@ class Batch:
 
 @dataclass
 class SparseTraining:
-    """One training: what it needs, and what it has come to.
+    """One training run: its settings and its current state.
 
     Attributes:
-        model: hooked; whatever else in it than ``weights`` asks for gradients is the caller's to freeze.
-        objective: what is asked for beside the task.
-        policy: sinks and window of local heads; its dense heads are not read.
+        model: a hooked model; freezing everything outside ``weights`` is up to the caller.
+        objective: the penalty added to the task loss.
+        policy: sinks and window of local heads; its dense heads are ignored.
         batch: what each step learns from.
-        weights: what is trained beside gates.
-        steps, settle: all of them, and how many at the end run with gates of 0 and 1; all of them if few may stay open.
-        rate, gate_rate: of Adam at its peak; that of gates is constant.
-        most: the largest number of key/value heads whose gates may stay open in the end.
-        seed: of the gates' noise.
+        weights: the parameters that are trained besides the gates.
+        steps, settle: number of steps, and how many of them at the end run with gates of 0 and 1 (all of them if only
+            a few gates may stay open).
+        rate, gate_rate: Adam's peak learning rate for the weights, and its constant rate for the gates.
+        most: the largest number of key/value heads whose gates may stay open at the end.
+        seed: seed of the gates' noise.
     """
 
     model: HookedMLLM
@@ -104,7 +105,7 @@ class SparseTraining:
         return self.objective.penalty == "gates"
 
     def run(self, checkpoint: Path | None = None, progress: Callable[[int, int], None] | None = None) -> None:
-        """All steps that are left, from ``checkpoint`` on if there is one; it is written every ``EVERY`` steps."""
+        """Run the remaining steps, resuming from ``checkpoint`` if it exists; it is written every ``EVERY`` steps."""
         parts = {"weights": Adapters(self.weights), "gates": self.gates, "optimizer": self._optimizer}
         kept = None if checkpoint is None else Checkpoint(checkpoint, **parts, strength=self.strength)
         figures: list[dict[str, float]] = []
@@ -146,7 +147,7 @@ class SparseTraining:
         return [weights, self.gate_rate] if self.weights else [self.gate_rate]
 
     def _forward(self, batch: Batch, step: int, searching: bool) -> tuple[Tensor, float, Tensor]:
-        """The task's loss under the objective, its figure, and the penalty."""
+        """The task loss under the objective, its figure, and the penalty."""
         if self.has_gates and not searching:
             with self._served():
                 return *batch.loss(), self.gates.chosen().float().mean()
@@ -162,7 +163,7 @@ class SparseTraining:
         return *loss, mass.mean() if self.objective.penalty == "far" else spread(mass)
 
     def _limit(self, step: int, batch: Batch) -> None:
-        """Where settling begins: no more open gates than there may be, and a mean loss that knows only those steps."""
+        """Enforce ``most`` as settling begins, and restart the running mean of the loss."""
         self.strength.forget()
         if self.most is not None and self._few():
             self._keep(self.most, [batch, *(self.batch(step + i) for i in range(1, PROBES))])
@@ -171,15 +172,15 @@ class SparseTraining:
             self.gates.close([place for place, _ in places[: max(1, min(over, len(places) // 2))]])
 
     def _few(self) -> bool:
-        """Whether so few gates may stay open that the sets of them can be tried."""
+        """Whether so few gates may stay open that it is affordable to try the sets of them."""
         n_open = int(self.gates.chosen().sum())
         return self.most is not None and self.most < n_open and self.most * n_open <= ALONE
 
     def _keep(self, most: int, batches: Sequence[Batch]) -> None:
-        """Close all but the gates that do best with no others, found one after the other.
+        """Close all but the gates that do best on their own, chosen greedily.
 
-        Closing what is cheapest would not find them: of heads that stand in for one another each costs nothing, until
-        the last of them is gone.
+        Closing the cheapest gate again and again would not find them: of heads that back each other up, each is free to
+        close until the last one is gone.
         """
         places = [(i, group) for i, group in self.gates.chosen().nonzero().tolist()]
         if len(places) <= most:
@@ -194,7 +195,7 @@ class SparseTraining:
         self.gates.close(places)
 
     def _close(self, step: int, batch: Batch) -> None:
-        """Close some gates more, if the loss is within its target and there is time to make up for it."""
+        """Close more gates if the loss is within its target and the weights have time left to recover."""
         target, settled = self.objective.target, step - (self.steps - self.settle) + 1
         due = settled % PATIENCE == 0 and settled <= (1 - REST) * self.settle
         if not (self.has_gates and target is not None and due and self.strength.mean <= target):
@@ -202,12 +203,12 @@ class SparseTraining:
         room, places = target - self.strength.mean, self._cheapest(batch)
         n = int((np.cumsum([max(0.0, cost) for _, cost in places]) <= room).sum())
         chosen, base = [place for place, _ in places], self._closed(batch)
-        while n and self._closed(batch, chosen[:n]) - base > room:  # those that stand in for one another cost more
+        while n and self._closed(batch, chosen[:n]) - base > room:  # together they may cost more than one by one
             n //= 2
         self.gates.close(chosen[:n])
 
     def _cheapest(self, batch: Batch) -> list[tuple[tuple[int, int], float]]:
-        """The lowest of the open gates, and what the task's loss gains when each is closed alone; cheapest first."""
+        """The lowest open gates with the increase of the task loss when each is closed alone; cheapest first."""
         chosen = self.gates.chosen()
         order = self.gates.log_alpha.detach().masked_fill(~chosen, torch.inf).flatten().argsort(stable=True)
         places = [divmod(index, chosen.shape[1]) for index in order[: min(TRIED, int(chosen.sum()))].tolist()]
@@ -216,16 +217,16 @@ class SparseTraining:
 
     @torch.no_grad()
     def _closed(self, batch: Batch, places: Sequence[tuple[int, int]] = ()) -> float:
-        """The task's loss with gates of 0 and 1, these closed as well."""
+        """The task loss with gates of 0 and 1 and these closed as well."""
         with self._served(places):
             return batch.loss()[0].item()
 
     def _served(self, closed: Sequence[tuple[int, int]] = ()) -> Localized:
-        """The model with gates of 0 and 1, some more of them closed."""
+        """The model under the policy of gates of 0 and 1, some more of them closed."""
         return localize(self.model, replace(self.policy, dense_heads=self.dense_heads(closed)))
 
     def dense_heads(self, closed: Sequence[tuple[int, int]] = ()) -> Heads:
-        """All query heads of the key/value heads whose gates stay open, without some that are closed as well."""
+        """The query heads of all key/value heads whose gates are open, leaving out those in ``closed``."""
         layers, chosen = self.model.cfg.attention_layers, self.gates.chosen()
         for place in closed:
             chosen[place] = False
@@ -233,7 +234,7 @@ class SparseTraining:
 
 
 def refuse_without_groups(model: HookedMLLM) -> None:
-    """Refuse models whose key/value heads a gate for each layer and head does not describe.
+    """Refuse models whose key/value heads do not form a grid of layers and heads.
 
     Raises:
         UnsupportedModel: no layer with attention heads, or layers that differ in their number of key/value heads.

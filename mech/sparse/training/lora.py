@@ -1,11 +1,11 @@
-"""LoRA (arXiv 2106.09685) on the attention of any supported model: trained beside frozen weights, merged to be served.
+"""LoRA (arXiv 2106.09685) on the attention of any supported model: trained on frozen weights, merged for serving.
 
     lora = Lora.fresh(model, rank=8)
     with lora.attached(model): ...          # W x + B A x, with a gradient for A and B
     with lora.merged(model): ...            # W + B A in the weights, and W again afterwards
     lora.save("sparse")                     # as PEFT writes it: PeftModel.from_pretrained(hf_model, "sparse") opens it
 
-What is adapted are the projections of the text stack's attention: queries, keys, values and output.
+It adapts the projections of the text stack's attention: queries, keys, values and output.
 """
 
 import json
@@ -35,12 +35,12 @@ _PREFIX, _DOWN, _UP = "base_model.model.", "lora_A.weight", "lora_B.weight"
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """Two thin matrices for each adapted projection; their product is added to its weight.
+    """Two low-rank matrices for each adapted projection; their product is added to its weight.
 
     Attributes:
-        rank: columns of the first, rows of the second.
+        rank: the inner dimension of the product.
         weights: ``MODULE.lora_A.weight`` (rank x d_in) and ``MODULE.lora_B.weight`` (d_out x rank), by name.
-        model: name of the model it was trained beside.
+        model: name of the model it was trained on.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class Lora:
 
     @classmethod
     def fresh(cls, model: HookedMLLM, rank: int, seed: int = 0) -> "Lora":
-        """One that changes nothing yet: B is zero.
+        """A new adapter, which changes nothing yet: B is zero.
 
         Raises:
             UnsupportedModel: weights that are quantized, offloaded or adapted already.
@@ -68,7 +68,7 @@ class Lora:
 
     @contextmanager
     def attached(self, model: HookedMLLM) -> Iterator[None]:
-        """While open, adapted projections put out ``W x + B A x``."""
+        """While open, adapted projections return ``W x + B A x``."""
 
         def beside(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             down, up = self.weights[f"{name}.{_DOWN}"], self.weights[f"{name}.{_UP}"]
@@ -81,7 +81,7 @@ class Lora:
 
     @contextmanager
     def merged(self, model: HookedMLLM) -> Iterator[None]:
-        """While open, ``B A`` is in the weights; afterwards they are as before, bit for bit."""
+        """While open, ``B A`` is added to the weights; afterwards they are restored bit for bit."""
         modules = self._found(model)
         before = {name: module.weight.detach().clone() for name, module in modules.items()}
         try:
@@ -95,7 +95,7 @@ class Lora:
                     module.weight.copy_(before[name])
 
     def save(self, folder: str | Path) -> Path:
-        """Write it as PEFT does: a config and safetensors.
+        """Write it in PEFT's format: a config and safetensors.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -115,7 +115,7 @@ class Lora:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Lora":
-        """What ``save`` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
             OutputError: no such files, or something else in them.
@@ -131,10 +131,10 @@ class Lora:
         return cls(rank, weights, model)
 
     def _found(self, model: HookedMLLM) -> dict[str, nn.Linear]:
-        """The projections it belongs to.
+        """The projections it adapts.
 
         Raises:
-            UnsupportedModel: a model without them, or in which they have another shape.
+            UnsupportedModel: the model lacks them, or their shapes differ.
         """
         found = projections(model)
         names = {name.removesuffix(f".{_UP}") for name in self.weights if name.endswith(_UP)}
@@ -149,10 +149,10 @@ class Lora:
 
 
 def projections(model: HookedMLLM) -> dict[str, nn.Linear]:
-    """The linear maps of the text stack's attention, by their name in the Hugging Face model.
+    """The linear layers of the text stack's attention, by their name in the Hugging Face model.
 
     Raises:
-        UnsupportedModel: weights that are quantized, offloaded or adapted already.
+        UnsupportedModel: weights that are quantized, offloaded or already adapted.
     """
     stack, names = model.family.text, {id(module): name for name, module in model.hf_model.named_modules()}
     found: dict[str, nn.Linear] = {}

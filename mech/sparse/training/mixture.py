@@ -1,4 +1,4 @@
-"""Attention while it is trained: every head mixed with its local self, and how much it attends far.
+"""Attention during training: every head mixed with its local version, and the attention it pays to distant keys.
 
     with gated(model, inputs, policy, gates):              # g dense + (1 - g) local, head by head
         model(inputs)
@@ -6,8 +6,8 @@
         model(inputs)
     torch.stack(masses)                                    # [layer head]
 
-The local branch is ``split_heads``, the attention that ``localize`` runs, whose work is linear in the length: a gate of
-0 gives the logits of the served model, one of 1 those of the dense model.
+The local branch is ``split_heads``, the attention that ``localize`` runs, whose cost is linear in the length: a gate of
+0 gives the logits of the served model, a gate of 1 those of the dense model.
 """
 
 from collections.abc import Iterator
@@ -30,28 +30,28 @@ Gates = Float[Tensor, "layer kv_head"] | Float[Tensor, "batch layer kv_head"]
 
 
 def near_of(inputs: Inputs, policy: Policy) -> Near:
-    """What a policy's local heads see of a batch that is read in one forward, answers included."""
+    """What a policy's local heads can see in a batch that is run in one forward, answers included."""
     mask = inputs.tensors["attention_mask"]
     return Near(policy, mask.argmax(1), torch.full((len(mask),), mask.shape[1], device=mask.device))
 
 
 @contextmanager
 def gated(model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Gates) -> Iterator[None]:
-    """While open, every head puts out ``gate * dense + (1 - gate) * local``, with its KV head's gate.
+    """While open, every head's output is ``gate * dense + (1 - gate) * local``, with the gate of its KV head.
 
-    Cost: that of dense attention and of local attention, and memory for both on the way back.
+    Cost: dense attention plus local attention, and memory for both in the backward pass.
     """
     near = near_of(inputs, policy)
     place = {layer: i for i, layer in enumerate(model.cfg.attention_layers)}
 
     def mix(call: AttentionCall) -> Tensor | None:
-        if call.cross:  # a memory of visual tokens has no window
+        if call.cross:  # visual tokens outside the sequence have no window
             return None
         heads, groups = call.q.shape[1], call.k.shape[1]
         local = split_heads(call, near, Plan.of(torch.zeros(heads, dtype=torch.bool), groups))
         gate = gates[..., place[call.layer], :].to(call.z).repeat_interleave(heads // groups, dim=-1)
         gate = gate[:, None, :, None] if gate.ndim == 2 else gate[:, None]
-        return gate * call.z + (1 - gate) * torch.nan_to_num(local)  # nothing is seen from a row of padding
+        return gate * call.z + (1 - gate) * torch.nan_to_num(local)  # a row of padding sees nothing
 
     with model.attending(mix):
         yield
@@ -59,10 +59,10 @@ def gated(model: HookedMLLM, inputs: Inputs, policy: Policy, gates: Gates) -> It
 
 @contextmanager
 def far_mass(model: HookedMLLM, inputs: Inputs, policy: Policy) -> Iterator[list[Float[Tensor, " head"]]]:
-    """While open, one forward fills the list: attention mass on keys that a local head would not see.
+    """While open, one forward fills the list with the attention mass on keys that a local head would not see.
 
-    ``mean over rows x of sum over y not in sinks or window of A[x, y]``, layer by layer, with its gradient. Rows of
-    padding do not count.
+    ``mean over rows x of sum over y outside sinks and window of A[x, y]``, layer by layer, differentiable. Rows of
+    padding are left out.
 
     Cost: the whole attention pattern of every layer, in float32.
     """
@@ -84,7 +84,7 @@ def _over_rows(mass: Float[Tensor, "batch head row"], real: Bool[Tensor, "batch 
 
 
 def final_states(model: HookedMLLM, inputs: Inputs) -> Float[Tensor, "batch pos d_model"]:
-    """The states that are unembedded, at all positions, in float32; only the last one is."""
+    """The states before unembedding at all positions, in float32; only the last position is unembedded."""
     kept: list[Tensor] = []
     with model.hooks([(FINAL, lambda value, hook: kept.append(value))]):
         model(inputs, logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""Sparsity for a model of one's own: gates, and LoRA beside frozen weights, from 5 to 50 samples.
+"""Sparsity for your own model: gates, and LoRA on frozen weights, learned from your samples.
 
     found = mech.sparsify(model, samples, window=256, target=0.02)
     print(found)                                   # 2 of 24 KV heads stay dense, 0.012 nats from the dense model
@@ -6,11 +6,12 @@
         fast.generate_text(inputs, max_new_tokens=32)
     found.save("sparse")                           # policy.json for localize, adapter_*.* as PEFT writes them
 
-The model is its own teacher: what it predicts at the answers, dense, is what gates and adapter have to keep. So the
+The model is its own teacher: gates and adapter have to preserve what the dense model predicts at the answers. So the
 samples need answers but no evidence. The objective is that of ``objectives``: as few open gates as a loss allows.
 
-Not measured here is whether that holds on other samples: keep some apart, and ask ``mech.acceleration``, or the model
-that ``serve`` gives.
+Gates alone take a few dozen samples. An adapter that makes up for missing heads takes more: it is trained on what the
+samples show, so they should cover the lengths that will be served. Whether the result holds on other samples is not
+measured here: keep some for testing, and evaluate the model that ``serve`` gives.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,16 +47,16 @@ Logits = list[Float[Tensor, "token vocab"]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sparsified:
-    """What ``sparsify`` found.
+    """The result of ``sparsify``.
 
     Attributes:
-        policy: what ``localize`` takes.
-        adapter: what the weights learned beside it; None for gates alone.
-        ranking: key/value heads by how open their gate was in the end, every query head with its group's.
-        loss: nats between the dense model's predictions of the answers and those of the served one, mean over tokens.
-        agreement: the share of samples of whose answers the served model predicts just the dense one's tokens.
-        n_kv_heads: how many key/value heads stay dense, and how many there are.
-        curve: of the training.
+        policy: for ``localize``.
+        adapter: the LoRA weights; None for gates alone.
+        ranking: key/value heads by their final gate; every query head has the gate of its group.
+        loss: divergence of the served model's predictions of the answers from the dense model's, in nats per token.
+        agreement: the share of samples on which the served model predicts every token of the answer as the dense one.
+        n_kv_heads: how many key/value heads stay dense, out of how many.
+        curve: the training curve.
     """
 
     policy: Policy
@@ -68,7 +69,7 @@ class Sparsified:
 
     @contextmanager
     def serve(self, model: HookedMLLM) -> Iterator[Localized]:
-        """While open, the model has the adapter in its weights and is under the policy; then it is as before."""
+        """While open, the model has the adapter merged and runs under the policy; afterwards it is restored."""
         with ExitStack() as opened:
             if self.adapter is not None:
                 opened.enter_context(self.adapter.merged(model))
@@ -115,35 +116,38 @@ def sparsify(
 ) -> Sparsified:
     """Learn which key/value heads can be local, and an adapter that makes up for it.
 
-    ``loss = KL(dense || sparse) + strength * expected share of open gates``, the divergence over the tokens of the
-    answers. With a ``target`` the strength is moved so that the divergence comes to it (see ``Strength``). In the last
-    two fifths of the steps gates are 0 or 1 and only the adapter learns. If the policy then misses the target, heads
-    are opened again, those of the highest gates first, until it holds.
+    ``loss = KL(dense || sparse) + strength * expected share of open gates``, with the divergence averaged over the
+    tokens of the answers. With a ``target`` the strength is adapted so that the divergence reaches it (see
+    ``Strength``). In the final two fifths of the steps gates are 0 or 1 and only the adapter learns. If so few heads
+    may stay dense that sets of them can be tried (``at_most`` times the number of KV heads <= 64), the best ones are
+    chosen first and the adapter learns under that policy in every step. If the result misses the target, heads are
+    opened again, highest gates first, until it holds.
 
-    Unit: nats for each token of the answer.
+    Unit: nats per token of the answer.
 
     Args:
-        model: a hooked model; it is left as it was.
-        samples: with answers, longer than sinks and window; other ones than those that test.
+        model: a hooked model; left unchanged.
+        samples: samples with answers that are longer than sinks and window; keep those you test on apart.
         sinks, window: what a local head sees, as in ``Policy``.
-        target: the largest divergence.
-        strength: in place of a target, a constant weight of the penalty; then nothing is promised of the divergence.
+        target: the largest acceptable divergence.
+        strength: instead of a target, a constant weight of the penalty; the divergence is then not bounded.
         at_most: the largest number, or share, of key/value heads that may stay dense.
-        rank: of the adapter; 0 for gates alone.
-        steps: of Adam.
-        batch_size: samples of a step.
-        rate: of the adapter, at its peak.
-        seed: of the order of samples, of the gates' noise, and of the adapter.
-        progress: called with (steps done, steps in all).
+        rank: rank of the adapter; 0 for gates alone.
+        steps: steps of Adam.
+        batch_size: samples per step.
+        rate: peak learning rate of the adapter.
+        seed: seed of the order of samples, the gates' noise, and the adapter.
+        progress: called with (steps done, total steps).
 
     Raises:
-        ExperimentError: neither target nor strength, or both; samples within sinks and window; a target that cannot be
-            met (it says the best that was reached).
+        ExperimentError: neither target nor strength, or both; samples within sinks and window; a question longer than
+            the window; a target that cannot be met (the message gives the best value reached).
         UnsupportedModel: layers that differ in their number of key/value heads, or share keys and values; with an
-            adapter, weights that are quantized or adapted already.
+            adapter, weights that are quantized or already adapted.
 
-    Cost: a dense forward for each sample; ``steps`` times ``batch_size`` forwards and backwards, in which attention
-    looks at every pair of positions twice; and at the end a few forwards for each sample.
+    Cost: one dense forward per sample; ``steps`` times ``batch_size`` forward and backward passes, with dense and local
+    attention of all heads while gates are sampled and that of the served model afterwards; a few forwards per sample
+    at the end.
 
     References: arXiv 2410.10819 (gates by KV head), 1712.01312 (hard-concrete gates), 2512.05865 (as few edges as a
     loss allows, with LoRA).
@@ -172,11 +176,11 @@ def sparsify(
 
 
 def by_length(model: HookedMLLM, samples: Samples, sinks: int, window: int) -> Samples:
-    """The samples from the shortest to the longest, so that those of a batch are alike and none is mostly padding.
+    """The samples from shortest to longest, so that those of a batch have similar lengths and little padding.
 
     Raises:
-        ExperimentError: a sample that lies within sinks and window, in which a local head loses nothing; a question
-            that does not fit into the window.
+        ExperimentError: a sample within sinks and window, where a local head loses nothing; a question longer than the
+            window.
     """
     layouts = [model.inputs_of(sample, answer=True).layout for sample in samples]
     check_question(Policy((), sinks, window), layouts)
@@ -191,12 +195,12 @@ def by_length(model: HookedMLLM, samples: Samples, sinks: int, window: int) -> S
 
 @torch.no_grad()
 def _said(model: Callable[..., Tensor], questions: Quiz) -> Logits:
-    """Log-probabilities at every answer's tokens."""
+    """Log-probabilities of the answer tokens, one tensor per sample."""
     return [said.log_softmax(-1) for said in answer_logits(model, questions)]
 
 
 def _divergence(found: Logits, wanted: Logits) -> Float[Tensor, " token"]:
-    """KL of the teacher's predictions from these, token by token."""
+    """``KL(wanted || found)`` for each token."""
     parts = [(there.exp() * (there - here)).sum(-1) for here, there in zip(found, wanted, strict=True)]
     return torch.cat(parts)
 
@@ -232,7 +236,7 @@ def _loss(model: HookedMLLM, questions: Quiz, teacher: Logits) -> tuple[Tensor, 
 def _settled(
     training: SparseTraining, questions: Quiz, teacher: Logits, adapter: Lora | None, samples: Samples
 ) -> Sparsified:
-    """The policy with as many of the highest gates as the target needs, as ``localize`` serves it."""
+    """The policy with as many of the highest gates open as the target needs, evaluated as ``localize`` serves it."""
     model, policy = training.model, training.policy
     layers, groups = model.cfg.attention_layers, model.cfg.n_kv_heads
     value = training.gates.log_alpha.detach().cpu().double().numpy()
@@ -271,7 +275,7 @@ def load_sparsified(folder: str | Path) -> tuple[Policy, Lora | None]:
     """The policy and the adapter that ``Sparsified.save`` wrote.
 
     Raises:
-        OutputError: no such folder, or something else in it.
+        OutputError: the folder does not exist or does not hold them.
     """
     folder = Path(folder)
     return Policy.from_json(folder / POLICY), Lora.load(folder) if (folder / CONFIG).exists() else None
