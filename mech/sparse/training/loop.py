@@ -166,10 +166,18 @@ class SparseTraining:
         """Enforce ``most`` as settling begins, and restart the running mean of the loss."""
         self.strength.forget()
         if self.most is not None and self._few():
-            self._keep(self.most, [batch, *(self.batch(step + i) for i in range(1, PROBES))])
+            self._keep(self.most, self._probes(step, batch))
         while self.most is not None and (over := int(self.gates.chosen().sum()) - self.most) > 0:
             places = self._cheapest(batch)
             self.gates.close([place for place, _ in places[: max(1, min(over, len(places) // 2))]])
+
+    def _probes(self, step: int, batch: Batch) -> list[Batch]:
+        """The batch of a step and those of the next ones: one alone says too little about what closing a gate costs."""
+        return [batch, *(self.batch(step + i) for i in range(1, PROBES))]
+
+    def _cost(self, batches: Sequence[Batch], places: Sequence[tuple[int, int]]) -> float:
+        """The increase of the task loss when these gates are closed, mean over batches."""
+        return mean(self._closed(batch, places) - self._closed(batch) for batch in batches)
 
     def _few(self) -> bool:
         """Whether so few gates may stay open that it is affordable to try the sets of them."""
@@ -202,8 +210,8 @@ class SparseTraining:
             return
         room, places = target - self.strength.mean, self._cheapest(batch)
         n = int((np.cumsum([max(0.0, cost) for _, cost in places]) <= room).sum())
-        chosen, base = [place for place, _ in places], self._closed(batch)
-        while n and self._closed(batch, chosen[:n]) - base > room:  # together they may cost more than one by one
+        batches, chosen = self._probes(step, batch) if n else [], [place for place, _ in places]
+        while n and self._cost(batches, chosen[:n]) > room:  # on one batch, or one by one, they may cost less
             n //= 2
         self.gates.close(chosen[:n])
 
