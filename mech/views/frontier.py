@@ -287,8 +287,8 @@ def _key(colour: str, symbol: str, dash: str, name: str, shade: bool = False) ->
 
 ARMS = (("@top", "diamond"), ("@bottom", "square"), ("@middle", "triangle-up"), ("@matched", "star"), ("@random", "x"))
 PANELS = (
-    ("KV heads needed, ranked by RAM", "RAM against effect (Spearman)"),
-    ("attention outside sinks and window", "circuit of few edges (CMD)"),
+    ("KV heads needed, by RAM", "RAM vs effect (Spearman)"),
+    ("attention outside sinks and window", "unfaithfulness of small circuits (CMD)"),
 )
 
 

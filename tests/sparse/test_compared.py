@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mech.reference import sparsity_runs, sparsity_served
-from mech.sparse.training.compared import MEASURES, TESTABLE, bought, buys, compared, needed, sentences
+from mech.sparse.training.compared import MEASURES, TESTABLE, compared, improves, needed, sentences, verdicts
 from mech.views import sparsity_view
 
 
@@ -46,12 +46,12 @@ def test_differences_are_paired_by_seed_with_a_t_interval():
     low, high = stats.t.interval(0.95, 2, np.mean(ginis) - 0.2, stats.sem(ginis))
     assert (found.difference, found.low, found.high) == pytest.approx((np.mean(ginis) - 0.2, low, high))
     assert found.verdict == "better"
-    assert row(compared(three(gini=[0.1, 0.3, 0.2])), "Gini index of RAM").verdict == "no difference seen"
-    assert row(compared(three(blind=[7, 8, 7])), "heads that matter without looking").verdict == "worse"
+    assert row(compared(three(gini=[0.1, 0.3, 0.2])), "Gini index of RAM").verdict == "no clear difference"
+    assert row(compared(three(blind=[7, 8, 7])), "heads that are causal but do not attend").verdict == "worse"
 
 
 def test_a_report_of_few_samples_tells_no_single_heads():
-    found = row(compared(three(blind=[7, 8, 7], n_causal=[16, 6, 6])), "heads that matter without looking")
+    found = row(compared(three(blind=[7, 8, 7], n_causal=[16, 6, 6])), "heads that are causal but do not attend")
     assert found.values == (7,) and found.verdict == "one seed"
 
 
@@ -67,14 +67,14 @@ def test_an_arm_without_its_control_is_left_out_and_one_seed_has_no_interval():
 
 def test_the_answer_is_no_unless_both_sides_gain():
     rows = compared(three(ram=[1, 2, 1], gini=[0.3, 0.31, 0.3]))
-    assert buys(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": True}
-    assert sentences(rows)[-1] == "llava-s, both at once: far 10."
+    assert improves(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": True}
+    assert sentences(rows)[-1] == "llava-s: far 10 improves both efficiency and interpretability."
     rows = compared(three(ram=[1, 2, 1], blind=[9, 9, 8], gini=[0.1, 0.11, 0.1]))
-    assert buys(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": False}
-    counts = bought(rows, "llava-s", "far 10")["interpretability"]
+    assert improves(rows, "llava-s", "far 10") == {"efficiency": True, "interpretability": False}
+    counts = verdicts(rows, "llava-s", "far 10")["interpretability"]
     assert counts["worse"] == 2 and counts["better"] == 1  # the necessary set by RAM became smaller
-    assert sentences(rows)[-1].startswith("llava-s: no objective bought")
-    assert "interpretability: no" in sentences(rows)[0]
+    assert sentences(rows)[-1] == "llava-s: no objective improves both efficiency and interpretability."
+    assert "interpretability does not improve (1 of 10 measures better, 2 worse)" in sentences(rows)[0]
 
 
 def test_each_size_is_answered_for_itself_and_what_was_not_measured_does_not_count():
@@ -84,15 +84,15 @@ def test_each_size_is_answered_for_itself_and_what_was_not_measured_does_not_cou
         runs[f"qwen-long.{name}"]["efficiency"]["lost"] = {"longer": {"mean": 0.0}}
     rows = compared(runs)
     assert sentences(rows)[-2:] == [
-        "llava-s, both at once: far 10.",
-        "qwen-long: no objective bought efficiency and interpretability at once in this experiment.",
+        "llava-s: far 10 improves both efficiency and interpretability.",
+        "qwen-long: no objective improves both efficiency and interpretability.",
     ]
     there, absent = (
-        next(one for one in rows if one.size == size and one.measure.name == "served: lost on the new domain")
+        next(one for one in rows if one.size == size and one.measure.name == "accuracy lost when served, new domain")
         for size in ("llava-s", "qwen-long")
     )
-    assert there.verdict == "no difference seen" and absent.verdict == "not measured"
-    assert buys(rows, "qwen-long", "far 10") == {"efficiency": False, "interpretability": False}
+    assert there.verdict == "no clear difference" and absent.verdict == "not measured"
+    assert improves(rows, "qwen-long", "far 10") == {"efficiency": False, "interpretability": False}
     assert absent.measure.name not in sparsity_view(runs, "qwen-long")._repr_html_()
 
 
@@ -106,10 +106,10 @@ def test_the_shipped_runs_have_every_measure_and_are_drawn():
     assert {one["seed"] for one in runs.values() if one["arm"] == "control"} == {"0", "1", "2"}
     for one in runs.values():
         absent = {measure.name for measure in MEASURES if measure.of(one) is None}
-        within = {"served: lost on the new domain"} if one["size"] == "qwen-long" else set()
+        within = {"accuracy lost when served, new domain"} if one["size"] == "qwen-long" else set()
         if one["samples"]["causal"] < TESTABLE:
-            within.add("heads that matter without looking")
-        assert within <= absent <= within | {"edges for 80% faithfulness"}
+            within.add("heads that are causal but do not attend")
+        assert within <= absent <= within | {"share of edges for 80% faithfulness"}
         assert one["curve"][-1]["step"] == one["steps"]
     page = sparsity_view(runs)._repr_html_()
     for sentence in sentences([row for row in compared(runs) if row.size == "llava-s"]):
@@ -125,13 +125,14 @@ def test_what_the_page_says_beside_its_tables_holds_for_the_runs():
     rows = [one for one in compared(sparsity_runs()) if one.size == "llava-s"]
     found = {one.measure.name: one for one in rows if one.arm == "far 10"}
     better = {name for name, one in found.items() if one.verdict == "better"}
-    assert {"heads that hold half of RAM", "Gini index of RAM", "RAM across domains (Spearman)"} <= better
-    same = ("smallest necessary set", "smallest sufficient set", "heads that matter without looking")
-    assert all(found[name].verdict == "no difference seen" for name in (*same, "circuit of few edges (CMD)"))
-    by_ram = found["necessary set, ranked by RAM"]
+    assert {"share of heads holding half of RAM", "Gini index of RAM", "RAM across domains (Spearman)"} <= better
+    same = ("smallest necessary set", "smallest sufficient set", "heads that are causal but do not attend",
+            "unfaithfulness of small circuits (CMD)")  # fmt: skip
+    assert all(found[name].verdict == "no clear difference" for name in same)
+    by_ram = found["smallest necessary set by RAM"]
     assert set(by_ram.values) == {1} and min(by_ram.control) >= 2
     gates = [one for one in rows if one.arm == "constrained 0.1"]
-    assert {one.verdict for one in gates} == {"no difference seen"}
+    assert {one.verdict for one in gates} == {"no clear difference"}
 
 
 def test_what_the_page_says_of_the_longer_model_holds_for_its_runs():
@@ -139,10 +140,10 @@ def test_what_the_page_says_of_the_longer_model_holds_for_its_runs():
     found = {one.measure.name: one for one in compared(runs) if one.arm == "far 10"}
     needs = found["KV heads needed, best ranking"]
     assert sorted(value - before for before, value in zip(needs.control, needs.values, strict=True)) == [0, 1, 1]
-    assert needs.verdict == "no difference seen"
-    agrees = found["RAM against effect (Spearman)"]
+    assert needs.verdict == "no clear difference"
+    agrees = found["RAM vs effect (Spearman)"]
     assert max(agrees.control) < 0 < min(agrees.values)
-    assert found["heads that hold half of RAM"].verdict == "better"
+    assert found["share of heads holding half of RAM"].verdict == "better"
     control = {one["seed"]: one["needed"]["ram"]["heads"] for one in runs.values() if one["arm"] == "control"}
     for one in runs.values():
         if one["arm"] == "constrained 0.1":

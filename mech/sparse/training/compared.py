@@ -1,12 +1,12 @@
-"""What training for sparsity did: every measure of every run beside the control of the same seed.
+"""The effect of training for sparsity: every measure of every run, compared with the control of the same seed.
 
-    runs = mech.reference.sparsity_runs()              # plain numbers; ``benchmarks/sparsity.py`` made them
+    runs = mech.reference.sparsity_runs()              # plain numbers, made by ``benchmarks/sparsity.py``
     rows = compared(runs)
-    print(*sentences(rows), sep="\\n")                  # the answer, whatever it is
+    print(*sentences(rows), sep="\\n")                  # the result in words
 
-A run and its control start from the same weights and see the same batches; the difference between the two is what the
-objective did. Its interval is over seeds (t, so it is wide with three); each run's own numbers have intervals over
-samples beside. A difference is called better or worse only if its interval leaves out zero.
+A run and its control start from the same weights and see the same batches, so their difference is the effect of the
+objective. Its interval is over seeds (Student's t, wide with three seeds); the numbers of a single run come with
+intervals over samples. A difference is called better or worse only if its interval excludes zero.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 Run = Mapping[str, Any]
-TESTABLE = 10  # samples a causal report needs to tell single heads: 2 / 2**n is the least p of a sign-flip test
+TESTABLE = 10  # samples a causal report needs to judge single heads: the least p of a sign-flip test is 2 / 2**n
 ACCURACY, TRAINED, EFFICIENCY, INTERPRETABILITY = "accuracy", "what was trained", "efficiency", "interpretability"
 
 
@@ -26,10 +26,10 @@ class Measure:
     """One number of a run.
 
     Attributes:
-        name: in a table.
-        side: what it speaks for.
-        better: 1 if more is better, -1 if less is.
-        of: reads it; None where the run has none.
+        name: its label in a table.
+        side: accuracy, efficiency or interpretability, or what the objective itself trains.
+        better: 1 if higher is better, -1 if lower is.
+        of: reads it from a run; None if the run lacks it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Measure:
 
 
 def needed(run: Run, ranking: str | None = None) -> float | None:
-    """Key/value heads that have to stay dense for a loss of at most a point: by a ranking, or by the best of them."""
+    """Key/value heads that must stay dense to lose at most a point, by one ranking or by the best of them."""
     found = [one["n"] for name, one in run["needed"].items() if ranking in (None, name) and one["n"] is not None]
     return min(found, default=None)
 
@@ -53,12 +53,12 @@ def _accuracy(run: Run, *tests: str) -> float:
 
 
 def _blind(run: Run) -> float | None:
-    """Heads that matter without looking; None where the report is of too few samples to say of any that it matters."""
+    """Heads that are causal but do not attend; None if the report has too few samples to judge single heads."""
     return len(run["causal"]["blind"]) if run["samples"]["causal"] >= TESTABLE else None
 
 
 def _served(run: Run, test: str) -> float | None:
-    """What is lost there with few dense heads; None where all of it lies within the window."""
+    """Accuracy lost on a test under the smallest policy; None if its samples lie within the window."""
     lost = run["efficiency"]["lost"].get(test)
     return None if lost is None else lost["mean"]
 
@@ -73,31 +73,31 @@ MEASURES = (
     Measure("accuracy, longer scenes", ACCURACY, 1, lambda run: _accuracy(run, "longer")),
     Measure("attention outside sinks and window", TRAINED, -1, lambda run: run["far_mass"]),
     Measure("KV heads needed, best ranking", EFFICIENCY, -1, needed),
-    Measure("KV heads needed, ranked by RAM", EFFICIENCY, -1, lambda run: needed(run, "ram")),
+    Measure("KV heads needed, by RAM", EFFICIENCY, -1, lambda run: needed(run, "ram")),
     Measure("KV bytes at 8,192 tokens", EFFICIENCY, -1, lambda run: run["efficiency"]["kv_bytes"]["8192"]),
-    Measure("served: lost on the new domain", EFFICIENCY, -1, lambda run: _served(run, "new")),
-    Measure("served: lost on longer scenes", EFFICIENCY, -1, lambda run: _served(run, "longer")),
-    Measure("heads that hold half of RAM", INTERPRETABILITY, -1, lambda run: _ram(run, "half_mass_share")),
+    Measure("accuracy lost when served, new domain", EFFICIENCY, -1, lambda run: _served(run, "new")),
+    Measure("accuracy lost when served, longer scenes", EFFICIENCY, -1, lambda run: _served(run, "longer")),
+    Measure("share of heads holding half of RAM", INTERPRETABILITY, -1, lambda run: _ram(run, "half_mass_share")),
     Measure("Gini index of RAM", INTERPRETABILITY, 1, lambda run: _ram(run, "gini")),
-    Measure("RAM against effect (Spearman)", INTERPRETABILITY, 1, lambda run: run["causal"]["agreement"]["mean"]),
-    Measure("heads that matter without looking", INTERPRETABILITY, -1, _blind),
+    Measure("RAM vs effect (Spearman)", INTERPRETABILITY, 1, lambda run: run["causal"]["agreement"]["mean"]),
+    Measure("heads that are causal but do not attend", INTERPRETABILITY, -1, _blind),
     Measure("smallest necessary set", INTERPRETABILITY, -1, lambda run: _smallest(run, "lost", "effect")),
     Measure("smallest sufficient set", INTERPRETABILITY, -1, lambda run: _smallest(run, "recovered", "restoring")),
-    Measure("necessary set, ranked by RAM", INTERPRETABILITY, -1, lambda run: _smallest(run, "lost", "ram")),
-    Measure("circuit of few edges (CMD)", INTERPRETABILITY, -1, lambda run: run["circuit"]["cmd"]["mean"]),
-    Measure("edges for 80% faithfulness", INTERPRETABILITY, -1, lambda run: run["circuit"]["share"]),
+    Measure("smallest necessary set by RAM", INTERPRETABILITY, -1, lambda run: _smallest(run, "lost", "ram")),
+    Measure("unfaithfulness of small circuits (CMD)", INTERPRETABILITY, -1, lambda run: run["circuit"]["cmd"]["mean"]),
+    Measure("share of edges for 80% faithfulness", INTERPRETABILITY, -1, lambda run: run["circuit"]["share"]),
     Measure("RAM across domains (Spearman)", INTERPRETABILITY, 1, lambda run: run["stability"]["mean"]),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of one arm beside the control.
+    """One measure of one arm compared with the control.
 
     Attributes:
         size, arm, measure: what is compared.
-        control, values: by seed, of seeds that have both.
-        difference, low, high: arm minus control, mean over seeds with its 95% interval; nan with a single seed.
+        control, values: the measure by seed, for seeds that have both.
+        difference, low, high: arm minus control, mean over seeds with its 95% interval (nan for a single seed).
     """
 
     size: str
@@ -111,18 +111,18 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, ``no difference seen``; ``one seed``, without an interval, or ``not measured``."""
+        """``better``, ``worse``, ``no clear difference``; ``one seed``, without an interval, or ``not measured``."""
         if not self.values:
             return "not measured"
         if len(self.values) < 2:
             return "one seed"
         if self.low <= 0 <= self.high:
-            return "no difference seen"
+            return "no clear difference"
         return "better" if (self.difference > 0) == (self.measure.better > 0) else "worse"
 
 
 def compared(runs: Mapping[str, Run]) -> list[Comparison]:
-    """Every arm and measure beside the control, in the order of the runs."""
+    """Every arm and measure compared with the control, in the order of the runs."""
     found = []
     for size in dict.fromkeys(run["size"] for run in runs.values()):
         mine = [run for run in runs.values() if run["size"] == size]
@@ -145,50 +145,49 @@ def _compared(size: str, arm: str, measure: Measure, pairs: Sequence[tuple[Run, 
     return Comparison(size, arm, measure, control, values, mean, mean - reach, mean + reach)
 
 
-def bought(rows: Sequence[Comparison], size: str, arm: str) -> dict[str, dict[str, int]]:
-    """How many measures of each side are better, worse, or neither, for an arm."""
+def verdicts(rows: Sequence[Comparison], size: str, arm: str) -> dict[str, dict[str, int]]:
+    """For each side, how many measures of an arm have which verdict."""
     mine = [row for row in rows if (row.size, row.arm) == (size, arm)]
     return {
         side: {word: sum(row.verdict == word for row in mine if row.measure.side == side)
-               for word in ("better", "worse", "no difference seen", "one seed")}
+               for word in ("better", "worse", "no clear difference", "one seed")}
         for side in (ACCURACY, TRAINED, EFFICIENCY, INTERPRETABILITY)
     }  # fmt: skip
 
 
-def buys(rows: Sequence[Comparison], size: str, arm: str) -> dict[str, bool | None]:
-    """Whether an arm buys efficiency, and interpretability: more measures better than worse; None without intervals."""
-    counts, found = bought(rows, size, arm), {}
+def improves(rows: Sequence[Comparison], size: str, arm: str) -> dict[str, bool | None]:
+    """Whether an arm improves efficiency, and interpretability: more measures better than worse.
+
+    None if there is a single seed, and so no interval.
+    """
+    counts, found = verdicts(rows, size, arm), {}
     for side in (EFFICIENCY, INTERPRETABILITY):
-        better, worse, undecided = (counts[side][word] for word in ("better", "worse", "no difference seen"))
+        better, worse, undecided = (counts[side][word] for word in ("better", "worse", "no clear difference"))
         found[side] = better > worse if better + worse + undecided else None
     return found
 
 
 def sentences(rows: Sequence[Comparison]) -> list[str]:
-    """What came of it, in words."""
+    """The result in words: a sentence for each arm, then one for each size."""
     return list(_sentences(rows))
 
 
 def _sentences(rows: Sequence[Comparison]) -> Iterator[str]:
     for size, arm in dict.fromkeys((row.size, row.arm) for row in rows):
-        answer, counts = buys(rows, size, arm), bought(rows, size, arm)
+        answer, counts = improves(rows, size, arm), verdicts(rows, size, arm)
         mine = [row for row in rows if (row.size, row.arm) == (size, arm)]
-        n = max(len(row.values) for row in mine)
         accuracy = next(row for row in mine if row.measure.side == ACCURACY)
-        lost = f"accuracy changes by {100 * accuracy.difference:+.1f} points"
+        change = f"accuracy {100 * accuracy.difference:+.1f} points"
         if None in answer.values():
-            yield f"{size}, {arm} (one seed, so no interval): {lost}."
+            yield f"{size}, {arm} (one seed, so no interval): {change}."
             continue
-        said = [
-            f"{side}: {'yes' if bought_ else 'no'} ({counts[side]['better']} measures better, {counts[side]['worse']} "
-            f"worse, {counts[side]['no difference seen']} undecided)"
-            for side, bought_ in answer.items()
+        parts = [
+            f"{side} {'improves' if better else 'does not improve'} ({counts[side]['better']} of "
+            f"{sum(counts[side].values())} measures better, {counts[side]['worse']} worse)"
+            for side, better in answer.items()
         ]
-        yield f"{size}, {arm} ({n} seeds): {lost}. Bought {'; '.join(said)}."
+        yield f"{size}, {arm} ({max(len(row.values) for row in mine)} seeds): {change}; {'; '.join(parts)}."
     for size in dict.fromkeys(row.size for row in rows):
         arms = dict.fromkeys(row.arm for row in rows if row.size == size)
-        both = [arm for arm in arms if all(buys(rows, size, arm).values())]
-        yield (
-            f"{size}, both at once: {', '.join(both)}." if both
-            else f"{size}: no objective bought efficiency and interpretability at once in this experiment."
-        )  # fmt: skip
+        both = [arm for arm in arms if all(improves(rows, size, arm).values())]
+        yield f"{size}: {', '.join(both) or 'no objective'} improves both efficiency and interpretability."
