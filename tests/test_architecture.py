@@ -35,7 +35,7 @@ ORDER = [
     "views",
     "explorer",
 ]
-PROGRAMS = {"study.py", "settings.py", "__init__.py"}
+PROGRAMS = {"study.py", "settings.py", "__init__.py", "__main__.py"}
 PROGRAMS |= {path.relative_to(ROOT).as_posix() for place in ("cli", "lmms") for path in ROOT.glob(f"{place}/**/*.py")}
 
 

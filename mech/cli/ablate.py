@@ -23,13 +23,11 @@ class Ablations:
 
     to: Annotated[
         list[str] | None,
-        typer.Option(
-            help="mean, zero, resample, uniform, paper; may be given again.", callback=options.among(options.METHODS)
-        ),
+        typer.Option(help="mean, zero, resample, uniform, paper; repeatable.", callback=options.among(options.METHODS)),
     ] = None
     fraction: Annotated[
         list[float] | None,
-        typer.Option(help="Share of all heads, or from 1 on their number; repeatable.", callback=options.size),
+        typer.Option(help="Share of all heads (below 1) or number of heads; repeatable.", callback=options.size),
     ] = None
     band: Annotated[
         list[str] | None,
@@ -55,9 +53,11 @@ def ablate(
     ] = None,
     allow_other_model: Annotated[
         bool,
-        typer.Option("--allow-other-model", help="Take --heads of another model of this shape; the result says so."),
+        typer.Option(
+            "--allow-other-model", help="Accept --heads of another model of this shape; the result records it."
+        ),
     ] = False,
-    samples: Annotated[int, options.samples("Half find heads (or make the reference), half test them.", 8)] = 96,
+    samples: Annotated[int, options.samples("Half find heads (or form the reference), half test them.", 8)] = 96,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Save every sample's result (netCDF).", callback=options.written_to()),

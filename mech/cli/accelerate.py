@@ -23,15 +23,15 @@ EPILOG = (
 Pictures = Annotated[
     list[int] | None,
     typer.Option(
-        help="Pages or frames of a generated sample, for models of long contexts; repeatable: samples of each length.",
+        help="Pages or frames per generated sample, for long-context models; repeat it for samples of several lengths.",
         callback=options.whole(1),
     ),
 ]
 Window = Annotated[
     int | None,
-    typer.Option(help="Tokens a local head sees; by default a bit over the question.", callback=options.whole(1)),
+    typer.Option(help="Tokens a local head sees. Default: slightly more than the question.", callback=options.whole(1)),
 ]
-Sinks = Annotated[int, typer.Option(help="First tokens that every head sees.", callback=options.whole(0))]
+Sinks = Annotated[int, typer.Option(help="First tokens, which every head sees.", callback=options.whole(0))]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class Choices:
 
     share: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Share of KV heads that stay dense, or from 1 on their number; repeatable.", callback=options.size
-        ),
+        typer.Option(help="Share (below 1) or number of KV heads that stay dense; repeatable.", callback=options.size),
     ] = None
     choice: Annotated[
         list[str] | None,
@@ -84,10 +82,10 @@ def accelerate(
     run: options.Run,
     near: Local,
     dense: Choices,
-    samples: Annotated[int, options.samples("A quarter ranks the heads, the others test them.", 16)] = 96,
+    samples: Annotated[int, options.samples("A quarter ranks the heads, the rest test them.", 16)] = 96,
     margin: Annotated[
         float,
-        typer.Option(help="The loss of accuracy that a recommended setting stays below.", callback=options.share),
+        typer.Option(help="The largest accuracy loss of a recommended setting.", callback=options.share),
     ] = 0.1,
     batch_size: options.BatchSize = 8,
     out: options.PictureOrData = None,
@@ -136,14 +134,14 @@ class Training:
 
     target: Annotated[
         float,
-        typer.Option(help="The largest divergence from the dense model, nats per token.", callback=options.positive),
+        typer.Option(help="The largest divergence from the dense model, in nats per token.", callback=options.positive),
     ] = 0.02
     at_most: Annotated[
         float | None,
-        typer.Option(help="Share of KV heads that may stay dense, or from 1 on their number.", callback=options.size),
+        typer.Option(help="Share (below 1) or number of KV heads that may stay dense.", callback=options.size),
     ] = None
-    rank: Annotated[int, typer.Option(help="Of the adapter; 0 for gates alone.", callback=options.whole(0))] = 8
-    steps: Annotated[int, typer.Option(help="Of training.", callback=options.whole(1))] = 120
+    rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 trains gates alone.", callback=options.whole(0))] = 8
+    steps: Annotated[int, typer.Option(help="Training steps.", callback=options.whole(1))] = 120
     batch_size: options.BatchSize = 4
 
 
@@ -151,7 +149,7 @@ def sparsify(
     run: LongRun,
     near: Local,
     training: Training,
-    samples: Annotated[int, options.samples("Half of them train, the others test.", 4)] = 48,
+    samples: Annotated[int, options.samples("Half of them train, the rest test.", 4)] = 48,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for policy.json and the adapter (PEFT's format).")
     ] = None,

@@ -17,7 +17,9 @@ EPILOG = (
 def check(
     model: Annotated[str | None, typer.Argument(help="A reference model, a folder or a hub id.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Tiny random models of every family.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Every layer, not the first and last of each kind.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Check every layer, not just the first and last of each kind.")
+    ] = False,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:

@@ -27,10 +27,12 @@ def explore(
     domain: options.Domain = None,
     data: options.Data = None,
     root: options.Root = None,
-    samples: Annotated[int, options.samples("Samples; half of them is shown, half is what means are over.", 1)] = 32,
-    port: Annotated[int, typer.Option(help="0 finds a free one.", callback=options.whole(0, 65_535))] = 0,
-    state: Annotated[str, typer.Option(help="What is shown at first: the part of a link behind #.")] = "",
-    open_browser: Annotated[bool, typer.Option("--open", help="Open the address in the browser.")] = False,
+    samples: Annotated[
+        int, options.samples("Number of samples; half are shown, half give the means for ablation.", 1)
+    ] = 32,
+    port: Annotated[int, typer.Option(help="Port; 0 finds a free one.", callback=options.whole(0, 65_535))] = 0,
+    state: Annotated[str, typer.Option(help="The state shown first: the part of a link after #.")] = "",
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     seed: options.Seed = 0,
 ) -> None:
     """Explore a model on a page of this machine: where its heads attend, and what happens without them."""

@@ -143,7 +143,7 @@ Revision = Annotated[
     str | None,
     typer.Option(
         "--revision",
-        help="Branch, tag or commit of a hub id; step of training of a reference model (step2300).",
+        help="Branch, tag or commit of a hub id; training step of a reference model (step2300).",
         callback=filled,
     ),
 ]
@@ -162,7 +162,7 @@ Domain = Annotated[
     typer.Option(
         "--domain",
         "-d",
-        help="grounding (the default), documents, pages, video; or of --data.",
+        help="grounding (default), documents, pages, video; or a domain of --data.",
         autocompletion=domain_names,
         callback=filled,
     ),
@@ -176,18 +176,18 @@ def domains(text: str) -> Any:
 
 Data = Annotated[
     str | None,
-    typer.Option(
-        "--data", help="Samples of your own (mine.jsonl), or a published set (refcocog:200).", callback=filled
-    ),
+    typer.Option("--data", help="Your own samples (mine.jsonl), or a published set (refcocog:200).", callback=filled),
 ]
-Root = Annotated[Path | None, typer.Option("--root", help="The folder with the pictures of --data, if not beside it.")]
-Seed = Annotated[int, typer.Option(help="Of samples and random sets.", callback=whole(0, 2**32 - 1))]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="The folder with the images of --data, if they are not next to it.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of samples and random sets.", callback=whole(0, 2**32 - 1))]
 BatchSize = Annotated[int, typer.Option(help="Samples per forward.", callback=whole(1))]
 NRandom = Annotated[
-    int, typer.Option(help="Random sets of each size; p over sets is 1 / (1 + sets) or more.", callback=whole(1))
+    int, typer.Option(help="Random sets of each size; p over sets is at least 1 / (1 + sets).", callback=whole(1))
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
 
 BARS: ContextVar[bool] = ContextVar("bars", default=True)  # whether progress is shown as bars, or elsewhere in one line

@@ -32,11 +32,11 @@ class Pairs:
     direction: Annotated[
         str,
         typer.Option(
-            help="denoise (what is sufficient) or noise (what is necessary).",
+            help="denoise (tests sufficiency) or noise (tests necessity).",
             callback=options.among(options.DIRECTIONS),
         ),
     ] = "denoise"
-    samples: Annotated[int, options.samples("Samples, each patched with its counterfactual.", 1)] = 4
+    samples: Annotated[int, options.samples("Number of samples, each patched with its counterfactual.", 1)] = 4
     top: Annotated[int, typer.Option(help="How many rows to print.", callback=options.whole(1))] = 10
     out: options.PictureOrData = None
 
@@ -57,7 +57,7 @@ def patch(
     ] = None,
     positions: Annotated[str, typer.Option(help="all, question, last, image or text.")] = "all",
     regions: Annotated[
-        str | None, typer.Option(help="For --over region: cells of the picture (6x6), or names (image,question,last).")
+        str | None, typer.Option(help="For --over region: a grid over the image (6x6), or names (image,question,last).")
     ] = None,
 ) -> None:
     """Activation patching: which head, layer, position or region carries what the counterfactual changes."""

@@ -24,9 +24,9 @@ def rank(
     domain: options.Domain = None,
     samples: Annotated[int, options.samples("Samples to measure on.", 1)] = 48,
     score: Annotated[
-        str, typer.Option(help="ram, others of the literature, or gating (causal head gating), joined by commas.")
+        str, typer.Option(help="ram, other published scores, or gating (causal head gating), separated by commas.")
     ] = "ram",
-    top: Annotated[int, typer.Option(help="How many heads to print, and to compare.", callback=options.whole(1))] = 10,
+    top: Annotated[int, typer.Option(help="Number of heads to print and to compare.", callback=options.whole(1))] = 10,
     out: options.Written = None,
     export: Annotated[
         Path | None,

@@ -27,7 +27,7 @@ class Models:
         typer.Option(
             "--model",
             "-m",
-            help="May be given again, also as NAME@REVISION. Default: the reference models.",
+            help="Repeatable, also as NAME@REVISION. Default: the reference models.",
             autocompletion=options.reference_names,
             callback=options.known_model,
         ),
@@ -35,10 +35,14 @@ class Models:
     revision: Annotated[
         str | None,
         typer.Option(
-            "--revision", help="Of the one --model; NAME@REVISION where there are several.", callback=options.filled
+            "--revision",
+            help="Revision of a single --model; use NAME@REVISION if there are several.",
+            callback=options.filled,
         ),
     ] = None
-    domain: Annotated[list[str] | None, options.domains("May be given again. Default: all the model knows.")] = None
+    domain: Annotated[list[str] | None, options.domains("Repeatable. Default: all that the model was trained on.")] = (
+        None
+    )
 
     def names(self) -> list[str] | None:
         """The models with their revision."""
@@ -56,12 +60,12 @@ class Sizes:
 
     samples: Annotated[
         int | None,
-        options.samples("Samples of each domain: a quarter finds heads, the others test them. Default: 132.", 8),
+        options.samples("Samples per domain: a quarter finds heads, the rest test them. Default: 132.", 8),
     ] = None
     n_random: Annotated[
         int | None,
         typer.Option(
-            help="Random sets of the size that is claimed; p over sets is 1 / (1 + sets) or more. Default: 25.",
+            help="Random sets of the claimed size; p over sets is at least 1 / (1 + sets). Default: 25.",
             callback=options.whole(1),
         ),
     ] = None

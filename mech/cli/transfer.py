@@ -20,13 +20,15 @@ def transfer(
         list[str] | None, options.domains("Two or more. Default: grounding, documents and pages, or all of --data.")
     ] = None,
     fraction: Annotated[
-        float, typer.Option(help="Share of all heads, or from 1 on their number.", callback=options.size)
+        float, typer.Option(help="Share of all heads (below 1) or number of heads.", callback=options.size)
     ] = 0.05,
     to: Annotated[
         str, typer.Option(help="mean, zero, resample, uniform or paper.", callback=options.among(options.METHODS))
     ] = "mean",
-    samples: Annotated[int, options.samples("Of each domain: half find heads, half test them.", 8)] = 48,
-    n_random: Annotated[int, typer.Option(help="Random sets of as many heads.", callback=options.whole(2))] = 20,
+    samples: Annotated[int, options.samples("Per domain: half find heads, half test them.", 8)] = 48,
+    n_random: Annotated[
+        int, typer.Option(help="Random sets of the same number of heads.", callback=options.whole(2))
+    ] = 20,
     out: options.PictureOrData = None,
 ) -> None:
     """Ablate the top heads of every domain on every domain: one circuit for all, or one for each?"""

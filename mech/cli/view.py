@@ -27,19 +27,21 @@ def view(
     ],
     on: Annotated[
         list[Path] | None,
-        typer.Option("--on", help="The picture to draw over; repeatable, in the order of the images."),
+        typer.Option("--on", help="The picture to draw on; repeatable, in the order of the images."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             "-o",
-            help=".html, .png, .pdf or .svg; by default a page beside the file.",
+            help=".html, .png, .pdf or .svg. Default: a page next to the file.",
             callback=options.written_to(*DRAWN),
         ),
     ] = None,
-    width: Annotated[int, typer.Option(help="Of a figure, in CSS pixels.", callback=options.whole(200, 16_000))] = 1000,
-    scale: Annotated[float, typer.Option(help="PNG pixels for a CSS pixel.", callback=options.positive)] = 2.0,
+    width: Annotated[
+        int, typer.Option(help="Width of a figure, in CSS pixels.", callback=options.whole(200, 16_000))
+    ] = 1000,
+    scale: Annotated[float, typer.Option(help="PNG pixels per CSS pixel.", callback=options.positive)] = 2.0,
     title: Annotated[str | None, typer.Option(help="The title of the page.")] = None,
 ) -> None:
     """Draw a saved result: an offline page, or a figure for a paper. No model is needed."""

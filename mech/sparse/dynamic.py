@@ -185,7 +185,7 @@ def localize_dynamic(
     Cost: for every input one dense pass through ``layers``, in addition to the run itself.
     """
     policy = Policy((), sinks, window, keep_text, phase)
-    count = head_count(n, len(model.cfg.attention_layers) * model.cfg.n_kv_heads)
+    count = head_count(n, len(model.cfg.attention_layers) * model.cfg.n_kv_heads, "n")
     return Dynamic(model, policy, count, layers)
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -43,6 +44,13 @@ def test_help_is_printed_with_examples(mech, words):
 def test_the_version_is_that_of_the_package(mech):
     code, out, _ = mech("--version")
     assert code == 0 and out.split() == ["mech", version("mech")]
+
+
+def test_python_m_mech_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mech", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("mech", run_name="__main__")
+    assert not stop.value.code and capsys.readouterr().out.split() == ["mech", version("mech")]
 
 
 @pytest.mark.parametrize(

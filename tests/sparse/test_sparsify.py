@@ -82,7 +82,7 @@ def test_a_target_that_cannot_be_met_says_what_was_reached(planted):
         ({"target": None}, "one of the two"),
         ({"strength": 0.1}, "one of the two"),
         ({"target": -1.0}, "above 0"),
-        ({"at_most": 5}, "an int from 1 to 4"),
+        ({"at_most": 5}, "at_most=5 of 4 heads\nExpected: an int from 1 to 4"),
         ({"rank": -1}, "at least 0"),
         ({"window": 64}, "lies within 1 sinks and a window of 64"),
         ({"window": 1}, "a window of 1 with a question of"),

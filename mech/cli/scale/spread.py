@@ -34,20 +34,20 @@ Ray = Annotated[
     str | None,
     typer.Option(
         "--ray", metavar="[auto|ray://HOST:PORT]", callback=options.filled,
-        help="Measure on a Ray cluster: the one that runs here (auto), a remote one, or all cores and GPUs here.",
+        help="Measure on a Ray cluster: one running here (auto), a remote one, or all cores and GPUs of this machine.",
     ),
 ]  # fmt: skip
 Blocks = Annotated[
     str | None,
     typer.Option(
         "--blocks", callback=options.filled,
-        help="Folder (or s3://...) that blocks land in, for `mech work`. Default with --ray: OUT/blocks, mech-blocks.",
+        help="Folder (or s3://...) for blocks, shared with `mech work`. Default with --ray: OUT/blocks, mech-blocks.",
     ),
 ]  # fmt: skip
 Elsewhere = Annotated[bool, typer.Option("--elsewhere", help="Leave all blocks to `mech work` processes.")]
 Gpus = Annotated[
     float | None,
-    typer.Option("--gpus-per-model", help="With --ray: 0.5, two models a GPU; 4, one over four.",
+    typer.Option("--gpus-per-model", help="With --ray: 0.5 puts two models on a GPU, 4 spreads one over four.",
                  callback=options.checked(_check_gpus)),
 ]  # fmt: skip
 Threads = Annotated[int | None, typer.Option(help="CPU threads of each worker.", callback=options.whole(1))]

@@ -23,14 +23,14 @@ def work(
         str | None, typer.Option(help="auto: a model over several GPUs.", callback=options.filled)
     ] = None,
     idle: Annotated[
-        float, typer.Option(help="End after so many seconds without work.", callback=options.positive)
+        float, typer.Option(help="Exit after this many seconds without work.", callback=options.positive)
     ] = 600.0,
     linger: Annotated[
         float,
-        typer.Option(help="The same once every driver is done.", callback=options.positive),
+        typer.Option(help="The same, once every driver is done.", callback=options.positive),
     ] = 30.0,
     modules: Annotated[
-        list[str] | None, typer.Option("--import", help="Modules with measurements of your own; repeatable.")
+        list[str] | None, typer.Option("--import", help="Modules with your own measurements; repeatable.")
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:

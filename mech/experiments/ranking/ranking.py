@@ -57,16 +57,17 @@ class Head(_Pair):
 Heads = tuple[Head, ...]
 
 
-def head_count(k: int | float, n: int) -> int:
-    """How many of ``n`` heads ``k`` means: see ``Ranking.count``."""
+def head_count(k: int | float, n: int, name: str = "k") -> int:
+    """How many of ``n`` heads ``k`` means: see ``Ranking.count``. ``name`` is what the caller calls it."""
     if isinstance(k, int | np.integer) and not isinstance(k, bool) and 1 <= k <= n:
         return int(k)
     if isinstance(k, float | np.floating) and 0 < k < 1:
         # The last bits of a product such as 0.3 * 15 must not affect the count.
         return max(1, math.floor(round(float(k) * n, 9) + 0.5))
     raise ExperimentError(
-        f"k={k!r} of {n} heads", f"an int from 1 to {n}, or a share between 0.0 and 1.0", "use k=1 or k=0.05"
-    )
+        f"{name}={k!r} of {n} heads", f"an int from 1 to {n}, or a share between 0.0 and 1.0",
+        f"use {name}=1 or {name}=0.05",
+    )  # fmt: skip
 
 
 @checked

@@ -115,7 +115,7 @@ def _hits(
         mean = mean_rows(pattern, weight[:, at])
         hit = torch.zeros(*mean.shape[:2], max(map(len, evidence)), device=mean.device)
         for row, tokens in enumerate(evidence):
-            best = mean[row].topk(head_count(keys, real[row]), dim=-1).indices
+            best = mean[row].topk(head_count(keys, real[row], "keys"), dim=-1).indices
             among = torch.zeros_like(mean[row]).scatter_(1, best, 1.0)
             hit[row, :, : len(tokens)] = among[:, torch.as_tensor(tokens, device=mean.device)]
         return {"hit": hit}

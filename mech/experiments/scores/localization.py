@@ -49,7 +49,7 @@ def localized(
     """1 for the ``top`` heads of lowest entropy in each example, among heads with mean mass above the elbow."""
     mean = mass.mean(axis=0).ravel()
     candidates = np.argsort(-mean, kind="stable")[: elbow_count(mean)]
-    count = min(head_count(top, mean.size), len(candidates))
+    count = min(head_count(top, mean.size, "top"), len(candidates))
     flat = entropy.reshape(len(entropy), -1)
     chosen = np.zeros_like(flat)
     candidates = np.sort(candidates)  # equal entropies stay in (layer, head) order

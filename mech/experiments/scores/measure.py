@@ -262,7 +262,7 @@ def _dataset(
         if score.reduce == "entropy":
             value = localized(value, values[f"{name}/mass"], top)
         elif score.aggregate == "frequency":
-            value = _among_the_top(value, head_count(top, value[0].size))
+            value = _among_the_top(value, head_count(top, value[0].size, "top"))
         result[name] = ((EXAMPLE, LAYER, HEAD), value)
         result[name].attrs = {
             "unit": score.unit,

@@ -83,7 +83,7 @@ class Score:
                 raise ExperimentError(
                     f"a score with {field}={given!r}", ", ".join(words), suggestion(str(given), words)
                 )
-        head_count(self.top, 10**6)
+        head_count(self.top, 10**6, "top")
         for wrong, expected in (
             (self.reduce == "trimmed" and self.calibrate not in ("none", *SUBTRACTED), "no null but a question"),
             (self.on != "evidence" and self.calibrate in ("random", "shifted"), "evidence, the same for all rows"),

@@ -156,7 +156,7 @@ def sparsify(
         raise ExperimentError(f"target={target}, strength={strength}", "one of the two", "strength=None, target=0.02")
     refuse_without_groups(model)
     samples, most = Samples(samples), len(model.cfg.attention_layers) * model.cfg.n_kv_heads
-    limit = most if at_most is None else head_count(at_most, most)
+    limit = most if at_most is None else head_count(at_most, most, "at_most")
     with localize(model, Policy((), sinks, window)):  # refuses layers that share keys and values
         pass
     samples = by_length(model, samples, sinks, window)
