@@ -122,8 +122,9 @@ def accuracy_interval(change: Float[np.ndarray, "*batch draw example"], level: f
 
     within -1 and 1. With one draw x is 1: Bonett and Price's adjusted interval (2012, Journal of Educational and
     Behavioral Statistics 37). With several it is a random-effects interval over examples *and* sets (Satterthwaite's
-    degrees of freedom for the sets), x the largest mean change of an example and at least a half. Its width is never
-    zero: if none of n answers changed, that does not mean that none ever would, however many sets were tried.
+    degrees of freedom for the sets), x the largest mean change of an example, but at least ``max(1 / 2,
+    1 / sqrt(draws))``. Its width is never zero: if none of n answers changed, that does not mean that none ever would,
+    however many sets were tried.
 
     Unit of resampling: examples; with several draws examples crossed with sets. With few sets (under about twenty) that
     differ much, the coverage is below the level.

@@ -71,7 +71,7 @@ def redirection(
         samples: test samples with ``distractors``, one of which is drawn for each by ``seed``; not those that found the
             heads.
         ranking: which heads are at the top.
-        bias: what is added to the scores of the distractor's tokens; bias 0 is measured once, as ``plain_...``.
+        bias: what is added to the scores of the distractor's tokens; the run without it is ``plain_...``.
         heads: how many; see ``Ranking.count``.
         bands: any of ``"top"``, ``"bottom"``, ``"random"`` (heads outside the top) and ``"all"``.
         n_random: number of random sets.

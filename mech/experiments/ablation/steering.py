@@ -84,7 +84,7 @@ def steering(
         ExperimentError: unknown names, factors that are repeated or not finite, heads found on these samples or of
             another model.
 
-    Cost: one forward per sample, set and factor.
+    Cost: one forward per sample, and one per sample, set and factor other than 1.
     """
     samples, factors = Samples(samples), different("factors", factors, "(0, 1, 2)")
     other = refuse_ranking(ranking, model, samples, allow_other_model)

@@ -92,7 +92,7 @@ def edge_attribution(
         ExperimentError: a label that does not exist, a metric without a gradient, or layers that are not supported;
             raised before any forward.
 
-    Cost: two forwards and one backward for each pair, as many again for each step, and a forward for each checked edge;
+    Cost: for each pair two forwards, a forward and a backward for each step, and a forward for each checked edge;
     ``L^2 H^2 positions d_model`` operations a step in addition. Memory: the activations of the text stack.
 
     References: arXiv 2310.10348 (edge attribution patching), 2403.17806 (with integrated gradients; we take midpoints

@@ -117,8 +117,8 @@ def circuit_scores(
             does not tell samples from counterfactuals.
 
     Cost: twenty forwards for each test sample and entry (fewer if circuits are alike), and what the entries cost on the
-    samples that find: two forwards and a backward each for ``"eap"``, seven and five for ``"eap_ig"``, path patching of
-    every edge for ``"exact"``.
+    samples that find: three forwards and a backward each for ``"eap"``, seven and five for ``"eap_ig"``, path patching
+    of every edge for ``"exact"``.
 
     References: MIB, arXiv 2504.13151 (tasks for text models); EAP 2310.10348; EAP-IG 2403.17806; ensembles 2510.06811.
     Unlike there: midpoints in integrated gradients, keys and values by key/value head, samples in place of strings.

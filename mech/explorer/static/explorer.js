@@ -19,7 +19,7 @@ const SINKS = {
 };
 const HEAT = ["#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf"];
 const FAINTEST = 0.02, LIKELY = 0.0005, MOST_BYTES = 12e6, LEAST = 2; // pixels of a box
-const MANY = 512; // heads, from which on what costs more than a forward is measured when it is asked for
+const MANY = 512; // heads; with more, what costs more than a forward is measured only on request
 const SVG = "http://www.w3.org/2000/svg";
 
 const make = (name, facts = {}, ...inner) => {

@@ -2,7 +2,7 @@
 
 A family is a text stack and a vision stack plus the few modules between them, written as module paths. The table is in
 ``rows.py``: one ``Stack`` for each kind of transformer (by the ``model_type`` of its config), and one ``Row`` for each
-multimodal architecture, which says where its stacks are. Nothing else in the engine names an architecture.
+multimodal architecture, which says where its stacks are. Outside of it only ``generation.py`` names architectures.
 
     family = family_of(hf_model)
     family.text.attn            # ("self_attn",)

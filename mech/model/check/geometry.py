@@ -29,7 +29,7 @@ def geometry(model: Any, batches: Batches) -> Iterator[Finding]:
     * with the mixing of the vision stack switched off (z = 0), repainting a token's pixels changes that token's
       embedding, and hardly any embedding further away than a token's width (resizing mixes neighbours).
 
-    Forwards: 4 for each of three pictures.
+    Forwards: up to 5 for each of three pictures.
     """
     if batches.blind:
         yield Finding("layout", None, says=batches.blind)

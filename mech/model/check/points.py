@@ -91,7 +91,7 @@ def meaning(model: Any, batches: Batches) -> Iterator[Finding]:
     * an edit of ``hook_embed`` at the visual tokens equals the same edit at the projector, if the model puts nothing in
       between.
 
-    Forwards: 8 s + 4, on the padded batch.
+    Forwards: up to 6 s + 3, on the padded batch.
     """
     for stack, layer in layers(model, batches):
         prefix = f"{'vision.' if stack == 'vision' else ''}blocks.{layer}."

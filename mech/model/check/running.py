@@ -152,7 +152,7 @@ def encoding(model: Any, batches: Batches) -> Iterator[Finding]:
 def cleanliness(model: Any, batches: Batches) -> Iterator[Finding]:
     """After a run, a generation or an exception in a hook the model is unchanged: hooks, modes, weights, RNG, logits.
 
-    Forwards: 3 + 3 tokens, on the padded batch.
+    Forwards: 4 and a generation of 3 tokens, on the padded batch.
     """
     clean, before = model(batches.padded), _state(model)
     looked_at = layers(model, batches)
