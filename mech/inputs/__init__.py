@@ -1,8 +1,8 @@
 """Questions and pictures as tensors, and what every position of the sequence is.
 
-Takes a question, pictures and a processor, gives ``Inputs``: tensors, and a ``TokenLayout`` for each row. ``prompts``
-builds them, ``layout`` answers where things are, ``families`` knows how each architecture cuts pictures. The folder
-knows no model and no experiment.
+A question, pictures and a processor become ``Inputs``: tensors, and a ``TokenLayout`` for each row. ``prompts`` builds
+them, ``layout`` answers where things are, ``families`` knows how each architecture cuts pictures. Nothing here depends
+on models or experiments.
 """
 
 from mech.inputs.batch import Inputs, collate

@@ -1,7 +1,7 @@
-"""``Inputs``: the tensors a model's forward takes, and beside them what every position is.
+"""``Inputs``: the tensors a model's forward takes, together with what every position is.
 
 ``collate`` joins rows into a batch: sequences are padded on the left, so that the last column is the last token of
-every row; pictures are laid one after the other in the order of the rows, as the Hugging Face models count them.
+every row; pictures are concatenated in the order of the rows, as the Hugging Face models count them.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from mech.errors import InputError
 from mech.inputs.layout import IMAGE, VIDEO, TokenLayout
 from mech.notebook import Shown
 
-# What is as long as the sequence, and its value at padding (None: the tokenizer's padding token).
+# Tensors as long as the sequence, and their value at padding (None: the tokenizer's padding token).
 _PADDING: dict[str, int | None] = {
     "input_ids": None,
     "attention_mask": 0,
@@ -32,10 +32,10 @@ class Inputs(Shown):
     """One or more rows for a model.
 
     Attributes:
-        tensors: what the Hugging Face forward takes (``input_ids``, ``attention_mask``, ``pixel_values``, ...). In
-            place of pixels there may be a mapping, ``mm_encoder_outputs``: pictures that are encoded already.
+        tensors: what the Hugging Face forward takes (``input_ids``, ``attention_mask``, ``pixel_values``, ...). Instead
+            of pixels there may be a mapping, ``mm_encoder_outputs``: pictures that are already encoded.
         layouts: what every position is, one layout for each row.
-        made_by: the ``mark`` of the processor that made them; empty where they were put together by hand.
+        made_by: the ``mark`` of the processor that made them; empty if they were put together by hand.
     """
 
     tensors: dict[str, Any]
@@ -70,7 +70,7 @@ class Inputs(Shown):
 
     @property
     def shape(self) -> torch.Size:
-        """Rows and positions, as of a tensor of tokens: TransformerLens' patching functions take inputs for tokens."""
+        """Rows and positions, like a tensor of tokens: TransformerLens' patching functions take inputs as tokens."""
         return self.tensors["input_ids"].shape
 
     @property
@@ -83,9 +83,9 @@ class Inputs(Shown):
         return self.layouts[0]
 
     def check_same_layout(self, other: "Inputs") -> None:
-        """Refuse inputs whose positions are not the same things: patching moves values position by position.
+        """Refuse inputs whose positions do not correspond: patching moves values position by position.
 
-        Words may differ (another question of as many tokens), what each position is may not.
+        Words may differ (another question with the same number of tokens), but not what each position is.
 
         Raises:
             InputError: with the first position that differs, and both tokens there.
@@ -96,7 +96,7 @@ class Inputs(Shown):
             at = mine.first_difference(theirs)
             if at is None:
                 continue
-            if len(mine) != len(theirs):  # the tokens part before the kinds do
+            if len(mine) != len(theirs):  # the tokens differ before the kinds do
                 pairs = enumerate(zip(mine.tokens, theirs.tokens, strict=False))
                 at = min(at, next((i for i, (first, other) in pairs if first != other), at))
             raise InputError(
@@ -107,7 +107,7 @@ class Inputs(Shown):
             )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Inputs":
-        """The same on another device; ``dtype`` is for pixels only (times and indices keep theirs)."""
+        """The same on another device; ``dtype`` applies to pixels only (times and indices keep theirs)."""
         moved = {
             name: value.to(device=device, dtype=dtype if name.startswith("pixel_values") else None)
             for name, value in self.tensors.items()
@@ -121,8 +121,8 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
     """Rows as one batch, padded on the left.
 
     Args:
-        rows: inputs of the same model; rows without pictures may stand beside rows with pictures.
-        pad_token_id: the token at padded positions (it is masked, so that any will do).
+        rows: inputs for the same model; some may have pictures and others none.
+        pad_token_id: the token at padded positions (it is masked, so any will do).
     """
     if not rows:
         raise InputError("an empty list of inputs", "at least one", "pass the inputs to be joined")
@@ -183,12 +183,12 @@ def _check_memories(rows: Sequence[Inputs]) -> None:
 
 
 def _pad_canvas(part: Tensor, size: list[int]) -> Tensor:
-    """Zeros at the right and the bottom, which ``image_sizes`` tells the model to leave out."""
+    """Pad with zeros at the right and the bottom, which ``image_sizes`` tells the model to leave out."""
     return torch.nn.functional.pad(part, (0, size[1] - part.shape[3], 0, size[0] - part.shape[2]))
 
 
 def _refuse_one_token_for_both(rows: Sequence[Inputs]) -> None:
-    """GLM-4.1V writes images and videos with one token, and would look for each in the place of the other."""
+    """Refuse images and a video in one batch if the model writes both with one token, as GLM-4.1V does."""
     if not any("pixel_values_videos" in row.tensors for row in rows):
         return
     written: dict[int, set[int]] = {IMAGE: set(), VIDEO: set()}
@@ -211,5 +211,5 @@ def _tiled(name: str, parts: list[Tensor]) -> bool:
 
 
 def _pad_tiles(part: Tensor, tiles: int) -> Tensor:
-    """Zeros for the missing tiles; the models leave them out again."""
+    """Pad with zeros for the missing tiles; the models leave them out again."""
     return torch.cat([part, part.new_zeros(part.shape[0], tiles - part.shape[1], *part.shape[2:])], dim=1)

@@ -1,16 +1,16 @@
-"""The pieces that every family's geometry is made of: ``Canvas``, ``Tokens``, ``Shown``.
+"""The building blocks of every family's geometry: ``Canvas``, ``Tokens``, ``Shown``.
 
 A processor resizes, pads or crops a picture onto a *canvas*; the vision tower cuts the canvas into squares, one visual
 token each, row by row. ``Canvas`` holds that map and ``Canvas.tokens`` lists the squares:
 
     canvas = Canvas(48, 32, scale_x=48 / 97, scale_y=32 / 61)         # a picture of 97 x 61 pixels
     grid   = canvas.tokens(side=8, size=(97, 61))                      # 4 rows of 6 tokens, with their rectangles
-    tile   = grid[grid.row < 2]                                        # any subset or order is again tokens
+    tile   = grid[grid.row < 2]                                        # any subset or order is Tokens again
 
-What a picture becomes in the sequence is a ``Shown``: runs of tokens, and the text that the family writes between.
+A ``Shown`` is what a picture becomes in the sequence: runs of tokens, and the text that the family writes between them.
 
 The rectangles are nominal. Resizing mixes neighbouring pixels by a kernel's width, and a vision tower with attention
-spreads everything over the whole picture: the map says where a token *is*, not all it has seen.
+spreads everything over the whole picture: the map says where a token *is*, not everything it has seen.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Visual tokens that stand side by side in the sequence, in their order.
+    """Visual tokens that are adjacent in the sequence, in order.
 
     Attributes:
         row: row in the grid of the whole picture (tiles share one grid), or -1.
@@ -60,7 +60,7 @@ class Tokens:
         )
 
     def at(self, view: int | None = None, frame: int | None = None, row: int = 0, col: int = 0) -> "Tokens":
-        """The same in another view or frame, moved down by ``row`` and right by ``col`` in the grid."""
+        """The same tokens in another view or frame, moved down by ``row`` and right by ``col`` in the grid."""
         view_ = self.view if view is None else np.full(len(self), view)
         frame_ = self.frame if frame is None else np.full(len(self), frame)
         return replace(self, row=self.row + row, col=self.col + col, view=view_, frame=frame_)
@@ -74,10 +74,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where the original picture lies on what the vision tower sees.
+    """Where the original picture lies on the canvas that the vision tower sees.
 
     Pixel ``x`` of the original is at ``x * scale_x + left`` of a canvas of ``width`` by ``height``; a negative ``left``
-    means that columns were cropped away, a positive one that there is padding. Where the canvas is cut into tiles,
+    means that columns were cropped away, a positive one that there is padding. If the canvas is cut into tiles,
     ``tile`` is their (width, height).
     """
 
@@ -91,7 +91,7 @@ class Canvas:
 
     @classmethod
     def stretched(cls, size: Size, width: int, height: int, tile: Size | None = None) -> "Canvas":
-        """A picture of ``size`` resized to fill the canvas, its shape not kept."""
+        """A picture of ``size`` resized to fill the canvas, without keeping its shape."""
         return cls(width, height, width / size[0], height / size[1], tile=tile)
 
     def grid(self, side: int) -> tuple[int, int]:
@@ -102,8 +102,8 @@ class Canvas:
     def rectangles(self, side: int, size: Size) -> Float[np.ndarray, "token 4"]:
         """``(x0, y0, x1, y1)`` of every token in the original picture of ``size`` (width, height).
 
-        Rectangles are cut at the border of the picture; a token that shows padding only has ``nan``. Neighbours share
-        the very same edge, so that no token's rectangle overlaps another's by a rounding error.
+        Rectangles are cut at the border of the picture; a token that shows only padding has ``nan``. Neighbours share
+        exactly the same edge, so that no token's rectangle overlaps another's by a rounding error.
         """
         x, y = self._starts(side)
         return self._between(x, x + side, y, y + side, size)
@@ -114,7 +114,7 @@ class Canvas:
         return _tokens(rows, columns, self.rectangles(side, size))
 
     def resampled(self, side: int, size: Size, rows: int, columns: int, cropped: tuple[slice, slice]) -> Tokens:
-        """Tokens made by interpolating the ``kept`` (rows, columns) of the canvas' grid to another number of them."""
+        """Tokens from interpolating the ``cropped`` (rows, columns) of the canvas' grid to another number of them."""
         lines = []
         for starts, part, count in zip(self._starts(side), cropped[::-1], (columns, rows), strict=True):
             edges = np.append(starts, starts[-1] + side)
@@ -123,7 +123,7 @@ class Canvas:
         return _tokens(rows, columns, self._between(x[:-1], x[1:], y[:-1], y[1:], size))
 
     def _starts(self, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where tokens begin, in x and in y; what is left over at the end of a tile is dropped by the tower."""
+        """Where tokens begin, in x and in y; the tower drops what is left over at the end of a tile."""
         wide, high = self.tile or (self.width, self.height)
         x = np.add.outer(np.arange(0, self.width - wide + 1, wide), np.arange(wide // side) * side)
         y = np.add.outer(np.arange(0, self.height - high + 1, high), np.arange(high // side) * side)
@@ -155,10 +155,10 @@ class Shown:
     """What one picture becomes.
 
     Attributes:
-        pieces: what stands in the sequence, in its order: runs of visual tokens, and text written between them.
+        pieces: its part of the sequence, in order: runs of visual tokens, and text written between them.
         tile: width and height of what the vision tower takes at a time.
         tiles: how many of these the picture is cut into.
-        memory: the visual tokens, where they are not in the sequence.
+        memory: the visual tokens, if they are not in the sequence.
     """
 
     pieces: tuple[Piece, ...]

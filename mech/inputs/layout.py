@@ -5,10 +5,10 @@
     layout.positions("question")                   # the question's own tokens
     layout.positions(Box(12, 30, 40, 58), view="tiles")    # in the tiles only, where a picture is cut into tiles
     layout.rectangle(17)                           # and back: the pixels that position 17 stands for
-    layout.overlay(image, Box(12, 30, 40, 58))     # a picture of it
+    layout.overlay(image, Box(12, 30, 40, 58))     # a picture of them
 
-Positions count padding, so that they index the tensors of the batch. The layout holds no tensor and knows no model; a
-token's rectangle is where its patch was cut, not all it has seen (see ``mech.inputs.families.family``).
+Positions count padding, so that they index the tensors of the batch. The layout holds no tensor and depends on no
+model; a token's rectangle is where its patch was cut, not everything it has seen (see ``mech.inputs.canvas``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,13 +46,13 @@ class TokenLayout(Shown):
         row: row in the grid of visual tokens of that image or frame (tiles share one grid), or -1.
         col: column in that grid, or -1. A visual token with no row and column stands for no pixels (a line break).
         view: 0 for a token that shows the whole picture (its base view or thumbnail), 1 and up for its tiles, or -1.
-        rect: pixel rectangle ``(x0, y0, x1, y1)`` in the original image or frame; ``nan`` for what has none.
-        tokens: printable token strings, which joined give the text; "" for a token that only begins a character: the
-            last of its tokens shows it.
-        spans: named sets of positions: "question", and where they were given "answer" and the passages of a context.
+        rect: pixel rectangle ``(x0, y0, x1, y1)`` in the original image or frame; ``nan`` where there is none.
+        tokens: printable token strings that join to the text; "" for a token that only begins a character: the last of
+            its tokens shows it.
+        spans: named sets of positions: "question" and, if given, "answer" and the passages of a context.
         images: (width, height) of every original image, or of every frame of the video.
         frames_per_token: frames in one visual token of a video, else 1.
-        memory: the layout of the visual tokens where they are not in the sequence but in what cross-attention layers
+        memory: the layout of the visual tokens if they are not in the sequence but in what cross-attention layers
             attend to, else ``None``.
     """
 
@@ -97,7 +97,7 @@ class TokenLayout(Shown):
 
     @property
     def pictured(self) -> Int[np.ndarray, " pos"]:
-        """The positions of all visual tokens, of which a text has none."""
+        """The positions of all visual tokens; none for text alone."""
         return np.flatnonzero((self.kind == IMAGE) | (self.kind == VIDEO))
 
     @property
@@ -112,18 +112,18 @@ class TokenLayout(Shown):
     def positions(
         self, where: Where, *, image: int | None = None, coverage: float = 0.0, view: str | None = None
     ) -> Int[np.ndarray, " pos"]:
-        """The positions of something, in ascending order and never empty.
+        """The positions that ``where`` names, in ascending order and never empty.
 
         Args:
-            where: a region; several regions (their union); "image" (all visual tokens, a video's too), "text" (all
-                that is neither visual nor padding), "last", "all" (all but padding) or the name of a span such as
+            where: a region; several regions (their union); "image" (all visual tokens, also of a video), "text" (all
+                positions neither visual nor padding), "last", "all" (all but padding) or the name of a span such as
                 "question"; or positions, which are checked and returned; or a boolean mask of the row.
-            image: for a box or a mask the image it lies in, in place of its own; for "image" the one image meant.
+            image: for a box or a mask, the image it lies in, instead of its own; for "image", the one image meant.
             coverage: a token counts if more than this share of its rectangle lies in the region; 0 is any overlap.
-            view: for regions and "image", "whole" (the view of the whole picture) or "tiles"; both where left out.
+            view: for regions and "image", "whole" (the view of the whole picture) or "tiles"; both by default.
 
         Raises:
-            RegionError: nothing is there, or ``where`` names nothing.
+            RegionError: there are no such positions, or ``where`` is unknown.
         """
         if not 0 <= coverage < 1:
             raise RegionError(
@@ -139,7 +139,7 @@ class TokenLayout(Shown):
         return self._seen(np.flatnonzero(inside), view, where)
 
     def _seen(self, positions: Int[np.ndarray, " pos"], view: str | None, where: Where) -> Int[np.ndarray, " pos"]:
-        """Those of some positions that belong to a view."""
+        """Those of the given positions that belong to a view."""
         if view is None:
             return positions
         if view not in ("whole", "tiles"):
@@ -189,12 +189,12 @@ class TokenLayout(Shown):
         return whole_images(self, [image]) if frame is None else covered(self, Frames(frame), None, 0.0)
 
     def _finest(self, here: Bool[np.ndarray, " pos"]) -> Bool[np.ndarray, " pos"]:
-        """Of the tokens of a picture those of the tiles, or all of them where there are none."""
+        """The tokens of a picture's tiles, or all its tokens if it has no tiles."""
         tiles = here & (self.view > 0)
         return tiles if (self.row[tiles] >= 0).any() else here
 
     def first_difference(self, other: "TokenLayout") -> int | None:
-        """The first position that is not the same thing in another layout: another kind, or another place."""
+        """The first position that differs in kind or place from another layout."""
         shared = min(len(self), len(other))
         names = ("kind", "image", "frame", "row", "col", "view")
         differs = np.any([getattr(self, n)[:shared] != getattr(other, n)[:shared] for n in names], axis=0)
@@ -204,7 +204,7 @@ class TokenLayout(Shown):
 
     @checking(RegionError)
     def describe(self, position: int) -> str:
-        """A position in words: its token, or where in which picture it lies."""
+        """A position in words: its token, or its picture and where in it."""
         if position >= len(self):
             return "nothing"
         if self.kind[position] == PADDING:
@@ -230,19 +230,19 @@ class TokenLayout(Shown):
 
     @checking(RegionError)
     def grid(self, image: int = 0, frame: int | None = None) -> tuple[int, int]:
-        """Rows and columns of the visual tokens of an image or a frame of the video; of its tiles where it has some."""
+        """Rows and columns of the visual tokens of an image or a frame of the video; of its tiles if it has any."""
         here = self._finest(self._of_picture(image, frame))
         return int(self.row[here].max()) + 1, int(self.col[here].max()) + 1
 
     @checking(RegionError)
     def cells(self, rows: Count, cols: Count, image: int = 0, frame: int | None = None) -> dict[str, list[int]]:
-        """The visual tokens of a picture in ``rows`` x ``cols`` equal cells, each where its middle lies: "row,col".
+        """The visual tokens of a picture in ``rows`` x ``cols`` equal cells "row,col", by where their centres lie.
 
         Raises:
-            RegionError: a cell holds the middle of no token.
+            RegionError: a cell holds the centre of no token.
         """
         here = np.flatnonzero(self._of_picture(image, frame) & ~np.isnan(self.rect).any(axis=1))
-        if rows * cols > len(here):  # told before so many cells are made
+        if rows * cols > len(here):  # refused before so many cells are made
             raise RegionError(
                 f"{rows} x {cols} cells of {len(here)} visual tokens",
                 f"at most {' x '.join(map(str, self.grid(image, frame)))} cells",
@@ -265,9 +265,9 @@ class TokenLayout(Shown):
 
     @checking(RegionError)
     def words(self, span: str = "question") -> dict[str, list[int]]:
-        """The words of a span, each with its positions; one that comes again is numbered ("the 2")."""
+        """The words of a span, each with its positions; repeated words are numbered ("the 2")."""
         groups: list[list[int]] = []
-        text = ""  # of the last group; white space alone, or a part of a character, waits for what comes behind it
+        text = ""  # of the last group; white space alone, or a part of a character, waits for what follows
         for position in self.positions(span).tolist():
             token = self.tokens[position]
             if not groups or (text.strip() and (token[:1].isspace() or (token and text[-1:].isspace()))):
@@ -287,7 +287,7 @@ class TokenLayout(Shown):
 
     @checking(RegionError)
     def shifted(self, left: int, length: int) -> "TokenLayout":
-        """The same row with ``left`` positions of padding in front, ``length`` positions in all."""
+        """The same row with ``left`` positions of padding in front, ``length`` positions in total."""
         right = length - left - len(self)
         if left < 0 or right < 0:
             raise RegionError(
@@ -328,9 +328,9 @@ class TokenLayout(Shown):
 
         Args:
             picture: the original image (or a frame of it), at any scale.
-            where: the tokens to draw, as in ``positions``; without it all of the picture's, of its tiles where it has
-                some. Tiles are drawn over the whole view.
-            values: one number for each drawn position (opacity, relative to the largest); without them outlines.
+            where: the tokens to draw, as in ``positions``; by default all of the picture's, or of its tiles if it has
+                any. Tiles are drawn over the whole view.
+            values: one number for each drawn position (opacity, relative to the largest); by default outlines.
             image: which image the picture is.
             frame: which frame of the video the picture is.
             colour: of the rectangles.

@@ -2,7 +2,7 @@
 
 A tokenizer, an image processor, a chat template and the geometry of the visual tokens. ``AutoProcessor`` is not used:
 for the Qwen-VL family it fails without torchvision, because it insists on a video processor. Here the image processors
-run on PIL, placeholders are expanded and videos cut by ``mech.inputs``, and nothing depends on torchvision.
+run on PIL, ``mech.inputs`` expands placeholders and cuts videos, and nothing depends on torchvision.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ class Processor:
     Attributes:
         tokenizer: a fast Hugging Face tokenizer (spans come from its character offsets).
         image_processor: a Hugging Face image processor.
-        chat_template: jinja; where a checkpoint has none, its family's (``mech.inputs.families.family.FAMILIES``).
+        chat_template: jinja; if a checkpoint has none, its family's (``mech.inputs.families.family.FAMILIES``).
         geometry: which pixels each visual token stands for.
         image_token: the placeholder of an image in a prompt.
         video_token: the placeholder of a video, if the family takes any.
-        visual_tokens: what the visual tokens of an image and of a video are written as.
-        video_size: pixels a video may have (``shortest_edge``, ``longest_edge``) or tokens a frame of it
-            (``max_soft_tokens``), where that differs from an image's.
+        visual_tokens: how the visual tokens of an image and of a video are written.
+        video_size: limits on the pixels of a video (``shortest_edge``, ``longest_edge``) or the tokens of its frames
+            (``max_soft_tokens``), if they differ from an image's.
     """
 
     tokenizer: Any
@@ -55,12 +55,12 @@ class Processor:
         """From a Hugging Face processor, or from its tokenizer and image processor.
 
         Args:
-            processor: a Hugging Face processor; what is given by name goes before its parts.
-            config: the model's config: it says which family, patch size and placeholder tokens.
+            processor: a Hugging Face processor; parts given by name take precedence over its own.
+            config: the model's config, which determines family, patch size and placeholder tokens.
             tokenizer: the tokenizer.
             image_processor: the image processor.
-            chat_template: jinja, in place of the processor's or the tokenizer's own.
-            video_size: pixels a video may have, in place of the video processor's.
+            chat_template: jinja, instead of the processor's or the tokenizer's own.
+            video_size: limits on the pixels of a video, instead of the video processor's.
         """
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         image_processor = image_processor or getattr(processor, "image_processor", None)
@@ -103,7 +103,7 @@ class Processor:
         )
 
     def check_belongs(self, config: Any) -> None:
-        """Refuse a model whose pictures become other tokens.
+        """Refuse a model that turns pictures into other tokens.
 
         Raises:
             UnsupportedModel: another family, other patches, or another placeholder.
@@ -123,7 +123,7 @@ class Processor:
     def mark(self) -> str:
         """The family, and a short hash of what its inputs mean: tokens of the vocabulary, placeholders, patches.
 
-        How pictures are resized is not in it: that may be varied for one model.
+        Resizing is left out: it may vary for one model.
         """
         geometry, size = self.geometry, len(self.tokenizer)
         probed = self.tokenizer.convert_ids_to_tokens(sorted({*range(0, size, max(1, size // 512)), size - 1}))
@@ -132,18 +132,18 @@ class Processor:
         return f"{geometry.name}-{hashlib.sha256(repr((measured, self.visual_tokens, ids)).encode()).hexdigest()[:8]}"
 
     def visual_token(self, video: bool) -> str:
-        """What a visual token of an image, or of a video, is written as."""
+        """How a visual token of an image, or of a video, is written."""
         return str(self.visual_tokens[video])
 
     @property
     def pad_token_id(self) -> int:
-        """The token at padded positions; any will do, for it is masked."""
+        """The token at padded positions; any will do, since it is masked."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in ids if token is not None)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """What may not be typed into a question: placeholders and the marks of the chat template."""
+        """The strings that a question may not contain: placeholders and the marks of the chat template."""
         added = self.tokenizer.added_tokens_decoder.values()
         placeholders = [token for token in (self.image_token, self.video_token, *self.visual_tokens) if token]
         return (*placeholders, *(str(token) for token in added if token.special and str(token) not in placeholders))
@@ -157,7 +157,7 @@ class Processor:
         )
 
     def with_answer(self, prompt: str, answer: str) -> str:
-        """The prompt and the answer behind it, as the model would write it.
+        """The prompt followed by the answer, as the model would write it.
 
         Templates that end in a word ("ASSISTANT:") expect a space before the answer, others end in a line break.
         """
@@ -165,7 +165,7 @@ class Processor:
         return prompt + gap + answer
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """The tokens of an answer as they stand behind the prompt; the first is what a logit difference reads."""
+        """The tokens of an answer as they follow the prompt; a logit difference reads the first."""
         prompt = self.prompt("?")
         alone, joined = (self.tokenizer(text)["input_ids"] for text in (prompt, self.with_answer(prompt, answer)))
         if joined[: len(alone)] != alone or len(joined) == len(alone):
@@ -177,7 +177,7 @@ class Processor:
         return tuple(joined[len(alone) :])
 
     def settings(self) -> dict[str, Any]:
-        """What a result should say about how its inputs were made."""
+        """What a result should record about how its inputs were made."""
         names = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "resample", "image_mean", "image_std")
         settings = {name: getattr(self.image_processor, name, None) for name in names}
         for name in ("size", "crop_size"):
@@ -193,7 +193,7 @@ class Processor:
 def _on_pil(image_processor: Any) -> Any:
     """The same image processor on PIL.
 
-    Torchvision resizes with other rounding and crops half a pixel elsewhere: results would depend on whether it is
+    Torchvision rounds differently when resizing and crops half a pixel elsewhere: results would depend on whether it is
     installed, and the geometry would not be exact.
     """
     if getattr(image_processor, "backend", "pil") == "pil":
@@ -214,10 +214,10 @@ def _on_pil(image_processor: Any) -> Any:
 
 
 def _limits(settings: Any) -> dict[str, int] | None:
-    """How many pixels a video may have, or soft tokens a frame; other video processors have an image's own size.
+    """Limits on the pixels of a video, or the soft tokens of a frame; None where they are an image's.
 
     Args:
-        settings: a video processor, or what is stored of one.
+        settings: a video processor, or its stored settings.
     """
     names = ("size", "max_soft_tokens")
     stored = settings if isinstance(settings, dict) else {name: getattr(settings, name, None) for name in names}
@@ -238,7 +238,7 @@ def _plain(value: Any) -> Any:
 
 def _placeholder(tokenizer: Any, config: Any, name: str) -> str:
     token_id = getattr(config, name)
-    # Only added tokens are found whatever stands beside them.
+    # Only added tokens are found whatever text surrounds them.
     if (token := tokenizer.added_tokens_decoder.get(token_id)) is None:
         inside = 0 <= token_id < len(tokenizer)
         known = repr(tokenizer.convert_ids_to_tokens(token_id)) if inside else "nothing"
@@ -255,7 +255,7 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
 
     Args:
         name: a folder or a hub id.
-        config: the model's config, where it is loaded already.
+        config: the model's config, if it is already loaded.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -285,7 +285,7 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
         )
     except UnsupportedModel:
         raise
-    except Exception as error:  # of transformers, tokenizers and PIL, which have no common one for a malformed file
+    except Exception as error:  # transformers, tokenizers and PIL have no common error for a malformed file
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedModel(
             f"the processor of {where!r} cannot be loaded: {reason}",
@@ -295,7 +295,7 @@ def load_processor(name: str | Path, config: Any = None, *, revision: str | None
 
 
 def _own_class(name: str, revision: str | None) -> Any:
-    """Our image processor where transformers has none on PIL, else ``None``."""
+    """Our image processor if transformers has none on PIL, else ``None``."""
     from mech.inputs.families.pil import OWN
 
     settings = _settings(name, revision, "image_processor", "preprocessor_config.json")
@@ -304,12 +304,12 @@ def _own_class(name: str, revision: str | None) -> Any:
 
 
 def _settings(name: str, revision: str | None, part: str, file: str) -> dict[str, Any]:
-    """Of a part of the processor: inside processor_config.json since transformers 5, before in a file of its own."""
+    """Settings of a part of the processor: in processor_config.json since transformers 5, in its own file before."""
     return _stored(name, revision, "processor_config.json").get(part) or _stored(name, revision, file)
 
 
 def _stored(name: str, revision: str | None, file: str) -> dict[str, Any]:
-    """A JSON file of the checkpoint, empty where it has none."""
+    """A JSON file of the checkpoint, empty if it has none."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -2,17 +2,17 @@
 
     build(processor, "Which digit is in the red frame?", images=[photo])     # chat template around the question
     build(processor, question, video=frames, fps=2.0, answer="seven")         # the answer appended (teacher forcing)
-    encode(processor, "USER: <image>\\nHello ASSISTANT:", images=[photo])      # a text with placeholders, as it is
+    encode(processor, "USER: <image>\\nHello ASSISTANT:", images=[photo])      # a text with placeholders, used as given
 
-Each picture stands in the text as one placeholder, which is replaced by what the family writes for it: marks of rows
-and tiles, and one visual token for each run of them. The text is tokenized once, and each visual token is repeated as
-often as its run is long; what every position is follows from that, not from searching for tokens. The
-span of the question comes from character offsets, so that it holds no token of the template. Where several tokens make
-up one character (of Chinese, an emoji) the layout shows it on the last of them, and the others as "".
+Each picture appears in the text as one placeholder, which is replaced by what the family writes for it: marks of rows
+and tiles, and one visual token for each run of them. The text is tokenized once, and each visual token is repeated for
+the length of its run; what every position is follows from that, not from searching for tokens. The span of the
+question comes from character offsets, so it contains no token of the template. If several tokens make up one character
+(Chinese, an emoji), the layout shows it on the last of them, and the others as "".
 
 For the Qwen-VL family this builds ``mm_token_type_ids`` and the grids, without which the models silently fall back to
 one-dimensional positions. The result is that of the Hugging Face processor; frames of a video are resized by PIL,
-which may differ from torchvision in the last bit. Frames are taken as given: nothing is sampled.
+which may differ from torchvision in the last bit. Frames are used as given: nothing is sampled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,13 +49,13 @@ def build(
 
     Args:
         processor: of the model.
-        question: what the user says; it may hold no special token.
+        question: the user's question, without special tokens.
         images: PIL images, paths or uint8 arrays, in the order in which they are shown.
-        video: the frames of a video, all of one size, in place of images.
-        fps: frames a second of ``video``.
+        video: the frames of a video, all of one size, instead of images.
+        fps: frames per second of ``video``.
         answer: appended where the model's answer begins; the layout's span "answer".
-        context: a text that stands before the question, in the user's message, and is no part of it.
-        passages: stretches of the context, of which the layout will know the positions.
+        context: a text before the question in the user's message, not part of the question.
+        passages: stretches of the context whose positions the layout will know.
 
     Raises:
         InputError: the question cannot be asked like this; nothing has been computed yet.
@@ -86,13 +86,13 @@ def build(
 
 
 def _rendered(processor: Processor, question: str, images: int, video: bool) -> tuple[str, int, int]:
-    """The prompt, and the first and last character of the question in it."""
+    """The prompt, and where in it the question starts and ends."""
     prompt = processor.prompt(question, images, video)
     around = processor.prompt(_STAND_IN, images, video).split(_STAND_IN)
     if len(around) == 2:
         before, after = around
         inner = prompt[len(before) : len(prompt) - len(after)]
-        # Templates may strip the question, and do no more than that.
+        # Templates may strip the question, but do nothing else to it.
         if prompt == before + inner + after and inner in (question, question.strip()):
             return prompt, len(before), len(before) + len(inner)
     raise InputError(
@@ -111,15 +111,15 @@ def encode(
     *,
     spans: Mapping[str, tuple[int, int]] | None = None,
 ) -> Inputs:
-    """A text that holds one placeholder for each picture, as tensors and a layout.
+    """A text with one placeholder for each picture, as tensors and a layout.
 
     Args:
         processor: of the model.
         text: with ``processor.image_token`` for each image, or one ``processor.video_token``.
         images: PIL images, paths or uint8 arrays, in the order of their placeholders.
         video: frames of one size.
-        fps: frames a second of ``video``.
-        spans: names of stretches of ``text``, as (first, behind last) character; they become the layout's spans.
+        fps: frames per second of ``video``.
+        spans: named stretches of ``text``, as (first, one past last) character; they become the layout's spans.
     """
     shown, frames = pictures(images), pictures(video, "video")
     _check_counts(processor, text, len(shown), len(frames))
@@ -193,9 +193,9 @@ def _check_counts(processor: Processor, text: str, images: int, frames: int) -> 
 
 
 def _tokenized(processor: Processor, text: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The ids of a text, the characters each stands for, and what each is shown as."""
+    """The token ids of a text, the characters each stands for, and how each is shown."""
     tokenizer = processor.tokenizer
-    # Templates that print the first special token themselves, PaliGemma's behind the images, must not get it twice.
+    # Templates that print the first special token themselves (PaliGemma's after the images) must not get it twice.
     bos = tokenizer.bos_token
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not (bos and bos in text), verbose=False)
     ids = np.asarray(encoded["input_ids"], dtype=np.int64)
@@ -204,18 +204,18 @@ def _tokenized(processor: Processor, text: str) -> tuple[np.ndarray, np.ndarray,
 
 
 def _without_gaps(offsets: np.ndarray) -> np.ndarray:
-    """Offsets that leave out no character: one that no token has (a trimmed space) goes to the token behind it."""
+    """Offsets that leave out no character: one that no token has (a trimmed space) goes to the next token."""
     widened, reached = offsets.copy(), 0
     for index, (start, stop) in enumerate(offsets):
-        if stop:  # (0, 0) is a token that the tokenizer put in
+        if stop:  # (0, 0) is a token that the tokenizer added
             widened[index, 0], reached = min(start, reached), max(reached, stop)
     return widened
 
 
 def _shown(text: str, offsets: np.ndarray, names: list[str]) -> list[str]:
-    """What each token is shown as: its characters, each on the last of the tokens that share it, where it is whole.
+    """How each token is shown: its characters, each on the last of the tokens that share it, where it is whole.
 
-    Byte-level and byte-fallback tokenizers write a rare character as several tokens, which all have its offsets.
+    Byte-level and byte-fallback tokenizers encode a rare character as several tokens, which all have its offsets.
     """
     shown, taken = list(names), len(text)
     for index in reversed(range(len(offsets))):
@@ -231,7 +231,7 @@ def _written_out(
 ) -> tuple[str, dict[str, tuple[int, int]], list[Run]]:
     """The text with every placeholder replaced by what it stands for, one visual token for each run.
 
-    Returns the text, the spans in it, and the runs in their order.
+    Returns the text, the spans in it, and the runs in order.
     """
     parts = text.split(placeholder)
     replaced = ["".join(piece if isinstance(piece, str) else visual for piece in pieces) for pieces in written]
@@ -247,7 +247,7 @@ def _written_out(
 
 
 def _fields(source: np.ndarray, slots: np.ndarray, runs: list[Run]) -> dict[str, Any]:
-    """What the layout says of each position; ``source`` is the token of the text that it comes from."""
+    """The layout's fields for each position; ``source`` is the token of the text that it comes from."""
     names = ("frame", "row", "col", "view", "rect")
     fields: dict[str, Any] = {name: np.full(len(source), -1) for name in ("image", *names[:-1])}
     fields["kind"] = np.full(len(source), TEXT)
@@ -262,7 +262,7 @@ def _fields(source: np.ndarray, slots: np.ndarray, runs: list[Run]) -> dict[str,
 
 
 def _span(offsets: np.ndarray, source: np.ndarray, slots: np.ndarray, first: int, behind: int) -> tuple[int, ...]:
-    """Positions of the tokens with a character in ``[first, behind)``, placeholders aside."""
+    """Positions of the tokens with a character in ``[first, behind)``, except placeholders."""
     inside = (offsets[:, 0] < behind) & (offsets[:, 1] > first) & (offsets[:, 0] < offsets[:, 1])
     inside[slots] = False
     return tuple(np.flatnonzero(inside[source]).tolist())

@@ -1,9 +1,9 @@
 """Regions to tokens: which visual tokens a box, a mask, frames or pages cover, and which tokens a passage.
 
-A token belongs to a box or a mask if more than the asked share of *its* rectangle lies inside. The area is exact, also
+A token belongs to a box or a mask if more than the given share of *its* rectangle lies inside. The area is exact, even
 where a rectangle's edge cuts a pixel: every pixel is a unit square of one value. A region that covers no token (because
 the processor cropped it away) is an error, and so is a box that leaves its image by more than a pixel: such boxes are
-nearly always in the coordinates of another size.
+nearly always in the coordinates of another image size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _ROUNDING = 1e-9
 
 
 class Layout(Protocol):
-    """What a region has to know of a ``TokenLayout``: the picture and the pixels of every visual token."""
+    """What a region needs to know of a ``TokenLayout``: the picture and the pixels of every visual token."""
 
     @property
     def rect(self) -> Float[np.ndarray, "pos 4"]: ...
@@ -55,7 +55,7 @@ def covered(layout: Layout, region: Region, image: int | None, coverage: float) 
         area = (rects[:, 2] - rects[:, 0]) * (rects[:, 3] - rects[:, 1])
         overlap = _box_overlap(rects, region) if isinstance(region, Box) else _mask_overlap(rects, region.pixels)
         inside = here.copy()
-        # A token without a rectangle has area nan, and nan is larger than nothing.
+        # A token without a rectangle has area nan, and nan is not larger than anything.
         inside[here] = overlap / area > coverage + _ROUNDING
     if not inside.any():
         raise RegionError(
@@ -67,7 +67,7 @@ def covered(layout: Layout, region: Region, image: int | None, coverage: float) 
 
 
 def _passage(layout: Layout, region: Passage) -> Bool[np.ndarray, " pos"]:
-    """The tokens of a stretch of the context, which had to be known when the inputs were made."""
+    """The tokens of a stretch of the context that was known when the inputs were made."""
     if region.span not in layout.spans:
         raise RegionError(
             f"{region!r} in a row that does not know where it is",
@@ -156,9 +156,9 @@ def _box_overlap(rects: Float[np.ndarray, "token 4"], box: Box) -> Float[np.ndar
 def _mask_overlap(
     rects: Float[np.ndarray, "token 4"], pixels: Bool[np.ndarray, "height width"]
 ) -> Float[np.ndarray, " token"]:
-    """Area of the mask in each rectangle, from the integral image read between its nodes.
+    """Area of the mask in each rectangle, from the integral image interpolated between its nodes.
 
-    Between nodes the integral of a picture of constant pixels is bilinear, so that the reading is exact.
+    Between nodes the integral of a picture of constant pixels is bilinear, so the interpolation is exact.
     """
     integral = np.pad(np.cumsum(np.cumsum(pixels.astype(bool).astype(float), axis=0), axis=1), ((1, 0), (1, 0)))
 

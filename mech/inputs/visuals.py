@@ -1,7 +1,7 @@
 """Pictures and frames -> the vision tower's tensors, and for every placeholder the pieces it stands for.
 
-Pixels come from the Hugging Face image processors. What they made must be what ``mech.inputs.families.family`` expects;
-otherwise nothing is returned.
+Pixels come from the Hugging Face image processors. Their output must be what ``mech.inputs.families.family`` expects;
+otherwise it is refused.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from mech.inputs.processor import Processor
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Visual tokens side by side in the sequence: what they are tokens of."""
+    """Adjacent visual tokens of the sequence, and what they are tokens of."""
 
     kind: int
     image: int
@@ -60,7 +60,7 @@ def image_visuals(processor: Processor, images: list[Image.Image]) -> tuple[dict
 
 
 def _expected(shown: list[Shown], made: Any) -> list[tuple[int, Size]]:
-    """How many tiles of which size, in all; of the picture with the most where others are padded to it."""
+    """How many tiles of which size in total; those of the picture with the most, if others are padded to it."""
     counts = [image.tiles for image in shown]
     if made["pixel_values"].ndim == 5 and len(made["pixel_values"]) == len(shown):
         counts = [max(counts)]

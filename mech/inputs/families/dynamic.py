@@ -35,13 +35,13 @@ def measure_patches(name: str, config: Any, image_processor: Any) -> dict[str, A
 
 
 def grid_sizes(made: Any, image_processor: Any) -> list[tuple[int, Size]]:
-    """Of each picture, from its grid of patches (which is before the merging)."""
+    """The size of each picture, from its grid of patches (before merging)."""
     patch = image_processor.patch_size
     return [(times, (wide * patch, high * patch)) for times, high, wide in made["image_grid_thw"].tolist()]
 
 
 def unresized(size: Size, side: int) -> Canvas:
-    """A picture as it is (``do_resize=False``), which must then be whole tokens."""
+    """A picture that is not resized (``do_resize=False``), and must then be whole tokens."""
     if size[0] % side or size[1] % side:
         raise InputError(
             "a picture of {} x {} pixels with do_resize=False".format(*size),
@@ -52,7 +52,7 @@ def unresized(size: Size, side: int) -> Canvas:
 
 
 def refuse_long(size: Size) -> None:
-    """Pictures that ``smart_resize`` would refuse in its own words."""
+    """Refuse pictures that ``smart_resize`` would refuse in its own words."""
     if max(size) > 200 * min(size):
         raise InputError(
             "a picture of {} x {} pixels".format(*size),
@@ -62,7 +62,7 @@ def refuse_long(size: Size) -> None:
 
 
 def dynamic_canvas(width: int, height: int, image_processor: Any) -> Canvas:
-    """Qwen-VL's way: keep the shape, round both sides to whole merged tokens, stay between two numbers of pixels."""
+    """Qwen-VL's resizing: keep the shape, round both sides to whole merged tokens, stay between two pixel counts."""
     side = image_processor.patch_size * image_processor.merge_size
     refuse_long((width, height))
     if not image_processor.do_resize:
@@ -88,7 +88,7 @@ def video_block(processor: "Processor", frames: list[Image.Image], fps: float) -
 
 
 def video_timed(processor: "Processor", frames: list[Image.Image], fps: float) -> tuple[dict[str, Tensor], list[Piece]]:
-    """One run of tokens, and beside it the seconds between temporal patches, for Qwen2.5-VL's rotary positions."""
+    """One run of tokens, and the seconds between temporal patches for Qwen2.5-VL's rotary positions."""
     tensors, pieces = video_block(processor, frames, fps)
     return {**tensors, "second_per_grid_ts": torch.tensor([processor.geometry.frames_per_token / fps])}, pieces
 
@@ -123,7 +123,7 @@ def _per_frame(processor: "Processor", frames: list[Image.Image], size: dict[str
 
 
 def _whole_video(processor: "Processor", frames: list[Image.Image], size: dict[str, int]) -> Canvas:
-    """Qwen3-VL's limits are those of the whole video, not of a frame."""
+    """Qwen3-VL's limits apply to the whole video, not to a frame."""
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     (width, height), depth = frames[0].size, processor.geometry.frames_per_token
@@ -139,13 +139,13 @@ def patched_frames(
 ) -> tuple[dict[str, Tensor], list[Tokens]]:
     """A video as patches with a grid, and the tokens of each temporal patch.
 
-    The frames go through the image processor one by one, and the patches are put together in time afterwards: frames
-    ``2t`` and ``2t + 1`` make one temporal patch, and an odd last frame is repeated.
+    The frames go through the image processor one by one, and the patches are joined in time afterwards: frames ``2t``
+    and ``2t + 1`` make one temporal patch, and an odd last frame is repeated.
 
     Args:
         processor: of the model.
         frames: all of one size.
-        canvas: of a frame where a video has limits of its own; else an image's.
+        canvas: of a frame, if videos have their own limits; None for an image's.
     """
     geometry, image_processor = processor.geometry, processor.image_processor
     size, options = frames[0].size, {}

@@ -1,8 +1,8 @@
-"""What a family of models is: how its pictures become tokens, as one row of data, and the sizes of one checkpoint.
+"""A family of models: how its pictures become tokens, as one row of data, and the sizes of one checkpoint.
 
 ``Family`` says what one picture becomes in the sequence (``show``), which sizes the tower has (``measure``), which
-tensors the model takes, how a video is written and what is asked without a chat template. ``Geometry`` is a family's
-row filled in from one checkpoint's config. This file names no architecture: the files beside it add their rows.
+tensors the model takes, how a video is written and which chat template is the default. ``Geometry`` is a family's row
+filled in from one checkpoint's config. This file names no architecture: the files beside it add their rows.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,18 @@ class Family:
     Attributes:
         show: ``(size, image_processor, geometry, alone) -> Shown``; ``alone`` says that it is the row's only picture.
         measure: ``(name, config, image_processor) -> fields of Geometry``.
-        template: the chat template (jinja) where a checkpoint has none.
-        tensors: what the model takes of what the image processor makes.
-        reads: settings that its image processors have, and by which those of another family are told.
-        sizes: ``(made, image_processor) -> [(tiles, size)]`` by picture, where ``pixel_values`` do not show it.
+        template: the chat template (jinja) for checkpoints that have none.
+        tensors: the image processor's outputs that the model takes.
+        reads: settings that its image processors have, by which they are told from another family's.
+        sizes: ``(made, image_processor) -> [(tiles, size)]`` by picture, if ``pixel_values`` do not show it.
         nested: the image processor must be told which pictures belong to one row.
-        types: name and values of the tensor that tells the model the kind of every position, where it needs one.
-        placeholder: of a picture in the prompt, where it is not the visual token itself (``config.image_token_id``).
-        memory: adds the layout of visual tokens that are not in the sequence, and the mask of who may attend to them.
-        video: ``(processor, frames, fps) -> (tensors, pieces)``, or ``None`` where the family takes no video.
-        video_placeholder: of a video in the prompt, where it is not the token ``config.video_token_id``.
-        video_as_images: the tokens of a video are written as an image's.
-        late: a token that checkpoints have as a word, and that the family's own processor makes a special one.
+        types: name and values of the tensor that tells the model the kind of every position, if it needs one.
+        placeholder: of a picture in the prompt, if it is not the visual token itself (``config.image_token_id``).
+        memory: adds the layout of visual tokens outside the sequence, and the mask of which positions attend to them.
+        video: ``(processor, frames, fps) -> (tensors, pieces)``, or ``None`` if the family takes no video.
+        video_placeholder: of a video in the prompt, if it is not the token ``config.video_token_id``.
+        video_as_images: the tokens of a video are written like an image's.
+        late: a token that checkpoints store as a word, and that the family's own processor makes a special one.
     """
 
     show: Callable[[Size, Any, "Geometry", bool], Shown]
@@ -64,7 +64,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def kinds(layout: TokenLayout) -> Int[np.ndarray, " pos"]:
-    """0 text, 1 image, 2 video: the kinds of the layout are the Qwen models' own."""
+    """0 text, 1 image, 2 video: the layout's kinds are those of the Qwen models."""
     return layout.kind
 
 
@@ -73,7 +73,7 @@ class Geometry:
     """A family's row, filled in from one checkpoint's config.
 
     Attributes:
-        name: the row of ``FAMILIES``: ``config.model_type``, but for a LLaVA with Pixtral's tower.
+        name: the row of ``FAMILIES``: ``config.model_type``, except for a LLaVA with Pixtral's tower.
         side: pixels of the canvas along one side of a visual token.
         frames_per_token: frames of a video in one visual token.
         class_tokens: visual tokens in front of the grid that stand for no place (LLaVA with the strategy "full").
@@ -106,7 +106,7 @@ class Geometry:
         return shown
 
     def agree(self, expected: Any, made: Any) -> None:
-        """The map of the picture must be the image processor's own, or every box would be elsewhere."""
+        """Refuse a map of the picture that is not the image processor's own: every box would be elsewhere."""
         if expected != made:
             raise InputError(
                 f"the image processor made {made}",

@@ -36,19 +36,19 @@ def measure_tower(name: str, config: Any, image_processor: Any) -> dict[str, Any
 
 
 def show_fixed(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
-    """One run of tokens, behind the class token where the model keeps it."""
+    """One run of tokens, after the class token if the model keeps it."""
     canvas = fixed_canvas(*size, image_processor)
     tokens = Tokens.join([Tokens.nowhere(geometry.class_tokens), canvas.tokens(geometry.side, size)])
     return Shown((tokens,), (canvas.width, canvas.height))
 
 
 def sides(size: Any) -> dict[str, int]:
-    """The settings of a transformers size (a dict or a ``SizeDict``) that are set."""
+    """The fields of a transformers size (a dict or a ``SizeDict``) that are set."""
     return {name: value for name, value in dict(size or {}).items() if value}
 
 
 def fixed_canvas(width: int, height: int, image_processor: Any) -> Canvas:
-    """CLIP's way: resize (to a fixed size, or by the shortest edge), then crop or pad about the centre.
+    """CLIP's resizing: resize (to a fixed size, or by the shortest edge), then crop or pad around the centre.
 
     ``do_pad`` of ``LlavaImageProcessor`` pads the picture to a square first.
     """
@@ -71,7 +71,7 @@ def fixed_canvas(width: int, height: int, image_processor: Any) -> Canvas:
         left, top = left * scale_x, top * scale_y
     if getattr(image_processor, "do_center_crop", None):
         crop = sides(image_processor.crop_size)
-        # Floor division also where the crop is larger than the picture: this is how the PIL backend pads.
+        # Floor division even if the crop is larger than the picture: this is how the PIL backend pads.
         left += -((new_width - crop["width"]) // 2)
         top += -((new_height - crop["height"]) // 2)
         new_width, new_height = crop["width"], crop["height"]
@@ -112,9 +112,9 @@ def measure_pooled(name: str, config: Any, image_processor: Any) -> dict[str, An
 
 
 def show_pan_and_scan(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
-    """Gemma 3: the whole picture, and crops side by side where the picture is long and the processor is told to.
+    """Gemma 3: the whole picture, and crops side by side if the picture is long and the processor is set to crop.
 
-    The whole is view 0, the crops are the views from 1 on; their tokens count on from one crop to the next.
+    The whole is view 0, the crops are views 1 and up; rows and columns of tokens continue from one crop to the next.
     """
     canvas = fixed_canvas(*size, image_processor)
     whole = canvas.tokens(geometry.side, size)
@@ -141,7 +141,7 @@ def show_pan_and_scan(size: Size, image_processor: Any, geometry: Geometry, alon
 
 
 def pan_and_scan(image_processor: Any) -> dict[str, Any]:
-    """Gemma 3's settings of crops; checkpoints leave them empty, and the Hugging Face processor fills these in."""
+    """Gemma 3's crop settings; checkpoints leave them empty, and the Hugging Face processor fills these in."""
     filled = {
         "do_pan_and_scan": False,
         "pan_and_scan_min_crop_size": 256,

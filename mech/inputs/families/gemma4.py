@@ -1,7 +1,7 @@
 """Gemma 4: any shape within a budget of tokens, each the mean of a square of patches; the time before every frame.
 
 A picture is enlarged or shrunk to the most whole tokens that its shape and ``max_soft_tokens`` allow. A frame of a
-video has a smaller budget, and tokens of its own: nothing is merged in time.
+video has a smaller budget, and its own tokens: nothing is merged in time.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ _FRAME_TOKENS = 70  # the video processor's default
 
 
 def measure_soft(name: str, config: Any, image_processor: Any) -> dict[str, Any]:
-    """Sizes of a tower that takes lists of patches with their places; the image processor must cut the same ones."""
+    """Sizes of a tower that takes lists of patches with positions; the image processor must cut the same ones."""
     vision = config.vision_config
     theirs = (vision.patch_size, vision.pooling_kernel_size)
     ours = (image_processor.patch_size, image_processor.pooling_kernel_size)
@@ -44,7 +44,7 @@ def show_soft(size: Size, image_processor: Any, geometry: Geometry, alone: bool)
 
 
 def soft_sizes(made: Any, image_processor: Any) -> list[tuple[int, Size]]:
-    """Of each picture, from the places of its patches (x, y); -1 is padding."""
+    """The size of each picture, from the positions (x, y) of its patches; -1 is padding."""
     most = (made["image_position_ids"].amax(dim=1) + 1) * image_processor.patch_size
     return [(1, (width, height)) for width, height in most.tolist()]
 

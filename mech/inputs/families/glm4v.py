@@ -1,7 +1,7 @@
-"""GLM-4.1V: Qwen-VL's patches and merging with limits of its own, and videos written as images with a second behind.
+"""GLM-4.1V: Qwen-VL's patches and merging with its own limits, and videos as images, each followed by its second.
 
-The image processor counts a picture as one temporal patch of frames, so that its limits are of pixels times frames. The
-tokens of a video are the image's tokens; ``mm_token_type_ids`` tells them apart.
+The image processor counts a picture as one temporal patch of frames, so its limits are on pixels times frames. The
+tokens of a video are an image's tokens; ``mm_token_type_ids`` tells them apart.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ def video_glm(processor: "Processor", frames: list[Image.Image], fps: float) -> 
     """For each temporal patch a run of tokens between two marks, and the whole second of its first frame."""
     depth, own = processor.geometry.frames_per_token, processor.video_size
     limits = sides(own or processor.image_processor.size)
-    # The limits of a video are those of all its frames.
+    # A video's limits apply to all its frames together.
     canvas = _canvas(frames[0].size, processor.image_processor, limits, max(depth, len(frames)) if own else depth)
     tensors, steps = patched_frames(processor, frames, canvas)
     pieces: list[Piece] = []

@@ -1,7 +1,7 @@
 """LFM2-VL: one picture, or tiles and a thumbnail, each as a list of patches of its own length.
 
-transformers has the image processor for torchvision only; here it is on PIL. It reads the same settings and plans the
-same tiles and sizes; resized pixels may differ from torchvision's in the last bit.
+transformers has this image processor only for torchvision; here it runs on PIL. It reads the same settings and plans
+the same tiles and sizes; resized pixels may differ from torchvision's in the last bit.
 
     images = Lfm2VlImageProcessorPil(tile_size=512)
     images.plan((1200, 900))                        # Plan(rows=3, columns=4, width=576, height=448)
@@ -95,7 +95,7 @@ class Lfm2VlImageProcessorPil(PilBackend):
         return Plan(1, 1, *self._whole(*size))
 
     def _whole(self, width: int, height: int) -> Size:
-        """Both sides whole tokens, the area between the two numbers of tokens, the shape kept as well as may be."""
+        """Both sides whole tokens, the area between the two numbers of tokens, the shape kept as well as possible."""
         side, least, most = self.side, self.min_image_tokens * self.side**2, self.max_image_tokens * self.side**2
         new_width, new_height = (max(side, round(edge / side) * side) for edge in (width, height))
         if new_width * new_height > most:
@@ -113,7 +113,7 @@ class Lfm2VlImageProcessorPil(PilBackend):
         return new_width, new_height
 
     def _tiles(self, width: int, height: int) -> Size:
-        """Rows and columns whose shape is nearest; of equally near ones the last that the picture half fills."""
+        """Rows and columns with the nearest shape; among ties, the last that the picture more than half fills."""
         low, high = self.min_tiles, self.max_tiles
         pairs = {(w, h) for n in range(low, high + 1) for w in range(1, n + 1) for h in range(1, n + 1)}
         best, nearest = (1, 1), math.inf
@@ -186,7 +186,7 @@ def measure_lfm2(name: str, config: Any, image_processor: Any) -> dict[str, Any]
 
 
 def show_tiles(size: Size, image_processor: Lfm2VlImageProcessorPil, geometry: Geometry, alone: bool) -> Shown:
-    """The whole, or tiles row by row, each behind the mark of its place, and the thumbnail; between two marks."""
+    """The whole, or tiles row by row, each after the mark of its place, and the thumbnail; between two marks."""
     plan, side, tile = image_processor.plan(size), geometry.side, image_processor.tile_size
     whole = Canvas.stretched(size, plan.width, plan.height).tokens(side, size)
     pieces: list[Piece] = []
@@ -203,7 +203,7 @@ def show_tiles(size: Size, image_processor: Lfm2VlImageProcessorPil, geometry: G
 
 
 def tile_sizes(made: Any, image_processor: Lfm2VlImageProcessorPil) -> list[tuple[int, Size]]:
-    """Of each picture, the number of its views and the size of the last: the whole where it is shown."""
+    """For each picture, the number of its views and the size of the last: the whole if it is shown."""
     counts, patch = made["tiles"].tolist(), image_processor.encoder_patch_size
     lasts = (made["spatial_shapes"][np.cumsum(counts) - 1] * patch).tolist()
     return [(count, (width, height)) for count, (height, width) in zip(counts, lasts, strict=True)]

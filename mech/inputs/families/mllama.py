@@ -1,14 +1,15 @@
 """Mllama (Llama 3.2 Vision): the picture is not in the sequence but in a memory that some layers attend to.
 
 A picture is resized onto a canvas of one to four tiles and padded at the right and the bottom. In the sequence it is
-one placeholder, a text token like others. The vision tower makes a class token and a grid of patch tokens for each
-tile; all tiles of all pictures of a row, one after the other and empty ones included, are the memory:
+one placeholder, an ordinary text token. The vision tower makes a class token and a grid of patch tokens for each tile;
+the memory is all tiles of all pictures of a row, one after the other, empty ones included:
 
     inputs.layout.positions("question")              # rows of the sequence
     inputs.layout.memory.positions(mech.Box(...))    # the keys that cross-attention layers may attend to
 
 ``cross_attention_mask`` lets text attend to the pictures in front of it, up to the next one. Text that sees no picture
-attends to the whole memory evenly: that is how transformers computes it, so rows of a batch must have as many pictures.
+attends to the whole memory evenly: transformers computes it this way, so all rows of a batch need the same number of
+pictures.
 """
 
 from typing import Any
@@ -78,7 +79,7 @@ def with_memory(
     starts = np.flatnonzero(ids == geometry.config.image_token_id).tolist()
     mask = torch.zeros(1, length, len(shown), tiles, dtype=torch.long)
     for image, tokens in enumerate(shown):
-        # Up to the next picture; pictures side by side are looked at together.
+        # Up to the next picture; adjacent pictures are attended to together.
         later = [start for start, before in zip(starts[1:], starts, strict=False) if start > before + 1]
         end = next((start for start in later if start > starts[image]), length)
         mask[0, starts[image] : end, image, : tokens.tiles] = 1
@@ -90,7 +91,7 @@ def with_memory(
 
 
 def memory_layout(parts: list[Tokens], each: int, images: tuple[Size, ...]) -> TokenLayout:
-    """What every key of the memory is; each picture takes ``each`` places, the last of them empty."""
+    """What every key of the memory is; each picture takes ``each`` places, of which the last ones are empty."""
     empty = [each - len(part) for part in parts]
     tokens = Tokens.join(
         [section for part, n in zip(parts, empty, strict=True) for section in (part, Tokens.nowhere(n, -1))]

@@ -1,4 +1,4 @@
-"""Image processors of Llama 4 and Cohere Vision on PIL. transformers has them for torchvision only.
+"""Image processors of Llama 4 and Cohere Vision on PIL. transformers has them only for torchvision.
 
 They read the same settings (``preprocessor_config.json``) and cut the same tiles; pixels are resized by PIL, and kept
 in 32 bits where Llama 4's own are rounded to bfloat16.
@@ -27,7 +27,7 @@ Arrangement = tuple[Size, Size]  # (columns, rows) of tiles, (width, height) of 
 
 
 class _Tiling(PilBackend):
-    """Tiles, and the whole picture behind them where there are several."""
+    """Tiles, followed by the whole picture if there are several."""
 
     do_resize = True
     do_rescale = True
@@ -73,13 +73,13 @@ class _Tiling(PilBackend):
         return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
     def _scales(self, size: Size, precision: type) -> Float[np.ndarray, " grid"]:
-        """By how much a picture can be enlarged on each of the candidates; a tie depends on the precision."""
+        """By how much a picture can be enlarged on each of the candidates; ties depend on the precision."""
         edges = np.array([self.size["width"], self.size["height"]], precision)
         return (np.array(self._candidates(), precision) * edges / np.array(size, precision)).min(axis=1)
 
 
 class Cohere2VisionImageProcessorPil(_Tiling):
-    """Stretches a picture over the tiles that enlarge it least, or where all are too small shrink it least."""
+    """Stretches a picture over the tiles that enlarge it least or, if all are too small, shrink it least."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
@@ -117,7 +117,7 @@ class Llama4ImageProcessorPil(_Tiling):
         chosen = scales.max()
         if len(enlarging) and not self.resize_to_max_canvas:
             chosen = enlarging.min()
-        # The first has the fewest tiles, so that the least is padded.
+        # The first has the fewest tiles, so the least padding.
         columns, rows = self._candidates()[int(np.flatnonzero(scales == chosen)[0])]
         edge = self.size["height"]
         target = columns * edge, rows * edge

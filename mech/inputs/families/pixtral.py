@@ -1,7 +1,7 @@
 """Pixtral's tower (in LLaVA and Mistral 3): any shape, one token for each patch or merged square, and row breaks.
 
-The tokens of a row stand side by side, with ``[IMG_BREAK]`` behind each row and ``[IMG_END]`` behind the last. The
-pictures of a batch are padded to the largest at the right and the bottom; ``image_sizes`` says where each ends.
+The tokens of a row are adjacent, with ``[IMG_BREAK]`` after each row and ``[IMG_END]`` after the last. The pictures of
+a batch are padded to the largest at the right and the bottom; ``image_sizes`` says where each ends.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from mech.inputs.families.fixed import sides
 def measure_pixtral(name: str, config: Any, image_processor: Any) -> dict[str, Any]:
     """Sizes of Pixtral's tower, Mistral 3's merging included.
 
-    The image processor rounds to whole tokens, but does not know of merging: it must be told at every call.
+    The image processor rounds to whole tokens, but does not know about merging: it must be told at every call.
     """
     if getattr(config, "vision_feature_select_strategy", "full") != "full":
         raise UnsupportedModel(
@@ -27,7 +27,7 @@ def measure_pixtral(name: str, config: Any, image_processor: Any) -> dict[str, A
             "'full': the tower has no class token, and the first patch would be dropped",
             "set config.vision_feature_select_strategy = 'full'",
         )
-    # Only Pixtral's may be told the size at every call, and has one of these two limits.
+    # Only Pixtral's can be told the patch size at every call, and has one of these two limits.
     limits = sides(image_processor.size)
     if "patch_size" not in image_processor.valid_kwargs.__annotations__ or (
         limits.keys() not in ({"longest_edge"}, {"height", "width"})
@@ -56,7 +56,7 @@ def measure_pixtral(name: str, config: Any, image_processor: Any) -> dict[str, A
 
 
 def show_pixtral(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
-    """A run of tokens for each row, and a mark behind it."""
+    """A run of tokens for each row, followed by a mark."""
     canvas = _canvas(size, image_processor, geometry.side)
     tokens = canvas.tokens(geometry.side, size)
     if alone and len(tokens) == 1 and geometry.name == "mistral3":
@@ -72,7 +72,7 @@ def show_pixtral(size: Size, image_processor: Any, geometry: Geometry, alone: bo
 
 
 def pixtral_sizes(made: Any, image_processor: Any) -> list[tuple[int, Size]]:
-    """Of each picture, without the padding."""
+    """The size of each picture, without the padding."""
     return [(1, (width, height)) for height, width in made["image_sizes"].tolist()]
 
 

@@ -1,4 +1,4 @@
-"""Chat templates (jinja) for checkpoints that bring none, family by family. A checkpoint's own goes first."""
+"""Chat templates (jinja) for checkpoints that have none, by family. A checkpoint's own takes precedence."""
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"

@@ -1,9 +1,9 @@
-"""Pictures cut into tiles of the tower's size, with a view of the whole beside them.
+"""Pictures cut into tiles of the tower's size, together with a view of the whole.
 
 InternVL, Cohere Vision, Idefics 3, SmolVLM and Llama 4 write the tiles one after the other and the whole picture last;
-LLaVA-NeXT and -OneVision write the whole first, then the rows of all tiles as of one large picture, a line break behind
-each. The tokens of tiles count rows and columns in the grid of the whole picture. Pixel shuffle and pooling need no
-function: the merged square is as many patches wide.
+LLaVA-NeXT and -OneVision write the whole first, then the rows of all tiles as if of one large picture, each followed by
+a line break. The tokens of tiles count rows and columns in the grid of the whole picture. Pixel shuffle and pooling
+need no function: the merged square is that many patches wide.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def _shuffled(config: Any, factor: float, options: dict[str, Any] | None = None)
 
 
 def measure_internvl(name: str, config: Any, image_processor: Any) -> dict[str, Any]:
-    """Its Hugging Face processor cuts tiles, whatever the image processor's own ``crop_to_patches`` says."""
+    """Sizes of InternVL's tower; its Hugging Face processor cuts tiles, whatever ``crop_to_patches`` says."""
     return _shuffled(config, 1 / config.downsample_ratio, {"crop_to_patches": True})
 
 
@@ -101,7 +101,7 @@ def _tiles_and_whole(size: Size, tile: Size, columns: int, rows: int, geometry: 
 
 
 def show_cohere2(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
-    """Cohere Vision: as InternVL, with a line break behind every tile."""
+    """Cohere Vision: like InternVL, with a line break after every view."""
     edge = sides(image_processor.size)
     tile = edge["width"], edge["height"]
     (columns, rows), _ = image_processor.arrangement(size)
@@ -113,7 +113,7 @@ def show_cohere2(size: Size, image_processor: Any, geometry: Geometry, alone: bo
 
 
 def show_idefics3(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
-    """Idefics 3 and SmolVLM: every tile behind its row and column, the whole picture last."""
+    """Idefics 3 and SmolVLM: every tile after its row and column, the whole picture last."""
     edge = sides(image_processor.max_image_size)["longest_edge"]
     whole = _thumbnail(size, (edge, edge), geometry)
     around, mark = "<fake_token_around_image>", "<fake_token_around_image><global-img>"
@@ -130,14 +130,14 @@ def show_idefics3(size: Size, image_processor: Any, geometry: Geometry, alone: b
 
 
 def _idefics3_size(size: Size, image_processor: Any, edge: int) -> Size:
-    """What is cut into tiles: the longest edge as asked for, then both sides rounded up to whole tiles."""
+    """The size that is cut into tiles: the longest edge as set, then both sides rounded up to whole tiles."""
     from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
     width, height = size
     if image_processor.do_resize:
         asked = sides(image_processor.size)
         if "longest_edge" in asked:
-            # The function wants the picture for its shape alone.
+            # The function reads only the picture's shape.
             shape = np.broadcast_to(np.uint8(0), (1, height, width))
             height, width = get_resize_output_image_size(shape, asked["longest_edge"])
         else:
@@ -167,7 +167,7 @@ def show_llama4(size: Size, image_processor: Any, geometry: Geometry, alone: boo
 
 
 def measure_anyres(name: str, config: Any, image_processor: Any) -> dict[str, Any]:
-    """LLaVA-NeXT and -OneVision: as the tower alone, with the settings that have to be one size."""
+    """LLaVA-NeXT and -OneVision: as for the tower alone, with checks that several settings are one size."""
     sizes = measure_tower(name, config, image_processor)
     if sizes["class_tokens"]:
         raise UnsupportedModel(
@@ -195,7 +195,7 @@ def measure_anyres(name: str, config: Any, image_processor: Any) -> dict[str, An
 
 
 def show_llava_next(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
-    """LLaVA-NeXT: the whole picture, then the tiles' rows, without their padding, each with a line break."""
+    """LLaVA-NeXT: the whole picture, then the rows of the tiles without padding, each with a line break."""
     tile = _tile(geometry)
     canvas, cropped = _anyres(size, image_processor, geometry)
     grid = canvas.tokens(geometry.side, size)
@@ -210,10 +210,10 @@ def show_llava_next(size: Size, image_processor: Any, geometry: Geometry, alone:
 
 
 def show_onevision(size: Size, image_processor: Any, geometry: Geometry, alone: bool) -> Shown:
-    """LLaVA-OneVision: as LLaVA-NeXT, interpolated to fewer tokens where there would be too many.
+    """LLaVA-OneVision: like LLaVA-NeXT, interpolated to fewer tokens if there would be too many.
 
     One of several pictures is padded to a square and has one view, with one line break at its end. An interpolated
-    token is made of its neighbours too; it stands here for its share of the picture.
+    token also mixes in its neighbours; here it stands for its share of the picture.
     """
     tile = _tile(geometry)
     if not alone:
@@ -234,10 +234,10 @@ def show_onevision(size: Size, image_processor: Any, geometry: Geometry, alone: 
 
 
 def _anyres(size: Size, image_processor: Any, geometry: Geometry) -> tuple[Canvas, tuple[slice, slice]]:
-    """The canvas of all tiles, and which of its rows and columns of tokens are left when the padding is taken off.
+    """The canvas of all tiles, and which of its rows and columns of tokens are left when the padding is removed.
 
-    The model takes off whole tokens by the picture's shape, rounded otherwise than the image processor rounds: a token
-    that shows padding may stay, and one that shows a sliver of the picture may go.
+    The model removes whole tokens by the picture's shape, with other rounding than the image processor's: a token that
+    shows padding may stay, and one that shows a sliver of the picture may go.
     """
     from transformers.image_processing_utils import select_best_resolution
 
@@ -265,7 +265,7 @@ def _anyres(size: Size, image_processor: Any, geometry: Geometry) -> tuple[Canva
 
 
 def _with_breaks(tokens: Tokens) -> Tokens:
-    """A token that stands for no pixels behind every row."""
+    """Add a token that stands for no pixels after every row."""
     rows = [tokens[tokens.row == row] for row in range(tokens.row.max() + 1)]
     return Tokens.join([part for row in rows for part in (row, Tokens.nowhere(1, view=int(row.view[-1])))])
 
@@ -273,7 +273,7 @@ def _with_breaks(tokens: Tokens) -> Tokens:
 def video_framed(
     processor: "Processor", frames: list[Image.Image], fps: float
 ) -> tuple[dict[str, Tensor], list[Piece]]:
-    """InternVL: every frame is a picture of a single tile, behind its number."""
+    """InternVL: every frame is a picture of a single tile, after its number."""
     geometry, tile = processor.geometry, _tile(processor.geometry)
     pixels = processor.image_processor(images=frames, return_tensors="pt", crop_to_patches=False)["pixel_values"]
     geometry.agree((len(frames), 3, *tile[::-1]), tuple(pixels.shape))
@@ -291,7 +291,7 @@ def video_pooled(
     """LLaVA-OneVision: frames without tiles, their tokens halved in both directions, one line break at the very end."""
     geometry, image_processor, tile = processor.geometry, processor.image_processor, _tile(processor.geometry)
     squares = [frame.resize(tile, Image.Resampling(image_processor.resample)) for frame in frames]
-    # As several pictures of the tower's size they get neither tiles nor padding; a single frame is sent twice.
+    # Given as several pictures of the tower's size, they get neither tiles nor padding; a single frame is sent twice.
     pixels = image_processor(images=[squares * (1 + (len(frames) == 1))], return_tensors="pt")["pixel_values"]
     pixels = pixels[: len(frames), 0]
     geometry.agree((len(frames), 3, *tile[::-1]), tuple(pixels.shape))
