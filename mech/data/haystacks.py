@@ -16,7 +16,7 @@ framed digits) of names (or colours) that recur again and again and are never as
 
 Real pixels are used where they are available offline: handwriting from scikit-learn's ``load_digits`` (UCI, 1998) and
 its two photographs; names are set in Pillow's own font. Every sample carries its *counterfactual partner*: the same
-pictures with only the evidence's digit rewritten, so that the answer changes and no position moves.
+pictures with only the evidence's digit (or name, if asked for) rewritten, so the answer changes and no position moves.
 
     >>> samples = haystacks("grounding", n=2, seed=0)
     >>> samples[0].answer != samples[0].counterfactual.answer

@@ -49,7 +49,7 @@ class Sample(Shown):
     ``counterfactual`` has the same layout with the evidence changed so that ``answer`` changes: it provides the
     corrupted run of activation patching and the wrong answer of a logit difference. ``spans`` say where the parts of a
     longer answer are shown; parts without a span rest on all of the evidence. A ``context`` is a text before the
-    question, with or without pictures; evidence in it is a ``Passage``.
+    question, with pictures or instead of them; evidence in it is a ``Passage``.
     """
 
     question: str

@@ -90,7 +90,7 @@ def without_pictures(model: HookedMLLM, inputs: Inputs, reference: Sequence[Inpu
 
     Cost: one run of the vision stack on all inputs.
 
-    References: mean-embedding ablation of visual tokens, arXiv 2410.07149 (there over a data set, here over these).
+    References: mean-embedding ablation of visual tokens, arXiv 2410.07149 (over a data set; here over the inputs).
     """
     blind, seen = model.encode_pictures(inputs)
     known = [model.encode_pictures(other)[1] for other in reference] or [seen]

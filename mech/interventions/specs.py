@@ -262,12 +262,12 @@ class Redirect(Spec):
     """Pull heads towards a region: a bias on their scores before the softmax; the rest of the layer is unchanged.
 
     ``pattern'[q, k] = softmax over k of (score[q, k] + bias [k in to])``. Where ablation asks whether an answer needs a
-    head, this asks whether the head decides *where the answer comes from*: if the answer turns into that of the region,
-    it does (Gaze heads, arXiv 2606.14703).
+    head, this asks whether the head decides *where the answer comes from*: if the answer becomes the region's, it does
+    (Gaze heads, arXiv 2606.14703).
 
     Attributes:
         heads: (layer, head) pairs.
-        to: what they are pulled towards, positions of the prompt: a region, ``"image"``, or ``PerRow`` of them.
+        to: positions of the prompt that they are pulled towards: a region, ``"image"``, or ``PerRow`` of them.
         bias: in units of the scores (attention logits); negative pushes away. At most 65,504 in absolute value, so that
             it means the same in every precision.
         query: the positions pulled, as in ``Ablate``; generated tokens belong to "all", "text" and "last".
