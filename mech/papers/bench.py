@@ -1,10 +1,10 @@
 """What every point on the papers is measured with: one model, samples that find heads, others that test them.
 
     bench = Bench.of(model, mech.haystacks("grounding", 64))
-    bench.cost(bench.ranking.top(5))                # drop of accuracy, sample by sample; mean ablation
-    bench.band("random", 5, to="zero")              # of several random sets
+    bench.cost(bench.ranking.top(5))                # drop in accuracy, sample by sample; mean ablation
+    bench.band("random", 5, to="zero")              # the same for several random sets; zero ablation
 
-Each set of heads is ablated once, however many points ask for it.
+Each set of heads is ablated once, however many points use it.
 """
 
 from collections.abc import Mapping
@@ -36,8 +36,8 @@ class Point:
         claim: what was published, in our words.
         text: what this model says, computed from ``numbers``.
         numbers: plain data; intervals are ``{"mean", "low", "high"}``, drops are baseline minus ablated.
-        holds: whether this model and these samples agree with the statement; None where they do not say.
-        decides: whether numbers could have said it; False for what is no matter of yes and no, or was not measured.
+        holds: whether this model and these samples agree with the statement; None if they cannot tell.
+        decides: whether numbers could decide it; False if it is not a yes-or-no matter, or was not measured.
         published: the paper, and the models that it studied.
     """
 
@@ -51,7 +51,7 @@ class Point:
 
     @property
     def verdict(self) -> str:
-        """``agrees``, ``differs``, ``cannot tell``; ``measured`` where numbers are all there is to say."""
+        """``agrees``, ``differs``, ``cannot tell``; ``measured`` where there is nothing to decide, only numbers."""
         if self.holds is None:
             return "cannot tell" if self.decides else "measured"
         return "agrees" if self.holds else "differs"
@@ -79,9 +79,9 @@ class Bench:
         """Half of the samples find the heads by RAM and are the reference of mean ablation, the others test them.
 
         Raises:
-            ExperimentError: fewer than eight samples, samples without evidence, two of one id across the halves.
+            ExperimentError: fewer than eight samples, samples without evidence, or the same id in both halves.
 
-        Cost: two forwards for each sample that finds, and the pictures of the others.
+        Cost: two forwards for each sample that finds heads, and the vision stack for the others.
         """
         samples = Samples(samples)
         if len(samples) < 8 or n_random < 2:
@@ -116,7 +116,7 @@ class Bench:
             return later_tokens(without, self.questions)
 
     def cost(self, heads: Heads, **options: Any) -> np.ndarray:
-        """The drop of accuracy of every test sample, [example]."""
+        """The drop in accuracy of every test sample, [example]."""
         return self.right() - self.right(heads, **options)
 
     def band(self, name: str, k: int | float, **options: Any) -> np.ndarray:
@@ -131,7 +131,7 @@ class Bench:
 
 
 def drop(values: np.ndarray) -> Interval:
-    """What is lost of accuracy, [example] or [draw, example], with the interval that it has everywhere."""
+    """The accuracy lost, over [example] or [draw, example], with the same interval as everywhere else."""
     return accuracy_interval(np.atleast_2d(values))
 
 

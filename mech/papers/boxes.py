@@ -1,18 +1,18 @@
 """The published formula from a box to visual tokens, and what it misses.
 
-    iou = simulated_iou(5000)                       # [box]; of the tokens it gives with the right ones
+    iou, area = simulated_iou(5000)                 # [box]; overlap of its tokens with the right ones, and box sizes
     published_tokens(mask, cols)                    # the formula on one grid of patches
 
 Qwen-VL towers merge 2 x 2 patches into a token, in rows of tokens: the patch in row r and column c of a grid W wide
 belongs to token ``(r // 2) (W / 2) + c // 2``. The published code flattens the box's patches row by row and divides by
-four: ``(r W + c) // 4``, which is four patches of one row, and the token of another place.
+four: ``(r W + c) // 4``, which groups four patches of one row, and gives the token of another place.
 """
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-SIDES = (24, 64)  # patches on a side of the grids that are drawn
-SHARES = (0.1, 0.8)  # of a side that a box takes
+SIDES = (24, 64)  # patches per side of the random grids
+SHARES = (0.1, 0.8)  # share of a side that a box takes
 
 
 def right_tokens(patches: Bool[np.ndarray, "row col"]) -> Int[np.ndarray, " token"]:
@@ -22,7 +22,7 @@ def right_tokens(patches: Bool[np.ndarray, "row col"]) -> Int[np.ndarray, " toke
 
 
 def published_tokens(patches: Bool[np.ndarray, "row col"]) -> Int[np.ndarray, " token"]:
-    """Those that the published formula gives."""
+    """The tokens that the published formula gives."""
     rows, cols = np.nonzero(patches)
     return np.unique((rows * patches.shape[1] + cols) // 4)
 

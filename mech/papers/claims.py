@@ -1,4 +1,4 @@
-"""``published_claims``: every point at once, as sentences, as a table, as numbers."""
+"""``published_claims``: every point at once, as sentences, as a table and as numbers."""
 
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class Claims(Mapping[str, Point]):
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything in plain data."""
+        """Everything as plain data."""
         facts = {
             key: {
                 "claim": point.claim, "published": point.published, "holds": point.holds, "verdict": point.verdict,
@@ -84,24 +84,24 @@ def published_claims(
     batch_size: Count = 16,
     progress: Progress | None = None,
 ) -> Claims:
-    """Every point on one model and one set of samples.
+    """Measure every point on one model and one set of samples.
 
     Args:
         model: a hooked model.
-        samples: with evidence and answers; half of them find the heads, the others test them.
-        only: names of points; all without.
-        n_random: random sets of every size that stand beside.
-        seed: of the split, the sets and the draws.
+        samples: samples with evidence and answers; half of them find the heads, the others test them.
+        only: names of points; all by default.
+        n_random: random sets of every size, for comparison.
+        seed: seed of the split, the sets and the draws.
         batch_size: samples per forward.
         progress: called with (points done, points in all).
 
-    A point that this model or these samples cannot be asked says so, and why. A statement that one model differs from
-    is not universal; it may hold on the models that it was made on.
+    A point that cannot be measured on this model or these samples says so, and why. A statement that one model differs
+    from is not universal; it may hold on the models that it was made on.
 
     Raises:
         ExperimentError: an unknown point; too few samples, or none with evidence.
 
-    Cost: about ``12 * n_random`` forwards of the text stack for each test sample, a few for each that finds.
+    Cost: about ``12 * n_random`` forwards of the text stack per test sample, and a few per sample that finds heads.
 
     References: arXiv 2606.05843, 2605.27243, 2608.27417.
     """
@@ -114,7 +114,7 @@ def published_claims(
     for name in wanted:
         try:
             found[name] = KNOWN[name](bench)
-        except MechError as error:  # what this model or these samples cannot be asked is said, not hidden
+        except MechError as error:  # a point that cannot be measured here is reported, not hidden
             asked = str(KNOWN[name].__doc__).strip().splitlines()[0]
             found[name] = Point(name, asked, f"Not measured: {error.given}.", {"reason": error.given}, decides=False)
         if progress:

@@ -17,7 +17,7 @@ from mech.papers.bench import Bench, Point, beyond_random, drop, heads_in
 
 
 def methods(bench: Bench) -> Point:
-    """Zero, mean, resample, uniform and the paper's ablation of the same heads, beside random heads by each."""
+    """Zero, mean, resample, uniform and the paper's ablation of the same heads, each compared with random heads."""
     rows = {}
     for to in METHODS:
         top, random = bench.band("top", TOP, to=to), bench.band("random", TOP, to=to)
@@ -69,7 +69,7 @@ def phases(bench: Bench) -> Point:
     """Heads masked while the prompt is read, while the answer is written, and at which positions of the prompt.
 
     The first token of an answer is written by the prompt's last position, so masking in decoding can only change the
-    later ones: beside exact matches stands the share of right tokens among those.
+    later ones: the share of right tokens among those is reported as well as exact matches.
     """
     top = bench.ranking.top(TOP)
     lengths = np.array([len(answer) for answer in bench.questions.answers])
@@ -108,7 +108,7 @@ def _written(tokens: float) -> str:
 
 
 def _later(bench: Bench, heads: Heads, phase: str) -> dict[str, float]:
-    """What is lost of the tokens after the first, of answers that have them: a share of each, paired by sample."""
+    """The share of right tokens after the first that is lost, over answers that have any, paired by sample."""
     before, after = bench.later_tokens(), bench.later_tokens(heads, phase=phase)
     asked = ~np.isnan(before)
     return drop(before[asked] - after[asked]).as_dict()

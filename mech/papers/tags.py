@@ -1,14 +1,14 @@
 """Do marks around the evidence give it away? The tag mode: the same prompt with and without boundary tags.
 
     found = tag_leak(model, test)
-    found["leak"].mean("example")                   # of every head: RAM that the tags bring when nothing is asked
+    found["leak"].mean("example")                   # for every head: RAM that the tags add when nothing is asked
 
-Where evidence is found by tags that stay in the prompt (``evidence: ( <image> )``), a head can attend to the evidence
-because it is marked, and not because it was asked for. Under the question "N/A" nothing is asked for: RAM that the tags
-add there is a leak. ``mech`` itself finds evidence by position and leaves nothing in the prompt.
+Where evidence is located by tags that stay in the prompt (``evidence: ( <image> )``), a head can attend to the evidence
+because it is marked, not because it was asked for. Under the question "N/A" nothing is asked for: RAM that the tags add
+there is a leak. ``mech`` itself finds evidence by position and leaves nothing in the prompt.
 
-Tags go around whole pictures, because families with 2-D positions take no text inside of one. A sample with a single
-picture is put among pictures of other samples first (``among_others``).
+Tags go around whole pictures, because families with 2-D positions allow no text inside a picture. A sample with a
+single picture is first placed among pictures of other samples (``among_others``).
 """
 
 import random
@@ -52,17 +52,17 @@ def tag_leak(
 
     Args:
         model: a hooked model.
-        samples: with evidence in images.
-        tags: plain text before and behind every picture that holds evidence.
+        samples: samples with evidence in images.
+        tags: plain text before and after every picture that holds evidence.
         batch_size: rows per forward.
-        seed: of the pictures that single ones are put among.
+        seed: seed of the pictures that single ones are placed among.
 
     Returns:
         ``plain``, ``tagged``, ``plain_null``, ``tagged_null`` (RAM under question or "N/A") and ``leak`` over (example,
         layer, head); ``right_plain`` and ``right_tagged`` over (example): is the answer's first token the likeliest?
 
     Raises:
-        ExperimentError: no evidence, a video, a single picture alone.
+        ExperimentError: no evidence, a video, or a single picture with no other sample to place it among.
 
     Cost: four forwards per sample.
 
@@ -95,7 +95,7 @@ def tag_leak(
 
 
 def _of_batch(model: HookedMLLM, batch: Sequence[Sample], tags: tuple[str, str]) -> dict[str, np.ndarray]:
-    """RAM of each sample in all four ways, and whether its answer is the likeliest in the two that ask for it."""
+    """RAM of each sample in all four prompts, and whether its answer is the likeliest in the two that ask for it."""
     found: dict[str, np.ndarray] = {}
     for name, question, marks in (
         ("plain", None, None), ("tagged", None, tags),
@@ -120,7 +120,7 @@ def _of_batch(model: HookedMLLM, batch: Sequence[Sample], tags: tuple[str, str])
 def tagged(
     model: HookedMLLM, sample: Sample, question: str | None = None, tags: tuple[str, str] | None = TAGS
 ) -> Inputs:
-    """The inputs of a sample with text before and behind every picture that holds evidence; none with ``tags=None``."""
+    """The inputs of a sample with text before and after every picture with evidence; no text with ``tags=None``."""
     asked = (question or sample.question).strip()
     reader = model.processor
     pieces = reader.prompt(asked, len(sample.images), False).split(str(reader.image_token))
@@ -135,7 +135,7 @@ def tagged(
 
 
 def among_others(samples: Sequence[Sample], seed: int = 0, n: int = 3) -> Samples:
-    """Every sample with its pictures at a random place among pictures of other samples, ``n`` in all at least.
+    """Every sample with its pictures at a random place among pictures of other samples, at least ``n`` in all.
 
     Raises:
         ExperimentError: fewer than two samples.

@@ -58,7 +58,7 @@ def never_ablated(bench: Bench) -> Point:
 
 
 def low_ranked(bench: Bench) -> Point:
-    """Bottom heads beside random heads of the same number."""
+    """Bottom heads against the same number of random heads."""
     rows = []
     for share in (0.026, TOP, 0.2):
         bottom, random = drop(bench.band("bottom", share)), drop(bench.band("random", share))
@@ -77,7 +77,7 @@ def low_ranked(bench: Bench) -> Point:
 
 
 def box_to_tokens(bench: Bench) -> Point:
-    """The published formula from a box to tokens, by simulation and by what it does to RAM here."""
+    """The published formula from a box to tokens, by simulation and by its effect on RAM here."""
     iou, area = simulated_iou()
     thirds = np.digitize(area, np.quantile(area, [1 / 3, 2 / 3]))
     numbers: dict[str, Any] = {
@@ -142,7 +142,7 @@ _TAGS_CLAIM = "Tags that mark the evidence may stay in the prompt while heads ar
 
 
 def off_distribution(bench: Bench) -> Point:
-    """How far from anything the heads ever put out is what each ablation makes them put out?"""
+    """How far from any natural output of the heads is what each ablation makes them put out?"""
     model, top = bench.model, bench.ranking.top(TOP)
     names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({layer for layer, _ in top})]
 
@@ -165,7 +165,7 @@ def off_distribution(bench: Bench) -> Point:
     scale = seen.std(0) + 1e-6
 
     def nearest(to: str = "") -> float:
-        """The median distance to the nearest output that was seen on the samples that found the heads."""
+        """The median distance to the nearest output seen on the samples that found the heads."""
         return float(np.median(cdist(outputs(few, to) / scale, seen / scale).min(1)))
 
     natural = nearest()
@@ -186,7 +186,7 @@ def off_distribution(bench: Bench) -> Point:
 
 
 def size_and_sinks(bench: Bench) -> Point:
-    """RAM grows with the size of the evidence, and with sinks inside of it."""
+    """RAM grows with the size of the evidence, and with sinks inside it."""
     model, grown = bench.model, {}
     for factor in (1, 2, 4):
         samples = [replace(s, evidence=tuple(_grown(r, s, factor) for r in s.evidence)) for s in bench.find]
@@ -321,7 +321,7 @@ def _of(ranking: Ranking, head: tuple[int, int]) -> float:
 
 
 def _ram_by_formula(bench: Bench) -> Ranking | None:
-    """RAM on the tokens that the published formula gives for the boxes, as if every token were 2 x 2 patches."""
+    """RAM on the tokens that the published formula gives for the boxes, as if every token had 2 x 2 patches."""
     model, parts = bench.model, []
     for sample in bench.find:
         if sample.video or not all(isinstance(region, Box) for region in sample.evidence):
@@ -342,7 +342,7 @@ def _ram_by_formula(bench: Bench) -> Ranking | None:
 
 
 def _grown(region: Region, sample: Sample, factor: int) -> Region:
-    """The region with about ``factor`` times as many tokens, around where it is."""
+    """The region with about ``factor`` times as many tokens, around the same place."""
     if isinstance(region, Pages | Frames):
         count = len(sample.images) if isinstance(region, Pages) else len(sample.video)
         size = min(count, factor * len(region.indices))

@@ -2,16 +2,16 @@
 
     with mech.on_folder("blocks"):                          # here; join in with `mech work blocks` from anywhere
         ram = mech.retrieval_attention_mass(model, samples)
-    with mech.on_ray("auto", folder="s3://bucket/blocks"):   # actors of a Ray cluster, each with a model of its own
+    with mech.on_ray("auto", folder="s3://bucket/blocks"):   # actors of a Ray cluster, each with its own model
         effects = mech.ablation(model, samples, ranking, reference=find)
 
 The folder is the protocol. A measurement over samples is a ``Job`` (weights, processor, versions, function, options,
 seed); a ``Block`` is a job on some of its batches, and its hash names the part file that its numbers land in, whole and
-with a checksum. Whoever holds the model may compute it: numbers do not depend on who, in which order, or how often it
-failed. Parts are joined by sample; statistics are made of the joined values.
+with a checksum. Any process with the model may compute it: the numbers do not depend on which one does, in which order,
+or how often it failed. Parts are joined by sample; statistics are computed from the joined values.
 
-What it takes: functions marked by ``per_sample``, or by ``in_one_piece`` where they cannot be cut. What it gives: the
-dataset the function gives by itself. It knows nothing of what is measured.
+It takes functions marked by ``per_sample``, or by ``in_one_piece`` where they cannot be cut, and returns the dataset
+that the function returns by itself. It knows nothing about what is measured.
 """
 
 from mech.scale.measures import in_one_piece, per_sample

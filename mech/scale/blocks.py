@@ -2,9 +2,9 @@
 
     job = Job("mech.experiments.scores.ram:masses", identity, software, options, 16, 1)
     block = Block(job.key, "ram", first=32, ids=("a", "b"), digest="...")
-    block.key                                     # of its part file
+    block.key                                     # names its part file
 
-A block is a whole number of batches in their order, so no number depends on how a job is cut. Seeds are options.
+A block is a whole number of batches in order, so no number depends on how a job is cut. Seeds are options.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from mech.data.samples import Sample, Samples
 from mech.scale.packing import fingerprint
 
 PER_WORKER = (
-    4  # blocks that each worker should get of a job, if there are batches enough: the last one then waits little
+    4  # blocks of a job for each worker, if there are enough batches: workers then end at about the same time
 )
 
 
@@ -29,7 +29,7 @@ def _key(value: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured, of which model, with which program.
+    """What is measured, on which model, with which program.
 
     Attributes:
         measure: the function, ``module:name``.
@@ -37,7 +37,7 @@ class Job:
         software: ``mech.scale.models.software``.
         options: fingerprint of all other arguments.
         batch_size: samples per forward.
-        threads: of the CPU; sums of another number of threads may differ in their last bit.
+        threads: CPU threads; with another number of them, sums may differ in their last bit.
     """
 
     measure: str
@@ -58,12 +58,12 @@ class Block:
 
     Attributes:
         job: key of the job.
-        what: the job in a word, for people.
-        first: place of the first sample among all.
-        ids: of the samples.
-        digest: over their pixels, questions and answers.
-        items: which of the items (conditions, settings) it measures, from and to; None for all there are.
-        timed: run twice, so that the time it notes is that of a warm model.
+        what: the job in a word, for people to read.
+        first: index of the first sample among all.
+        ids: ids of the samples.
+        digest: digest of their pixels, questions and answers.
+        items: which of the items (conditions, settings) it measures, from and to; None for all.
+        timed: run twice, so that the time recorded is that of a warm model.
     """
 
     job: str
@@ -81,8 +81,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Task:
-    """A block with its samples, and the options that have an entry for each of them; without where they lie in the
-    folder."""
+    """A block with its samples, and the options with an entry for each; no samples here if they are in the folder."""
 
     block: Block
     samples: Samples | None
@@ -105,11 +104,11 @@ class Cut:
         """Blocks that take about as long as wanted, and not so few that workers are idle.
 
         Args:
-            seconds: that one item on one batch takes.
-            wanted: seconds of a block.
-            batches: of the job; None where nobody knows yet.
-            items: of the job; None where there are none.
-            workers: how many there are.
+            seconds: seconds that one item takes on one batch.
+            wanted: seconds that a block should take.
+            batches: batches of the job; None if not known yet.
+            items: items of the job; None if it has none.
+            workers: how many workers there are.
         """
         units = max(1, int(wanted / max(seconds, 1e-6)))
         if batches is not None:
@@ -127,7 +126,7 @@ def tasks(
     items: int | None,
     beside: Mapping[str, Sequence[Any]] | None = None,
 ) -> Iterator[Task]:
-    """The blocks of a job, as lazily as the samples come: all items of the first batches, then of the next."""
+    """The blocks of a job, made lazily as samples arrive: all items of the first batches, then of the next."""
     first = 0
     for some in _chunks(samples, cut.batches * job.batch_size):
         named = Samples([one if one.id else replace(one, id=str(first + i)) for i, one in enumerate(some)])
@@ -142,7 +141,7 @@ def tasks(
 
 
 def whole(samples: Samples, job: Job, what: str) -> Task:
-    """All of a job that cannot be cut."""
+    """A job that cannot be cut, as one task."""
     return Task(Block(job.key, what, 0, tuple(samples.names), samples.digest()), samples)
 
 

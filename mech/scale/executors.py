@@ -1,7 +1,7 @@
-"""Who computes the blocks: this process, or whoever joins in through the folder. Ray is in ``ray_actors``.
+"""Who computes the blocks: this process, or any worker that joins through the folder. Ray is in ``ray_actors``.
 
-An executor takes tasks as they come and gives outcomes as they end, in any order. It holds at most ``in_flight`` tasks,
-and asks for the next one only when one of them has ended: that is all the memory that samples take.
+An executor takes tasks as they come and yields outcomes as they end, in any order. It holds at most ``in_flight``
+tasks, and asks for the next one only when one of them has ended: this bounds the memory that samples take.
 """
 
 import time
@@ -19,8 +19,8 @@ class Executor(Protocol):
     """What computes blocks."""
 
     works: bool  # whether this process computes
-    workers: int  # how many there are, to cut a job by
-    in_flight: int  # tasks it holds at most
+    workers: int  # how many there are, which decides how a job is cut
+    in_flight: int  # the most tasks it holds
 
     def ready(self, job: Job, model: Any) -> None:
         """Refuse a job that cannot be computed, before any work."""
@@ -31,20 +31,20 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release what it holds."""
         ...
 
 
 class Here:
-    """This process; with ``publish`` also every ``mech work`` that looks into the folder.
+    """This process; with ``publish`` also every ``mech work`` process that watches the folder.
 
     Args:
-        folder: of the blocks.
-        works: whether this process computes too; without, it waits for others.
-        publish: lay the blocks into the folder for others.
-        in_flight: tasks that are held, or lie in the folder, at once.
-        workers: how many are expected.
-        pause: seconds between two looks, when others are at work.
+        folder: the folder of blocks.
+        works: whether this process computes too; if not, it waits for others.
+        publish: put the blocks into the folder for others.
+        in_flight: the most tasks held, or waiting in the folder, at once.
+        workers: how many workers are expected.
+        pause: seconds between two checks, when others are at work.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Here:
         return publish(self.folder, task)
 
     def _credited(self, outcome: Outcome, task: Task) -> Outcome:
-        """What another worker landed since it was laid out counts, with what it took there."""
+        """A part that another worker landed since the task was published counts as landed, with the time it took."""
         if outcome.state != "there" or task.samples is not None or (part := self.folder.part(task.key)) is None:
             return outcome
         about = part.attrs[ABOUT]
         return Outcome(task.key, "landed", seconds=float(about["seconds"]), device=str(about["device"]))
 
     def _step(self, held: dict[str, Task]) -> list[Outcome]:
-        """What has ended: the first task this process can do; where others do them all, what they have done."""
+        """The tasks that have ended: the first one this process can do; if others do them all, those they have done."""
         if self.works:
             for task in held.values():
                 outcome = self._worker.attempt(task)

@@ -1,17 +1,17 @@
-"""The folder that drivers and workers share: jobs, blocks, parts, claims and failures, on any disk that fsspec knows.
+"""The folder that drivers and workers share: jobs, blocks, parts, claims and failures, on any disk fsspec supports.
 
     folder = Folder("s3://bucket/study")             # or a path: local, NFS
     folder.land(key, dataset); folder.part(key)      # whole or not at all, with a checksum
-    folder.claim(key, worker)                        # False while another one that is alive works on it
+    folder.claim(key, worker)                        # False while another live worker holds it
 
     jobs/KEY.pack  KEY.options.pack     what is measured, and with which options
     jobs/KEY.cut.json                   how it was cut
-    todo/KEY.pack                       samples that wait for a worker (executor ``files``)
+    todo/KEY.pack                       samples that wait for a worker (executor ``Here`` with ``publish``)
     parts/KEY.npz                       what was measured
     claims/KEY.json  failed/KEY.json    who works on it; what went wrong, try by try
     runs/DRIVER.json                    how far a driver is, for `mech status`
 
-A claim saves work and is not what makes numbers right: two that compute the same block land the same values.
+A claim only saves work; the numbers do not depend on it: two workers that compute the same block land the same values.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from mech.results.provenance import jsonable
 from mech.results.store import part_bytes, part_of_bytes
 
 KINDS = ("jobs", "todo", "parts", "claims", "failed", "runs")
-ATTEMPTS = 3  # before a block is given up
+ATTEMPTS = 3  # tries before a block is given up
 LEASE = 120.0  # seconds without a sign of life after which a claim of another machine is void
 
 
@@ -43,7 +43,7 @@ class Folder:
     """A place that many processes write to.
 
     Args:
-        url: a path, or a URL of fsspec (``s3://``, ``gs://``, ``memory://``).
+        url: a path, or an fsspec URL (``s3://``, ``gs://``, ``memory://``).
         lease: seconds without a sign of life after which a claim is void.
 
     Raises:
@@ -71,33 +71,33 @@ class Folder:
             ) from error  # fmt: skip
 
     def write(self, name: str, content: bytes) -> None:
-        """A file, whole or not at all.
+        """Write a file, whole or not at all.
 
         Raises:
-            OutputError: no room, no permission.
+            OutputError: no room, or no permission.
         """
         if self.local:
             write(Path(self._root, name), content)
             return
         try:
-            self._fs.pipe_file(f"{self._root}/{name}", content)  # an object is there when all of it is
+            self._fs.pipe_file(f"{self._root}/{name}", content)  # an object appears only once it is complete
         except OSError as error:
             raise unwritable(Path(self.url, name), error) from error
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file unless it is there; whether it was not."""
+        """Write a file unless it exists; returns whether it was written."""
         if not self.local:
             try:
                 self._fs.pipe_file(f"{self._root}/{name}", content, mode="create")
             except FileExistsError:
                 return False
-            except (TypeError, ValueError, NotImplementedError):  # a store that cannot: the last one wins
+            except (TypeError, ValueError, NotImplementedError):  # a store that cannot: the last write wins
                 if self.read(name) is not None:
                     return False
                 self.write(name, content)
             return True
         target = Path(self._root, name)
-        # Written aside and linked: whoever sees the name sees all of the content.
+        # Written under another name and linked: a reader that sees the name sees the whole content.
         aside = write(target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}"), content)
         try:
             os.link(aside, target)
@@ -114,19 +114,19 @@ class Folder:
         return True
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None where there is none."""
+        """The content of a file; None if there is none."""
         try:
             return read(Path(self._root, name)) if self.local else self._fs.cat_file(f"{self._root}/{name}")
         except FileNotFoundError:
             return None
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(Path(self._root, name)) if self.local else self._fs.rm_file(f"{self._root}/{name}")
 
     def keys(self, kind: str) -> list[str]:
-        """The names in one of ``KINDS``, without their ending."""
+        """The names in one of ``KINDS``, without their suffix."""
         with contextlib.suppress(AttributeError):
             self._fs.invalidate_cache()
         found = self._fs.ls(f"{self._root}/{kind}", detail=False) if self._fs.exists(f"{self._root}/{kind}") else []
@@ -134,7 +134,7 @@ class Folder:
         return sorted(name.split(".", 1)[0] for name in names if name and not name.startswith("."))
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None where there is none, or a damaged one."""
+        """A JSON object; None if it is missing or damaged."""
         content = self.read(name)
         if content is None:
             return None
@@ -152,7 +152,7 @@ class Folder:
         self.write(f"parts/{key}.npz", part_bytes(dataset))
 
     def part(self, key: str) -> xr.Dataset | None:
-        """What a block measured; None where that is not there, or damaged."""
+        """What a block measured; None if that is missing or damaged."""
         content = self.read(f"parts/{key}.npz")
         if content is None:
             return None
@@ -162,7 +162,7 @@ class Folder:
             return None
 
     def claim(self, key: str, worker: str) -> bool:
-        """Take a block; False while another worker has it and is alive. A dead one's is taken over, and noted."""
+        """Claim a block; False while another live worker holds it. A dead worker's claim is taken over, and noted."""
         mine = sealed_bytes(claim_of(worker))
         for _ in range(2):
             if self.create(f"claims/{key}.json", mine):
@@ -178,18 +178,18 @@ class Folder:
         return False
 
     def void(self, held: Mapping[str, Any]) -> bool:
-        """Whether whoever made this claim is dead, or has not been heard of for too long."""
+        """Whether the worker that made this claim is dead, or has given no sign of life for too long."""
         if held.get("host") == host() and not _alive(int(held.get("pid", 0))):
             return True
         return time.time() - float(held.get("time", 0)) > self.lease
 
     def beat(self, key: str, worker: str) -> None:
-        """Say that the worker is alive."""
+        """Record that the worker is alive."""
         with contextlib.suppress(OutputError):  # it is only a sign of life
             self.put_record(f"claims/{key}.json", claim_of(worker))
 
     def release(self, key: str) -> None:
-        """Give a block back."""
+        """Release the claim on a block."""
         self.remove(f"claims/{key}.json")
 
     def failures(self, key: str) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ class Folder:
         return list((self.record(f"failed/{key}.json") or {}).get("attempts", []))
 
     def fail(self, key: str, worker: str, error: str, ids: tuple[str, ...], **facts: Any) -> list[dict[str, Any]]:
-        """Note a try that failed, and give all that did."""
+        """Record a failed try; returns all tries that failed."""
         entry = {"worker": worker, "error": error, "time": time.time(), **facts}
         known = self.record(f"failed/{key}.json") or {}
         attempts = [*known.get("attempts", []), entry]
@@ -215,12 +215,12 @@ def sealed_bytes(value: Mapping[str, Any]) -> bytes:
 
 
 def claim_of(worker: str) -> dict[str, Any]:
-    """Who claims, and a sign of life."""
+    """A claim: who makes it, with a sign of life."""
     return {"worker": worker, "host": host(), "pid": os.getpid(), "time": time.time()}
 
 
 def host() -> str:
-    """A name of this machine under which a process number means one process."""
+    """A name of this machine within which a process number means one process."""
     try:
         return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

@@ -1,12 +1,12 @@
-"""How far it grows: a simulated clock over measured blocks, and what a study of a million samples takes.
+"""How far it scales: a simulated clock over measured blocks, and what a study of a million samples takes.
 
     found = grow([20.1, 19.8, 20.4], samples=64, workers=512, driver=0.012, store=0.004, opening=30.0)
-    found.pace, found.efficiency                 # samples each second; of what as many lone workers would do
-    plan(1_000_000, forward=0.35, ...)           # GPU hours, machines, bytes
+    found.pace, found.efficiency                 # samples per second; as a share of what as many lone workers would do
+    plan(1_000_000, forward=0.35, ...)           # GPU hours, hours, bytes, blocks
 
-The clock has three kinds of time: a worker computes a block, as long as such a block took when it was measured; the
-driver cuts, packs and hands over, one block after the other; the store takes a part, one after the other. No time is
-invented: the n-th block takes that of the n-th measured one, all around.
+The clock has three kinds of time: a worker computes a block, for as long as such a block took when it was measured; the
+driver cuts, packs and hands over blocks, one at a time; the store takes parts, one at a time. No time is invented: the
+n-th block takes the time of the n-th measured one, cycling through them.
 """
 
 import heapq
@@ -20,14 +20,14 @@ from mech.arguments import NOT_EMPTY, Count, Positive, Whole, checked
 
 @dataclass(frozen=True)
 class Growth:
-    """What a number of workers makes of a job.
+    """How fast a number of workers gets through a job.
 
     Attributes:
         workers: how many.
         seconds: from the first block to the last.
-        pace: samples each second.
-        efficiency: the pace over that of as many workers that wait for nothing.
-        busy: share of the time for which the driver, and the store, had work: the one at 1 is what limits.
+        pace: samples per second.
+        efficiency: the pace divided by that of as many workers that never wait.
+        busy: share of the time for which the driver, and the store, had work: the one at 1 is the bottleneck.
     """
 
     workers: int
@@ -52,12 +52,12 @@ def grow(
 
     Args:
         blocks: measured seconds of blocks.
-        samples: of a block.
+        samples: samples per block.
         workers: how many.
         driver: seconds that the driver takes for a block; it serves one worker at a time.
         store: seconds that the store takes for a part; it takes one at a time.
         opening: seconds until a worker has its model.
-        n_blocks: of the job; forty for each worker if None, so that the start does not count.
+        n_blocks: blocks of the job; forty per worker if None, so that the start hardly counts.
     """
     total = n_blocks or 40 * workers
     # What happens next: a worker asks the driver for a block, or has computed one and brings it to the store.
@@ -82,7 +82,7 @@ def grow(
 
 
 def stops_at(blocks: Sequence[float], *, driver: float, store: float) -> int:
-    """With how many workers the driver, or the store, has no time left: more of them add nothing.
+    """The number of workers at which the driver, or the store, has no time left: more of them add nothing.
 
     ``workers = mean block seconds / max(driver, store)``
     """
@@ -94,12 +94,12 @@ class Plan:
     """What a study takes.
 
     Attributes:
-        forwards: of the model.
-        gpu_hours: of one GPU.
-        hours: on all GPUs.
-        samples_bytes: that are read.
-        parts_bytes: that are kept.
-        blocks: that are handed out.
+        forwards: forwards of the model.
+        gpu_hours: hours of one GPU.
+        hours: hours on all GPUs.
+        samples_bytes: bytes of samples that are read.
+        parts_bytes: bytes of parts that are kept.
+        blocks: blocks that are handed out.
     """
 
     forwards: int
@@ -124,19 +124,19 @@ def plan(
     sample_bytes: Count = 100_000,
     block_seconds: Positive = 20.0,
 ) -> Plan:
-    """Forwards, hours and bytes of RAM (``passes`` forwards a sample) and an ablation (one a sample and condition).
+    """Forwards, hours and bytes for RAM (``passes`` per sample) and an ablation (one forward per sample and condition).
 
     Args:
-        n_samples: half find heads, half test them.
-        forward: seconds of a sample, in batches, on one model's GPUs.
+        n_samples: number of samples; half find heads, half test them.
+        forward: seconds per sample, in batches, on one model's GPUs.
         passes: forwards of each sample that finds heads.
-        conditions: of each sample that tests them.
-        heads: of the model; a score takes four bytes for each.
+        conditions: conditions for each sample that tests them.
+        heads: heads of the model; a score takes four bytes for each.
         gpus: how many there are.
-        gpus_per_model: of each model.
+        gpus_per_model: GPUs that each model takes.
         efficiency: see ``Growth``.
-        sample_bytes: of a sample, pictures and all.
-        block_seconds: of a block.
+        sample_bytes: bytes of a sample, pictures included.
+        block_seconds: seconds of a block.
     """
     half = n_samples // 2
     forwards = half * passes + half * conditions

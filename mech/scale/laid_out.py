@@ -1,11 +1,11 @@
-"""A model without its weights: what a process has that plans measurements and leaves them to others.
+"""A model without its weights, for a process that plans measurements and leaves them to others.
 
     model = LaidOut.of("Qwen/Qwen3-VL-8B-Instruct")
     model.cfg.n_layers, model.inputs_of(sample).layout         # from config and processor
-    model.elsewhere = record                                   # what who holds the weights says of them
+    model.elsewhere = record                                   # what a process with the weights says about them
 
 It is laid out on the meta device and takes no memory. Sizes, names of points, processor and layouts are those of the
-model; whatever runs it is refused.
+model; running it is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,7 @@ class LaidOut(HookedMLLM):
 
         Raises:
             InputError: no such folder.
-            UnsupportedModel: no config, or no row for it.
+            UnsupportedModel: no config, or no architecture row for it.
 
         Cost: none; no weights are read.
         """
@@ -48,7 +48,7 @@ class LaidOut(HookedMLLM):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: they are looked at, never run."""
+        """Where inputs go: they are inspected, never run."""
         return torch.device("cpu")
 
     @contextmanager

@@ -3,8 +3,8 @@
     @per_sample(what="attention")
     def masses(model, samples, *, queries, batch_size, progress=None) -> xr.Dataset: ...
 
-Called by itself, ``masses`` is the function it was. Inside ``mech.on_folder`` or ``mech.on_ray`` it is measured block
-by block, and gives the same dataset.
+Called by itself, ``masses`` is the plain function. Inside ``mech.on_folder`` or ``mech.on_ray`` it is measured block by
+block, and returns the same dataset.
 """
 
 import functools
@@ -31,10 +31,10 @@ class Measure:
 
     Attributes:
         name: ``module:name``.
-        function: gives a dataset with the dimension ``example``.
-        what: in a word, for people.
-        over: an option that is a list, each of whose items is measured by itself along ``condition``.
-        placed: whether it asks where its first sample stands among all (``first``), for seeds.
+        function: returns a dataset with the dimension ``example``.
+        what: the measurement in a word, for people to read.
+        over: a list option whose items are measured separately, along ``condition``.
+        placed: whether it takes the index of its first sample among all (``first``), for seeds.
         beside: options that are lists with one entry for each sample.
         dim: the dimension of ``over``.
         whole: one piece of work, never cut.
@@ -55,7 +55,7 @@ class Running(Protocol):
 
     @property
     def computes(self) -> bool:
-        """Whether this process measures, too, and so needs weights."""
+        """Whether this process computes too, and so needs weights."""
         ...
 
     def laid_out(self, name: str) -> Any:
@@ -72,13 +72,13 @@ _RUNNING: ContextVar[Running | None] = ContextVar("running", default=None)
 def per_sample(
     what: str, *, over: str | None = None, beside: tuple[str, ...] = (), classes: tuple[type, ...] = ()
 ) -> Callable[[F], F]:
-    """Mark a measurement as one whose samples can be measured apart.
+    """Mark a measurement as one whose samples can be measured separately.
 
-    Its arguments are ``(model, samples, *, batch_size, progress=None, first=0, ...)``; ``first`` if it draws by it.
+    Its arguments are ``(model, samples, *, batch_size, progress=None, first=0, ...)``; ``first`` if its draws use it.
 
     Args:
-        what: in a word, for people.
-        over: an option whose items can be measured apart, too.
+        what: the measurement in a word, for people to read.
+        over: an option whose items can be measured separately, too.
         beside: options with one entry for each sample.
         classes: frozen dataclasses that its options are made of.
     """
@@ -91,14 +91,15 @@ def per_sample(
 
 
 def in_one_piece(what: str, *, classes: tuple[type, ...] = ()) -> Callable[[F], F]:
-    """Mark a measurement that cannot be cut as one block: a worker makes it, and it is stored once.
+    """Mark a measurement that cannot be cut: it is one block, computed by one worker and stored once.
 
-    Its arguments are ``(model, samples, **options)``, and it gives any dataset; ``progress``, if it has one, is not
-    called from elsewhere. Means over samples, a search, timings: what does not grow with the samples of a study.
+    Its arguments are ``(model, samples, **options)``, and it returns any dataset; ``progress``, if it has one, is not
+    called from elsewhere. Meant for means over samples, searches and timings: work that does not grow with the samples
+    of a study.
 
     Args:
-        what: in a word, for people.
-        classes: as of ``per_sample``.
+        what: the measurement in a word, for people to read.
+        classes: as in ``per_sample``.
     """
 
     def mark(function: F) -> F:
@@ -127,10 +128,10 @@ def _marked(measure: Measure, classes: tuple[type, ...]) -> Any:
 
 
 def import_all(modules: Iterable[str]) -> None:
-    """Import modules with measurements that are no part of mech.
+    """Import modules with measurements that are not part of mech.
 
     Raises:
-        ExperimentError: one that Python does not find here.
+        ExperimentError: a module that Python does not find here.
     """
     for module in modules:
         try:
@@ -143,7 +144,7 @@ def import_all(modules: Iterable[str]) -> None:
 
 
 def find_measure(name: str) -> Measure:
-    """The measurement of a job. What is no part of mech must have been imported before: a file names no code.
+    """The measurement of a job. One outside mech must have been imported before: a file cannot name code to run.
 
     Raises:
         ExperimentError: there is none of this name.
@@ -166,7 +167,7 @@ def running() -> Running | None:
 
 @contextmanager
 def run_by(one: Running | None) -> Iterator[None]:
-    """Let measurements be cut, or, by None, not."""
+    """Let ``one`` cut the measurements inside; with None they are not cut."""
     token = _RUNNING.set(one)
     try:
         yield

@@ -1,12 +1,12 @@
 """Which model, which program: what must be the same on every machine before it computes anything.
 
     open_model("reference:llava-m@step2300")
-    model_here("reference:llava-m")     # where workers compute: all but its weights
+    model_here("reference:llava-m")     # without its weights, if only workers compute
     identity(model)                     # name, digests of weights and processor, precision
     software()                          # version and digest of mech, versions of torch and transformers
 
-A worker opens the model by its name and holds both against what the job says: another training step, precision or
-program would put other numbers into the same result.
+A worker opens the model by its name and checks both against the job: another training step, precision or program would
+put other numbers into the same result.
 """
 
 import functools
@@ -28,7 +28,7 @@ from mech.model.loading import resolve
 from mech.results.provenance import jsonable, model_record, software_versions
 from mech.scale.measures import in_one_piece, running
 
-HASHED = ("weights", "processor", "dtype", "attention")  # of an identity: all but the name
+HASHED = ("weights", "processor", "dtype", "attention")  # the parts of an identity, without the name
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -64,7 +64,7 @@ def open_model(name: str, **placement: Any) -> HookedMLLM:
 
 
 def model_here(name: str) -> HookedMLLM:
-    """A model as this process needs it: whole where it measures, and where only workers do, laid out without weights.
+    """A model as this process needs it: whole if it computes, laid out without weights if only workers do.
 
     Raises:
         UnsupportedModel: as ``open_model``.
@@ -75,13 +75,13 @@ def model_here(name: str) -> HookedMLLM:
 
 @in_one_piece("model")
 def recorded(model: Any, samples: Samples, *, files: Any) -> xr.Dataset:
-    """What a worker says of the model it opened, in the attribute ``record``; other ``files`` are recorded anew."""
+    """A worker's record of the model it opened, in the attribute ``record``; changed ``files`` are recorded anew."""
     identity(model)  # refuses weights without a digest
     return xr.Dataset(attrs={"record": json.dumps(jsonable(model_record(model)))})
 
 
 def files_of(name: str) -> list[list[Any]]:
-    """Revision, and of a folder or reference model names, sizes and times of the files of weights."""
+    """The revision and, for a folder or reference model, names, sizes and times of the weight files."""
     base, revision = split_revision(name)
     folders = {Path(resolve(base)), *([reference.shipped(base)] if base.startswith(reference.PREFIX) else ())}
     return [[revision], *(list(facts) for folder in sorted(folders) for facts in _weights_in(folder))]
@@ -96,7 +96,7 @@ def identity(model: Any) -> dict[str, str]:
     """Name and digests of what decides a model's numbers.
 
     Raises:
-        UnsupportedModel: weights that cannot be read, so that nothing says whether two of them are the same.
+        UnsupportedModel: weights that cannot be read, so that they cannot be compared between machines.
     """
     record = model_record(model)
     if record["weights"] is None:
@@ -112,12 +112,12 @@ def identity(model: Any) -> dict[str, str]:
 
 
 def size_in_bytes(model: Any) -> int:
-    """What the weights take in memory."""
+    """The memory that the weights take."""
     return sum(weight.numel() * weight.element_size() for weight in inner_model(model).state_dict().values())
 
 
 def software() -> dict[str, str]:
-    """Versions that decide numbers, and a digest of mech itself: a version number does not see an edited file."""
+    """Versions that affect numbers, and a digest of mech itself: a version number does not show an edited file."""
     return {**software_versions(("mech", "torch", "transformers")), "code": _code_digest()}
 
 
@@ -133,7 +133,7 @@ def refuse_difference(wanted: Mapping[str, str], here: Mapping[str, str], where:
     """Refuse another program, or other weights, than the job was made with.
 
     Raises:
-        ExperimentError: with the first that differs.
+        ExperimentError: something differs; it names the first.
     """
     for name, value in wanted.items():
         if here.get(name) != value:

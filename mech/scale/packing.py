@@ -2,10 +2,10 @@
 
     content = pack({"samples": samples, "scores": {"mine": Score("last")}})
     unpack(content)["scores"]["mine"]                    # the same Score
-    fingerprint(value)                                   # SHA-256 over what it says, whatever file it is in
+    fingerprint(value)                                   # SHA-256 of its content, whatever file it is in
 
-Tuples, arrays, tensors, pictures and the classes that are ``known`` are kept as they are; anything else is refused, and
-so is a class in a file that is not known here: a file from elsewhere names no code.
+Tuples, arrays, tensors, pictures and the classes that are ``known`` are preserved; anything else is refused, and so is
+a class in a file that is not known here: a file from elsewhere cannot name code to run.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from mech.errors import ExperimentError, OutputError
 from mech.files import parse_json
 from mech.results.checksum import seal, unsealed
 
-RAW = ("1", "L", "RGB", "RGBA")  # modes of pictures that are kept as they are; others are shown as RGB everywhere
+RAW = ("1", "L", "RGB", "RGBA")  # picture modes that are kept; others are shown as RGB everywhere
 _KNOWN: dict[str, type] = {
     one.__name__: one for one in (Sample, Box, Frames, Mask, Pages, Passage, Distractor, Span)
 }  # fmt: skip
@@ -38,7 +38,7 @@ def known(*classes: type) -> None:
 
 
 def pack(value: Any) -> bytes:
-    """A value as bytes, with a checksum behind it.
+    """A value as bytes, followed by a checksum.
 
     Raises:
         ExperimentError: something in it that is not known.
@@ -51,7 +51,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(content: bytes) -> Any:
-    """The value of ``pack``.
+    """The value that ``pack`` was given.
 
     Raises:
         OutputError: it is damaged, or names a class that is not known here.
@@ -69,7 +69,7 @@ def unpack(content: bytes) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 over what a value says."""
+    """SHA-256 of a value's content."""
     arrays: list[np.ndarray] = []
     text = json.dumps(_written(value, arrays), sort_keys=True)
     sha = hashlib.sha256(text.encode())
@@ -79,7 +79,7 @@ def fingerprint(value: Any) -> str:
 
 
 def _written(value: Any, arrays: list[np.ndarray]) -> Any:
-    """JSON, with whatever is no JSON under a name that begins with a dollar sign."""
+    """A value as JSON, with anything that JSON lacks under a name that begins with a dollar sign."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, np.generic):
@@ -108,7 +108,7 @@ def _written(value: Any, arrays: list[np.ndarray]) -> Any:
 
 
 def _given(kind: Any) -> list[str]:
-    """The fields of a dataclass that it is made of; what it derives from them is derived again."""
+    """The fields that a dataclass is made from; what it derives from them is derived again."""
     return [one.name for one in fields(kind) if one.init]
 
 

@@ -1,12 +1,12 @@
-"""Ray: actors that hold a model each, and compute the blocks of one driver.
+"""Ray: actors that each hold a model, and compute the blocks of one driver.
 
     with on_ray() as run:                                      # a cluster of this machine's cores and GPUs
     with on_ray("ray://head:10001", folder="s3://b/blocks"):   # a remote one; every node must see the folder
     with on_ray("auto", gpus_per_model=0.5):                   # two models share a GPU; 4: one model over four
 
 A driver hands each actor one block at a time, so at most ``workers + 1`` blocks of samples are in memory. Nodes are
-held against the job before any work: program, weights, folder, and room for the model. An actor that dies costs the
-block it was at, which another one takes; what it had landed is in the folder.
+checked against the job before any work: program, weights, folder, and room for the model. An actor that dies loses only
+the block it was computing, which another one takes; what it had landed is in the folder.
 """
 
 import os
@@ -33,12 +33,12 @@ from mech.scale.run import Run, Seen, driving
 from mech.scale.work import Outcome, Worker, given_up
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-PAUSE = 0.5  # seconds before a block that another driver holds is looked at again
-ROOM = 1.2  # times the weights: what a model needs beside them is at least a fifth
+PAUSE = 0.5  # seconds before a block that another driver holds is checked again
+ROOM = 1.2  # times the weights: a model needs at least a fifth more than these
 
 
 class Actor:
-    """A worker inside Ray. What mech refuses comes back as a value: Ray would wrap the error."""
+    """A worker inside Ray. mech's refusals come back as values: Ray would wrap the error."""
 
     def __init__(self, url: str, placement: Mapping[str, Any], modules: tuple[str, ...]):
         self._url, self._placement, self._modules, self._worker = url, placement, modules, None
@@ -47,7 +47,7 @@ class Actor:
         return f"mech worker {os.getpid()}"
 
     def fit(self, job: str, weights: int) -> tuple[str, Any]:
-        """Hold this node against a job: the folder, the program, room for the model, its weights."""
+        """Check this node against a job: the folder, the program, room for the model, its weights."""
         try:
             found, _ = self._mine().job(job)
             if (room := _gpu_bytes()) and room < weights:
@@ -64,7 +64,7 @@ class Actor:
         """Compute a block."""
         try:
             return "outcome", asdict(self._mine().attempt(Task(*unpack(task))))
-        except MechError as error:  # not of the block: the disk is full, or this node is not fit
+        except MechError as error:  # not the block's fault: the disk is full, or this node does not match the job
             return "refused", _said(error)
 
     def _mine(self) -> Worker:
@@ -75,16 +75,16 @@ class Actor:
 
 
 class OnRay:
-    """The executor of a Ray cluster that is connected.
+    """The executor on a connected Ray cluster.
 
     Args:
-        folder: of the blocks.
-        gpus_per_model: of each actor; one if the cluster has GPUs.
+        folder: the folder of blocks.
+        gpus_per_model: GPUs of each actor; by default one if the cluster has GPUs.
         threads: CPU threads of each actor.
-        modules: that actors import first, for measurements that are no part of mech.
+        modules: modules that actors import first, for measurements that are not part of mech.
 
     Raises:
-        ExperimentError: no node has so many GPUs or cores.
+        ExperimentError: no node has that many GPUs or cores.
     """
 
     def __init__(self, folder: Folder, gpus_per_model: float | None, threads: int, modules: tuple[str, ...] = ()):
@@ -99,10 +99,10 @@ class OnRay:
         self.workers = sum(_fits(node, share, threads) for node in nodes)
         self.in_flight = self.workers
         self._placement = {"device_map": "auto"} if share > 1 else {} if share else {"device": "cpu"}
-        self._actors: list[Any] = []  # None in the place of one that died, until there is a block for it
+        self._actors: list[Any] = []  # None in place of one that died, until there is a block for it
 
     def ready(self, job: Job, model: Any) -> None:
-        """Hold all nodes against the job.
+        """Check all nodes against the job.
 
         Raises:
             ExperimentError: a model that no node has room for; another program, or other weights, on a node.
@@ -161,7 +161,7 @@ class OnRay:
         return self._actors[place].attempt.options(name=name).remote(packed)
 
     def _outcome(self, ref: Any, place: int, task: Task) -> Outcome:
-        """How a block ended; where its actor died, another one takes its place when there is a block for it."""
+        """How a block ended; if its actor died, a new one takes its place when there is a block for it."""
         try:
             state, said = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
@@ -187,17 +187,17 @@ def on_ray(
     modules: Sequence[str] = (),
     say: Callable[[Seen], None] = lambda seen: None,
 ) -> Iterator[Run]:
-    """Measure on a Ray cluster: what is inside is cut into blocks, as in ``mech.on_folder``, and actors compute them.
+    """Measure on a Ray cluster: the work inside is cut into blocks, as in ``mech.on_folder``, and actors compute them.
 
     Args:
         address: ``"local"``, a cluster of all cores and GPUs of this machine (or the one this process is connected to);
             ``"auto"``, the one that runs here; ``"ray://HOST:PORT"``.
-        folder: of the blocks: a path that all nodes see, or a URL of fsspec.
-        gpus_per_model: a share of one GPU, or several GPUs for one model; one where there are GPUs.
+        folder: the folder of blocks: a path that all nodes see, or an fsspec URL.
+        gpus_per_model: a share of one GPU, or several GPUs for one model; by default one where there are GPUs.
         threads: CPU threads of each actor; one by default.
-        batches: of a block; by default as many as take twenty seconds.
-        modules: that actors import first, for measurements of your own.
-        say: called with how far it is.
+        batches: batches per block; by default as many as take twenty seconds.
+        modules: modules that actors import first, for your own measurements.
+        say: called with the progress.
 
     Raises:
         MechError: Ray is not installed, or the cluster cannot be reached.
@@ -245,7 +245,7 @@ def _connected(ray: Any, address: str) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of Ray to its users, on what its next version does
+            warnings.simplefilter("ignore", FutureWarning)  # Ray's, about what its next version does
             ray.init(**options, **({"include_dashboard": False} if address == "local" else {"address": address}))
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise MechError(
@@ -277,13 +277,13 @@ def _refuse_too_large(share: float, threads: int, gpus: list[float], cores: list
 
 
 def _fits(node: Mapping[str, float], share: float, threads: int) -> int:
-    """Actors of a node."""
+    """How many actors a node has room for."""
     by_cores = int(node.get("CPU", 0.0) // threads)
     return min(by_cores, int(node.get("GPU", 0.0) / share + 1e-9)) if share else by_cores
 
 
 def _gpu_bytes() -> int:
-    """Memory of all GPUs that this process sees; 0 without one."""
+    """Memory of all GPUs that this process sees; 0 without a GPU."""
     import torch
 
     n = torch.cuda.device_count()

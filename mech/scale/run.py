@@ -6,8 +6,8 @@
 
     stream(masses, model, iterator, queries="question")  # samples that are never all in memory
 
-Memory: samples of at most ``in_flight + 1`` blocks, that is ``(in_flight + 1) x batches x batch_size`` samples, and the
-joined values (RAM: 4 bytes for each head and sample), whatever the number of samples.
+Memory, whatever the number of samples: at most ``in_flight + 1`` blocks, that is ``(in_flight + 1) x batches x
+batch_size`` samples; and the joined values (RAM: 4 bytes for each head and sample).
 """
 
 import time
@@ -35,8 +35,8 @@ from mech.scale.models import files_of, identity, recorded, software, split_revi
 from mech.scale.packing import fingerprint, pack
 from mech.scale.work import ABOUT, Outcome, beating, refusal
 
-WANTED = 20.0  # seconds of a block: long beside what a block costs to hand over, short beside what a kill may cost
-EVERY = 2.0  # seconds between two notes of how far a driver is
+WANTED = 20.0  # seconds of a block: long compared with handing it over, short compared with what a kill may cost
+EVERY = 2.0  # seconds between two records of a driver's progress
 
 
 class BlocksFailed(MechError):
@@ -58,7 +58,7 @@ class BlocksFailed(MechError):
 
     @classmethod
     def of(cls, errors: Sequence["BlocksFailed"]) -> "BlocksFailed":
-        """Several as one."""
+        """Several errors as one."""
         return cls({key: one for error in errors for key, one in error.failed.items()}, errors[0].folder)
 
 
@@ -74,7 +74,7 @@ class Cost:
 
 @dataclass
 class Seen:
-    """How far a driver is; what the line, and `mech status`, show."""
+    """A driver's progress, as the progress line and `mech status` show it."""
 
     what: str = ""
     blocks: int = 0
@@ -104,7 +104,7 @@ class Run:
         Raises:
             MechError: what the measurement itself refuses.
             BlocksFailed: some failed three times, and all others are done.
-            ExperimentError: ids that are there twice.
+            ExperimentError: an id that occurs twice.
         """
         options = dict(options)
         progress = options.pop("progress", None)
@@ -130,11 +130,11 @@ class Run:
 
     @property
     def computes(self) -> bool:
-        """Whether this process measures, too."""
+        """Whether this process computes too."""
         return self.executor.works
 
     def laid_out(self, name: str) -> LaidOut:
-        """A model without its weights, and what a worker that has them says of them.
+        """A model without its weights, with what a worker that has them says about them.
 
         Raises:
             UnsupportedModel: it cannot be opened.
@@ -158,7 +158,7 @@ class Run:
         return self._joined(job, measure, kept)
 
     def _ready(self, measure: Measure, model: Any, of: Mapping[str, str], options: dict[str, Any], size: int) -> Job:
-        """A job that lies in the folder, and that the executor can compute."""
+        """Write a job into the folder, and check that the executor can compute it."""
         job = Job(measure.name, of, software(), fingerprint(options), size, self.threads)
         self.folder.write(f"jobs/{job.key}.options.pack", pack(options))
         self.folder.write(f"jobs/{job.key}.pack", pack(job))
@@ -169,7 +169,7 @@ class Run:
         self, job: Job, measure: Measure, listed: Sequence[Sample] | None, samples: Iterable[Sample],
         items: int | None, beside: Mapping[str, Sequence[Any]],
     ) -> tuple[Cut, Iterable[Sample]]:  # fmt: skip
-        """How the job is cut: as it was before in this folder, else by what one batch takes."""
+        """How the job is cut: as before in this folder, or else by the time that one batch takes."""
         name = f"jobs/{job.key}.cut.json"
         if (known := self.folder.record(name)) is not None:
             return Cut(known["batches"], known["items"]), samples
@@ -184,10 +184,10 @@ class Run:
             task = timing(head, job, f"{self.seen.what}, timed", items, beside)
             list(self._run(iter([task]), [], measure.what, counted=False))
             part, samples = self.folder.part(task.key), rest
-            seconds = part.attrs[ABOUT]["seconds"] if part is not None else self.wanted  # it failed: try it small
+            seconds = part.attrs[ABOUT]["seconds"] if part is not None else self.wanted  # it failed: use small blocks
             cut = Cut.by_time(seconds, self.wanted, batches, items, self.executor.workers)
         self.folder.create(name, sealed_bytes({"batches": cut.batches, "items": cut.items}))
-        known = self.folder.record(name) or {}  # of the driver that was first
+        known = self.folder.record(name) or {}  # the first driver's cut
         return Cut(known.get("batches", cut.batches), known.get("items", cut.items)), samples
 
     def _run(self, todo: Iterator[Task], kept: list[Block], what: str, counted: bool = True) -> Iterator[Outcome]:
@@ -196,7 +196,7 @@ class Run:
 
         def offered() -> Iterator[Task]:
             for task in todo:
-                if task.key in failed:  # of an earlier run: it has three tries again
+                if task.key in failed:  # in an earlier run: it has three tries again
                     self.folder.forgive(task.key)
                 kept.append(task.block)
                 blocks[task.key] = task.block
@@ -249,15 +249,15 @@ class Run:
         self.folder.put_record(f"runs/{self.name}.json", {**claim_of(self.name), **facts})
 
     def alive(self) -> None:
-        """A sign of life for those who wait for blocks."""
+        """A sign of life for workers that wait for blocks."""
         self._noted = 0.0
         with suppress(OutputError):
             self._note()
 
     def close(self) -> None:
-        """Let workers go, and say that nothing more comes."""
+        """Release the workers, and record that nothing more comes."""
         self.executor.close()
-        with suppress(OutputError):  # of a full disk: the error that came before says more
+        with suppress(OutputError):  # from a full disk: the error that came before says more
             self._note(finished=True)
 
 
@@ -265,7 +265,7 @@ def merged(parts: Mapping[Block, xr.Dataset], job: Job, measure: Measure) -> xr.
     """The parts of a job as one dataset, in the order of their samples.
 
     Raises:
-        OutputError: parts of other weights, another processor or another program, or not one of each sample.
+        OutputError: parts made with other weights, another processor or another program, or not one for each sample.
     """
     rows: dict[int, list[tuple[Block, xr.Dataset]]] = {}
     for block, part in parts.items():
@@ -300,18 +300,18 @@ def on_folder(
     threads: Count | None = None,
     say: Callable[[Seen], None] = lambda seen: None,
 ) -> Iterator[Run]:
-    """Measure block by block into a folder; whatever was there before is not computed again.
+    """Measure block by block into a folder; blocks that are already there are not computed again.
 
     Inside, the measurements of mech over samples (RAM, scores, ablation, patching, transfer, sparse inference) are cut
-    into blocks; any number of ``mech work FOLDER`` may join in. The numbers are those of one process.
+    into blocks; any number of ``mech work FOLDER`` processes may join. The numbers are the same as in one process.
 
     Args:
-        folder: a path, or a URL of fsspec.
-        works: whether this process computes too; without, it only waits for others.
-        workers: how many are expected: a short job is cut into four blocks for each.
-        batches: of a block; by default as many as take twenty seconds.
-        threads: of the CPU, for each worker; by default those of this process.
-        say: called with how far it is.
+        folder: a path, or an fsspec URL.
+        works: whether this process computes too; if not, it only waits for others.
+        workers: how many workers are expected: a short job is cut into four blocks for each.
+        batches: batches per block; by default as many as take twenty seconds.
+        threads: CPU threads of each worker; by default those of this process.
+        say: called with the progress.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -333,7 +333,7 @@ def rest_goes_on(failed: list[BlocksFailed]) -> Iterator[None]:
 
 @contextmanager
 def driving(run: Run) -> Iterator[Run]:
-    """Let a driver cut what is measured inside."""
+    """Let a driver cut the measurements inside."""
     try:
         with run_by(run), beating(run.folder.lease / 4, run.alive):
             yield run
@@ -342,16 +342,16 @@ def driving(run: Run) -> Iterator[Run]:
 
 
 def stream(function: Callable[..., xr.Dataset], model: Any, samples: Iterable[Sample], **options: Any) -> xr.Dataset:
-    """A measurement of samples that come one by one, and are never all in memory.
+    """Measure samples that come one by one, and are never all in memory.
 
     Args:
-        function: one marked by ``per_sample``.
-        model: of the measurement.
+        function: a measurement marked by ``per_sample``.
+        model: the model to measure.
         samples: any iterable of samples, such as a generator over a streamed data set.
-        options: of the measurement; ``batch_size`` among them.
+        options: options of the measurement, ``batch_size`` among them.
 
     Raises:
-        ExperimentError: a function that is not marked, or no ``on_folder`` or ``on_ray`` around.
+        ExperimentError: a function that is not marked, or no ``on_folder`` or ``on_ray`` around it.
 
     Memory: see ``mech.scale.run``.
     """
@@ -383,7 +383,7 @@ def _refuse_twice(ids: Sequence[str]) -> None:
 
 
 def _first(samples: Iterable[Sample], n: int) -> Iterator[Sample]:
-    for _, sample in zip(range(n), samples, strict=False):  # in this order: no sample more is taken
+    for _, sample in zip(range(n), samples, strict=False):  # in this order, no further sample is taken
         yield sample
 
 

@@ -1,4 +1,4 @@
-"""How far it is, in a line; from another shell; and what it cost at the end.
+"""Progress in one line, the same from another shell, and the costs at the end.
 
 print(status("blocks"))          # what `mech status blocks` prints
 line(run.seen)                   # llava-s: attention | 12/40 blocks | 34.1 samples/s | 2 min left | 0 failed
@@ -20,12 +20,12 @@ class Status:
     """What is in a folder of blocks.
 
     Attributes:
-        landed: parts that are there.
-        working: blocks that a worker that is alive has claimed.
-        waiting: blocks that lie there for a worker.
-        failed: what was given up: samples and the last error, by block.
-        lines: how far each driver is that is at work, or was last.
-        costs: seconds by measurement and device, of all drivers.
+        landed: number of parts.
+        working: blocks claimed by a live worker.
+        waiting: blocks that wait for a worker.
+        failed: blocks that were given up: key -> samples and the last error.
+        lines: the progress of each driver, at work or ended.
+        costs: seconds by measurement and device, over all drivers.
     """
 
     landed: int = 0
@@ -78,7 +78,7 @@ def status(folder: str | Path) -> Status:
 
 
 def line(seen: Mapping[str, Any], at: float | None = None) -> str:
-    """How far a driver is: blocks, samples each second, time left, failures."""
+    """A driver's progress: blocks, samples per second, time left, failures."""
     took = max((at or time.time()) - seen["started"], 1e-3)
     pace = seen["samples"] / took
     left = ""
@@ -103,7 +103,7 @@ COSTS = ("measurement", "blocks", "samples", "CPU seconds", "GPU seconds")
 
 
 def _blocks(seen: Mapping[str, Any]) -> str:
-    """All blocks; where they come one by one, those that are known, and by the samples what they will be."""
+    """The number of blocks: those known so far or, if larger, the total estimated from the samples done."""
     if seen["total"] is None or not seen["samples"]:
         return f"{seen['blocks']}"
     return str(max(seen["blocks"], round(seen["ended"] * seen["total"] / seen["samples"])))

@@ -4,9 +4,9 @@
     worker.attempt(task)                       # Outcome(key, "landed", ...)
     work("blocks")                             # until nothing is left: `mech work blocks`
 
-A try ends in one of six ways: ``landed``; ``there`` already; ``held`` by another worker that is alive; ``refused``: the
-measurement cannot be made of these samples (an error of mech, the same on every machine); ``again``: anything else went
-wrong, and it is tried again; ``failed``: for the third time.
+A try ends in one of six ways: ``landed``; ``there`` already; ``held`` by another live worker; ``refused``: the
+measurement cannot be made on these samples (an error of mech, the same on every machine); ``again``: anything else went
+wrong, and it is tried again; ``failed``: it went wrong for the third time.
 """
 
 import platform
@@ -38,7 +38,7 @@ known(Job, Block)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a try ended; ``error`` in words, ``facts`` of what landed."""
+    """How a try ended: ``error`` in words; ``seconds`` and ``device`` of what landed."""
 
     key: str
     state: str
@@ -48,12 +48,12 @@ class Outcome:
 
 
 class Worker:
-    """Something that computes blocks, in this process.
+    """Computes blocks in this process.
 
     Args:
         folder: where jobs are read and parts land.
         placement: how models are opened: ``device``, ``device_map``, ``dtype``.
-        model: an open model, in place of opening one by its name.
+        model: an open model, instead of opening one by its name.
     """
 
     def __init__(self, folder: Folder, placement: Mapping[str, Any] | None = None, model: Any = None):
@@ -75,7 +75,7 @@ class Worker:
                     "give a folder that all machines see: NFS, or a URL such as s3://",
                 )  # fmt: skip
             job = unpack(content)
-            find_measure(job.measure)  # its module makes known what the options are made of
+            find_measure(job.measure)  # its module registers the classes that the options are made of
             options = unpack(self.folder.read(f"jobs/{key}.options.pack") or b"")
             self._jobs = {key: (job, options)}  # one at a time: options may hold activations
         return self._jobs[key]
@@ -93,7 +93,7 @@ class Worker:
         if name not in self._open:
             self._open.clear()  # before the next one is loaded
             self._open[name] = open_model(name, **self.placement)
-        wanted = {name: job.model[name] for name in HASHED if name in job.model}  # one that records them names none
+        wanted = {name: job.model[name] for name in HASHED if name in job.model}  # the job that records them has none
         refuse_difference(wanted, identity(self._open[name]), _here())
         return self._open[name]
 
@@ -101,8 +101,8 @@ class Worker:
         """Compute a block, unless it is there or held.
 
         Raises:
-            ExperimentError: this worker is not fit for it, see ``model``.
-            OutputError: what was measured cannot be written.
+            ExperimentError: this worker may not compute it, see ``model``.
+            OutputError: the result cannot be written.
         """
         key, folder = task.key, self.folder
         if folder.part(key) is not None:
@@ -115,7 +115,7 @@ class Worker:
             return Outcome(key, "held")
         try:
             with beating(folder.lease / 4, lambda: folder.beat(key, self.name)):
-                if folder.part(key) is not None:  # landed between the look and the claim
+                if folder.part(key) is not None:  # landed between the check and the claim
                     return Outcome(key, "there")
                 return self._landed(task, job, measure, model, options)
         finally:
@@ -151,7 +151,7 @@ class Worker:
 
 
 def computed(measure: Measure, model: Any, task: Task, job: Job, options: Mapping[str, Any]) -> xr.Dataset:
-    """What a block measures; threads are those of the job, for sums of the same bits."""
+    """What a block measures, with the job's number of threads, so that sums agree to the last bit."""
     call: dict[str, Any] = {**options, **task.beside} | ({} if measure.whole else {"batch_size": job.batch_size})
     if measure.over is not None and task.block.items is not None:
         call[measure.over] = options[measure.over][slice(*task.block.items)]
@@ -170,7 +170,7 @@ def computed(measure: Measure, model: Any, task: Task, job: Job, options: Mappin
 
 
 def given_up(folder: Folder, key: str) -> Outcome | None:
-    """The end of a block that was refused, or failed too often; None while it is to be tried."""
+    """The outcome of a block that was refused, or failed too often; None while it can still be tried."""
     attempts = folder.failures(key)
     if attempts and attempts[-1].get("final"):
         return Outcome(key, "refused", attempts[-1]["error"])
@@ -178,20 +178,20 @@ def given_up(folder: Folder, key: str) -> Outcome | None:
 
 
 def refusal(folder: Folder, key: str) -> MechError:
-    """The error with which a measurement was refused, as it was raised."""
+    """The error with which a measurement was refused, as originally raised."""
     last = folder.failures(key)[-1]
     kind = getattr(errors, str(last.get("kind")), MechError)
     return kind(*last.get("said", [last["error"]]))
 
 
 def publish(folder: Folder, task: Task) -> Task:
-    """Lay a block with its samples into the folder; without them from here on."""
+    """Put a block with its samples into the folder; returns the task without its samples."""
     folder.write(f"todo/{task.key}.pack", pack([task.block, task.samples, dict(task.beside)]))
     return Task(task.block, None)
 
 
 def waiting(folder: Folder, key: str) -> Task | None:
-    """A block that lies in the folder; None where it does not any more."""
+    """A block that waits in the folder; None if it is no longer there."""
     content = folder.read(f"todo/{key}.pack")
     return None if content is None else Task(*unpack(content))
 
@@ -205,18 +205,18 @@ def work(
     pause: float = 0.5,
     say: Callable[[Outcome, Task], None] = lambda outcome, task: None,
 ) -> dict[str, int]:
-    """Compute what lies in a folder, until its drivers are done or nothing came for a while.
+    """Compute the blocks in a folder until its drivers are done or none has come for a while.
 
     Args:
         url: the folder.
         placement: how models are opened.
         idle: seconds without work after which it ends.
-        linger: the same where every driver is done, or dead: the next one may be about to start.
-        pause: seconds between two looks.
+        linger: the same once every driver is done, or dead: the next one may be about to start.
+        pause: seconds between two checks.
         say: called with every outcome.
 
     Returns:
-        How many blocks ended how.
+        How many blocks ended in each way.
 
     Raises:
         ExperimentError: other weights or another program than the driver's.
@@ -224,7 +224,7 @@ def work(
     """
     folder = Folder(url)
     worker, counts = Worker(folder, placement), {"landed": 0, "failed": 0, "refused": 0}
-    order, since = random.Random(worker.name), time.monotonic()  # who takes what; no number hangs on it
+    order, since = random.Random(worker.name), time.monotonic()  # which worker takes what; no number depends on it
     ended: set[str] = set()
     while time.monotonic() - since < (linger if _all_done(folder) else idle):
         keys = sorted(set(folder.keys("todo")) - set(folder.keys("parts")) - ended)
