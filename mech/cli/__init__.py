@@ -1,9 +1,9 @@
-"""The command line, one file a command: ``mech study``, ``rank``, ``ablate``, ``transfer``, ``patch``, ``paths``,
-``accelerate``, ``sparsify``, ``explore``, ``claims``, ``check``, ``data``, ``view``, ``work``, ``status``. What they
-share is in ``options``, and in ``scale`` what those share that can be measured on many machines.
+"""The command line, one file per command: ``mech study``, ``rank``, ``ablate``, ``transfer``, ``patch``, ``paths``,
+``accelerate``, ``sparsify``, ``explore``, ``claims``, ``check``, ``data``, ``view``, ``work``, ``status``. Shared
+options are in ``options``; those of commands that can run on many machines are in ``scale``.
 
-Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can mend are
-printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can go on.
+Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Errors that a user can fix are
+printed without a traceback and end with exit code 2; Ctrl-C ends with 130 and leaves a study that can be resumed.
 """
 
 import errno
@@ -19,7 +19,7 @@ from mech.cli.scale.spread import spread, with_bare_ray
 from mech.errors import MechError, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the system
-INTERRUPTED = 130  # what a shell calls a program that ended by Ctrl-C
+INTERRUPTED = 130  # a shell's exit code for a program that ended by Ctrl-C
 
 app = typer.Typer(
     no_args_is_help=True,

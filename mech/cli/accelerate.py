@@ -44,7 +44,7 @@ class Local:
     sinks: Sinks = 4
 
     def samples(self, run: options.Run, n: int) -> tuple[Any, str]:
-        """The samples that the options mean, ``n`` at most, those of several lengths in turn; and what to call them."""
+        """The samples that the options ask for, at most ``n``, alternating between lengths; and their name."""
         import mech
         from mech.data.samples import Samples
 
@@ -90,7 +90,7 @@ def accelerate(
     batch_size: options.BatchSize = 8,
     out: options.PictureOrData = None,
 ) -> None:
-    """Keep a few heads dense and the others local: accuracy, speed and cache, beside other choices at equal budget."""
+    """Keep a few heads dense and the others local: accuracy, speed and cache, against other choices at equal budget."""
     import mech
     from mech.experiments.findings.acceleration import sentences, summarise
     from mech.results import save
@@ -123,14 +123,14 @@ def accelerate(
 
 @dataclass(frozen=True)
 class LongRun(options.Run):
-    """The same, by default on the reference model of the longest contexts."""
+    """The same, by default on the reference model with the longest contexts."""
 
     model: options.Model = "reference:qwen-long"
 
 
 @dataclass(frozen=True)
 class Training:
-    """How few heads are aimed at, and how they are trained for."""
+    """How few dense heads to aim for, and how to train for them."""
 
     target: Annotated[
         float,

@@ -25,7 +25,7 @@ def check(
 ) -> None:
     """Does mech run this model? Parity, points, padding, generation and geometry; exits with 1 if anything fails.
 
-    Without a model: the families that are known.
+    Without a model: lists the known families.
     """
     from mech.model import check as checking
 

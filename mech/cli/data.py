@@ -1,4 +1,4 @@
-"""``mech data``: check samples of your own before a model is opened, or ask what is known of the published sets."""
+"""``mech data``: check your own samples before a model is opened, or see what is known about the published sets."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ def data(
     root: options.Root = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check a file of samples; without one, list the published sets, or say all about one of them."""
+    """Check a file of samples, or show all about one published set; without either, list the published sets."""
     import mech
     from mech.data import hub
 

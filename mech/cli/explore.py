@@ -1,4 +1,4 @@
-"""``mech explore``: a model under the mouse, on a page of this machine."""
+"""``mech explore``: explore a model with the mouse, on a page of this machine."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ EPILOG = (
     "[bold]mech explore reference:llava-s[/]  prints the address of a page\n\n"
     "[bold]mech explore Qwen/Qwen3-VL-2B-Instruct --data mine.jsonl --open[/]"
 )
-SPLIT = 4  # samples from which on a half of them is kept apart, for mean and resample ablation
+SPLIT = 4  # from this many samples on, half are kept apart for mean and resample ablation
 
 
 def explore(
@@ -43,7 +43,7 @@ def explore(
     from mech.explorer.state import Origin, State
 
     State.read(state)
-    with listening(port) as place:  # a port that is taken is told before anything is loaded
+    with listening(port) as place:  # a taken port is reported before anything is loaded
         from mech.explorer.engine import Engine
 
         some, _ = options.chosen(data, root, domain, samples, seed)
@@ -65,7 +65,7 @@ def _model(model: str, revision: str | None) -> str:
 
 
 def _samples(data: str | None, root: Path | None, domain: str | None, n: int, seed: int) -> str:
-    """The expression that gives the samples which ``options.chosen`` has chosen."""
+    """The expression that gives the samples chosen by ``options.chosen``."""
     from mech.explorer.state import quoted
 
     if data is None:

@@ -1,8 +1,7 @@
 """What the commands share: options, the samples they mean, progress, and tables.
 
-Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Numbers, words and places to write
-to are checked while the command line is read, by the callbacks of the options: a mistake is told before anything is
-loaded.
+Nothing heavy is imported before a command runs, so ``mech --help`` answers at once. Numbers, words and output paths are
+checked by the options' callbacks while the command line is read: a mistake is reported before anything is loaded.
 """
 
 import functools
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from mech.model import HookedMLLM
 
 
-# The library's own words, which cannot be imported without torch; a test holds them equal.
+# The library's own words, which cannot be imported without torch; a test keeps them equal.
 METHODS = ("mean", "zero", "resample", "uniform", "paper")
 POSITIONS = ("all", "question", "last", "image", "text")
 BANDS = ("top", "bottom", "middle", "random", "layer_matched")
@@ -35,21 +34,21 @@ ANSWERS = ("digit", "number", "name", "sentence")
 
 
 def reference_names(incomplete: str) -> list[str]:
-    """What the tab key offers for a model."""
+    """Tab completions for a model."""
     folders = sorted((Path(__file__).parents[1] / "reference" / "weights").glob("*/config.json"))
     return [name for folder in folders if (name := f"reference:{folder.parent.name}").startswith(incomplete)]
 
 
 def domain_names(incomplete: str) -> list[str]:
-    """What the tab key offers for a domain."""
+    """Tab completions for a domain."""
     return [name for name in ("grounding", "documents", "pages", "video") if name.startswith(incomplete)]
 
 
 def checked(check: Callable[[str, Any], None]) -> Any:
-    """The callback of an option: ``check(name, value)`` refuses values that cannot be meant, each of a list."""
+    """The callback of an option: ``check(name, value)`` refuses invalid values, one by one for a list."""
 
     def callback(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
-        if not context.resilient_parsing:  # the tab key completes a line that is not there yet
+        if not context.resilient_parsing:  # tab completion runs on an unfinished line
             for item in value if isinstance(value, list) else [] if value is None else [value]:
                 check(f"--{str(param.name).replace('_', '-')}", item)
         return value
@@ -58,7 +57,7 @@ def checked(check: Callable[[str, Any], None]) -> Any:
 
 
 def whole(least: int, most: int | None = None) -> Any:
-    """The callback of an option that is a whole number from ``least`` on."""
+    """The callback of an option that is a whole number, at least ``least``."""
 
     def check(name: str, value: int) -> None:
         if value < least or (most is not None and value > most):
@@ -79,7 +78,7 @@ def among(words: Sequence[str]) -> Any:
 
 
 def samples(text: str, least: int) -> Any:
-    """``--samples``, or as Python calls it ``--n``."""
+    """``--samples``, or ``--n`` as in Python."""
     return typer.Option("--samples", "--n", help=text, callback=whole(least))
 
 
@@ -113,7 +112,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def written_to(*endings: str) -> Any:
-    """The callback of an option that names a file to write, whose name ends in one of these if there are any."""
+    """The callback of an option that names a file to write, with one of these suffixes if any are given."""
 
     def check(name: str, path: Path) -> None:
         if endings and path.suffix not in endings:
@@ -190,7 +189,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
 
-BARS: ContextVar[bool] = ContextVar("bars", default=True)  # whether progress is shown as bars, or elsewhere in one line
+BARS: ContextVar[bool] = ContextVar("bars", default=True)  # whether progress is shown as bars, or else in one line
 
 
 class progress:
@@ -223,7 +222,7 @@ class progress:
 
 
 def open_model(model: str, revision: str | None) -> "HookedMLLM":
-    """The model of ``--model`` at ``--revision``; it is called MODEL@REVISION then."""
+    """The model of ``--model`` at ``--revision``; with a revision its name is MODEL@REVISION."""
     from mech.scale import model_here
 
     return model_here(model if revision is None else f"{model}@{revision}")
@@ -231,7 +230,7 @@ def open_model(model: str, revision: str | None) -> "HookedMLLM":
 
 @dataclass(frozen=True)
 class Sampled:
-    """Samples of one's own, the seed, and what is printed."""
+    """The user's own samples, the seed, and what is printed."""
 
     data: Data = None
     root: Root = None
@@ -258,7 +257,7 @@ class Run(Sampled):
         return open_model(self.model, self.revision)
 
     def samples(self, domain: str | None, n: int) -> "tuple[Samples, str]":
-        """The samples that the options mean, ``n`` at most, and what to call them."""
+        """The samples that the options ask for, at most ``n``, and their name."""
         return chosen(self.data, self.root, domain, n, self.seed)
 
 
@@ -267,7 +266,7 @@ LAST = ("out", "seed", "quiet", "as_json")
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters are options or dataclasses of options, as typer wants it: options alone."""
+    """A command whose parameters are options or dataclasses of options, with plain options only, as typer needs it."""
     parameters = inspect.signature(function).parameters.values()
     groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
     options: dict[str, inspect.Parameter] = {}
@@ -289,7 +288,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed: int) -> "tuple[Samples, str]":
-    """The samples that the options mean, ``n`` at most, and what to call them.
+    """The samples that the options ask for, at most ``n``, and their name.
 
     Raises:
         ExperimentError: ``data`` is neither a file nor a published set, or has no such domain.
@@ -312,7 +311,7 @@ def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed
 def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
     """``n`` samples of each domain of a JSON-lines file, or of a published set; ``refcocog:200`` says how many.
 
-    Bad records of a published set are passed over and counted on standard error; bad lines of a file are refused.
+    Bad records of a published set are skipped and counted on standard error; bad lines of a file are refused.
     """
     import mech
     from mech.data.hub import names
@@ -337,7 +336,7 @@ def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
 
 
 def save_or_draw(result: Any, target: Path | None) -> None:
-    """Save a result, or its picture, as the path's ending says."""
+    """Save a result, or its picture, as the path's suffix says."""
     import mech
     from mech.results import save
 
@@ -353,12 +352,12 @@ def share_or_number(value: float) -> float:
 
 
 def tell(*texts: str, sep: str = "\n") -> None:
-    """Print texts that may hold what others wrote: names in a data set, words of a model."""
+    """Print texts that may contain text by others: names in a data set, words of a model."""
     print(*map(printable, texts), sep=sep)
 
 
 def print_cautions(texts: list[str]) -> None:
-    """What limits the numbers, before the numbers."""
+    """Print what limits the numbers, before the numbers."""
     for text in texts:
         print(f"Caution. {text}")
     if texts:
@@ -366,9 +365,9 @@ def print_cautions(texts: list[str]) -> None:
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table with lines in a terminal, aligned words elsewhere: what is piped is not cut to a terminal's width.
+    """Print a table: with lines in a terminal, as aligned words elsewhere, where it is not cut to a terminal's width.
 
-    Texts may hold what others wrote; they are no markup.
+    Cells may contain text by others; it is not read as markup.
     """
     from rich.console import Console
     from rich.table import Table

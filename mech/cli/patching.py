@@ -26,7 +26,7 @@ PATHS = (
 
 @dataclass(frozen=True)
 class Pairs:
-    """The samples that are patched with their counterfactuals, and what is shown of it."""
+    """The samples to patch with their counterfactuals, and what to show."""
 
     domain: options.Domain = None
     direction: Annotated[
@@ -41,7 +41,7 @@ class Pairs:
     out: options.PictureOrData = None
 
     def of(self, run: options.Run) -> tuple[Any, Any, str]:
-        """The model, the pairs, and what to call them."""
+        """The model, the pairs, and a title."""
         some, called = run.samples(self.domain, self.samples)
         hooked = run.open_model()
         pairs, called = _paired(hooked, some, called)
@@ -100,7 +100,7 @@ def paths(
 
 
 def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
-    """The samples with a counterfactual each, made by blanking where there is none, and what to call them then."""
+    """The samples with a counterfactual each, made by blanking where there is none, and their name."""
     from mech.experiments.patching.blanked import paired_by_blanking
 
     if all(sample.counterfactual for sample in samples):
@@ -116,7 +116,7 @@ def _difference(data: Any) -> Any:
 
 
 def _regions(hooked: Any, data: Any, wanted: str | None) -> dict[str, Any] | None:
-    """Cells of the first picture, or named spans; None where none are asked for."""
+    """Cells of the first picture, or named spans; None if none are asked for."""
     if wanted is None:
         return None
     rows, cross, cols = wanted.partition("x")

@@ -94,7 +94,7 @@ def _print_agreement(agree: Any, names: list[str], top: int) -> None:
 
 
 def _print_ranking(ranking: Any, null: dict[str, Any], title: str, top: int) -> None:
-    """The first heads with their intervals, and beside each what it would score without retrieval."""
+    """The top heads with their intervals, and what each would score without retrieval."""
     interval, rows = ranking.interval(), []
     for i, (layer, head, value) in enumerate(ranking.table[:top], start=1):
         ends = (interval[end].sel(layer=layer, head=head).item() for end in ("low", "high"))

@@ -56,7 +56,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; what is not given depends on the models."""
+    """How much is measured; defaults depend on the models."""
 
     samples: Annotated[
         int | None,
@@ -88,7 +88,7 @@ def study(
     run: options.Sampled,
     out: Annotated[Path, typer.Option("--out", "-o", help="The study folder.")] = Path("study"),
 ) -> None:
-    """Rank heads by RAM, test whether they are needed, write report.html. The same command goes on where it stopped."""
+    """Rank heads by RAM, test whether they are needed, write report.html. The same command resumes where it stopped."""
     from mech.results.store import read_json
     from mech.settings import default_domains, default_settings
     from mech.study import DEFAULT_MODELS

@@ -1,4 +1,4 @@
-"""``mech transfer``: do the heads of one domain serve another."""
+"""``mech transfer``: do the heads of one domain serve another?"""
 
 import json
 from typing import Annotated, Any
@@ -64,7 +64,7 @@ def transfer(
 
 
 def _cautions(result: Any) -> list[str]:
-    """Too few samples for what a task's own heads cost on it, too few random sets."""
+    """Cautions: too few samples for what a task's own heads cost on it, or too few random sets."""
     from mech.experiments.findings.cautions import few_samples, few_sets
 
     warned = [text for _, text in few_sets(int((result["band"] == "random").sum()))]

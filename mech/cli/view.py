@@ -1,4 +1,4 @@
-"""``mech view``: the picture of anything that was saved, without any model.
+"""``mech view``: the picture of any saved result, without a model.
 
 A netCDF file of a result, a study folder, or the JSON of a ranking or a circuit becomes a complete offline page, or a
 figure for a paper.
@@ -73,7 +73,7 @@ def view(
         drawn = views.view(_read(file), on=pictures, folder=None if on else file.parent, **named)
     except MechError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # no result of mech's
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # not a result of mech
         raise OutputError(
             f"{file} cannot be drawn ({type(error).__name__}: {error})", "a result that mech saved", "save it anew"
         ) from error

@@ -12,7 +12,7 @@ def static(name: str) -> str:
 
 
 def needs(*packages: str) -> None:
-    """Refuse to go on without packages that only the explorer needs.
+    """Refuse to continue without packages that only the explorer needs.
 
     Raises:
         OutputError: one of them is not installed.

@@ -1,4 +1,4 @@
-"""What the explorer answers: JSON in, JSON out, whatever carries it.
+"""The explorer's answers: JSON in, JSON out, whatever carries it.
 
     engine = Engine(model, samples, reference)
     engine.ask({"action": "show", "state": "sample=3"})     # picture, question, answer, a map of heads
@@ -6,18 +6,18 @@
 
 =========  ==========================================================================================================
 ``open``   the model, its samples as small pictures
-``add``    a picture of the user's: ``data`` is a file in base64; its name is to be the state's ``picture``
-``show``   the pictures (those that are not ``known``), question, evidence, answer, scores read off attention
+``add``    a user's picture: ``data`` is a file in base64; the name returned is for the state's ``picture``
+``show``   the pictures (pixels only of those not ``known``), question, evidence, answer, scores read off attention
 ``head``   where the state's head attends, for every word and as it answers
 ``change`` the answer without the state's heads
-``random`` the probabilities of some ``tokens`` without as many random heads, ``RANDOM`` times
+``random`` the probabilities of some ``tokens`` without the same number of random heads, ``RANDOM`` times
 ``score``  a score that is not read off attention: ``writes`` or ``effect``
 ``paths``  what the state's head reads, by edge attribution
 ``code``   Python that gives what is shown
 =========  ==========================================================================================================
 
-What a user can mend comes back as ``{"error": {"given", "expected", "do"}}``. What a reader sees of a model is only
-ever one example: tests over samples are for ``mech study``.
+Errors that a user can fix come back as ``{"error": {"given", "expected", "do"}}``. The explorer only ever shows one
+example: for tests over samples use ``mech study``.
 """
 
 import base64
@@ -51,12 +51,12 @@ from mech.interventions.corruption import without_evidence
 from mech.model import HookedMLLM
 from mech.views.drawing.images import embedded
 
-SHOWN = 5  # tokens, and as many of a changed run
+SHOWN = 5  # tokens, and the same number for a changed run
 RANDOM = 5  # sets of random heads
 PATHS = 12
 KEPT = 4  # runs
-PICTURES = 8  # of the user's
-MOST_BYTES = 12_000_000  # of a file
+PICTURES = 8  # the user's own
+MOST_BYTES = 12_000_000  # per file
 MOST_PIXELS = 24_000_000
 THUMB = 88  # pixels
 METHODS = ("mean", "resample")  # that need a reference
@@ -67,9 +67,9 @@ class Engine:
 
     Args:
         model: a hooked model.
-        samples: what can be chosen.
-        reference: where ``mean`` and ``resample`` are from; other samples than those that are shown.
-        origin: how the code is to make model and samples.
+        samples: the samples to choose from.
+        reference: the samples behind ``mean`` and ``resample``, other than those that are shown.
+        origin: how the generated code makes model and samples.
     """
 
     def __init__(self, model: HookedMLLM, samples: Samples, reference: Samples, origin: Origin | None = None):
@@ -99,7 +99,7 @@ class Engine:
             return {"error": {name: printable(text) for name, text in facts.items()}}
 
     def warm(self) -> None:
-        """Read the reference and the first sample now: the first click is as fast as the others."""
+        """Read the reference and the first sample now, so that the first click is as fast as the others."""
         with self._turn:
             self._reference()
             self._run(self._subject(State()))
@@ -134,7 +134,7 @@ class Engine:
         return Sample(question, "", (self.pictures[state.picture],), evidence=state.boxes)
 
     def _second(self, state: State, sample: Sample) -> Sample:
-        """The second picture, asked the same."""
+        """The second picture, with the same question."""
         if state.other == BLANK:
             if not sample.evidence:
                 raise InputError("the picture without its evidence, of which nothing is known", "a box over it",
@@ -151,10 +151,10 @@ class Engine:
         return replace(sample, images=source.images, video=source.video)
 
     def _run(self, sample: Sample) -> Run:
-        """What is known of a sample: read once, whatever is drawn on it."""
+        """The run of a sample: read once, whatever is drawn on it."""
         key = (sample.question, sample.context, *(id(picture) for picture in (*sample.images, *sample.video)))
         if key not in self._runs:
-            self._runs[key] = Run.of(self.model, sample)  # holds the pictures, so that their ids stay theirs
+            self._runs[key] = Run.of(self.model, sample)  # holds the pictures, so that their ids are not reused
             while len(self._runs) > KEPT:
                 self._runs.popitem(last=False)
         self._runs.move_to_end(key)
@@ -166,7 +166,7 @@ class Engine:
         return self._activations
 
     def _spec(self, state: State, sample: Sample) -> Ablate | Patch | Redirect:
-        """What is done to the heads of a state."""
+        """The change to the heads of a state."""
         if state.way == "patch":
             other = self._run(self._second(state, sample))
             self._run(sample).inputs.check_same_layout(other.inputs)
@@ -267,7 +267,7 @@ class Engine:
         says = run.under(spec)
         with intervene(self.model, spec) as changed:
             answer = changed.answer(run.inputs, max_new_tokens=NEW_TOKENS)
-        # What was likely before is shown as well, however unlikely it is now.
+        # Tokens that were likely before are shown as well, however unlikely they are now.
         likely = {token: text for token, text, _ in (*run.top(SHOWN), *run.top(SHOWN, says))}
         told = [[token, text, run.probabilities[token].item(), says[token].item()] for token, text in likely.items()]
         return {"answer": answer, "tokens": told}
@@ -314,7 +314,7 @@ class Engine:
         return {"score": _rounded(found.isel(example=0).sel(layer=list(self.model.cfg.attention_layers)).values)}
 
     def _pair(self, state: State, sample: Sample) -> tuple[Run, LogitDiff]:
-        """The run on the second picture, and the lead of this picture's answer over that one's."""
+        """The run on the second picture, and the metric: logit of this picture's answer minus that of the other's."""
         mine, other = self._run(sample), self._run(self._second(state, sample))
         said, theirs = mine.top(1)[0][0], other.top(1)[0][0]
         if said == theirs:
@@ -350,7 +350,7 @@ class Engine:
 
 
 def _thumb(picture: Image.Image) -> str:
-    """A picture in small, as an address that holds it."""
+    """A small copy of a picture, as a data URL."""
     small, written = picture.convert("RGB").copy(), io.BytesIO()
     small.thumbnail((THUMB, THUMB))
     small.save(written, "JPEG", quality=80)
@@ -358,7 +358,7 @@ def _thumb(picture: Image.Image) -> str:
 
 
 def _rounded(values: Any) -> Any:
-    """Arrays as lists of numbers with five digits, more than a colour shows; nan as null."""
+    """Arrays as lists of numbers with five digits, more than a colour can show; nan as null."""
     if isinstance(values, list):
         return [_rounded(one) for one in values]
     array = torch.as_tensor(values, dtype=torch.float64)

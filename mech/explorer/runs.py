@@ -1,10 +1,10 @@
 """One question about one picture: its answer, and the attention of every head, read in a single forward.
 
     run = Run.of(model, sample)
-    run.top(5)                                # [("seven", 0.98), ...]
+    run.top(5)                                # [(id, "seven", 0.98), ...]
     run.score("ram", sample.evidence)         # [layer head]; another box costs no forward
 
-Everything is of the model as it is: what a changed head does to the answer is asked of ``mech.intervene``.
+Everything describes the unchanged model, except ``under``: the next token with changed heads, by ``mech.intervene``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ from mech.model import AttentionCall, HookedMLLM
 from mech.model.cache import ActivationCache
 from mech.model.partial.beginning import Beginning, beginning
 
-STREAMS = 2**28  # bytes of what enters the layers, held for each run
+STREAMS = 2**28  # bytes of the layers' inputs, held for each run
 
 
 def _sinks(
     model: HookedMLLM, start: Beginning, attention: Float[np.ndarray, "layer head row key"], keys: np.ndarray
 ) -> Bool[np.ndarray, "layer key"]:
-    """Sinks among ``keys``, by the definition that this model can meet; no forward is needed."""
+    """Sinks among ``keys``, by the definition that applies to this model; no forward is needed."""
     if definition_for(model) == "attention" or not start.streams:
         return attention[:, :, :-1].mean((1, 2)) > SHARE
     held = sorted(start.streams)
@@ -47,15 +47,15 @@ def _is_output(point: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A sample as the model takes it, what it says, and where every head attends.
+    """A sample as the model reads it, the model's answer, and where every head attends.
 
     Attributes:
-        blind, seen: the inputs without their pixels, and what the vision stack made of these: read once.
+        blind, seen: the inputs without their pixels, and the vision stack's output for the pixels: computed once.
         keys: the positions that are kept: visual tokens, and evidence in a text.
-        attention: of the question's rows and, last, of the row that predicts the answer.
-        visible: how many keys each of these rows may look at.
+        attention: attention of the question's rows and, last, of the row that predicts the answer.
+        visible: how many keys each of these rows may attend to.
         sinks: visual tokens that are sinks of a layer, whose attention a reader may want to leave out.
-        start: the run as it is, kept so that runs with changed heads begin at the first of these.
+        start: the unchanged run, kept so that runs with changed heads begin at the first of these heads.
     """
 
     model: HookedMLLM
@@ -73,7 +73,7 @@ class Run:
     @classmethod
     @torch.no_grad()
     def of(cls, model: HookedMLLM, sample: Sample) -> "Run":
-        """Ask, and read.
+        """Run the model, and read answer and attention.
 
         Cost: two and a half forwards and a short generation, the vision stack twice.
         """
@@ -101,11 +101,11 @@ class Run:
 
     @cached_property
     def probabilities(self) -> Float[torch.Tensor, " vocab"]:
-        """Of the next token."""
+        """The probabilities of the next token."""
         return self.start.logits[0, -1].float().softmax(-1).cpu()
 
     def under(self, spec: Ablate | Patch | Redirect) -> Float[torch.Tensor, " vocab"]:
-        """The probabilities of the next token with changed heads. Cost: one forward, from the first of them on."""
+        """The probabilities of the next token with changed heads. Cost: one forward, from their first layer on."""
         first = min(layer for layer, _ in spec.heads)
         with intervene(self.model, spec) as changed, torch.no_grad(), self.start.at(first):
             says = changed(self.blind, logits_to_keep=1, mm_encoder_outputs=dict(self.seen))[0, -1]
@@ -113,7 +113,7 @@ class Run:
 
     @cached_property
     def outputs(self) -> ActivationCache:
-        """What every head puts out (z), to be patched into another run. Cost: one forward, once."""
+        """Every head's output (z), to be patched into another run. Cost: one forward, once."""
         with torch.no_grad():
             return self.model.run_with_cache(self.blind, names_filter=_is_output, mm_encoder_outputs=dict(self.seen))[1]
 
@@ -132,11 +132,11 @@ class Run:
         ]
 
     def looking(self, layer: int, head: int, rows: Sequence[int]) -> Float[np.ndarray, " key"]:
-        """The attention of a head, averaged over some rows; ``layer`` counts as the model does."""
+        """The attention of a head, averaged over some rows; ``layer`` is the model's own number."""
         return self.attention[self.row_of(layer), head, list(rows)].mean(0)
 
     def row_of(self, layer: int) -> int:
-        """Where a layer of the model is in ``attention``."""
+        """The index in ``attention`` of a layer of the model."""
         return self.model.cfg.attention_layers.index(layer)
 
     def on(self, evidence: Sequence[Region]) -> Bool[np.ndarray, " key"]:
@@ -155,5 +155,5 @@ class Run:
         return on[..., -1] if name == "gaze" else on[..., :-1].mean(-1)
 
     def even(self, evidence: Sequence[Region]) -> float:
-        """What RAM would be of a head that attends to everything alike."""
+        """The RAM of a head that attends to everything evenly."""
         return float((self.on(evidence).sum() / self.visible[:-1]).mean())

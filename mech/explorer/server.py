@@ -1,10 +1,10 @@
-"""The explorer as a page of this machine: loopback only, and only for who has the token in the address.
+"""The explorer as a page of this machine: loopback only, and only for those who have the token in the address.
 
     serve(engine, listening())              # until Ctrl-C; application(engine, ...) is the app alone
 
-Any other page that is open in the same browser may send requests to a port of this machine, and may give the machine a
-name of its own (DNS rebinding). So a request is answered only if it names this host and port, carries the token in its
-path, and, where a browser says which page it is from, is from this one. The page may load nothing from elsewhere.
+Any other page open in the same browser can send requests to a port of this machine, even under a host name of its own
+(DNS rebinding). So a request is answered only if it names this host and port, carries the token in its path and, where
+the browser says which page it is from, comes from this one. The page may load nothing from elsewhere.
 """
 
 import secrets
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 HOST = "127.0.0.1"
-MOST_BODY = MOST_BYTES * 4 // 3 + 10_000  # a picture in base64, and words
+MOST_BODY = MOST_BYTES * 4 // 3 + 10_000  # a picture in base64, and some text
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",  # it would hold the token
+    "Referrer-Policy": "no-referrer",  # it would contain the token
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
@@ -50,7 +50,7 @@ def listening(port: int = 0) -> socket.socket:
 
 
 def serve(engine: Engine, place: socket.socket, token: str, fragment: str = "") -> None:
-    """Print the address, and answer until Ctrl-C."""
+    """Print the address, and answer requests until Ctrl-C."""
     print(address(place.getsockname()[1], token, fragment), flush=True)
     server_of(engine, place, token).run(sockets=[place])
 
@@ -60,12 +60,12 @@ def server_of(engine: Engine, place: socket.socket, token: str) -> "Server":
     import uvicorn
 
     app = application(engine, token, place.getsockname()[1])
-    # A log would hold the token.
+    # A log would contain the token.
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="off"))
 
 
 def address(port: int, token: str, fragment: str = "") -> str:
-    """Where the page is."""
+    """The address of the page."""
     return f"http://{HOST}:{port}/{token}/{f'#{fragment}' if fragment else ''}"
 
 

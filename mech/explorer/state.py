@@ -1,11 +1,11 @@
-"""What the explorer shows, as one frozen value: a line of text that can be a link, and Python that gives the same.
+"""What the explorer shows, as one frozen value: a line of text that can be a link, and Python that reproduces it.
 
     state = State(sample=3, off=((0, 2), (4, 1)), way="zero")
     state.link()                          # "sample=3&off=L0H2,L4H1&way=zero"
     State.read(state.link()) == state     # True
-    print(state.as_python())              # runs as it is, where `model` and `samples` are at hand
+    print(state.as_python())              # runs unchanged, given `model` and `samples`
 
-What it does not know: whether the model has such a head or the data such a sample. That is checked where it is used.
+It does not know whether the model has such a head or the data such a sample; that is checked where it is used.
 """
 
 import json
@@ -23,7 +23,7 @@ WAYS = ("mean", "zero", "resample", "patch", "pull")
 SCORES = ("ram", "gaze", "vision_mass", "writes", "effect")
 BIAS = 8.0  # of "pull", in logits of attention
 SEED = 0  # of "resample" and of the random heads
-NEW_TOKENS = 8  # that are generated
+NEW_TOKENS = 8  # tokens generated
 LONGEST = 2000  # characters of a question
 COUNTERFACTUAL, BLANK = "counterfactual", "blank"
 Pair = tuple[int, int]  # layer, head
@@ -41,20 +41,20 @@ class State:
     """What is shown, what is changed, and what is looked at.
 
     Attributes:
-        sample: which one.
-        picture: the name (a digest) of a picture of the user's in place of the sample's.
-        question: in place of the sample's.
-        boxes: evidence that was drawn, in place of the sample's.
+        sample: index of the sample.
+        picture: the name (a digest) of a user's picture, in place of the sample's.
+        question: a question in place of the sample's.
+        boxes: drawn evidence, in place of the sample's.
         off: heads whose output is changed.
-        way: how: their ``mean`` over other samples, ``zero``, a ``resample``; ``patch`` (what they put out on the
-            second picture) or ``pull`` (a bias of ``BIAS`` towards the evidence).
+        way: how they are changed: to their ``mean`` over other samples, ``zero``, a ``resample``; ``patch`` (their
+            output on the second picture) or ``pull`` (a bias of ``BIAS`` towards the evidence).
         other: the second picture: that of the sample's ``counterfactual``, the same without the evidence (``blank``),
             or that of another sample, by its number.
-        head: the head that is looked at.
-        word: the word of the question it reads, by its number; None for the whole question.
-        score: of the map of heads.
-        against: the score beside it, in the scatter.
-        sinks: whether attention on sinks is "shown" in the pictures, or "hidden", the rest on the scale that is left.
+        head: the head whose attention is shown.
+        word: the word of the question it attends from, by its number; None for the whole question.
+        score: the score shown in the map of heads.
+        against: the other score in the scatter plot.
+        sinks: whether attention on sinks is "shown" in the pictures, or "hidden" and the rest rescaled.
     """
 
     sample: Whole = 0
@@ -75,7 +75,7 @@ class State:
         """The state of a link.
 
         Raises:
-            InputError: an unknown name, or a value that it cannot have.
+            InputError: an unknown name, or an invalid value.
         """
         given: dict[str, Any] = {}
         for name, text in parse_qsl(link.lstrip("#?"), keep_blank_values=True):
@@ -89,7 +89,7 @@ class State:
         return cls(**given)
 
     def link(self) -> str:
-        """The state as the part of an address behind ``#``; what is as at the start is left out."""
+        """The state as the part of an address after ``#``; defaults are left out."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         changed = {name: given[name] for name in given if given[name] != _START[name]}
         return urlencode({name: _WRITTEN.get(name, str)(value) for name, value in changed.items()}, safe=",:;")
@@ -97,10 +97,10 @@ class State:
     def as_python(self, origin: "Origin | None" = None) -> str:
         """Python that makes the sample, changes the heads, answers and reads the head, as the page does.
 
-        It leaves ``answer``, ``probabilities`` (of the next token), and ``attention`` of the head if one is chosen.
+        It defines ``answer``, ``probabilities`` (of the next token), and ``attention`` of the head if one is chosen.
 
         Args:
-            origin: how model and samples are made; without it ``model`` and ``samples`` must be there.
+            origin: how model and samples are made; without it ``model`` and ``samples`` must exist.
         """
         origin = origin or Origin()
         body = "\n".join(part for part in (_subject(self, origin), _answer(self), _attention(self)) if part)
@@ -111,13 +111,13 @@ class State:
 
 @dataclass(frozen=True)
 class Origin:
-    """How model and samples came to be, as expressions of Python; "" where the reader has them.
+    """How model and samples are made, as Python expressions; "" if the reader has them.
 
     Attributes:
-        model: gives the model.
-        samples: gives all samples.
-        split: whether a half of them is shown and the other the reference of ``mean`` and ``resample``.
-        pictures: file name of each picture of the user's, by its digest.
+        model: expression for the model.
+        samples: expression for all samples.
+        split: whether half of them is shown and the other half is the reference of ``mean`` and ``resample``.
+        pictures: digest -> file name, for each of the user's pictures.
     """
 
     model: str = ""
@@ -126,7 +126,7 @@ class Origin:
     pictures: Mapping[str, str] = field(default_factory=dict)
 
     def code(self) -> str:
-        """The lines that make them."""
+        """The lines that make model and samples."""
         model = f"model = {self.model}\n" if self.model else "# model: the one that is explored\n"
         if not self.samples:
             return f"{model}# samples, reference: what was given to mech.explore\n"
@@ -154,7 +154,7 @@ def in_words(heads: Iterable[Pair]) -> str:
 
 
 def _boxes(text: str) -> tuple[Box, ...]:
-    """``"0:10,12,40,44"``, and of a video ``"f4:10,12,40,44"``; several with ``;`` between them."""
+    """Boxes from ``"0:10,12,40,44"``, or for a video ``"f4:10,12,40,44"``; several are separated by ``;``."""
     found = []
     for part in text.split(";") if text else []:
         place, corners = part.split(":")
@@ -190,7 +190,7 @@ def _box_in_python(box: Box) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as it stands in Python."""
+    """A text as a Python literal."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -211,7 +211,7 @@ def _subject(state: State, origin: Origin) -> str:
 
 
 def _second(state: State) -> str:
-    """The expression that gives the second picture, as a sample that asks the same."""
+    """The expression that gives the second picture, as a sample with the same question."""
     if state.other == BLANK:
         return "mech.without_evidence(sample)"
     if state.other == COUNTERFACTUAL:
@@ -249,7 +249,7 @@ def _answer(state: State) -> str:
 
 
 def _attention(state: State) -> str:
-    """The lines that read the head that is looked at, without any change."""
+    """The lines that read the attention of the state's head, in the unchanged model."""
     if state.head is None:
         return ""
     layer, head = state.head

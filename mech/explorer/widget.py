@@ -1,7 +1,7 @@
 """The explorer in a notebook: the page's script as an anywidget, which talks to the engine over the kernel's channel.
 
     shown = mech.explore(model, samples)      # shows itself
-    shown.state, shown.code                   # what is shown now, and Python that gives it
+    shown.state, shown.code                   # what is shown now, and Python that reproduces it
 
 Works where anywidget does: Jupyter, VS Code, Colab, marimo. No port is opened.
 """
@@ -23,19 +23,19 @@ def explore(model: HookedMLLM, samples: SomeSamples, *, reference: SomeSamples |
 
     Args:
         model: a hooked model.
-        samples: what can be chosen, beside pictures that are dropped.
-        reference: other samples, from which mean and resample ablation take what they put in place; ``samples``
-            themselves by default.
-        link: what is shown at first, as the page writes it behind ``#``.
+        samples: the samples to choose from, besides pictures that are dropped in.
+        reference: other samples, from which mean and resample ablation take their replacements; by default
+            ``samples`` themselves.
+        link: what is shown first, as the page writes it after ``#``.
 
     Returns:
-        An ``anywidget.AnyWidget`` whose ``state`` is the ``State`` that is shown, ``code`` the Python that gives it.
+        An ``anywidget.AnyWidget`` whose ``state`` is the ``State`` shown, and ``code`` the Python that reproduces it.
 
     Raises:
         OutputError: anywidget is not installed.
         InputError: a link that the explorer does not understand.
 
-    Cost: a forward of each reference sample at the first mean or resample ablation.
+    Cost: one forward per reference sample at the first mean or resample ablation.
     """
     needs("anywidget")
     State.read(link)
@@ -45,7 +45,7 @@ def explore(model: HookedMLLM, samples: SomeSamples, *, reference: SomeSamples |
 
 @cache
 def _widget() -> type:
-    """The class; made when it is first needed, since anywidget comes with an extra."""
+    """The widget class; made when first needed, since anywidget comes with an extra."""
     import anywidget
     import traitlets
 

@@ -18,9 +18,7 @@ from typing import Any
 from mech.data.samples import Sample, Samples
 from mech.scale.packing import fingerprint
 
-PER_WORKER = (
-    4  # blocks of a job for each worker, if there are enough batches: workers then end at about the same time
-)
+PER_WORKER = 4  # blocks of a job for each worker, if there are enough batches: workers then end at about the same time
 
 
 def _key(value: Mapping[str, Any]) -> str:

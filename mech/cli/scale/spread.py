@@ -2,7 +2,7 @@
 
     app.command()(spread(rank))              # `mech rank --ray auto --blocks s3://bucket/rank`
 
-Everything that the command measures over samples is then cut into blocks; its numbers and its output stay as they are.
+Everything that the command measures over samples is then cut into blocks; its numbers and its output stay the same.
 """
 
 import functools
@@ -58,7 +58,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with these options; without one of them it is what it was."""
+    """The command with these options added; if none of them is used, it runs unchanged."""
 
     @functools.wraps(command)
     def spread_out(**given: Any) -> None:
@@ -82,7 +82,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_bare_ray(words: list[str]) -> list[str]:
-    """The words of a command line, with what a bare ``--ray`` means written behind it."""
+    """The words of a command line, with what a bare ``--ray`` means written after it."""
     found = []
     for i, word in enumerate(words):
         found.append(word)
@@ -99,7 +99,7 @@ def _refuse_alone(own: dict[str, Any]) -> None:
 
 
 def _default(command: Callable[..., None], given: dict[str, Any]) -> Path:
-    """Where blocks land if nothing is said: in the folder of a study, else in one of their own."""
+    """Where blocks land by default: in the folder of a study, or else in their own folder."""
     return Path(given["out"], "blocks") if command.__name__ == "study" else Path("mech-blocks")
 
 
@@ -107,7 +107,7 @@ def _default(command: Callable[..., None], given: dict[str, Any]) -> Path:
 def _running(
     ray: str | None, folder: str, elsewhere: bool, gpus_per_model: float | None, threads: int | None, quiet: bool
 ) -> Iterator[None]:
-    """Measurements are cut inside; one line says how far they are, and a table at the end what they cost."""
+    """Measurements inside are cut; one line shows their progress, and a table at the end what they cost."""
     import mech
 
     if gpus_per_model is not None and ray is None:
@@ -129,7 +129,7 @@ def _running(
 
 @contextmanager
 def _one_line(quiet: bool, first: str) -> Iterator[Callable[[Any], None]]:
-    """A line on standard error that says how far all of it is, in place of the bars; in a log, one line a minute."""
+    """A line on standard error with the overall progress, in place of the bars; in a log, one line a minute."""
     if quiet:
         yield lambda seen: None
         return

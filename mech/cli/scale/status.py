@@ -1,4 +1,4 @@
-"""``mech status``: how far the drivers of a folder are, what failed, and what it cost so far."""
+"""``mech status``: how far the drivers of a folder are, what failed, and the costs so far."""
 
 import json
 from dataclasses import asdict
@@ -16,7 +16,7 @@ def status(
     folder: Annotated[str, typer.Argument(help="A study, or a folder of blocks (also s3://...).")],
     as_json: options.AsJson = False,
 ) -> None:
-    """Say how far a study is that runs on other machines: blocks, samples each second, time left, failures, costs."""
+    """Say how far a study on other machines is: blocks, samples per second, time left, failures, costs."""
     from mech.results.study import BLOCKS
     from mech.scale.status import COSTS
     from mech.scale.status import status as read

@@ -1,4 +1,4 @@
-"""``mech work``: compute the blocks that lie in a folder, for whoever put them there."""
+"""``mech work``: compute the blocks in a folder, for the driver that put them there."""
 
 import sys
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ def work(
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compute blocks until no driver is left: start as many as you like, anywhere that sees the folder."""
+    """Compute blocks until no driver is left: start as many as you like, on any machine that sees the folder."""
     from mech.scale.measures import import_all
     from mech.scale.work import work as run
 
