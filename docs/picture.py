@@ -15,7 +15,7 @@ from mech.views.report.matrix import claims_table
 def picture(study: Path) -> View:
     """The figure of a finished study."""
     summary = read_summary(study)
-    claims = f"<h2>Claims of the literature, beside what was measured here</h2>{claims_table(summary['verdicts'])}"
+    claims = f"<h2>Published claims, compared with what was measured here</h2>{claims_table(summary['verdicts'])}"
     return View("", first_screen(summary["pooled"], read_settings(study, summary)) + claims)
 
 

@@ -19,7 +19,7 @@ EPILOG = (
 
 @dataclass(frozen=True)
 class Ablations:
-    """What is ablated, how, and against how many random sets."""
+    """What is ablated, how, and beside how many random sets."""
 
     to: Annotated[
         list[str] | None,
@@ -63,7 +63,7 @@ def ablate(
         typer.Option("--out", "-o", help="Save every sample's result (netCDF).", callback=options.written_to()),
     ] = None,
 ) -> None:
-    """Ablate bands of heads, and say what each costs compared with random heads."""
+    """Ablate bands of heads, and report what each costs compared with random heads."""
     import mech
     from mech.experiments.findings.cautions import cautions
     from mech.experiments.findings.summary import stability, summarise_effects
@@ -110,7 +110,7 @@ def _found_before(heads: Path, test: Any) -> tuple[Any, Any]:
 
 
 def _band(hooked: Any, find: Any, band: str, say: Any) -> Any:
-    """The name of a band, or the ranking whose top heads it consists of."""
+    """The name of a band, or the ranking whose first heads it is."""
     import mech
 
     score = {"vision": "vision_mass", "sinks": "sink_mass"}.get(band)

@@ -1,4 +1,4 @@
-"""Visual haystacks: generated questions with known evidence, in four domains that mirror those of the literature.
+"""Visual haystacks: generated questions with known evidence, in four domains that mirror those of the papers.
 
 =============  ==========================================================  ==================  ===================
 domain         what is shown                                               evidence            stands for

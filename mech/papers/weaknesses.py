@@ -49,7 +49,7 @@ def never_ablated(bench: Bench) -> Point:
     needed = five["p_value"] < ALPHA
     text = (
         f"The largest sets that were ablated hold {sizes}, not 5%. Here, by size: {costs}. The top 5% "
-        f"{'cost' if needed else 'are not shown to cost'} more than as many random other heads "
+        f"{'cost' if needed else 'are not shown to cost'} more than the same number of random other heads "
         f"({points(five['random'])}; {both_units(five)}; a claim needs both below {ALPHA:g})."
     )
     claim = "The top 5% of the heads are necessary (largest ablated set: 30 heads)."

@@ -4,7 +4,7 @@
 
 In the scatter every head is a point: heads on the right attend to the evidence, heads at the top are necessary. Lines
 divide it into the four quadrants; heads that matter are labelled. Next to it is what sets of heads cost together and as
-the sum of single effects: where the two differ, heads stand in for one another (or need one another).
+the sum of single effects: where the two differ, heads are redundant (or depend on each other).
 """
 
 from collections.abc import Mapping

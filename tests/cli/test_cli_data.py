@@ -1,4 +1,4 @@
-"""``--data``: samples of one's own, or a published set, from the command line."""
+"""``--data``: your own samples, or a published set, from the command line."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Samples of one's own: what is written is read again, and every bad line is named with its field."""
+"""Your own samples: what is written is read again, and every bad line is named with its field."""
 
 import json
 import os

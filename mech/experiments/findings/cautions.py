@@ -13,7 +13,7 @@ from mech.experiments.power import ALPHA, POWER, detectable_loss
 
 STABLE = 0.8  # share of bootstrap resamples in which a head of the top set must stay in it
 KINDS = {
-    "unstable": "The top set is not stable: drawn anew, the samples would name other heads",
+    "unstable": "The top set is not stable: a new draw of samples would select other heads",
     "few samples": "The test samples are too few to detect a loss as small as the one that is measured",
     "few sets": "The random sets are too few for any claim against chance",
 }
@@ -41,7 +41,7 @@ def unstable(stability: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "unstable",
             f"Unstable top set: {len(loose)} of its {stability['n_top']} heads stay in it in less than {STABLE:.0%} of "
             f"bootstrap resamples of the {stability['n_find']} samples that found it ({named}). Other samples would "
-            "name other heads; use more.",
+            "select other heads; use more.",
         )
 
 

@@ -101,13 +101,13 @@ KINDS = {
     "not needed": "The heads with the highest RAM are not shown to be needed more than random other heads",
     "layers": "Random heads of the same layers cost at least half as much as the heads with the highest RAM",
     "vision": "Heads that attend to visual tokens of any kind cost at least half as much as those with the highest RAM",
-    "redundant": "Heads stand in for one another: a set costs more than its size times its first head",
+    "redundant": "Heads are redundant: a set costs more than its size times its first head",
     "halving": "A top set that was tried halves accuracy",
     "not halving": "Accuracy stays above half without the largest top set",
     "low": "Low-ranked heads matter too",
     "random": "Random heads are no harmless control, even without the heads with the highest RAM",
     "methods": "The method of ablation decides how much the same heads matter",
-    "scores": "Scores of the literature name other heads than RAM does",
+    "scores": "Other published scores select different heads than RAM",
     **causal.KINDS,
     "concentrated": "A quarter of the heads or less holds half of all retrieval attention mass",
     "spread": "Half of all retrieval attention mass is spread over more than a quarter of the heads",
@@ -154,8 +154,8 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
         return
     needed, cost = test["p_adjusted"] < ALPHA, top["accuracy_drop"]
     text = (
-        f"Mean-ablating {_heads(top, 'highest')} costs {_points(cost)} of accuracy, as many random other heads "
-        f"{_points(random['accuracy_drop'])} ({random['draws']} sets)"
+        f"Mean-ablating {_heads(top, 'highest')} costs {_points(cost)} of accuracy, the same number of random other "
+        f"heads {_points(random['accuracy_drop'])} ({random['draws']} sets)"
     )
     spared = _at(numbers, "mean", "unneeded", TOP)
     if spared is not None and spared["n_heads"] == top["n_heads"]:
@@ -214,7 +214,7 @@ def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
         if several["n_heads"] * max(0.0, single["accuracy_drop"]["high"]) < several["accuracy_drop"]["low"]:
             yield (
                 "redundant",
-                f"Heads stand in for one another: without the highest-ranked head alone accuracy falls by "
+                f"Heads are redundant: without the highest-ranked head alone accuracy falls by "
                 f"{_points(single['accuracy_drop'])}, without the first {several['n_heads']} by "
                 f"{_points(several['accuracy_drop'])}, more than {several['n_heads']} times as much. The effect of a "
                 "single head says little about its part.",
@@ -292,7 +292,7 @@ def _scores(numbers: Mapping[str, Any], n_heads: int) -> Said:
         listed = ", ".join(f"{name} {shared[name]:.2f}" for name in apart)
         yield (
             "scores",
-            f"{len(apart)} of {len(others)} other scores of the literature name other heads: their top "
+            f"{len(apart)} of {len(others)} other published scores select different heads: their top "
             f"{found['n_top']} overlap with those of RAM by less than half (Jaccard; {listed}; chance "
             f"{found['jaccard_null'][0][0]:.2f}; n = {numbers['n_find']}).",
             False,

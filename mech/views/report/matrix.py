@@ -12,7 +12,7 @@ from mech.views.drawing.page import escape, tabular
 
 MARKS = {AGREES: ("✓", "agrees"), DIFFERS: ("✗", "differs"), CANNOT_TELL: ("?", "cannot")}
 SEE = (
-    "Each row is a claim of the literature with the models that it was made on, each column a model on a domain here; "
+    "Each row is a published claim with the models it was made on, each column a model on a domain here; "
     "pointing at a mark gives its numbers."
 )
 
@@ -24,7 +24,7 @@ def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str
         "universal, and one that is found again may still fail elsewhere."
     )
     return (
-        '<section id="claims"><h2>Claims of the literature, beside what was measured here</h2>'
+        '<section id="claims"><h2>Published claims, compared with what was measured here</h2>'
         f'<p class="see">{SEE} {within}</p>{claims_table(verdicts)}'
         f'<div class="card">{sentences(findings) or "<p>The study computed no findings.</p>"}</div></section>'
     )

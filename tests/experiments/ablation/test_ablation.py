@@ -350,11 +350,11 @@ def test_findings_see_redundancy_and_disagreeing_methods():
     single = copy.deepcopy(entries[0]) | {"fraction": 0.01, "n_heads": 1, "accuracy_drop": interval(0.03)}
     paper = copy.deepcopy(entries[0]) | {"method": "paper", "accuracy_drop": interval(0.2)}
     entries += [single, paper]
-    assert said(summary, "stand in for one another", "3 points", "without the first 5 by 60 points")
+    assert said(summary, "Heads are redundant", "3 points", "without the first 5 by 60 points")
     assert said(summary, "mean ablation costs 60 points", "paper ablation 20 points")
     # Effects that add up are no redundancy: five times twelve points are sixty.
     single["accuracy_drop"] = interval(0.12)
-    assert not said(summary, "stand in for one another")
+    assert not said(summary, "Heads are redundant")
 
 
 def test_findings_do_not_claim_what_cannot_be_seen():
