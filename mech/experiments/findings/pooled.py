@@ -203,8 +203,8 @@ def _needed(settings: Mapping[Setting, Mapping[str, Any]], n_weak: int) -> dict[
     )
     text = (
         f"Without them ({' and '.join(methods)} ablation of about {TOP:.0%}) accuracy falls by {points(lost)}, without "
-        f"the same number of random other heads by {points(control)}. {_over(len(pairs))}, n = {n}. A setting counts if "
-        f"the top heads cost more than random ones, over samples and over sets (both p < {ALPHA:g}).{left_out}"
+        f"the same number of random other heads by {points(control)}. {_over(len(pairs))}, n = {n}. A setting counts "
+        f"if the top heads cost more than random ones, over samples and over sets (both p < {ALPHA:g}).{left_out}"
     )
     return _answer(question, _share_of(sure, len(pairs)), text)
 
