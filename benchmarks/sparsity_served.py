@@ -31,7 +31,7 @@ from mech.sparse.policy import Policy
 TOKENS = (2048, 8192, 16384)
 PER_PAGE = 38.5  # tokens of a page, its frame included
 BASE = Policy((), sinks=4, window=64)
-TESTED = {8: 40, 32: 100, 64: 24}  # pages -> samples that are asked
+TESTED = {8: 100, 32: 300, 64: 60}  # pages -> samples that are asked
 RANKED, CHOICES, COUNTS = 16, ("ram",), (1, 2, 3)
 RANKED_PAGES = (32,)
 SINGLES = 24  # samples on which every single key/value head is tried
@@ -50,12 +50,11 @@ class Trial:
     options: Mapping[str, Any]
 
 
-_ONE_HEAD = {"at_most": 1, "rank": 16, "batch_size": 2}
+_ONE_HEAD = {"at_most": 1, "rank": 16, "rate": 2e-3, "target": 0.05}
 TRIALS = {
-    "28 samples": Trial({6: 16, 16: 4, 32: 8}, _ONE_HEAD | {"steps": 300, "target": 0.02}),
-    "190 samples": Trial(
-        {6: 120, 16: 40, 32: 30}, _ONE_HEAD | {"steps": 450, "target": None, "strength": 0.3, "rate": 2e-3}
-    ),
+    "48 samples, gates alone": Trial({6: 16, 16: 16, 32: 16}, {"rank": 0, "steps": 120, "target": 0.02}),
+    "190 samples, one head": Trial({6: 120, 16: 40, 32: 30}, _ONE_HEAD | {"steps": 400}),
+    "800 samples, one head": Trial({6: 300, 16: 250, 32: 250}, _ONE_HEAD | {"steps": 900}),
 }
 
 

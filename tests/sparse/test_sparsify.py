@@ -15,7 +15,7 @@ from mech.model import HookedMLLM
 from mech.reference import tiny, tiny_processors
 from mech.reference.planted import circuit
 from mech.sparse.training.lora import Lora
-from mech.sparse.training.sparsify import by_length, load_sparsified
+from mech.sparse.training.sparsify import _fewest, by_length, load_sparsified
 
 SHORT = {"sinks": 1, "window": 8, "steps": 60, "batch_size": 4}
 
@@ -67,6 +67,22 @@ def test_no_more_heads_stay_dense_than_may_whatever_the_gates_say(planted, monke
     model, samples, head = planted
     found = mech.sparsify(model, samples, target=None, strength=1e-6, at_most=1, rank=rank, **SHORT | {"steps": 4})
     assert found.n_kv_heads == (1, 4) and (n_few == 0 or head in found.policy.dense_heads)
+
+
+@pytest.mark.parametrize(("n", "limit", "target", "wanted"), [
+    (9, 24, 0.1, 3), (3, 24, 0.1, 3), (0, 24, 0.1, 3), (24, 24, 5.0, 0), (1, 2, 0.1, 2), (7, 24, None, 7),
+    (0, 0, 0.1, 0),
+])  # fmt: skip
+def test_the_fewest_heads_that_meet_the_target_are_kept(n, limit, target, wanted):
+    """Three heads are enough; up to there each one helps."""
+    tried = []
+
+    def served(count):
+        tried.append(count)
+        return count, max(0.01, 1 - 0.33 * count), 1.0
+
+    assert _fewest(served, n, limit, target)[0] == wanted
+    assert max(tried) <= max(n, limit) and len(tried) == len(set(tried)) <= 9
 
 
 def test_a_target_that_cannot_be_met_says_what_was_reached(planted):

@@ -43,6 +43,7 @@ from mech.sparse.training.objectives import OBJECTIVES, Objective
 
 POLICY = "policy.json"
 Logits = list[Float[Tensor, "token vocab"]]
+Served = tuple[Policy, float, float]  # with its divergence and agreement
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,8 +121,8 @@ def sparsify(
     tokens of the answers. With a ``target`` the strength is adapted so that the divergence reaches it (see
     ``Strength``). In the final two fifths of the steps gates are 0 or 1 and only the adapter learns. If so few heads
     may stay dense that sets of them can be tried (``at_most`` times the number of KV heads <= 64), the best ones are
-    chosen first and the adapter learns under that policy in every step. If the result misses the target, heads are
-    opened again, highest gates first, until it holds.
+    chosen first and the adapter learns under that policy in every step. In the end as few heads stay dense as the
+    target allows, highest gates first.
 
     Unit: nats per token of the answer.
 
@@ -243,7 +244,7 @@ def _settled(
     order = [(layers[i // groups], i % groups) for i in np.argsort(-value, axis=None, kind="stable").tolist()]
     limit, target = training.most or len(order), training.objective.target
 
-    def served(n: int) -> tuple[Policy, float, float]:
+    def served(n: int) -> Served:
         dense = Policy(expanded(order[:n], model.cfg), policy.sinks, policy.window)
         with localize(model, dense) as fast:
             found = _said(fast, questions)
@@ -252,12 +253,7 @@ def _settled(
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(adapter.merged(model))
-        n = int(training.gates.chosen().sum())
-        tried = [served(n)]
-        while target is not None and tried[-1][1] > target and n < limit:
-            n = min(limit, n + max(1, n // 4))
-            tried.append(served(n))
-    best = tried[-1] if target is None else min(tried, key=lambda one: one[1])
+        best = _fewest(served, int(training.gates.chosen().sum()), limit, target)
     if target is not None and best[1] > target:
         raise ExperimentError(
             f"target={target:g} nats with at most {limit} of {len(order)} dense KV heads",
@@ -269,6 +265,29 @@ def _settled(
                       ", ".join(samples.domains), ids, layers, weight_digest(model) or "")  # fmt: skip
     kept = len(best[0].dense_heads) * groups // model.cfg.n_heads
     return Sparsified(best[0], adapter, ranking, best[1], best[2], (kept, len(order)), training.curve)
+
+
+def _fewest(served: Callable[[int], Served], n: int, limit: int, target: float | None) -> Served:
+    """The smallest number of open gates that meets the target, or what comes closest; ``n`` without a target.
+
+    From the ``n`` that training left open it goes up until the target is met, and then bisects below.
+    """
+    found = best = served(n)
+    if target is None:
+        return found
+    missed = -1
+    while found[1] > target and n < limit:
+        missed, n = n, min(limit, n + max(1, n // 4))
+        found = served(n)
+        best = min(best, found, key=lambda one: one[1])
+    while best[1] <= target and n - missed > 1:
+        middle = (missed + n) // 2
+        found = served(middle)
+        if found[1] <= target:
+            n, best = middle, found
+        else:
+            missed = middle
+    return best
 
 
 def load_sparsified(folder: str | Path) -> tuple[Policy, Lora | None]:
