@@ -2,8 +2,8 @@
 
     pip install nnsight && python benchmarks/against_nnsight.py      # 600 and 2,000 tokens, under a minute
 
-Read is what enters W_O in every layer (``attn.hook_z``). nnsight traces the stock model with its own attention, so only
-what both do is compared. Not part of ``make bench``: nnsight is no dependency of mech.
+Both read what enters W_O in every layer (``attn.hook_z``). nnsight traces the stock model with its own attention, so
+only what both do is compared. Not part of ``make bench``: nnsight is not a dependency of mech.
 """
 
 import argparse

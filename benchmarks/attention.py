@@ -1,10 +1,10 @@
-"""What looking costs: hooked, cached and measured forwards over one plain SDPA forward of the same model.
+"""What observing costs: hooked, cached and measured forwards, relative to a plain SDPA forward of the same model.
 
     python benchmarks/attention.py                       # 600, 2,000 and 4,000 tokens, about three minutes
     python benchmarks/attention.py --tokens 600 --seconds 3
 
-A figure is the worst over the lengths; all of them are recorded beside it. ``plain`` is the Hugging Face model with
-SDPA, never touched by mech.
+A figure is the worst over the lengths; all of them are recorded with it. ``plain`` is the Hugging Face model with SDPA,
+never touched by mech.
 """
 
 import argparse

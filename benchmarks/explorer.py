@@ -3,8 +3,8 @@
     python benchmarks/explorer.py                # needs the extra 'explore', selenium and Chromium
     python benchmarks/explorer.py --pictures     # the pictures of docs/explore.md as well
 
-Every kind of click is done ``--clicks`` times, each time on something else, on two reference models; what is recorded
-is the median of the slower model. The answer beside random heads comes after that without them, and is measured too.
+Every kind of click is done ``--clicks`` times, each time on something else, on two reference models; the median of the
+slower model is recorded. The comparison with random heads comes after the answer itself, and is measured too.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from browser import Browser, started
 
 MODELS = ("reference:llava-s", "reference:qwen-s")
 BAR = "<= 300"
-# What is done the n-th time; which parts are new when it is done (none of them as it was before).
+# What the n-th click does; which parts of the page are new when it is done (none of them is what it was before).
 CLICKS = {
     "sample": ("main.querySelectorAll('.samples button')[1 + n % 11].click()", ".before"),
     "head": ("main.querySelector(`.map [data-head=L${n % 6}H${(n * 5 + 1) % 8}]`).click()", ".answering .heat"),
@@ -86,7 +86,7 @@ def explored(name: str) -> Iterator[str]:
 
 
 def settle(browser: Browser) -> None:
-    """Wait until nothing is asked any more."""
+    """Wait until no request is pending."""
     for _ in range(200):
         time.sleep(0.1)
         if browser.run("return document.querySelector('main').dataset.settled !== undefined"):
@@ -106,7 +106,7 @@ def measured(browser: Browser, home: str, clicks: int) -> dict[str, float]:
         taken = []
         for n in range(clicks):
             taken.append(browser.driver.execute_async_script(TIMED.replace("ACT", act), part, n))
-            time.sleep(0.8)  # what comes after it, too, is not measured with the next one
+            time.sleep(0.8)  # so that what still follows is not measured with the next one
         found[kind] = statistics.median(taken)
     return found
 

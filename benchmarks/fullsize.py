@@ -3,9 +3,9 @@
     python benchmarks/fullsize.py --config qwen3-vl-8b --device cuda --tokens 600 2000 8000
     python benchmarks/fullsize.py --config llava-onevision-7b            # on a CPU: real depth and heads, narrow
 
-What a figure depends on is the shape, so the weights are random. ``CONFIGS`` are the sizes of the published
-``config.json`` files, written down from memory of them, not downloaded. On a CPU (or with ``--narrow``) every head is
-16 wide and the rest in proportion, the vocabulary is cut, and depth, heads and key/value heads stay.
+A figure depends on the shape, so the weights are random. ``CONFIGS`` are the sizes of the published ``config.json``
+files, written down from memory, not downloaded. On a CPU (or with ``--narrow``) every head is 16 wide and the rest in
+proportion, the vocabulary is cut, and depth, heads and key/value heads stay the same.
 """
 
 import argparse
@@ -69,7 +69,7 @@ IMAGE, VIDEO, START, END = 2, 3, 4, 5  # placeholders; text is drawn from 10 up
 
 
 def narrowed(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Heads 16 wide, the rest in proportion: depth and the numbers of heads stay."""
+    """Heads 16 wide, the rest in proportion: depth and the numbers of heads stay the same."""
     heads = sizes.get("num_attention_heads") or sizes["num_heads"]
     factor = heads * NARROW_HEAD / sizes["hidden_size"]
     small = {**sizes, "hidden_size": heads * NARROW_HEAD}
@@ -111,7 +111,7 @@ def inputs_of(config: PreTrainedConfig, tokens: int, device: str, dtype: torch.d
     else:
         each = (vision.image_size // vision.patch_size) ** 2
         onevision = config.model_type == "llava_onevision"
-        each += onevision  # a line break behind each image
+        each += onevision  # a line break after each image
         # OneVision cuts a lone image into tiles, so there are at least two.
         images = max(1 + onevision, (tokens - 40) // each)
         visual = [IMAGE] * (images * each)

@@ -1,13 +1,13 @@
-"""Every figure that is promised of a GPU, on one card, in eight minutes: a table, and benchmarks/gpu.json.
+"""Every figure that is promised for a GPU, on one card, in eight minutes: a table, and benchmarks/gpu.json.
 
-    make bench-gpu                                    # all sections, each in a process and a time limit of its own
+    make bench-gpu                                    # all sections, each in its own process with a time limit
     python benchmarks/gpu.py --only sweep ram
     python benchmarks/gpu.py --dry --out dry.json     # toy sizes, also on a CPU: does it run at all?
 
-The model is Qwen3-VL-8B's published size with random weights in bf16 (``fullsize.py``). Inputs are many pictures of
-about 1,000 tokens, as documents are: one giant picture would time a quadratic vision tower. What is compared runs in
-the same process, in turns, and a ratio is the median over the turns. Sparse heads: 16 sinks, a window of 1,024, one
-head in 16 dense, in whole KV groups. A section that runs out of its time says so and leaves the others alone.
+The model has Qwen3-VL-8B's published size and random weights in bf16 (``fullsize.py``). Inputs are many pictures of
+about 1,000 tokens, like documents: one giant picture would time a quadratic vision tower. Runs that are compared take
+turns in one process, and a ratio is the median over the turns. Sparse heads: 16 sinks, a window of 1,024, one head in
+16 dense, in whole KV groups. A section that runs out of time says so and does not affect the others.
 """
 
 import argparse
@@ -134,7 +134,7 @@ class Bench:
 
 
 def synchronized(run: Callable[[], Any]) -> float:
-    """Seconds of a run, until the card has done it."""
+    """Seconds of a run, until the GPU has finished it."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -147,7 +147,7 @@ def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 class Stamps(LogitsProcessor):
-    """When each token's logits were there, on the clock of the card: nothing waits for it."""
+    """When each token's logits were ready, on the GPU's clock: nothing waits for it."""
 
     def __init__(self):
         self.at: list[Any] = []
@@ -161,7 +161,7 @@ class Stamps(LogitsProcessor):
         return scores
 
     def seconds(self) -> float:
-        """Of a token, without the first two: between those the cache is moved into its stores."""
+        """Seconds per token, without the first two: between those the cache is moved into its stores."""
         first, last = self.at[1], self.at[-1]
         if isinstance(first, float):
             return (last - first) / (len(self.at) - 2)
@@ -170,14 +170,14 @@ class Stamps(LogitsProcessor):
 
 
 def each_token(run: Callable[..., Any], inputs: Inputs, new: int) -> float:
-    """Seconds of a token behind a prompt."""
+    """Seconds per token after a prompt."""
     stamps = Stamps()
     run(inputs, max_new_tokens=new, min_new_tokens=new, logits_processor=LogitsProcessorList([stamps]))
     return stamps.seconds()
 
 
 def bandwidth(device: str) -> float:
-    """Bytes per second of a copy: what is read and what is written."""
+    """Bytes per second of a copy, counting what is read and what is written."""
     size = 2**24 if device == "cpu" else 2**31
     one, other = torch.empty(2, size, dtype=torch.uint8, device=device)
     other.copy_(one)
@@ -316,7 +316,7 @@ SECTIONS = {"layer": layer, "sweep": sweep, "ram": ram, "prefill": prefill, "dec
 
 
 def run_section(name: str, bench: Bench, out: Path) -> None:
-    """In this process; what is known is written after every row, so that a time limit loses no figure."""
+    """Run a section in this process; results are written after every row, so that a time limit loses no figure."""
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for row in SECTIONS[name](bench):
@@ -327,7 +327,7 @@ def run_section(name: str, bench: Bench, out: Path) -> None:
 
 
 def in_a_process(name: str, given: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a section that got done in its time, and what ended it early."""
+    """The rows that a section finished in its time, and what ended it early."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         words = [sys.executable, __file__, "--section", name, "--out", str(out), "--seconds", str(given.seconds)]

@@ -16,7 +16,7 @@ PATCH, PLACEHOLDER = 14, 999
 def llava(
     tokens: int, layers: int = 4, heads: int = 8, kv_heads: int = 2, width: int = 256
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA whose image makes nine in ten of ``tokens`` positions; ``width`` is that of the text."""
+    """A LLaVA whose image fills nine in ten of ``tokens`` positions; ``width`` is that of the text model."""
     torch.manual_seed(0)
     config = LlavaConfig(
         text_config=LlamaConfig(
@@ -47,7 +47,7 @@ def question(tokens: int) -> Inputs:
 
 
 def layout(visual: torch.Tensor) -> TokenLayout:
-    """Visual tokens of one image (where in it is not told), and a question of 24 tokens that ends 6 before the end."""
+    """Visual tokens of one image (without their places), and a question of 24 tokens that ends 6 before the end."""
     here, tokens = visual.numpy(), len(visual)
     nowhere = np.full(tokens, -1)
     return TokenLayout(

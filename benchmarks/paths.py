@@ -1,4 +1,4 @@
-"""Path patching from every head, over the recipe of two whole forwards for a sender.
+"""Path patching from every head, compared with the recipe of two whole forwards per sender.
 
     python benchmarks/paths.py                           # about two minutes
 

@@ -6,9 +6,9 @@
            compared_with="the same forward without mech")
 
 Runs that are compared take turns in one process, and a ratio is the median of the ratios of neighbouring turns: a
-machine that slows down half way slows both. ``record`` adds the figure to ``benchmarks/results.json`` under its name,
-with the machine, the versions, the date and the command, and leaves the other names as they are; the table in
-``docs/benchmarks.md`` follows.
+machine that slows down halfway slows both. ``record`` adds the figure to ``benchmarks/results.json`` under its name,
+with the machine, the versions, the date and the command, and leaves the other names unchanged; the table in
+``docs/benchmarks.md`` is written anew.
 """
 
 import json
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Without gradients and on one thread, as it was afterwards."""
+    """Without gradients and on one thread; both are restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -70,7 +70,7 @@ def ratio(taken: Mapping[str, list[float]], over: str, under: str) -> float:
 
 
 def added_memory(target: Callable[..., Callable[[], Any]], *args: Any) -> float:
-    """MiB of resident memory that a run takes at its peak above what was there before, in a fresh process.
+    """MiB of resident memory that a run takes at its peak above what was in use before, in a fresh process.
 
     ``target(*args)`` prepares and returns the run. Linux only: it resets the high-water mark of the process.
     """
@@ -110,7 +110,7 @@ def record(
     path: Path = RESULTS,
     **details: Any,
 ) -> None:
-    """Write a figure down under its name, and print it beside its bar (such as ``"<= 1.02"``)."""
+    """Record a figure under its name, and print it with its bar (such as ``"<= 1.02"``)."""
     entry = {
         "value": round(float(value), 4),
         "unit": unit,
@@ -140,7 +140,7 @@ def _verdict(value: float, bar: str) -> str:
 
 
 def met(value: float, bar: str) -> bool:
-    """Whether a figure is what it should be."""
+    """Whether a figure meets its bar."""
     sign, limit = bar.split()
     return value <= float(limit) if sign == "<=" else value >= float(limit)
 

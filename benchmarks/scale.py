@@ -1,11 +1,11 @@
-"""Samples each second against workers: one and two measured here, more by a simulated clock on the measured blocks.
+"""Samples per second against workers: one and two measured here, more by a simulated clock on the measured blocks.
 
     python benchmarks/scale.py                      # two minutes on two cores
 
 A worker is a process of ``mech work`` with one thread; the driver computes nothing. Block times are those the workers
-noted in their parts. What a block costs the driver (cutting, digests, packing, looking) and the store (a part with its
-checksum, synced) is measured by itself, on blocks that compute nothing. With these three the clock runs 8, 64 and 512
-workers, for blocks as long as measured here and for blocks of twenty seconds, the default.
+recorded in their parts. What a block costs the driver (cutting, digests, packing, polling) and the store (a part with
+its checksum, synced) is measured separately, on blocks that compute nothing. With these three the clock runs 8, 64 and
+512 workers, for blocks as long as measured here and for blocks of twenty seconds, the default.
 """
 
 import argparse
@@ -32,14 +32,14 @@ BATCH, BATCHES = 16, 4
 
 @per_sample("nothing")
 def nothing(model, samples: Samples, *, batch_size: int = 8) -> xr.Dataset:
-    """What costs nothing to compute: all that is left is the driver's and the store's."""
+    """A measurement that costs nothing to compute: what is left are the costs of driver and store."""
     values = np.zeros((len(samples), len(model.cfg.attention_layers), model.cfg.n_heads))
     ids = [sample.id for sample in samples]
     return xr.Dataset({"ram": (("example", "layer", "head"), values)}, {"example": ids})
 
 
 def with_workers(n: int, samples: Samples, model: mech.HookedMLLM) -> tuple[float, list[float]]:
-    """Samples each second of n workers that are warm, and the seconds of every block."""
+    """Samples per second of n warm workers, and the seconds of every block."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from mech.cli import main; main()", "work", folder, "--linger", "5", "-q"]
         workers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(n)]

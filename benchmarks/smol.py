@@ -2,8 +2,8 @@
 
     python benchmarks/smol.py --samples 40 --out docs/smol.json
 
-Writes what `docs/smol.md` says in numbers: how many top heads pictures and text share, which of them looked at the
-evidence of a text before the model had seen a picture, and what the heads of each form are worth on the other.
+Writes the numbers of `docs/smol.md`: how many top heads pictures and text share, which of them attended to the evidence
+of a text before the model had seen a picture, and what the heads of each form are worth on the other.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Sparse inference over dense: attention by itself, bytes of KV cache, and decoding with a whole small model.
+"""Sparse against dense inference: attention by itself, bytes of KV cache, and decoding with a whole small model.
 
     python benchmarks/sparse_inference.py                          # the bars: 8k and 16k tokens, about six minutes
     python benchmarks/sparse_inference.py --only decode            # or prefill, model
@@ -8,11 +8,11 @@
 thread. *Prefill* attention is one layer against SDPA, causal. *Decode* attention is the step of four layers (the new
 key into the cache, attention over it) against a dense cache that is allocated beforehand. The *model* is a LLaVA of
 four layers, d_model 256, whose tokens are timed against Hugging Face's default cache too, which copies itself at every
-token. The bound beside each figure is what the policy saves of pairs or bytes, were everything else free: of attention
-for the first, of the KV cache for the others.
+token. The bound given with each figure is what the policy saves in pairs or bytes if everything else were free: pairs
+of attention for the first, bytes of the KV cache for the others.
 
 ``--gpu`` times whole models of published size with random weights, vision tower included: time to the first token, and
-tokens per second. It has not been run on a GPU; on a CPU it runs with narrow heads, to see that it does.
+tokens per second. It has not been run on a GPU; on a CPU it runs with narrow heads, as a check that it runs.
 """
 
 import argparse
@@ -93,9 +93,9 @@ def prefill_runs(kv_heads: int, tokens: int) -> dict[str, Callable[[], Any]]:
 
 
 def decode_runs(kv_heads: int, tokens: int) -> dict[str, Callable[[], Any]]:
-    """The next token's attention in ``LAYERS`` layers, each with a cache of its own; each run goes on from the last."""
+    """The next token's attention in ``LAYERS`` layers, each with its own cache; each run continues from the last."""
     q, k, v = layer(kv_heads, tokens + 600)
-    cache = SplitCache.__new__(SplitCache)  # what a layer asks of it is ``near``
+    cache = SplitCache.__new__(SplitCache)  # a layer only reads its ``near``
     cache.near = near_of(tokens)
     split, default, held = [], DynamicCache(), []
     for index in range(LAYERS):
@@ -177,7 +177,7 @@ def attention_figures(prefix: str, only: str, seconds: float) -> None:
             written(name, prefix, ratio(times, "dense", "sparse"), bound, SDPA, **_medians(times))
     if only in ("", "decode"):
         runs = decode_runs(KV_HEADS[prefix], 8192)
-        # In pairs: what the default cache gives back to the system at every token slows whoever comes after it.
+        # In pairs: memory that the default cache returns to the system at every token slows the run after it.
         times, others = (
             interleaved({name: runs[name] for name in (over, "sparse")}, part, least=21, most=201)
             for over, part in (("reserved", seconds), ("default", seconds / 3))

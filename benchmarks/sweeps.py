@@ -1,4 +1,4 @@
-"""Activation patching of every head, by one wavefront, over a forward for every head.
+"""Activation patching of every head, by one wavefront, compared with a forward for every head.
 
     python benchmarks/sweeps.py                          # the bars: 600 and 2,000 tokens, about fifteen minutes
     python benchmarks/sweeps.py --only last1 last16      # two minutes
@@ -6,7 +6,7 @@
 
 A LLaVA with random weights, 12 layers x 12 heads, d_model 768; z of one head is patched at the last position, at the
 last 16, or at one visual token in the middle of the picture's first half. Times are processor times of one thread. A
-*forward* is transformers' SDPA forward that unembeds one row, without hooks; ``sweep_*`` are 144 of them over the
+*forward* is transformers' SDPA forward that unembeds one row, without hooks; ``sweep_*`` is 144 of them divided by the
 sweep itself, ``sweep_forwards_*`` is the whole call with its two captures, in forwards.
 """
 
@@ -89,8 +89,8 @@ def over_forwards(tokens: int, names: list[str], repeats: int) -> None:
 
 
 def over_transformerlens(tokens: Sequence[int], repeats: int) -> None:
-    """The whole call at the last position, over what it takes through the bridge: a clean cache, a forward of the
-    corrupted run, and a hooked forward for every head."""
+    """The whole call at the last position, compared with the bridge: a clean cache, a corrupted forward, and a hooked
+    forward for every head."""
     found = {length: round(_over_transformerlens(length, repeats), 2) for length in tokens}
     record(
         "sweep_vs_transformerlens", min(found.values()), unit="x", bar=">= 80",

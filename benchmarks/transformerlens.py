@@ -2,8 +2,8 @@
 
     python benchmarks/transformerlens.py                 # 600 and 2,000 tokens, about a minute and a half
 
-The bridge (TransformerLens 4.3) computes attention step by step in every layer; mech does only where a layer's scores
-or pattern are hooked. That the two agree in what they read is a test (``tests/test_interop.py``).
+The bridge (TransformerLens 4.3) computes attention step by step in every layer; mech does so only where a layer's
+scores or pattern are hooked. A test checks that the two agree in what they read (``tests/model/test_interop.py``).
 """
 
 import argparse

@@ -7,17 +7,17 @@
 
 They exist so that every experiment, test and page of the documentation can run on a model that really retrieves
 visual evidence, without a hub. They are not meant for anything else. There are two sizes and two families; a second
-seed of one of them, with checkpoints of its training; and one that reads some thousand visual tokens. Each folder holds
-the weights (safetensors), the processor and ``card.json``: data, curve, held-out accuracy, heads, seed, time. How they
-are made: ``recipe`` and ``train``.
+seed of one of them, with checkpoints of its training; and one that reads a few thousand visual tokens. Each folder
+holds the weights (safetensors), the processor and ``card.json``: data, curve, held-out accuracy, heads, seed, time.
+They are made by ``recipe`` and ``train``.
 
-``smol`` is another thing: a pretrained language model (SmolLM2-135M-Instruct, of the extra ``mech[smol]``) to which
-eyes were given here. Only those ship, with what tunes it; the whole is put together when it is first opened. Its one
-revision, ``"base"``, is the language model as it was before it was tuned, with the same eyes. See ``smol.assembly``.
+``smol`` is different: a pretrained language model (SmolLM2-135M-Instruct, from the extra ``mech[smol]``) that was given
+a vision stack here. Only the vision stack and the adapter ship; the whole is assembled when it is first opened. Its one
+revision, ``"base"``, is the language model before tuning, with the same vision stack. See ``smol.assembly``.
 
-``llava-s-sparse`` is ``llava-s``, trained on with a penalty on attention outside of sinks and a window; only the layers
-that changed ship. ``Policy.from_json(card("llava-s-sparse")["policy"])`` keeps the fewest heads dense that it needs;
-what the penalty did to it, and to other seeds, is in ``sparsity_runs()``.
+``llava-s-sparse`` is ``llava-s`` trained further, with a penalty on attention outside sinks and a window; only the
+layers that changed ship. ``Policy.from_json(card("llava-s-sparse")["policy"])`` keeps dense the fewest heads that it
+needs; what the penalty did to it, and to other seeds, is in ``sparsity_runs()``.
 """
 
 import json
@@ -28,7 +28,7 @@ from mech.errors import UnsupportedModel, suggestion
 
 PREFIX = "reference:"
 FOLDER = Path(__file__).parent / "weights"
-CHANGED = "changed.safetensors"  # of a model that is another one, trained on: the weights that differ
+CHANGED = "changed.safetensors"  # the weights that differ, if a model is another one trained further
 
 
 def names() -> tuple[str, ...]:
@@ -39,7 +39,8 @@ def names() -> tuple[str, ...]:
 def path(name: str) -> Path:
     """The folder to open for a reference model, with or without the prefix ``reference:``.
 
-    That of the model it was trained on from, where only what changed ships; ``smol`` is assembled if need be.
+    Where only changed weights ship, it is the folder of the model that was trained further; ``smol`` is assembled if
+    need be.
 
     Raises:
         UnsupportedModel: no such model, or the package that it needs is not installed.
@@ -74,7 +75,7 @@ def _needs_base(folder: Path) -> bool:
 
 
 def revisions(name: str) -> tuple[str, ...]:
-    """The checkpoints of its training that ship with a reference model, in order; most have none."""
+    """The training checkpoints that ship with a reference model, in order; most have none."""
     folder = shipped(name)
     if _needs_base(folder):
         return ("base",)
@@ -108,17 +109,17 @@ def changed(name: str) -> Path | None:
 
 
 def card(name: str) -> dict[str, Any]:
-    """What is known of a reference model: data, curve, accuracy, heads, seed, time."""
+    """What is known about a reference model: data, curve, accuracy, heads, seed, time."""
     return json.loads((shipped(name) / "card.json").read_text(encoding="utf-8"))
 
 
 def sparsity_runs() -> dict[str, dict[str, Any]]:
-    """What was measured of models that were trained for sparsity, by run: see ``mech.sparse.training.compared``."""
+    """Measurements of models that were trained for sparsity, by run: see ``mech.sparse.training.compared``."""
     return _sparsity()["runs"]
 
 
 def sparsity_served() -> dict[str, dict[str, Any]]:
-    """How models do under few dense heads, by name: ``speed``, ``trials`` of ``sparsify``, and ``rankings`` beside."""
+    """How models do with few dense heads, by name: ``speed``, ``trials`` of ``sparsify``, ``rankings`` to compare."""
     return _sparsity()["served"]
 
 

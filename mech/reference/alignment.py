@@ -1,7 +1,7 @@
 """The first stage of training: a vision tower is pretrained against the words that its tokens show.
 
-Stands for the pretraining against text that the towers of real MLLMs come with. What a token shows is known, because
-the scenes are drawn.
+This stands in for the pretraining against text that the towers of real MLLMs come with. What a token shows is known,
+because the scenes are generated.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The recipes of the reference models: architecture, domains, tokenizer, image processor, length of training.
 
-All are real Hugging Face architectures, only small: what runs on them runs on their big sisters. A recipe is data; the
-loop that follows it is ``mech.reference.train``.
+All are real Hugging Face architectures, only small: what runs on them runs on their full-size counterparts. A recipe is
+data; the loop that follows it is ``mech.reference.train``.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ class Recipe:
     """How one reference model is made.
 
     ``steps`` counts the ``tower_steps`` in which the vision tower is pretrained. The weights after each of the steps in
-    ``keep`` (multiples of a hundred) ship beside the final ones. A recipe with a ``start`` goes on from the weights of
-    that model; with ``longest``, its scenes grow to so many visual tokens.
+    ``keep`` (multiples of a hundred) ship with the final ones. A recipe with a ``start`` continues from the weights of
+    that model; with ``longest``, its scenes grow to that many visual tokens.
     """
 
     family: str
@@ -42,7 +42,7 @@ class Recipe:
     rope_theta: float = 1e6
 
 
-# Weights large enough that attention is not even at first.
+# Initial weights are large enough that attention does not start out even.
 _TEXT = dict(max_position_embeddings=2048, hidden_size=128, intermediate_size=256, head_dim=16, initializer_range=0.06)
 _CLIP = dict(image_size=96, patch_size=16, hidden_size=96, intermediate_size=256, num_attention_heads=4)
 _QWEN_VISION = dict(
@@ -117,7 +117,7 @@ _SPECIAL = {
 
 
 def tokenizer(recipe: Recipe):
-    """A byte-level BPE over the haystacks' sentences: any text can be written, their words are single tokens."""
+    """A byte-level BPE over the haystacks' sentences: any text can be written, and their words are single tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -191,12 +191,12 @@ def untrained(recipe: Recipe, words) -> Any:
             text_config=LlamaConfig(**text, rope_parameters=rope),
             image_token_index=ids["<image>"],
             image_seq_length=(recipe.vision["image_size"] // recipe.vision["patch_size"]) ** 2,
-            # The last layer: in a tower of three, LLaVA's usual -2 would leave a third of it without a reader.
+            # The last layer: in a tower of three, LLaVA's usual -2 would leave a third of it unused.
             vision_feature_layer=-1,
         )
         model = LlavaForConditionalGeneration(config)
-        # CLIP's position embeddings start at a twentieth of the patches' size: which name stands in which line is then
-        # not learned.
+        # CLIP's position embeddings start at a twentieth of the patches' size: the model then does not learn which name
+        # is on which line.
         torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=1.0)
     else:
         config = Qwen2_5_VLConfig(

@@ -1,8 +1,8 @@
-"""Pictures for planted circuits: a grid of cells, each a left and a right colour; and what is asked of them.
+"""Pictures for planted circuits: a grid of cells, each a left and a right colour; and the questions about them.
 
     sample = scene("fill", words="", rng=random.Random(0), name="first")      # sample.counterfactual is its corruption
 
-Half of the colours are names and half are answers, so that no cell says its own name. Nothing here knows of models.
+Half of the colours are names and half are answers, so that no cell says its own name. Nothing here depends on models.
 """
 
 import random
@@ -18,17 +18,17 @@ GREY = "grey"  # no colour: what an empty half of a cell shows
 
 
 def scene(corruption: str, words: str, rng: random.Random, name: str) -> Sample:
-    """A picture of four pairs of neighbouring cells, and what is asked of it.
+    """A picture of four pairs of neighbouring cells, and a question about it.
 
-    The left cell of a pair has a name and a fill, the right one a fill only. The pair that is asked for stands in the
-    lower half: near enough to the question for a head that attends to what is near.
+    The left cell of a pair has a name and a fill, the right one a fill only. The pair that is asked for is in the lower
+    half: near enough to the question for a head that attends to what is near.
     """
     names = rng.sample(COLOURS, 4)
     others = [colour for colour in COLOURS if colour not in names]
     pairs = [rng.randrange(4, 8)]
     pairs += rng.sample([pair for pair in range(8) if pair != pairs[0]], 3)
     fills = [*rng.sample(others, 4), *rng.sample(others, 4)]  # of the left cells, of the right cells
-    # The evidence is the cell with the name; where keys are composed, the one behind it.
+    # The evidence is the cell with the name; where keys are composed, the one after it.
     behind = int(corruption == "order")
 
     def box_of(pair: int) -> Box:

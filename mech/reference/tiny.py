@@ -5,10 +5,10 @@
     wrapped   = mech.HookedMLLM.from_hf(model, processor)
 
 Every variant has three text layers of four heads (two key/value heads where the architecture can), ``d_model`` 32 and
-4 to 16 visual tokens a tile; hybrid and sliding-window families really have both kinds of layer. Weights are generous,
+4 to 16 visual tokens per tile; hybrid and sliding-window families really have both kinds of layer. Weights are large,
 so that attention is far from uniform and an edit anywhere moves the logits.
 
-What it does not do: know anything. For models that retrieve evidence see ``mech.reference``.
+These models know nothing. For models that retrieve evidence see ``mech.reference``.
 """
 
 from collections.abc import Callable
@@ -58,8 +58,8 @@ from transformers import (
 from mech.reference.tiny_tokenizer import VOCAB, token_id
 
 LAYERS, HEADS, KV_HEADS, D_MODEL, D_HEAD, D_MLP = 3, 4, 2, 32, 8, 48
-PATCH = 4  # pixels a side; families that merge or pool 2 x 2 patches and have a fixed image size use 2
-SIDE = 16  # pixels a side of an image or tile where it is fixed
+PATCH = 4  # pixels per side; families that merge or pool 2 x 2 patches and have a fixed image size use 2
+SIDE = 16  # pixels per side of an image or tile where it is fixed
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -105,7 +105,7 @@ def _llava(
 
 
 def _full(**options: Any) -> dict[str, Any]:
-    """A tower without class token whose last layer is used."""
+    """A tower without class token, of which the last layer is used."""
     return {"vision_feature_select_strategy": "full", "vision_feature_layer": -1, **options}
 
 
@@ -343,7 +343,7 @@ def _gemma4_small() -> Gemma4Config:
 
 
 def _gemma4_large() -> Gemma4Config:
-    """Experts beside the feed-forward, values made from the keys' projection, images that see themselves both ways."""
+    """Experts alongside the feed-forward, values from the keys' projection, bidirectional attention within images."""
     return _gemma4(
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         hidden_size_per_layer_input=0,
@@ -406,13 +406,13 @@ def model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model of a config with the weights this module gives: one of ``MODELS``, perhaps changed."""
+    """A model of a config (one of ``MODELS``, perhaps changed) with the weights this module gives."""
     made = AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in made.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            # Matrices get one generous scale (default initialisation is too quiet to notice an edit, and Gemma3's
+            # Matrices get one large scale (default initialisation is too small for an edit to show, and Gemma3's
             # projection starts at zero); vectors stay near one, as norms and layer scales are.
             matrix = parameter.ndim > 1
             parameter.copy_(noise * (0.25 if matrix else 0.1) + (0.0 if matrix or path.endswith("bias") else 1.0))

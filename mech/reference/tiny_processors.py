@@ -1,4 +1,4 @@
-"""The processors of the tiny models: every family's own image processor at a tiny size, and the one tokenizer.
+"""The processors of the tiny models: every family's own image processor at a tiny size, and their one tokenizer.
 
 processor("internvl")        # goes with mech.reference.tiny.model("internvl")
 """
@@ -82,7 +82,7 @@ _BEGINNINGS = {
 
 
 def image_processor(name: str, **settings: Any) -> Any:
-    """The image processor of a variant; ``settings`` go before its own."""
+    """The image processor of a variant; ``settings`` override its own."""
     kind, own = IMAGE_PROCESSORS[name]
     return kind(**{**own, **settings})
 

@@ -3,8 +3,8 @@
     token_id("<image>")          # the id every tiny config uses
     tokenizer(bos_token="<s>")
 
-``SPECIAL`` holds the placeholders and marks of all families, and a special token's id is its index there. What it does
-not do: pretend to be a good tokenizer. Any text can be written, mostly byte by byte.
+``SPECIAL`` holds the placeholders and marks of all families, and a special token's id is its index there. It is not a
+good tokenizer: any text can be written, but mostly byte by byte.
 """
 
 import functools

@@ -1,21 +1,21 @@
 """Trains a reference model: ``python -m mech.reference.train llava-s``, or ``make reference`` for all of them.
 
-Two stages, as LLaVA's. First the vision tower alone: its tokens are drawn to the text model's embeddings of the words
-they show, as the towers of real MLLMs come pretrained against text. Then the tower is frozen and everything behind it
-learns to answer.
+Two stages, like LLaVA's. First the vision tower alone: its tokens are pulled towards the text model's embeddings of the
+words they show, since the towers of real MLLMs come pretrained against text. Then the tower is frozen and everything
+after it learns to answer.
 
-Every picture carries questions about all of its items: two are asked about in full ("Which digit is in the red
+Every picture comes with questions about all of its items: two are asked about in full ("Which digit is in the red
 frame?", answered some tokens after the word that matters), the others are listed in one go (" red7 blue3", answered
-right after it). The dense list is what makes a small model learn to retrieve, within some hundred steps, on full
+right after it). The dense list is what makes a small model learn to retrieve, within a few hundred steps, on full
 scenes from the start; growing scenes item by item was tried and was far from it after a thousand steps. The full form
-teaches to carry what was read to where it is said.
+teaches the model to carry what it read to where it is said.
 
 A recipe that starts from another model's weights has no first stage: its scenes of pages and video grow instead, from
-the length that model knows to some thousand visual tokens.
+the length that model knows to a few thousand visual tokens.
 
-Training is resumable (a checkpoint every hundred steps) and deterministic: step ``i`` draws the same scenes whoever
-runs it, so the same command gives the same weights up to floating-point noise. Nothing is tuned to what the heads of
-the model turn out to do.
+Training is resumable (a checkpoint every hundred steps) and deterministic: step ``i`` always draws the same scenes, so
+the same command gives the same weights up to floating-point noise. Nothing is tuned to what the heads of the model turn
+out to do.
 """
 
 import argparse
@@ -78,10 +78,11 @@ class Shape:
 
     @classmethod
     def at(cls, step: int, recipe: Recipe) -> "Shape":
-        """That of a step of the second stage.
+        """The shape of a step of the second stage.
 
-        Lengths are drawn between the default and a longest one, evenly in their logarithm and of two draws the longer
-        one. The longest grows until half of the steps are done. Batches are smaller to match, but hold two scenes.
+        Lengths are drawn between the default and a longest one, uniformly in their logarithm, and the longer of two
+        draws counts. The longest grows until half of the steps are done. Batches are smaller to match, but hold at
+        least two scenes.
         """
         rng = random.Random(f"{recipe.seed}/domain/{step}")
         domain = rng.choices(recipe.domains, [recipe.weights.get(known, 1.0) for known in recipe.domains])[0]
@@ -111,7 +112,7 @@ def batch_of(processor: Processor, shape: Shape, name: str) -> tuple[Inputs, lis
 
 
 class Marks:
-    """Which tokens are answers, told by their ids alone: no question holds a digit."""
+    """Which tokens are answers, recognised by their ids alone: no question contains a digit."""
 
     def __init__(self, words):
         self.digits = torch.tensor(words.convert_tokens_to_ids([str(d) for d in range(10)]))
@@ -157,10 +158,10 @@ def train(name: str, folder: Path, *, steps: int | None = None, threads: int = 1
 
 
 class Training:
-    """A model on its way: weights, optimizer, and what is known of the steps that are done.
+    """A model in training: weights, optimizer, and what is known about the steps done so far.
 
     Args:
-        name: of the recipe.
+        name: the recipe's name.
         folder: where the checkpoint is.
     """
 
@@ -192,7 +193,7 @@ class Training:
         return self._spent + time.perf_counter() - self._began
 
     def resumed(self) -> bool:
-        """Go on from the checkpoint, if there is one.
+        """Continue from the checkpoint, if there is one.
 
         Raises:
             OutputError: it follows another recipe.
@@ -260,7 +261,7 @@ def _loss(model, tensors: dict[str, torch.Tensor], marks: Marks) -> tuple[Float[
     ids = tensors["input_ids"]
     answer, full, end = marks.of(ids)
     rows, positions = (answer | end).nonzero(as_tuple=True)
-    # Only the rows that predict an answer are unembedded: nine in ten are not.
+    # Only the rows that predict an answer are unembedded: nine in ten do not.
     hidden = model.model(**tensors).last_hidden_state[rows, positions - 1]
     logits = model.lm_head(hidden)
     target = ids[rows, positions]
@@ -271,16 +272,16 @@ def _loss(model, tensors: dict[str, torch.Tensor], marks: Marks) -> tuple[Float[
 
 
 def keep(model, file: Path) -> None:
-    """Weights in half precision, without those of the vision tower: it no longer changes."""
+    """Save the weights in half precision, without those of the vision tower: it no longer changes."""
     tower = {id(p) for part in vision_tower(model) for p in part.parameters()}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: p.detach().half().cpu() for key, p in model.named_parameters() if id(p) not in tower}, file)
 
 
 def save(name: str, model, processor: Processor, folder: Path, **card) -> Path:
-    """Weights (half precision, safetensors), processor files and ``card.json``."""
+    """Save weights (half precision, safetensors), processor files and ``card.json``."""
     model.half().save_pretrained(folder)
-    # Stored in half precision to be small, to be run in single precision.
+    # Stored in half precision to be small, but run in single precision.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1) + "\n", encoding="utf-8")
     processor.tokenizer.save_pretrained(folder)

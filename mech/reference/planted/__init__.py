@@ -10,19 +10,19 @@
     planted.truth.edges["retrieval", "mover.v"]                  # Effect(lost=1.0, recovered=1.0)
 
 The picture is a grid of cells, each with a left colour (its name) and a right one. Asked "red", the model says which
-colour stands beside red. All of it is computed by two layers of four heads whose every weight is set in ``planting``,
+colour is next to red. All of this is computed by two layers of four heads whose every weight is set in ``planting``,
 through the stock vision tower, projector, norms, rotary positions and softmax; what those add to the numbers stated
 here is below 1e-5.
 
-Which circuits there are (``NAMES``) and why their numbers are what they are: ``circuits``, one function for each:
+The circuits (``NAMES``), and why their numbers are what they are, are in ``circuits``, one function for each:
 
 * ``roles``, ``gqa``: a retrieval, a sink, an even and a recency head; the same with shared keys and values;
-* ``q_composition``, ``k_composition``: an early head writes what a later one queries with, or has as its key;
+* ``q_composition``, ``k_composition``: an early head writes what a later one uses as its query, or as its key;
 * ``and``, ``or``, ``backup``: two heads of which both, either, or first one and then the other is needed;
-* ``mover``: a head that does not attend to the picture and is necessary.
+* ``mover``: a head that does not attend to the picture but is necessary.
 
-What this does not do: resemble a trained model. Attention is saturated (the gradient through queries and keys is zero),
-so that gradients find value paths and miss the others; that, too, is a known answer.
+The circuits do not resemble a trained model. Attention is saturated (the gradient through queries and keys is zero), so
+gradients find value paths and miss the others; that, too, is a known answer.
 """
 
 import random
@@ -47,19 +47,19 @@ NAMES = tuple(CIRCUITS)
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a planted circuit.
+    """What is true of a planted circuit.
 
     Attributes:
         heads: (layer, head) of every role.
         ram: Retrieval Attention Mass of every head on the clean sample; a head without a role attends evenly.
         logit_diff: logit of the clean answer minus that of the corrupted one, (in the clean, in the corrupted run).
         effects: sets of roles, in the order of ``heads`` -> what patching their z at *all* positions does. Every head
-            without a role has ``NOTHING``, and leaves a set as it is.
+            without a role has ``NOTHING``, and adding it to a set changes nothing.
         zeroed: sets of roles -> ``logit_diff`` of the clean run with their z set to zero.
         edges: (sender role, receiver) -> what switching this path alone does. A receiver is ``"role.q"``,
             ``"role.k"``, ``"role.v"``, ``"mlp.1"`` or ``"logits"``. The path is direct: everything between sender and
-            receiver keeps its value, everything behind the receiver is computed anew. Every other path from a role
-            to a role, to that MLP or to the logits has ``NOTHING``.
+            receiver keeps its value, everything after the receiver is computed anew. Every other path from a role to
+            a role, to that MLP or to the logits has ``NOTHING``.
     """
 
     heads: Mapping[str, tuple[int, int]]
@@ -82,7 +82,7 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """A planted circuit, ready to be asked: model, processor, a clean and a corrupted row, and what is true of it."""
+    """A planted circuit, ready to run: model, processor, a clean and a corrupted row, and what is true of it."""
 
     name: str
     model: Any = field(repr=False)
@@ -95,7 +95,7 @@ class Planted:
     def samples(self, n: int, seed: int = 0) -> Samples:
         """More scenes for the same circuit, each with its counterfactual.
 
-        ``logit_diff``, ``effects``, ``zeroed`` and ``edges`` hold for all of them; ``ram`` holds too, but for heads
+        ``logit_diff``, ``effects``, ``zeroed`` and ``edges`` hold for all of them; so does ``ram``, except for heads
         that attend evenly or by distance, whose mass depends on where the evidence is.
         """
         rng = random.Random(f"{self.name}/{seed}")
@@ -108,7 +108,7 @@ def circuit(name: str, family: str = "llava", dtype: torch.dtype = torch.float32
     Args:
         name: one of ``NAMES``.
         family: ``"llava"`` (CLIP and Llama) or ``"qwen2_5_vl"`` (2 x 2 merging, M-RoPE).
-        dtype: of the weights and of the pixels; norms compute in float32 whatever it is.
+        dtype: dtype of the weights and pixels; norms compute in float32 in any case.
 
     Raises:
         UnsupportedModel: no such circuit, or not in this family.
@@ -142,11 +142,11 @@ def _scene(planted: Circuit, rng: random.Random, name: str) -> Sample:
 
 
 def _ram(planted: Circuit, sample: Sample, layout: TokenLayout, family: str) -> Float[np.ndarray, "layer head"]:
-    """RAM by closed form: what a head's role says, and 'evenly' for heads that have none."""
+    """RAM in closed form: what a head's role says, and 'evenly' for heads that have none."""
     evidence, question = layout.positions(sample.evidence), layout.positions("question")
     when = np.arange(len(layout), dtype=float)
     if family == "qwen2_5_vl":
-        # The temporal axis of M-RoPE: a picture is one moment, and the text behind it goes on after its longer side.
+        # The temporal axis of M-RoPE: a picture is one moment, and the text after it continues after its longer side.
         visual = layout.positions("image")
         when[visual] = visual[0]
         when[visual[-1] + 1 :] += visual[0] + SIDE - (visual[-1] + 1)

@@ -1,7 +1,7 @@
 """The planted circuits: which heads each has, and what is true of it. ``planted.circuit(name)`` builds one.
 
-Each function states one circuit: its heads as wires (``planting``), its corruption (``scenes``) and, by reasoning and
-not by running it, what patching, zeroing and every path does.
+Each function states one circuit: its heads as wires (``planting``), its corruption (``scenes``) and, derived by
+reasoning rather than by running it, what patching, zeroing and every path does.
 """
 
 from collections.abc import Mapping
@@ -102,10 +102,10 @@ def _roles(kv_heads: int) -> Circuit:
 
     The question has four words and the colour is the first: the head ``carry`` brings it to the others, so that the
     retrieval head attends to the evidence from each. Only that head writes to the answer; the other three write the
-    fills they see where nobody reads. The corruption gives the evidence another fill: ``carry`` is
-    needed (zero it, and nobody knows what is asked) but does the same in both runs, so that patching cannot see it.
+    fills they see to a subspace that nothing reads. The corruption gives the evidence another fill: ``carry`` is needed
+    (without it no head knows what is asked) but does the same in both runs, so that patching cannot see it.
 
-    With two key/value heads (``gqa``) retrieval and sink head share keys and values, as do the other two: of the first
+    With two key/value heads (``gqa``) retrieval and sink head share keys and values, as do the other two: in the first
     group exactly one query head retrieves.
     """
     unread = (Wire("unread", "colour"),)
@@ -137,9 +137,9 @@ def _roles(kv_heads: int) -> Circuit:
 def _q_composition() -> Circuit:
     """``carry`` brings the colour that is asked for from its word to the last token; ``retrieval`` queries with it.
 
-    The corruption asks for another colour that is in the same picture: cells are as they were, so all of the effect
-    passes through the query of ``retrieval``, none through its keys and values, and none goes straight to the logits
-    (nothing but a query reads what ``carry`` writes).
+    The corruption asks for another colour in the same picture: the cells are unchanged, so all of the effect passes
+    through the query of ``retrieval``, none through its keys and values, and none goes straight to the logits (nothing
+    but a query reads what ``carry`` writes).
     """
     heads = {"carry": _carry(0, 0, "ask", "asked"), "retrieval": _fetch(1, 0, by="asked")}
     return Circuit(
@@ -154,10 +154,10 @@ def _q_composition() -> Circuit:
 
 
 def _k_composition() -> Circuit:
-    """Asked "red", the model says the fill of the cell *behind* the red one.
+    """Asked "red", the model says the fill of the cell *after* the red one.
 
     ``previous`` writes into each position the name of the cell before (score ``8000 cos(PACE (distance - 1))``: the
-    next best key is 40 below); ``retrieval`` has that as its key. The corruption swaps two names and leaves all fills:
+    next best key is 40 below); ``retrieval`` uses that as its key. The corruption swaps two names and keeps all fills:
     the effect passes through the keys of ``retrieval`` only. Distances are 1-D positions, so this is LLaVA only.
     """
     previous = Head(
@@ -182,8 +182,8 @@ def _k_composition() -> Circuit:
 def _and() -> Circuit:
     """Two heads fetch the same fill, and the MLP of layer 1 says a colour if both did: ``left * right``.
 
-    The corruption takes the fill away. Noising one of the heads takes everything, denoising one gives nothing. The
-    gradient at the corrupted run is zero for each (the other factor is): attribution from there finds nothing.
+    The corruption takes the fill away. Noising one of the heads loses everything, denoising one recovers nothing. The
+    gradient at the corrupted run is zero for each (the other factor is zero): attribution from there finds nothing.
     """
     return Circuit(
         {"left": _fetch(0, 0, to="left"), "right": _fetch(0, 1, to="right")},
@@ -198,11 +198,12 @@ def _and() -> Circuit:
 
 
 def _or() -> Circuit:
-    """Two heads fetch the same fill and each writes the answer; the MLP takes ``left * right`` away again.
+    """Two heads fetch the same fill and each writes the answer; the MLP subtracts ``left * right`` again.
 
-    That is ``left + right - left * right``: one is as good as two. Noising one of the heads takes nothing, denoising
-    one gives everything. Its paths do not agree with it: the direct one of either is worth the whole (noised alone:
-    0 + 1 - 1), and the one through the MLP is worth minus the whole in the clean run (1 + 1 - 0), nothing in the other.
+    That is ``left + right - left * right``: one is as good as two. Noising one of the heads loses nothing, denoising
+    one recovers everything. Single paths tell another story: the direct path of either head is worth the whole (noised
+    alone: 0 + 1 - 1), and the path through the MLP is worth minus the whole in the clean run (1 + 1 - 0) and nothing in
+    the corrupted one.
     """
     heads = {side: _fetch(0, i, to=side, write=(Wire("answer", "colour"),)) for i, side in enumerate(("left", "right"))}
     return Circuit(
@@ -222,7 +223,7 @@ def _backup() -> Circuit:
     flag is missing: the flag lifts the score of the first token from 20 to 60, above the evidence's 40.
 
     So ``second`` has RAM 0 and no effect, until ``first`` is noised or zeroed. The direct effect of ``first`` is the
-    whole; the path over the query of ``second`` gives it back (noised alone, both say the answer: lost -1).
+    whole; the path through the query of ``second`` gives it back (noised alone, both say the answer: lost -1).
     """
     return Circuit(
         {

@@ -6,13 +6,13 @@ of layer 1 can add the product ``left * right`` to ``answer``. ``grow`` builds t
 
     grow("llava", [Head(0, 0, query=(Wire("ask", "match", HARD),), key=(Wire("cell", "match"),), ...)])
 
-Why the numbers come out analytically in spite of everything an architecture has:
+Why the numbers come out analytically despite everything in an architecture:
 
 * Norms. The dimension ``constant`` of every token is ``LOUD`` = 4096, so that the root mean square of a token is that
-  constant to ``|content|^2 / (2 LOUD^2)``, below 1e-6. The norms' weights undo it: behind a norm ``constant`` reads
-  1, content reads as it stands. The ``LayerNorm`` of CLIP is silenced alike.
+  constant to ``|content|^2 / (2 LOUD^2)``, below 1e-6. The norms' weights undo it: after a norm ``constant`` reads
+  1, and content is unchanged. The ``LayerNorm`` of CLIP is neutralised in the same way.
 * Rotary positions. Frequencies are 1, 0.1, 0.01, ...: pairs from the sixth on turn by less than 3e-4 within 30
-  positions and carry content; the second pair (0.1 a position) sees distance on purpose.
+  positions and carry content; the second pair (0.1 per position) encodes distance on purpose.
 * Softmax. ``HARD`` = 40 between what matches and what does not; every head falls back to the first token at 20.
 * Pixels. A cell of the picture is two colours, corners of the RGB cube; the projector's GELU, driven with gain
   ``STEEP``, turns each into one exact 1.
@@ -41,15 +41,15 @@ from transformers import (
 from mech.inputs import Processor
 
 COLOURS: tuple[str, ...] = ("black", "blue", "green", "cyan", "red", "magenta", "yellow", "white")
-SIDE, CELL = 4, 8  # cells on a side of the picture, pixels on a side of a cell
+SIDE, CELL = 4, 8  # cells per side of the picture, pixels per side of a cell
 LAYERS, HEADS, D_MODEL, D_HEAD = 2, 4, 128, 32
 LOUD, HARD, LOGIT, STEEP = 4096.0, 40.0, 10.0, 100.0
-PACE = 0.1  # radians a position of the rotary pair that sees distance
+PACE = 0.1  # radians per position of the rotary pair that encodes distance
 
 # One-hot subspaces of the residual stream; those of colours have a dimension for each.
 _SIZES = {
     "constant": 1,  # LOUD at every token
-    "first": 1,  # the first token: what heads attend to that find nothing
+    "first": 1,  # the first token: heads that find nothing attend to it
     "word": 1,  # a colour's word
     "ask": 8,  # the colour a word names
     "cell": 8,  # the left colour of a cell: its name
@@ -73,7 +73,7 @@ SLOTS: dict[str, list[int]] = {
     "sink": _SLOW[8:9],
     "near": [1],
     "far": [1 + D_HEAD // 2],
-    "colour": list(range(8)),  # values do not turn
+    "colour": list(range(8)),  # values are not rotated
     "flag": [8],
 }
 SPECIAL = ("<pad>", "<s>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<end>")
@@ -113,7 +113,7 @@ def distance(gain: float, shift: int = 0) -> tuple[Wire, Wire]:
 
 
 def processor(family: str, config: Any, answer_mark: bool) -> Processor:
-    """Whole words as tokens, cells of ``CELL`` pixels; ``answer_mark`` puts ``<answer>`` behind the question."""
+    """Whole words as tokens, cells of ``CELL`` pixels; ``answer_mark`` puts ``<answer>`` after the question."""
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(
@@ -139,7 +139,7 @@ def processor(family: str, config: Any, answer_mark: bool) -> Processor:
 def grow(
     family: str, heads: Sequence[Head], gate: float = 0.0, kv_heads: int = HEADS, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A Hugging Face model (``"llava"`` or ``"qwen2_5_vl"``) with these heads; all else in it is silent.
+    """A Hugging Face model (``"llava"`` or ``"qwen2_5_vl"``) with these heads; everything else in it is silent.
 
     ``gate`` is the gain of the product ``left * right`` in the MLP of layer 1.
     """
@@ -249,8 +249,8 @@ def _corners() -> Tensor:
 def _colours(linear_in: Any, linear_out: Any, left: list[int], right: list[int]) -> None:
     """RGB to one-hot: the product with a corner's signs is 3 there, at most 1 elsewhere and 0 in grey.
 
-    Two units for each colour, one from 2 and one from 2.5 on: their difference is 0 or 1 and nothing between, so that
-    what the vision tower's norms round away does not come through.
+    Two units for each colour, one active above 2 and one above 2.5: their difference is 0 or 1 and nothing in between,
+    so that rounding in the vision tower's norms does not come through.
     """
     for first, columns, space in ((0, left, "cell"), (8, right, "fill")):
         for units, threshold, sign in ((first, 2.0, 1), (first + 16, 2.5, -1)):
@@ -268,7 +268,7 @@ def _see_llava(inner: Any) -> None:
     for colour in range(3):
         for at, columns in ((0, slice(0, half)), (3, slice(half, CELL))):
             kernel[at + colour, colour, :, columns] = 1 / (CELL * half)
-            # The negative beside it, so that LayerNorm has no mean to take away.
+            # The negative as well, so that LayerNorm has no mean to subtract.
             kernel[6 + at + colour, colour, :, columns] = -1 / (CELL * half)
     tower.embeddings.position_embedding.weight[:, 14] = LOUD
     tower.embeddings.position_embedding.weight[:, 15] = -LOUD

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on the attention of a language model: trained beside frozen weights, merged when opened.
+"""LoRA (arXiv 2106.09685) on the attention of a language model: trained on top of frozen weights, merged when opened.
 
 adapters = adapt(model, rank=16)             # the model now computes W x + B A x, and only A and B are trained
 merge(weights, adapters_state)               # W + B A, for a state dict of the plain model
@@ -13,7 +13,7 @@ DOWN, UP = "lora_down", "lora_up"
 
 
 class Adapted(nn.Module):
-    """A frozen linear map in bfloat16, and, with a rank, a low-rank one in float32 that is added to it."""
+    """A frozen linear map in bfloat16 and, with a rank, a low-rank one in float32 that is added to it."""
 
     weight: Tensor
 
@@ -32,7 +32,7 @@ class Adapted(nn.Module):
 
 
 class Adapters(dict[str, nn.Parameter]):
-    """What is trained, by name; saved and restored like a module."""
+    """The trained parameters by name; saved and restored like a module."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.items()}
@@ -43,7 +43,7 @@ class Adapters(dict[str, nn.Parameter]):
 
 
 def adapt(model: nn.Module, rank: int) -> Adapters:
-    """Puts an ``Adapted`` in the place of every linear map of the layers; returns what is to be trained."""
+    """Puts an ``Adapted`` in place of every linear map of the layers; returns the parameters to train."""
     trained = Adapters()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in f".{name}":

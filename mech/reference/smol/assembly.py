@@ -1,9 +1,10 @@
 """Puts ``reference:smol`` together: SmolLM2 from its own package, and what was trained here, into a stock LLaVA.
 
-What ships with mech is ``adapter.safetensors``: vision tower, projector and LoRA. Opened for the first time, they and
-the base become one folder in the user's cache (``$XDG_CACHE_HOME/mech`` or ``~/.cache/mech``), as ``save_pretrained``
-writes it; from then on that folder is opened. Its name holds the checksums of both, so that another adapter or another
-base makes another folder. It is written elsewhere and renamed at the end: what is there is whole.
+What ships with mech is ``adapter.safetensors``: vision tower, projector and LoRA. When the model is first opened, they
+and the base become one folder in the user's cache (``$XDG_CACHE_HOME/mech`` or ``~/.cache/mech``), as
+``save_pretrained`` writes it; from then on that folder is opened. Its name contains a checksum over both, so that
+another adapter or another base makes another folder. It is written under another name and renamed at the end: a folder
+that exists is complete.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ def assembled(folder: Path) -> Path:
             made.chmod(0o755)
             made.rename(kept)
         except OSError:
-            if not (kept / "config.json").is_file():  # else another process was quicker
+            if not (kept / "config.json").is_file():  # otherwise another process was quicker
                 raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -78,7 +79,7 @@ def assemble(file: Path, adapter: Path, folder: Path) -> None:
     merge(weights, adapters)
     model.load_state_dict(weights, assign=True)
     model.half().save_pretrained(folder)
-    # Stored in half precision to be small, to be run in single precision.
+    # Stored in half precision to be small, but run in single precision.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1) + "\n", encoding="utf-8")
     words.save_pretrained(folder)

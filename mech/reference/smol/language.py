@@ -1,9 +1,9 @@
-"""The first stage: the language model learns the tasks from text, before anything is seen.
+"""The first stage: the language model learns the tasks from text, before it sees any picture.
 
-What a picture would show is given as the embeddings of its words (``words``), so that no tower runs and a sequence is
-short. Only LoRA on the attention is trained. The items of a scene are listed before they are asked for (``Phase``).
-Noise on the embeddings makes the model robust to a tower that is not perfect, and on plain text it is held to what the
-untuned one predicts, so that it can still write.
+What a picture would show is given as the embeddings of its words (``words``), so that no tower runs and sequences are
+short. Only LoRA on the attention is trained. Early phases list the items of a scene, later ones ask for them
+(``Phase``). Noise on the embeddings makes the model tolerate an imperfect tower, and on plain text it is kept close to
+the untuned model's predictions, so that it can still write.
 """
 
 import itertools
@@ -31,7 +31,7 @@ NOISE = 0.3  # of the embeddings of what is shown, relative to their own size, a
 PLAIN = 160  # tokens of plain text in every other step
 HELD = 4.0  # how much a nat of drift on them counts, against a nat of the answers' loss
 RATE = 1.5e-3
-WARM_UP, ANNEALED = 10, 40  # the rate rises in the first steps, and falls to nothing in as many at the end
+WARM_UP, ANNEALED = 10, 40  # steps at the beginning in which the rate rises, and at the end in which it falls to 0
 EVERY = 10  # steps between two lines of the curve
 
 
@@ -42,8 +42,8 @@ class Phase:
     Attributes:
         steps: how many.
         asked: items of a scene that are asked for one by one, at most.
-        scenes: of a step; half as many of three pages.
-        digits: how many the items have.
+        scenes: scenes per step; half as many if they have three pages.
+        digits: how many digits the items have.
         domains: the share of each in the steps.
     """
 
@@ -54,8 +54,8 @@ class Phase:
     domains: dict[str, float] = field(default_factory=lambda: DOMAINS)
 
 
-# In a list, " red7 blue3", a digit is looked for in every second token: four times as many for their cost as where each
-# is asked for. With lists framed digits (colour and digit are one visual token) are learned in 100 steps, without them
+# In a list, " red7 blue3", every second token has to find a digit: four times as many for their cost as where each is
+# asked for. With lists, framed digits (colour and digit are one visual token) are learned in 100 steps; without them,
 # not in 120. A line of a score sheet reads like text and is learned in 30.
 PHASES = (
     Phase(60, asked=0, scenes=16),
@@ -69,7 +69,7 @@ STEPS = sum(phase.steps for phase in PHASES)
 
 @dataclass
 class Row:
-    """One dialogue as tokens: ``second`` is -1 where a token is one word; ``learned`` what is to be predicted."""
+    """One dialogue as tokens: ``second`` is -1 where a token is one word; ``learned`` marks what is to be predicted."""
 
     ids: list[int] = field(default_factory=list)
     second: list[int] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Row:
 
 
 def dialogue(vocabulary: Vocabulary, shown: list[tuple[int, int]], asked: list[Turn]) -> Row:
-    """The tokens of a dialogue about a picture, as the chat template writes it, with words in the picture's place."""
+    """The tokens of a dialogue about a picture, as the chat template writes it, with words in place of the picture."""
     row, tokens = Row(), vocabulary.tokens
     for number, turn in enumerate(asked):
         row.add(tokens("<|im_start|>user\n"))
@@ -104,7 +104,7 @@ def dialogue(vocabulary: Vocabulary, shown: list[tuple[int, int]], asked: list[T
 
 
 def batch_of(vocabulary: Vocabulary, step: int) -> tuple[str, list[Row]]:
-    """The domain and the dialogues of a step, which decides everything that is random in them."""
+    """The domain and the dialogues of a step; the step decides everything that is random in them."""
     rng, ends = random.Random(f"smol/{step}"), itertools.accumulate(phase.steps for phase in PHASES)
     phase = next((phase for phase, end in zip(PHASES, ends, strict=True) if step < end), PHASES[-1])
     domain = rng.choices(list(phase.domains), list(phase.domains.values()))[0]
@@ -119,7 +119,7 @@ def batch_of(vocabulary: Vocabulary, step: int) -> tuple[str, list[Row]]:
 
 
 def embedded(table: Float[Tensor, "word d_model"], rows: list[Row], noise: float) -> Float[Tensor, "row pos d_model"]:
-    """The rows' embeddings, padded on the right: of two words the sum; with noise."""
+    """The rows' embeddings (of two words the sum), padded on the right, with noise."""
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
     second = torch.tensor([row.second + [-1] * (longest - len(row.ids)) for row in rows])
@@ -128,7 +128,7 @@ def embedded(table: Float[Tensor, "word d_model"], rows: list[Row], noise: float
 
 
 def answer_loss(model: Any, rows: list[Row], noise: float) -> tuple[Float[Tensor, ""], float, list[tuple[str, bool]]]:
-    """Cross-entropy of all learned tokens, the share of them that the model would say, and which full answers.
+    """Cross-entropy of all learned tokens, the share of them that the model gets right, and which full answers.
 
     An answer is right if all of its tokens are.
     """
@@ -146,7 +146,7 @@ def answer_loss(model: Any, rows: list[Row], noise: float) -> tuple[Float[Tensor
 
 
 def plain_text() -> list[str]:
-    """English that is there offline, in paragraphs: the standard library's own documentation."""
+    """English that is available offline, in paragraphs: the standard library's own documentation."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics) if len(topics[name]) > 1000]
@@ -163,7 +163,7 @@ def piece(vocabulary: Vocabulary, texts: list[str], length: int, rng: random.Ran
 
 
 def drift(model, ids: list[int]) -> Float[Tensor, ""]:
-    """KL divergence of the tuned model's predictions on plain text from the untuned one's, in nats a token."""
+    """KL divergence of the tuned model's predictions on plain text from the untuned one's, in nats per token."""
     given = torch.tensor([ids])
 
     def predicted() -> Tensor:
@@ -181,7 +181,7 @@ def drift(model, ids: list[int]) -> Float[Tensor, ""]:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate: warm-up, then the same for long, brought down to nothing in the last steps."""
+    """The learning rate: warm-up, then constant for long, then down to nothing in the last steps."""
     return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / ANNEALED)
 
 
@@ -193,12 +193,12 @@ def train_language(
     steps: int,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, float]]:
-    """Trains the adapters, going on from ``checkpoint`` where there is one; returns the curve.
+    """Trains the adapters, continuing from ``checkpoint`` if there is one; returns the curve.
 
     Its accuracies are of learned tokens (by domain) and of whole answers (by domain and kind), on scenes that were not
     seen before (every step draws its own).
     """
-    texts = plain_text()[::2]  # the other half is left for whoever wants to measure on it
+    texts = plain_text()[::2]  # the other half is left for measurements
     optimizer = torch.optim.AdamW(adapters.values(), weight_decay=0.0, betas=(0.9, 0.98))
     kept = Checkpoint(checkpoint, model=adapters, optimizer=optimizer)
     losses, drifts, right = [], [], defaultdict(list)

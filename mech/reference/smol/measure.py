@@ -14,10 +14,10 @@ from mech.inputs import Processor, build, collate
 def held_out_accuracy(
     model: Any, processor: Processor, domain: str, answer: str = "digit", n: int = 300, seed: int = 9
 ) -> float:
-    """The share of held-out questions (unseen handwriting, fullest scenes) to which greedy decoding says the answer.
+    """The share of held-out questions (unseen handwriting, fullest scenes) that greedy decoding answers right.
 
-    Every token of the answer, and the end behind it, is the likeliest one behind the tokens before: that is what greedy
-    decoding would have written, at the price of one forward.
+    Every token of the answer, and the end after it, must be the likeliest one after the tokens before: then greedy
+    decoding would have written it. This takes one forward.
     """
     samples, right = haystacks(domain, n, seed, answer=answer), 0
     end = torch.tensor([processor.tokenizer.eos_token_id])
@@ -47,7 +47,7 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], length: int = 2
 
 
 def sample_of_text() -> list[str]:
-    """English that no stage was trained on: what scikit-learn says of its data sets."""
+    """English that no stage was trained on: what scikit-learn says about its data sets."""
     from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
     sets: tuple[Any, ...] = (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)

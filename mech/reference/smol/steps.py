@@ -1,4 +1,4 @@
-"""What both stages of the training share: a schedule, a step, and a checkpoint from which it goes on."""
+"""What both stages of the training share: a schedule, a step, and a checkpoint from which it resumes."""
 
 import math
 import time
@@ -26,7 +26,7 @@ def stepped(optimizer: torch.optim.Optimizer, trained: list[Any], loss: Tensor, 
 
 
 class Checkpoint:
-    """State of a training in a file: what is given by name is restored from it, and saved to it with every ``save``."""
+    """State of a training in a file: the named parts are restored from it, and saved to it with every ``save``."""
 
     def __init__(self, file: Path, **parts: Any):
         self.file, self.parts = file, parts
@@ -39,7 +39,7 @@ class Checkpoint:
         self.began = time.perf_counter()
 
     def save(self, step: int, **figures: Any) -> None:
-        """Writes the state elsewhere and moves it into place; ``figures`` become the next entry of the curve."""
+        """Writes the state to another file and moves it into place; ``figures`` become the curve's next entry."""
         now = time.perf_counter()
         self.step, self.minutes, self.began = step, self.minutes + (now - self.began) / 60, now
         rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}

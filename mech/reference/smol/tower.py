@@ -1,7 +1,7 @@
 """The second stage: a vision tower and its projector learn to show the language model's own embeddings of words.
 
-The language model takes no part: what every visual token shows is known (``words``), and so is the embedding that says
-it. The tower begins as that of ``reference:llava-s``, which was pretrained on the same handwriting.
+The language model takes no part: the words that every visual token shows are known (``words``), and so are their
+embeddings. The tower starts as that of ``reference:llava-s``, which was pretrained on the same handwriting.
 """
 
 import random
@@ -19,11 +19,11 @@ from mech.data.haystacks import Scene
 from mech.reference.smol.steps import Checkpoint, learning_rate, stepped
 from mech.reference.smol.words import Vocabulary
 
-TELLING = 8.0, 1.0  # how much likelier a word is whose embedding is nearer, and what a squared distance costs
-# Digits have like embeddings. Told apart by so little sharpness they are shown larger than they are, which the language
-# model misreads; so the last steps are sharp, and hold what is shown to the embedding itself.
+TELLING = 8.0, 1.0  # how much likelier a word with a nearer embedding is, and what a squared distance costs
+# Digits have similar embeddings. Told apart with so little sharpness, they are shown larger than they are, which the
+# language model misreads; so the last steps are sharp, and keep what is shown close to the embedding itself.
 FITTING, FITTED = (40.0, 5.0), 300
-SCENES = 32  # a step
+SCENES = 32  # per step
 RATE = 2e-3
 EVERY = 100  # steps between two lines of the curve
 
@@ -71,7 +71,7 @@ def scenes_of(rng: random.Random, n: int, split: str) -> list[Scene]:
 
 
 def pixels(scenes: list[Scene]) -> Float[Tensor, "picture 3 height width"]:
-    """What the image processor makes of the scenes' images: the size is right already."""
+    """The scenes' images as the image processor prepares them: their size is right already."""
     shown = np.stack([np.asarray(picture) for scene in scenes for picture in scene.pictures()])
     return torch.from_numpy(shown).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -90,7 +90,7 @@ def train_tower(
     steps: int,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, float]]:
-    """Trains both in place, going on from ``checkpoint`` where there is one; returns the curve."""
+    """Trains both in place, continuing from ``checkpoint`` if there is one; returns the curve."""
     targets, trained = Targets(vocabulary, table), [*tower.parameters(), *projector.parameters()]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.02, betas=(0.9, 0.98))
     kept = Checkpoint(checkpoint, tower=tower, projector=projector, optimizer=optimizer)

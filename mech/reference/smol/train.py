@@ -1,9 +1,10 @@
 """Trains ``reference:smol``: ``python -m mech.reference.smol.train``, or ``make reference-smol``.
 
-Two stages, and neither runs the language model on pictures. It is tuned on *text* that says what pictures would show
-(``language``); then tower and projector learn, without it, to show the embeddings of those words (``tower``).
-That spares the language model from nearly all of the work, and is enough: put together, they answer questions about
-pictures without having seen one together. Both stages are resumable, and deterministic up to floating-point noise.
+There are two stages, and neither runs the language model on pictures. It is tuned on *text* that says what pictures
+would show (``language``); then tower and projector learn, without it, to show the embeddings of those words
+(``tower``). This saves nearly all of the language model's work, and is enough: put together, they answer questions
+about pictures without having seen one together. Both stages are resumable, and deterministic up to floating-point
+noise.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from mech.reference.smol.words import Vocabulary
 RANK = 16
 TOWER_STEPS = 1800
 ASKED = {"digit": 300, "number": 100, "name": 100, "sentence": 100}  # held-out questions of each kind in each domain
-CLAIMED = 0.9  # the accuracy on held-out digits from which on a domain is one that the model knows
+CLAIMED = 0.9  # the accuracy on held-out digits at which a domain counts as one that the model knows
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 
 
 def train(out: Path, *, language_steps: int = STEPS, tower_steps: int = TOWER_STEPS, threads: int = 1) -> Path:
-    """Both stages, each going on from its checkpoint in ``out``; then the adapter and its card in ``out / "smol"``."""
+    """Both stages, each continuing from its checkpoint in ``out``; then adapter and card, in ``out / "smol"``."""
     torch.set_num_threads(threads)
     file = base.find()
     vocabulary, model = Vocabulary(base.tokenizer(file)), base.language_model(file).requires_grad_(False)
@@ -69,7 +70,7 @@ def eyes(text_config: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def save(trained: dict[str, torch.Tensor], folder: Path, curve: dict[str, list[dict[str, float]]]) -> Path:
-    """The adapter in half precision, and a card with what the model that it makes can do."""
+    """Write the adapter in half precision, and a card with what the resulting model can do."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in trained.items()}, folder / ADAPTER)
     whole = folder.with_name("smol.whole")
@@ -81,9 +82,9 @@ def save(trained: dict[str, torch.Tensor], folder: Path, curve: dict[str, list[d
 
 
 def measured(whole: Path) -> dict[str, Any]:
-    """What is known of an assembled model: its size, and how it does on held-out questions and on plain text.
+    """What is known about an assembled model: its size, and how it does on held-out questions and on plain text.
 
-    ``domains`` are those that it knows; of the others it was trained on the accuracy is in ``not_claimed``.
+    ``domains`` are those that it knows; the accuracy on the others it was trained on is in ``not_claimed``.
     """
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 

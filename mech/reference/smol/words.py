@@ -2,8 +2,8 @@
 
 A line of a score sheet is six visual tokens, and reads as in a text: ``" Anna" ":" " " "4" "1" "7"``, or
 ``" No" "or" ":" " " "7" "\\n"``. A frame shows two words in its first cell, its (first) digit and its colour, whose
-embeddings are added. Whatever else there is shows a line break. This is the whole interface between what is seen and
-what is read: the language model is tuned on these embeddings, and the tower learns to produce them.
+embeddings are added. Everything else shows a line break. This is the whole interface between vision and language: the
+language model is tuned on these embeddings, and the tower learns to produce them.
 """
 
 import random
@@ -42,7 +42,7 @@ class Vocabulary:
 
     @property
     def colours(self) -> list[int]:
-        """The names of the colours, a token each: what can be the second word."""
+        """The names of the colours, one token each: the possible second words."""
         return [self.key[colour][0] for colour in haystacks.COLOURS]
 
     def shown(self, scene: Scene) -> list[Shown]:
@@ -67,7 +67,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer of some kind; of a ``listed`` one only the digits can be learned."""
+    """A question and its answer of some kind; in a ``listed`` one only the digits can be learned."""
 
     question: str
     answer: str
