@@ -19,7 +19,7 @@ EPILOG = (
 
 @dataclass(frozen=True)
 class Ablations:
-    """What is ablated, how, and beside how many random sets."""
+    """What is ablated, how, and against how many random sets."""
 
     to: Annotated[
         list[str] | None,
@@ -110,7 +110,7 @@ def _found_before(heads: Path, test: Any) -> tuple[Any, Any]:
 
 
 def _band(hooked: Any, find: Any, band: str, say: Any) -> Any:
-    """The name of a band, or the ranking whose first heads it is."""
+    """The name of a band, or the ranking whose top heads it consists of."""
     import mech
 
     score = {"vision": "vision_mass", "sinks": "sink_mass"}.get(band)

@@ -38,7 +38,7 @@ _HEAD = re.compile(r"L(\d{1,4})H(\d{1,4})")
 @checking(InputError)
 @dataclass(frozen=True)
 class State:
-    """What is shown, what is changed, and what is looked at.
+    """What is shown, what is changed, and which head is inspected.
 
     Attributes:
         sample: index of the sample.

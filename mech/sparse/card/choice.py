@@ -61,7 +61,7 @@ def first_of(ways: tuple[Way, ...], *call: Any) -> Any:
                 return way.run(*call)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError) as error:  # a build or a card without the kernel says so
+            except (RuntimeError, NotImplementedError) as error:  # a build or a GPU without the kernel says so
                 why = _failed[way.name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
         say_once(way.name, why)
     return ways[-1].run(*call)

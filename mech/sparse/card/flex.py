@@ -78,7 +78,7 @@ def compiled() -> Callable[..., Any]:
 
 
 def takes(call: AttentionCall, keys: Keys, near: Near, out: Tensor, dropout: float) -> bool:
-    """Whether ``local`` computes this: on a card, no dropout, no bias in the mask, and one mask for all heads."""
+    """Whether ``local`` computes this: on a GPU, no dropout, no bias in the mask, and one mask for all heads."""
     plain = call.mask is None or (call.mask.dtype == torch.bool and call.mask.shape[1] == 1)
     power = call.q.shape[-1] & (call.q.shape[-1] - 1) == 0
     return on_card(call.q) and plain and power and call.q.shape[-1] >= 16 and not dropout

@@ -21,7 +21,7 @@ class PruningReport:
         heads: text heads removed, and how many there were.
         silent: how many of the removed heads keep a place.
         parameters: parameters of the whole model.
-        weight_bytes: bytes of all weights, as they are held.
+        weight_bytes: bytes of all weights in memory.
         kv_bytes: bytes of keys and values per token in the cache.
         prefill_speed: how many times faster a forward of the first batch is; the range is over turns.
         accuracy: shares of right answers, with Wilson intervals.
