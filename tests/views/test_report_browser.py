@@ -136,7 +136,7 @@ def test_a_cell_of_the_map_opens_the_page_of_its_head(browser, study_page):
         "even attention would give",
         "(necessity)",
     ]
-    wanted += ["50.0% [48.0%, 52.0%]", "writes to the logits", "attending and causal", "Where it attends"]
+    wanted += ["50.0% [48.0%, 52.0%]", "writes directly to the logits", "attending and causal", "Where it attends"]
     for words in wanted:
         assert words in page.text, words
     browser.settle()
@@ -198,8 +198,8 @@ def test_a_table_is_saved_as_csv(browser, study_page, tmp_path):
     table = browser.shown("#model-0 .tabular")[0]
     browser.run("arguments[0].click()", table.find_element("css selector", ".csv"))
     rows = saved(folder)
-    ends = [f"{name}{end}" for name in ("lost without it", "back by it alone") for end in ("", " low", " high")]
-    assert rows[0] == ["head", "rank", "RAM", "RAM low", "RAM high", "of even attention", *ends, "kind"]
+    ends = [f"{name}{end}" for name in ("lost without it", "recovered by it alone") for end in ("", " low", " high")]
+    assert rows[0] == ["head", "rank", "RAM", "RAM low", "RAM high", "vs even attention", *ends, "kind"]
     assert rows[1][1] == "1" and rows[1][6:9] == ["50%", "48%", "52%"]
     browser.run("arguments[0].click()", browser.one("#claims .csv"))
     claims = saved(folder)

@@ -29,12 +29,12 @@ from mech.experiments.statistics import accuracy_interval, holm, proportion_inte
 MARGIN = 0.1  # a loss of accuracy that is surely smaller is accepted
 NAMES = {
     "ram": "RAM", "bottom": "the lowest RAM", "random": "chance", "vision": "attention on all visual tokens",
-    "causal": "causal effect", "gates": "learned gates", "reach": "reach", "dynamic": "reach, for each input anew",
+    "causal": "causal effect", "gates": "learned gates", "reach": "reach", "dynamic": "reach, chosen for each input",
     "layers": "whole layers by RAM",
 }  # fmt: skip
 KINDS = {
-    "sparse": "A few dense heads and a window nearby keep the answers",
-    "not sparse": "No number of dense heads that was tried is sure to keep the answers",
+    "sparse": "A few dense heads, with a local window for the others, keep the answers",
+    "not sparse": "No number of dense heads tried is shown to keep the answers",
     "window": "The window alone keeps the answers: which heads stay dense does not matter",
     "dense wins": "Dense heads chosen by RAM keep more answers than the same number of random ones",
     "dense draws": "Dense heads chosen by RAM are not shown to keep more answers than the same number of random ones",
@@ -109,8 +109,8 @@ def _keeping(facts: Facts) -> Said:
     elif best is not None:
         text = (
             f"With {_groups(best['n_kv_heads'], n)} dense, chosen by RAM, and the others local ({local}), the loss is "
-            f"{points(best['loss'])} of accuracy, with none dense {points(alone['loss'])}; the cache holds "
-            f"{best['kv_bytes']:.0%} of the bytes. It is the smallest number tried whose loss is surely below "
+            f"{points(best['loss'])} of accuracy ({points(alone['loss'])} with none dense); the cache holds "
+            f"{best['kv_bytes']:.0%} of the bytes. This is the smallest number tried whose loss is surely below "
             f"{100 * facts['margin']:.0f} points."
         )
         yield "sparse", text, False
@@ -133,12 +133,13 @@ def _random(facts: Facts) -> Said:
     one, other = (_of(facts, choice, best["share"]) for choice in ("ram", "random"))
     wins = best["p_adjusted"] < ALPHA
     as_good = round(best["p_sets"] * (other["draws"] + 1)) - 1
-    verdict = "it keeps more" if wins else "it is not shown to keep more"
+    verdict = "RAM keeps more" if wins else "RAM is not shown to keep more"
     text = (
-        f"With {_groups(best['n_kv_heads'], facts['n_kv_heads'])} dense, RAM keeps {one['accuracy']['mean']:.0%} right "
-        f"and random ones {other['accuracy']['mean']:.0%}: {verdict} (p {p_is(best['p_samples'])} over samples, sign "
-        f"flips; p {p_is(best['p_sets'])} over sets, rank; the larger p {p_is(best['p_adjusted'])} after Holm over "
-        f"{len(tests)} sizes; {as_good} of {other['draws']} random sets keep as many)."
+        f"With {_groups(best['n_kv_heads'], facts['n_kv_heads'])} dense, {one['accuracy']['mean']:.0%} of the answers "
+        f"are right with those chosen by RAM and {other['accuracy']['mean']:.0%} with random ones: {verdict} (p "
+        f"{p_is(best['p_samples'])} over samples, sign flips; p {p_is(best['p_sets'])} over sets, rank; the "
+        f"larger p {p_is(best['p_adjusted'])} after Holm over {len(tests)} sizes; "
+        f"{as_good} of {other['draws']} random sets keep as many)."
     )
     yield "dense wins" if wins else "dense draws", text, not wins
 
@@ -170,7 +171,7 @@ def _input(facts: Facts) -> Said:
     verdict = "it pays" if gains else "it is not shown to pay"
     text = (
         f"With {_groups(test['n_kv_heads'], facts['n_kv_heads'])} dense, chosen for every input by what its question "
-        f"would lose, {one['accuracy']['mean']:.0%} are right; with one set by the same score "
+        f"would lose, {one['accuracy']['mean']:.0%} of the answers are right; with one set by the same score "
         f"{other['accuracy']['mean']:.0%}, a difference of {points(test['difference'])}: {verdict} (p "
         f"{p_is(test['p_adjusted'])} after Holm over {len(tests)} sizes)."
     )
@@ -184,10 +185,10 @@ def _fast(facts: Facts) -> Said:
         return
     gains = timed["prefill"]["low"] > 1 and timed["decode"]["low"] > 1
     text = (
-        f"At {facts['length']} tokens, measured here with the recommended setting: prefill of the text stack "
-        f"{_times(timed['prefill'])} as fast as dense (at best {timed['prefill_bound']:.1f}x in attention alone), a "
-        f"token {_times(timed['decode'])} (at best {timed['decode_bound']:.1f}x; against Hugging Face's default cache "
-        f"{timed['decode_default']['mean']:.2f}x), {timed['kv_measured']:.0%} of the cache's bytes."
+        f"At {facts['length']} tokens, measured here with the recommended setting: prefill of the text stack runs at "
+        f"{_times(timed['prefill'])} the dense speed (at best {timed['prefill_bound']:.1f}x in attention alone), "
+        f"decoding at {_times(timed['decode'])} (at best {timed['decode_bound']:.1f}x; against Hugging Face's default "
+        f"cache {timed['decode_default']['mean']:.2f}x), with {timed['kv_measured']:.0%} of the cache's bytes."
     )
     yield "faster" if gains else "slower", text, False
 

@@ -13,11 +13,11 @@ KINDS = {
     "idle": "Most heads that attend to the evidence do not matter",
     "order": "RAM does not order heads by their causal effect",
     "ordered": "RAM orders heads by their causal effect",
-    "repair": "Heads repair each other: together they are worth more than the sum of what they are worth alone",
-    "stand-in": "A head stands in for another that is lost",
+    "repair": "Heads compensate for each other: a set costs more than its heads cost one by one",
+    "stand-in": "A head stands in for another that is noised",
     "chooses": "The heads with the highest RAM choose where the answer comes from: it follows them to a distractor",
     "not choosing": "The heads with the highest RAM are not shown to choose where the answer comes from",
-    "carried": "Half of the answer hangs on a twentieth of the heads or less",
+    "carried": "Half of the answer depends on a twentieth of the heads or fewer",
 }
 
 
@@ -78,13 +78,13 @@ def _repair(numbers: Mapping[str, Any], n_heads: int) -> Said:
         text = (
             f"The single effects of {names_of(some['heads'])} add up to {some['alone']:.0%} of the gap; noised "
             f"together they lose {worth['mean']:.0%} [{worth['low']:.0%}, {worth['high']:.0%}] "
-            f"(n = {found['n_test']}): other heads make up for one of them, not for all."
+            f"(n = {found['n_test']}): other heads compensate for one of them, not for all."
         )
         yield "repair", text, False
     for head, other in found["stand_ins"]:
         yield (
             "stand-in",
-            f"{names_of([head])} makes up for {names_of([other])}: without that head it writes more of the answer.",
+            f"{names_of([head])} compensates for {names_of([other])}: without that head it writes more of the answer.",
             False,
         )
 
@@ -101,7 +101,7 @@ def _carried(numbers: Mapping[str, Any], n_heads: int) -> Said:
         f"Noising {size} head{'s' * (size > 1)} loses half of the answer ({names_of(found['set']['heads'])}, found "
         f"by patching on other samples, n = {found['n_test']}); in the order of RAM it takes "
         f"{'more than were tried' if by_ram is None else by_ram}. "
-        f"{'No set that was tried' if back is None else f'Denoising {back} alone'} brings back nine tenths."
+        f"{'No set tried' if back is None else f'Denoising {back} alone'} recovers nine tenths."
     )
     yield "carried", text, False
 

@@ -14,7 +14,7 @@ from mech.experiments.power import ALPHA, POWER, detectable_loss
 STABLE = 0.8  # share of bootstrap resamples in which a head of the top set must stay in it
 KINDS = {
     "unstable": "The top set is not stable: a new draw of samples would select other heads",
-    "few samples": "The test samples are too few to detect a loss as small as the one that is measured",
+    "few samples": "The test samples are too few to detect a loss as small as the measured one",
     "few sets": "The random sets are too few for any claim against chance",
 }
 
@@ -41,7 +41,7 @@ def unstable(stability: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "unstable",
             f"Unstable top set: {len(loose)} of its {stability['n_top']} heads stay in it in less than {STABLE:.0%} of "
             f"bootstrap resamples of the {stability['n_find']} samples that found it ({named}). Other samples would "
-            "select other heads; use more.",
+            "select other heads; use more samples.",
         )
 
 
@@ -54,7 +54,7 @@ def few_samples(n: int, loss: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         yield (
             "few samples",
             f"Few samples: {n} detect a loss of {100 * least:.0f} points or more (power {POWER:.0%}, one-sided "
-            f"{ALPHA:.0%}); the top heads' is {points(loss)}. A smaller loss would often be missed.",
+            f"{ALPHA:.0%}); that of the top heads is {points(loss)}. A smaller loss would often be missed.",
         )
 
 
@@ -64,5 +64,5 @@ def few_sets(draws: int) -> Iterator[tuple[str, str]]:
         yield (
             "few sets",
             f"Few random sets: with {draws} the p-value over sets cannot fall below {1 / (1 + draws):.2f}; a claim "
-            "against random heads takes 20 or more.",
+            "against random heads needs 20 or more.",
         )

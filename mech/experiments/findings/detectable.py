@@ -55,14 +55,14 @@ def _text(rows: list[dict[str, Any]]) -> str:
     most = max(rows, key=lambda row: row["gained"])
     samples, points = _span([row["n_test"] for row in rows]), _span([round(100 * loss) for loss in losses])
     text = (
-        f"With {samples} test samples a setting, this study detects losses of accuracy of {points} points or more "
+        f"With {samples} test samples per setting, this study detects losses of accuracy of {points} points or more "
         f"({POWER:.0%} power); smaller ones would often go unnoticed. The test flips the signs of "
         f"paired differences, one-sided at {ALPHA:.0%}, and assumes that no answer is gained"
     )
     if most["gained"] > 0:
         larger = most["loss_with_gains"]
         reach = "no loss is detected" if larger is None else f"the loss has to be {100 * larger:.0f} points"
-        text += f"; where {most['gained']:.0%} of the answers are gained, the most that was seen, {reach}"
+        text += f"; where {most['gained']:.0%} of the answers are gained, the most observed, {reach}"
     draws = [row["draws"] for row in rows if row["draws"]]
     sets = f" Against {min(draws)} random sets no p falls below {1 / (1 + min(draws)):.2g}." if draws else ""
     return f"{text}.{sets}"

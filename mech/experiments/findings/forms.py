@@ -84,9 +84,10 @@ def _same(facts: Facts) -> Iterator[tuple[str, str, bool]]:
     beyond = there["p"] < ALPHA and there["shared_low"] > there["expected"]
     text = (
         f"Of the {facts['n_top']} heads that attend most to the digits of pictures while they are written, "
-        f"{_count(there)} were among the {facts['n_top']} first on text before any picture was seen; sets with as many "
-        f"heads in each layer share {there['expected']:.1f} (p {p_is(there['p'])}). By the rows of the question (RAM) "
-        f"it is {_count(asked)} (layers alone: {asked['expected']:.1f}). n = {facts['n_find']} scenes."
+        f"{_count(there)} were among the top {facts['n_top']} on text before the model saw any picture; sets with "
+        f"the same number of heads in each layer share {there['expected']:.1f} (p {p_is(there['p'])}). By the rows of "
+        f"the question (RAM) it is {_count(asked)} (layers alone: {asked['expected']:.1f}). n = "
+        f"{facts['n_find']} scenes."
     )
     yield "shared heads" if beyond else "other heads", text, there["shared_high"] < facts["n_top"] / 2
 
@@ -96,8 +97,8 @@ def _recruited(facts: Facts) -> Iterator[tuple[str, str, bool]]:
     new = [row["head"] for row in facts["rows"]["question"]["heads"] if row["origin"] == RECRUITED]
     if len(new) > facts["n_top"] / 4:
         text = (
-            f"Under the question {origin.get(KEPT, 0)} of the {facts['n_top']} heads with the highest RAM on pictures "
-            f"had it on text before tuning; {len(new)} were recruited ({', '.join(new[:6])}"
+            f"By the rows of the question {origin.get(KEPT, 0)} of the {facts['n_top']} heads with the highest RAM on "
+            f"pictures had it on text before tuning; {len(new)} were recruited ({', '.join(new[:6])}"
             f"{f' and {len(new) - 6} more' if len(new) > 6 else ''})."
         )
         yield "recruited", text, False
@@ -109,10 +110,10 @@ def _worth(facts: Facts) -> Iterator[tuple[str, str, bool]]:
         return
     as_much = other["lost"]["low"] > 0.5 * own["lost"]["mean"]
     text = (
-        f"Without the {facts['n_top']} heads found on pictures {points(own['lost'])} of accuracy are lost on pictures, "
-        f"without those found on text before tuning {points(other['lost'])}, without random ones "
+        f"On pictures, accuracy falls by {points(own['lost'])} without the {facts['n_top']} heads found on pictures, "
+        f"by {points(other['lost'])} without those found on text before tuning, and without random ones by "
         f"{points(facts['random_lost']['pictures'])} ({facts['draws']} sets; p {p_is(other['p'])} over samples and "
-        f"sets). On text the heads of pictures cost {points(cell(facts, 'pictures', 'text')['lost'])}."
+        f"sets). On text the heads found on pictures cost {points(cell(facts, 'pictures', 'text')['lost'])}."
     )
     yield "one for both" if as_much else "one for each", text, not as_much
 

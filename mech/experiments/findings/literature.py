@@ -25,12 +25,12 @@ def in_all(verdicts: Sequence[str], agrees: str, differs: str, unit: str = "sett
     """The overall verdict over several settings, as far as they allow one."""
     n, yes, no = len(verdicts), verdicts.count(agrees), verdicts.count(differs)
     if n == 1:
-        where = f"in the one {unit} that was tried"
-        return f"Not universal: it fails {where}." if no else f"{'Found again' if yes else 'Cannot tell'} {where}."
+        where = f"in the one {unit} tried"
+        return f"Not universal: it fails {where}." if no else f"{'Reproduced' if yes else 'Cannot tell'} {where}."
     if no:
-        return f"Not universal: it fails in {no} of {n} {unit}s" + (f" and is found again in {yes}." if yes else ".")
+        return f"Not universal: it fails in {no} of {n} {unit}s" + (f" and is reproduced in {yes}." if yes else ".")
     if yes == n:
-        return f"Found again in all {n} {unit}s that were tried."
+        return f"Reproduced in all {n} {unit}s tried."
     if yes:
-        return f"Found again in {yes} of {n} {unit}s; the others cannot tell."
+        return f"Reproduced in {yes} of {n} {unit}s; the others cannot tell."
     return f"Cannot tell: in {n} {unit}s the intervals allow both."

@@ -164,7 +164,7 @@ def _retrieves(
     top, bottom = (found["retrieval"][name] for name in ("top", "bottom"))
     if top is None or bottom is None:
         return _answer(
-            question, "Cannot tell", "There are too few samples to choose heads on some and measure on others."
+            question, "Cannot tell", "There are too few samples to choose heads on one half and measure on the other."
         )
     above = [
         setting
@@ -175,7 +175,7 @@ def _retrieves(
         f"The {TOP:.0%} of heads with the highest RAM put {_percent(top)} of the question's attention on the evidence; "
         f"even attention would put {found['retrieval']['even']:.1%} there, and the lowest {TOP:.0%} put "
         f"{_percent(bottom)}. {_over(len(masses))}, n = {found['scope']['n_find']}; heads are chosen on "
-        "half of the samples and measured on the other."
+        "one half of the samples and measured on the other."
     )
     return _answer(question, _share_of(len(above), len(masses)), text)
 
@@ -217,8 +217,9 @@ def _fast(accelerated: Mapping[str, Any]) -> dict[str, str]:
     alone = [m for m, f in accelerated.items() if f["recommended"] and f["recommended"]["choice"] == "window"]
     n, margin = sum(f["n_test"] for f in accelerated.values()), 100 * next(iter(accelerated.values()))["margin"]
     text = (
-        f"{_kept(accelerated)}. A model counts if heads by RAM lose less than {margin:.0f} points over the whole "
-        f"interval{f', not {len(alone)} where the local window alone does' if alone else ''}. n = {n}, one domain each."
+        f"{_kept(accelerated)}. A model counts if dense heads chosen by RAM lose less than {margin:.0f} points over "
+        f"the whole interval{f', except {len(alone)} where the window alone does' if alone else ''}. n = {n}, one "
+        "domain each."
     )
     faster = sum(_is_faster(facts["recommended"]["speed"]) for facts in enough.values())
     if len(accelerated) > 1:

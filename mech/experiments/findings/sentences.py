@@ -101,11 +101,11 @@ KINDS = {
     "not needed": "The heads with the highest RAM are not shown to be needed more than random other heads",
     "layers": "Random heads of the same layers cost at least half as much as the heads with the highest RAM",
     "vision": "Heads that attend to visual tokens of any kind cost at least half as much as those with the highest RAM",
-    "redundant": "Heads are redundant: a set costs more than its size times its first head",
-    "halving": "A top set that was tried halves accuracy",
+    "redundant": "Heads are redundant: a set costs more than its size times the cost of its first head",
+    "halving": "One of the top sets tried halves accuracy",
     "not halving": "Accuracy stays above half without the largest top set",
     "low": "Low-ranked heads matter too",
-    "random": "Random heads are no harmless control, even without the heads with the highest RAM",
+    "random": "Random heads are not a harmless control, even if none has the highest RAM",
     "methods": "The method of ablation decides how much the same heads matter",
     "scores": "Other published scores select different heads than RAM",
     **causal.KINDS,
@@ -128,7 +128,7 @@ def _concentration(numbers: Mapping[str, Any], n_heads: int) -> Said:
     half = round(share * n_heads)
     text = (
         f"{half} of {n_heads} heads ({share:.0%}) hold half of all retrieval attention mass; the first is "
-        f"L{layer}H{head} with RAM {best:.2g}, where a head that attends to everything alike would have {null:.2g}."
+        f"L{layer}H{head} with RAM {best:.2g}; a head that attends evenly would have {null:.2g}."
     )
     # The papers find half of the mass in 4-10% of the heads.
     spread = share > 0.25
@@ -140,7 +140,7 @@ def _weak(numbers: Mapping[str, Any], n_heads: int) -> Said:
     if too_weak(numbers):
         yield (
             "weak",
-            f"The model answers only {right['mean']:.0%} here: ablation cannot show what its heads are needed for.",
+            f"The model gets only {right['mean']:.0%} right here: ablation cannot show what its heads are needed for.",
             False,
         )
 
@@ -159,11 +159,11 @@ def _necessity(numbers: Mapping[str, Any], n_heads: int) -> Said:
     )
     spared = _at(numbers, "mean", "unneeded", TOP)
     if spared is not None and spared["n_heads"] == top["n_heads"]:
-        text += f", without heads known to be necessary {_points(spared['accuracy_drop'])}"
+        text += f", random heads not known to be necessary {_points(spared['accuracy_drop'])}"
     if cost["mean"] <= 0:
         text += ". No loss is shown, so there is nothing to compare."
     else:
-        verdict = "they are needed more than random heads are" if needed else "they are not shown to be needed more"
+        verdict = "they are needed more than random heads" if needed else "they are not shown to be needed more"
         text += f": {verdict} ({both_units(test)}; a claim needs both below {ALPHA:g})."
     yield "needed" if needed else "not needed", text, cost["high"] < MATTERS
     matched = _at(numbers, "mean", "layer_matched", TOP)
@@ -217,7 +217,7 @@ def _redundancy(numbers: Mapping[str, Any], n_heads: int) -> Said:
                 f"Heads are redundant: without the highest-ranked head alone accuracy falls by "
                 f"{_points(single['accuracy_drop'])}, without the first {several['n_heads']} by "
                 f"{_points(several['accuracy_drop'])}, more than {several['n_heads']} times as much. The effect of a "
-                "single head says little about its part.",
+                "single head says little about its role.",
                 False,
             )
             return
@@ -249,7 +249,7 @@ def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
             yield (
                 "low",
                 f"Low-ranked heads matter too: mean-ablating {_heads(entry, 'lowest')} costs {_points(drop)} of "
-                "accuracy. RAM does not see what they do; patching can.",
+                "accuracy. RAM misses what they do; patching can find it.",
                 True,
             )
             break
@@ -258,7 +258,7 @@ def _low_ranked(numbers: Mapping[str, Any], n_heads: int) -> Said:
         worst = random[-1]
         yield (
             "random",
-            f"Random heads are no harmless control: {worst['n_heads']} of them ({worst['fraction']:.0%}) cost "
+            f"Random heads are not a harmless control: {worst['n_heads']} of them ({worst['fraction']:.0%}) cost "
             f"{_points(worst['accuracy_drop'])} on average.",
             False,
         )

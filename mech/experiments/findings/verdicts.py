@@ -96,7 +96,7 @@ def _cells(claim: Claim, summary: Mapping[str, Any]) -> Iterator[tuple[tuple[str
             right = numbers["baseline"]["accuracy"]
             if claim.tested(numbers):
                 weak = right["low"] is None or right["low"] < FLOOR
-                told = f"The model answers only {right['mean']:.0%} of the questions: nothing can be lost."
+                told = f"The model gets only {right['mean']:.0%} of the questions right: there is nothing to lose."
                 verdict = _verdict(claim, summary, model, domain, numbers)
                 spoke = verdict[0] != CANNOT_TELL
                 yield (model, domain), verdict if spoke or not weak else (CANNOT_TELL, told)
@@ -148,7 +148,7 @@ def _control(band: str, name: str) -> Callable[[Numbers], Verdict]:
         if not top or not control or not top["accuracy_drop"] or not control["accuracy_drop"]:
             return CANNOT_TELL, "No such set could be drawn."
         cost, theirs = top["accuracy_drop"], control["accuracy_drop"]
-        text = f"Without the top heads {points(cost)} of accuracy are lost, without {name} {points(theirs)}."
+        text = f"Accuracy falls by {points(cost)} without the top heads, by {points(theirs)} without {name}."
         sure = cost["low"] > 0 and theirs["high"] < 0.5 * cost["mean"]
         return (AGREES if sure else CANNOT_TELL), text
 
@@ -158,14 +158,14 @@ def _control(band: str, name: str) -> Callable[[Numbers], Verdict]:
 def _low_ranked(numbers: Numbers) -> Verdict:
     entries = [e for e in numbers["ablation"] if e["method"] == "mean" and e["band"] == "bottom"]
     most = max(entries, key=lambda entry: entry["n_heads"])
-    text = f"Without the {most['n_heads']} heads of the lowest RAM {points(most['accuracy_drop'])} are lost."
+    text = f"Accuracy falls by {points(most['accuracy_drop'])} without the {most['n_heads']} heads with the lowest RAM."
     return (AGREES if most["accuracy_drop"]["high"] < MATTERS else CANNOT_TELL), text
 
 
 def _attending(numbers: Numbers) -> Verdict:
     found = numbers["causal"]["quadrants"]
     both, idle = len(found["attending and causal"]), len(found["attending, not causal"])
-    text = f"Of {both + idle} heads that attend to the evidence {both} change the answer when they are patched."
+    text = f"Of {both + idle} heads that attend to the evidence, {both} change the answer when patched."
     return (AGREES if both >= idle and both else CANNOT_TELL), text
 
 
@@ -173,7 +173,7 @@ def _no_blind(numbers: Numbers) -> Verdict:
     """Finding none says something only if the tests could have found one."""
     found = numbers["causal"]
     n, heads = found["n_test"], sum(map(len, found["quadrants"].values()))
-    text = f"On {n} samples no head is necessary that does not attend to the evidence."
+    text = f"On {n} samples no head that does not attend to the evidence is necessary."
     return (AGREES if n >= math.log2(4 * heads / ALPHA) else CANNOT_TELL), text
 
 
@@ -185,12 +185,12 @@ def _dense(facts: Numbers) -> Verdict:
     most = max(tried, key=lambda entry: entry["share"])
     text = (
         f"With {most['n_kv_heads']} of {facts['n_kv_heads']} KV heads dense, chosen by RAM, "
-        f"{points(most['loss'])} of accuracy are lost."
+        f"accuracy falls by {points(most['loss'])}."
     )
     return (DIFFERS if most["loss"]["low"] > facts["margin"] else CANNOT_TELL), text
 
 
-NEEDED = "Ablating the heads of the highest RAM costs more than random heads"
+NEEDED = "Ablating the heads with the highest RAM costs more than ablating random heads"
 RANKED = "RAM chooses dense heads better than chance"
 UNSURE = {"not needed": NEEDED, "dense draws": RANKED}  # not shown does not mean refuted
 CLAIMS = (
@@ -212,7 +212,7 @@ CLAIMS = (
     Claim("Heads that do not attend to it are not necessary", differs=("blind",), tested=_causal, silent=_no_blind),
     Claim("RAM orders heads by their causal effect", ("ordered",), ("order",), tested=_causal),
     Claim(
-        "Published scores name the same heads as RAM", differs=("scores",), paper="",
+        "Published scores select the same heads as RAM", differs=("scores",), paper="",
         tested=lambda numbers: "ram" in numbers.get("scores", {}).get("names", ()),
     ),
     Claim(

@@ -17,7 +17,7 @@ from mech.views.report.folder import Setting
 
 BANDS = {
     "top": "The top {n} heads by RAM",
-    "necessary": "{n} necessary heads without RAM",
+    "necessary": "{n} necessary heads with low RAM",
     "bottom": "The bottom {n} heads by RAM",
 }
 
@@ -45,7 +45,7 @@ def _picture(settings: Sequence[Setting]) -> str:
     middle = setting.maps.sizes["example"] // 2
     facts = map_facts(setting.maps)[middle]
     original, bands, most = band_pictures(setting.maps, setting.folder, middle)
-    query = "each head from the query at which it decides" if "queries" in facts else "attention of the question"
+    query = "each head from its deciding query" if "queries" in facts else "attention of the question"
     many = len(facts["pictures"]) > 1
     columns = f' style="--columns:{min(len(facts["pictures"]), 6)}"'
     right = "right" if str(facts["prediction"]).strip() == str(facts["answer"]).strip() else "wrong"
@@ -56,7 +56,7 @@ def _picture(settings: Sequence[Setting]) -> str:
         f"<section><h2>“{escape(facts['question'])}”</h2>"
         f'<div class="trio{" wide" if many else ""}">{"".join(figures)}</div>'
         f"{gradient('attention on one visual token', most, power=1)}"
-        f'<p class="soft">{escape(setting.name)}, the middle one of its samples; {query}.</p></section>'
+        f'<p class="soft">{escape(setting.name)}, the middle sample of this setting; {query}.</p></section>'
     )
 
 
@@ -71,12 +71,14 @@ def _band(band: BandPicture, columns: str) -> str:
 def _curve(found: Mapping[str, Any]) -> str:
     scope, curve, base = found["scope"], found["curve"], found["baseline"]
     if not curve or base is None:
-        return "<section><h2>Accuracy without heads</h2><p>No size of heads was ablated in every setting.</p></section>"
+        return (
+            "<section><h2>Accuracy without heads</h2><p>No number of heads was ablated in every setting.</p></section>"
+        )
     n = curve[0]["n_settings"]
     over = f"Mean over {n} settings" if n > 1 else "One setting"
-    weak = f", {len(found['weak'])} too weak to lose anything left out" if found["weak"] else ""
+    weak = f", excluding {len(found['weak'])} too weak to lose anything" if found["weak"] else ""
     see = (
-        f"The ranking matters where the top line lies below the shade of random heads. {over} "
+        f"The ranking matters where the top line lies below the shaded band of random heads. {over} "
         f"(n = {scope['n_test']}{weak}); 95% intervals."
     )
     return (

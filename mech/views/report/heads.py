@@ -19,9 +19,9 @@ from mech.views.report.numbers import with_interval
 LISTED = 8
 EFFECTS = {
     "lost": "lost when it is patched (necessity)",
-    "recovered": "brought back by it alone (sufficiency)",
-    "direct": "of the loss: what it writes to the logits itself",
-    "mediated": "of the loss: through what later layers make of it",
+    "recovered": "recovered by it alone (sufficiency)",
+    "direct": "of the loss: what it writes directly to the logits",
+    "mediated": "of the loss: through later layers",
 }
 PANEL = '<dialog id="head" aria-label="One head"></dialog>'
 
@@ -66,12 +66,14 @@ def top_table(setting: Setting, key: int) -> str:
             cells += [_told(values[EFFECTS[name]], rank) for name in ("lost", "recovered")]
             cells.append(escape(values["kind"][1][rank]))
         rows.append(cells)
-    head = ["head", "rank", "RAM", "of even attention"]
+    head = ["head", "rank", "RAM", "vs even attention"]
     if setting.causal is not None:
-        head += ["lost without it", "back by it alone", "kind"]
+        head += ["lost without it", "recovered by it alone", "kind"]
     n = f"RAM on {setting.facts['n_find']} samples"
     n += f", effects on {setting.causal.sizes['example']} test samples" if setting.causal is not None else ""
-    return table(head, rows, f"The first heads of the ranking, each with a page of its own. {n}; in brackets: 95%.")
+    return table(
+        head, rows, f"The top heads of the ranking; click one to open its page. {n}; in brackets: 95% intervals."
+    )
 
 
 def _columns(setting: Setting) -> tuple[list[int], np.ndarray, list[list[Any]]]:

@@ -12,8 +12,8 @@ from mech.views.drawing.page import escape, tabular
 
 MARKS = {AGREES: ("✓", "agrees"), DIFFERS: ("✗", "differs"), CANNOT_TELL: ("?", "cannot")}
 SEE = (
-    "Each row is a published claim with the models it was made on, each column a model on a domain here; "
-    "pointing at a mark gives its numbers."
+    "Each row is a published claim with the models it was made for, each column a model on a domain of this study; "
+    "point at a mark to see its numbers."
 )
 
 
@@ -21,7 +21,7 @@ def matrix(verdicts: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str
     """The table of verdicts within the ``scope`` of a study, and the findings in words."""
     within = (
         f"Measured here: {escape(scope)}. A small model cannot contradict a large one: a claim that fails on it is not "
-        "universal, and one that is found again may still fail elsewhere."
+        "universal, and one that is reproduced may still fail elsewhere."
     )
     return (
         '<section id="claims"><h2>Published claims, compared with what was measured here</h2>'
@@ -44,7 +44,7 @@ def claims_table(verdicts: Sequence[Mapping[str, Any]]) -> str:
     words = ("agrees with the claim", "differs from it", "cannot tell: the intervals allow both")
     marks = [f"<span><b>{sign}</b>{said}</span>" for (sign, _), said in zip(MARKS.values(), words, strict=True)]
     legend = f'<span class="marks">{"".join(marks)}<span>blank: not tested</span></span>'
-    head = f"<tr><th></th>{top}<th></th></tr><tr><th class=left>claim</th>{names}<th class=left>in all</th></tr>"
+    head = f"<tr><th></th>{top}<th></th></tr><tr><th class=left>claim</th>{names}<th class=left>overall</th></tr>"
     whole = f'<table class="verdicts"><thead>{head}</thead><tbody>{rows}</tbody></table>'
     return f'<div class="card">{tabular(whole, legend)}</div>'
 

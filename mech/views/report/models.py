@@ -29,8 +29,8 @@ def model_section(i: int, name: str, facts: Mapping[str, Any], settings: Sequenc
     together = ""
     if len(facts.get("agreement", {}).get("domains", [])) > 1:
         together = (
-            '<h3>Do the domains agree?</h3><p class="see">A high correlation means that the whole map looks alike; the '
-            "overlap says whether the top heads are <i>the same heads</i>. Chance: the overlap expected of two random "
+            '<h3>Do the domains agree?</h3><p class="see">A high correlation means that the whole maps are alike; the '
+            "overlap shows whether the top heads are <i>the same heads</i>. Chance: the expected overlap of two random "
             f"sets of that size.</p><div class=card>{agreement.domain_agreement(facts['agreement'])}</div>"
         )
     family = f"{escape(facts['family'])}, " if facts.get("family") else ""
@@ -42,8 +42,8 @@ def model_section(i: int, name: str, facts: Mapping[str, Any], settings: Sequenc
 
 def _domain(key: int, setting: Setting) -> str:
     parts = [
-        ("Where they attend", "pictures of a few questions", _attending(key, setting)),
-        ("What removing them does", "by method and band of heads", _removing(setting)),
+        ("Where they attend", "on a few questions", _attending(key, setting)),
+        ("What removing them costs", "by method and band of heads", _removing(setting)),
     ]
     if setting.causal is not None:
         parts.append(("Does attention imply causal effect?", "RAM against causal effect", _mattering(setting)))
@@ -83,17 +83,17 @@ def _see_map(setting: Setting) -> str:
     half = round(facts["half_mass_share"] * n)
     times = f", {score / even:.0f} times what even attention gives" if even > 0 else ""
     return (
-        f"Few dark cells are few heads that attend to the evidence: here {half} of {n} heads hold half of all RAM, "
-        f"and L{int(layer)}H{int(head)} leads with {score:.2f}{times}. A click on a cell opens the page of that head."
+        f"Few dark cells mean that few heads attend to the evidence: here {half} of {n} heads hold half of all RAM, "
+        f"and L{int(layer)}H{int(head)} leads with {score:.2f}{times}. Click a cell to open the page of that head."
     )
 
 
 def _attending(key: int, setting: Setting) -> str:
     see = (
-        "Samples from little to much RAM of the top heads, each head drawn from one query that is named: the token at "
-        "which it decides (with the share of the answer that is lost there), or the question where it decides nothing. "
-        "A head retrieves if the bright tokens lie in the outline, question after question; one that is bright at the "
-        "same place in every picture does not."
+        "Samples are ordered from low to high RAM of the top heads. Each head's attention is drawn from one named "
+        "query: the token at which it decides (with the share of the answer lost there), or the question if it decides "
+        "nothing. A head retrieves if its bright tokens lie inside the outline, question after question; a head that "
+        "is bright at the same place in every picture does not."
     )
     return f'<p class="see">{see}</p><div id="maps-{key}">{overlay.map_articles(setting.maps, setting.folder)}</div>'
 
@@ -107,16 +107,16 @@ def _removing(setting: Setting) -> str:
         panels[measure.replace("logit_diff", "logit difference")] = curves.method_panels(found, measure)
     legend = curves.legend(curves.effects(setting.ablation, "accuracy"))
     see = (
-        "The ranking matters where the top line lies below the shade of random sets of the same size; where methods "
-        "disagree, the cost belongs to the method too."
+        "The ranking matters where the top line lies below the shaded band of random sets of the same size; where "
+        "methods disagree, the cost also depends on the method."
     )
     return f'<p class="see">{see}</p>{legend}{tabs(panels, "measure")}{_effects_table(setting.facts)}'
 
 
 def _mattering(setting: Setting) -> str:
     see = (
-        "If RAM told what a head does, the points would rise to the right; heads on the left that stand high are "
-        "needed without attending to the evidence."
+        "If RAM predicted what a head does, the points would rise to the right; heads at the upper left are needed "
+        "without attending to the evidence."
     )
     assert setting.causal is not None  # called only where there is one
     return f'<p class="see">{see}</p>{causal.causal_card(setting.causal, setting.facts["causal"])}'
@@ -124,8 +124,8 @@ def _mattering(setting: Setting) -> str:
 
 def _scores(found: Mapping[str, Any]) -> str:
     see = (
-        "Dark cells are scores that order heads alike. Small: 95% intervals over samples, and the overlap that two "
-        f"random sets of {found['n_top']} heads have. What each score is stands in the guide."
+        "Dark cells are pairs of scores that order heads alike. In small print: 95% intervals over samples, and the "
+        f"expected overlap of two random sets of {found['n_top']} heads. The guide explains each score."
     )
     return f'<p class="see">{see}</p>{agreement.domain_agreement(found, "score")}'
 
@@ -156,5 +156,8 @@ def _effects_table(facts: Mapping[str, Any]) -> str:
         rows.append([f"{escape(method)}, {fraction:.3g}", str(heads), *drops, p])
     names = [escape(band.replace("_", "-")) for band in bands]
     head = ["method, share", "heads", *names, "p top vs random"]
-    caption = "Drop of accuracy in percentage points, paired, with 95% intervals. p: corrected (as computed)."
+    caption = (
+        "Drop in accuracy in percentage points, paired, with 95% intervals. p: corrected (before correction: over "
+        "samples, over sets); *: the primary test."
+    )
     return f"<details><summary>All effects as a table</summary>{table(head, rows, caption)}</details>"

@@ -71,7 +71,7 @@ def _body(
     forms: Mapping[str, Mapping[str, xr.Dataset]],
 ) -> str:
     models = summary["models"]
-    links = [("first", "In short"), ("claims", "Claims"), ("overview", "Settings")]
+    links = [("first", "Summary"), ("claims", "Claims"), ("overview", "Settings")]
     links += [(f"model-{i}", name) for i, name in enumerate(models)]
     links += [("forms", "Pictures and text")] if forms else []
     links += [("sparse", "Sparse inference")] if summary.get("acceleration") else []
@@ -143,11 +143,11 @@ def _overview(settings: Sequence[Setting]) -> str:
         curves.METHODS.get(method, method): curves.overview(found, method, OVERVIEW_FRACTION)
         for method in curves.methods(everything)
     }
-    body = tabs(panels, "method of ablation") if panels else "<p>Nothing was ablated.</p>"
+    body = tabs(panels, "method of ablation") if panels else "<p>No heads were ablated.</p>"
     return (
-        f'<section id="overview"><h2>Setting by setting: without about {OVERVIEW_FRACTION:.0%} of the heads</h2>'
-        '<p class="see">The ranking matters where the diamond lies left of the shaded random sets; the bar is the '
-        "model with all of its heads.</p>"
+        f'<section id="overview"><h2>Each setting without about {OVERVIEW_FRACTION:.0%} of the heads</h2>'
+        '<p class="see">The ranking matters where the diamond lies to the left of the shaded random sets; the bar is '
+        "the model with all of its heads.</p>"
         f'<div class="card">{curves.overview_legend(everything)}{body}</div></section>'
     )
 
@@ -180,7 +180,7 @@ def _baselines(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
         "half of all RAM in",
     ]
     note = "In brackets: 95% intervals. Last column: the smallest share of heads that together hold half of all RAM."
-    folded = f"<details><summary>The models as they are</summary>{table(head, rows, note)}</details>"
+    folded = f"<details><summary>The models without ablation</summary>{table(head, rows, note)}</details>"
     return f'<section id="baseline" class="card">{folded}</section>'
 
 
@@ -189,10 +189,10 @@ def _sparse(accelerated: Mapping[str, Any]) -> str:
     order = sorted(accelerated.items(), key=lambda one: -one[1]["length"])
     panels = {f"{name} ({facts['length']} tokens)": frontier.frontier_card(facts) for name, facts in order}
     return (
-        '<section id="sparse"><h2>Sparse inference: how few heads can see everything?</h2>'
-        '<p class="see">A few KV heads attend to the whole prompt, the others to its first tokens and those nearby. A '
-        "choice of dense heads is good where its line reaches the dotted dense model at few heads, and the choice "
-        "matters where the line leaves the shade of random sets of equal cost.</p>"
+        '<section id="sparse"><h2>Sparse inference: how few heads need to see everything?</h2>'
+        '<p class="see">A few KV heads attend to the whole prompt, the others to its first and nearby tokens. A choice '
+        "of dense heads is good if its line reaches the dotted line of the dense model with few heads, and the choice "
+        "matters where its line leaves the shaded band of random sets of equal cost.</p>"
         f'<div class="card">{tabs(panels, "model")}</div></section>'
     )
 
@@ -207,8 +207,8 @@ def _scales(summary: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     details = f"<details><summary>Agreement between scales in numbers</summary>{numbers}</details>" if numbers else ""
     return (
         '<section id="scales"><h2>Scales: are the retrieval heads at the same depth?</h2>'
-        '<p class="see">Lines that lie on each other are models that retrieve at the same relative depth; 1 means as '
-        "much RAM as an even spread over the layers.</p>"
+        '<p class="see">Models whose lines coincide retrieve at the same relative depth; 1 means as much RAM as if it '
+        "were spread evenly over the layers.</p>"
         f'<div class="card">{tabs(panels, "domain")}{details}</div></section>'
     )
 
@@ -221,7 +221,7 @@ def _provenance(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
     return (
         '<section id="provenance"><h2>Provenance</h2>'
-        '<p class="soft">What made these numbers: enough to make them again.</p>'
+        '<p class="soft">Everything needed to reproduce these numbers.</p>'
         f'<div class="card">{body}</div></section>'
     )
 
@@ -239,4 +239,4 @@ def _first(record: Any, key: str) -> Any:
 
 def _span(numbers: Any) -> str:
     known = sorted(set(numbers))
-    return f"{known[0]} samples of each domain" if len(known) == 1 else f"{known[0]} to {known[-1]} samples of a domain"
+    return f"{known[0]} samples per domain" if len(known) == 1 else f"{known[0]} to {known[-1]} samples per domain"

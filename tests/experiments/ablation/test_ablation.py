@@ -319,13 +319,13 @@ def test_findings_turn_with_the_numbers():
     assert not any(finding["against_papers"] for finding in findings(agreeing))
     assert said(
         agreeing,
-        "they are needed more than random heads are",
+        "they are needed more than random heads (",
         "60 points [59, 61]",
         "p = 0.001 over samples",
         "0 of 99 random sets",
     )
     assert said(agreeing, "smallest top set tried that halves accuracy (98%) holds 5 of 100 heads")
-    assert said(agreeing, "L2H3 with RAM 0.9,")
+    assert said(agreeing, "L2H3 with RAM 0.9;")
 
     useless = fabricated(drops={"top": 0.02})
     useless["models"]["m"]["domains"]["grounding"]["tests"][0]["p_adjusted"] = 0.4
@@ -335,7 +335,7 @@ def test_findings_turn_with_the_numbers():
     bottom = said(fabricated(drops={"bottom": 0.3}), "Low-ranked heads matter too", "the 5 heads with the lowest RAM")
     assert bottom and bottom[0]["against_papers"]
     assert said(fabricated(drops={"layer_matched": 0.5}), "belongs to the layers")[0]["against_papers"]
-    assert said(fabricated(drops={"random": 0.3}), "no harmless control")
+    assert said(fabricated(drops={"random": 0.3}), "not a harmless control")
     assert not said(fabricated(drops={"by vision_mass": 0.1}), "most at visual tokens")
     seeing = fabricated(drops={"by vision_mass": 0.4}, scores={
         "names": ["ram", "vision_mass"], "n_top": 5, "jaccard": [[1, 3 / 7], [3 / 7, 1]],
@@ -359,8 +359,8 @@ def test_findings_see_redundancy_and_disagreeing_methods():
 
 def test_findings_do_not_claim_what_cannot_be_seen():
     blind = fabricated(baseline={"accuracy": interval(0.05), "logit_diff": interval(0.0)})
-    assert said(blind, "answers only 5% here")
-    assert not said(blind, "random heads are") and not said(blind, "halves accuracy")
+    assert said(blind, "gets only 5% right here")
+    assert not said(blind, "more than random heads") and not said(blind, "halves accuracy")
     unlucky = fabricated()  # sure on these samples, yet a fifth of the random sets cost as much
     test = unlucky["models"]["m"]["domains"]["grounding"]["tests"][0]
     test |= {"p_sets": 0.2, "p_value": 0.2, "p_adjusted": 0.2, "sets_as_costly": 19}
@@ -372,7 +372,7 @@ def test_findings_do_not_claim_what_cannot_be_seen():
     loose = fabricated(stability={"n_top": 5, "n_find": 8, "inclusion": [[2, 3, 1.0], [0, 1, 0.4]]})
     assert findings(loose)[0]["kind"] == "unstable" == headlines(findings(loose))[0]["kind"]
     spared = fabricated(drops={"unneeded": 0.01})
-    assert said(spared, "2 points [1, 3] (1 sets), without heads known to be necessary 1 point [0, 2]")
+    assert said(spared, "2 points [1, 3] (1 sets), random heads not known to be necessary 1 point [0, 2]")
     assert findings(fabricated(half_mass_share=float("nan"))) is not None
 
 

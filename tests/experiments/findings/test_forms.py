@@ -67,11 +67,10 @@ def test_sentences_follow_the_numbers():
 def test_what_all_settings_come_to_is_no_more_than_they_can_say():
     told = lambda *verdicts: in_all(verdicts, "agrees", "differs")  # noqa: E731
     assert (
-        told("agrees", "differs", "cannot tell")
-        == "Not universal: it fails in 1 of 3 settings and is found again in 1."
+        told("agrees", "differs", "cannot tell") == "Not universal: it fails in 1 of 3 settings and is reproduced in 1."
     )
-    assert told("differs") == "Not universal: it fails in the one setting that was tried."
-    assert told("agrees", "agrees") == "Found again in all 2 settings that were tried."
-    assert told("agrees", "cannot tell") == "Found again in 1 of 2 settings; the others cannot tell."
-    assert told("cannot tell") == "Cannot tell in the one setting that was tried."
+    assert told("differs") == "Not universal: it fails in the one setting tried."
+    assert told("agrees", "agrees") == "Reproduced in all 2 settings tried."
+    assert told("agrees", "cannot tell") == "Reproduced in 1 of 2 settings; the others cannot tell."
+    assert told("cannot tell") == "Cannot tell in the one setting tried."
     assert published("2608.27417") == "arXiv 2608.27417, on Qwen3-VL 8B" and published("") == ""

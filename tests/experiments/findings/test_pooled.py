@@ -121,4 +121,4 @@ def test_fast_counts_models_where_few_dense_heads_keep_the_answers():
     cost = "Dense KV heads: m 4 of 48, w 4 of 48; accuracy falls by 2 points [-1, 5] at most"
     assert f"{cost}; prefill at 1.8x, decoding at 1.2x of dense speed" in answer["text"]
     assert "x loses 30 points [20, 40] with 12 of 48 KV heads dense, the most tried." in answer["text"]
-    assert "not 1 where the local window alone does" in answer["text"]
+    assert "except 1 where the window alone does" in answer["text"]

@@ -75,7 +75,7 @@ def test_low_ranked_heads_hardly_matter_where_the_largest_set_surely_costs_littl
 def test_a_weak_model_tells_nothing():
     found = verdicts(summary({"d": numbers(entry("top", 0.0, 0.0, 0.0), entry("random", 0, 0, 0), accuracy=0.2)}))
     assert set(told(found, NEEDED).values()) == {CANNOT_TELL}
-    assert "answers only 20%" in next(row for row in found if row["claim"] == NEEDED)["cells"][0]["text"]
+    assert "gets only 20%" in next(row for row in found if row["claim"] == NEEDED)["cells"][0]["text"]
 
 
 def test_none_found_counts_only_where_one_could_be():
