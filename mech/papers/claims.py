@@ -69,7 +69,7 @@ class Claims(Mapping[str, Point]):
         )
         head = "<tr><th>point</th><th>published</th><th>here</th><th>measured</th></tr>"
         notes = "".join(f"<p>Caution. {html.escape(text)}</p>" for text in self.cautions)
-        title = f"<caption>What was published, beside what was measured on {html.escape(self.scope)}</caption>"
+        title = f"<caption>What was published, and what was measured on {html.escape(self.scope)}</caption>"
         return f"{notes}<table>{title}<thead>{head}</thead><tbody>{rows}</tbody></table>"
 
 

@@ -32,8 +32,8 @@ def methods(bench: Bench) -> Point:
     differ = not widest.low <= 0 <= widest.high
     costs = ", ".join(f"{to} {points(row['top'])} (random {points(row['random'])})" for to, row in rows.items())
     text = (
-        f"The top {heads_in(bench.ranking.count(TOP))} cost, by method: {costs}. Farthest apart are {a} and {b}: "
-        f"{points(widest)}, which is {'a difference' if differ else 'no difference that is shown'}."
+        f"The top {heads_in(bench.ranking.count(TOP))} cost, by method: {costs}. {a} and {b} differ most, by "
+        f"{points(widest)}{' (a difference)' if differ else ' (no difference is shown)'}."
     )
     numbers = {"methods": rows, "widest": [a, b, widest.as_dict()]}
     claim = "'Masking a head' is one operation: papers zero it, spread it evenly, or replace it by its mean."
@@ -91,7 +91,7 @@ def phases(bench: Bench) -> Point:
         numbers |= {"later_tokens": later, "difference": gap.as_dict(), "random_decode": random.as_dict()}
         of_later = ", ".join(f"{points(cost)} ({name})" for name, cost in later.items())
         text += (
-            f" Of the tokens after the first are lost {of_later}. Random heads masked in decoding cost "
+            f" The share of correct tokens after the first falls by {of_later}. Random heads masked in decoding cost "
             f"{points(random)}; prefill costs {points(gap)} more than decoding."
         )
         holds = True if gap.low > 0 else False if gap.high < 0 else None
@@ -101,9 +101,7 @@ def phases(bench: Bench) -> Point:
 
 def _written(tokens: float) -> str:
     if tokens == 1:
-        return (
-            "An answer of one token is written by the last position of the prompt: nothing is ever decoded before it."
-        )
+        return "A one-token answer is written by the last position of the prompt, so nothing is decoded before it."
     return f"Answers have {tokens:.1f} tokens."
 
 

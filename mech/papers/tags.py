@@ -141,7 +141,9 @@ def among_others(samples: Sequence[Sample], seed: int = 0, n: int = 3) -> Sample
         ExperimentError: fewer than two samples.
     """
     if len(samples) < 2:
-        raise ExperimentError("one sample with one picture", "other samples whose pictures stand beside", "give more")
+        raise ExperimentError(
+            "one sample with one picture", "other samples whose pictures are put next to it", "give more"
+        )
     rng, found = random.Random(seed), []
     for i, sample in enumerate(samples):
         others = [picture for j, other in enumerate(samples) if j != i for picture in other.images]

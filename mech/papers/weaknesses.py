@@ -48,7 +48,7 @@ def never_ablated(bench: Bench) -> Point:
     costs = "; ".join(f"{row['share']:.1%} ({heads_in(row['n_heads'])}) {points(row['top'])}" for row in rows)
     needed = five["p_value"] < ALPHA
     text = (
-        f"The largest sets that were ablated hold {sizes}, not 5%. Here, by size: {costs}. The top 5% "
+        f"The largest published ablated sets hold {sizes}, not 5%. Here, by size: {costs}. The top 5% "
         f"{'cost' if needed else 'are not shown to cost'} more than the same number of random other heads "
         f"({points(five['random'])}; {both_units(five)}; a claim needs both below {ALPHA:g})."
     )
@@ -86,8 +86,8 @@ def box_to_tokens(bench: Bench) -> Point:
     }  # fmt: skip
     sizes = ", ".join(f"{name} {value:.2f}" for name, value in numbers["by_size"].items())
     text = (
-        f"Over {len(iou)} random boxes the tokens of the published formula share {iou.mean():.2f} with the right ones "
-        f"(mean IoU; {sizes}), and are right for {numbers['right']:.1%} of them."
+        f"Over {len(iou)} random boxes the tokens of the published formula overlap with the right ones by "
+        f"{iou.mean():.2f} (mean IoU; {sizes}), and are right for {numbers['right']:.1%} of them."
     )
     wrong = _ram_by_formula(bench)
     if wrong is not None:
@@ -99,8 +99,8 @@ def box_to_tokens(bench: Bench) -> Point:
         }  # fmt: skip
         here = numbers["here"]
         text += (
-            f" With its tokens, RAM of the top {heads_in(k)} is {here['ram_of_top'][1]:.2f} in place of "
-            f"{here['ram_of_top'][0]:.2f}, {here['top_shared']} of them are found again, and the rankings correlate by "
+            f" With its tokens, RAM of the top {heads_in(k)} is {here['ram_of_top'][1]:.2f} instead of "
+            f"{here['ram_of_top'][0]:.2f}, {here['top_shared']} of them stay on top, and the rankings correlate by "
             f"{here['spearman']:.2f}."
         )
     claim = "The tokens of a box are its patches, flattened row by row and divided by four."
@@ -110,7 +110,7 @@ def box_to_tokens(bench: Bench) -> Point:
 def boundary_tags(bench: Bench) -> Point:
     """Tags around the evidence that stay in the prompt."""
     if any(sample.video for sample in bench.test):
-        text = "Not measured: tags inside a video are no plain text of the prompt."
+        text = "Not measured: tags inside a video are not plain text of the prompt."
         return Point("boundary-tags", _TAGS_CLAIM, text, {"reason": text}, decides=False)
     found = tag_leak(bench.model, bench.test, seed=bench.seed)
     leak = found["leak"].mean("example")
@@ -127,9 +127,9 @@ def boundary_tags(bench: Bench) -> Point:
     }  # fmt: skip
     leaks = of_top.low > 0
     alone = all(len(sample.images) == 1 for sample in bench.test)
-    among = "Put among pictures of other samples, with" if alone else "With"
+    among = "Among pictures of other samples, with" if alone else "With"
     text = (
-        f"{among} nothing asked (question 'N/A'), tags change the top heads' mass on the evidence by "
+        f"{among} a null question ('N/A'), tags change the top heads' mass on the evidence by "
         f"{of_top.mean:+.3f} [{of_top.low:+.3f}, {of_top.high:+.3f}], that of {most} by {float(leak.max()):+.3f}; "
         f"rankings with and without tags correlate by {numbers['spearman']:.2f} and share {numbers['top_shared']} of "
         f"their top {k}; right answers go from {right[0]:.0%} to {right[1]:.0%}. "
@@ -176,8 +176,8 @@ def off_distribution(bench: Bench) -> Point:
     by = ", ".join(f"{to} {distance[to]:.1f}" for to in METHODS)
     text = (
         f"The published ablation spreads attention over all keys; averaged over the prompt, {future:.0%} of it goes to "
-        f"keys that come later. What the top heads put out at the question then lies {distance['paper']:.1f} times as "
-        f"far from anything they were seen to put out as new samples do (by method: {by}). It costs "
+        f"keys that come later. At the question, the top heads' outputs then lie {distance['paper']:.1f} times as far "
+        f"from any output seen before as those on new samples do (by method: {by}). It costs "
         f"{points(cost['paper'])}, mean ablation {points(cost['mean'])}."
     )
     claim = "Setting a head's logits to 0 behind the causal mask removes the head."
@@ -211,7 +211,7 @@ def size_and_sinks(bench: Bench) -> Point:
     first, last = grown[1], grown[4]
     grows = last["ram"] > first["ram"] * 1.2
     text = (
-        f"With evidence grown from {first['tokens']:.1f} to {last['tokens']:.1f} tokens the mean RAM of all heads goes "
+        f"As evidence grows from {first['tokens']:.1f} to {last['tokens']:.1f} tokens, the mean RAM of all heads goes "
         f"from {first['ram']:.3f} to {last['ram']:.3f}, that of even attention from {first['even']:.3f} to "
         f"{last['even']:.3f}; {on_sinks:.0%} of RAM sits on sinks by attention. Rankings after calibration correlate "
         f"with RAM by {', '.join(f'{value:.2f} ({name})' for name, value in alike.items())}."
@@ -254,10 +254,10 @@ def controls_of_acceleration(bench: Bench) -> Point:
     best = float(holm(np.array([row["p_value"] for row in rows])).min())
     matters = best < ALPHA
     text = (
-        f"Prompts of about {length} tokens, local heads see {sinks} sink and {window} tokens. Accuracy is {dense:.0%} "
-        f"dense, {none:.0%} with every head local; {by}. The ranking "
+        f"Prompts have about {length} tokens; local heads see {sinks} sink and {window} near tokens. Accuracy is "
+        f"{dense:.0%} dense, {none:.0%} with every head local; {by}. The ranking "
         f"{'beats' if matters else 'is not shown to beat'} random heads at the same budget (p "
-        f"{p_is(best)} after Holm: the larger of that over samples and that over {rows[0]['draws']} random sets)."
+        f"{p_is(best)} after Holm; p is the larger of that over samples and that over {rows[0]['draws']} random sets)."
     )
     numbers = {"dense": dense, "all_local": none, "window": window, "sinks": sinks, "budgets": rows}
     claim = "Keeping the top heads dense keeps the accuracy (no random, bottom or vision heads at the same budget)."
@@ -291,7 +291,7 @@ def no_intervals(bench: Bench) -> Point:
         "old": old.as_dict(),
     }
     return Point(
-        "no-intervals", "One ranking and one number for each set: no intervals, seeds or split.", text, numbers,
+        "no-intervals", "One ranking, and one number per set: no intervals, seeds or splits.", text, numbers,
         decides=False,
     )  # fmt: skip
 

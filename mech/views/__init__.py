@@ -84,7 +84,7 @@ def view(result: Any, *, on: Any = None, folder: str | Path | None = None, **opt
     if hasattr(result, "cache_dict") or (hasattr(result, "__array__") and not hasattr(result, "dims")):
         what = f"a tensor of shape {tuple(result.shape)}" if hasattr(result, "shape") else "an activation cache"
         raise OutputError(
-            f"{what}, which does not say what its tokens are", "a result of mech",
+            f"{what}, whose tokens are unknown", "a result of mech",
             "draw attention with mech.view(mech.token_attention(model, inputs, layers=[3]))",
         )  # fmt: skip
     options = renamed_options(options, {"looks": "maps"})

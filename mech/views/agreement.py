@@ -118,11 +118,11 @@ def modality_view(result: xr.Dataset, title: str = "Pictures and text") -> View:
         title: heading of the view, and title of a saved page.
     """
     before = "base text" if "base text" in result["reading"].values else "text"
-    of_base = f" of {escape(result.attrs['base'])}, before it was tuned" if before == "base text" else ""
+    of_base = f" of {escape(result.attrs['base'])}, before tuning" if before == "base text" else ""
     caption = (
-        f"A point for each head of {escape(result.attrs['model'])}. Up: its score on pictures; to the right: on the "
-        f"same {result.sizes['example']} scenes written out{of_base}. In colour: the {result.attrs['n_top']} top heads "
-        f"of each. Score: {escape(result.attrs['score'])}."
+        f"Each point is a head of {escape(result.attrs['model'])}. Vertical: its score on pictures; horizontal: on the "
+        f"same {result.sizes['example']} scenes as text{of_base}. In colour: the {result.attrs['n_top']} top heads of "
+        f"each. Score: {escape(result.attrs['score'])}."
     )
     parts = f"<figure>{_forms(result, before)}<figcaption>{caption}</figcaption></figure>{_shared(result)}"
     return View(title, f"<h3>{escape(title)}</h3>{parts}", height=820)
@@ -195,9 +195,10 @@ def _shared(result: xr.Dataset) -> str:
                 "{within:.2f}".format(**values),
             ]
         )
-    head = ["top heads of pictures and of", "shared [95%]", "by layers alone", "p", "correlation within layers"]
+    head = ["top heads on pictures and on", "shared [95%]", "by layers alone", "p", "correlation within layers"]
     caption = (
-        f"Of {result.attrs['n_top']} heads each. By layers alone: what sets with as many heads in each layer share."
+        f"Of {result.attrs['n_top']} heads each. By layers alone: the overlap of sets with the "
+        "same number of heads per layer."
     )
     return table(head, rows, caption)
 
@@ -237,7 +238,7 @@ def sample_curve_view(result: xr.Dataset, title: str = "How many samples does a 
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 13}},
         "margin": {"l": 8, "r": 8, "t": 44, "b": 8},
-        "xaxis": {"title": "samples of each of the two rankings (log scale)", "type": "log", "tickvals": sizes},
+        "xaxis": {"title": "samples per ranking (log scale)", "type": "log", "tickvals": sizes},
         "yaxis": {"title": "agreement", "range": [min(0.0, float(traces[0]["y"].min())) - 0.02, 1.04]},
     }
     null = result.attrs.get("jaccard_null")

@@ -32,8 +32,8 @@ def attention_view(result: xr.DataArray, title: str = "Attention between tokens"
     dims = (LAYER, HEAD, "query", "key")
     if set(result.dims) != set(dims) or result.sizes["key"] > MOST or result.sizes["query"] != result.sizes["key"]:
         raise OutputError(
-            f"attention over {dict(result.sizes)}", f"{', '.join(dims)}; at most {MOST} queries and as many keys",
-            "use mech.token_attention(model, inputs, layers=[...]), which takes tokens together",
+            f"attention over {dict(result.sizes)}", f"{', '.join(dims)}; at most {MOST} queries and {MOST} keys",
+            "use mech.token_attention(model, inputs, layers=[...]), which groups tokens",
         )  # fmt: skip
     array = result.transpose(*dims)
     names = [str(name).strip().replace(" ", "·") for name in array["key"].values]  # the viewer drops spaces
@@ -43,7 +43,7 @@ def attention_view(result: xr.DataArray, title: str = "Attention between tokens"
         panels[f"layer {layer}"], code, call = _viewer(values, names, heads)
         calls.append(call)
     note = (
-        "Rows attend to columns. A picture's tokens are summed in cells (row, column): the attention on all of a "
+        "Rows attend to columns. A picture's tokens are grouped in cells (row, column): the attention on all of a "
         "cell's tokens, averaged over the tokens of the row. Unit: attention mass, 0 to 1."
     )
     script = f'<script type="module">{code}{"".join(calls)}</script>'
@@ -62,7 +62,7 @@ def _viewer(values: np.ndarray, names: list[str], heads: list[str]) -> tuple[str
     code, draws, call = source.partition("CircuitsVis.render(")
     match = re.match(r'<div id="([\w-]+)".*?<script[^>]*>', code, re.DOTALL)
     if match is None or not draws:
-        raise OutputError("a circuitsvis whose pages look otherwise", "circuitsvis 1.43", "install that version")
+        raise OutputError("a version of circuitsvis with different pages", "circuitsvis 1.43", "install that version")
     code = re.sub(r"//# sourceMappingURL=\S+", "", code[match.end() :])
     # The call contains users' tokens: "<" would end the script, or open a comment in it.
     call = draws + call.rpartition("</script>")[0].replace("<", "\\u003c") + ";"

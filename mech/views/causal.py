@@ -28,7 +28,7 @@ LABELLED = 8  # heads labelled with their name
 APART = 0.06  # of the largest effect: smaller ones have no name
 ORDERS = {
     "effect": ("greedy, by what is lost", "@top", "solid"),
-    "restoring": ("greedy, by what comes back", "@matched", "dashdot"),
+    "restoring": ("greedy, by what is recovered", "@matched", "dashdot"),
     "ram": ("by RAM", "@bottom", "dash"),
     "random": ("random", "@random", "dot"),
 }
@@ -48,7 +48,7 @@ def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str
     """The pictures of one report; ``facts``, from the summary, add its sentences and its table."""
     even = float(data["even"])
     caption = (
-        f"Every point is a head, means over {data.sizes['example']} test samples with 95% intervals; the corrupted "
+        f"Each point is a head: means over {data.sizes['example']} test samples with 95% intervals; the corrupted "
         f"runs see {escape(data.attrs.get('corruption', 'counterfactuals'))}; labelled: the largest effects. Dotted: "
         f"what even attention would give ({even:.3f}) and the smallest effect that counts "
         f"({float(data.attrs['threshold']):.0%})."
@@ -60,7 +60,7 @@ def causal_card(data: xr.Dataset, facts: Mapping[str, Any] | None = None) -> str
     ]
     curves = {
         "without them (noising)": _curves(data, "set_lost", "share of the answer lost"),
-        "with only them (denoising)": _curves(data, "set_recovered", "share of the answer brought back"),
+        "with only them (denoising)": _curves(data, "set_recovered", "share of the answer recovered"),
     }
     parts.append(tabs(curves, "direction"))
     parts.append(_both_ways(data))
@@ -122,7 +122,7 @@ def _points(data: xr.Dataset, name: str, sides: dict[tuple[int, ...], str]) -> d
         "textfont": {"size": 12},
         "hovertext": [
             f"<b>{label}</b>, {name}<br>RAM {ram[i]:.3f} (rank {rank[i]})<br>"
-            f"lost {lost[i]:.1%} [{low[i]:.1%}, {high[i]:.1%}]<br>brought back {back[i]:.1%}"
+            f"lost {lost[i]:.1%} [{low[i]:.1%}, {high[i]:.1%}]<br>recovered {back[i]:.1%}"
             for i, label in enumerate(names)
         ],
         "hovertemplate": "%{hovertext}<extra></extra>",
@@ -177,7 +177,7 @@ def _repair(data: xr.Dataset) -> str:
         "xaxis": {"title": "heads", "type": "category"},
         "yaxis": {"title": "share of the gap lost", "tickformat": ".0%"},
     }
-    return chart(bars, layout, height=420, label="Effect of sets of heads beside the sum of their single effects")
+    return chart(bars, layout, height=420, label="Effect of sets of heads and the sum of their single effects")
 
 
 def _curves(data: xr.Dataset, name: str, title: str) -> str:
@@ -221,7 +221,7 @@ def _both_ways(data: xr.Dataset) -> str:
     facts, found = facts_of(data), redirection_of(data)
     if facts is None or found is None:
         return ""
-    named = {"top": f"first by the ranking ({', '.join(facts['heads'])})", "random": f"random, {facts['draws']} sets",
+    named = {"top": f"top of the ranking ({', '.join(facts['heads'])})", "random": f"random, {facts['draws']} sets",
              "all": "all heads"}  # fmt: skip
     rows = [
         [escape(name), _share(facts["lost"][band]), _share(facts["redirected"][band])] for band, name in named.items()
@@ -247,5 +247,5 @@ def _smallest(facts: Mapping[str, Any]) -> str:
         if order in facts["smallest"]["lost"]
     ]
     counts = "; ".join(f"{name}: {len(heads)}" for name, heads in facts["quadrants"].items())
-    head = ["heads chosen", "smallest set that loses half", "smallest set that brings 90% back"]
-    return table(head, rows, f"Heads by what they do - {escape(counts)}. The sets were chosen on other samples.")
+    head = ["heads chosen", "smallest set that loses half", "smallest set that recovers 90%"]
+    return table(head, rows, f"Heads by kind: {escape(counts)}. The sets were chosen on other samples.")

@@ -64,7 +64,7 @@ def circuit_view(
     pictures = pictures_on(on) if on is not None else []
     drawn, tall = drawing(arrows, key, thumbnails(pictures, evidence_on(on)))
     panels = "".join(_panel(name, key[name], arrows, ranking, _seen(name, maps, on)) for name in key)
-    hint = "<p>Click a part: what it reads, what it writes, what it attends to.</p>"
+    hint = "<p>Click a part to see what it reads, what it writes and what it attends to.</p>"
     words = getattr(result, "describe", None)
     description = str(words(ranking)) if callable(words) else ""
     sentences = "".join(f"<p>{escape(line)}</p>" for line in description.splitlines())
@@ -78,7 +78,7 @@ def circuit_view(
     return View(title, body, height=max(tall, 300 if maps is None else 560) + 170)
 
 
-def circuit_scores_view(result: xr.Dataset, title: str = "Who finds a faithful circuit?") -> View:
+def circuit_scores_view(result: xr.Dataset, title: str = "Which method finds a faithful circuit?") -> View:
     """Faithfulness against the share of edges, a curve for each entry, and CPR, CMD and AUROC in a table.
 
     Args:
@@ -96,7 +96,7 @@ def circuit_scores_view(result: xr.Dataset, title: str = "Who finds a faithful c
     about = result.attrs
     note = (
         f"{about.get('task', '')}: {about.get('n_edges', '')} edges, scored on {about.get('n_find', '')} samples; "
-        f"circuits measured on {result.sizes[EXAMPLE]} others. Edges outside a circuit carry the corrupted run."
+        f"circuits measured on {result.sizes[EXAMPLE]} others. Edges outside a circuit come from the corrupted run."
     )
     head = ["entry", "CPR (more is better)", "CMD (less is better)", "AUROC over edges (chance 0.5)"]
     body = (

@@ -36,9 +36,9 @@ BANDS = {
     "bottom": ("bottom", "square", "dash"),
     "middle": ("middle", "triangle-up", "dashdot"),
     "random": ("random sets of other heads (lowest to highest draw)", "circle", "solid"),
-    "unneeded": ("random, heads known to be necessary spared", "circle", "dash"),
-    "unrestricted": ("random of all heads, none of the top drawn", "circle", "dashdot"),
-    WITH_TOP: ("random of all heads, with one of the top", "star", "dashdot"),
+    "unneeded": ("random, without heads known to be necessary", "circle", "dash"),
+    "unrestricted": ("random from all heads, no top head drawn", "circle", "dashdot"),
+    WITH_TOP: ("random from all heads, with top heads", "star", "dashdot"),
     "layer_matched": ("random, same layers as the top", "circle", "dot"),
     "by vision_mass": ("vision heads (attend to any visual token)", "cross", "longdash"),
     "by sink_mass": ("sink heads", "x", "longdashdot"),
@@ -82,7 +82,7 @@ def ablation_curves(result: xr.Dataset, measure: str = "", title: str = "Ablatio
     """
     known = [name for name in MEASURES if name in result]
     if measure and measure not in known:
-        raise OutputError(f"measure {measure!r}", f"one of {known}", "leave it out to see all of them")
+        raise OutputError(f"measure {measure!r}", f"one of {known}", "leave it out to see all")
     shown = [measure] if measure else known
     by_measure = {name: effects(result, name) for name in shown}
     panels = {MEASURES[name].split(" (")[0]: method_panels(by_measure[name], name) for name in shown}

@@ -36,7 +36,9 @@ NAMED, A_LINE = 16, 4  # heads named in a tooltip, and on one line of it
 WINDOW_AT = 0.5  # the axis begins at half of the smallest share: a log scale has no zero
 
 
-def frontier_view(result: xr.Dataset, title: str = "How few heads can see everything?", margin: float = MARGIN) -> View:
+def frontier_view(
+    result: xr.Dataset, title: str = "How few heads need to see everything?", margin: float = MARGIN
+) -> View:
     """The pictures of one acceleration result.
 
     Args:
@@ -54,13 +56,13 @@ def frontier_card(facts: Mapping[str, Any]) -> str:
     curve, n = facts["curve"], facts["n_kv_heads"]
     local = f"{facts['sinks']} + {facts['window']} of {facts['length']} tokens"
     caption = (
-        f"{facts['n_test']} test samples, bars: 95% intervals. The other heads see the first and the nearest tokens "
-        f"({local}). At one share every choice costs the same."
+        f"{facts['n_test']} test samples; bars: 95% intervals. The other heads see the first and the nearest tokens "
+        f"({local}). At a given share all choices have the same cost."
     )
     parts = [f"{_legend(facts)}<figure>{_accuracy(facts)}<figcaption>{caption}</figcaption></figure>"]
     if facts["speed"]:
-        left = "Cache of the text stack at the end of the prompt, and the attention work of reading it."
-        right = "Text stack alone, on this machine, when the study was made. Dotted: the bound of attention alone."
+        left = "Cache of the text stack at the end of the prompt, and the attention work of prefill."
+        right = "Text stack alone, on this machine, when the study was run. Dotted: the bound from attention alone."
         parts.append(
             f'<div class="split even"><figure>{_memory(facts)}<figcaption>{left}</figcaption></figure>'
             f"<figure>{_speed(facts)}<figcaption>{right}</figcaption></figure></div>"
@@ -182,13 +184,13 @@ def _memory(facts: Mapping[str, Any]) -> str:
         "barmode": "group", "xaxis": {"title": "KV heads that stay dense", "type": "category"},
         "yaxis": {"title": "share of dense", "tickformat": ".0%", "range": [0, 1.02]}, **_LEGEND,
     }  # fmt: skip
-    return chart(traces, layout, height=330, label="Bytes of cache and attention work beside those of the dense model")
+    return chart(traces, layout, height=330, label="Cache bytes and attention work relative to the dense model")
 
 
 def _speed(facts: Mapping[str, Any]) -> str:
     speeds, traces = facts["speed"], []
     names, ticks = [_share(timed["share"]) for timed in speeds], [2.0**power for power in range(-4, 9)]
-    kinds = (("prefill", "reading the prompt", "@top", "diamond"), ("decode", "a token", "@middle", "triangle-up"))
+    kinds = (("prefill", "prefill", "@top", "diamond"), ("decode", "decoding", "@middle", "triangle-up"))
     for kind, label, colour, symbol in kinds:
         middle = np.array([timed[kind]["mean"] for timed in speeds])
         traces.append(
@@ -206,7 +208,7 @@ def _speed(facts: Mapping[str, Any]) -> str:
         traces.append(
             {"type": "scatter", "mode": "lines", "name": f"{label}, bound", "x": names,
              "y": [timed[f"{kind}_bound"] for timed in speeds], "line": {"color": colour, "width": 1.5, "dash": "dot"},
-             "hovertemplate": f"{label}, at best in attention: %{{y:.1f}}x<extra></extra>"}
+             "hovertemplate": f"{label}, bound from attention: %{{y:.1f}}x<extra></extra>"}
         )  # fmt: skip
     layout = {
         "xaxis": {"title": "KV heads that stay dense", "type": "category"},
@@ -218,7 +220,7 @@ def _speed(facts: Mapping[str, Any]) -> str:
                     "line": {"color": "@none", "width": 1}}],
         **_LEGEND,
     }  # fmt: skip
-    return chart(traces, layout, height=330, label="Measured speed of prefill and decoding, beside the bounds")
+    return chart(traces, layout, height=330, label="Measured speed of prefill and decoding, with the bounds")
 
 
 _LEGEND = {
@@ -236,15 +238,15 @@ def _bars(name: str, colour: str, x: Sequence[str], y: Sequence[float]) -> dict:
 def _recommended(facts: Mapping[str, Any]) -> str:
     best, margin = facts["recommended"], f"{100 * facts['margin']:.0f} points"
     if best is None:
-        return f"<p><b>No recommended setting:</b> no share that was tried is sure to lose less than {margin}.</p>"
+        return f"<p><b>No recommended setting:</b> no share tried is shown to lose less than {margin}.</p>"
     what = (
         "no KV head" if not best["n_kv_heads"] else f"{best['n_kv_heads']} of {facts['n_kv_heads']} KV heads, by RAM,"
     )
     enough = [f"{NAMES[choice]} {_share(share)}" for choice, share in facts["enough"].items() if share is not None]
-    others = f" Smallest share that would do, by choice: {escape(', '.join(enough))}." if enough else ""
+    others = f" Smallest sufficient share, by choice: {escape(', '.join(enough))}." if enough else ""
     return (
         f"<p><b>Recommended:</b> {what} dense: a loss of {_with(best['loss'], 100)} points, {best['kv_bytes']:.0%} of "
-        f"the cache. It is the smallest share whose loss is surely below {margin}.{others}</p>"
+        f"the cache. This is the smallest share whose loss is surely below {margin}.{others}</p>"
     )
 
 

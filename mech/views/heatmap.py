@@ -74,7 +74,7 @@ def head_maps(result: xr.Dataset | xr.DataArray, title: str = "") -> View:
     if not panels:
         raise OutputError(
             f"a result with {sorted(map(str, dataset.data_vars))}",
-            "one that mech measures, or something over layer and head",
+            "a result of mech, or values over layer and head",
             "see the gallery in the docs",
         )
     title = title or "Heads"
@@ -116,7 +116,7 @@ def map_and_ranks(scores: HeadScores) -> str:
     """The map and the ranked values, side by side where there is room."""
     n = int(np.isfinite(scores.values[0]).sum())
     above = "" if scores.null is None else f" Dotted: what uniform attention would give ({scores.null:.3f})."
-    caption = f"Outlined: the top {OUTLINED:.0%} ({_outlined(n)} of {n} heads). Pointing at a cell says more."
+    caption = f"Outlined: the top {OUTLINED:.0%} ({_outlined(n)} of {n} heads). Point at a cell for details."
     return (
         f'<div class="split"><figure>{_map(scores)}<figcaption>{caption}</figcaption></figure>'
         f"<figure>{_ranked(scores)}"

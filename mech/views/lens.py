@@ -65,7 +65,7 @@ def lens_view(
     note += f" · example {example + 1} of {result.sizes[EXAMPLE]}" if result.sizes[EXAMPLE] > 1 else ""
     figures = drawn.sizes[series] * len({home for home, _ in lens.rects})
     height = 170 + 480 * -(-figures // 2) + (40 * (drawn.sizes[series] + 2) if there else 0)
-    title = title or ("Logit lens" if series == LAYER else "What heads say of what they attend to")
+    title = title or ("Logit lens" if series == LAYER else "What heads write from what they attend to")
     body = f"<h3>{escape(title)}</h3><p class=soft>{escape(note)}</p>{styles(lens.pictures)}"
     return View(title, body + (tabs(panels, "word") if panels else "") + there, height=height)
 

@@ -58,7 +58,7 @@ def samples_view(samples: Samples, title: str = "") -> View:
         words = f"{escape(sample.question)} <b>{escape(sample.answer)}</b>"
         cells.append(f"<figure>{stage(picture, evidence=outlined)}<figcaption>{words}</figcaption></figure>")
     counts = ", ".join(f"{domain}: {sum(s.domain == domain for s in samples)}" for domain in samples.domains)
-    note = f"{len(samples)} samples ({counts}); shown: the first {len(first)}, each by the picture with the evidence"
+    note = f"{len(samples)} samples ({counts}); shown: the evidence pictures of the first {len(first)}"
     body = f'{styles(shown)}<p class="soft">{escape(note)}</p><div class="cells">{"".join(cells)}</div>'
     return View(title or "Samples", body, height=560)
 

@@ -36,7 +36,7 @@ from mech.views.drawing.page import View, escape
 
 BAND_TITLES = {
     "top": "Top heads of the ranking",
-    "necessary": "Necessary heads without RAM: they attend elsewhere, and the answer needs them",
+    "necessary": "Necessary heads with low RAM: they attend elsewhere, but the answer needs them",
     "bottom": "Bottom heads of the ranking",
 }
 BAND_COLOURS = {"top": "top", "necessary": "matched", "bottom": "bottom"}
@@ -129,7 +129,7 @@ def _tenths(example: _Example, shown: list[tuple[str, str, float]]) -> str:
             f'<figure data-head="{name}" {_scales(example, of_band)}><p class="soft">{part}</p>'
             f"{_stage(example, home, row, most, least, example.sink[i])}<figcaption>{said}</figcaption></figure>"
         )
-    return f'<div class="tenths">{"".join(figures)}</div>{_scale(example, of_band, "; one scale for the row")}'
+    return f'<div class="tenths">{"".join(figures)}</div>{_scale(example, of_band, "; one scale for the whole row")}'
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,13 @@ def _beside(result: xr.Dataset, folder: Path) -> list[list[Any]]:
         for path, digest in zip_longest(sources[-1], facts.get("digests", [])):
             if not is_below(path, folder):
                 raise OutputError(
-                    f"the picture {path} lies outside of {folder}", "pictures beside the result",
+                    f"the picture {path} lies outside {folder}", "pictures in the folder of the result",
                     "do not trust this file; pass on=samples",
                 )  # fmt: skip
             if digest is not None and not shows(path, digest):
                 raise OutputError(
-                    f"{path} is missing, damaged or another picture", "the one that the result was made with",
-                    "run the study again: it writes damaged pictures anew",
+                    f"{path} is missing, damaged or another picture", "the one the result was made with",
+                    "run the study again: it rewrites damaged pictures",
                 )  # fmt: skip
     return sources
 
@@ -258,7 +258,7 @@ def _article(example: _Example, shown: list[tuple[str, str, float]]) -> str:
     answer, prediction = escape(facts["answer"]), escape(facts["prediction"])
     strip = f'<div class="strip" style="--columns:{_columns(len(example.pictures), 8)}">{originals}</div>'
     scale = _scale(example, of_bands, "; one scale for all heads of this question")
-    original = f"{strip}<figcaption>As the model gets it; outlined: the evidence</figcaption>"
+    original = f"{strip}<figcaption>The model's input; outlined: the evidence</figcaption>"
     return (
         f'<article class="maps{" many" if many else ""}"><p class="question">{escape(facts["question"])}</p>'
         f'<p class="answers">answer <b>{answer}</b> · model says <b>{prediction}</b> {verdict}</p>'
@@ -275,7 +275,11 @@ def _head(example: _Example, i: int, name: str, ram: float, among: Sequence[int]
         numbers += f" · sinks {row[example.sink[i]].sum():.2f}"
     asked = str((example.facts.get("queries") or {i: "question"})[i])
     token, colon, lost = asked.rpartition(": ")
-    query = f"from {escape(token)}, where it decides {escape(lost)}" if colon else f"from the {escape(asked)}, mean"
+    query = (
+        f"from {escape(token)}, where it decides {escape(lost)} of the answer"
+        if colon
+        else f"from the {escape(asked)} (mean)"
+    )
     return (
         f'<figure data-head="{name}" {_scales(example, among)}>{_strip(example, i, among, 4)}'
         f"<figcaption><b>{name}</b> · mean RAM {ram:.2f}<br>{query}<br>{numbers}</figcaption></figure>"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PLACED = ("region", "position", TOKEN)  # axes that may lie in a picture
 NOTES = {
-    "denoise": "0: nothing comes back; 1: the whole answer does.",
+    "denoise": "0: nothing is recovered; 1: the whole answer is.",
     "noise": "0: nothing is lost; 1: the whole answer is.",
 }
 _BOX = re.compile(r"Box\(x0=([\d.]+), y0=([\d.]+), x1=([\d.]+), y1=([\d.]+), image=(\d+), frame=(\w+)\)")
@@ -122,7 +122,7 @@ def patching_grid(result: xr.Dataset, title: str = "", *, on: Any = None, layout
         beside = effects.only(rest)
         if layout is not None and effects.axes[-1] == "position":
             beside = replace(beside, columns=tuple(f"{p} {layout.tokens[int(p)].strip()}" for p in beside.columns))
-        body += f"<h4>What lies nowhere in the picture</h4>{_grid(beside, effects.reach)}"
+        body += f"<h4>Effects outside the picture</h4>{_grid(beside, effects.reach)}"
     figures = len(effects.rows) * len({home for there in places.values() for home, _ in there})
     height = 610 if figures == 1 else 140 + 265 * -(-figures // 4)
     return View(title, body, height=height + (map_height(len(effects.rows)) + 40) * bool(rest))
@@ -168,7 +168,7 @@ def attribution_map(result: xr.Dataset, title: str = "", *, on: Any, layout: "To
         body = f'{styles(pictures)}<div class="cells">{"".join(drawn)}</div>{diverging_bar(0.0, reach, unit)}'
     else:
         raise OutputError(f"attributions over {values.dims}", "over tokens or pixels", "use over='visual'")
-    title = title or "What every part of the picture adds"
+    title = title or "What each part of the picture contributes"
     return View(title, f"<h3>{escape(title)}</h3><p class=soft>{note}</p>{body}", height=620)
 
 
@@ -245,7 +245,7 @@ def _places(
             seen[i] = [(int(box[4]) if box[5] == "None" else int(box[5]), [float(v) for v in box[:4]]) for box in boxes]
     lost = [home for places in seen.values() for home, _ in places if home >= len(pictures)]
     if not seen or lost:
-        what = f"a cell in picture {lost[0]}, and {len(pictures)} pictures" if lost else f"no {axis} that lies in it"
+        what = f"a cell in picture {lost[0]}, and {len(pictures)} pictures" if lost else f"no {axis} inside it"
         raise OutputError(
             f"a picture to draw on, and {what}",
             "over=('layer', 'region') with regions=layout.cells(6, 6) or boxes, or over 'position' with layout=",

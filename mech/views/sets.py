@@ -21,7 +21,7 @@ from mech.views.drawing.page import View, chart, escape, tabs
 COLOURS = {"top": "top", "bottom": "bottom", "random": "random", "vision": "matched", "all": "middle"}
 
 
-def steering_view(result: xr.Dataset, title: str = "Heads turned down and up") -> View:
+def steering_view(result: xr.Dataset, title: str = "Heads scaled down and up") -> View:
     """Curves against the factor, a panel for each measure; the dotted line is the unchanged model.
 
     Args:
@@ -30,7 +30,7 @@ def steering_view(result: xr.Dataset, title: str = "Heads turned down and up") -
     """
     panels = {
         measure.replace("logit_diff", "logit difference"): _curves(
-            result[measure], "factor", "factor of the heads' output (1: as it is)", name, vertical=1
+            result[measure], "factor", "factor on the heads' output (1: unchanged)", name, vertical=1
         )
         for measure, name in MEASURES.items()
         if not bool(result[measure].isnull().all())  # where no sample has a counterfactual

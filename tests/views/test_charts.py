@@ -43,7 +43,7 @@ def test_every_chart_of_every_view_is_a_figure(domain):
 def test_a_chart_that_is_not_there_is_refused(wrong):
     with pytest.raises(OutputError, match=r"(?s)chart .* of a view.*0: Map of 2 layers"):
         ram_map(SCORES).figure(wrong)
-    with pytest.raises(OutputError, match="made of pictures"):
+    with pytest.raises(OutputError, match="it has only pictures"):
         view(fabricated_maps(), on=fabricated_sample()).figure()
 
 

@@ -223,7 +223,7 @@ def test_words_stand_in_their_cells():
         (lambda: view(fabricated_maps()), "without its pictures"),
         (lambda: view(fabricated_maps(), on=[fabricated_sample()] * 2), r"2 samples for 1 examples"),
         (lambda: view(fabricated_grid(), on="nowhere.png"), "nowhere.png cannot be read"),
-        (lambda: view(fabricated_grid().sel(region=["last"]), on=fabricated_sample()), "no region that lies in it"),
+        (lambda: view(fabricated_grid().sel(region=["last"]), on=fabricated_sample()), "no region inside it"),
         (lambda: view(fabricated_grid(), colour="red"), "colour= with patching_grid"),
         (lambda: view(fabricated_circuit(), maps=fabricated_maps()), "maps without a picture"),
         (lambda: view(edges() * 0), "without edges"),

@@ -293,18 +293,18 @@ class CausalReport(Shown):
         # The smallest p of a sign-flip test is 2 / 2^n, and the correction is over all heads in both directions.
         n, needed = self.dataset.sizes["example"], math.ceil(math.log2(4 * heads["ram"].size / attrs["alpha"]))
         if n < needed:
-            said.append(f"{n} samples are too few to show that one head by itself matters: that takes {needed}.")
+            said.append(f"{n} samples are too few to show that a single head matters: that takes {needed}.")
         if self.agreement["mean"] is not None:
             mean, low, high = (self.agreement[name] for name in ("mean", "low", "high"))
-            said.append(f"RAM and loss correlate over heads by Spearman {mean:.2f} [{low:.2f}, {high:.2f}].")
+            said.append(f"RAM and loss correlate over heads: Spearman {mean:.2f} [{low:.2f}, {high:.2f}].")
         for what, sizes in self.smallest.items():
             share = HALF if what == "lost" else BACK
             found = ", ".join(f"{size or 'none tried'} ({order})" for order, size in sizes.items())
-            said.append(f"Smallest set with {share:.0%} {what}: {found}.")
+            said.append(f"Smallest set with {share:.0%} of the gap {what}: {found}.")
         if (pulled := facts_of(self.dataset)) is not None:
             said.append(sentence_of(pulled))
         said += [self.describe(path) for path in self.paths.values()]
-        said += [f"{head} stands in for {other}." for head, other in self.stand_ins.items()]
+        said += [f"{head} stands in for {other} when that head is noised." for head, other in self.stand_ins.items()]
         return said
 
     def describe(self, path: HeadPath) -> str:
@@ -313,8 +313,8 @@ class CausalReport(Shown):
         lost, low, high = (100 * float(head[name]) + 0.0 for name in ("lost", "lost_low", "lost_high"))
         text = (
             f"L{path.layer}H{path.head} (RAM {float(head['ram']):.2f}, rank {int(head['ram_rank'])} of "
-            f"{self.heads['ram'].size}): noised, {lost:.0f}% [{low:.0f}, {high:.0f}] of the gap is lost; alone it "
-            f"brings {float(head['recovered']):.0%} back. It acts {path.carrier}"
+            f"{self.heads['ram'].size}): noised, {lost:.0f}% [{low:.0f}, {high:.0f}] of the gap is lost; denoised "
+            f"alone, it recovers {float(head['recovered']):.0%}. It acts {path.carrier}"
         )
         if not any(abs(effect) >= self.dataset.attrs["threshold"] for effect in path.acts.values()):
             return text + "."

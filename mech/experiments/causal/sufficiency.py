@@ -71,9 +71,9 @@ def sentence_of(facts: dict[str, Any]) -> str:
         (False, False): "they are not shown to be needed, nor to choose where the answer comes from",
     }[facts["necessary"], facts["sufficient"]]
     return (
-        f"The first {n} head{'s' * (n > 1)} by the ranking, noised together, lose{'s' * (n == 1)} "
-        f"{_percent(lost['top'])} of the gap (random heads {_percent(lost['random'])}); pulled to a distractor by "
-        f"{facts['bias']:g}, {_percent(answers['top'])} of the answers become the distractor's (random heads "
+        f"The top {n} head{'s' * (n > 1)} of the ranking, noised together, lose{'s' * (n == 1)} "
+        f"{_percent(lost['top'])} of the gap (random heads {_percent(lost['random'])}); pulled to a distractor by a "
+        f"bias of {facts['bias']:g}, {_percent(answers['top'])} of the answers become the distractor's (random heads "
         f"{_percent(answers['random'])}, all heads {_percent(answers['all'])}, unpulled {_percent(facts['plain'])}): "
         f"{verdict}."
     )
@@ -83,7 +83,7 @@ def _at(bounds: Bounds | None) -> Bounds:
     if bounds is None:
         raise ExperimentError(
             "a causal report with missing values", "an effect of every sample",
-            "leave out samples whose clean and corrupted runs answer alike",
+            "leave out samples whose clean and corrupted runs give the same answer",
         )  # fmt: skip
     return bounds
 

@@ -63,7 +63,7 @@ def chosen(charts: Mapping[str, Chart], which: int | str) -> Chart:
         return charts[which]
     if isinstance(which, int) and -len(names) <= which < len(names):
         return charts[names[which]]
-    known = "; ".join(f"{i}: {name}" for i, name in enumerate(names)) or "none, it is made of pictures"
+    known = "; ".join(f"{i}: {name}" for i, name in enumerate(names)) or "none: it has only pictures"
     raise OutputError(f"chart {which!r} of a view", f"one of its charts ({known})", "see view.charts, or use save")
 
 

@@ -90,7 +90,7 @@ def _laid_out(browser: str, source: Path, width: int) -> tuple[int, str]:
     text = _run(browser, source, width, 1000, "--dump-dom")
     match = re.search(r'<pre id="figure" hidden="">(.*?)</pre>', text, re.DOTALL)
     if match is None:
-        raise OutputError(f"{browser} drew no page", "a browser of the last years", "try another one in MECH_BROWSER")
+        raise OutputError(f"{browser} drew no page", "a recent browser", "try another one in MECH_BROWSER")
     made = json.loads(html.unescape(match[1]))
     return int(made["height"]), str(made["svg"])
 

@@ -56,7 +56,7 @@ def embedded(source: Any) -> Picture:
         name = source if isinstance(source, str | Path) else f"a {type(source).__name__}"
         raise OutputError(
             f"the picture {name} cannot be read ({type(error).__name__})",
-            "a PIL image, a uint8 array, or a file (of a study: those beside maps.nc)",
+            "a PIL image, a uint8 array, or a file (for a study: those next to maps.nc)",
             "pass on=image; delete a damaged maps.nc and run the study again",
         ) from error
     width, height = picture.size

@@ -147,7 +147,7 @@ def test_sets_of_all_heads_that_hold_a_top_head_are_shown_apart(model, halves, r
     drawn = {effect.band: effect for effect in curves.effects(effects, "accuracy")}
     assert drawn["top"].heads.replace("<br>", ", ").split(", ") == heads_text(ranking.top(10)).split()
     assert drawn["random"].heads.startswith("lowest: L") and drawn["unrestricted, with top"].draws == holding
-    assert "random of all heads, with one of the top" in view(effects).body
+    assert "random from all heads, with top heads" in view(effects).body
     assert {effect.heads for effect in curves.effects(effects.drop_vars("heads"), "accuracy")} == {""}  # older files
 
 

@@ -86,7 +86,7 @@ def test_the_curve_shows_itself(trained):
     model, test, ranking = trained
     curve = steering(model, test[:3], ranking, factors=(0, 1), n_random=2)
     page = mech.view(curve).html()
-    for word in ("Heads turned down and up", "logit difference", "top", "bottom", "random", "Sets of 2 heads"):
+    for word in ("Heads scaled down and up", "logit difference", "top", "bottom", "random", "Sets of 2 heads"):
         assert word in page
     one = steering(model, test[:1], ranking, factors=(0, 1), bands=("top",))
     assert "Sets of 2 heads" in mech.view(one).html(), "one sample has no interval, and a curve all the same"

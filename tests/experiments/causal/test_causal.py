@@ -245,7 +245,7 @@ def test_a_report_is_saved_and_read_again_and_drawn(tmp_path):
     again = CausalReport.load(tmp_path / "causal.nc")
     assert again.sentences() == report.sentences() and again.facts() == report.facts()
     few = CausalReport(again.dataset.isel(example=slice(3)))
-    assert few.sentences()[1] == "3 samples are too few to show that one head by itself matters: that takes 10."
+    assert few.sentences()[1] == "3 samples are too few to show that a single head matters: that takes 10."
     assert "too few" not in " ".join(report.sentences())
     page = view(again).save(tmp_path / "causal.html").read_text()
     written = Page(page)

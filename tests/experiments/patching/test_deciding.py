@@ -65,7 +65,7 @@ def test_the_picture_is_of_that_query_and_says_so(model, sample, known):
     queries = json.loads(found.attrs["facts"])[0]["queries"]
     assert queries[0].endswith(f": {known[0][1]:.0%}") and queries[2] == "question"
     body = view(found, on=[sample]).body
-    assert f"where it decides {known[0][1]:.0%}" in body and "from the question, mean" in body
+    assert f"where it decides {known[0][1]:.0%}" in body and "from the question (mean)" in body
     with pytest.raises(ExperimentError, match="3 for each of 1 samples"):
         attention_maps(model, [sample], ranking, bands={"top": HEADS}, deciding=[known[:2]])
 

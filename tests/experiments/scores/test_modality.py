@@ -108,12 +108,12 @@ def test_without_a_base_text_is_compared_as_the_model_reads_it_now(model, sample
     assert found["reading"].values.tolist() == ["pictures", "text"] and found.attrs["base"] == ""
     assert found.attrs["unit"] == "attention mass" and found.attrs["score"] == "visual_retrieval"
     drawn = shown(view(found))
-    assert "scenes written out. In colour" in drawn and "on pictures only" in drawn
+    assert "scenes as text. In colour" in drawn and "on pictures only" in drawn
 
 
 def test_the_view_names_the_base_and_every_reading(found):
     drawn = shown(view(found))
-    assert "before it was tuned" in drawn
+    assert "before tuning" in drawn
     assert all(name in drawn for name in ("base text", "base pictures", "by layers alone"))
 
 
