@@ -75,8 +75,8 @@ Count = Annotated[int, at_least(1)]
 Whole = Annotated[int, at_least(0)]
 Seed = Annotated[int, Rule("one whole number of at least 0", lambda value: value >= 0)]
 Positive = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
-Share = Annotated[float, Rule("a number between 0 and 1, neither of them", lambda value: 0 < value < 1)]
-Text = Annotated[str, Rule("a text that is not empty", lambda value: bool(value.strip()))]
+Share = Annotated[float, Rule("a number strictly between 0 and 1", lambda value: 0 < value < 1)]
+Text = Annotated[str, Rule("a non-empty string", lambda value: bool(value.strip()))]
 # An int counts heads (or positions), a float is a share of all: see `Ranking.count`.
 Amount = Annotated[
     int | float,
@@ -92,7 +92,7 @@ def given_by(function: str, *variables: str) -> Any:
     return Annotated[
         Any,
         Rule(
-            f"what mech.{function} gave",
+            f"a result of mech.{function}",
             lambda value: hasattr(value, "data_vars") and all(name in value.variables for name in variables),
         ),
     ]
@@ -186,7 +186,7 @@ def _advice(parameter: inspect.Parameter, value: Any, free: Iterable[inspect.Par
     if not isinstance(value, str | numbers.Number):
         for other in free:
             if other.annotation not in (Any, inspect.Parameter.empty) and fits(value, other.annotation):
-                return f"name it: {other.name}=..."
+                return f"pass it by name: {other.name}=..."
     return f"leave {name} out ({short(default)})" if default not in (inspect.Parameter.empty, MISSING) else ""
 
 
@@ -201,9 +201,9 @@ def _unbound(
     do = (
         suggestion(unknown[0], names)
         if unknown and names
-        else f"give {missing[1]}="
+        else f"pass {missing[1]}="
         if missing
-        else "name the arguments"
+        else "pass the arguments by name"
     )
     return error(f"{function}: {problem}", f"{function}({', '.join(names)})", do)
 
@@ -322,7 +322,7 @@ _WORDS = {
     int: "a whole number",
     float: "a finite number",
     bool: "True or False",
-    str: "a text",
+    str: "a string",
     types.NoneType: "None",
     Any: "anything",
     Set: "a set",

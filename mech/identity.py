@@ -118,8 +118,8 @@ def made_elsewhere(what: str, name: str, weights: str, model: Any, allow_other_m
     if not allow_other_model:
         raise ExperimentError(
             f"{what} of {other} for {model.name} (weights {own[:8]})",
-            "one of this model: another training, step or precision has other heads",
-            "make it on this model, or pass allow_other_model=True, which the result then says",
+            "one made on this model: another training run, step or precision has other heads",
+            "make it on this model, or pass allow_other_model=True, which the result records",
         )
     return f"{what} of {other}"
 

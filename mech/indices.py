@@ -28,7 +28,7 @@ class Indices(tuple):
             raise error(
                 f"{name} as a mask of {' x '.join(map(str, self.of or ()))}",
                 f"a mask of {' x '.join(map(str, shape))}",
-                "make the mask from what it chooses from, or give whole numbers",
+                "make the mask from what it selects from, or give whole numbers",
             )
         return self
 

@@ -91,7 +91,9 @@ class Inputs(Shown):
             InputError: with the first position that differs, and both tokens there.
         """
         if len(self) != len(other):
-            raise InputError(f"inputs of {len(self)} and of {len(other)} rows", "as many rows", "pair them row by row")
+            raise InputError(
+                f"inputs of {len(self)} and of {len(other)} rows", "the same number of rows", "pair them row by row"
+            )
         for row, (mine, theirs) in enumerate(zip(self.layouts, other.layouts, strict=True)):
             at = mine.first_difference(theirs)
             if at is None:
@@ -130,11 +132,11 @@ def collate(rows: Sequence[Inputs], pad_token_id: int) -> Inputs:
     makers = sorted({row.made_by for row in rows if row.made_by})
     if len(makers) > 1:
         raise InputError(
-            f"rows that were made for different models: {', '.join(makers)}", "rows for one model",
+            f"rows made for different models: {', '.join(makers)}", "rows for one model",
             "build every row with the same processor",
         )  # fmt: skip
     if any("mm_encoder_outputs" in row.tensors for row in rows):
-        raise InputError("inputs whose pictures are encoded already", "inputs with pixels", "collate, then encode")
+        raise InputError("inputs whose pictures are already encoded", "inputs with pixels", "collate, then encode")
     for name in _PADDING:
         if len({name in row.tensors for row in rows}) > 1:
             raise InputError(
@@ -177,8 +179,9 @@ def _check_memories(rows: Sequence[Inputs]) -> None:
     if len(set(counts)) > 1:
         raise InputError(
             f"rows with {', '.join(map(str, counts))} pictures for a model with cross-attention",
-            "rows with as many pictures: text that sees none attends to the whole memory, which other rows make longer",
-            "run them in batches of their own, or one by one",
+            "rows with the same number of pictures: text that sees none attends to the whole memory, "
+            "which other rows make longer",
+            "run them in separate batches, or one by one",
         )
 
 
@@ -198,9 +201,9 @@ def _refuse_one_token_for_both(rows: Sequence[Inputs]) -> None:
                 tokens.update(ids[torch.from_numpy(layout.kind == kind)].tolist())
     if written[IMAGE] & written[VIDEO]:
         raise InputError(
-            "images and a video in one batch, for a model that writes both with the same token",
+            "images and a video in one batch, for a model that uses one token for both",
             "rows with images, or rows with a video",
-            "collate the two kinds apart",
+            "collate the two kinds separately",
         )
 
 

@@ -127,7 +127,7 @@ class TokenLayout(Shown):
         """
         if not 0 <= coverage < 1:
             raise RegionError(
-                f"coverage={coverage}", "0 <= coverage < 1", "use 0 for any overlap, 0.5 for the larger part"
+                f"coverage={coverage}", "0 <= coverage < 1", "use 0 for any overlap, 0.5 for more than half"
             )
         asked = read_where("positions", where)
         if isinstance(asked, str):
@@ -149,7 +149,7 @@ class TokenLayout(Shown):
             raise RegionError(
                 f"{where!r} has no tokens in the view {view!r}",
                 "a picture that has this view",
-                "leave out view=: a family may show small pictures without tiles, or long ones without the whole",
+                "leave out view=: a family may show small pictures without tiles, or long ones without the whole view",
             )
         return seen
 

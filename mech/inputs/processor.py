@@ -170,9 +170,9 @@ class Processor:
         alone, joined = (self.tokenizer(text)["input_ids"] for text in (prompt, self.with_answer(prompt, answer)))
         if joined[: len(alone)] != alone or len(joined) == len(alone):
             raise InputError(
-                f"the answer {answer!r} has no first token of its own behind the prompt",
+                f"the answer {answer!r} has no separate first token after the prompt",
                 "an answer that is not merged into the last token of the prompt",
-                "strip white space from the answer's beginning",
+                "strip white space from the start of the answer",
             )
         return tuple(joined[len(alone) :])
 
@@ -244,7 +244,7 @@ def _placeholder(tokenizer: Any, config: Any, name: str) -> str:
         known = repr(tokenizer.convert_ids_to_tokens(token_id)) if inside else "nothing"
         raise UnsupportedModel(
             f"config.{name}={token_id}, which is {known} for the tokenizer",
-            "one special token of its own",
+            "its own special token",
             "load the tokenizer that belongs to this checkpoint, or add the placeholder to it as a special token",
         )
     return str(token)

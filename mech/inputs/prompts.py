@@ -66,8 +66,8 @@ def build(
         if special := [token for token in processor.special_tokens if token in given]:
             raise InputError(
                 f"the {name} holds the special token {special[0]!r}",
-                "plain text; placeholders are put in by the chat template",
-                "take it out and pass images=[...]",
+                "plain text; the chat template inserts the placeholders",
+                "remove it and pass images=[...]",
             )
     if not question.strip():
         raise InputError("an empty question", "some text", "ask something; its tokens are where retrieval is measured")
@@ -96,7 +96,7 @@ def _rendered(processor: Processor, question: str, images: int, video: bool) -> 
         if prompt == before + inner + after and inner in (question, question.strip()):
             return prompt, len(before), len(before) + len(inner)
     raise InputError(
-        "the chat template does not print the question once and as it is",
+        "the chat template does not print the question exactly once and unchanged",
         "a template that prints the text of a user message",
         "pass another chat_template to Processor.from_hf, or use encode with spans={'question': (start, end)}",
     )
@@ -159,13 +159,13 @@ def _check_slots(slots: Int[np.ndarray, " picture"], runs: Sequence[Any], family
     if len(slots) != len(runs):
         raise InputError(
             f"the tokenizer finds {len(slots)} placeholders in a text with {len(runs)}",
-            "placeholders that are tokens of their own",
+            "placeholders that are separate tokens",
             "put white space around them",
         )
     if family.types and family.types[0] == "mm_token_type_ids" and (np.diff(slots) == 1).any():
         raise InputError(
             "two pictures side by side without a token between them",
-            "text or <|vision_start|> ... <|vision_end|> around each: the model counts runs of visual tokens as one",
+            "text or <|vision_start|> ... <|vision_end|> around each: a run of visual tokens counts as one picture",
             "put a token between the placeholders",
         )
 
@@ -188,7 +188,7 @@ def _check_counts(processor: Processor, text: str, images: int, frames: int) -> 
             raise InputError(
                 f"{written} placeholders {token!r} in the text for {count} {name}{'s' * (count != 1)}",
                 "one placeholder for each",
-                "pass as many pictures as there are placeholders; build() puts them in by itself",
+                "pass as many pictures as there are placeholders; build() inserts them itself",
             )
 
 

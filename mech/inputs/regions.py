@@ -60,7 +60,7 @@ def covered(layout: Layout, region: Region, image: int | None, coverage: float) 
     if not inside.any():
         raise RegionError(
             f"{region!r} covers no visual token" + (f" by more than {coverage}" if coverage else ""),
-            "a region on a part of the picture that the processor keeps",
+            "a region in the part of the picture that the processor keeps",
             "see layout.overlay(picture, 'image') for what is kept, or lower coverage",
         )
     return inside
@@ -70,8 +70,8 @@ def _passage(layout: Layout, region: Passage) -> Bool[np.ndarray, " pos"]:
     """The tokens of a stretch of the context that was known when the inputs were made."""
     if region.span not in layout.spans:
         raise RegionError(
-            f"{region!r} in a row that does not know where it is",
-            "inputs made with passages=[...], as model.inputs_of(sample) makes them of a sample's evidence",
+            f"{region!r} in a row that does not record where it is",
+            "inputs made with passages=[...], as model.inputs_of(sample) does for a sample's evidence",
             "build the inputs from a sample that names it",
         )
     inside = np.zeros(len(layout.image), dtype=bool)
@@ -141,7 +141,7 @@ def _inside(size: tuple[int, int], region: Box | Mask) -> None:
             )
     elif region.x0 < -1 or region.y0 < -1 or region.x1 > width + 1 or region.y1 > height + 1:
         raise RegionError(
-            f"{region!r} leaves an image of {width} x {height} pixels",
+            f"{region!r} does not fit in an image of {width} x {height} pixels",
             "a box inside the image, in pixels of the original",
             "scale relative boxes by the size of the image; use Box.from_xywh for (x, y, width, height)",
         )

@@ -80,7 +80,7 @@ def video_visuals(
     if len(sizes) > 1:
         raise InputError(f"frames of sizes {sizes}", "frames of one size", "resize them")
     if not fps > 0:
-        raise InputError(f"fps={fps}", "more than 0", "say how many of these frames make a second")
+        raise InputError(f"fps={fps}", "more than 0", "say how many of these frames there are per second")
     video = processor.geometry.family.video
     assert video is not None, "families without video are refused when placeholders are counted"
     tensors, pieces = video(processor, frames, fps)

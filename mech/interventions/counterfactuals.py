@@ -61,7 +61,7 @@ def paired(name: str, samples: Samples, blank: Samples, answers: Sequence[str]) 
             found.append(replace(sample, counterfactual=replace(other, answer=answer)))
     if len(found) < min(2, len(samples)):
         raise ExperimentError(
-            f"{name} says something else on {len(found)} of {len(samples)} samples when their evidence is blanked",
+            f"{name} answers differently on {len(found)} of {len(samples)} samples when their evidence is blanked",
             "at least two",
             "use samples that it can answer only from the evidence, or give counterfactuals",
         )

@@ -28,7 +28,7 @@ def check_pieces(model: HookedMLLM, specs: Sequence[Spec], inputs: Inputs, optio
     cache, chunk = options.get("past_key_values"), options.get("prefill_chunk_size")
     if cache is not None and (read := int(cache.get_seq_length())):
         raise ExperimentError(
-            f"interventions behind a cache that has read {read} positions: what they do to these is not known",
+            f"interventions after a cache that has read {read} positions: their effect on these is unknown",
             "the whole prompt in one call", "leave past_key_values out; generate(prefill_chunk_size=...) saves memory",
         )  # fmt: skip
     if chunk is None or chunk >= len(inputs.layouts[0].kind):
@@ -36,12 +36,12 @@ def check_pieces(model: HookedMLLM, specs: Sequence[Spec], inputs: Inputs, optio
     for spec in specs:
         if isinstance(spec, Ablate) and spec.to == "paper":
             raise ExperimentError(
-                f"{spec!r} of a prompt in pieces: every position attends to the whole prompt", "a prompt in one piece",
+                f"{spec!r} on a prompt in chunks: every position attends to the whole prompt", "a prompt in one piece",
                 "leave prefill_chunk_size out",
             )  # fmt: skip
     if looks_ahead(model.hf_model, inputs.tensors):
         raise ExperimentError(
-            f"a prompt of {model.cfg.family} in pieces: some of its positions see later ones", "a causal prompt",
+            f"a prompt of {model.cfg.family} in chunks: some of its positions attend to later ones", "a causal prompt",
             "leave prefill_chunk_size out",
         )  # fmt: skip
 

@@ -144,7 +144,7 @@ class Ablate(Spec):
             raise ExperimentError(
                 f"Ablate({self.point!r}, to={self.to!r})",
                 " or ".join(map(repr, METHODS[:3])),
-                "ablate heads with it: they have a pattern",
+                "use it on heads: they have a pattern",
             )
         if self.point == Z:
             check_heads(model, self.heads)
@@ -155,7 +155,7 @@ class Ablate(Spec):
         if self.to in ("mean", "resample") and self.reference is None:
             raise ExperimentError(
                 f"Ablate(to={self.to!r}) without reference",
-                "samples to take the replacement from, other than those that are tested",
+                "samples to take the replacement from, other than the tested ones",
                 "pass reference=train",
             )
         if isinstance(self.reference, Reference):

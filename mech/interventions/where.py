@@ -46,9 +46,9 @@ class Plan:
         rows = where.rows if isinstance(where, PerRow) else (where,) * len(self.layouts)
         if len(rows) != len(self.layouts):
             raise ExperimentError(
-                f"positions for {len(rows)} rows and inputs of {len(self.layouts)}",
-                "as many as the batch has rows",
-                "give one for each row, or one for all without PerRow",
+                f"positions for {len(rows)} rows, but inputs of {len(self.layouts)}",
+                "one for each row of the batch",
+                "give one for each row, or a single one without PerRow",
             )
         return rows
 

@@ -250,7 +250,8 @@ def attention(
     if record.resume is not None:
         if record.head_mask is not None:
             raise UnsupportedModel(
-                "a sweep that runs on from kept activations of localized heads", "heads that see all their layer does",
+                "a sweep that continues from cached activations of localized heads",
+                "heads that see all that their layer does",
                 "close() what mech.localize returned, or take method='literal'",
             )  # fmt: skip
         return record.resume(call), None

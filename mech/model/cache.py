@@ -89,13 +89,13 @@ class ActivationCache(transformer_lens.ActivationCache):
         """
         path = Path(path)
         if not path.is_file():
-            raise OutputError(f"there is no file {path}", "a file of ActivationCache.save", "check the path")
+            raise OutputError(f"there is no file {path}", "a file written by ActivationCache.save", "check the path")
         try:
             with safe_open(path, "pt") as opened:
                 header = opened.metadata() or {}
                 if header.get("kind") != _KIND:
                     raise OutputError(
-                        f"{path} holds no activation cache", "a file of ActivationCache.save", "check the path"
+                        f"{path} is not an activation cache", "a file written by ActivationCache.save", "check the path"
                     )
                 about = parse_json(header["about"])
                 tensors = {str(name): opened.get_tensor(name) for name in about["names"]}  # as they fired
@@ -107,11 +107,11 @@ class ActivationCache(transformer_lens.ActivationCache):
             if isinstance(error, MechError):
                 raise
             raise OutputError(
-                f"{path} cannot be read ({type(error).__name__}: {error})", "a whole file", "save it again"
+                f"{path} cannot be read ({type(error).__name__}: {error})", "a complete file", "save it again"
             ) from error
         if model is not None and model.cfg != cfg:
             raise InputError(
-                f"a cache of {origin.name} with the model {model.name}, whose sizes are others",
+                f"a cache of {origin.name} with the model {model.name}, whose sizes differ",
                 f"{origin.name}", "load it with the model that made it, or without one",
             )  # fmt: skip
         return made
@@ -210,7 +210,7 @@ class ActivationCache(transformer_lens.ActivationCache):
     def _stack_neuron_results_apply_ln_projected(self, *_: Any, **__: Any) -> NoReturn:
         raise MechError(
             "apply_ln together with project_output_onto", "one of the two",
-            "project what it returns: stack_neuron_results(..., apply_ln=True) @ direction",
+            "project the result: stack_neuron_results(..., apply_ln=True) @ direction",
         )  # fmt: skip
 
     def logit_lens(self, **_: Any) -> NoReturn:
@@ -248,7 +248,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         if between:
             raise MechError(
                 f"what single heads add to the stream of {cfg.family}: {between} between them and the stream",
-                "heads that write into the stream", "use hook_result, before that",
+                "heads that write into the stream", "use hook_result, which comes before it",
             )  # fmt: skip
         if len(cfg.attention_layers) < cfg.n_layers:
             raise MechError(
@@ -271,7 +271,7 @@ class _Elsewhere:
         if asked.startswith("__"):
             raise AttributeError(asked)
         raise MechError(
-            f"{asked} of the model of a cache that was stored without it", "a cache with its model",
+            f"model.{asked} of a cache that was stored without its model", "a cache with its model",
             "set cache.model = model, the model that made it",
         )  # fmt: skip
 
@@ -316,7 +316,7 @@ class Kept:
                 )
             if not torch.is_grad_enabled() or not any(p.requires_grad for p in model.hf_model.parameters()):
                 raise InputError(
-                    "incl_bwd where nothing asks for a gradient", "gradients switched on, and weights that want one",
+                    "incl_bwd where nothing requires a gradient", "gradients enabled, and weights that require them",
                     "leave torch.no_grad(), or call model.hf_model.requires_grad_(True)",
                 )  # fmt: skip
         live: dict[str, Tensor] | None = {} if incl_bwd else None
@@ -364,7 +364,7 @@ def _positions(pos_slice: Any, length: int) -> Slice | None:
     if positions is None or not positions.numel():
         raise InputError(
             f"pos_slice={pos_slice!r} of {length} positions", f"positions from {-length} to {length - 1}",
-            "use a number, (first, behind), or a list of positions",
+            "use a number, (start, stop), or a list of positions",
         )  # fmt: skip
     return chosen
 

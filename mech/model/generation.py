@@ -46,7 +46,7 @@ def generation_config(stock: GenerationConfig, asked: Mapping[str, Any], pad_tok
     except (ValueError, TypeError) as error:  # transformers' own rules: no temperature below 0, and so on
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"settings of a generation that transformers refuses ({reason})", "others", "change them"
+            f"generation settings that transformers refuses ({reason})", "other settings", "change them"
         ) from error
     return config
 
@@ -85,7 +85,7 @@ def check_generation(stock: GenerationConfig, asked: Mapping[str, Any], options:
     for name, do in _INSTEAD.items():
         off = name in ("verbose", "output_attentions") and given.get(name) is False
         if given.get(name) is not None and not off:
-            raise InputError(f"{name}=... in generate", "an option that does here what its name says", do)
+            raise InputError(f"{name}=... in generate", "an option that does what its name says", do)
 
     def setting(name: str) -> Any:
         return asked.get(name, getattr(stock, name))
@@ -93,7 +93,7 @@ def check_generation(stock: GenerationConfig, asked: Mapping[str, Any], options:
     hidden = [name for name in _IN_OUTPUT if asked.get(name)]
     if hidden and not setting("return_dict_in_generate"):
         raise InputError(
-            f"{hidden[0]} without return_dict_in_generate", "both: it is a part of that output",
+            f"{hidden[0]} without return_dict_in_generate", "both: it is part of that output",
             "add return_dict_in_generate=True",
         )  # fmt: skip
     beams, sequences = setting("num_beams") or 1, setting("num_return_sequences") or 1
@@ -101,10 +101,10 @@ def check_generation(stock: GenerationConfig, asked: Mapping[str, Any], options:
     if sequences > 1 and (beams < sequences if beams > 1 else not sampled):
         raise InputError(
             f"num_return_sequences={sequences} with num_beams={beams} and do_sample={sampled}",
-            "sampling, or as many beams", f"use num_beams={sequences}",
+            f"sampling, or at least {sequences} beams", f"use num_beams={sequences}",
         )  # fmt: skip
     if options.get("streamer") is not None and beams > 1:
-        raise InputError("a streamer with beams", "one sequence that grows", "use num_beams=1")
+        raise InputError("a streamer with beam search", "a single sequence", "use num_beams=1")
 
 
 def check_way(hf_model: Any, given: Mapping[str, Any], config: GenerationConfig) -> None:
@@ -144,29 +144,29 @@ def _check_chunks(hf_model: Any, given: Mapping[str, Any], config: GenerationCon
     chunked = f"prefill_chunk_size={config.prefill_chunk_size}"
     do = "leave prefill_chunk_size out"
     if not config.use_cache:
-        raise InputError(f"{chunked} with use_cache=False", "a cache that the chunks are read into", do)
+        raise InputError(f"{chunked} with use_cache=False", "a cache to read the chunks into", do)
     if hf_model.config.model_type in _WHOLE and any(name.startswith("pixel_values") for name in given):
         raise InputError(
             f"{chunked} for pictures of {hf_model.config.model_type}",
-            "a model whose pictures can be encoded before",
+            "a model whose pictures can be encoded beforehand",
             do,
         )
     if looks_ahead(hf_model, given):
         raise InputError(
-            f"{chunked} for a prompt of which some positions see later ones (the tokens of a picture, or a prefix)",
-            "a prompt under a causal mask: a chunk cannot see what is not read yet", do,
+            f"{chunked} for a prompt in which some positions attend to later ones (image tokens, or a prefix)",
+            "a causal prompt: a chunk cannot attend to tokens that are not read yet", do,
         )  # fmt: skip
 
 
 def _check_cache(hf_model: Any, kind: str) -> None:
     given, do = f"cache_implementation={kind!r}", "leave cache_implementation out"
     if kind.startswith("offloaded") and hf_model.device.type == "cpu":
-        raise UnsupportedModel(f"{given} for a model on the CPU", "an accelerator whose memory is to be saved", do)
+        raise UnsupportedModel(f"{given} for a model on the CPU", "an accelerator, whose memory it saves", do)
     if kind == "quantized":
         raise UnsupportedModel(f"{given}: the keys and values that hooks write would be rounded", "a plain cache", do)
     layers = set(getattr(hf_model.config.get_text_config(), "layer_types", None) or ())
     if "static" in kind and hf_model.config.model_type == "paligemma" and len(layers) > 1:
-        raise UnsupportedModel(f"{given} for PaliGemma over a text model with windows", "a cache of another kind", do)
+        raise UnsupportedModel(f"{given} for PaliGemma with sliding-window layers", "a cache of another kind", do)
 
 
 def _check_drafts(hf_model: Any, given: Mapping[str, Any], config: GenerationConfig) -> None:
@@ -185,11 +185,12 @@ def _check_drafts(hf_model: Any, given: Mapping[str, Any], config: GenerationCon
     if assistant is not None and not isinstance(assistant, PreTrainedModel):
         raise InputError(
             f"an assistant_model of type {type(assistant).__name__}", "a Hugging Face model",
-            "pass the one inside: assistant_model=other.hf_model",
+            "pass the model inside it: assistant_model=other.hf_model",
         )  # fmt: skip
     if assistant is not None and hf_model.config.model_type == "mllama" and pictures:
         raise UnsupportedModel(
-            "an assistant_model for pictures of mllama", "one token at a time: its cross-attention mask cannot be cut",
+            "an assistant_model for mllama with pictures",
+            "one token at a time: its cross-attention mask cannot be cut",
             "leave assistant_model out",
         )  # fmt: skip
 
@@ -262,5 +263,7 @@ class Generating:
         """
         rows = len(self._tensors(inputs, {})["input_ids"]) * (options.get("num_return_sequences") or 1)
         if rows > 1:
-            raise InputError(f"one answer of {rows}", "one row and one sequence", "use model.generate_text")
+            raise InputError(
+                f"one answer to {rows} rows or sequences", "one row and one sequence", "use model.generate_text"
+            )
         return self.generate_text(inputs, max_new_tokens=max_new_tokens, **options)[0]

@@ -166,7 +166,7 @@ class HookSite:
             if is_random(self.module):
                 raise UnsupportedModel(
                     f"{point.name} of a projection with dropout, in training mode",
-                    "a projection that gives the same for the same", "call hf_model.eval()",
+                    "a projection that gives the same output for the same input", "call hf_model.eval()",
                 )  # fmt: skip
             after = partial(_on_heads, self, point, linear_map(self.module))
         else:

@@ -165,7 +165,8 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise MechError(
-            "a wrapped model to be pickled", "its weights, or copy.deepcopy(model) for a second one in this process",
+            "a wrapped model cannot be pickled",
+            "its weights, or copy.deepcopy(model) for a second one in this process",
             "save model.hf_model.save_pretrained(folder), and open the folder",
         )  # fmt: skip
 
@@ -408,7 +409,7 @@ class HookedMLLM(Generating, Encoding, NamedWeights, HookedRootModule):
             raise UnsupportedModel(
                 f"the attention implementation was changed to {sorted(switched - {attention.IMPLEMENTATION})}",
                 f"{attention.IMPLEMENTATION!r}, which runs SDPA itself",
-                "unwrap() before you change it, and wrap again",
+                "unwrap() before you change it, then wrap again",
             )
         if any(attention.owner_of(module) is not self for module, _ in self._layers):
             raise UnsupportedModel(

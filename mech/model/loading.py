@@ -74,14 +74,14 @@ def check_folder(folder: Path) -> None:
         try:
             stored[file.name] = parse_json(read(file))
         except (OSError, ValueError) as error:
-            raise UnsupportedModel(f"{file} is cut off or no JSON ({error})", "a whole file", again) from error
+            raise UnsupportedModel(f"{file} is cut off or not JSON ({error})", "a complete file", again) from error
         if not isinstance(stored[file.name], dict):
             raise UnsupportedModel(f"{file} holds a {type(stored[file.name]).__name__}", "a JSON object", again)
     names = stored[INDEX].get("weight_map") if INDEX in stored else {"": "model.safetensors"}
     if not isinstance(names, dict) or not all(
         isinstance(filename, str) and filename == Path(filename).name for filename in names.values()
     ):
-        raise UnsupportedModel(f"{folder / INDEX} names no files of its folder", "JSON with a weight_map", again)
+        raise UnsupportedModel(f"{folder / INDEX} names no files in its folder", "JSON with a weight_map", again)
     shards = sorted(set(names.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
@@ -135,7 +135,7 @@ def known_layout(config: Any) -> PreTrainedModel:
             empty = AutoModelForImageTextToText.from_config(config)
     except ValueError as error:
         raise UnsupportedModel(
-            f"{config.model_type!r} is no model of images and text: {str(error).splitlines()[0]}",
+            f"{config.model_type!r} is not a model of images and text: {str(error).splitlines()[0]}",
             "an architecture of AutoModelForImageTextToText",
             RECIPE,
         ) from error
@@ -285,7 +285,7 @@ def _check_weights(model: PreTrainedModel, report: Mapping[str, Any], source: st
     if surplus := sorted(key for key in report["unexpected_keys"] if _unnumbered(key) in known):
         raise UnsupportedModel(
             f"the config of {source!r} has no place for {len(surplus)} of its weights, first {surplus[0]!r}",
-            "as many layers in config.json as in the weights",
+            "the same number of layers in config.json and in the weights",
             "take config.json and weights from the same checkpoint",
         )
 
@@ -325,7 +325,7 @@ def stock_model(given: Any, weights: bool = True) -> PreTrainedModel:
         return stock_model(_without_prompts(given))
     if weights and (name := _nowhere(given)):
         raise UnsupportedModel(
-            f"a {type(given).__name__} without weights: {name!r} is on the meta device, and nothing brings it",
+            f"a {type(given).__name__} without weights: {name!r} is on the meta device, and nothing loads it",
             "weights in memory, or offloaded by accelerate", "open it without device_map, or with device_map='auto'",
         )  # fmt: skip
     return given

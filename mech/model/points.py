@@ -75,7 +75,7 @@ def behind_features(live: int, layers: int) -> dict[str, str]:
     """The points of vision layers that cannot reach the logits, with the reason."""
     return {
         point_name(point, layer, "vision"): (
-            f"vision layer {layer} lies behind the selected feature layer: the image features are the output of vision "
+            f"vision layer {layer} comes after the selected feature layer: the image features are the output of vision "
             f"layer {live - 1}, and nothing computed later reaches the logits"
         )
         for layer in range(live, layers)

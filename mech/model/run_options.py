@@ -31,16 +31,17 @@ OF_CACHE = ("names_filter", "device", "remove_batch_dim", "incl_bwd", "pos_slice
 # Keywords of other tools that a run here does not take, with what is expected and what to do instead.
 _INSTEAD = {
     "prepend_bos": (
-        "inputs, whose chat template says how they begin",
+        "inputs: the chat template sets how they begin",
         "leave it out, or write the text yourself with mech.inputs.encode(model.processor, text, images=...)",
     ),
     "padding_side": ("rows padded on the left", "leave it out, and join rows with model.collate"),
     "start_at_layer": (
-        "a run from the first layer on", "write the stream with a hook at 'blocks.K.hook_resid_pre', which is free",
+        "a run that starts at the first layer",
+        "overwrite the stream with a hook at 'blocks.K.hook_resid_pre', which is free",
     ),
     "past_kv_cache": ("the Hugging Face model's cache", "use past_key_values"),
     "tokens": ("inputs", "pass them first: model(inputs)"),
-    "labels": ("a run that returns what it is asked for", "use return_type='loss'"),
+    "labels": ("a run that returns what return_type names", "use return_type='loss'"),
     "output_attentions": ("logits", "use run_with_cache(inputs, names_filter='blocks.K.attn.hook_pattern')"),
     "output_hidden_states": ("logits", "use run_with_cache(inputs, names_filter='blocks.K.hook_resid_post')"),
     "return_dict": ("logits", "leave it out"),
@@ -123,7 +124,7 @@ def check_tensors(given: Mapping[str, Any], hf_model: Any, family: Family) -> No
         if given.get(tensor) is not None and absent and given.get("position_ids") is None:
             raise InputError(
                 f"{tensor} without {', '.join(absent)}",
-                "both: without them the model takes other positions or another mask and says nothing",
+                "both: without them the model silently uses other positions or another mask",
                 "build inputs with model.inputs(...)",
             )
 
@@ -144,7 +145,7 @@ def _check_lengths(given: Mapping[str, Any], ids: Int[Tensor, "batch pos"]) -> N
     if isinstance(positions, Tensor) and positions.shape[-1] != ids.shape[1]:
         raise InputError(
             f"position_ids of shape {tuple(positions.shape)} for {ids.shape[1]} tokens", "one for every token",
-            "leave them out: the model counts by itself",
+            "leave them out: the model counts positions itself",
         )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def _check_ids(ids: Int[Tensor, "batch pos"], hf_model: Any) -> None:
 def _check_pictures(given: Mapping[str, Any], ids: Int[Tensor, "batch pos"], config: Any) -> None:
     for name, pixels in given.items():
         if name.startswith("pixel_values") and isinstance(pixels, Tensor) and not pixels.isfinite().all():
-            raise InputError(f"{name} with nan or inf", "finite numbers", "look at the picture and its preparation")
+            raise InputError(f"{name} with nan or inf", "finite numbers", "check the picture and its preprocessing")
     present = [name for name in _PIXELS.values() if given.get(name) is not None]
     if any(given.get(name) is not None for name in _SEEN_ALREADY):
         return
@@ -177,12 +178,12 @@ def _check_pictures(given: Mapping[str, Any], ids: Int[Tensor, "batch pos"], con
         brought = present if token == getattr(config, "image_token_id", None) else [name] if name in present else []
         if token is not None and not brought and (ids == token).any():
             raise InputError(
-                f"visual tokens in input_ids and no {name}", f"{name}: without them the model reads placeholders",
+                f"visual tokens in input_ids but no {name}", f"{name}: without them the model reads placeholders",
                 "build inputs with model.inputs(question, images=[...])",
             )  # fmt: skip
     if present and not visual(ids, config).any():
         raise InputError(
-            f"{present[0]} and no visual token in input_ids", "a placeholder for each picture",
+            f"{present[0]} but no visual token in input_ids", "a placeholder for each picture",
             "build inputs with model.inputs(question, images=[...])",
         )  # fmt: skip
 
@@ -215,14 +216,17 @@ def check_returned(
     if loss_per_token and not loss:
         raise InputError(f"loss_per_token with return_type={return_type!r}", "a loss", "use return_type='loss'")
     if loss and "logits_to_keep" in given:
-        raise InputError("a loss and logits_to_keep", "logits of every position", "leave logits_to_keep out")
+        raise InputError("a loss together with logits_to_keep", "logits of every position", "leave logits_to_keep out")
     if loss and not _predicted(given, config).any():
-        raise InputError("a loss of inputs in which no token of text follows another", "two at least", "add some text")
+        raise InputError(
+            "a loss of inputs in which no text token follows another token", "at least one", "add some text"
+        )
     if stop_at_layer is None:
         return
     if return_type != "logits":
         raise InputError(
-            f"stop_at_layer with return_type={return_type!r}", "the stream that enters a layer, which is returned",
+            f"stop_at_layer with return_type={return_type!r}",
+            "one of the two: stop_at_layer returns the stream that enters the layer",
             "leave one out",
         )  # fmt: skip
     if given.get("past_key_values") is not None or given.get("use_cache"):
@@ -240,7 +244,9 @@ def layer_of(stop_at_layer: Any, n_layers: int) -> int:
     whole = isinstance(stop_at_layer, int) and not isinstance(stop_at_layer, bool)
     if not whole or not -n_layers <= stop_at_layer <= n_layers:
         raise InputError(
-            f"stop_at_layer={stop_at_layer!r}", f"{-n_layers} to {n_layers}", f"use {n_layers} for what leaves the last"
+            f"stop_at_layer={stop_at_layer!r}",
+            f"{-n_layers} to {n_layers}",
+            f"use {n_layers} for the output of the last layer",
         )
     return stop_at_layer if stop_at_layer >= 0 else n_layers + stop_at_layer
 
@@ -272,8 +278,8 @@ def stopped(model: Any, layer: int, run: Callable[[], Any]) -> Float[Tensor, "ba
         except _Reached as reached:
             return reached.stream
     raise MechError(
-        f"a run with stop_at_layer={layer} that did not pass {point!r}", "a run of its own, outside any hook",
-        "run it before, and keep the result",
+        f"a run with stop_at_layer={layer} that did not reach {point!r}", "a separate run, outside any hook",
+        "run it first, and keep the result",
     )  # fmt: skip
 
 
@@ -295,5 +301,5 @@ def _predicted(given: Mapping[str, Any], config: Any) -> Bool[Tensor, "batch pos
     if mask is None:
         return predicted
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise InputError("a loss under an attention_mask of your own", "a mask of shape [batch, pos]", "build inputs")
+        raise InputError("a loss with a custom attention_mask", "a mask of shape [batch, pos]", "build inputs")
     return predicted & mask[:, :-1].bool() & mask[:, 1:].bool()

@@ -69,7 +69,7 @@ class Turns:
                 f"the thread {self._owner.name!r} has kept hooks open for {PATIENCE:g} s without running the model, "
                 f"and {threading.current_thread().name!r} wants to run it",
                 "blocks of hooks that are closed before another thread runs: hooks hold for one thread only",
-                "open them in the thread that runs, or give each thread a model of its own",
+                "open them in the thread that runs, or give each thread its own model",
             )
 
 

@@ -42,7 +42,7 @@ def attention_layers(model: Any, live: int) -> Layers:
                 continue
             if attention.owner_of(module) not in (None, model):
                 raise UnsupportedModel(
-                    "this Hugging Face model is wrapped already", "one HookedMLLM for each model", "unwrap() the other"
+                    "this Hugging Face model is already wrapped", "one HookedMLLM for each model", "unwrap() the other"
                 )
             record = known.get((stack, index))
             if record is None:
@@ -136,10 +136,12 @@ def rewire(model: Any) -> None:
     layers = attention_layers(model, live)
     cfg = hook_sites.measured(sizes(model.hf_model.config, model.family), layers, sites)
     if replace(cfg, vocab=0) != replace(model.cfg, vocab=0) or _shapes(sites) != _shapes(model._sites):
-        raise UnsupportedModel("modules were replaced by others of another size", "the sizes it had", mend)
+        raise UnsupportedModel("modules were replaced by modules of another size", "the sizes it had", mend)
     others = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module, _ in layers}
     if others - {attention.IMPLEMENTATION}:
-        raise UnsupportedModel("attention modules were replaced, and the new ones run another attention", "", mend)
+        raise UnsupportedModel(
+            "attention modules were replaced, and the new ones run another attention implementation", "", mend
+        )
     for module, _ in model._layers:
         attention.forget(module)
     for module, record in layers:

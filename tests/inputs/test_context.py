@@ -62,7 +62,7 @@ def test_mass_on_a_passage_is_that_of_its_tokens(model):
 
 
 def test_what_cannot_be_asked_of_a_text_is_refused(model):
-    with pytest.raises(RegionError, match="does not know where it is"):
+    with pytest.raises(RegionError, match="does not record where it is"):
         model.inputs("Who?", context="Anna: 417\n").layout.positions(Passage(0, 4))
     with pytest.raises(InputError, match="the context holds the special token"):
         model.inputs("Who?", context=model.processor.special_tokens[0])

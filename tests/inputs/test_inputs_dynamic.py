@@ -305,7 +305,7 @@ def test_boxes_in_frames_that_are_not_there_are_refused():
         (Box(0, 0, 5, 5), video, r"say which frame: Box\(\.\.\., frame=k\)"),
         (Box(0, 0, 5, 5, frame=2), video, "of a video of 2 frames\nExpected: indices from 0 to 1"),
         (Box(0, 0, 5, 5, frame=-1), video, "of a video of 2 frames"),
-        (Box(0, 0, 33.5, 5, frame=1), video, "leaves an image of 32 x 24"),
+        (Box(0, 0, 33.5, 5, frame=1), video, "does not fit in an image of 32 x 24"),
         (Mask(np.ones((32, 24), dtype=bool), frame=1), video, r"mask of shape \(32, 24\)"),
         (Box(0, 0, 5, 5, frame=0), image, "of a row without a video"),
     ]:
@@ -335,7 +335,7 @@ def test_images_and_videos_written_with_one_token_are_not_mixed():
     processor = tiny_processors.processor("glm4v")
     frames = [noise(24, 24, k) for k in range(4)]
     rows = [build(processor, "What?", images=frames[:1]), build(processor, "What?", video=frames)]
-    with pytest.raises(InputError, match="writes both with the same token"):
+    with pytest.raises(InputError, match="uses one token for both"):
         collate(rows, processor.pad_token_id)
     assert len(collate([rows[1], rows[1]], processor.pad_token_id)) == 2
 

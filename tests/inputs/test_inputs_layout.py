@@ -175,8 +175,8 @@ def test_it_says_what_it_is(two_images, five_frames):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        (Box(0, 0, 42, 10), r"leaves an image of 40 x 24 pixels(.|\n)*from_xywh"),
-        (Box(-2, 0, 10, 10), "leaves an image"),
+        (Box(0, 0, 42, 10), r"does not fit in an image of 40 x 24 pixels(.|\n)*from_xywh"),
+        (Box(-2, 0, 10, 10), "does not fit in an image"),
         (Box(0, 0, 5, 5, image=2), "of a row with 2 images\nExpected: an index from 0 to 1"),
         (Box(0, 0, 5, 5, image=-1), "of a row with 2 images"),
         (Pages(0, 2), "of a row with 2 images"),

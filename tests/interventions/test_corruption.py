@@ -109,7 +109,7 @@ def test_every_visual_token_is_the_mean_one(name):
     torch.testing.assert_close((means[0] + means[1]) / 2, means[2])
     if name in ("llava", "gemma3"):  # their pictures are handed over as they enter the text
         torch.testing.assert_close(means[0], embedded(one)[image].mean(0))
-    with pytest.raises(InputError, match="encoded already"):
+    with pytest.raises(InputError, match="already encoded"):
         model.collate([blind, blind])
     with pytest.raises(ExperimentError, match="without images"):
         without_pictures(model, model.inputs("What?"))

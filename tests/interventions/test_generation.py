@@ -79,7 +79,7 @@ def test_recomputed_and_chunked_generation_give_what_a_cache_gives(name):
         assert (expected[:, 0] - logits_of(model, model, inputs)[:, 0]).abs().amax(1).min() > 1e-2
         close(logits_of(model, run, inputs, use_cache=False), expected)
         if name in (*LOOKS_AHEAD, *WHOLE):
-            with pytest.raises(MechError, match=r"see later ones|for pictures of"):
+            with pytest.raises(MechError, match=r"attend to later ones|for pictures of"):
                 logits_of(model, run, inputs, prefill_chunk_size=7)
         else:
             close(logits_of(model, run, inputs, prefill_chunk_size=7), expected)
@@ -240,10 +240,10 @@ def test_what_cannot_be_run_is_refused_before_a_forward(no_forward, options, say
 @pytest.mark.parametrize(
     "name, options, says",
     [
-        *((name, {"prefill_chunk_size": 7}, "see later ones") for name in LOOKS_AHEAD),
+        *((name, {"prefill_chunk_size": 7}, "attend to later ones") for name in LOOKS_AHEAD),
         *((name, {"prefill_chunk_size": 7}, "for pictures of") for name in WHOLE),
-        ("paligemma2", {"cache_implementation": "static"}, "with windows"),
-        ("mllama", {"assistant_model": tiny.model("llava")}, "for pictures of mllama"),
+        ("paligemma2", {"cache_implementation": "static"}, "sliding-window"),
+        ("mllama", {"assistant_model": tiny.model("llava")}, "for mllama with pictures"),
     ],
 )
 def test_what_single_families_cannot_run(name, options, says):

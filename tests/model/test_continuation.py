@@ -107,7 +107,7 @@ def test_a_stream_that_is_written_in_place_between_layers_is_refused(llava):
         lambda module, args: (args[0].add_(1), None)[1]
     )
     try:
-        with pytest.raises(NotResumable, match="behind layer 0 is written in place"):
+        with pytest.raises(NotResumable, match="after layer 0 is written in place"):
             row_of(llava)
     finally:
         handle.remove()

@@ -373,7 +373,9 @@ def test_weights_that_are_absent_or_of_other_shapes_are_not_filled_with_random_o
         HookedMLLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind, message", [("llama", "no model of images and text"), ("martian", "cannot be opened")])
+@pytest.mark.parametrize(
+    "kind, message", [("llama", "not a model of images and text"), ("martian", "cannot be opened")]
+)
 def test_an_unsupported_checkpoint_is_refused_before_its_weights_are_read(folder, kind, message, monkeypatch):
     from transformers import AutoModelForImageTextToText
 

@@ -101,7 +101,7 @@ def test_two_wrapped_models_do_not_meet():
 def test_a_model_is_wrapped_once_and_freed_with_its_wrapper():
     hf_model = tiny.model("llava")
     model = HookedMLLM.from_hf(hf_model)
-    with pytest.raises(UnsupportedModel, match="wrapped already"):
+    with pytest.raises(UnsupportedModel, match="already wrapped"):
         HookedMLLM.from_hf(hf_model)
     known = len(attention._records)
     model = HookedMLLM.from_hf(model.unwrap())

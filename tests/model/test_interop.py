@@ -118,7 +118,10 @@ def test_what_cannot_be_right_is_refused_with_what_to_do(opened):
         (hybrid.stack_head_results, "only layers"),
         (lambda: gemma.get_neuron_results(0), "post-norm"),
         (lambda: moe.get_neuron_results(0), "no experts"),
-        (lambda: llava.stack_neuron_results(1, apply_ln=True, project_output_onto=torch.ones(32)), "project what it"),
+        (
+            lambda: llava.stack_neuron_results(1, apply_ln=True, project_output_onto=torch.ones(32)),
+            "project the result",
+        ),
         (llava.logit_lens, "accumulated_resid"),
         (llava.compute_ssm_state, "state-space"),
         (lambda: llava["z", 7], "is not in the cache"),

@@ -107,7 +107,7 @@ def test_files_that_hold_no_cache_are_refused(model, cache, tmp_path):
         assert str(error.value).count("\n") == 2
     with pytest.raises(OutputError, match="cannot be written"):
         cache.save(tmp_path / "no folder" / "run.safetensors")
-    with pytest.raises(InputError, match="whose sizes are others"):
+    with pytest.raises(InputError, match="whose sizes differ"):
         ActivationCache.load(path, wrapped("gemma4_large"))
 
 

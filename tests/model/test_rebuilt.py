@@ -133,7 +133,7 @@ def test_a_projection_that_is_no_linear_map_is_refused_where_heads_are_told_apar
     seen = model.run_with_cache(batch, names_filter="blocks.1.attn.hook_z")[1]["blocks.1.attn.hook_z"]
     assert seen.shape[-2:] == (4, 8)
     for ask in (lambda: model.W_O, lambda: model.run_with_cache(batch, names_filter="blocks.1.attn.hook_result")):
-        with pytest.raises(UnsupportedModel, match="a Bent, which is no linear map"):
+        with pytest.raises(UnsupportedModel, match="a Bent, which is not a linear map"):
             ask()
 
 
@@ -160,7 +160,7 @@ def test_unwrap_gives_back_what_was_there_before_the_first_wrapping(name, stock)
     hf.set_attn_implementation({"text_config": "eager", "vision_config": stock})
     before = chosen(hf)
     first = wrapped(hf, name)
-    with pytest.raises(UnsupportedModel, match="wrapped already"):
+    with pytest.raises(UnsupportedModel, match="already wrapped"):
         wrapped(hf, name)
     del first
     gc.collect()
@@ -244,7 +244,7 @@ def test_a_wholly_offloaded_model(offload, tmp_path):
 def test_a_model_without_weights_is_refused():
     with torch.device("meta"):
         hf = tiny.build(tiny.MODELS["llava"]())
-    with pytest.raises(UnsupportedModel, match="is on the meta device, and nothing brings it"):
+    with pytest.raises(UnsupportedModel, match="is on the meta device, and nothing loads it"):
         HookedMLLM.from_hf(hf)
 
 

@@ -58,7 +58,7 @@ def test_paths_go_on_in_halves(llava, card):
 @pytest.mark.filterwarnings("ignore::mech.model.partial.room.SmallerBatches")
 def test_a_single_variant_that_does_not_fit_is_an_error(llava, card):
     card["rows"] = 1
-    with pytest.raises(ExperimentError, match="a single variant of the run, for which memory does not suffice"):
+    with pytest.raises(ExperimentError, match="a single variant of the run does not fit in memory"):
         mech.activation_patching(llava, *pair(llava), METRIC, positions="question")
 
 
@@ -66,7 +66,7 @@ def test_a_forward_that_does_not_fit_is_an_error(llava, monkeypatch):
     monkeypatch.setattr(
         HookedMLLM, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
-    with pytest.raises(ExperimentError, match=r"a forward of .* positions, for which memory does not suffice"):
+    with pytest.raises(ExperimentError, match=r"a forward of .* positions does not fit in memory"):
         mech.activation_patching(llava, *pair(llava), METRIC)
 
 

@@ -158,7 +158,7 @@ def test_a_gradient_or_positions_that_are_not_there_are_refused(no_forward):
     ):
         with pytest.raises(InputError, match=match):
             model.run_with_cache(batch, **options)
-    with pytest.raises(InputError, match="where nothing asks for a gradient"), torch.no_grad():
+    with pytest.raises(InputError, match="where nothing requires a gradient"), torch.no_grad():
         model.run_with_cache(batch, incl_bwd=True, return_type="loss")
 
 

@@ -130,7 +130,10 @@ def test_an_exception_leaves_the_model_to_the_next_thread(model, inputs):
 def test_a_block_that_waits_for_another_thread_is_an_error_and_no_standstill(model, inputs, monkeypatch):
     monkeypatch.setattr(turns, "PATIENCE", 0.2)
     with ThreadPoolExecutor(1) as pool:
-        with model.hooks([(POINT, silent)]), pytest.raises(ExperimentError, match=r"kept hooks open(.|\n)*of its own"):
+        with (
+            model.hooks([(POINT, silent)]),
+            pytest.raises(ExperimentError, match=r"kept hooks open(.|\n)*its own model"),
+        ):
             pool.submit(model, inputs).result(timeout=30)
         assert torch.equal(pool.submit(model, inputs).result(timeout=30), model(inputs))
 

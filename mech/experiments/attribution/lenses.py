@@ -83,7 +83,7 @@ def logit_lens(
     chosen = list(range(n + 1) if layers is None else indices("layers", layers).check_mask("layers", (n + 1,)))
     if not chosen or not all(0 <= layer <= n for layer in chosen) or len(set(chosen)) < len(chosen):
         raise ExperimentError(
-            f"layers={chosen}", f"different layers from 0 to {n}", f"use {n} for what leaves the last"
+            f"layers={chosen}", f"different layers from 0 to {n}", f"use {n} for the output of the last layer"
         )
     _check_k(model, k)
     where = _same_places(rows, positions)

@@ -57,7 +57,7 @@ def refuse_long(size: Size) -> None:
         raise InputError(
             "a picture of {} x {} pixels".format(*size),
             "sides that differ by a factor of 200 at most",
-            "crop it or put it on a larger ground",
+            "crop it, or pad it to a larger picture",
         )
 
 

@@ -108,7 +108,7 @@ class Lfm2VlImageProcessorPil(PilBackend):
             raise InputError(
                 f"a picture of {width} x {height} pixels, which would become {new_width} x {new_height}",
                 f"at most {self.max_image_tokens} tokens of {side} x {side} pixels",
-                "crop it or put it on a larger ground",
+                "crop it, or pad it to a larger picture",
             )
         return new_width, new_height
 

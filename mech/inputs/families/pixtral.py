@@ -62,7 +62,7 @@ def show_pixtral(size: Size, image_processor: Any, geometry: Geometry, alone: bo
     if alone and len(tokens) == 1 and geometry.name == "mistral3":
         raise InputError(
             "a picture of {} x {} pixels, which is a single token".format(*size),
-            f"more than {geometry.side} pixels on one side at least: Mistral 3's forward fails on one visual token",
+            f"more than {geometry.side} pixels on at least one side: Mistral 3's forward fails on one visual token",
             "enlarge it",
         )
     pieces: list[Piece] = []
@@ -92,8 +92,8 @@ def _canvas(size: Size, image_processor: Any, side: int) -> Canvas:
     if not new_height * new_width:
         raise InputError(
             f"a picture of {width} x {height} pixels, which shrinks to nothing",
-            f"less than {max(largest)} pixels along the longer side for each along the shorter",
-            "crop it or put it on a larger ground",
+            f"fewer than {max(largest)} pixels along the longer side for each pixel along the shorter",
+            "crop it, or pad it to a larger picture",
         )
     return Canvas.stretched(size, new_width, new_height)
 

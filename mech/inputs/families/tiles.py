@@ -258,8 +258,8 @@ def _anyres(size: Size, image_processor: Any, geometry: Geometry) -> tuple[Canva
     if 2 * cut_rows >= rows or 2 * cut_columns >= columns:
         raise InputError(
             f"a picture of {width} x {height} pixels, of which no whole token is left without the padding",
-            "a picture that is less long and narrow",
-            "crop it or put it on a larger ground",
+            "a picture that is less elongated",
+            "crop it, or pad it to a larger picture",
         )
     return canvas, (slice(cut_rows, rows - cut_rows), slice(cut_columns, columns - cut_columns))
 

@@ -77,8 +77,8 @@ def linear_map(module: nn.Module) -> LinearMap:
         fits = off.abs().max() <= _ROUNDING.get(output.dtype, 0.05) * output[-1].abs().max().clamp_min(1)
     if not fits:
         raise UnsupportedModel(
-            f"the matrix of a {type(module).__name__}, which is no linear map", "a module that computes x W + b",
-            "use what it reads and returns: attn.hook_z, hook_attn_out",
+            f"the matrix of a {type(module).__name__}, which is not a linear map", "a module that computes x W + b",
+            "use its input and output: attn.hook_z, hook_attn_out",
         )  # fmt: skip
     return linear
 

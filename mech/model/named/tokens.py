@@ -40,14 +40,14 @@ class Tokens:
         """
         texts = [input] if isinstance(input, str) else list(input) if isinstance(input, list | tuple) else []
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"to_tokens of {type(input).__name__}: {input!r:.60}", "a text, or a list of texts")
+            raise InputError(f"to_tokens of {type(input).__name__}: {input!r:.60}", "a string, or a list of strings")
         if padding_side not in ("right", "left"):
             raise InputError(f"padding_side={padding_side!r}", "'right' or 'left'")
         rows = [self._ids(text, prepend_bos) for text in texts]
         longest = max(map(len, rows))
         filler = self.tokenizer.pad_token_id
         if filler is None and any(len(row) < longest for row in rows):
-            raise InputError("texts of several lengths", "a tokenizer with a pad token", "give them one by one")
+            raise InputError("strings of different lengths", "a tokenizer with a pad token", "give them one by one")
         pads = [[filler] * (longest - len(row)) for row in rows]
         whole = [row + pad if padding_side == "right" else pad + row for row, pad in zip(rows, pads, strict=True)]
         return torch.tensor(whole, dtype=torch.long, device=self.device if move_to_device else None)
@@ -60,7 +60,7 @@ class Tokens:
             return ids
         if self.tokenizer.bos_token_id is None:
             raise InputError(
-                "prepend_bos=True and a tokenizer without such a token", "a model that was trained with one",
+                "prepend_bos=True with a tokenizer that has no BOS token", "a model that was trained with one",
                 "leave prepend_bos out",
             )  # fmt: skip
         return [self.tokenizer.bos_token_id, *ids]

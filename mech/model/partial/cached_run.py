@@ -152,7 +152,7 @@ class _Recorder:
                 change = stream - left
                 self._added[index] = change if change.any() else None
             elif version != stream._version:
-                raise NotResumable(f"the stream behind layer {index} is written in place")
+                raise NotResumable(f"the stream after layer {index} is written in place")
         self._left = None
         self.streams.append(self._pool.put(stream))
 
@@ -176,7 +176,7 @@ class _Recorder:
             NotResumable: layers that did not run once each, or cannot be run again from what was recorded.
         """
         if len(self.streams) != len(self.layers) + 1:
-            raise NotResumable(f"{len(self.streams) - 1} layers ran, of {len(self.layers)}")
+            raise NotResumable(f"{len(self.streams) - 1} of {len(self.layers)} layers ran")
         runs = []
         for index in range(len(self.layers)):
             (args, kwargs), stream = self._arguments[index], self.streams[index]
@@ -262,7 +262,7 @@ def _refuse(index: int, args: tuple, kwargs: dict, stream: Tensor, calls: list[A
         raise NotResumable(f"layer {index} attends to another sequence")
     for name, value in kwargs.items():
         if name not in (*_SLICED, *REPLACED) and not isinstance(value, _ROWLESS):
-            raise NotResumable(f"layer {index} is given {name!r}, which is not known to be cut to rows")
+            raise NotResumable(f"layer {index} is given {name!r}, which mech cannot cut to rows")
     for value in args:
         if not isinstance(value, _ROWLESS) and not (isinstance(value, Tensor) and value.shape[:2] == stream.shape[:2]):
-            raise NotResumable(f"layer {index} is given an argument that is not known to be cut to rows")
+            raise NotResumable(f"layer {index} is given an argument that mech cannot cut to rows")

@@ -213,7 +213,7 @@ class Continuation:
         kept = self.kept.logits[self.example, places]
         gap = float((again - kept).abs().max())
         if not gap <= tolerance(kept):
-            raise NotResumable(f"running on from the cached run differs from it by {gap:.2g} in the logits")
+            raise NotResumable(f"continuing from the cached run differs from it by {gap:.2g} in the logits")
 
     def at_once(self, rows: Int[Tensor, " row"]) -> int:
         """How many variants go through a layer in one call."""

@@ -82,7 +82,9 @@ class Room:
         self.held, self.called = max(1, self.held // 2), max(1, self.called // 2)
         if not self._said:
             self._said = True
-            warnings.warn("out of memory: the sweep goes on in batches of half the size", SmallerBatches, stacklevel=4)
+            warnings.warn(
+                "out of memory: the sweep continues in batches of half the size", SmallerBatches, stacklevel=4
+            )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -90,8 +92,8 @@ class Room:
 def too_large(what: str) -> ExperimentError:
     """The error for something that does not fit into memory even by itself."""
     return ExperimentError(
-        f"{what}, for which memory does not suffice", "room for one forward, and as much again",
-        "use a shorter input, fewer rows or later positions, or a dtype of fewer bytes",
+        f"{what} does not fit in memory", "room for one forward, and as much again",
+        "use a shorter input, fewer rows or later positions, or a smaller dtype",
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def test_what_cannot_be_pulled_is_refused_before_any_forward(monkeypatch):
     with pytest.raises(ExperimentError, match="at least one"):
         Redirect([], "image", 1.0).check(model)
     with (
-        pytest.raises(ExperimentError, match="3 rows and inputs of 1"),
+        pytest.raises(ExperimentError, match="3 rows, but inputs of 1"),
         intervene(model, Redirect(HEADS, PerRow(("image",) * 3), 1.0)) as redirected,
     ):
         redirected(key.clean)

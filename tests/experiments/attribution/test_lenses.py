@@ -243,7 +243,7 @@ def test_nothing_lingers(opened):
         (lambda m, r: logit_attribution(m, [], METRIC), ExperimentError, "at least one example"),
         (lambda m, r: logit_attribution(m, r, METRIC, sources=[{}, {}]), ExperimentError, "2 sources for 1 examples"),
         (lambda m, r: logit_attribution(m, r, METRIC, sources={"a": "imge"}), RegionError, "use 'image'"),
-        (lambda m, r: logit_lens(m, r, layers=[9]), ExperimentError, "use 3 for what leaves the last"),
+        (lambda m, r: logit_lens(m, r, layers=[9]), ExperimentError, "use 3 for the output of the last layer"),
         (lambda m, r: logit_lens(m, r, k=0), ExperimentError, "k=0"),
         (lambda m, r: logit_lens(m, r, track="two words"), InputError, "a string of one token"),
         (lambda m, r: logit_lens(m, []), ExperimentError, "nothing to read"),

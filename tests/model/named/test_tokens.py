@@ -36,7 +36,7 @@ def test_several_texts_are_padded_to_the_longest(model):
 
 def test_a_beginning_is_put_once_or_refused(model):
     plain = model.to_tokens(TEXT, prepend_bos=False)
-    with pytest.raises(InputError, match="a tokenizer without such a token"):
+    with pytest.raises(InputError, match="a tokenizer that has no BOS token"):
         model.to_tokens(TEXT, prepend_bos=True)
     model = HookedMLLM.from_hf(tiny.model("llava"), tiny_processors.processor("llava"))  # a tokenizer of its own
     model.tokenizer.bos_token = "<pad>"
