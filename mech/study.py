@@ -124,7 +124,7 @@ def study(
         if failed:
             raise BlocksFailed.of(failed)
         if not summary["models"]:
-            raise ExperimentError("domain 'video' for models that take none", "images", "add a Qwen-VL model")
+            raise ExperimentError("domain 'video' for models that take no video", "images", "add a Qwen-VL model")
         if settings.shares and tuple(models) == DEFAULT_MODELS and data is None:
             summary["acceleration"] |= _accelerated_long(results, domains, settings, progress or _silent)
         return _written(results, summary)
@@ -140,7 +140,7 @@ def _folders(models: Sequence[str]) -> dict[str, str]:
         split_revision(name)  # refuses a bad name before anything is opened
     shorts = {name: short_name(name) for name in models}
     if len(set(shorts.values())) < len(models) or not models:
-        raise ExperimentError(f"models {list(models)}", "at least one, each with a name of its own", "rename a folder")
+        raise ExperimentError(f"models {list(models)}", "at least one, each with its own name", "rename a folder")
     return shorts
 
 

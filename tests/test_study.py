@@ -131,7 +131,7 @@ def test_what_cannot_be_studied_is_refused(tmp_path):
         study(tmp_path / "a", ["reference:llava-s"], ["video"], settings=SMALL)
     with pytest.raises(ExperimentError, match="use 'grounding'"):
         study(tmp_path / "a", ["reference:llava-s"], ["groundng"], settings=SMALL)
-    with pytest.raises(ExperimentError, match="a name of its own"):
+    with pytest.raises(ExperimentError, match="each with its own name"):
         study(tmp_path / "a", ["reference:llava-s", "llava-s"], settings=SMALL)
     with pytest.raises(UnsupportedModel, match="reference:llava-s"):
         study(tmp_path / "b", ["reference:llava-x"], settings=SMALL)

@@ -28,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mechanistic interpretability of multimodal LLMs: which attention heads fetch the visual evidence, "
     "and are they needed?",
-    epilog="Exit codes: 0 done; 1 a check failed; 2 a mistake that can be mended, with what to do; "
-    "3 blocks failed, and the rest is done; 130 stopped by Ctrl-C (a study goes on when the same command is given "
+    epilog="Exit codes: 0 done; 1 a check failed; 2 a mistake you can correct, with what to do; "
+    "3 blocks failed, and the rest is done; 130 stopped by Ctrl-C (a study resumes when the same command is given "
     "again).",
 )
 
@@ -89,5 +89,5 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            print("\nmech: stopped. A study goes on when the same command is given again.", file=sys.stderr)
+            print("\nmech: stopped. A study resumes when the same command is given again.", file=sys.stderr)
         raise

@@ -13,7 +13,7 @@ from mech.errors import ExperimentError
 
 EPILOG = (
     "[bold]mech ablate -m reference:llava-m --to mean --to zero --fraction 0.05[/]\n\n"
-    "[bold]mech ablate --band top --band random --band vision --band sinks[/]  is it only that they attend to pictures?"
+    "[bold]mech ablate --band top --band random --band vision --band sinks[/]  is it just that they attend to pictures?"
 )
 
 
@@ -32,9 +32,9 @@ class Ablations:
     band: Annotated[
         list[str] | None,
         typer.Option(
-            help="top, bottom, middle, random (other heads than the top), layer_matched (default: these five); "
-            "unrestricted, random ones of all heads; vision or sinks, the heads that attend most to pictures or to "
-            "tokens with more than 30% of the attention; may be given again.",
+            help="top, bottom, middle, random (heads other than the top), layer_matched (default: these five); "
+            "unrestricted, random ones from all heads; vision or sinks, the heads that attend most to pictures or to "
+            "tokens with more than 30% of the attention; repeatable.",
             callback=options.among((*options.BANDS, "unrestricted", "vision", "sinks")),
         ),
     ] = None
@@ -129,14 +129,14 @@ def _print_effects(numbers: dict[str, Any], title: str) -> None:
         rows.append((*cells, f"{100 * drop['mean']:.1f} ({100 * drop['low']:.1f} to {100 * drop['high']:.1f})"))
     base, n = numbers["baseline"]["accuracy"]["mean"], numbers["n_test"]
     options.print_table(
-        f"{title}: accuracy {base:.1%} without ablation, {n} samples (intervals over samples, and sets of several)",
+        f"{title}: accuracy {base:.1%} without ablation, {n} samples (intervals over samples, and over several sets)",
         ("method", "band", "heads", "accuracy", "drop in points (95%)"),
         rows,
     )
     for test in numbers["tests"]:
         name = f"{test['method']}, top {test['n_heads']} against random"
         if test["sets_as_costly"] is None:
-            print(f"{name}: the top costs nothing here")
+            print(f"{name}: the top heads cost nothing here")
         else:
             p = "" if test["primary"] else f"; larger one after Holm {test['p_adjusted']:.3f}"
             print(f"{name}: {both_units(test)}{p}")

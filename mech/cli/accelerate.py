@@ -12,18 +12,18 @@ from mech.errors import ExperimentError
 
 SPARSIFY = (
     "[bold]mech sparsify -m reference:qwen-long -d pages --pictures 6 --window 64 --out sparse[/]\n\n"
-    "[bold]mech sparsify --pictures 6 --pictures 32 --window 64 --out sparse[/]  lengths as they will be served\n\n"
+    "[bold]mech sparsify --pictures 6 --pictures 32 --window 64 --out sparse[/]  the lengths that will be served\n\n"
     "[bold]mech sparsify -m FOLDER --data mine.jsonl --at-most 0.1 --rank 16 --out sparse[/]"
 )
 EPILOG = (
     "[bold]mech accelerate -m reference:llava-m --share 0.02 --share 0.1[/]\n\n"
-    "[bold]mech accelerate -m reference:qwen-long --pictures 32 --out frontier.html[/]  more pages, and a picture of it"
+    "[bold]mech accelerate -m reference:qwen-long --pictures 32 --out frontier.html[/]  more pages, and a figure"
 )
 
 Pictures = Annotated[
     list[int] | None,
     typer.Option(
-        help="Pages or frames per generated sample, for long-context models; repeat it for samples of several lengths.",
+        help="Pages or frames per generated sample, for long-context models; repeatable, for several lengths.",
         callback=options.whole(1),
     ),
 ]
@@ -85,7 +85,7 @@ def accelerate(
     samples: Annotated[int, options.samples("A quarter ranks the heads, the rest test them.", 16)] = 96,
     margin: Annotated[
         float,
-        typer.Option(help="The largest accuracy loss of a recommended setting.", callback=options.share),
+        typer.Option(help="The largest accuracy loss allowed for a recommended setting.", callback=options.share),
     ] = 0.1,
     batch_size: options.BatchSize = 8,
     out: options.PictureOrData = None,

@@ -9,7 +9,7 @@ from mech.cli import options
 from mech.errors import ExperimentError
 
 EPILOG = (
-    "[bold]mech check Qwen/Qwen3-VL-4B-Instruct[/]  a model of the hub, a folder, or reference:llava-s\n\n"
+    "[bold]mech check Qwen/Qwen3-VL-4B-Instruct[/]  a model from the hub, a folder, or reference:llava-s\n\n"
     "[bold]mech check --all[/]  tiny random models of every family, offline"
 )
 

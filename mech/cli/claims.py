@@ -18,7 +18,7 @@ EPILOG = (
 def claims(
     run: options.Run,
     domain: options.Domain = None,
-    only: Annotated[list[str] | None, typer.Option(help="A point by its name; repeatable. Default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A point, by name; repeatable. Default: all.")] = None,
     answer: Annotated[
         str,
         typer.Option(

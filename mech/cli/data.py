@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from mech.data.samples import Samples
 
 EPILOG = (
-    "[bold]mech data mine.jsonl[/]  checks every line, and says what is there (docs/data.md)\n\n"
-    "[bold]mech data[/]  the published sets\n\n[bold]mech data visual-cot[/]  all that is known of one"
+    "[bold]mech data mine.jsonl[/]  checks every line and lists what is there (docs/data.md)\n\n"
+    "[bold]mech data[/]  the published sets\n\n[bold]mech data visual-cot[/]  details of one"
 )
 
 

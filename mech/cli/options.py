@@ -297,7 +297,7 @@ def chosen(data: str | None, root: Path | None, domain: str | None, n: int, seed
 
     if data is None:
         if root is not None:
-            raise ExperimentError("--root without --data", "--data, whose pictures are there", "add --data")
+            raise ExperimentError("--root without --data", "--data with pictures in that folder", "add --data")
         return mech.haystacks(domain or "grounding", n, seed), domain or "grounding"
     samples = opened(data, root, n, seed)
     if domain is not None:
@@ -325,7 +325,7 @@ def opened(data: str, root: Path | None, n: int, seed: int) -> "Samples":
             suggestion(name, names()),
         )  # fmt: skip
     if count and not (count.isdigit() and int(count)):
-        raise ExperimentError(f"--data {data}", "a number of samples behind the colon", f"write {name}:200")
+        raise ExperimentError(f"--data {data}", "a number of samples after the colon", f"write {name}:200")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         samples = mech.hub_samples(name, int(count or n), seed, root=root, skip_bad=True)

@@ -96,7 +96,7 @@ def paths(
             direction=pairs.direction, receivers="logits" if receiver in (None, ["logits"]) else receiver,
             progress=lambda i, n: say("samples", i, n),
         )  # fmt: skip
-    _print_effects(result, f"{called}: {', '.join(frozen)} held, {pairs.direction}", pairs, run.as_json)
+    _print_effects(result, f"{called}: {', '.join(frozen)} frozen, {pairs.direction}", pairs, run.as_json)
 
 
 def _paired(hooked: Any, samples: Any, called: str) -> tuple[Any, str]:
@@ -151,6 +151,6 @@ def _print_effects(result: Any, title: str, pairs: Pairs, as_json: bool) -> None
     best = sorted(known, key=lambda cell: -abs(cell["effect"]))[: pairs.top]
     rows = [(*(str(cell[str(axis)]) for axis in mean.dims), f"{cell['effect']:.3f}") for cell in best]
     n = result.sizes["example"]
-    whole = "the whole answer is lost" if result.attrs.get("direction") == "noise" else "the whole answer comes back"
+    whole = "the whole answer is lost" if result.attrs.get("direction") == "noise" else "the whole answer is recovered"
     note = f"{title} ({n} sample{'s' * (n > 1)}; effect 0: nothing changes, 1: {whole})"
     options.print_table(note, (*map(str, mean.dims), "effect"), rows)

@@ -14,8 +14,8 @@ EMPTY: dict[str, Any] = {"inclusion": ()}
 NAMED = {"even": "even attention", "elsewhere": "same head elsewhere", "exchanged": "other samples' answers"}
 EPILOG = (
     "[bold]mech rank -m reference:qwen-s -d video --out heads.json[/]\n\n"
-    "[bold]mech rank --score ram,mm_retrieval,retrieval_head[/]  do they name the same heads?\n\n"
-    "[bold]mech rank --score ram,gaze,contrastive,gating --export heads.json[/]  all of them in one file, for others"
+    "[bold]mech rank --score ram,mm_retrieval,retrieval_head[/]  do they select the same heads?\n\n"
+    "[bold]mech rank --score ram,gaze,contrastive,gating --export heads.json[/]  all in one file, to share"
 )
 
 

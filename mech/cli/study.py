@@ -12,9 +12,9 @@ from mech.errors import ExperimentError, printable
 
 EPILOG = (
     "[bold]mech study[/]  the reference models, every domain, about eleven minutes on two cores\n\n"
-    "[bold]mech study -m reference:smol --out smol[/]  a pretrained language model, some forty minutes of one core\n\n"
-    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --out qwen[/]  a model of the hub\n\n"
-    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --data mine.jsonl[/]  on samples of your own (docs/data.md)"
+    "[bold]mech study -m reference:smol --out smol[/]  a pretrained language model, about forty minutes on one core\n\n"
+    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --out qwen[/]  a model from the hub\n\n"
+    "[bold]mech study -m Qwen/Qwen3-VL-4B-Instruct --data mine.jsonl[/]  on your own samples (docs/data.md)"
 )
 
 
@@ -99,7 +99,9 @@ def study(
     settings = replace(default_settings(models), seed=run.seed, **sizes.given())
     if run.data is not None and not named:
         raise ExperimentError(
-            "--data without --model", "a model that can answer it", "name one: the default ones know the haystacks only"
+            "--data without --model",
+            "a model that can answer it",
+            "name one: the default models know only the haystacks",
         )
     own = run.opened(settings.n_find + settings.n_test) if run.data is not None else None
     domains = which.domain or (default_domains(models) if run.data is None else None)
@@ -130,5 +132,5 @@ def _print_findings(summary: dict) -> None:
     if any(finding["against_papers"] for finding in summary["headlines"]):
         scope = escape(printable(f"differs from {published('2606.05843')}; here {summary['scope']}"))
         console.print(
-            f"\n  [yellow]≠[/] {scope}: not universal, which is not to say wrong of other models", highlight=False
+            f"\n  [yellow]≠[/] {scope}: not universal, which does not make it wrong for other models", highlight=False
         )

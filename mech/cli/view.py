@@ -13,7 +13,7 @@ from mech.cli import options
 from mech.errors import MechError, OutputError
 
 EPILOG = (
-    "[bold]mech view study[/]  the report of a study, made again\n\n"
+    "[bold]mech view study[/]  rebuilds the report of a study\n\n"
     "[bold]mech view study/llava-s/grounding/ablation.nc --out ablation.pdf --width 520[/]  for one column\n\n"
     "[bold]mech view grid.nc --on photo.png --out grid.png[/]  effects drawn over the picture"
 )
@@ -48,7 +48,7 @@ def view(
     if file.suffix in (*DRAWN, ".jpg", ".jpeg") and not file.is_dir():
         raise OutputError(
             f"{file} is a page or a picture, not a result", "a .nc file, a study folder, a ranking or circuit (.json)",
-            "open it in a browser, or give the file that it was drawn from",
+            "open it in a browser, or pass the file it was drawn from",
         )  # fmt: skip
     if not file.exists():
         raise OutputError(f"there is no file or folder {file}", "what mech has saved", "check the path")
@@ -75,7 +75,7 @@ def view(
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # not a result of mech
         raise OutputError(
-            f"{file} cannot be drawn ({type(error).__name__}: {error})", "a result that mech saved", "save it anew"
+            f"{file} cannot be drawn ({type(error).__name__}: {error})", "a result that mech saved", "save it again"
         ) from error
     print(drawn.save(target, width=width, scale=scale))
 

@@ -129,7 +129,7 @@ class Engine:
         if not state.picture:
             return replace(chosen, question=question, evidence=state.boxes or chosen.evidence)
         if state.picture not in self.pictures:
-            raise InputError("a picture that is not here any more", "one that was dropped in this session",
+            raise InputError("a picture that is no longer here", "one that was dropped in this session",
                              "drop it again")  # fmt: skip
         return Sample(question, "", (self.pictures[state.picture],), evidence=state.boxes)
 
@@ -137,7 +137,7 @@ class Engine:
         """The second picture, with the same question."""
         if state.other == BLANK:
             if not sample.evidence:
-                raise InputError("the picture without its evidence, of which nothing is known", "a box over it",
+                raise InputError("the picture without its evidence, which is unknown", "a box over it",
                                  "draw one on the picture, or choose another second picture")  # fmt: skip
             return without_evidence(sample)
         if state.other == COUNTERFACTUAL:
@@ -198,7 +198,7 @@ class Engine:
         try:
             raw = base64.b64decode(request.get("data") or "", validate=True)
         except (binascii.Error, TypeError, ValueError) as error:
-            raise InputError(f"{name!r}, which did not arrive whole", "a file in base64", "drop it again") from error
+            raise InputError(f"{name!r}, which arrived incomplete", "a file in base64", "drop it again") from error
         if len(raw) > MOST_BYTES:
             raise InputError(f"{name!r} of {len(raw):,} bytes", f"at most {MOST_BYTES:,}", "shrink the picture")
         picture = decoded(raw, name, most_pixels=MOST_PIXELS)
@@ -248,7 +248,7 @@ class Engine:
     def _head(self, request: Mapping[str, Any]) -> dict[str, Any]:
         state = self._state(request)
         if state.head is None:
-            raise InputError("no head", "one of the map", "click one")
+            raise InputError("no head", "one on the map", "click one")
         run = self._run(self._subject(state))
         rows = range(run.attention.shape[2])
         looking = {
@@ -319,7 +319,7 @@ class Engine:
         said, theirs = mine.top(1)[0][0], other.top(1)[0][0]
         if said == theirs:
             raise InputError(
-                f"two pictures to which the model says the same ({mine.answer!r})", "two answers to tell apart",
+                f"two pictures to which the model gives the same answer ({mine.answer!r})", "two different answers",
                 "choose another second picture",
             )  # fmt: skip
         mine.inputs.check_same_layout(other.inputs)
@@ -328,7 +328,7 @@ class Engine:
     def _paths(self, request: Mapping[str, Any]) -> dict[str, Any]:
         state = self._state(request)
         if state.head is None:
-            raise InputError("no head", "one of the map", "click one")
+            raise InputError("no head", "one on the map", "click one")
         sample = self._subject(state)
         other, metric = self._pair(state, sample)
         layer, head = state.head

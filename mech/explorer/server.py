@@ -83,9 +83,9 @@ def application(engine: Engine, token: str, port: int) -> "Starlette":
         given = request.path_params["token"].encode()
         origin = request.headers.get("origin")
         if request.headers.get("host") not in hosts or (origin and origin.partition("://")[2] not in hosts):
-            return PlainTextResponse("This page is for this machine alone.", 403, HEADERS)
+            return PlainTextResponse("This page is for this machine only.", 403, HEADERS)
         if not secrets.compare_digest(given, token.encode()):
-            return PlainTextResponse("The token in the address is not that of this session.", 403, HEADERS)
+            return PlainTextResponse("The token in the address does not belong to this session.", 403, HEADERS)
         return None
 
     async def asset(request: Request) -> Response:
@@ -100,7 +100,7 @@ def application(engine: Engine, token: str, port: int) -> "Starlette":
         if (no := refused(request)) is not None:
             return no
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            return PlainTextResponse("Requests are JSON.", 415, HEADERS)
+            return PlainTextResponse("Requests must be JSON.", 415, HEADERS)
         body = bytearray()
         async for part in request.stream():
             body += part
@@ -109,11 +109,11 @@ def application(engine: Engine, token: str, port: int) -> "Starlette":
         try:
             asked = parse_json(bytes(body))
         except ValueError:
-            return PlainTextResponse("The request is no JSON.", 400, HEADERS)
+            return PlainTextResponse("The request is not JSON.", 400, HEADERS)
         return JSONResponse(await run_in_threadpool(engine.ask, asked), headers=HEADERS)
 
     async def nothing(request: Request, error: Exception | None = None) -> Response:
-        return PlainTextResponse("There is nothing here: the address is the one that mech printed.", 403, HEADERS)
+        return PlainTextResponse("There is nothing here: use the address that mech printed.", 403, HEADERS)
 
     routes = [
         Route("/{token}/ask", ask, methods=["POST"]),

@@ -84,7 +84,7 @@ class State:
             try:
                 given[name] = _READ[name](text)
             except (ValueError, IndexError) as error:
-                raise InputError(f"{name}={text!r} in a link to the explorer", "as the page writes it",
+                raise InputError(f"{name}={text!r} in a link to the explorer", "the form that the page writes",
                                  "copy the link again") from error  # fmt: skip
         return cls(**given)
 
@@ -127,7 +127,7 @@ class Origin:
 
     def code(self) -> str:
         """The lines that make model and samples."""
-        model = f"model = {self.model}\n" if self.model else "# model: the one that is explored\n"
+        model = f"model = {self.model}\n" if self.model else "# model: the explored model\n"
         if not self.samples:
             return f"{model}# samples, reference: what was given to mech.explore\n"
         halves = f"reference, samples = {self.samples}.split(0.5)\n"

@@ -259,7 +259,7 @@ def test_a_picture_is_not_viewed_but_left_alone(mech, tmp_path, name):
 def test_an_interrupt_ends_with_130(mech, monkeypatch):
     monkeypatch.setattr("mech.haystacks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, err = mech("rank")
-    assert code == 130 and "goes on when the same command" in err
+    assert code == 130 and "resumes when the same command" in err
 
 
 def test_rank_prints_a_table_or_json_and_writes_the_ranking(mech, tmp_path):

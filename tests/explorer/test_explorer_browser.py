@@ -159,7 +159,7 @@ def test_a_box_that_is_drawn_is_the_evidence(page, engine):
     x0, y0, x1, y1 = map(float, link.split("boxes=0:")[1].split("&")[0].split(","))
     assert (x0, y0) == pytest.approx((9.6, 19.2), abs=1.6) and (x1, y1) == pytest.approx((57.6, 67.2), abs=1.6)
     ram = engine.ask({"action": "show", "state": link})["scores"]["ram"][4][2]
-    assert f"RAM {ram:.3f}" in page.text(".head p:not(.chips)") and "what you drew" in page.text(".boxes p")
+    assert f"RAM {ram:.3f}" in page.text(".head p:not(.chips)") and "the box you drew" in page.text(".boxes p")
     page.drag(".reading .stage", (0.5, 0.5), (0.5, 0.5))
     assert page.browser.run("return location.hash.slice(1)") == link, "a click draws nothing"
     page.click(".clear")
@@ -198,7 +198,7 @@ def test_what_cannot_be_shown_is_said_and_left(page, engine):
         if page.browser.shown(".trouble"):
             break
         time.sleep(0.05)
-    assert "not here any more" in page.text(".trouble")
+    assert "no longer here" in page.text(".trouble")
     page.settle("sample=1")
     assert "picture" not in page.browser.driver.current_url
     assert page.browser.one(".question").get_attribute("value") == before

@@ -95,7 +95,7 @@ def _refuse_alone(own: dict[str, Any]) -> None:
     for name, needs in (("elsewhere", "--blocks"), ("gpus_per_model", "--ray"), ("threads", "--ray or --blocks")):
         if own[name]:
             option = f"--{name.replace('_', '-')}"
-            raise ExperimentError(f"{option} without {needs}", f"{needs} beside it", f"add {needs}")
+            raise ExperimentError(f"{option} without {needs}", f"{needs} as well", f"add {needs}")
 
 
 def _default(command: Callable[..., None], given: dict[str, Any]) -> Path:

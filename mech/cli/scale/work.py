@@ -27,7 +27,7 @@ def work(
     ] = 600.0,
     linger: Annotated[
         float,
-        typer.Option(help="The same, once every driver is done.", callback=options.positive),
+        typer.Option(help="The same, once all drivers are done.", callback=options.positive),
     ] = 30.0,
     modules: Annotated[
         list[str] | None, typer.Option("--import", help="Modules with your own measurements; repeatable.")

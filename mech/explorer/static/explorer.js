@@ -4,13 +4,13 @@
 const SCORES = {
   ram: ["RAM: the question on the evidence", "RAM"],
   gaze: ["gaze: the answering token on the evidence", "gaze"],
-  vision_mass: ["vision mass: the question on all of the picture", "vision mass"],
+  vision_mass: ["vision mass: the question on the whole picture", "vision mass"],
   writes: ["writes: logits it adds to the answer", "writes"],
   effect: ["effect: the lead lost without it", "effect"],
 };
 const LATER = ["writes", "effect"]; // scores that cost passes of their own
 const WAYS = {
-  mean: "its mean over other samples", zero: "zero", resample: "its output at a random other place",
+  mean: "its mean over other samples", zero: "zero", resample: "its output at a random position in other samples",
   patch: "its output on the second picture", pull: "attention pulled to evidence",
 };
 const SINKS = {
@@ -63,7 +63,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
   const folded = make("details", { className: "python" }, make("summary", { textContent: "Python for what is shown" }), code);
   const choose = (name, label) => make("select", { className: name, ariaLabel: label, on: { change: event => go({ [name]: event.target.value }) } },
     ...Object.entries(SCORES).map(([value, [text]]) => make("option", { value, textContent: text })));
-  const score = choose("score", "Score of the map"), against = choose("against", "Score beside it");
+  const score = choose("score", "Score of the map"), against = choose("against", "Score to compare with");
   part.trouble.setAttribute("role", "alert");
   part.trouble.hidden = true;
   part.code.append(folded);
@@ -151,7 +151,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     return refresh(before);
   };
   const asked = () => {
-    if (!question.value.trim()) return complain("The question is empty. Expected: words to ask about the picture. Try: type some, or click a sample for its own");
+    if (!question.value.trim()) return complain("The question is empty. Expected: words to ask about the picture. Try: type some, or click a sample for its question");
     const own = question.value.trim(), stock = !state.picture && about.samples[+at("sample")].question;
     go({ question: own === stock ? "" : own, word: "" });
   };
@@ -164,7 +164,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
   const render = () => { drawSamples(); drawWords(); drawLooks(); drawBoxes(); drawAnswer(); drawChange(); drawMap(); drawScatter(); drawHead(); };
 
   const drawSamples = () => {
-    const file = make("input", { type: "file", accept: "image/png,image/jpeg,image/webp", className: "file", ariaLabel: "A picture of your own",
+    const file = make("input", { type: "file", accept: "image/png,image/jpeg,image/webp", className: "file", ariaLabel: "Your own picture",
       on: { change: event => event.target.files[0] && add(event.target.files[0]) } });
     const own = make("label", { className: "own" + (state.picture ? " chosen" : "") }, file,
       view.file || "Drop a picture here, or choose one");
@@ -183,7 +183,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
       on: { click: () => go({ word }), mouseenter: () => drawLooks(word), focus: () => drawLooks(word),
         mouseleave: () => drawLooks(), blur: () => drawLooks() } });
     part.words.replaceChildren(...view.words.map((word, i) => chip(word.replace(/ \d+$/, ""), String(i), "Where the head attends from this word")),
-      chip("whole question", "", "The mean over its tokens"));
+      chip("whole question", "", "Mean over its tokens"));
   };
 
   const stages = (values, most, sinks, hidden) => view.pictures.map((picture, k) => {
@@ -225,8 +225,8 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
       on: { change: event => go({ sinks: event.target.checked ? "hidden" : "" }) } });
     const sinks = n ? make("label", { className: "soft", title: SINKS[view.sinks_by] }, hide, ` hide ${plural(n, "sink")} of this layer`) : "";
     const clear = make("button", { type: "button", textContent: "Clear the box", className: "clear", hidden: !view.drawn, on: { click: () => go({ boxes: "" }) } });
-    part.boxes.replaceChildren(make("p", { className: "soft", textContent: view.drawn ? "The evidence is what you drew; with Shift, another box is added."
-      : view.evidence.length ? "Outlined: the evidence. Drag a box to mark other evidence." : "Drag a box over what holds the answer: scores count attention in it." }), clear, sinks);
+    part.boxes.replaceChildren(make("p", { className: "soft", textContent: view.drawn ? "The evidence is the box you drew; hold Shift to add another."
+      : view.evidence.length ? "Outlined: the evidence. Drag a box to mark other evidence." : "Drag a box over the evidence: scores measure attention inside it." }), clear, sinks);
   };
 
   const bar = (p, low, high) => make("td", { vars: { p, low: low ?? p, high: high ?? p }, className: "bar" + (low == null ? "" : " range"),
@@ -245,9 +245,9 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
         : [" → ", make("b", { className: "now", textContent: shown(now) }), make("span", { className: "soft", textContent: right })]));
     const kept = random?.sets.filter(one => one.same).length;
     const told = off.length ? make("p", { className: "soft twin", textContent: random?.sets.length
-      ? `${kept} of ${random.sets.length} random sets of ${plural(off.length, "other head")}, changed the same way, leave the first token as it was.`
-      : random ? "There are not as many other heads to compare with." : "As many random heads …" }) : "";
-    const table = make("table", { className: "tokens" }, make("thead", {}, make("tr", {}, ...["next token", "as it is", ...(off.length ? ["changed", "random heads"] : [])]
+      ? `${kept} of ${random.sets.length} random sets of ${plural(off.length, "other head")}, changed the same way, leave the first token unchanged.`
+      : random ? "Too few other heads to compare with." : "The same number of random heads …" }) : "";
+    const table = make("table", { className: "tokens" }, make("thead", {}, make("tr", {}, ...["next token", "unchanged", ...(off.length ? ["changed", "random heads"] : [])]
       .map(text => make("th", { textContent: text })))), make("tbody", {}, ...likely.map(({ text, before, now, others }) =>
       make("tr", {}, make("th", { textContent: shown(text) }), bar(before), ...(off.length ? [now == null ? make("td", { textContent: "…" }) : bar(now),
         others.length ? bar(sum(others) / others.length, Math.min(...others), Math.max(...others)) : make("td", { textContent: random ? "–" : "…" })] : [])))));
@@ -258,7 +258,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
     const off = heads(state.off), two = at("way") === "patch" || [at("score"), at("against")].includes("effect") || asPaths;
     const chips = off.map(name => make("button", { type: "button", className: "chip", textContent: `${name} ×`, title: `Switch ${name} on again`,
       ariaLabel: `Switch ${name} on again`, on: { click: () => toggle(name) } }));
-    const way = make("select", { className: "way", ariaLabel: "What heads put out instead", on: { change: event => go({ way: event.target.value === "mean" ? "" : event.target.value }) } },
+    const way = make("select", { className: "way", ariaLabel: "What heads output instead", on: { change: event => go({ way: event.target.value === "mean" ? "" : event.target.value }) } },
       ...Object.entries(WAYS).map(([value, text]) => make("option", { value, textContent: text, selected: at("way") === value })));
     const pictures = [...(view.counterfactual ? [["counterfactual", "its counterfactual"]] : []), ["blank", "without the evidence"],
       ...about.samples.map((sample, i) => [String(i), `sample ${i}`]).filter(([i]) => state.picture || i !== at("sample"))];
@@ -293,7 +293,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
   };
   const pointed = name => {
     const even = at("score") === "ram" && view.even != null ? `Even attention would give ${number(view.even)}. ` : "";
-    part.readout.textContent = name ? `${name}: ${tell(name)}` : `${even}Click a head, or move by the arrow keys; Shift and a click switch it off.`;
+    part.readout.textContent = name ? `${name}: ${tell(name)}` : `${even}Click a head or use the arrow keys; Shift-click switches it off.`;
   };
   const drawMap = () => {
     score.value = at("score");
@@ -357,7 +357,7 @@ export function explore(root, ask, { link = "", moved = () => {}, whole = () => 
       make("p", { className: "chips" }, make("button", { type: "button", className: "switch", textContent: off ? `Switch ${name} on` : `Switch ${name} off`, on: { click: () => toggle(name) } }),
         make("button", { type: "button", className: "into", ariaExpanded: String(asPaths), textContent: asPaths ? "Hide paths into it" : "Paths into it",
           on: { click: () => { asPaths = !asPaths; drawChange(); drawHead(); if (asPaths) readPaths(); } } })),
-      ...(asPaths ? [make("p", { className: "soft", textContent: "What writes to what it reads, by edge attribution (an estimate): the share of the gap between the answers to the two pictures." }),
+      ...(asPaths ? [make("p", { className: "soft", textContent: "What writes to the head's inputs, by edge attribution (an estimate): share of the gap between the answers to the two pictures." }),
         list || make("p", { className: "soft", textContent: "…" })] : []));
   };
 

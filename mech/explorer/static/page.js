@@ -5,7 +5,7 @@ const ask = async request => {
   const answer = await fetch("ask", {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request),
   }).catch(() => null);
-  if (!answer) return { error: { given: "mech does not answer any more", expected: "a running `mech explore`", do: "start it again" } };
+  if (!answer) return { error: { given: "mech no longer answers", expected: "a running `mech explore`", do: "start it again" } };
   if (!answer.ok) return { error: { given: await answer.text(), expected: "", do: "reload the page" } };
   return answer.json();
 };
