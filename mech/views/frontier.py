@@ -246,7 +246,7 @@ def _recommended(facts: Mapping[str, Any]) -> str:
     others = f" Smallest sufficient share, by choice: {escape(', '.join(enough))}." if enough else ""
     return (
         f"<p><b>Recommended:</b> {what} dense: a loss of {_with(best['loss'], 100)} points, {best['kv_bytes']:.0%} of "
-        f"the cache. This is the smallest share whose loss is surely below {margin}.{others}</p>"
+        f"the cache. This is the smallest share whose loss interval lies below {margin}.{others}</p>"
     )
 
 

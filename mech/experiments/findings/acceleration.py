@@ -110,8 +110,8 @@ def _keeping(facts: Facts) -> Said:
         text = (
             f"With {_groups(best['n_kv_heads'], n)} dense, chosen by RAM, and the others local ({local}), the loss is "
             f"{points(best['loss'])} of accuracy ({points(alone['loss'])} with none dense); the cache holds "
-            f"{best['kv_bytes']:.0%} of the bytes. This is the smallest number tried whose loss is surely below "
-            f"{100 * facts['margin']:.0f} points."
+            f"{best['kv_bytes']:.0%} of the bytes. This is the smallest number tried whose loss interval lies "
+            f"below {100 * facts['margin']:.0f} points."
         )
         yield "sparse", text, False
     else:
@@ -120,7 +120,7 @@ def _keeping(facts: Facts) -> Said:
             most = max(tried, key=lambda entry: entry["share"])
             text = (
                 f"Even with {_groups(most['n_kv_heads'], n)} dense, chosen by RAM, the loss is {points(most['loss'])} "
-                f"of accuracy: not surely below {100 * facts['margin']:.0f} points."
+                f"of accuracy, its interval not below {100 * facts['margin']:.0f} points."
             )
             yield "not sparse", text, most["share"] >= 0.2  # the paper keeps 5 to 19% of the heads without loss
 

@@ -57,12 +57,12 @@ def _text(rows: list[dict[str, Any]]) -> str:
     text = (
         f"With {samples} test samples per setting, this study detects losses of accuracy of {points} points or more "
         f"({POWER:.0%} power); smaller ones would often go unnoticed. The test flips the signs of "
-        f"paired differences, one-sided at {ALPHA:.0%}, and assumes that no answer is gained"
+        f"paired differences, one-sided at {ALPHA:.0%}, and assumes that ablation turns no wrong answer right"
     )
     if most["gained"] > 0:
         larger = most["loss_with_gains"]
-        reach = "no loss is detected" if larger is None else f"the loss has to be {100 * larger:.0f} points"
-        text += f"; where {most['gained']:.0%} of the answers are gained, the most observed, {reach}"
+        reach = "no loss is detected" if larger is None else f"the loss must reach {100 * larger:.0f} points"
+        text += f"; where it does for {most['gained']:.0%} of the answers, the most observed, {reach}"
     draws = [row["draws"] for row in rows if row["draws"]]
     sets = f" Against {min(draws)} random sets no p falls below {1 / (1 + min(draws)):.2g}." if draws else ""
     return f"{text}.{sets}"
