@@ -86,7 +86,7 @@ def write(path: str | Path, *content: bytes | memoryview | str) -> Path:
     part = target.parent / f".{target.name}.{os.getpid()}-{threading.get_ident()}.part"
     try:
         if target.exists() and not target.is_file():  # it would be replaced, /dev/null above all
-            raise OSError(errno.EINVAL, "it is a folder" if target.is_dir() else "it is no regular file")
+            raise OSError(errno.EINVAL, "it is a folder" if target.is_dir() else "it is not a regular file")
         with part.open("wb") as file:
             for piece in content:
                 file.write(piece.encode() if isinstance(piece, str) else piece)
@@ -115,8 +115,8 @@ def unwritable(path: Path, error: OSError) -> OutputError:
     """The error for a place that cannot be written."""
     return OutputError(
         f"{path} cannot be written ({error.strerror or error})",
-        "a folder that can be written, on a disk that is not full",
-        "give another folder, or make room and permission for this one",
+        "a writable folder, on a disk that is not full",
+        "give another folder, or free space and set permissions for this one",
     )
 
 
@@ -129,4 +129,4 @@ def _regular(path: str, flags: int) -> int:
     os.close(handle)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
-    raise OSError(errno.EINVAL, "it is no regular file", path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)

@@ -16,7 +16,7 @@ from mech.views import view
 
 @pytest.mark.parametrize("old, new", [("looks", "attention_maps"), ("asking", "with_question")])
 def test_names_of_the_version_before_warn(old, new):
-    with pytest.warns(DeprecationWarning, match=f"mech.{old} is called mech.{new} now") as warned:
+    with pytest.warns(DeprecationWarning, match=f"mech.{old} is now called mech.{new}") as warned:
         assert getattr(mech, old) is getattr(mech, new)
     assert warned[0].filename == __file__, "the warning points at the caller"
     assert old not in mech.__all__
@@ -24,7 +24,7 @@ def test_names_of_the_version_before_warn(old, new):
 
 def test_options_of_the_version_before_warn():
     maps = fabricated_maps()
-    with pytest.warns(DeprecationWarning, match="looks= is called maps= now"):
+    with pytest.warns(DeprecationWarning, match="looks= is now called maps="):
         drawn = view(fabricated_circuit(), on=fabricated_sample(), looks=maps)
     now = view(fabricated_circuit(), on=fabricated_sample(), maps=maps)
     assert drawn.body.count("<figure") == now.body.count("<figure") > 0 and drawn.height == now.height

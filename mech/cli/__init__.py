@@ -83,7 +83,9 @@ def main() -> None:
         if error.errno not in FULL:
             raise
         full = OutputError(
-            f"{error.filename or 'a file'} cannot be written ({error.strerror})", "room on the disk", "make room"
+            f"{error.filename or 'a file'} cannot be written ({error.strerror})",
+            "free space on the disk",
+            "free some space",
         )
         print(f"mech: {full}", file=sys.stderr)
         sys.exit(2)

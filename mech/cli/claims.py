@@ -41,7 +41,9 @@ def claims(
     used, where = run.samples(domain, samples)
     if answer != "digit":
         if run.data is not None:
-            raise ExperimentError(f"--answer {answer} with --data", "the answers of --data", "leave --answer out")
+            raise ExperimentError(
+                f"--answer {answer} with --data", "the answers that --data holds", "leave --answer out"
+            )
         used = mech.haystacks(domain or "grounding", samples, run.seed, answer=answer)
     hooked = run.open_model()
     with run.progress() as say:

@@ -103,7 +103,7 @@ def _check_model(name: str, value: str) -> None:
 
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
-        raise ExperimentError(f"{name} {value:g}", "a share between 0 and 1", "use 0.1 for ten points of a hundred")
+        raise ExperimentError(f"{name} {value:g}", "a share between 0 and 1", "use 0.1 for ten percentage points")
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -51,7 +51,7 @@ def view(
             "open it in a browser, or pass the file it was drawn from",
         )  # fmt: skip
     if not file.exists():
-        raise OutputError(f"there is no file or folder {file}", "what mech has saved", "check the path")
+        raise OutputError(f"there is no file or folder {file}", "something that mech saved", "check the path")
 
     from mech import views
     from mech.files import read, write

@@ -81,7 +81,7 @@ def read_samples(
             with _at("id"):
                 if sample.id in samples:
                     raise InputError(
-                        f"{sample.id!r} is the id of line {numbers[sample.id]} as well", "an id of its own",
+                        f"{sample.id!r} is also the id of line {numbers[sample.id]}", "a unique id",
                         "change one, or leave ids out",
                     )  # fmt: skip
             samples[sample.id], numbers[sample.id] = sample, number
@@ -126,7 +126,7 @@ def _report(path: Path, wrong: list[tuple[int, _Wrong]], good: int) -> InputErro
     told = [f"  line {number}, {line.path}: {_told(line.error)}" for number, line in wrong[:SHOWN]]
     more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
     head = f"{len(wrong)} of {len(wrong) + good} lines of {path} cannot be used:"
-    return InputError("\n".join([head, *told, *more]), "", f"begin with line {first_number}: {first.error.do}")
+    return InputError("\n".join([head, *told, *more]), "", f"start with line {first_number}: {first.error.do}")
 
 
 def _told(error: MechError) -> str:
@@ -147,8 +147,9 @@ class _Folder:
             return Path(given)
         if os.path.normpath(given).split(os.sep)[0] == os.pardir or not is_below(self.root / given, self.root):
             raise InputError(
-                f"{given!r} leaves the folder of the file", "a path inside it, links followed, or an absolute one",
-                "move the picture beside the file, or pass root=",
+                f"{given!r} lies outside the folder of the file",
+                "a path inside it (links are followed), or an absolute one",
+                "move the picture into that folder, or pass root=",
             )  # fmt: skip
         return self.root / given
 
@@ -165,7 +166,7 @@ def _parsed(line: str) -> dict[str, Any]:
             record = parse_json(line)
         except ValueError as error:
             raise InputError(
-                f"{line.strip()[:60]!r}", "one JSON object on one line", f"mend it: {error}" if line.strip() != "["
+                f"{line.strip()[:60]!r}", "one JSON object on one line", f"fix it: {error}" if line.strip() != "["
                 else "write one object a line, without the brackets and commas of a list",
             ) from error  # fmt: skip
         if not isinstance(record, dict):
@@ -189,7 +190,7 @@ def _sample(record: Mapping[str, Any], id: str, domain: str, folder: _Folder, wh
     with _at("fps"):
         given["fps"] = fps = record.get("fps", 2.0)
         if not _is_number(fps) or not fps > 0:
-            raise InputError(repr(fps), "frames a second, more than 0", "leave it out for 2.0")
+            raise InputError(repr(fps), "frames per second, more than 0", "leave it out for 2.0")
     pictures, video = shown["images"] or shown["video"], bool(shown["video"])
     with _at("evidence"):
         regions = record.get("evidence", [])
@@ -249,10 +250,12 @@ def _distractors(given: Any, pictures: Sequence[Image.Image], video: bool, folde
 def _check_partner(sample: Sample, partner: Sample) -> None:
     """Refuse the same answer, and pictures of other sizes, since patching goes position by position."""
     if partner.answer == sample.answer:
-        raise InputError(f"the same answer {sample.answer!r}", "another answer", "say what is right on its pictures")
+        raise InputError(
+            f"the same answer {sample.answer!r}", "another answer", "give the right answer for its pictures"
+        )
     ours, theirs = ([picture.size for picture in (s.images or s.video)] for s in (sample, partner))
     if ours != theirs:
-        raise InputError(f"pictures of sizes {theirs}", f"those of the sample, {ours}", "keep sizes and their number")
+        raise InputError(f"pictures of sizes {theirs}", f"those of the sample, {ours}", "keep their sizes and number")
 
 
 def check_domain(name: str) -> None:
@@ -262,7 +265,9 @@ def check_domain(name: str) -> None:
         InputError: such a name.
     """
     if set(name) & set("/\\") or name.startswith("."):
-        raise InputError(f"the domain {name!r}", "a name that can be a folder's", "leave out '/', '\\' and a first '.'")
+        raise InputError(
+            f"the domain {name!r}", "a name that can be a folder name", "leave out '/', '\\' and a leading '.'"
+        )
     if printable(name) != name or set(name) & set("\n\t"):
         raise InputError(f"the domain {name!r}", "a name that can be printed", "leave out control characters")
 
@@ -273,7 +278,7 @@ def _text(given: Any) -> str:
             repr(given)[:60], "a text", "put it in quotes" if given and not isinstance(given, str) else "fill it in"
         )
     if any("\ud800" <= character <= "\udfff" for character in given):
-        raise InputError(ascii(given)[:60], "whole characters", "write the file as UTF-8, without \\u escapes")
+        raise InputError(ascii(given)[:60], "complete characters", "write the file as UTF-8, without \\u escapes")
     return given
 
 
@@ -309,7 +314,7 @@ def _region(given: Any, i: int, pictures: Sequence[Image.Image], video: bool, fo
         for name in given:
             if name not in allowed:
                 with _at(name):
-                    raise InputError("not in this place", ", ".join(allowed), suggestion(name, allowed))
+                    raise InputError("not allowed here", ", ".join(allowed), suggestion(name, allowed))
         if kind in ("frames", "pages"):
             with _at(kind):
                 if (kind == "frames") != video:
@@ -344,7 +349,7 @@ def _box(given: Mapping[str, Any], kind: str, size: tuple[int, int], where: dict
     width, height = size
     if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1:
         raise RegionError(
-            f"{numbers} leaves a picture of {width} x {height} pixels", "pixels of the upright picture",
+            f"{numbers} does not fit in a picture of {width} x {height} pixels", "pixels of the upright picture",
             'scale relative boxes; use "xywh" for [x, y, width, height]',
         )  # fmt: skip
     return box
@@ -359,5 +364,5 @@ def _mask(given: Mapping[str, Any], kind: str, size: tuple[int, int], where: dic
             "resize it",
         )
     if not inside.any():
-        raise RegionError("a mask without a white pixel", "white inside, black outside", "look at the file")
+        raise RegionError("a mask without a white pixel", "white inside, black outside", "check the file")
     return Mask(inside, **where)

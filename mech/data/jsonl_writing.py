@@ -39,13 +39,13 @@ def write_samples(samples: SomeSamples, folder: str | Path, name: Text = "sample
     """
     ids = Samples(samples).names
     if twice := [id for id, count in Counter(ids).items() if count > 1]:
-        raise InputError(f"{len(twice)} ids are there twice, the first is {twice[0]!r}", "an id each", "rename them")
+        raise InputError(f"{len(twice)} ids are repeated, the first is {twice[0]!r}", "unique ids", "rename them")
     for id, sample in zip(ids, samples, strict=True):
         check_domain(sample.domain)
         if any(one is not None and (one.context or one.spans) for one in (sample, sample.counterfactual)):
             raise InputError(
-                f"sample {id!r} has a context or spans of its answer", "a sample without them, which files do not hold",
-                "make it anew where it is needed",
+                f"sample {id!r} has a context or spans of its answer", "a sample without them: files do not hold them",
+                "make it again where it is needed",
             )  # fmt: skip
         if not sample.question.strip() or not sample.answer.strip():
             raise InputError(f"sample {id!r} has no question or no answer", "both", "fill them in")

@@ -70,7 +70,7 @@ def _pictures(shown: Any, where: str) -> tuple[Image.Image, ...]:
     found = tuple(shown) if isinstance(shown, list | tuple) else (shown,)
     if not found or not all(isinstance(picture, Image.Image) for picture in found):
         kinds = ", ".join(sorted({type(value).__name__ for value in found})) or "nothing"
-        raise InputError(f"{where} shows {kinds}", "pictures", "leave out tasks of videos and sounds")
+        raise InputError(f"{where} shows {kinds}", "pictures", "leave out tasks with videos or sound")
     return tuple(picture.convert("RGB") for picture in found)
 
 

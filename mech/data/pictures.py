@@ -115,9 +115,7 @@ def _read(
 
 def _upright(given: Image.Image) -> Image.Image:
     if not given.width or not given.height:
-        raise InputError(
-            f"a picture of {given.width} x {given.height} pixels", "at least one pixel", "look at the crop"
-        )
+        raise InputError(f"a picture of {given.width} x {given.height} pixels", "at least one pixel", "check the crop")
     if Image.MAX_IMAGE_PIXELS and given.width * given.height > Image.MAX_IMAGE_PIXELS:
         raise _too_large(f"a picture of {given.width} x {given.height} pixels")
     # The second picture of a phone's JPEG (MPO) is a preview or a depth map.

@@ -251,7 +251,7 @@ class LogitDiff(Metric):
         if fork is None:
             raise ExperimentError(
                 f"the answers {self.answer!r} and {self.wrong!r} do not differ in a token",
-                "two answers that part at some token",
+                "two answers that diverge at some token",
                 "give another wrong answer",
             )
         right, wrong = ids[fork], others[fork]
@@ -342,7 +342,7 @@ class OfLogits(Metric):
                 of = f" of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else ""
                 raise ExperimentError(
                     f"a {type(given).__name__}{of} from {self!r} for two rows of logits",
-                    "a tensor, a number for each row",
+                    "a tensor with a number for each row",
                     "index the last position and a token: lambda logits: logits[:, -1, token]",
                 )
         return Reading(_predicting(layout, 1), lambda logits, clean: self.function(logits))
@@ -364,7 +364,7 @@ def _ids(model: HookedMLLM | None, answer: Answer, example: int) -> tuple[int, .
     if isinstance(answer, Sequence | np.ndarray) and not isinstance(answer, str):
         if example >= len(answer):
             raise ExperimentError(
-                f"{len(answer)} answers for example {example + 1}", "one answer for each", "give as many as examples"
+                f"{len(answer)} answers for example {example + 1}", "one answer for each example", "give one for each"
             )
         for text in answer:  # all of them with the first, so that none is refused after a forward
             if not isinstance(text, str):
@@ -385,7 +385,9 @@ def _token(model: HookedMLLM | None, token: Any) -> int:
     if model is not None:
         return model.token_id(token)
     if isinstance(token, bool) or not isinstance(token, int | np.integer) or token < 0:
-        raise InputError(f"the token {token!r}", "an id from 0 on, or a text with the model", "give its id")
+        raise InputError(
+            f"the token {token!r}", "an id of at least 0, or a string together with the model", "give its id"
+        )
     return int(token)
 
 
@@ -406,7 +408,7 @@ def _predicting(layout: TokenLayout, tokens: int) -> tuple[int, ...]:
     given = layout.spans.get("answer", ())
     if len(given) < tokens - 1:
         raise ExperimentError(
-            f"an answer that is read at its token {tokens}, and inputs that hold {len(given)} tokens of it",
+            f"an answer that is read at its token {tokens}, but inputs that hold {len(given)} tokens of it",
             "inputs with the answer (teacher forcing)",
             "build them with model.inputs_of(sample, answer=True)",
         )

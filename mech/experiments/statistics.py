@@ -333,7 +333,7 @@ def _examples(values: Any) -> np.ndarray:
         raise ExperimentError(given, "at least two examples, on axis 0", "measure more examples")
     if not np.isfinite(values).all():
         bad = int(np.argwhere(~np.isfinite(values))[0][0])
-        raise ExperimentError(f"example {bad} holds nan or inf", "finite numbers", "drop the example or mend its score")
+        raise ExperimentError(f"example {bad} holds nan or inf", "finite numbers", "drop the example or fix its score")
     return values
 
 

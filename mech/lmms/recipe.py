@@ -85,10 +85,12 @@ def read_recipe(path: str | Path, sha: str) -> Recipe:
             Ablate(heads=[tuple(head) for head in ablate["heads"]], to=ablate["to"]) if ablate else None,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OutputError(f"{path} cannot be read ({error})", "a file of write_recipe", "write it again") from error
+        raise OutputError(
+            f"{path} cannot be read ({error})", "a file written by write_recipe", "write it again"
+        ) from error
     if recipe.sha != sha:
         raise OutputError(
-            f"{path} is the recipe {recipe.sha}, and recipe_sha={sha}",
+            f"{path} is the recipe {recipe.sha}, but recipe_sha={sha}",
             "the hash of what the file says: lmms-eval replays answers that it cached for the same arguments",
             f"pass recipe_sha={recipe.sha}",
         )

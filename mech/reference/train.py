@@ -203,7 +203,7 @@ class Training:
         state = torch.load(self.checkpoint, weights_only=True)
         if state["recipe"] != repr(self.recipe):
             raise OutputError(
-                f"{self.checkpoint} follows another recipe", "one of this recipe", "delete it to begin anew"
+                f"{self.checkpoint} follows another recipe", "one of this recipe", "delete it to start over"
             )
         for part in ("model", "alignment", "optimizer"):
             getattr(self, part).load_state_dict(state[part])

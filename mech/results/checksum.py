@@ -41,7 +41,7 @@ def unsealed(content: bytes) -> tuple[bytes, bool]:
     if not end.startswith(_MARK):
         return content, False
     if end != seal(body):
-        raise ValueError("it is damaged: its checksum is that of another content")
+        raise ValueError("it is damaged: its checksum does not match its content")
     return body, True
 
 
@@ -62,7 +62,7 @@ def unsealed_record(record: Mapping[str, Any]) -> dict[str, Any]:
         return plain
     if record.get(NAME) != _entry(plain):
         raise ValueError(
-            f"it is damaged: its checksum is that of another content; if it was changed on purpose, remove {NAME!r}"
+            f"it is damaged: its checksum does not match its content; if it was changed on purpose, remove {NAME!r}"
         )
     return plain
 

@@ -253,7 +253,7 @@ def check(dataset: xr.Dataset, kind: Kind | str) -> xr.Dataset:
             parse_json(dataset.attrs[name])
         except (TypeError, ValueError) as error:
             raise OutputError(
-                f"attrs[{name!r}] of a {kind!r} dataset is no JSON ({error})", "JSON", f"use {layout.made_by}"
+                f"attrs[{name!r}] of a {kind!r} dataset is not JSON ({error})", "JSON", f"use {layout.made_by}"
             ) from error
     if kind == "ablation":
         _check_words(dataset, "method", METHODS)
@@ -272,9 +272,9 @@ def map_facts(dataset: xr.Dataset) -> list[dict[str, Any]]:
     try:
         facts = parse_json(dataset.attrs["facts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise OutputError(f"attrs['facts'] is no list ({error})", "one entry for each example") from error
+        raise OutputError(f"attrs['facts'] is not a list ({error})", "one entry for each example") from error
     if not isinstance(facts, list) or not all(isinstance(known, Mapping) for known in facts):
-        raise OutputError("attrs['facts'] is no list of records", "one entry for each example")
+        raise OutputError("attrs['facts'] is not a list of records", "one entry for each example")
     return facts
 
 

@@ -91,8 +91,8 @@ def load(path: str | Path) -> xr.Dataset:
     except Exception as error:  # h5py, h5netcdf and xarray have no common error; any error means: not readable
         raise OutputError(
             f"{path} cannot be read ({type(error).__name__}: {error})",
-            "a whole netCDF file",
-            "delete it and run the same command again: only this file is computed anew",
+            "a complete netCDF file",
+            "delete it and run the same command again: only this file is recomputed",
         ) from error
     return renewed(dataset)
 
@@ -124,7 +124,7 @@ def load_part(path: str | Path) -> xr.Dataset:
     try:
         return part_of_bytes(read(path))
     except Exception as error:  # zipfile, zlib, numpy and xarray have no common error; any error means: not readable
-        raise OutputError(f"{path} cannot be read ({error})", "a whole part", "delete it and run again") from error
+        raise OutputError(f"{path} cannot be read ({error})", "a complete part", "delete it and run again") from error
 
 
 def part_of_bytes(content: bytes) -> xr.Dataset:
@@ -153,7 +153,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: not a path, not JSON, nested too deep, or damaged.
     """
     if not isinstance(path, str | Path):  # a number would be a file descriptor, which reading would close
-        raise ValueError(f"{path!r} is no path")
+        raise ValueError(f"{path!r} is not a path")
     value = parse_json(read(path))
     return renewed_record(unsealed_record(value) if isinstance(value, dict) else value)
 

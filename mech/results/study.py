@@ -81,7 +81,7 @@ class Study:
                 name, here, asked = difference
                 self.close()
                 raise OutputError(
-                    f"{self.path} was made with {name} = {here}, now {name} = {asked} is asked for",
+                    f"{self.path} was made with {name} = {here}, but now {name} = {asked}",
                     "the same settings, so that its numbers can be kept",
                     "give another folder, or delete this one",
                 )
@@ -115,7 +115,7 @@ class Study:
         """Where a key lives: ``model/domain/ram`` -> ``{study}/model/domain/ram.nc``."""
         parts = key.split("/")
         if not all(parts) or any(part.startswith(".") or "\\" in part or "\0" in part for part in parts):
-            raise OutputError(f"{key!r} is no key", "words joined by '/', none empty or starting with a dot")
+            raise OutputError(f"{key!r} is not a key", "words joined by '/', none empty or starting with a dot")
         return self.path.joinpath(*parts[:-1], parts[-1] + suffix)
 
     def keys(self) -> list[str]:
@@ -140,7 +140,7 @@ class Study:
         path = self.file(key)
         _checked(dataset, key)
         if self.done(key):
-            raise OutputError(f"{path} is there already", "a study is only added to", "ask study.done(key) first")
+            raise OutputError(f"{path} already exists", "a study is only added to", "ask study.done(key) first")
         make_folder(path.parent)
         save(dataset, path)
 
@@ -225,7 +225,7 @@ class Study:
 
     def _part(self, key: str, index: int) -> Path:
         if index < 0:
-            raise OutputError(f"part {index} of {key!r}", "a number from 0 on")
+            raise OutputError(f"part {index} of {key!r}", "a number of at least 0")
         return self.file(key, ".parts") / f"{index:04d}.npz"
 
     def _has_part(self, key: str, index: int) -> bool:
@@ -294,7 +294,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except FileNotFoundError as error:
-        raise OutputError(f"{path.parent} is no study", "a folder with study.json", "run `mech study` first") from error
+        raise OutputError(
+            f"{path.parent} is not a study", "a folder with study.json", "run `mech study` first"
+        ) from error
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error})", "JSON", "delete the folder and run again") from error
     if not isinstance(value, dict):

@@ -54,8 +54,8 @@ class LaidOut(HookedMLLM):
     @contextmanager
     def _attached(self) -> Iterator[None]:
         raise UnsupportedModel(
-            f"a run of {self.name}, whose weights are with the workers alone",
-            "what is measured in blocks",
+            f"a run of {self.name}, whose weights only the workers hold",
+            "a measurement in blocks",
             "run this outside mech.on_ray and mech.on_folder(works=False), or without --ray and --elsewhere",
         )
         yield

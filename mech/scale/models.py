@@ -101,7 +101,7 @@ def identity(model: Any) -> dict[str, str]:
     record = model_record(model)
     if record["weights"] is None:
         raise UnsupportedModel(
-            f"the weights of {model.name} lie on no device, and have no digest",
+            f"the weights of {model.name} are on no device and have no digest",
             "weights in memory, to be compared between machines",
             "open it with a device_map that offloads nothing to disk",
         )

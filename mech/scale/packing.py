@@ -34,7 +34,7 @@ def known(*classes: type) -> None:
     """Let dataclasses, or named tuples, be packed."""
     for one in classes:
         if _KNOWN.setdefault(one.__name__, one) is not one:
-            raise ExperimentError(f"two classes called {one.__name__}", "one of each name", "rename one of them")
+            raise ExperimentError(f"two classes called {one.__name__}", "one class of each name", "rename one of them")
 
 
 def pack(value: Any) -> bytes:
@@ -64,7 +64,7 @@ def unpack(content: bytes) -> Any:
             return _read(parse_json(str(arrays["header"])), arrays)
     except Exception as error:  # zipfile, numpy, PIL and the classes themselves; all of them mean: not readable
         raise OutputError(
-            f"a packed file cannot be read ({error})", "a whole file", "run the same command again"
+            f"a packed file cannot be read ({error})", "a complete file", "run the same command again"
         ) from (error)
 
 

@@ -226,7 +226,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise MechError("Ray is not installed", "the extra of mech for clusters", "pip install 'mech[ray]'") from error
+        raise MechError("Ray is not installed", "mech's extra for clusters", "pip install 'mech[ray]'") from error
     return ray
 
 
@@ -239,7 +239,7 @@ def _connected(ray: Any, address: str) -> None:
     if address.startswith("ray://") and find_spec("grpc") is None:
         raise MechError(
             f"the Ray cluster {address!r} without Ray's client (grpcio is not installed)",
-            "the extra of mech for clusters, which brings it; auto, on a machine of the cluster, goes without",
+            "mech's extra for clusters, which installs it; auto, on a machine of the cluster, does not need it",
             "pip install 'mech[ray]'",
         )  # fmt: skip
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -250,7 +250,7 @@ def _connected(ray: Any, address: str) -> None:
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise MechError(
             f"the Ray cluster {address!r} cannot be reached ({str(error).strip().splitlines()[0]})",
-            "a cluster that runs, and its address: auto on one of its machines, ray://HOST:10001 from elsewhere",
+            "a running cluster, and its address: auto on one of its machines, ray://HOST:10001 from elsewhere",
             "run `ray status` on its head node",
         ) from error
 
@@ -266,13 +266,13 @@ def _next(tasks: Iterator[Task], later: "deque[tuple[float, Task]]", more: bool)
 def _refuse_too_large(share: float, threads: int, gpus: list[float], cores: list[float]) -> None:
     if share and share > max(gpus):
         raise ExperimentError(
-            f"{share:g} GPUs for a model, and the largest node has {max(gpus):g}", "a model inside one node",
+            f"{share:g} GPUs for a model, and the largest node has {max(gpus):g}", "a model that fits on one node",
             "give fewer --gpus-per-model, or add a larger node",
         )  # fmt: skip
     if threads > max(cores):
         raise ExperimentError(
             f"{threads} threads for a worker, and the largest node has {max(cores):g} cores",
-            "a worker inside one node", "give fewer --threads",
+            "a worker that fits on one node", "give fewer --threads",
         )  # fmt: skip
 
 

@@ -52,8 +52,8 @@ class BlocksFailed(MechError):
         super().__init__(
             f"{len(failed)} blocks of {samples} samples failed three times, the first with "
             f"{f'samples {shown}' if ids else 'none'}: {error}",
-            "every block measured; all others are, and are kept",
-            f"see `mech status {folder}`, mend the cause, and give the same command again",
+            "every block measured; all others are done and kept",
+            f"see `mech status {folder}`, fix the cause, and run the same command again",
         )
 
     @classmethod
@@ -284,7 +284,7 @@ def merged(parts: Mapping[Block, xr.Dataset], job: Job, measure: Measure) -> xr.
     _refuse_twice(list(map(str, joined[EXAMPLE].values)))
     if list(map(str, joined[EXAMPLE].values)) != ids:
         raise OutputError(
-            f"{joined.sizes[EXAMPLE]} examples of {len(ids)} samples", "one for each", "remove the folder"
+            f"{joined.sizes[EXAMPLE]} examples for {len(ids)} samples", "one for each", "remove the folder"
         )
     return joined
 
@@ -371,7 +371,7 @@ def _refuse_foreign(block: Block, about: Mapping[str, Any], job: Job) -> None:
         if wrong := [key for key, value in mine.items() if theirs.get(key) != value]:
             raise OutputError(
                 f"part {block.key} was made with another {wrong[0]} ({str(theirs.get(wrong[0]))[:12]})",
-                f"{str(mine[wrong[0]])[:12]}, as the job says", "remove it, and give the same command again",
+                f"{str(mine[wrong[0]])[:12]}, as the job says", "remove it, and run the same command again",
             )  # fmt: skip
 
 
@@ -379,7 +379,7 @@ def _refuse_twice(ids: Sequence[str]) -> None:
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(id for id in ids if id in seen or seen.add(id))
-        raise ExperimentError(f"the id {twice!r} is there twice", "an id for each sample", "rename one of them")
+        raise ExperimentError(f"the id {twice!r} occurs twice", "a unique id for each sample", "rename one of them")
 
 
 def _first(samples: Iterable[Sample], n: int) -> Iterator[Sample]:

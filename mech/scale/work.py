@@ -165,7 +165,7 @@ def computed(measure: Measure, model: Any, task: Task, job: Job, options: Mappin
     finally:
         torch.set_num_threads(before)
     if not measure.whole and list(map(str, found[EXAMPLE].values)) != list(task.block.ids):
-        raise RuntimeError(f"{measure.name} gave other examples than it was asked about")
+        raise RuntimeError(f"{measure.name} returned other examples than requested")
     return found
 
 

@@ -77,7 +77,7 @@ class WholeLayer(CacheLayerMixin):
 
     def _refuse(self, *args: Any) -> None:
         raise UnsupportedModel(
-            "a generation that takes tokens back, or moves keys elsewhere", "a cache that only grows",
+            "a generation that drops tokens from the cache or moves keys", "a cache that only grows",
             "generate without an assistant model and without offloading, or with phase='prefill'",
         )  # fmt: skip
 
@@ -142,7 +142,7 @@ class SplitLayer(WholeLayer):
             return None
         if call.k.data_ptr() != given.data_ptr() or call.k.shape != given.shape:
             raise UnsupportedModel(
-                f"keys that layer {call.layer} changes after they were cached", "keys and values passed on untouched",
+                f"keys that layer {call.layer} changes after they were cached", "keys and values passed on unchanged",
                 "use phase='prefill', which keeps the whole cache",
             )  # fmt: skip
         assert self._cache.near is not None

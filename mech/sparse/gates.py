@@ -82,7 +82,7 @@ def learned_gates(
     if shortest <= sinks + window:
         raise ExperimentError(
             f"a sample of {shortest} tokens, which lies within {sinks} sinks and a window of {window}",
-            "samples that are longer, so that a local head loses something", "make the window smaller",
+            "longer samples, so that local heads lose something", "make the window smaller",
         )  # fmt: skip
     order = np.random.default_rng(seed)
     gates = torch.ones(len(layers), groups, device=model.device, requires_grad=True)

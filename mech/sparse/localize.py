@@ -115,12 +115,12 @@ class Localized:
         self.model, self.policy, self.graph, self.auto = model, policy, graph, auto
         policy.check(model)
         if model.localized is not None:
-            raise ExperimentError(f"{model.name} is localized already", "one policy at a time", "close() the other")
+            raise ExperimentError(f"{model.name} is already localized", "one policy at a time", "close() the other")
         self._config = model.hf_model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=self._config).layers
         if any(isinstance(layer, DummyLayer) for layer in layers):
             raise UnsupportedModel(
-                f"{model.cfg.family} whose layers share keys and values", "a cache of its own in every layer",
+                f"{model.cfg.family} whose layers share keys and values", "a separate cache in every layer",
                 "localize a model of another family",
             )  # fmt: skip
         found = {index: getattr(layer, "sliding_window", None) for index, layer in enumerate(layers)}
@@ -272,7 +272,7 @@ class Localized:
         self.decoding = "loop"
         if why not in self._said:
             self._said.add(why)
-            warnings.warn(f"generation goes on in Hugging Face's loop: {why}", Uncaptured, stacklevel=2)
+            warnings.warn(f"generation continues in Hugging Face's loop: {why}", Uncaptured, stacklevel=2)
 
     def _begin(self, inputs: Any, given: dict[str, Any], cache: Cache | None, new_tokens: int | None) -> Near:
         ids, mask = given["input_ids"], given.get("attention_mask")
@@ -305,7 +305,7 @@ class Localized:
         if longest <= reach and len(self.policy.dense_heads) < self.model.cfg.n_heads * len(self._layers):
             _notice(
                 f"{longest} tokens are within {self.policy.sinks} sinks and a window of {self.policy.window}: "
-                "every head sees everything, and the run is dense",
+                "every head attends to everything, and the run is dense",
                 stacklevel=7,
             )
         free = new_tokens is not None and longest <= self.policy.window
@@ -313,7 +313,7 @@ class Localized:
             found = self.expects(longest - (new_tokens or 0), new_tokens or 0, rows)
             free = found.runs == "dense"
             if free:
-                _notice(f"{longest} tokens gain nothing ({found}): the run is dense", stacklevel=7)
+                _notice(f"at {longest} tokens the policy gains nothing ({found}): the run is dense", stacklevel=7)
         return Near(self.policy, first, prompt, text if self.policy.keep_text else None, free)
 
     def _open(self) -> "Localized":
@@ -332,7 +332,7 @@ def check_question(policy: Policy, layouts: Sequence[TokenLayout]) -> None:
     if longest > policy.window and not policy.keep_text:
         raise ExperimentError(
             f"a window of {policy.window} with a question of {longest} tokens",
-            "a window that holds the question: local heads could not even read it",
+            "a window that holds the question: local heads could not even read it all",
             f"use window={longest} or more, or keep_text=True",
         )
 

@@ -136,7 +136,7 @@ class Policy:
         if costs(0) > budget:
             raise ExperimentError(
                 f"{name}={budget} at {length} tokens with {options or 'the default window'}",
-                f"at least {costs(0):.3f}: that is what no dense head costs",
+                f"at least {costs(0):.3f}: the cost without any dense head",
                 "raise the budget, make the window smaller, or choose the phase it is for",
             )
         count, low, high = 0, 0, len(ranking)
@@ -173,11 +173,11 @@ class Policy:
             try:
                 value = parse_json(read(source))
             except (OSError, ValueError) as error:
-                raise OutputError(f"{source} cannot be read ({error})", "a file of Policy.to_json") from error
+                raise OutputError(f"{source} cannot be read ({error})", "a file written by Policy.to_json") from error
         known = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping) or set(value) != set(known):
             keys = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-            raise OutputError(f"no policy ({keys})", f"an object with {', '.join(known)}", "write it with to_json")
+            raise OutputError(f"not a policy ({keys})", f"an object with {', '.join(known)}", "write it with to_json")
         return cls(**value)
 
     @property

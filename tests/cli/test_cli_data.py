@@ -75,7 +75,7 @@ def test_a_published_set_is_ranked_on_without_its_bad_records(mech, monkeypatch)
     monkeypatch.setattr(datasets, "load_dataset", local)
     code, out, err = mech("rank", "--data", "refcoco:9", "--json")
     assert code == 0 and json.loads(out)["domain"] == "refcoco" and asked == ["lmms-lab/RefCOCO"]
-    assert "mech: refcoco: 1 bad records passed over" in err
+    assert "mech: refcoco: 1 bad records skipped" in err
     rows = rows[2:3]
     code, _, err = mech("rank", "--data", "refcoco", "--json")
     assert code == 2 and "refcoco, record 0 (question_id = '2'), bbox: " in err

@@ -172,7 +172,7 @@ def test_mmlongbench_doc_stores_evidence_pages_as_a_string(report):
 
 def test_questions_without_evidence_are_passed_over_with_a_warning(report):
     records = [paper("[]", "Not answerable", "None"), paper("[3]")]
-    with pytest.warns(UserWarning, match="mmlongbench-doc: 1 samples without evidence passed over"):
+    with pytest.warns(UserWarning, match="mmlongbench-doc: 1 samples without evidence skipped"):
         assert len(hub_samples("mmlongbench-doc", records=records, root=report)) == 1
     with pytest.raises(InputError, match="no sample with evidence"), pytest.warns(UserWarning):
         hub_samples("mmlongbench-doc", records=records[:1], root=report)
@@ -205,7 +205,7 @@ def test_mmdocir_boxes_are_in_points_of_the_page_and_pages_count_from_zero(tmp_p
     assert first.evidence == (Box(8, 4, 40, 20, image=2),) and second.evidence == (Pages(0, 1),)
     assert [page.getpixel((0, 0))[0] for page in first.images] == [1, 2, 3]
     assert (first.id, second.id, second.answer) == ("mmdocir/a/0", "mmdocir/a/1", "x, y")
-    with pytest.raises(InputError, match="row 4 is of b"):
+    with pytest.raises(InputError, match="row 4 belongs to b"):
         questions = [{**record["questions"][0], "layout_mapping": [{**part, "page": 3}]}]
         hub_samples("mmdocir", records=[{**record, "page_indices": [1, 4], "questions": questions}], root=tmp_path)
     with pytest.raises(InputError, match=r"questions\[0\].layout_mapping\[0\].bbox: "):
@@ -245,13 +245,13 @@ def test_the_needle_of_mm_niah_is_a_whole_picture(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"answer": [1, 0, 2]}, "counts are no choice"),
+        ({"answer": [1, 0, 2]}, "counts are not choices"),
         ({"answer": "the blue one"}, "text needles have no visual evidence"),
         ({"answer": 2}, "the number of a choice"),
         ({"images_list": ["obelics/0.jpg"]}, r"mm-niah, record 0 \(id = 5\), meta.needles"),
         ({"question": "How many <image>?"}, "a picture inside the question"),
-        ({"images_list": ["../x/find-image/0.jpg"]}, "leaves the folder"),
-        ({"images_list": ["gone/find-image/0.jpg"]}, "is not there"),
+        ({"images_list": ["../x/find-image/0.jpg"]}, "lies outside the folder"),
+        ({"images_list": ["gone/find-image/0.jpg"]}, "does not exist"),
     ],
 )
 def test_what_mm_niah_cannot_give_is_said(tmp_path, changed, says):
@@ -323,7 +323,7 @@ def test_synthdog_pieces_have_two_corners_in_pixels():
     [
         ({"bbox": [1.0, 2.0, 3.0]}, r"refcocog, record 0 \(question_id = '469306'\), bbox: \[1.0, 2.0, 3.0\]"),
         ({"bbox": None}, "bbox: missing"),
-        ({"bbox": [10.0, 10.0, 200.0, 10.0]}, "leaves a picture of 40 x 30"),
+        ({"bbox": [10.0, 10.0, 200.0, 10.0]}, "does not fit in a picture of 40 x 30"),
         ({"bbox": [10.0, 10.0, 0.0, 10.0]}, "holds no pixel"),
         ({"answer": []}, "a list of referring expressions"),
         ({"image": None}, "image: missing"),
@@ -335,7 +335,7 @@ def test_a_bad_record_is_named_with_its_field_or_passed_over(changed, says):
     bad = {**REFCOCO, **changed}
     with pytest.raises(InputError, match=says):
         hub_samples("refcocog", records=[bad])
-    with pytest.warns(UserWarning, match="refcocog: 1 bad records passed over"):
+    with pytest.warns(UserWarning, match="refcocog: 1 bad records skipped"):
         assert len(hub_samples("refcocog", records=[bad, REFCOCO], skip_bad=True)) == 1
 
 
@@ -396,7 +396,7 @@ def test_wrong_names_and_folders_are_refused(tmp_path):
         hub_samples("refcocoq")
     with pytest.raises(InputError, match="at least 1"):
         hub_samples("refcoco", 0)
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="not a folder"):
         hub_samples("vstar", root=tmp_path / "none")
     with pytest.raises(OutputError, match="cannot be read"):
         hub_samples("refcoco", records=tmp_path / "none.json")

@@ -111,7 +111,7 @@ def test_a_link_stays_and_a_pipe_is_not_replaced(tmp_path):
     write_json({"a": 1}, tmp_path / "link.json")
     assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "real.json") == {"a": 1}
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(OutputError, match="it is no regular file"):
+    with pytest.raises(OutputError, match="it is not a regular file"):
         write_json({"a": 1}, tmp_path / "pipe.json")
     assert (tmp_path / "pipe.json").is_fifo()
 

@@ -55,9 +55,9 @@ def test_the_same_settings_open_it_again_and_others_are_refused(tmp_path):
     Study(tmp_path, SETTINGS).put("m/d/ram", ram())
     assert Study(tmp_path, dict(reversed(SETTINGS.items()))).done("m/d/ram")
     other = {**SETTINGS, "data": {"seed": 1, "domains": ["a", "b"]}}
-    with pytest.raises(OutputError, match=r"made with data\.seed = 0, now data\.seed = 1"):
+    with pytest.raises(OutputError, match=r"made with data\.seed = 0, but now data\.seed = 1"):
         Study(tmp_path, other)
-    with pytest.raises(OutputError, match='made with extra = "unset", now extra = 3'):
+    with pytest.raises(OutputError, match='made with extra = "unset", but now extra = 3'):
         Study(tmp_path, {**SETTINGS, "extra": 3})
     assert Study(tmp_path, SETTINGS).settings["n_test"] == 10  # a refusal leaves no lock
 
@@ -72,7 +72,7 @@ def test_records_are_appended(tmp_path):
 
 
 def test_without_settings_it_is_for_reading(tmp_path):
-    with pytest.raises(OutputError, match="is no study"):
+    with pytest.raises(OutputError, match="is not a study"):
         Study(tmp_path)
     writer = Study(tmp_path, SETTINGS)
     reader = Study(tmp_path)
@@ -179,7 +179,7 @@ def test_a_result_of_the_wrong_kind_is_refused_before_it_is_written(tmp_path):
 
 @pytest.mark.parametrize("key", ["", "/etc/ram", "m//ram", "../ram", "m/../../ram", ".lock", "a\\b"])
 def test_keys_stay_inside_the_folder(tmp_path, key):
-    with pytest.raises(OutputError, match="is no key"):
+    with pytest.raises(OutputError, match="is not a key"):
         Study(tmp_path, SETTINGS).put(key, ram())
 
 

@@ -96,7 +96,7 @@ def test_a_model_without_weights_is_known_and_cannot_run(tmp_path, no_weights_he
     assert record == other and record["weights"]
     assert all(weight.is_meta for weight in laid.hf_model.parameters())
     for run in (lambda: laid(laid.inputs_of(sample)), lambda: laid.answer(laid.inputs_of(sample))):
-        with pytest.raises(UnsupportedModel, match="weights are with the workers"):
+        with pytest.raises(UnsupportedModel, match="weights only the workers hold"):
             run()
 
 

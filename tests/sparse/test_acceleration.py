@@ -207,7 +207,7 @@ def test_what_would_say_nothing_is_refused_before_any_forward(model, halves):
     find, test = halves
     with pytest.raises(ExperimentError, match="rank the heads"):
         acceleration(model, test, find=test)
-    with pytest.raises(ExperimentError, match="every head sees everything"):
+    with pytest.raises(ExperimentError, match="every head attends to everything"):
         acceleration(model, test, find=find, window=500)
     with pytest.raises(ExperimentError, match="use 'causal'"):
         acceleration(model, test, find=find, choices=("casual",))

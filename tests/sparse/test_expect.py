@@ -76,9 +76,9 @@ def test_what_would_gain_nothing_runs_dense_to_the_bit_and_says_so(model):
     plain, tokens = model(ids(40)), model.generate(ids(40), max_new_tokens=9)
     with mech.localize(model, sinks=2, window=6, auto=True) as fast:
         assert fast.expects(40).runs == "dense"
-        with pytest.warns(StillDense, match="40 tokens gain nothing"):
+        with pytest.warns(StillDense, match="40 tokens the policy gains nothing"):
             assert torch.equal(fast(ids(40)), plain)
-        with pytest.warns(StillDense, match="49 tokens gain nothing"):
+        with pytest.warns(StillDense, match="49 tokens the policy gains nothing"):
             assert torch.equal(fast.generate(ids(40), max_new_tokens=9), tokens)
         with pytest.warns(StillDense):
             _, cache = fast.run_with_cache(ids(40), names_filter=["blocks.1.attn.hook_pattern"])

@@ -108,7 +108,7 @@ def hub_samples(
         raise bad[0]
     if bad or without:
         what = [f"{without} samples without evidence"] * bool(without) + [f"{len(bad)} bad records"] * bool(bad)
-        warnings.warn(f"{name}: {' and '.join(what)} passed over. Evidence: {row.evidence}", stacklevel=2)
+        warnings.warn(f"{name}: {' and '.join(what)} skipped. Evidence: {row.evidence}", stacklevel=2)
     if not samples:
         raise InputError(f"{name} gave no sample with evidence", row.evidence, f"root: {row.root or 'not needed'}")
     return Samples(_told_apart(samples[:n]))
@@ -118,7 +118,7 @@ def _folder_of(row: Source, root: str | Path | None) -> Path | None:
     """The folder with the pictures, if the set needs one or one was given."""
     folder = Path(root).expanduser() if root is not None else None
     if (folder is None and row.root) or (folder is not None and not folder.is_dir()):
-        absent = f"root={str(root)!r} for {row.name}, which is no folder"
+        absent = f"root={str(root)!r} for {row.name}, which is not a folder"
         given = absent if root is not None else f"{row.name} without root="
         raise InputError(given, row.root or "no root=: the records hold the pictures", "see docs/data.md")
     return folder
@@ -153,8 +153,9 @@ def _records(
         yield from enumerate(stream)
     except Exception as error:  # whatever the network, the hub or a moved file raises
         raise OutputError(
-            f"{row.hub} could not be read: {type(error).__name__}: {error}", "a network, and accepted terms if gated",
-            f"see https://huggingface.co/datasets/{row.hub}, or pass records= of your copy",
+            f"{row.hub} could not be read: {type(error).__name__}: {error}",
+            "a network connection, and accepted terms if gated",
+            f"see https://huggingface.co/datasets/{row.hub}, or pass your copy as records=",
         ) from error  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def _in_file(path: Path) -> list[Mapping[str, Any]]:
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read", "a .json list or a .jsonl file of records", str(error)) from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise OutputError(f"{path} holds no list of records", "a list of objects", "look at the file")
+        raise OutputError(f"{path} does not hold a list of records", "a list of objects", "check the file")
     return records
 
 

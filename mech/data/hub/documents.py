@@ -113,7 +113,7 @@ def mmdocir(record: Record) -> Iterator[Sample]:
             raise question.wrong("page_id", f"{where}", f"pages from 0 to {last - first}")
         for page in where:
             if (owner := rows.select_columns(["doc_name"])[first + page]["doc_name"]) != document:
-                raise record.wrong("page_indices", f"row {first + page} is of {owner}", f"pages of {document}")
+                raise record.wrong("page_indices", f"row {first + page} belongs to {owner}", f"pages of {document}")
         images, index_of = _pages(question, last - first + 1, where, opened)
         evidence: list[Region] = (
             [Pages(*(index_of[page] for page in sorted(set(where))))] if not parts and where else []

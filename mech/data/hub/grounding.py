@@ -23,7 +23,9 @@ def box_of(record: Record, name: str, corners: list[float], size: tuple[int, int
     x0, y0, x1, y1 = corners
     slack = 2 + 0.005 * max(size)  # annotations are rounded, and some were made on a copy
     if x0 < -slack or y0 < -slack or x1 > width + slack or y1 > height + slack:
-        raise record.wrong(name, f"{corners} leaves a picture of {width} x {height}", "a box inside it, in pixels")
+        raise record.wrong(
+            name, f"{corners} does not fit in a picture of {width} x {height}", "a box inside it, in pixels"
+        )
     try:
         return Box(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
     except RegionError as error:

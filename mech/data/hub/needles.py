@@ -21,7 +21,7 @@ def mm_niah(record: Record) -> Iterator[Sample]:
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts or pictures):
         raise record.wrong(
             "answer", f"{answer!r:.40}", "the number of a choice: retrieval-image or reasoning-image",
-            "text needles have no visual evidence, and counts are no choice: pass files= of another task",
+            "text needles have no visual evidence, and counts are not choices: pass files= of another task",
         )  # fmt: skip
     if "<image>" in record.text("question"):
         raise record.wrong("question", "a picture inside the question", "retrieval-image or reasoning-image")
@@ -42,7 +42,7 @@ def _needles(record: Record, paths: list[str]) -> list[int]:
     found = [k for k, path in enumerate(paths) if PurePosixPath(path).name in names]
     found = found or [k for k, path in enumerate(paths) if any(folder in path for folder in _NEEDLE_FOLDERS)]
     if not found:
-        raise record.wrong("meta.needles", f"{sorted(names)}", "a picture of images_list")
+        raise record.wrong("meta.needles", f"{sorted(names)}", "a picture in images_list")
     return found
 
 

@@ -87,7 +87,7 @@ class Record:
         """The error for one field."""
         own = self.fields.get(self.source.key)
         called = f" ({self.source.key} = {own!r})" if own is not None else ""
-        do = do or "look at the record; pass skip_bad=True to go on without such records"
+        do = do or "check the record; pass skip_bad=True to skip such records"
         return InputError(f"{self.source.name}, record {self.index}{called}, {self.place}{name}: {given}", expected, do)
 
     def inside(self, name: str, fields: Any) -> "Record":
@@ -156,10 +156,10 @@ class Record:
                 name, "the records hold paths, not pictures", f"root=, a folder with {self.source.root}", "pass root="
             )
         if os.path.isabs(relative) or os.path.normpath(relative).split(os.sep)[0] == os.pardir:
-            raise self.wrong(name, f"{relative!r} leaves the folder", "a path inside root", "look at the record")
+            raise self.wrong(name, f"{relative!r} lies outside the folder", "a path inside root", "check the record")
         file = self.root / relative
         if not file.exists():
-            raise self.wrong(name, f"{file} is not there", self.source.root, "see root= of this set in docs/data.md")
+            raise self.wrong(name, f"{file} does not exist", self.source.root, "see root= of this set in docs/data.md")
         return file
 
     def numbered(self, name: str, relative: str) -> dict[int, str]:

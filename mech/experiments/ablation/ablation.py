@@ -105,7 +105,7 @@ def conditions(
     words = [band for band in bands if isinstance(band, str)]
     if len(others) + len(words) < len(bands):
         raise ExperimentError(
-            f"two bands of one name, beside {', '.join(others)}", "each once", "rename the array before rank_heads"
+            f"two bands of the same name among {', '.join(others)}", "each once", "rename the array before rank_heads"
         )
     for name, other in others.items():
         _comparable(name, other, ranking)
@@ -137,7 +137,9 @@ def _comparable(name: str, other: Ranking, ranking: Ranking) -> None:
         )
     if other.mean.max() == other.mean.min():  # no sinks, for instance: the top would be just the first heads
         raise ExperimentError(
-            f"band {name!r}, where every head scores {other.mean.max():.3g}", "heads that differ", "leave it out"
+            f"band {name!r}, where every head scores {other.mean.max():.3g}",
+            "heads with different scores",
+            "leave it out",
         )
 
 
@@ -150,7 +152,7 @@ def _sets(
             raise ExperimentError(
                 f"random sets of {count} of {len(ranking)} heads, none of them among the {count} tested",
                 "at most half of the heads",
-                "leave the band 'random' out, or ask for 'unrestricted'",
+                "leave the band 'random' out, or use 'unrestricted'",
             )
         return ranking.random(count, n_random, seed, exclude=top)
     if band == "unrestricted":

@@ -39,8 +39,8 @@ def _shares(here: xr.Dataset) -> dict[str, float]:
         bounds = share(here[name].values)
         if bounds is None:
             raise ExperimentError(
-                f"{name!r} of a redirection with missing values", "an answer of every sample",
-                "select with sel or isel: where() leaves holes",
+                f"{name!r} of a redirection with missing values", "an answer for every sample",
+                "select with sel or isel: where() leaves gaps",
             )  # fmt: skip
         cells |= {name: bounds["mean"], f"{name}_low": bounds["low"], f"{name}_high": bounds["high"]}
     return cells

@@ -230,7 +230,7 @@ def _check(find: Mapping[str, Samples], test: Mapping[str, Samples]) -> None:
             "split them: find[name], test[name] = samples.split(0.5)",
         )
     if reserved := {"none", "random"} & {*find}:
-        raise ExperimentError(f"a task called {min(reserved)!r}", "another name: it is that of a control")
+        raise ExperimentError(f"a task called {min(reserved)!r}", "another name: a control has this one")
     few = [name for name, samples in test.items() if len(samples) < 2]
     if few:
         raise ExperimentError(f"{len(test[few[0]])} examples of {few[0]!r}", "at least two examples of each")

@@ -113,7 +113,7 @@ def token_groups(layout: TokenLayout, most: int = MOST) -> dict[str, list[int]]:
             break
     else:
         raise ExperimentError(
-            f"{len(pictures)} pictures and {len(text)} pieces of text in {most} groups", "room for one group each",
+            f"{len(pictures)} pictures and {len(text)} pieces of text in {most} groups", "at least one group for each",
             "give fewer pictures, or more groups",
         )  # fmt: skip
     pieces = text + [piece for name, run in pictures.items() for piece in _cells(layout, name, run, side)]

@@ -266,7 +266,9 @@ def _listed(of: Any) -> list[Any]:
 def _rows(model: HookedMLLM, of: Any) -> list[Inputs]:
     rows = [model.inputs_of(item) if isinstance(item, Sample) else item for item in _listed(of)]
     if any(not isinstance(row, Inputs) or len(row) != 1 for row in rows):
-        raise ExperimentError("something else than samples or inputs of one row", "those", "read one row at a time")
+        raise ExperimentError(
+            "neither samples nor inputs of one row", "samples, or inputs of one row", "read one row at a time"
+        )
     return rows
 
 
@@ -274,7 +276,7 @@ def _same_places(rows: Sequence[Inputs], positions: Where) -> Int[np.ndarray, " 
     places = [row.layout.positions(positions) for row in rows]
     if any(not np.array_equal(at, places[0]) for at in places):
         raise ExperimentError(
-            "examples whose positions lie at different places", "the same positions in every example",
+            "examples whose positions differ", "the same positions in every example",
             "read one example at a time",
         )  # fmt: skip
     return places[0]

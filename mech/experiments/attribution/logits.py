@@ -120,8 +120,8 @@ def check_direct(model: HookedMLLM, by_source: bool) -> None:
     if by_source and (model.family.text.gated or model.cfg.cross_layers):
         what = "a gate behind its values" if model.family.text.gated else "visual tokens in a memory"
         raise UnsupportedModel(
-            f"what single tokens give to the heads of {model.cfg.family}, which has {what}",
-            "values of the sequence that go to W_O as they are", "patch heads instead",
+            f"what single tokens contribute to the heads of {model.cfg.family}, which has {what}",
+            "values of the sequence that reach W_O unchanged", "patch heads instead",
         )  # fmt: skip
 
 

@@ -130,13 +130,14 @@ def _check(model: HookedMLLM, plan: Plan, metric: Metric) -> None:
     check_smooth(model, plan.readings, metric)
     if model.cfg.cross_layers and plan.point in KEYS:
         raise ExperimentError(
-            f"{plan.point!r} of {model.name}, where keys are not positions in some layers", "a point of positions",
+            f"{plan.point!r} of {model.name}, where keys are not positions in some layers",
+            "a point indexed by position",
             "use attn.hook_z",
         )  # fmt: skip
     rows = len(plan.clean)
     if rows > 1 and (plan.point.startswith("vision.") or plan.point == "projector.hook_out"):
         raise ExperimentError(
-            f"{rows} rows at {plan.point!r}, where pictures of all rows are one batch", "one row at a time",
+            f"{rows} rows at {plan.point!r}, where the pictures of all rows form one batch", "one row at a time",
             "pass the rows as a list",
         )  # fmt: skip
 

@@ -82,7 +82,7 @@ def sentence_of(facts: dict[str, Any]) -> str:
 def _at(bounds: Bounds | None) -> Bounds:
     if bounds is None:
         raise ExperimentError(
-            "a causal report with missing values", "an effect of every sample",
+            "a causal report with missing values", "an effect for every sample",
             "leave out samples whose clean and corrupted runs give the same answer",
         )  # fmt: skip
     return bounds

@@ -163,7 +163,7 @@ class CircuitGraph:
             sizes = {name: int(cfg[name]) for name in ("n_layers", "n_heads", "d_model")}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(
-                f"{where} is no circuit of edges ({error!r})", '{"cfg": ..., "edges": {"input->m0": {"score": ...}}}'
+                f"{where} is not a circuit of edges ({error!r})", '{"cfg": ..., "edges": {"input->m0": {"score": ...}}}'
             ) from error
         shape = Shape.of(model)
         own = {name: getattr(shape, name) for name in sizes}

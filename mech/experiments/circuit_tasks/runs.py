@@ -90,7 +90,7 @@ def check_additive(model: HookedMLLM) -> None:
     check_layers(model)
     if model.family.text.attn_out:
         raise ExperimentError(
-            f"{model.name}, in which a norm stands between heads and the stream", "heads that write to it one by one",
+            f"{model.name}, in which a norm lies between heads and the stream", "heads that write to it directly",
             "use path_patching, which runs the norm",
         )  # fmt: skip
 

@@ -46,7 +46,9 @@ def pairs_of(model: HookedMLLM, clean: Given, corrupted: Given | None) -> list[t
     else:
         theirs = [corrupted] if isinstance(corrupted, Inputs | Sample) else list(corrupted)
     if len(ours) != len(theirs) or not ours:
-        raise ExperimentError(f"{len(ours)} clean and {len(theirs)} corrupted inputs", "as many of each, at least one")
+        raise ExperimentError(
+            f"{len(ours)} clean and {len(theirs)} corrupted inputs", "the same number of each, at least one"
+        )
     pairs = []
     for sample, other in zip(ours, theirs, strict=True):
         pair = [model.inputs_of(given) if isinstance(given, Sample) else given for given in (sample, other)]
@@ -154,7 +156,7 @@ class Sweep:
             example += len(ours)
         if POSITION in self.over and any(plan.sizes[POSITION] != plans[0].sizes[POSITION] for plan in plans):
             raise ExperimentError(
-                "examples whose positions lie at different places", "the same positions in every example",
+                "examples whose positions differ", "the same positions in every example",
                 "sweep over regions instead of positions",
             )  # fmt: skip
         return plans
@@ -170,7 +172,9 @@ class Sweep:
         wrong = [axis for axis in self.over if axis not in axes]
         if wrong or len(set(self.over)) < len(self.over) or {POSITION, REGION} <= set(self.over):
             raise ExperimentError(
-                f"over={self.over!r} at {point!r}", f"different axes out of {', '.join(axes)}; position or region", ""
+                f"over={self.over!r} at {point!r}",
+                f"different axes from {', '.join(axes)}; position or region, not both",
+                "",
             )
         if (self.regions is not None) != (REGION in self.over):
             raise ExperimentError(
@@ -248,7 +252,7 @@ def _regions(clean: Inputs, positions: Where, regions: Regions | None, each: boo
         return [whole], []
     if (whole != whole[:1]).any():
         raise ExperimentError(
-            "rows whose positions lie at different places", "the same positions in every row",
+            "rows whose positions differ", "the same positions in every row",
             "sweep over regions, or pass the rows as a list",
         )  # fmt: skip
     places = whole[0].nonzero()[:, 0].tolist()

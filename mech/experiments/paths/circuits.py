@@ -188,7 +188,7 @@ class Circuit(Shown):
                 **{**given, "found": found, "unfollowed": tuple(given["unfollowed"]), "groups": tuple(given["groups"])}
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"no circuit can be read ({error!r})", "what Circuit.to_json gave") from error
+            raise OutputError(f"the circuit cannot be read ({error!r})", "the output of Circuit.to_json") from error
 
 
 @checked
@@ -254,7 +254,7 @@ def trace_circuit(
     for run in runs:
         run.pair.run([*every, Node("embed")])
     if any(bool((run.pair.gap == 0).any()) for run in runs):
-        raise ExperimentError("an example whose two runs score alike", "a gap to have a share of", "drop it")
+        raise ExperimentError("an example whose two runs score the same", "a gap to take a share of", "drop it")
     found, unfollowed = _walked(first, every, runs, _Rule(threshold, alpha, seed), max_nodes)
     record = provenance(
         model, clean if isinstance(clean, Samples) else None, metric=metric, seed=seed, start=start,

@@ -98,7 +98,7 @@ def ends_of(model: HookedMLLM, what: str, given: Ends) -> dict[str, tuple[Node, 
         name for name, nodes in found.items() if len(nodes) > 1 and Node("logits", model.cfg.n_layers) in nodes
     ]:
         raise ExperimentError(
-            f"receiver {mixed[0]!r} joins the logits with others", "one of the two", "make them two receivers"
+            f"receiver {mixed[0]!r} joins the logits with other ends", "one of the two", "make them two receivers"
         )
     return found
 
@@ -127,7 +127,7 @@ def _node(model: HookedMLLM, what: str, end: End) -> Node:
     else:
         node = Node("q" if query else "head", int(layer), int(head))
     if node.kind not in (("embed", "head", "mlp") if what == "senders" else ("q", "k", "v", "mlp", "logits")):
-        raise ExperimentError(f"{what}: {end!r}", f"labels such as {forms}", "look at which end it is")
+        raise ExperimentError(f"{what}: {end!r}", f"labels such as {forms}", "check which end it is")
     in_range = node.kind == "logits" or node.layer < cfg.n_layers
     heads = cfg.kv_heads[node.layer] if node.kind in ("k", "v") and in_range else cfg.n_heads
     if not in_range or node.index >= heads:

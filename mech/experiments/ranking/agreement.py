@@ -67,7 +67,7 @@ def agreement(rankings: Mapping[str, Ranking], k: Amount = 0.05, n_resamples: Wh
         raise ExperimentError(
             f"rankings of different models: {sorted(models)}",
             "one model",
-            "use seed_agreement(a, b); compare checkpoints of one training by giving both one name",
+            "use seed_agreement(a, b); to compare checkpoints of one training run, give both the same name",
         )
     n, count = rankings[names[0]].mean.size, rankings[names[0]].count(k)
     tops = {name: set(ranking.top(k)) for name, ranking in rankings.items()}
@@ -95,7 +95,7 @@ def _intervals(
     for name, ranking in rankings.items():
         if ranking.per_example is None:
             raise ExperimentError(
-                f"the ranking {name!r} keeps no single examples", "scores per example", "leave out n_resamples"
+                f"the ranking {name!r} keeps only the mean", "scores per example", "leave out n_resamples"
             )
         means = bootstrap_means(
             ranking.per_example, n_resamples, [seed, ids.index((ranking.examples, ranking.n_examples))]
@@ -214,7 +214,9 @@ def read_heads(source: str | Path | Sequence[Any] | Mapping[str, Any]) -> Heads:
             rows = [tuple(row) for row in (value["heads"] if isinstance(value, Mapping) else value)]
         heads = [(Head(*row[:2]), float(row[2]) if len(row) > 2 else -i) for i, row in enumerate(rows)]
     except (TypeError, ValueError, IndexError) as error:  # an ExperimentError is a ValueError
-        raise OutputError(f"no list of heads ({str(error).splitlines()[0]})", "[[layer, head, score], ...]") from error
+        raise OutputError(
+            f"not a list of heads ({str(error).splitlines()[0]})", "[[layer, head, score], ...]"
+        ) from error
     if not heads or len({head for head, _ in heads}) < len(heads):
         raise OutputError(f"{len(heads)} heads, some twice" if heads else "an empty list", "each head once")
     return tuple(head for head, _ in sorted(heads, key=lambda pair: -pair[1]))
@@ -245,7 +247,7 @@ def scale_agreement(
         raise ExperimentError(f"n_bins={n_bins}", "at least 1")
     for ranking in (a, b):
         if ranking.mean.max() <= 0:
-            raise ExperimentError(f"{ranking!r} has no positive score", "some mass to place", "use another score")
+            raise ExperimentError(f"{ranking!r} has no positive score", "some positive scores", "use another score")
     shares = np.array([_profile(ranking.mean, n_bins) for ranking in (a, b)])
     middles = [(np.arange(ranking.n_layers) + 0.5) / ranking.n_layers for ranking in (a, b)]
     centres = [float(_profile(r.mean, r.n_layers) @ middle) for r, middle in zip((a, b), middles, strict=True)]

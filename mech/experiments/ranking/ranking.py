@@ -94,7 +94,7 @@ class Ranking(Shown):
             raise ExperimentError(f"scores of shape {self.mean.shape}", "(layer, head)", "use rank_heads(scores)")
         if not np.isfinite(self.mean).all():
             bad = Head(*map(int, np.argwhere(~np.isfinite(self.mean))[0]))
-            raise ExperimentError(f"the score of {bad} is nan or inf", "a finite score of every head")
+            raise ExperimentError(f"the score of {bad} is nan or inf", "a finite score for every head")
         object.__setattr__(self, "layers", tuple(map(int, self.layers)) or tuple(range(len(self.mean))))
         order = np.argsort(-self.mean, axis=None, kind="stable")  # stable: equal scores stay in (layer, head) order
         object.__setattr__(self, "heads", tuple(self._head(i) for i in order))
@@ -286,7 +286,7 @@ class Ranking(Shown):
             try:
                 value = read_json(source)
             except (OSError, ValueError) as error:
-                raise OutputError(f"{where} cannot be read ({error})", "a file of Ranking.to_json") from error
+                raise OutputError(f"{where} cannot be read ({error})", "a file written by Ranking.to_json") from error
         if isinstance(value.get("scores") if isinstance(value, Mapping) else None, Mapping):
             value = _of_record(value, score, where)
         try:
@@ -342,7 +342,7 @@ class Ranking(Shown):
     def _examples(self) -> np.ndarray:
         if self.per_example is None:
             raise ExperimentError(
-                "a ranking that keeps no single examples", "scores per example", "make it with rank_heads(scores)"
+                "a ranking that keeps only the mean", "scores per example", "make it with rank_heads(scores)"
             )
         return self.per_example
 
@@ -361,7 +361,9 @@ def _of_record(value: Mapping[str, Any], score: str | None, where: str) -> dict[
         about = {"model": model["name"], "weights": model["weights"], "domain": data["domain"]}
         return {**about, "examples": data["samples"], "layers": layers, "score": name, "heads": heads}
     except (KeyError, TypeError, ValueError) as error:
-        raise OutputError(f"{where} is no record of heads ({error!r})", "what HeadRecord.to_json gave") from error
+        raise OutputError(
+            f"{where} is not a record of heads ({error!r})", "the output of HeadRecord.to_json"
+        ) from error
 
 
 @checked
@@ -396,10 +398,10 @@ def rank_heads(
         )
     values = np.asarray(array.transpose(*dims).values, dtype=np.float64)
     if values.ndim == 3 and not len(values):
-        raise ExperimentError("scores of no example", "at least one example", "measure some examples")
+        raise ExperimentError("scores of no examples", "at least one example", "measure some examples")
     if not np.isfinite(values).all():
         where = dict(zip(dims, map(int, np.argwhere(~np.isfinite(values))[0]), strict=True))
-        raise ExperimentError(f"the score at {where} is nan or inf", "finite scores", "drop the example, or mend it")
+        raise ExperimentError(f"the score at {where} is nan or inf", "finite scores", "drop the example, or fix it")
     model = str(attrs.get("model") or "") if model is None else model
     domain = str(attrs.get("domain") or "") if domain is None else domain
     weights = weights_in(attrs)

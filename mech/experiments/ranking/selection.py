@@ -56,7 +56,7 @@ def lorenz(ranking: Ranking) -> xr.DataArray:
     """
     mass = np.sort(np.maximum(ranking.mean, 0), axis=None)[::-1]
     if mass[0] <= 0:
-        raise ExperimentError(f"{ranking!r} has no positive score", "some score to share", "use another score")
+        raise ExperimentError(f"{ranking!r} has no positive score", "some positive scores", "use another score")
     share = np.concatenate([[0.0], mass.cumsum() / mass.sum()])
     return xr.DataArray(share, {"heads": np.linspace(0, 1, len(share))}, ("heads",), "lorenz",
                         {"unit": f"share of all {ranking.score}"})  # fmt: skip

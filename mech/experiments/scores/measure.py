@@ -199,7 +199,7 @@ def _another(samples: Samples, i: int) -> str:
 def _check(named: Mapping[str, Score], samples: Samples) -> None:
     if any(score.calibrate == "other_question" for score in named.values()) and not _another(samples, 0):
         raise ExperimentError(
-            f"{len(samples)} samples that ask the same", "samples that ask different things",
+            f"{len(samples)} samples that ask the same question", "samples that ask different questions",
             'calibrate by "null_question"',
         )  # fmt: skip
     needs = (
@@ -213,7 +213,7 @@ def _check(named: Mapping[str, Score], samples: Samples) -> None:
         if lacking and asking:
             raise ExperimentError(
                 f"{len(lacking)} samples have no {what}, the first is {lacking[0]!r}",
-                f"samples with {what}, which {asking[0]!r} asks for",
+                f"samples with {what}, which {asking[0]!r} needs",
                 f"set Sample.{what}, or choose scores without it (vision_mass, localization)",
             )
 

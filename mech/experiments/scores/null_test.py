@@ -97,7 +97,7 @@ def retrieval_test(
         raise ExperimentError(
             f"{n_draws} pairs of different questions, {n_permutations} permutations",
             f"a smallest p-value of {alpha} or less, not {smallest:.3g}",
-            "give more samples, that ask more different things",
+            "give more samples, with more different questions",
         )
     own = [sample for pair in pairs for sample in pair]
     other = [replace(a, question=b.question) for pair in pairs for a, b in (pair, pair[::-1])]

@@ -71,7 +71,7 @@ def prepared(
         free = np.flatnonzero(overlap < 0.5)
         if not len(free):
             raise ExperimentError(
-                f"evidence of {len(here)} in {len(ring)} visual tokens, with no room for a region like it elsewhere",
+                f"evidence of {len(here)} in {len(ring)} visual tokens, with no room for a similar region elsewhere",
                 "evidence smaller than half of the visual tokens",
                 'calibrate by "size" or "null_question"',
             )

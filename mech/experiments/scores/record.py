@@ -148,7 +148,9 @@ class HeadRecord(Shown):
         except OutputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{where} is no record of heads ({error!r})", "what HeadRecord.to_json gave") from error
+            raise OutputError(
+                f"{where} is not a record of heads ({error!r})", "the output of HeadRecord.to_json"
+            ) from error
 
 
 @checked
@@ -184,7 +186,7 @@ def head_record(
     check_names(names)
     if GATING in names and (silent := [sample.id or str(i) for i, sample in enumerate(samples) if not sample.answer]):
         raise ExperimentError(
-            f"{len(silent)} samples have no answer, the first is {silent[0]!r}", f"answers, which {GATING!r} asks for",
+            f"{len(silent)} samples have no answer, the first is {silent[0]!r}", f"answers, which {GATING!r} needs",
             "set Sample.answer, or leave it out",
         )  # fmt: skip
     attending, options = [name for name in names if name != GATING], dict(batch_size=batch_size, seed=seed)
@@ -275,6 +277,6 @@ def _map(values: Any, shape: tuple[int, int], what: str) -> Map:
     found = np.array(values, dtype=np.float64)
     if found.shape != shape or not np.isfinite(found).all():
         raise OutputError(
-            f"{what} over {found.shape}", f"finite numbers over {shape}, layers and heads", "write it anew"
+            f"{what} over {found.shape}", f"finite numbers over {shape}, layers and heads", "write it again"
         )
     return found

@@ -90,7 +90,7 @@ def measured(whole: Path) -> dict[str, Any]:
 
     model, report = LlavaForConditionalGeneration.from_pretrained(whole, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"]:
-        raise OutputError(f"{whole} lacks {report['missing_keys'][0]}", "a whole model", "train it to the end")
+        raise OutputError(f"{whole} lacks {report['missing_keys'][0]}", "a complete model", "train it to the end")
     words = AutoTokenizer.from_pretrained(whole)
     processor = Processor.from_hf(config=model.config, tokenizer=words, image_processor=image_processor())
     text = model.config.text_config

@@ -71,4 +71,4 @@ def say_once(name: str, why: str) -> None:
     """Warn about a way and a reason, the first time only."""
     if (name, why) not in _said:
         _said.add((name, why))
-        warnings.warn(f"{name} is not used ({why}): a slower way computes the same", Fallback, stacklevel=3)
+        warnings.warn(f"{name} is not used ({why}): a slower implementation computes the same", Fallback, stacklevel=3)

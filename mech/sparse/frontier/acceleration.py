@@ -196,7 +196,7 @@ def local_for(
     if min(map(len, layouts)) <= sinks + window + 1:
         raise ExperimentError(
             f"a window of {window} and {sinks} sinks for a sample of {min(map(len, layouts))} tokens",
-            "longer samples: here every head sees everything, and the model is dense", "make the window smaller",
+            "longer samples: here every head attends to everything, and the model is dense", "make the window smaller",
         )  # fmt: skip
     check_question(Policy((), sinks, window), layouts)
     return Local(sinks, window, **options)

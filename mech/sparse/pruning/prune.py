@@ -98,7 +98,9 @@ class Pruned:
             processor.tokenizer.save_pretrained(folder)
             processor.image_processor.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{folder} cannot be written ({error})", "room for the weights", "make room") from error
+            raise OutputError(
+                f"{folder} cannot be written ({error})", "disk space for the weights", "free some space"
+            ) from error
         origin = {layer: [list(group) for group in groups] for layer, groups in self.slots.items()}
         record = {"to": self.to, "heads": self.heads, "silent": self.silent, "slots": origin}
         record |= {"other_model": self.other_model} if self.other_model else {}
@@ -211,7 +213,7 @@ def _config(model: HookedMLLM, shape: Shape, with_bias: bool) -> Any:
     if with_bias and (out.bias is None or stack.gated):
         why = "gates a head's output after attention" if stack.gated else "has no bias at its output projection"
         raise UnsupportedModel(
-            f"{kind.__name__} {why}, and no config can change that", "a bias that holds what heads do on average",
+            f"{kind.__name__} {why}, and no config can change that", "a bias that can hold the heads' mean output",
             'use prune_heads(to="zero"), or mech.intervene with to="mean"',
         )  # fmt: skip
     return config
@@ -296,7 +298,7 @@ def _built(model: HookedMLLM, config: Any, state: dict[str, Tensor]) -> Any:
     if wrong:
         raise UnsupportedModel(
             f"{wrong[0]!r} would be {given.get(wrong[0])}, and {kind.__name__} has {wanted[wrong[0]]} there",
-            "attention whose weights are those of heads, one after the other",
+            "attention whose weights are laid out head by head",
             "ablate the heads instead: mech.intervene",
         )
     with no_bars():

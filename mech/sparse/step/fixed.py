@@ -112,7 +112,7 @@ class FixedLayer(WholeLayer):
         given, self.given = self.given, None
         if given is None or call.k.data_ptr() != given.data_ptr() or call.k.shape != given.shape:
             raise UnsupportedModel(
-                f"keys that layer {call.layer} changes after they were cached", "keys and values passed on untouched",
+                f"keys that layer {call.layer} changes after they were cached", "keys and values passed on unchanged",
                 "localize with graph=False",
             )  # fmt: skip
         plan, parts, dense = self.plan, [], self.plan.packed.numel()

@@ -87,8 +87,8 @@ class Step:
         """
         if not self.left:
             raise ExperimentError(
-                f"a token more than the {self.cache.clock.shape.room} positions that were reserved",
-                "no more than prompt and max_new_tokens", "generate anew with a larger max_new_tokens",
+                f"one token more than the {self.cache.clock.shape.room} reserved positions",
+                "no more than prompt and max_new_tokens", "generate again with a larger max_new_tokens",
             )  # fmt: skip
         self.left -= 1
         self.inputs["input_ids"].copy_(token)

@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise OutputError(f"{path} is not there or cannot be read", "a finished study", AGAIN) from error
     except ValueError as error:
-        raise OutputError(f"{path} is no JSON ({error})", "a finished study", f"delete it and {AGAIN}") from error
+        raise OutputError(f"{path} is not JSON ({error})", "a finished study", f"delete it and {AGAIN}") from error
     if not isinstance(record, dict):
         raise OutputError(f"{path} holds a {type(record).__name__}", "a JSON object", f"delete it and {AGAIN}")
     return record

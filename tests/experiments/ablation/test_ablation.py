@@ -105,7 +105,7 @@ def test_conditions_are_every_combination_once(ram):
     assert same[0] == same[1]
     with pytest.raises(ExperimentError, match="use 'zero'"):
         conditions(ranking, to="zeros")
-    with pytest.raises(ExperimentError, match="ask for 'unrestricted'"):
+    with pytest.raises(ExperimentError, match="use 'unrestricted'"):
         conditions(ranking, bands=["random"], fractions=[0.6])
     with pytest.raises(ExperimentError, match="without necessary heads"):
         conditions(ranking, bands=["unneeded"])
@@ -167,7 +167,7 @@ def test_a_ranking_by_another_score_is_a_band(model, halves, ram):
 
 def test_bands_that_cannot_be_are_refused(model, halves, ram):
     ranking, vision = rank_heads(ram), rank_heads(ram, "vision_mass")
-    with pytest.raises(ExperimentError, match="two bands of one name"):
+    with pytest.raises(ExperimentError, match="two bands of the same name"):
         conditions(ranking, bands=[vision, vision])
     with pytest.raises(ExperimentError, match="every head scores 0"):
         conditions(ranking, bands=[rank_heads(ram["ram"].rename("sink_mass") * 0)])

@@ -69,8 +69,8 @@ def test_largest_is_by_size_or_as_they_are(graph):
         (lambda value: value["edges"].update({"a9.h0->logits": {"score": 1.0, "in_graph": True}}), "a9.h0->logits"),
         (lambda value: value["edges"].update({"m0->a1.h0": {"score": 1.0, "in_graph": True}}), "m0->a1.h0"),
         (lambda value: value["edges"]["m0->logits"].update(score=float("nan")), "finite scores"),
-        (lambda value: value.pop("edges"), "no circuit of edges"),
-        (lambda value: value["edges"].update({"m0->m1": 3}), "no circuit of edges"),
+        (lambda value: value.pop("edges"), "not a circuit of edges"),
+        (lambda value: value["edges"].update({"m0->m1": 3}), "not a circuit of edges"),
     ],
 )
 def test_other_files_are_refused(graph, model, change, says):
@@ -84,5 +84,5 @@ def test_scores_must_fit_the_model(model, tmp_path):
     with pytest.raises(ExperimentError, match="11 senders and 19 receivers"):
         CircuitGraph.of(model, np.zeros((3, 3)))
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(OutputError, match="no circuit of edges"):
+    with pytest.raises(OutputError, match="not a circuit of edges"):
         CircuitGraph.from_mib(tmp_path / "broken.json", model)

@@ -126,7 +126,7 @@ def test_refused_before_any_forward(small, monkeypatch):
         circuit_scores(small, ["eap_igg"])
     with pytest.raises(ExperimentError, match="'mine' with edges of"):
         circuit_scores(small, {"mine": other})
-    with pytest.raises(ExperimentError, match="a norm stands between"):
+    with pytest.raises(ExperimentError, match="a norm lies between"):
         circuit_scores(CircuitTask("one", gemma, small.find, small.test), ["eap"])
     with pytest.raises(ExperimentError, match="score the edges"):
         CircuitTask("same", model, small.find, small.find)

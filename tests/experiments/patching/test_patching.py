@@ -294,7 +294,7 @@ def test_layouts_that_differ_are_refused_with_the_first_difference(llava):
         ({"method": "fast"}, "method"),
         ({"method": "screened", "confirm": 0}, "confirm=0"),
         ({"layers": [7]}, "layers from 0 to 2"),
-        ({"over": ("layer", "position"), "positions": "question", "point": "hook_resid_pre"}, "different places"),
+        ({"over": ("layer", "position"), "positions": "question", "point": "hook_resid_pre"}, "whose positions differ"),
         ({"point": "vision.attn.hook_z", "positions": "image"}, "vision stack"),
     ],
 )

@@ -327,7 +327,7 @@ def test_other_metrics(llava):
     ("options", "message"),
     [
         ({"senders": ["L9H0"]}, "layers below 3"),
-        ({"senders": ["logits"]}, "look at which end"),
+        ({"senders": ["logits"]}, "check which end"),
         ({"senders": ["hed"]}, "senders: 'hed'"),
         ({"senders": []}, "at least one"),
         ({"receivers": ["L1H0.k"]}, "'L1K0.k'"),

@@ -113,7 +113,7 @@ def test_rankings_of_different_models_or_without_examples_are_refused():
     with pytest.raises(ExperimentError, match="different models"):
         agreement({"a": ranking, "b": other})
     bare = Ranking(ranking.mean)
-    with pytest.raises(ExperimentError, match="'bare' keeps no single examples"):
+    with pytest.raises(ExperimentError, match="'bare' keeps only the mean"):
         agreement({"a": ranking, "bare": bare}, n_resamples=10)
     with pytest.raises(ExperimentError, match="None examples"):
         sample_curve(bare)

@@ -175,7 +175,7 @@ def test_json_round_trip(tmp_path):
         assert again.heads == ranking.heads and again.table == ranking.table
         assert (again.model, again.domain, again.score) == ("m", "d", "ram")
         assert again.random(3, 4) == ranking.random(3, 4)
-    with pytest.raises(ExperimentError, match="keeps no single examples"):
+    with pytest.raises(ExperimentError, match="keeps only the mean"):
         again.interval()
 
 

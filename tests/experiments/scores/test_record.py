@@ -114,10 +114,10 @@ def test_a_record_is_a_ranking_for_its_own_model_alone(record, mover, tmp_path):
         (lambda value: value.update(kind="ranking"), "of kind 'ranking'"),
         (lambda value: value.update(schema=2), "schema 2"),
         (lambda value: value["scores"]["ram"].update(mean=[[0.0]]), "mean of ram over"),
-        (lambda value: value["scores"]["ram"]["null"].update(even=[["a"] * 4] * 2), "no record of heads"),
+        (lambda value: value["scores"]["ram"]["null"].update(even=[["a"] * 4] * 2), "not a record of heads"),
         (lambda value: value["scores"]["ram"]["low"][0].__setitem__(0, float("inf")), "finite numbers"),
-        (lambda value: value["scores"].clear(), "no record of heads"),
-        (lambda value: value.pop("model"), "no record of heads"),
+        (lambda value: value["scores"].clear(), "not a record of heads"),
+        (lambda value: value.pop("model"), "not a record of heads"),
     ],
 )
 def test_other_files_are_refused(record, change, expected):

@@ -391,7 +391,7 @@ def test_samples_that_cannot_be_scored_are_refused_before_any_forward(monkeypatc
     every = replace(pages, evidence=(mech.Pages(*range(len(pages.images))),))
     for samples, scores, message in (
         ([], "ram", "at least one"),
-        ([replace(sample, evidence=())], "ram", "'ram' asks for"),
+        ([replace(sample, evidence=())], "ram", "'ram' needs"),
         ([replace(sample, answer=" ")], "sparse_mm", "no answer"),
         ([replace(sample, evidence=())], "sparse_mm", "no evidence"),
         ([every], {"shifted": Score(calibrate="shifted")}, "no room"),

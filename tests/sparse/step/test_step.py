@@ -319,7 +319,7 @@ def test_a_token_more_than_there_is_room_for_is_refused(models):
         step = fast.step
         assert step.left == 256 - 250 - 5
         step.left = 0
-        with pytest.raises(ExperimentError, match="more than the 256 positions"):
+        with pytest.raises(ExperimentError, match="more than the 256 reserved positions"):
             step(torch.tensor([[5]]))
 
 
