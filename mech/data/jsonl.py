@@ -214,7 +214,7 @@ def _check_texts(record: Mapping[str, Any]) -> None:
     for name in ("question", "answer"):
         with _at(name):
             if name not in record:
-                raise InputError("missing", "a text", f"add {name!r}")
+                raise InputError("missing", "a string", f"add {name!r}")
             _text(record[name])
 
 
@@ -275,7 +275,9 @@ def check_domain(name: str) -> None:
 def _text(given: Any) -> str:
     if not isinstance(given, str) or not given.strip():
         raise InputError(
-            repr(given)[:60], "a text", "put it in quotes" if given and not isinstance(given, str) else "fill it in"
+            repr(given)[:60],
+            "a non-empty string",
+            "put it in quotes" if given and not isinstance(given, str) else "fill it in",
         )
     if any("\ud800" <= character <= "\udfff" for character in given):
         raise InputError(ascii(given)[:60], "complete characters", "write the file as UTF-8, without \\u escapes")

@@ -78,5 +78,5 @@ def _answer(said: Any, where: str) -> str:
     """The answer; the first, if several count as right."""
     first = said[0] if isinstance(said, list | tuple) and said else said
     if not isinstance(first, str | int | float) or not str(first).strip():
-        raise InputError(f"{where} has the answer {first!r}", "a text", "leave out tasks without one answer")
+        raise InputError(f"{where} has the answer {first!r}", "a string", "leave out tasks without one answer")
     return str(first)

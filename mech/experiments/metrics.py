@@ -78,7 +78,9 @@ def quiz(
     rows, answers, forks, wrong = [], [], [], []
     for sample in samples:
         if not sample.answer.strip():
-            raise ExperimentError(f"sample {sample.id!r} has no answer", "a text to compare with", "set Sample.answer")
+            raise ExperimentError(
+                f"sample {sample.id!r} has no answer", "a string to compare with", "set Sample.answer"
+            )
         row = model.inputs_of(sample, answer=True).to("cpu")
         answer_ids = _answer_ids(row)
         fork, other = 0, -1

@@ -158,7 +158,7 @@ def encode(
 def _check_slots(slots: Int[np.ndarray, " picture"], runs: Sequence[Any], family: Family) -> None:
     if len(slots) != len(runs):
         raise InputError(
-            f"the tokenizer finds {len(slots)} placeholders in a text with {len(runs)}",
+            f"the tokenizer finds {len(slots)} placeholders in a prompt with {len(runs)}",
             "placeholders that are separate tokens",
             "put white space around them",
         )

@@ -143,9 +143,7 @@ def _inside(region: Region, size: tuple[int, int]) -> Bool[np.ndarray, "height w
         x, y = np.arange(width), np.arange(height)[:, None]
         inside = (x + 1 > region.x0) & (x < region.x1) & (y + 1 > region.y0) & (y < region.y1)
         if not inside.any():
-            raise RegionError(
-                f"{region!r} on a picture of {width} x {height}", "a box that lies in it", "check the box"
-            )
+            raise RegionError(f"{region!r} on a picture of {width} x {height}", "a box inside it", "check the box")
     return inside
 
 

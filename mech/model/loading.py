@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> None:
         )
     for shard in shards:
         if not _is_whole(folder / shard):
-            raise UnsupportedModel(f"{folder / shard} is cut off", "as many bytes as its header announces", again)
+            raise UnsupportedModel(f"{folder / shard} is cut off", "all the bytes that its header announces", again)
 
 
 def _is_whole(shard: Path) -> bool:
@@ -129,7 +129,7 @@ def known_layout(config: Any) -> PreTrainedModel:
         UnsupportedModel: the architecture has no row, and its text layers are not laid out like known ones.
     """
     if (layers := max(_layers(config.to_dict()), default=0)) > MOST_LAYERS:
-        raise UnsupportedModel(f"a config with {layers} layers", f"at most {MOST_LAYERS}", "look at config.json")
+        raise UnsupportedModel(f"a config with {layers} layers", f"at most {MOST_LAYERS}", "check config.json")
     try:
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config)

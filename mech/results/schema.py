@@ -323,7 +323,7 @@ def _check_maps(dataset: xr.Dataset) -> None:
         for name in ("pictures", "digests"):
             texts = known.get(name, known["pictures"])
             if not _is_list(texts, str) or len(texts) != len(known["pictures"]) or not texts:
-                raise OutputError(f"example {i} has other {name}: {texts!r:.80}", "a text for each picture")
+                raise OutputError(f"example {i} has other {name}: {texts!r:.80}", "a string for each picture")
         boxes = known["evidence"]
         if not _is_list(boxes, list) or not all(len(box) == 5 and _is_list(box, int | float) for box in boxes):
             raise OutputError(f"example {i} has other evidence: {boxes!r:.80}", "a list of [picture, x0, y0, x1, y1]")

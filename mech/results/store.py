@@ -164,7 +164,7 @@ def _check_inside(content: bytes) -> None:
 
     def problem(name: str, link: Any) -> str | None:  # returned, since h5py cannot pass on an error
         if isinstance(link, h5py.ExternalLink):
-            return f"{name!r} lies in another file, {link.filename}"
+            return f"{name!r} is in another file, {link.filename}"
         part = None if isinstance(link, h5py.SoftLink) else opened[name]
         if not isinstance(part, h5py.Dataset):
             return None

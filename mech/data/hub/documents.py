@@ -163,10 +163,10 @@ SOURCES = (
         key="doc_id",
         hub="yubo2333/MMLongBench-Doc",
         split="train",
-        root="one folder for each document, called after doc_id without .pdf, with a picture for every page, numbered "
+        root="one folder for each document, named after doc_id without .pdf, with a picture for every page, numbered "
         "from 1 (pdftoppm -png DOC.pdf DOC/page)",
         evidence="the pages of evidence_pages (a string, counting from 1); unanswerable questions have none",
-        answer="short text; lists are joined by commas, and seldom said so",
+        answer="short text; lists are joined by commas, which is seldom stated",
         verified="fields, the string and counting from 1 (the set's data/samples.json: 'the chart on page 14' is [14])",
         assumed="the hub's parquet has the fields of samples.json; PDFs must be rendered by you",
         terms="see the card",

@@ -138,7 +138,7 @@ _REFCOCO: dict[str, Any] = dict(
     read=refcoco,
     key="question_id",
     evidence="the object's box (bbox, stored as x, y, width, height in pixels)",
-    answer="the box as text, [x0, y0, x1, y1] of 1000: accuracy asks for every digit and is far below IoU@0.5, and "
+    answer="the box as text, [x0, y0, x1, y1] of 1000: accuracy requires every digit and is far below IoU@0.5, and "
     "models differ in how they write boxes. Good for RAM and rankings; do not read ablation accuracy off it",
     verified="fields, types and splits from the dataset card; xywh from lmms-eval's converter",
     assumed="the first expression of `answer` is used where there are several",
@@ -154,7 +154,7 @@ SOURCES = (
         vstar,
         key="question_id",
         hub="craigwu/vstar_bench",
-        root="a copy of the hub repository (direct_attributes/*.jpg and the *.json beside them)",
+        root="a copy of the hub repository (direct_attributes/*.jpg and the *.json next to them)",
         evidence="the boxes of all target objects, from the JSON beside each picture (x, y, width, height in pixels)",
         answer="the letter of the right choice; choices are part of the question",
         verified="fields image (a path), text, category, label, question_id; xywh and `bbox`, `target_object` in the "
@@ -171,7 +171,7 @@ SOURCES = (
         files="viscot_363k.json",
         split="train",
         root="the set's pictures (cot_images_tar_split, unpacked: cot/gqa/..., cot/docvqa/..., ...)",
-        evidence="one box: of the path's suffix, in pixels of the original; where several were annotated, the hull",
+        evidence="one box, from the path's suffix, in pixels of the original; where several were annotated, the hull",
         answer="the short answer of the last turn",
         verified="fields, and both copies of the box: suffix in original pixels, text in 0-1 of the centred padded "
         "square (the set's own converter, tools/convert_data_to_llava_format.py)",
@@ -184,11 +184,11 @@ SOURCES = (
         vidstg,
         key="vid",
         fetch="download test_annotations.json from github.com/Guaranteer/VidSTG-Dataset and pass records=",
-        root="one folder for each video, called after `vid`, with one picture for every frame of the VidOR video, "
+        root="one folder for each video, named after `vid`, with one picture for every frame of the VidOR video, "
         "numbered from 0 (ffmpeg -i VID.mp4 -start_number 0 VID/%06d.jpg)",
         evidence="the frames of temporal_gt (begin inclusive, end exclusive) among those shown, which are spread "
         "evenly over used_segment: most= of them, 32 by default",
-        answer="the category of the asked object; interrogative sentences only, the declarative ones have no answer",
+        answer="the category of the queried object; interrogative sentences only, the declarative ones have no answer",
         verified="fields from the set's README; begin inclusive and end exclusive from VidOR's format",
         assumed="the category, up to a '/', is an answer that a model would give",
         terms="those of VidOR",

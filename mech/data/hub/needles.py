@@ -78,9 +78,9 @@ SOURCES = (
         root="mm_niah_val/images of the repository, unpacked",
         evidence="the whole picture that holds the needle: there are no boxes",
         answer="the letter of the right choice; choices are part of the question",
-        verified="fields from the set's README, choices from its own prompts; needles in meta.needles, or in folders "
-        "of their own (a published reader found that on all 520 records of retrieval-image)",
-        assumed="the text between the pictures is left out: what is asked is about the pictures, and a sample has no "
+        verified="fields from the set's README, choices from its own prompts; needles in meta.needles, or in separate "
+        "folders (a published reader found that on all 520 records of retrieval-image)",
+        assumed="the text between the pictures is left out: the questions are about the pictures, and a sample has no "
         "place for it. Scores are not those of the benchmark",
         terms="see the card",
         paper="Wang et al. 2024, arXiv 2406.07230",

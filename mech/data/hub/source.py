@@ -110,9 +110,9 @@ class Record:
 
     def text(self, name: str) -> str:
         """A text that is not empty; numbers become text."""
-        value = str(self.get(name, (str, int, float), "a text")).strip()
+        value = str(self.get(name, (str, int, float), "a string")).strip()
         if not value:
-            raise self.wrong(name, "empty", "a text")
+            raise self.wrong(name, "empty", "a string")
         return value
 
     def integer(self, name: str) -> int:

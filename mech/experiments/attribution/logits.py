@@ -118,7 +118,7 @@ def check_direct(model: HookedMLLM, by_source: bool) -> None:
         raise UnsupportedModel(f"{model.name}, whose W_O is quantized", "weights in full precision", "open it without "
                                "quantization=")  # fmt: skip
     if by_source and (model.family.text.gated or model.cfg.cross_layers):
-        what = "a gate behind its values" if model.family.text.gated else "visual tokens in a memory"
+        what = "a gate after its values" if model.family.text.gated else "visual tokens in a memory"
         raise UnsupportedModel(
             f"what single tokens contribute to the heads of {model.cfg.family}, which has {what}",
             "values of the sequence that reach W_O unchanged", "patch heads instead",

@@ -11,7 +11,7 @@ from dataclasses import replace
 from mech.model.architectures.stack import Row, Stack
 
 _EXPERTS = {"mlp.hook_post": "its feed-forward is a mixture of experts, which has no single hidden layer"}
-_PARALLEL = {"hook_resid_mid": "attention and feed-forward read the same stream, so there is none between them"}
+_PARALLEL = {"hook_resid_mid": "attention and feed-forward read the same stream, so there is no stream between them"}
 
 LLAMA = Stack(
     types=(

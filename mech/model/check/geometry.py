@@ -87,7 +87,7 @@ def _impulses(
         leaked = float(moved[worst] / max(moved[own], 1e-30)) if far.any() else 0.0
         ok = bool(moved[own] > 0 and leaked <= LEAK)
         says = f"repainting the pixels of position {position} moves it by {moved[own]:.1e}"
-        says += f" and position {slots[worst]}, which shows others, {leaked:.1e} times as much"
+        says += f" and position {slots[worst]}, which shows other pixels, {leaked:.1e} times as much"
         yield Finding(f"impulse at position {position} of {where}", ok, 0.0 if ok else leaked, "" if ok else says)
 
 

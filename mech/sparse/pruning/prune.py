@@ -222,7 +222,7 @@ def _config(model: HookedMLLM, shape: Shape, with_bias: bool) -> Any:
 def _unfit(model: HookedMLLM, shape: Shape, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{type(model.hf_model).__name__} cannot have {shape.n_heads} heads of size {shape.d_head}: {why}",
-        "a class whose config gives the number and the size of heads apart",
+        "a class whose config gives the number and the size of heads separately",
         "ablate the heads instead: mech.intervene(model, mech.Ablate(heads=..., to='mean', reference=...))",
     )
 

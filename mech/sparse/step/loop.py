@@ -260,12 +260,12 @@ def why_not(model: Any, cache: SplitCache, given: dict[str, Any], config: Any) -
         if given.get(name) is not None:
             return f"{name} waits for every token"
     if config.return_dict_in_generate or (config.guidance_scale or 1) != 1:
-        return "an output beside the tokens, or guidance by a second prompt"
+        return "outputs other than tokens, or guidance by a second prompt"
     if len({parameter.device for parameter in model.hf_model.parameters()}) > 1:
         return "layers on several devices"
     others = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, SplitLayer)]
     if others:
-        return f"layer {others[0]} keeps something else than keys of its own heads"
+        return f"layer {others[0]} caches something other than the keys of its own heads"
     return ""
 
 

@@ -261,7 +261,7 @@ def test_what_cannot_be_read_is_refused_before_any_forward(opened, monkeypatch, 
         run(model, row)
 
 
-@pytest.mark.parametrize(("name", "why"), [("qwen3_5", "a gate behind its values"), ("mllama", "in a memory")])
+@pytest.mark.parametrize(("name", "why"), [("qwen3_5", "a gate after its values"), ("mllama", "in a memory")])
 def test_heads_that_cannot_be_split_by_token_are_refused(opened, name, why):
     model, row = opened(name)
     with pytest.raises(UnsupportedModel, match=why):

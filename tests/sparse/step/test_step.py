@@ -256,7 +256,7 @@ def test_whether_all_have_ended_is_asked_rarely(models, card):
 @pytest.mark.parametrize(
     "options, why",
     [({"num_beams": 2}, "several hypotheses"), ({"max_time": 100.0}, "MaxTimeCriteria"),
-     ({"return_dict_in_generate": True}, "an output beside the tokens")],
+     ({"return_dict_in_generate": True}, "outputs other than tokens")],
 )  # fmt: skip
 def test_what_the_host_decides_stays_in_the_loop_and_says_so_once(models, options, why):
     model = models("llava")
@@ -286,7 +286,7 @@ def test_hooks_are_not_passed_over(models):
 def test_layers_with_states_of_their_own_stay_in_the_loop(models, name):
     model = models(name)
     expected, _ = generated(model, policy(model), batch(model), False)
-    with pytest.warns(Uncaptured, match="something else than keys"):
+    with pytest.warns(Uncaptured, match="something other than the keys"):
         found, decoding = generated(model, policy(model), batch(model), True)
     assert decoding == "loop" and torch.equal(found, expected)
 
