@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sparsity_measures import measured
+from sparsity_measures import measured, served, smallest
 from sparsity_served import BASE, RANKED_PAGES, TRIALS, rankings, speeds, trial
 from torch import nn
 
@@ -50,6 +50,7 @@ class Size:
         pictures: domain -> how many pictures the scenes have that it is tested on, where it is not the default.
         longer: pages of scenes that are longer than any it was trained on.
         arms: what is run: the name of an objective -> how many of the seeds.
+        served: arms that are measured a second time, under the smallest policy that they need.
     """
 
     seeds: dict[str, str]
@@ -63,19 +64,26 @@ class Size:
     longer: int = 9
     pictures: Mapping[str, int] = field(default_factory=dict)
     sinks: int = 4
+    served: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> str:
+        """The domain that heads are found and tested on."""
+        return "pages" if "pages" in self.domains else self.domains[0]
 
 
 PILOTS = {"entropy 0.3": 1, "gates 0.2": 1}  # one seed, to choose the objectives that get three
 SIZES = {
     "llava-s": Size(
         seeds={"0": "llava-s", "1": "llava-s-seed1", "2": "llava-s"}, domains=("documents", "pages"), new="grounding",
-        window=16, steps=240, batch=6, longer=9,
+        window=16, steps=60, batch=6, longer=9,
         arms={"control": 3, "constrained 0.1": 3, "far 10": 3, "constrained 0.02": 3, "far 1": 3, **PILOTS},
     ),
     "qwen-long": Size(
         seeds={"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, domains=("pages", "video"), new="documents",
         window=64, steps=240, batch=4, longest=288, longer=32, pictures={"pages": 8, "video": 36},
         arms={"control": 3, "constrained 0.1": 3, "one head": 3, "far 10": 3, "far 1": 3, **PILOTS},
+        served=("control", "one head"),
     ),
 }  # fmt: skip
 ARMS: dict[str, Objective] = {
@@ -187,9 +195,16 @@ def measure(folder: Path, out: Path) -> None:
     print(folder.name, found["runs"][folder.name]["measured_minutes"], "min", flush=True)
 
 
-def smallest(facts: Mapping[str, Any]) -> list[list[int]]:
-    """The fewest dense heads that a measured run needs, by the ranking that needs fewest."""
-    return min((one for one in facts["needed"].values() if one["n"] is not None), key=lambda one: one["n"])["heads"]
+def measure_served(folder: Path, out: Path) -> None:
+    """A measured run as it is served, into the JSON, unless it is there."""
+    found, name = json.loads(out.read_text(encoding="utf-8")), f"{folder.name}-served"
+    if name in found["runs"] or folder.name not in found["runs"]:
+        return
+    model, record = opened(folder)
+    run = found["runs"][folder.name]
+    found["runs"][name] = run | served(model, SIZES[record["size"]], run) | {"arm": f"{record['arm']}, served"}
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(name, flush=True)
 
 
 def serve(name: str, out: Path, measures: Path) -> None:
@@ -213,7 +228,7 @@ def serve(name: str, out: Path, measures: Path) -> None:
         sets = {}
         for run in found["runs"].values():
             if run["size"] == name:
-                heads = smallest(run)
+                heads = smallest(run["needed"])
                 sets.setdefault(len(heads) / (model.cfg.n_layers * model.cfg.n_heads), heads)
         part["speed"] = speeds(model, dict(sorted(sets.items())), BASE)
         write()
@@ -230,7 +245,7 @@ def ship(name: str, seed: str, arm: str, out: Path, as_name: str, measures: Path
     folder, target = out / run_name(name, seed, arm), FOLDER / as_name
     model, record = opened(folder)
     facts = json.loads(measures.read_text(encoding="utf-8"))["runs"][folder.name]
-    policy = Policy(smallest(facts), record["sinks"], record["window"])
+    policy = Policy(smallest(facts["needed"]), record["sinks"], record["window"])
     domains = (*SIZES[name].domains, SIZES[name].new)
     accuracy = {domain: held_out_accuracy(model.hf_model, model.processor, domain) for domain in domains}
     with localize(model, policy) as fast:
@@ -263,7 +278,10 @@ def main() -> None:
             if given.what == "train":
                 train(given.size, seed, arm, given.out)
             elif given.what == "measure":
-                measure(given.out / run_name(given.size, seed, arm), given.json)
+                folder = given.out / run_name(given.size, seed, arm)
+                measure(folder, given.json)
+                if arm in size.served:
+                    measure_served(folder, given.json)
     if given.what == "serve":
         serve(given.size, given.out, given.json)
     elif given.what == "ship":

@@ -46,39 +46,66 @@ def measured(model: HookedMLLM, size: Any, gates: Ranking | None) -> dict[str, A
         size: how long its scenes are, and what local heads see.
         gates: what its own training ranked, if it did.
     """
-    main = size.domains[0] if "pages" not in size.domains else "pages"
+    find, test = samples_of(size)
+    facts, rankings = interpretability(model, size, find, test)
+    if gates is None:
+        gates = learned_gates(model, find[size.main][:16], sinks=size.sinks, window=size.window, steps=24)
+    questions = {name: quiz(model, some) for name, some in test.items()}
+    dense = {name: ask(model, asked)["accuracy"] for name, asked in questions.items()}
+    trained = {domain: questions[domain] for domain in size.domains}
+    needed = {
+        name: fewest(model, size, ranking, trained, dense) for name, ranking in (*rankings.items(), ("gates", gates))
+    }
+    return facts | {
+        "samples": {"find": N_FIND, "test": N_TEST, "causal": N_CAUSAL, "circuit": N_CIRCUIT},
+        "accuracy": {name: interval(values) for name, values in dense.items()},
+        "needed": needed,
+        "efficiency": efficiency(model, size, smallest(needed), questions, dense),
+    }
+
+
+def smallest(needed: dict[str, Any]) -> list[list[int]]:
+    """The fewest dense heads that a model needs, by the ranking that needs fewest."""
+    return min((one for one in needed.values() if one["n"] is not None), key=lambda one: one["n"])["heads"]
+
+
+def served(model: HookedMLLM, size: Any, run: dict[str, Any]) -> dict[str, Any]:
+    """What changes if a measured run is measured again as it is served: under the smallest policy that it needs."""
+    find, test = samples_of(size)
+    policy = Policy([tuple(head) for head in smallest(run["needed"])], size.sinks, size.window)
+    with localize(model, policy) as fast:
+        facts, _ = interpretability(model, size, find, test)
+        right = {name: ask(fast, quiz(model, some))["accuracy"] for name, some in test.items()}
+    return facts | {"accuracy": {name: interval(values) for name, values in right.items()}}
+
+
+def samples_of(size: Any) -> tuple[dict[str, Samples], dict[str, Samples]]:
+    """Scenes that find heads, by domain, and scenes that test: of the trained domains, a new one, and longer ones."""
     find = {domain: drawn(size, domain, N_FIND, 50) for domain in size.domains}
     test = {domain: drawn(size, domain, N_TEST, 51) for domain in size.domains}
-    test |= {
-        "new": haystacks(size.new, N_TEST, 51),
-        "longer": haystacks("pages", N_TEST // 2, 51, n_pictures=size.longer),
-    }
+    test["new"] = haystacks(size.new, N_TEST, 51)
+    test["longer"] = haystacks("pages", N_TEST // 2, 51, n_pictures=size.longer)
+    return find, test
+
+
+def interpretability(
+    model: HookedMLLM, size: Any, find: dict[str, Samples], test: dict[str, Samples]
+) -> tuple[dict[str, Any], dict[str, Ranking]]:
+    """What is measured of heads, and the rankings by RAM and by causal effect that came of it."""
+    main = size.main
     ram = {domain: rank_heads(retrieval_attention_mass(model, some)) for domain, some in find.items()}
     report = causal_report(
         model, test[main][:N_CAUSAL], ram[main], find=find[main][:N_CAUSAL], method=None, n_random=1, n_paths=0
     )
     causal = Ranking(report.heads["lost_find"].values, None, "lost", layers=model.cfg.attention_layers)
-    if gates is None:
-        gates = learned_gates(model, find[main][:16], sinks=size.sinks, window=size.window, steps=24)
-    questions = {name: quiz(model, some) for name, some in test.items()}
-    dense = {name: ask(model, asked)["accuracy"] for name, asked in questions.items()}
-    trained = {domain: questions[domain] for domain in size.domains}
-    needed = {
-        name: fewest(model, size, ranking, trained, dense)
-        for name, ranking in (("ram", ram[main]), ("causal", causal), ("gates", gates))
-    }
-    best = min((one for one in needed.values() if one["n"] is not None), key=lambda one: one["n"])
-    return {
-        "samples": {"find": N_FIND, "test": N_TEST, "causal": N_CAUSAL, "circuit": N_CIRCUIT},
-        "accuracy": {name: interval(values) for name, values in dense.items()},
+    facts = {
         "far_mass": far(model, size, find[main]),
         "ram": {domain: sparseness(ranking) for domain, ranking in ram.items()},
         "stability": stability(*ram.values()) if len(ram) > 1 else None,
         "causal": causal_facts(report),
         "circuit": circuit(model, find[main][:N_CIRCUIT], test[main][:N_CIRCUIT]),
-        "needed": needed,
-        "efficiency": efficiency(model, size, best["heads"], questions, dense),
     }
+    return facts, {"ram": ram[main], "causal": causal}
 
 
 def drawn(size: Any, domain: str, n: int, seed: int) -> Samples:

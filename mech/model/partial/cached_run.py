@@ -102,12 +102,15 @@ def cached_run(model: HookedMLLM, inputs: Any, reads: Sequence[int]) -> CachedRu
     """Run ``inputs`` once and keep what continuing needs: per layer the stream, keys, values and z.
 
     Raises:
-        NotResumable: a layer that does more than its own self-attention and row-wise work, or hooks on the model.
+        NotResumable: a layer that does more than its own self-attention and row-wise work, hooks on the model, or local
+            heads.
 
     Cost: one forward; memory for a KV cache and three streams per layer.
     """
     if hooked(model.hook_dict.values()) or any(record.observers for _, record in model._layers):
         raise NotResumable("there are hooks on the model")
+    if model.localized is not None:
+        raise NotResumable("the model is localized")
     norm = module_at(model.hf_model, model.family.final_norm)
     recorder = _Recorder(layers_of(model.hf_model, model.family.text))
     with recorder.listening(norm), model.attending(recorder.read_call), last_mlp_at(model, reads):

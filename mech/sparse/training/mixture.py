@@ -12,7 +12,6 @@ The local branch is ``split_heads``, the attention that ``localize`` runs, whose
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -72,7 +71,7 @@ def far_mass(model: HookedMLLM, inputs: Inputs, policy: Policy) -> Iterator[list
     def read(call: AttentionCall) -> None:
         if not call.cross:
             rows = torch.arange(call.q.shape[2], device=call.q.device)
-            far = replace(call, head_mask=None).rows(rows) * ~near.seen(rows, rows)[:, None]
+            far = call.rows(rows) * ~near.seen(rows, rows)[:, None]
             found.append(_over_rows(far.sum(-1), real))
 
     with model.attending(read):
