@@ -1,18 +1,19 @@
-"""``localize``: a model in which a few heads attend to everything and the others nearby, prefill and generation alike.
+"""``localize``: a few heads attend to everything, all others only nearby, in prefill and generation alike.
 
     fast = mech.localize(model, dense_heads=ranking.top(0.05), sinks=4, window=256)
     fast.generate_text(inputs, max_new_tokens=32)
-    print(fast.budgets(8192), fast.nbytes)        # what it can save at best; bytes of KV cache the generation held
+    print(fast.budgets(8192), fast.nbytes)        # the most it can save; bytes of KV cache the generation held
     fast.close()                                  # or: with mech.localize(model, ...) as fast
 
-While it is open the *model itself* is localized: whatever runs it (``run_with_cache``, ``intervene``, a study) sees the
-masked heads, ``hook_pattern`` included. Closing gives it back as it was. Generation keeps a split cache (``cache.py``),
-and on a card takes a captured step for each token (``step/``); if somebody hooks or observes attention, it keeps a
-whole cache, so that every key can be shown, and saves nothing. ``dense_static`` is the dense twin to compare it with.
+While it is open the *model itself* is localized: everything that runs it (``run_with_cache``, ``intervene``, patching,
+a study) sees the masked heads, also in ``hook_pattern``; patching then takes whole forwards instead of its faster
+sweeps. Closing restores the model. Generation keeps a split cache (``cache.py``), and on a GPU takes a captured step
+for each token (``step/``); while attention is hooked or observed it keeps a whole cache, so that every key can be
+shown, and saves nothing. ``dense_static`` is the dense twin for comparison.
 
-What it does not do: linear layers and convolutions have no heads and stay; layers that attend to visual tokens outside
-the sequence (Mllama) stay dense and say so; families whose layers share keys and values (Gemma 3n, small Gemma 4) are
-refused. It chooses no heads: whether these are the right ones, accuracy has to say.
+Limits: linear-attention and convolution layers have no heads and are unchanged; layers that attend to visual tokens
+outside the sequence (Mllama) stay dense and say so; families whose layers share keys and values (Gemma 3n, small
+Gemma 4) are refused. It does not choose heads: whether they are the right ones, accuracy must show.
 """
 
 import warnings
@@ -49,29 +50,29 @@ def localize(
     policy: Policy | None = None,
     *,
     dense_heads: Pairs = (),
-    sinks: Whole = 4,
-    window: Count = 256,
-    keep_text: bool = False,
-    phase: one_of(PHASES) = "both",
+    sinks: Whole | None = None,
+    window: Count | None = None,
+    keep_text: bool | None = None,
+    phase: one_of(PHASES) | None = None,
     graph: bool | one_of(AUTO) = "auto",
     auto: bool = False,
 ) -> "Localized":
-    """Let a few heads attend to everything and all others to sinks and a window, until the handle is closed.
+    """Let a few heads attend to everything and all others only to sinks and a window, until the handle is closed.
 
     Exact: logits and generated tokens are those of the dense model under the masks of ``mech.sparse.masks``, for every
     family, padding and cache.
 
     Args:
         model: a hooked model.
-        policy: a ``Policy`` (one from ``Policy.fit``, say), in place of the arguments that follow.
-        dense_heads, sinks, window, keep_text, phase: see ``Policy``.
-        graph: how tokens are generated: "auto" captures their step in a CUDA graph on a card and uses a growing cache
-            on a CPU; True takes the same step of fixed shapes everywhere; False never.
+        policy: a ``Policy`` (from ``Policy.fit``, for example), instead of the arguments that follow.
+        dense_heads, sinks, window, keep_text, phase: see ``Policy``, also for defaults.
+        graph: how tokens are generated: "auto" captures the step in a CUDA graph on a GPU and uses a growing cache on a
+            CPU; True takes the same fixed-shape step everywhere; False never does.
         auto: whether runs for which ``expects`` predicts no gain stay dense, bit for bit.
 
     Raises:
-        ExperimentError: heads of another model; a model that is localized already. When it is run: a window that is
-            smaller than the question.
+        ExperimentError: heads of another model; a model that is localized already; a policy and its parts. When it is
+            run: a window that is smaller than the question.
         UnsupportedModel: layers that share keys and values.
 
     Cost: none. Warns (``StillDense``) of layers it leaves dense, and of runs so short that everything is in reach.
@@ -80,10 +81,13 @@ def localize(
         Xiao et al. 2023 (2309.17453): sinks and a window. Xiao et al. 2024 (2410.10819): by KV head, with a full cache
         for some. 2606.05843: dense heads from RAM; there in 128-token blocks, and decoding stays dense.
     """
+    parts: dict[str, Any] = {"sinks": sinks, "window": window, "keep_text": keep_text, "phase": phase}
+    parts = {name: value for name, value in parts.items() if value is not None}
     if policy is None:
-        policy = Policy(dense_heads, sinks, window, keep_text, phase)
-    elif tuple(dense_heads):
-        raise ExperimentError("a policy and dense_heads", "one of the two", "put the heads into the policy")
+        policy = Policy(dense_heads, **parts)
+    elif tuple(dense_heads) or parts:
+        given = " and ".join(["dense_heads"] * bool(tuple(dense_heads)) + list(parts))
+        raise ExperimentError(f"a policy and {given}", "one of the two", f"put {given} into the policy")
     return Localized(model, policy, graph, auto)
 
 

@@ -269,6 +269,36 @@ def test_experiments_see_the_localized_heads(models):
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
+def test_patching_and_the_causal_report_run_on_localized_heads():
+    """They fall back to whole forwards, so the effect is that of a patch by hand in the localized model."""
+    model = HookedMLLM.from_pretrained("reference:llava-s")
+    find, test = mech.haystacks("grounding", n=4, seed=0).split(0.5)
+    sample, ranking = test[0], mech.rank_heads(mech.retrieval_attention_mass(model, find))
+    clean, corrupted = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
+    metric = mech.LogitDiff(sample.answer, sample.counterfactual.answer)
+    right, wrong = (model.token_id(one.answer) for one in (sample, sample.counterfactual))
+    (layer, head), name = ranking.heads[0], f"blocks.{ranking.heads[0].layer}.attn.hook_z"
+
+    def from_clean(z, hook):
+        z[:, :, head] = cache[name][:, :, head]
+        return z
+
+    with mech.localize(model, dense_heads=ranking.top(4), window=24):
+        swept = mech.activation_patching(model, clean, corrupted, metric, point="attn.hook_z", over=("layer", "head"))
+        _, cache = model.run_with_cache(clean, names_filter=[name])
+        logits = model.run_with_hooks(corrupted, fwd_hooks=[(name, from_clean)])[0, -1]
+        lost = mech.causal_report(model, test, ranking, find=find, method=None, n_random=1, n_paths=0).heads["lost"]
+        path = mech.path_patching(model, clean, corrupted, metric, senders=[f"L{layer}H{head}"], receivers=["logits"])
+        with pytest.raises(ExperimentError, match="the model is localized"):
+            mech.activation_patching(model, clean, corrupted, metric, point="attn.hook_z", method="wavefront")
+    found = swept["metric"].sel(layer=layer, head=head).item()
+    assert found == pytest.approx((logits[right] - logits[wrong]).item(), abs=1e-4)
+    assert swept.attrs["algorithm"] == "literal" and "localized" in swept.attrs["reason"]
+    assert path.attrs["algorithm"] == "literal" and bool(lost.notnull().all())
+    dense = mech.activation_patching(model, clean, corrupted, metric, point="attn.hook_z", over=("layer", "head"))
+    assert abs(dense["metric"] - swept["metric"]).max() > 1e-2
+
+
 def test_a_family_that_shares_keys_is_refused(models):
     with pytest.raises(UnsupportedModel, match="share keys and values"):
         mech.localize(models("gemma4"), window=8)
@@ -336,6 +366,8 @@ def test_policies_that_mean_nothing_are_refused(options, message):
 
 def test_other_contradictions_are_refused(models):
     model = models("llava")
+    with pytest.raises(ExperimentError, match="a policy and window and phase"):  # not silently that of the policy
+        mech.localize(model, policy(model), window=8, phase="both")
     with pytest.raises(ExperimentError, match="a policy and dense_heads"):
         mech.localize(model, Policy(), dense_heads=[(0, 0)])
     with mech.localize(model, window=6, keep_text=True) as fast:
