@@ -367,7 +367,7 @@ def test_policies_that_mean_nothing_are_refused(options, message):
 def test_other_contradictions_are_refused(models):
     model = models("llava")
     with pytest.raises(ExperimentError, match="a policy and window and phase"):  # not silently that of the policy
-        mech.localize(model, policy(model), window=8, phase="both")
+        mech.localize(model, Policy(), window=8, phase="both")
     with pytest.raises(ExperimentError, match="a policy and dense_heads"):
         mech.localize(model, Policy(), dense_heads=[(0, 0)])
     with mech.localize(model, window=6, keep_text=True) as fast:
