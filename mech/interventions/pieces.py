@@ -36,7 +36,7 @@ def check_pieces(model: HookedMLLM, specs: Sequence[Spec], inputs: Inputs, optio
     for spec in specs:
         if isinstance(spec, Ablate) and spec.to == "paper":
             raise ExperimentError(
-                f"{spec!r} on a prompt in chunks: every position attends to the whole prompt", "a prompt in one piece",
+                f"{spec!r} on a prompt in chunks: every position attends to the whole prompt", "a prompt in one chunk",
                 "leave prefill_chunk_size out",
             )  # fmt: skip
     if looks_ahead(model.hf_model, inputs.tensors):

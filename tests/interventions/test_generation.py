@@ -95,7 +95,7 @@ def test_ablations_that_depend_on_the_whole_prompt(name, to):
         expected = logits_of(model, run, inputs)
         close(logits_of(model, run, inputs, use_cache=False), expected)
         if to == "paper" or name in LOOKS_AHEAD:
-            with pytest.raises(ExperimentError, match="in pieces"):
+            with pytest.raises(ExperimentError, match="in chunks"):
                 logits_of(model, run, inputs, prefill_chunk_size=7)
         elif name not in WHOLE:
             close(logits_of(model, run, inputs, prefill_chunk_size=7), expected)

@@ -371,7 +371,7 @@ def test_other_contradictions_are_refused(models):
     with pytest.raises(ExperimentError, match="a policy and dense_heads"):
         mech.localize(model, Policy(), dense_heads=[(0, 0)])
     with mech.localize(model, window=6, keep_text=True) as fast:
-        with pytest.raises(ExperimentError, match="localized already"):
+        with pytest.raises(ExperimentError, match="already localized"):
             mech.localize(model, window=6)
         with pytest.raises(ExperimentError, match="plain tensors"):
             fast({"input_ids": torch.tensor([[5, 6, 7]])})

@@ -339,7 +339,7 @@ def test_policies_are_written_and_read(tmp_path):
     policy = Policy([(1, 2), (0, 3)], sinks=3, window=17, keep_text=True, phase="decode")
     policy.to_json(tmp_path / "policy.json")
     assert Policy.from_json(tmp_path / "policy.json") == policy == Policy.from_json(policy.to_json())
-    for text, says in (("[]", "no policy"), ("{", "cannot be read"), ('{"window": 3}', "no policy")):
+    for text, says in (("[]", "not a policy"), ("{", "cannot be read"), ('{"window": 3}', "not a policy")):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(OutputError, match=says):
             Policy.from_json(tmp_path / "bad.json")

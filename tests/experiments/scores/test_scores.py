@@ -373,7 +373,7 @@ def test_passes_are_shared_and_are_what_is_run(monkeypatch):
         (lambda: Score(on="parts"), "what has parts is the right answer"),
         (lambda: Score("answer", "trimmed", on="parts"), "trimmed over all rows"),
         (lambda: Score(reduce="entropy"), 'on="image"'),
-        (lambda: Score(top=1.0), "k=1.0"),
+        (lambda: Score(top=1.0), "top=1.0"),
         (lambda: passes("rma"), "use 'ram'"),
         (lambda: passes(()), "no scores"),
     ],
