@@ -1,7 +1,7 @@
 """Small trained MLLMs in real architectures that ship with the package: ``from_pretrained("reference:llava-m")``.
 
     >>> names()
-    ('llava-m', 'llava-s', 'llava-s-seed1', 'llava-s-sparse', 'qwen-long', 'qwen-s', 'smol')
+    ('llava-m', 'llava-s', 'llava-s-seed1', 'llava-s-sparse', 'qwen-long', 'qwen-long-sparse', 'qwen-s', 'smol')
     >>> revisions("llava-s-seed1")       # how it was while it learned: from_pretrained(..., revision="step2300")
     ('step2200', 'step2300', 'step2500')
 
@@ -15,9 +15,10 @@ They are made by ``recipe`` and ``train``.
 a vision stack here. Only the vision stack and the adapter ship; the whole is assembled when it is first opened. Its one
 revision, ``"base"``, is the language model before tuning, with the same vision stack. See ``smol.assembly``.
 
-``llava-s-sparse`` is ``llava-s`` trained further, with a penalty on attention outside sinks and a window; only the
-layers that changed ship. ``Policy.from_json(card("llava-s-sparse")["policy"])`` keeps dense the fewest heads that it
-needs; what the penalty did to it, and to other seeds, is in ``sparsity_runs()``.
+``llava-s-sparse`` is ``llava-s`` trained further, with a penalty on attention outside sinks and a window, and
+``qwen-long-sparse`` is ``qwen-long`` trained to need a single dense key/value head; only the layers that changed ship.
+``Policy.from_json(card("llava-s-sparse")["policy"])`` keeps dense the fewest heads that it needs; what training did to
+them, and to other seeds, is in ``sparsity_runs()``.
 """
 
 import json
