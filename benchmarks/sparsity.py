@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sparsity_measures import measured, served, smallest
+from sparsity_measures import measured, smallest
 from sparsity_served import BASE, RANKED_PAGES, TRIALS, rankings, speeds, trial
 from torch import nn
 
@@ -50,7 +50,6 @@ class Size:
         pictures: domain -> how many pictures the scenes have that it is tested on, where it is not the default.
         longer: pages of scenes that are longer than any it was trained on.
         arms: what is run: the name of an objective -> how many of the seeds.
-        served: arms that are measured a second time, under the smallest policy that they need.
     """
 
     seeds: dict[str, str]
@@ -64,7 +63,6 @@ class Size:
     longer: int = 9
     pictures: Mapping[str, int] = field(default_factory=dict)
     sinks: int = 4
-    served: tuple[str, ...] = ()
 
     @property
     def main(self) -> str:
@@ -83,7 +81,6 @@ SIZES = {
         seeds={"0": "qwen-long", "1": "qwen-long", "2": "qwen-long"}, domains=("pages", "video"), new="documents",
         window=64, steps=240, batch=4, longest=288, longer=32, pictures={"pages": 8, "video": 36},
         arms={"control": 3, "constrained 0.1": 3, "one head": 3, "far 10": 3, "far 1": 3, **PILOTS},
-        served=("control", "one head"),
     ),
 }  # fmt: skip
 ARMS: dict[str, Objective] = {
@@ -195,18 +192,6 @@ def measure(folder: Path, out: Path) -> None:
     print(folder.name, found["runs"][folder.name]["measured_minutes"], "min", flush=True)
 
 
-def measure_served(folder: Path, out: Path) -> None:
-    """A measured run as it is served, into the JSON, unless it is there."""
-    found, name = json.loads(out.read_text(encoding="utf-8")), f"{folder.name}-served"
-    if name in found["runs"] or folder.name not in found["runs"]:
-        return
-    model, record = opened(folder)
-    run = found["runs"][folder.name]
-    found["runs"][name] = run | served(model, SIZES[record["size"]], run) | {"arm": f"{record['arm']}, served"}
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(name, flush=True)
-
-
 def serve(name: str, out: Path, measures: Path) -> None:
     """Into the JSON what is not there yet: trials of ``mech.sparsify``, rankings, speeds."""
     found = json.loads(measures.read_text(encoding="utf-8"))
@@ -278,10 +263,7 @@ def main() -> None:
             if given.what == "train":
                 train(given.size, seed, arm, given.out)
             elif given.what == "measure":
-                folder = given.out / run_name(given.size, seed, arm)
-                measure(folder, given.json)
-                if arm in size.served:
-                    measure_served(folder, given.json)
+                measure(given.out / run_name(given.size, seed, arm), given.json)
     if given.what == "serve":
         serve(given.size, given.out, given.json)
     elif given.what == "ship":

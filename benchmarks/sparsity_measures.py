@@ -69,16 +69,6 @@ def smallest(needed: dict[str, Any]) -> list[list[int]]:
     return min((one for one in needed.values() if one["n"] is not None), key=lambda one: one["n"])["heads"]
 
 
-def served(model: HookedMLLM, size: Any, run: dict[str, Any]) -> dict[str, Any]:
-    """What changes if a measured run is measured again as it is served: under the smallest policy that it needs."""
-    find, test = samples_of(size)
-    policy = Policy([tuple(head) for head in smallest(run["needed"])], size.sinks, size.window)
-    with localize(model, policy) as fast:
-        facts, _ = interpretability(model, size, find, test)
-        right = {name: ask(fast, quiz(model, some))["accuracy"] for name, some in test.items()}
-    return facts | {"accuracy": {name: interval(values) for name, values in right.items()}}
-
-
 def samples_of(size: Any) -> tuple[dict[str, Samples], dict[str, Samples]]:
     """Scenes that find heads, by domain, and scenes that test: of the trained domains, a new one, and longer ones."""
     find = {domain: drawn(size, domain, N_FIND, 50) for domain in size.domains}
