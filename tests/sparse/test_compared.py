@@ -137,16 +137,37 @@ def test_what_the_page_says_beside_its_tables_holds_for_the_runs():
 
 def test_what_the_page_says_of_the_longer_model_holds_for_its_runs():
     runs = {name: one for name, one in sparsity_runs().items() if one["size"] == "qwen-long"}
-    found = {one.measure.name: one for one in compared(runs) if one.arm == "far 10"}
-    needs = found["KV heads needed, best ranking"]
-    assert sorted(value - before for before, value in zip(needs.control, needs.values, strict=True)) == [0, 1, 1]
-    assert needs.verdict == "no clear difference"
-    agrees = found["RAM vs effect (Spearman)"]
-    assert max(agrees.control) < 0 < min(agrees.values)
-    assert found["share of heads holding half of RAM"].verdict == "better"
-    control = {one["seed"]: one["needed"]["ram"]["heads"] for one in runs.values() if one["arm"] == "control"}
-    for one in runs.values():
-        if one["arm"] == "constrained 0.1":
-            assert one["dense_heads"] == control[one["seed"]] and {layer for layer, _ in one["dense_heads"]} == {0}
-    one_head = sparsity_served()["qwen-long"]["one head"]
-    assert len(one_head["dense_heads"]) == 2 and one_head["curve"][-1]["figure"] < 0.9
+    rows = compared(runs)
+    one_head, far = ({one.measure.name: one for one in rows if one.arm == arm} for arm in ("one head", "far 10"))
+    needs = one_head["KV heads needed, best ranking"]
+    assert set(needs.control) == {2} and set(needs.values) == {1} and needs.verdict == "better"
+    kept = one_head["KV bytes at 8,192 tokens"]
+    assert all(value < 0.6 * before for before, value in zip(kept.control, kept.values, strict=True))
+    same = [name for name, one in one_head.items() if one.measure.side in ("accuracy", "interpretability")]
+    assert all(one_head[name].verdict == "no clear difference" for name in same)
+    first = [found["heads"] for run in runs.values() if run["arm"] == "one head" for found in run["needed"].values()]
+    assert len(first) == 9 and all(heads == [[0, 0], [0, 1]] for heads in first)
+
+    agrees = far["RAM vs effect (Spearman)"]
+    assert max(agrees.control) < 0 < min(agrees.values) and agrees.verdict == "better"
+    assert far["share of heads holding half of RAM"].verdict == "better"
+    needs = far["KV heads needed, best ranking"]
+    assert min(np.subtract(needs.values, needs.control)) >= 0 and needs.verdict == "no clear difference"
+    chosen = [one["dense_heads"] for one in runs.values() if one["arm"] == "constrained 0.1"]
+    by_ram = [one["needed"]["ram"]["heads"] for one in runs.values() if one["arm"] == "control"]
+    assert sorted(a == b for a, b in zip(chosen, by_ram, strict=True)) == [False, True, True]
+    assert all(len(heads) == 4 for heads in chosen)
+
+
+def test_what_the_page_says_of_adapters_holds_for_their_trials():
+    """With an adapter one head does what takes the best ranking two; gates alone lose nothing."""
+    served = sparsity_served()["qwen-long"]
+    by_ram = {entry["n_kv_heads"]: entry["loss"] for entry in served["rankings"]["32"] if entry["choice"] == "ram"}
+    assert by_ram[1]["low"] > 0.1 and by_ram[2]["mean"] <= 0.01
+    adapted = [trial for trial in served["trials"].values() if trial["rank"]]
+    assert adapted and all(trial["n_kv_heads"] == [1, 24] for trial in adapted)
+    for trial in served["trials"].values():
+        dense, right = (
+            sum(row[name]["mean"] * row["n"] for row in trial["tested"].values()) for name in ("dense", "served")
+        )
+        assert right >= 0.99 * dense
