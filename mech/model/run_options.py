@@ -37,7 +37,7 @@ _INSTEAD = {
     "padding_side": ("rows padded on the left", "leave it out, and join rows with model.collate"),
     "start_at_layer": (
         "a run that starts at the first layer",
-        "overwrite the stream with a hook at 'blocks.K.hook_resid_pre', which is free",
+        "overwrite the stream with a hook at 'blocks.K.hook_resid_pre' (earlier layers still run)",
     ),
     "past_kv_cache": ("the Hugging Face model's cache", "use past_key_values"),
     "tokens": ("inputs", "pass them first: model(inputs)"),
