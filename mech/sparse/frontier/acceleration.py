@@ -149,8 +149,8 @@ def acceleration(
             sample.
 
     Cost: one (sparse) forward per test sample and setting. The rankings on ``find`` take one forward per sample for RAM
-    and one for reach; ``causal`` costs what ``activation_patching`` costs, ``gates`` about 160 forwards and as many
-    backward passes.
+    and one for reach; ``causal`` costs what ``activation_patching`` costs, ``gates`` about 160 forwards and 80 backward
+    passes.
 
     References: arXiv 2606.05843 (dense heads from RAM), 2410.10819 (gates; sinks and window by KV head).
     """
