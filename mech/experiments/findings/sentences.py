@@ -310,12 +310,17 @@ def _domains(facts: Mapping[str, Any]) -> Said:
     shared = [found["jaccard"][i][j] for i, j in pairs]
     null = sum(found["jaccard_null"][i][j] for i, j in pairs) / len(pairs)
     text = (
-        f"Across {len(found['domains'])} domains the whole rankings correlate with Spearman {min(rank):.2f} to "
-        f"{max(rank):.2f}, and the top {found['n_top']} heads overlap by Jaccard {min(shared):.2f} to "
-        f"{max(shared):.2f} (chance: {null:.2f})."
+        f"Across {len(found['domains'])} domains the whole rankings correlate with Spearman {_range(rank)}, and the "
+        f"top {found['n_top']} heads overlap by Jaccard {_range(shared)} (chance: {null:.2f})."
     )
     # The paper reports 0.79 to 0.92.
     yield "domains", text, min(rank) < 0.79
+
+
+def _range(values: list[float]) -> str:
+    """``0.33`` for one value, ``0.33 to 0.52`` for several."""
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _scales(summary: Mapping[str, Any]) -> Said:
