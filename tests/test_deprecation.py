@@ -34,7 +34,8 @@ def test_quadrants_of_the_version_before():
     dims = ("layer", "head")
     heads = xr.Dataset({name: (dims, np.ones((1, 2))) for name in ("ram", "lost", "recovered")}, {"layer": [3]})
     heads["quadrant"] = (dims, [[QUADRANTS[0], QUADRANTS[2]]])
-    with pytest.warns(DeprecationWarning, match="quadrant 'matters, does not look' is called 'causal, not attending'"):
+    renamed = "quadrant 'matters, does not look' is now called 'causal, not attending'"
+    with pytest.warns(DeprecationWarning, match=renamed):
         assert CausalReport(heads).quadrant("matters, does not look") == [(3, 1)]
     assert set(LABELS.values()) == set(QUADRANTS[:3])
 

@@ -21,9 +21,9 @@ def scripts(monkeypatch):
     import sparsity
     import sparsity_measures
 
-    small = replace(sparsity.SIZES["llava-s"], steps=3, batch=2, causal={"0": 4})
+    small = replace(sparsity.SIZES["llava-s"], steps=3, batch=2)
     monkeypatch.setattr(sparsity, "SIZES", {"llava-s": small})
-    for name, value in (("N_FIND", 6), ("N_TEST", 6), ("N_CIRCUIT", 2), ("COUNTS", (0, 1, 48))):
+    for name, value in (("N_FIND", 6), ("N_TEST", 6), ("N_CAUSAL", 4), ("N_CIRCUIT", 2), ("COUNTS", (0, 1, 48))):
         monkeypatch.setattr(sparsity_measures, name, value)
     return sparsity
 
@@ -44,7 +44,7 @@ def test_a_run_is_trained_measured_and_shipped(scripts, tmp_path, monkeypatch):
     assert facts["needed"]["ram"]["n"] in (0, 1, 48) and facts["accuracy"]["pages"]["mean"] > 0.5
     # Four samples cannot tell that a single head matters.
     unknown = {measure.name for measure in MEASURES if "80%" not in measure.name and measure.of(facts) is None}
-    assert unknown == {"heads that matter without looking"}
+    assert unknown == {"heads that are causal but do not attend"}
 
     shipped = tmp_path / "weights"
     (shipped / "llava-s").parent.mkdir()

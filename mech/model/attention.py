@@ -248,12 +248,6 @@ def attention(
         record = _IDLE
     call = _call_of(record, module, (query, key, value), attention_mask, options)
     if record.resume is not None:
-        if record.head_mask is not None:
-            raise UnsupportedModel(
-                "a sweep that continues from cached activations of localized heads",
-                "heads that see all that their layer does",
-                "close() what mech.localize returned, or take method='literal'",
-            )  # fmt: skip
         return record.resume(call), None
     # The keys of cross attention are not positions of the sequence, so nothing is carried from them.
     carries = [observer for observer in record.observers if isinstance(observer, KeySums) and not record.cross]

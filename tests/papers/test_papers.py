@@ -58,7 +58,7 @@ def test_the_planted_retrieval_head_is_necessary_and_a_low_ranked_head_too(claim
     low = claims["low-ranked"]
     assert low.holds is False and low.numbers["sizes"][-1]["bottom"]["mean"] > 0.5
     assert low.text.endswith("Low-ranked heads matter.")
-    assert claims["phases"].verdict == "measured" and "one token" in claims["phases"].text
+    assert claims["phases"].verdict == "measured" and "A one-token answer" in claims["phases"].text
     assert claims["phases"].numbers["phase"]["decode"]["mean"] == 0
     assert (
         claims["phases"].numbers["phase"]["prefill"]["mean"] == claims["phases"].numbers["phase"]["both"]["mean"] > 0.8

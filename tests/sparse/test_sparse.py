@@ -375,10 +375,6 @@ def test_other_contradictions_are_refused(models):
             mech.localize(model, window=6)
         with pytest.raises(ExperimentError, match="plain tensors"):
             fast({"input_ids": torch.tensor([[5, 6, 7]])})
-    sample = mech.haystacks("grounding", n=1, seed=0)[0]
-    clean, other = model.inputs_of(sample), model.inputs_of(sample.counterfactual)
-    with mech.localize(model, window=64), pytest.raises(UnsupportedModel, match="close\\(\\)"):
-        mech.activation_patching(model, clean, other, mech.LogitDiff(5, 6), positions="last")
 
 
 def test_a_split_cache_in_the_bare_model_is_refused():
