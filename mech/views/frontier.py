@@ -11,6 +11,7 @@ interval of its loss is in its tooltip.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -287,7 +288,8 @@ def _key(colour: str, symbol: str, dash: str, name: str, shade: bool = False) ->
     return f'<li><svg viewBox="0 0 30 14" aria-hidden="true">{band}{line}{mark}</svg>{escape(name)}</li>'
 
 
-ARMS = (("@top", "diamond"), ("@bottom", "square"), ("@middle", "triangle-up"), ("@matched", "star"), ("@random", "x"))
+COLOURS = ("@top", "@bottom", "@middle", "@matched", "@random")
+SYMBOLS = ("diamond", "square", "triangle-up", "star", "x", "circle", "cross", "triangle-down")
 PANELS = (
     ("KV heads needed, by RAM", "RAM vs effect (Spearman)"),
     ("attention outside sinks and window", "unfaithfulness of small circuits (CMD)"),
@@ -313,7 +315,7 @@ def sparsity_view(
         for i, (x, y) in enumerate(PANELS)
     )
     caption = (
-        "A point for each seed; the control is hollow. Better is to the left and, on the left, up; on the right, down."
+        "One point per seed; the control is hollow. Better is to the left; up in the first chart, down in the second."
     )
     cells = [
         [escape(row.measure.side), escape(row.measure.name), escape(row.arm), _values(row.control), _values(row.values),
@@ -332,7 +334,7 @@ def _values(values: Sequence[float]) -> str:
 
 def _plane(runs: Sequence[Mapping[str, Any]], arms: Sequence[str], x: Measure, y: Measure, legend: bool) -> str:
     traces = []
-    for arm, (colour, symbol) in zip(arms, ARMS * len(arms), strict=False):
+    for arm, colour, symbol in zip(arms, cycle(COLOURS), cycle(SYMBOLS), strict=False):
         points = [(x.of(run), y.of(run), run["seed"]) for run in runs if run["arm"] == arm]
         points = [point for point in points if None not in point[:2]]
         hollow = "-open" if arm == "control" else ""
