@@ -61,7 +61,7 @@ TRIALS = {
 }
 
 
-def speeds(model: HookedMLLM, sets: Mapping[float, Heads], base: Policy, turns: int = 3) -> list[dict[str, Any]]:
+def speeds(model: HookedMLLM, sets: Mapping[float, Heads], base: Policy, turns: int = 5) -> list[dict[str, Any]]:
     """How many times faster than dense, medians over turns, by length and by number of dense key/value heads."""
     found = []
     for tokens in TOKENS:
