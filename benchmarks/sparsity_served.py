@@ -50,14 +50,15 @@ class Trial:
     options: Mapping[str, Any]
 
 
-_ONE_HEAD = {"at_most": 1, "rank": 16, "rate": 2e-3, "target": 0.05}
+_ADAPTER = {"rank": 16, "rate": 2e-3, "target": 0.05}
+_ONE, _TWO = _ADAPTER | {"at_most": 1}, _ADAPTER | {"at_most": 2, "rate": 1e-3, "target": 0.005}
+_FEW, _MANY, _MORE = {6: 120, 16: 40, 32: 30}, {6: 300, 16: 250, 32: 250}, {6: 600, 16: 500, 32: 500}
 TRIALS = {
     "48 samples, gates alone": Trial({6: 16, 16: 16, 32: 16}, {"rank": 0, "steps": 120, "target": 0.02}),
-    "190 samples, one head": Trial(
-        {6: 120, 16: 40, 32: 30}, _ONE_HEAD | {"steps": 400, "target": None, "strength": 0.3}
-    ),
-    "800 samples, one head": Trial({6: 300, 16: 250, 32: 250}, _ONE_HEAD | {"steps": 900}),
-    "1,600 samples, one head": Trial({6: 600, 16: 500, 32: 500}, _ONE_HEAD | {"steps": 1200}),
+    "190 samples, two heads": Trial(_FEW, _TWO | {"steps": 300}),
+    "190 samples, one head": Trial(_FEW, _ONE | {"steps": 400, "target": None, "strength": 0.3}),
+    "800 samples, one head": Trial(_MANY, _ONE | {"steps": 900}),
+    "1,600 samples, one head": Trial(_MORE, _ONE | {"steps": 1200}),
 }
 
 
