@@ -23,6 +23,7 @@ from mech.model import AttentionCall
 from mech.sparse.kernels import dense_heads, fused, near_heads, of_heads
 from mech.sparse.masks import Near
 from mech.sparse.plan import Keys, Plan, take
+from mech.sparse.policy import Policy
 from mech.sparse.stores import FullStore, RingStore, Store
 
 
@@ -218,11 +219,13 @@ class SplitCache(DynamicCache):
 
     Attributes:
         near: what the policy means for the rows of this run; set when the run begins.
+        policy: the policy it was made for, which decides what each layer keeps.
     """
 
     def __init__(self, config: Any, plans: dict[int, Plan], split: bool):
         super().__init__(config=config)
         self.near: Near | None = None
+        self.policy: Policy | None = None
         for index, plan in plans.items():
             window = getattr(self.layers[index], "sliding_window", None)
             if split:

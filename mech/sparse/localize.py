@@ -192,7 +192,12 @@ class Localized:
         With ``split=False``, or while somebody hooks or observes attention, it keeps every key of every head.
         """
         split &= self.policy.phase != "prefill" and not any(record.has_listeners() for record in self._layers)
-        return SplitCache(self._config, {r.layer: r.head_mask.plan for r in self._layers}, split)  # pyright: ignore
+        plans: dict[int, Plan] = {record.layer: record.head_mask.plan for record in self._layers}
+        return self._made(SplitCache(self._config, plans, split))
+
+    def _made(self, cache: SplitCache) -> SplitCache:
+        cache.policy = self.policy
+        return cache
 
     def _cache_for_step(self, free: bool) -> SplitCache:
         """One whose every layer can move into stores of fixed size: whole where every head is dense in decoding."""
@@ -203,7 +208,7 @@ class Localized:
             plans[record.layer] = (
                 Plan.of(torch.ones_like(mine.dense), self.model.cfg.kv_heads[record.layer]) if whole else mine.plan
             )
-        return SplitCache(self._config, plans, True)
+        return self._made(SplitCache(self._config, plans, True))
 
     def budgets(self, length: int, text: int = 0) -> Budgets:
         """``Policy.budgets`` for this model's layers."""
@@ -233,6 +238,11 @@ class Localized:
     def running(self, inputs: Any, given: dict[str, Any], config: GenerationConfig | None = None) -> Iterator[None]:
         """One run: the model calls this around it. ``config`` is that of a generation, which gets a cache here."""
         cache = given.get("past_key_values")
+        if isinstance(cache, SplitCache) and cache.policy != self.policy:
+            raise ExperimentError(
+                "a split cache of another policy", "one made under this policy, which decides what each layer keeps",
+                "make a new one with cache()",
+            )  # fmt: skip
         begun = cache.near if isinstance(cache, SplitCache) else None
         new_tokens = None if config is None else config.max_new_tokens or 0
         near = self._begin(inputs, given, cache, new_tokens) if begun is None else begun

@@ -1,5 +1,6 @@
 """Localized models are exactly the dense model under per-head masks: every family, prefill and generation."""
 
+import copy
 import warnings
 
 import pytest
@@ -375,6 +376,19 @@ def test_other_contradictions_are_refused(models):
             mech.localize(model, window=6)
         with pytest.raises(ExperimentError, match="plain tensors"):
             fast({"input_ids": torch.tensor([[5, 6, 7]])})
+
+
+def test_a_split_cache_of_another_policy_is_refused(models):
+    model = models("llava")
+    inputs = model.inputs("Which digit?", images=[noise(16, 16, 0)])
+    with mech.localize(model, dense_heads=[(0, 0)], window=16) as other:
+        cache = other.cache()
+    with mech.localize(model, dense_heads=[(1, 1)], window=16) as fast:
+        own = fast.cache()
+        copied = copy.deepcopy(own)  # as transformers reuses a prompt's cache
+        assert torch.equal(fast(inputs, past_key_values=own), fast(inputs, past_key_values=copied))
+        with pytest.raises(ExperimentError, match=r"a split cache of another policy"):
+            fast(inputs, past_key_values=cache)
 
 
 def test_a_split_cache_in_the_bare_model_is_refused():
